@@ -1,0 +1,1 @@
+"""What is trained: adapter methods, their layout as a vector, their files."""

@@ -1,0 +1,136 @@
+"""An adapter as a directory of two files, and back into a full model."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from adapter.inject import ADAPTER, quiet_norms, refuse_second
+from adapter.layout import Layout
+from adapter.methods import METHODS, attach
+from adapter.spec import AdapterSpec
+from errors import ConfigError, DataError, DigestMismatch, RangeError, UnsupportedModel, lookup
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OWN_KEYS = ("base_model_name_or_path", "offsite_method", "offsite_version", "spec")
+VERSION = 1
+
+
+def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str) -> None:
+    """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
+
+    Methods of peft are in its own format, frozen factors included, so that `PeftModel.from_pretrained(full, directory)`
+    needs nothing else. Our own methods have a config with the key `offsite_method`; `load` reads both.
+
+    Args:
+      model: what `attach` returned.
+      spec: the spec it was attached with.
+      directory: created if missing; the two files in it are overwritten.
+      base: what the config names as the base model; a public name, since the file is meant to travel.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    if lookup(METHODS, spec.method, "method").peft:
+        config, tensors = _peft_form(model, spec, base)
+    else:
+        config, tensors = _own_form(model, spec, base)
+    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load(model: nn.Module, directory: Path | str) -> nn.Module:
+    """Attaches an exported adapter to a plain full model, in place, frozen, and returns the model to use.
+
+    Raises:
+      DataError: a file is missing or is no adapter.
+      UnsupportedModel: the adapter does not fit this model.
+      RangeError: a tensor holds NaN or Inf.
+    """
+    folder = Path(directory)
+    config, tensors = _read(folder)
+    refuse_second(model)
+    loaded = _load_own(model, config, tensors) if "offsite_method" in config else _load_peft(model, folder, tensors)
+    return loaded.requires_grad_(False).eval()
+
+
+def _peft_form(model: Any, spec: AdapterSpec, base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not isinstance(model, PeftModel):
+        raise UnsupportedModel(f"method={spec.method!r} is not attached to this model; pass what attach returned")
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.base_model_name_or_path = base
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    if config.task_type is None:
+        inner = type(model.get_base_model())
+        values["auto_mapping"] = {"base_model_class": inner.__name__, "parent_library": inner.__module__}
+    # save_embedding_layers="auto" would ask the hub for the base model's config
+    return values, dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _own_form(model: Any, spec: AdapterSpec, base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = Layout.of(model).names
+    parameters = dict(model.named_parameters())
+    values = (base, spec.method, VERSION, spec.to_dict())
+    return dict(zip(OWN_KEYS, values, strict=True)), {name: parameters[name] for name in names}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the config and the tensors of an adapter directory; never a pickle, never the network."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise DataError(f"adapter={str(folder)!r} has no {name}; export it again")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise DataError(f"adapter={str(folder)!r} has a damaged file; export it again") from error
+    if not isinstance(config, dict) or not ({"offsite_method", "peft_type"} & set(config)):
+        raise DataError(f"adapter={str(folder)!r} has a config without a method; export it again")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RangeError(f"tensor={name!r} of the adapter holds NaN or Inf; take an earlier round")
+    return config, tensors
+
+
+def _load_peft(model: nn.Module, folder: Path, tensors: dict[str, Any]) -> Any:
+    device = str(next(model.parameters()).device)
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_norms():
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=device)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UnsupportedModel(
+            f"adapter={str(folder)!r} does not fit this model; load the base it was made for"
+        ) from error
+    known = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if known != set(tensors):
+        raise UnsupportedModel(f"tensor={min(known ^ set(tensors))!r} has no partner; load the base it was made for")
+    return loaded
+
+
+def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Any]) -> nn.Module:
+    if sorted(config) != list(OWN_KEYS) or config["offsite_version"] != VERSION:
+        raise DataError(f"adapter config keys={sorted(config)} must be {list(OWN_KEYS)}; export it again")
+    spec = AdapterSpec.from_dict(config["spec"])
+    if spec.method != config["offsite_method"]:
+        raise ConfigError(f"offsite_method={config['offsite_method']!r} is not spec={spec.method!r}; export it again")
+    adapted = attach(model, spec)
+    layout = Layout.of(adapted)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != dict(zip(layout.names, layout.shapes, strict=True)):
+        raise DigestMismatch("adapter tensors are not the layout of this model and spec; load the base it was made for")
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    return adapted

@@ -1,0 +1,78 @@
+"""What an adapter is: a method, its size, and the slots that carry it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The public description from which every party builds the same adapter.
+
+    Attributes:
+      method: a key of `adapter.methods.METHODS`.
+      rank: inner width of lora, ffa_lora, miss and bottleneck, >= 1; the others ignore it.
+      alpha: lora and ffa_lora scale their effect by alpha / rank, > 0; the others ignore it.
+      targets: leaf module names inside a slot ("q_proj"); () = the method's default for the model.
+      slots: paths of the blocks that carry the adapter, for example "model.layers.0".
+      seed: public seed of every random initial value, 0 <= seed < 2**63.
+    """
+
+    method: str = "ffa_lora"
+    rank: int = 2
+    alpha: float = 4.0
+    targets: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that no method could use."""
+        if self.rank < 1:
+            raise ConfigError(f"rank={self.rank} must be at least 1; 2 is the default")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha={self.alpha} must be finite and above 0; twice the rank is usual")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be in 0..2**63-1; choose another")
+        for name, values in (("slots", self.slots), ("targets", self.targets)):
+            if isinstance(values, str) or not all(isinstance(value, str) and value for value in values):
+                raise ConfigError(f"{name}={values!r} must be a tuple of non-empty names; write one name per element")
+            if len(set(values)) != len(values):
+                raise ConfigError(f"{name}={values!r} names an element twice; remove one")
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the JSON form: tuples become lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "AdapterSpec":
+        """Returns the spec of a JSON object that has exactly the keys of `to_dict`.
+
+        Raises:
+          ConfigError: a key is unknown or missing, or a value has the wrong type.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"adapter key={key!r} is not known; {nearest(key, known)}")
+        if missing := [key for key in known if key not in values]:
+            raise ConfigError(f"adapter key={missing[0]!r} is missing; write all of {', '.join(known)}")
+        return cls(
+            method=_typed(values, "method", str),
+            rank=_typed(values, "rank", int),
+            alpha=float(_typed(values, "alpha", int, float)),
+            targets=tuple(_typed(values, "targets", list, tuple)),
+            slots=tuple(_typed(values, "slots", list, tuple)),
+            seed=_typed(values, "seed", int),
+        )
+
+
+def _typed(values: Mapping[str, object], key: str, *kinds: type) -> Any:
+    """Returns a value after a check of its JSON type; bool is no number here."""
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"adapter {key}={value!r} must be of type {wanted}; correct it")
+    return value

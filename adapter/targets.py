@@ -1,0 +1,101 @@
+"""Which modules of a model's slots a method tunes, by structure and full name."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adapter.spec import AdapterSpec
+from errors import ConfigError, UnsupportedModel, nearest
+
+Found = dict[str, nn.Module]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense layer: `nn.Linear`, or GPT-2's transposed `Conv1D`."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is an affine LayerNorm or RMSNorm of any class: one vector `weight`, perhaps one `bias`."""
+    own = dict(module.named_parameters())
+    named = "norm" in type(module).__name__.lower()
+    return named and "weight" in own and set(own) <= {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a module adds a `bias` of its own to its output."""
+    return (is_linear(module) or is_norm(module)) and getattr(module, "bias", None) is not None
+
+
+def in_slots(model: nn.Module, slots: Sequence[str], keep: Callable[[nn.Module], bool]) -> Found:
+    """Returns the modules inside the slots that `keep` accepts, by full name, sorted.
+
+    Raises:
+      ConfigError: there are no slots.
+      UnsupportedModel: a slot is no module of this model.
+    """
+    if not slots:
+        raise ConfigError("slots=() must name at least one block; take them from the geometry")
+    modules = dict(model.named_modules())
+    for slot in slots:
+        if slot not in modules:
+            hint = nearest(slot, [name for name in modules if name.count(".") == slot.count(".")] or list(modules)[:20])
+            raise UnsupportedModel(f"slot={slot!r} is no module of this model; {hint}")
+    names = (name for name in modules if any(name == slot or name.startswith(f"{slot}.") for slot in slots))
+    return {name: modules[name] for name in sorted(names) if keep(modules[name])}
+
+
+def leaf_names(names: Iterable[str]) -> list[str]:
+    """Returns the last parts of module paths, sorted, each once."""
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def default_targets(model: nn.Module, table: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """Returns a table's entry for the model's type, or () where it has none."""
+    return table.get(str(getattr(getattr(model, "config", None), "model_type", "")), ())
+
+
+def matches(name: str, targets: Sequence[str]) -> bool:
+    """Whether a full module name is meant by targets: peft's regular expression, or its last parts are one of them."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def choose(candidates: Found, spec: AdapterSpec, defaults: Sequence[str]) -> Found:
+    """Returns the candidates that the spec's targets, or else the method's defaults, mean.
+
+    Raises:
+      UnsupportedModel: a target matches nothing in the slots; the message lists or nears the leaf names there are.
+    """
+    leaves = leaf_names(candidates)
+    for target in spec.targets:
+        if not any(matches(name, [target]) for name in candidates):
+            raise UnsupportedModel(f"target={target!r} is no module in the slots; {nearest(target, leaves)}")
+    found = {name: module for name, module in candidates.items() if matches(name, spec.targets or defaults)}
+    if not found:
+        raise UnsupportedModel(
+            f"method={spec.method!r} has no default targets for this model; set targets from: {', '.join(leaves)}"
+        )
+    return found
+
+
+def hidden_size(block: nn.Module) -> int:
+    """Returns the width of a block's hidden states: the length most of its dense layers read or write.
+
+    Where two lengths are as frequent, it is what the first layer reads.
+
+    Raises:
+      UnsupportedModel: the block has no dense layer.
+    """
+    sizes: Counter[int] = Counter()
+    for module in block.modules():
+        if is_linear(module):
+            lengths = [int(length) for length in module.weight.shape]
+            sizes.update(reversed(lengths) if isinstance(module, nn.Linear) else lengths)
+    if not sizes:
+        raise UnsupportedModel("dense layers=0 in a slot's block, its width is unknown; choose another method")
+    return sizes.most_common(1)[0][0]

@@ -1,0 +1,86 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines otherwise."""
+
+import logging
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+logger = logging.getLogger("offsite")
+
+
+def round_text(line: dict[str, Any], planned: int) -> str:
+    """Returns one line about a finished round."""
+    verdict = "taken over" if line["accepted"] else "NOT taken over"
+    loss = "not finite" if line["public_loss"] is None else f"{line['public_loss']:.4f}"
+    return (
+        f"round {line['round']} of {planned}: {len(line['members'])} sites summed, "
+        f"public loss {loss} nats, {verdict}, {line['seconds']:.0f} s"
+    )
+
+
+class PlainDisplay(AbstractContextManager["PlainDisplay"]):
+    """One log line per event, for files, pipes and CI."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leaves nothing behind."""
+
+    def step(self, text: str) -> None:
+        """Says what is being done now."""
+        self._say(text)
+
+    def call(self, stage: str, site: str) -> None:
+        """Says which site trains; the short stages pass in silence."""
+        if stage == "train":
+            self._say(f"train at {site}")
+
+    def round(self, line: dict[str, Any], planned: int) -> None:
+        """Says how a round ended."""
+        self._say(round_text(line, planned))
+
+    def _say(self, text: str) -> None:
+        logger.info("%6.0f s  %s", time.monotonic() - self._began, text)
+
+
+class LiveDisplay(AbstractContextManager["LiveDisplay"]):
+    """A rich progress bar over the rounds, with the current step beside it."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rounds"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("start", total=rounds)
+
+    def __enter__(self) -> "LiveDisplay":
+        """Starts drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stops drawing and leaves the last state on the screen."""
+        self._progress.stop()
+
+    def step(self, text: str) -> None:
+        """Shows what is being done now."""
+        self._progress.update(self._task, description=text)
+
+    def call(self, stage: str, site: str) -> None:
+        """Shows which site is at which stage."""
+        self._progress.update(self._task, description=f"{stage} at {site}")
+
+    def round(self, line: dict[str, Any], planned: int) -> None:
+        """Moves the bar and prints the round's line above it."""
+        self._progress.console.print(round_text(line, planned), highlight=False)
+        self._progress.update(self._task, completed=line["round"])

@@ -1,0 +1,85 @@
+"""`--engine flower`: the same rounds over Flower's simulation runtime, sites behind a ClientApp in a Ray actor."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cli.run import Run
+from client.site import Site
+from client.workbench import Workbench, open_workbench
+from coordinator.exchange import Exchange
+from coordinator.store import Progress
+from errors import ConfigError, OffsiteError
+from protos.manifest import JobManifest
+
+STAGE_DEADLINE = 3600.0
+# Flower and Ray send usage reports unless told otherwise; nothing of ours may call out.
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+_SITES: dict[tuple[str, str], Site] = {}
+_BENCHES: dict[str, Workbench] = {}
+
+
+def open_site(folder: str, name: str) -> Site:
+    """Returns the site of a run folder, opened once in this process; a round's keys live in it between messages."""
+    if (folder, name) not in _SITES:
+        run = Run.open(Path(folder))
+        manifest = run.job()
+        if manifest is None:
+            raise ConfigError(f"run={folder!r}: no prepared job; start the run again")
+        if folder not in _BENCHES:
+            _BENCHES[folder] = open_workbench(run.store.package, manifest)
+        _SITES[folder, name] = run.site(name, manifest, _BENCHES[folder])
+    return _SITES[folder, name]
+
+
+def flower_engine(
+    run: Run, manifest: JobManifest, bench: Workbench, display: Any, rounds: Callable[[Exchange], Progress]
+) -> Progress:
+    """Runs the rounds over Flower's simulation runtime.
+
+    One Ray actor serves all sites, so that a site finds its keys again at its next message; the emulator is loaded in
+    that actor, from the package, as at a real site.
+
+    Raises:
+      ConfigError: the extra `simulation` is not installed.
+    """
+    os.environ.update(QUIET)
+    try:
+        import ray  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError("engine='flower': Ray is not installed; run pip install 'offsite[simulation]'") from error
+    from flwr.serverapp import Grid, ServerApp  # noqa: PLC0415
+    from flwr.simulation import run_simulation  # noqa: PLC0415
+
+    from client.flower_edge import client_app  # noqa: PLC0415
+    from coordinator.flower_edge import GridExchange  # noqa: PLC0415
+
+    folder = str(run.store.folder.resolve())
+    names = [name for name, _ in manifest.roster]
+    outcome: list[Progress | BaseException] = []
+    coordinator = ServerApp()
+
+    @coordinator.main()
+    def main(grid: Grid, context: Any) -> None:
+        try:
+            outcome.append(rounds(GridExchange(grid, sites=len(names), deadline=STAGE_DEADLINE)))
+        except (OffsiteError, KeyboardInterrupt) as error:
+            outcome.append(error)
+
+    display.step("start Flower's simulation runtime")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    cores = os.cpu_count() or 1
+    run_simulation(
+        server_app=coordinator,
+        client_app=client_app(lambda context: open_site(folder, names[int(context.node_config["partition-id"])])),
+        num_supernodes=len(names),
+        backend_config={"client_resources": {"num_cpus": cores, "num_gpus": 0.0}, "init_args": {"num_cpus": cores}},
+    )
+    if not outcome:
+        raise ConfigError("engine='flower': the runtime ended before the first round; see its messages above")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,148 @@
+"""The command `offsite`: the only place that prints, and that turns errors into a line and an exit code."""
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from errors import ConfigError, OffsiteError, lookup
+
+app = typer.Typer(
+    name="offsite",
+    help="Fine-tune a model that may not leave its owner on data that may not leave theirs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
+TEMPLATE = """\
+# offsite simulate fed.toml     every key is explained in README.md
+seed = 0
+
+[model]
+path = "model"                  # a Hugging Face folder with safetensors
+
+[data]
+public = "public.txt"           # text of the coordinator's own: gate, clip, acceptance test
+sites_dir = "sites"             # one folder per owner, with train and heldout inside
+owners = ["north", "south", "west"]
+
+[privacy]
+epsilon = 8.0
+"""
+
+
+@app.callback()
+def _setup() -> None:
+    """Fine-tune a model that may not leave its owner on data that may not leave theirs."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("offsite").setLevel(logging.INFO)
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="federation file, fed.toml")] = None,
+    out: Annotated[Path, typer.Option(help="run folder to write; must be empty")] = Path("runs/latest"),
+    resume: Annotated[Path | None, typer.Option(help="run folder to go on with")] = None,
+    engine: Annotated[str, typer.Option(help="memory, or flower (Flower's simulation runtime)")] = "memory",
+    seed: Annotated[int | None, typer.Option(help="instead of the file's seed")] = None,
+    rounds: Annotated[int | None, typer.Option(help="instead of the file's training.rounds")] = None,
+    sites: Annotated[int | None, typer.Option(help="only the first N sites of the file")] = None,
+    no_privacy: Annotated[bool, typer.Option("--no-privacy", help="train without clip and noise, to compare")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
+) -> None:
+    """Run a whole federation on this machine and write a report."""
+    import dataclasses  # noqa: PLC0415
+
+    from cli.run import Run, with_options  # noqa: PLC0415
+    from coordinator.config import read_config  # noqa: PLC0415
+
+    carry = lookup({"memory": "memory", "flower": "flower"}, engine, "engine")
+    if (config is None) == (resume is None):
+        raise ConfigError("simulate: give either a federation file or --resume DIR")
+    if resume is not None:
+        if (seed, rounds, sites) != (None, None, None) or no_privacy:
+            raise ConfigError("resume: the run folder fixes seed, rounds, sites and privacy; leave these options out")
+        run = Run.open(resume)
+    else:
+        settings, sha256 = read_config(config or Path())
+        settings = with_options(settings, seed=seed, rounds=rounds, sites=sites)
+        if no_privacy:
+            settings = dataclasses.replace(settings, privacy=dataclasses.replace(settings.privacy, private=False))
+        run = Run.create(settings, sha256, out)
+    _run(run, carry, as_json)
+
+
+def _run(run: object, engine: str, as_json: bool) -> None:
+    """Loads the heavy libraries, runs, and prints where the result lies."""
+    from cli.display import LiveDisplay, PlainDisplay  # noqa: PLC0415
+    from cli.flower_engine import flower_engine  # noqa: PLC0415
+    from cli.run import Run  # noqa: PLC0415
+    from cli.simulate import Options, memory_engine, simulate  # noqa: PLC0415
+
+    if not isinstance(run, Run):
+        raise TypeError("run must be a Run")
+    console = Console(stderr=True)
+    display = LiveDisplay(console, run.config.training.rounds) if console.is_terminal else PlainDisplay()
+    carry = {"memory": memory_engine, "flower": flower_engine}[engine]
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    folder = run.store.folder
+    try:
+        with display:
+            report = simulate(run, Options(carry, engine, display, now))
+    except KeyboardInterrupt:
+        typer.echo(f"offsite: stopped; go on with: offsite simulate --resume {folder}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(report, allow_nan=False))
+        return
+    typer.echo((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0].strip())
+    typer.echo(f"\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
+
+
+@app.command()
+def prepare(
+    cache: Annotated[Path | None, typer.Option(help="cache folder; default: the user's cache")] = None,
+    out: Annotated[Path, typer.Option(help="federation file to write")] = Path("runs/demo.toml"),
+    data: Annotated[Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")] = None,
+) -> None:
+    """Fetch, verify and convert the demo's model and texts once, and write its federation file."""
+    from cli import prepare as room  # noqa: PLC0415
+
+    folder = cache or room.default_cache()
+    model = room.prepare_model(folder)
+    texts = data.resolve() if data is not None else room.prepare_corpora(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(room.demo_config(model, texts), encoding="utf-8")
+    typer.echo(f"model: {model}\ntexts: {texts}\nfederation file: {out}")
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("fed.toml")) -> None:
+    """Write a federation file to start from."""
+    if path.exists():
+        raise ConfigError(f"path={str(path)!r} exists; choose another name")
+    path.write_text(TEMPLATE, encoding="utf-8")
+    typer.echo(f"wrote {path}; edit it, then: offsite simulate {path}")
+
+
+def main() -> None:
+    """Runs the command; an `OffsiteError` becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except OffsiteError as error:
+        typer.echo(f"offsite: {error}", err=True)
+        raise SystemExit(EXIT_REFUSED) from None
+
+
+if __name__ == "__main__":
+    main()

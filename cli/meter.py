@@ -1,0 +1,67 @@
+"""Seconds and peak memory of each phase of a run."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Phase:
+    """Cost of one phase: bytes both ways over all sites, seconds, peak resident memory in bytes."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+class Meter:
+    """Measures phases one after the other."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Phase] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Measures what happens inside; entering a phase again adds to it."""
+        phase = self.phases.setdefault(name, Phase())
+        _reset_peak()
+        began = time.monotonic()
+        try:
+            yield phase
+        finally:
+            phase.seconds = round(phase.seconds + time.monotonic() - began, 3)
+            phase.peak_rss_bytes = max(phase.peak_rss_bytes, _peak())
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Returns all phases and their total; the total's memory is the largest of any."""
+        phases = list(self.phases.values())
+        total = Phase(
+            bytes_up=sum(p.bytes_up for p in phases),
+            bytes_down=sum(p.bytes_down for p in phases),
+            seconds=round(sum(p.seconds for p in phases), 3),
+            peak_rss_bytes=max((p.peak_rss_bytes for p in phases), default=0),
+        )
+        return {name: asdict(phase) for name, phase in (*self.phases.items(), ("total", total))}
+
+
+def _reset_peak() -> None:
+    """Sets the kernel's high-water mark back to what is resident now, where the system has one (Linux)."""
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    """Returns the high-water mark since the last reset; elsewhere than on Linux, what is resident now."""
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,156 @@
+"""A simulated federation's run folder: what is on disk, and the sites that are opened from it."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.data import read
+from client.plan import plan_for
+from client.site import Site
+from client.workbench import Workbench
+from coordinator.config import FedConfig, parse_config
+from coordinator.store import Store
+from errors import ConfigError, DataError, lookup
+from privacy.randomness import Randomness
+from protos.manifest import JobManifest
+from secagg.identity import Identity
+from secagg.journal import MemoryJournal
+from task.examples import Examples
+from task.tasks import TASKS
+
+CONFIG, JOB = "config.json", "job.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder with the configuration that made it."""
+
+    config: FedConfig
+    config_sha256: str
+    store: Store
+
+    @classmethod
+    def create(cls, config: FedConfig, config_sha256: str, folder: Path) -> "Run":
+        """Makes a run folder; an existing one with content is not overwritten.
+
+        Raises:
+          ConfigError: the folder holds something already.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"out={str(folder)!r}: the folder is not empty; choose another, or --resume it")
+        store = Store(folder)
+        store.write_json(CONFIG, {"config": config.to_dict(), "sha256": config_sha256})
+        for site in config.sites:
+            _new_identity(store.site(site.name))
+        return cls(config, config_sha256, store)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Opens an existing run folder.
+
+        Raises:
+          DataError: it is not one.
+        """
+        if not (folder / CONFIG).is_file():
+            raise DataError(f"resume={str(folder)!r}: no run folder; give the --out folder of an earlier run")
+        store = Store(folder)
+        content = store.read_json(CONFIG)
+        return cls(parse_config(content["config"], folder), content["sha256"], store)
+
+    def roster(self) -> tuple[tuple[str, str], ...]:
+        """Returns the sites with their public signing keys, sorted by name."""
+        names = sorted(site.name for site in self.config.sites)
+        return tuple((name, _identity(self.store.site(name)).public.hex()) for name in names)
+
+    def save_job(self, manifest: JobManifest, facts: dict[str, Any]) -> None:
+        """Stores the job's manifest, and what the report needs of how it was prepared."""
+        self.store.write_json("job_facts.json", facts)
+        (self.store.folder / JOB).write_bytes(manifest.to_bytes())
+
+    def job(self) -> JobManifest | None:
+        """Returns the stored manifest, or None when preparation did not finish."""
+        path = self.store.folder / JOB
+        return JobManifest.from_bytes(path.read_bytes()) if path.exists() else None
+
+    def texts(self, path: str) -> list[str]:
+        """Returns the texts of a file or folder, read as the configuration says."""
+        data = self.config.data
+        return read(Path(path), reader=data.reader or None, column=data.column or None)
+
+    def examples(self, path: str, tokenizer: Any) -> Examples:
+        """Returns the records of a file or folder."""
+        data = self.config.data
+        task = lookup(TASKS, self.config.model.task, "model.task")
+        return task.encode(tokenizer, self.texts(path), length=data.length, split=data.split)
+
+    def site(self, name: str, manifest: JobManifest, bench: Workbench) -> Site:
+        """Opens one simulated site.
+
+        Its noise and rounding are derived from the run's seed, so that a resumed run ends with the same adapter; this
+        is what makes a simulation not private, and the report says so.
+        """
+        setting = next(site for site in self.config.sites if site.name == name)
+        try:
+            examples = self.examples(setting.train, bench.tokenizer)
+            plan = plan_for(manifest, len(examples))
+        except DataError as error:
+            raise DataError(f"site={name}: {error}") from error
+        seed, folder = self.config.seed, self.store.site(name)
+        return Site(
+            name,
+            manifest=manifest,
+            bench=bench,
+            examples=examples,
+            plan=plan,
+            identity=_identity(folder),
+            journal=MemoryJournal(),
+            record=folder / "rounds.jsonl",
+            noise=lambda number: Randomness.for_simulation(seed, "noise", name, str(number)),
+            rounding=lambda number: Randomness.for_simulation(seed, "rounding", name, str(number)).uniform,
+        )
+
+    def site_lines(self, name: str) -> list[dict[str, Any]]:
+        """Returns what a simulated site wrote about its rounds, one line per round.
+
+        A round that was done again after a kill stands there twice; with the same seed it was the same computation, so
+        it is one release and counts once.
+        """
+        path = self.store.site(name) / "rounds.jsonl"
+        if not path.exists():
+            return []
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        return list({line["round"]: line for line in lines}.values())
+
+
+def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sites: int | None) -> FedConfig:
+    """Returns a configuration with the command line's options put in; the ranges are checked again.
+
+    Raises:
+      ConfigError: more sites asked for than the file names, or a range is broken.
+    """
+    if sites is not None and sites > len(config.sites):
+        raise ConfigError(f"sites={sites}: the file names {len(config.sites)}; add sites to it or ask for fewer")
+    training = config.training if rounds is None else dataclasses.replace(config.training, rounds=rounds)
+    return dataclasses.replace(
+        config,
+        training=training,
+        seed=config.seed if seed is None else seed,
+        sites=config.sites if sites is None else config.sites[: max(sites, 0)],
+    )
+
+
+def _new_identity(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "identity.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(Identity.generate().to_bytes())
+
+
+def _identity(folder: Path) -> Identity:
+    path = folder / "identity.key"
+    if not path.exists():
+        raise DataError(f"site={folder.name}: identity.key is missing from the run folder; start a new run")
+    return Identity.from_bytes(path.read_bytes())

@@ -1,0 +1,342 @@
+"""`offsite simulate`: a whole federation on one machine, with every real part in its place."""
+
+import dataclasses
+import hashlib
+import platform
+import secrets
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from adapter.export import export
+from adapter.methods import METHODS
+from cli.meter import Meter
+from cli.prepare import sha256_file
+from cli.run import Run
+from client.plan import SitePlan, plan_for
+from client.site import answer
+from client.workbench import Workbench, open_workbench
+from coordinator.aggregate import Rates
+from coordinator.evaluate import Score, score, spread
+from coordinator.exchange import Exchange, MemoryExchange
+from coordinator.federation import Federation
+from coordinator.job import Job, prepare, reopen
+from coordinator.report import write_report
+from coordinator.store import Progress
+from emulator.plug import plug
+from errors import ConfigError
+from privacy.accountants import ACCOUNTANTS
+from privacy.events import Event
+from protos.manifest import JobManifest
+from task.examples import Examples
+
+PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "cryptography", "numpy")
+
+
+class Display(Protocol):
+    """What a run tells the person at the terminal."""
+
+    def step(self, text: str) -> None:
+        """Says what is being done now."""
+
+    def call(self, stage: str, site: str) -> None:
+        """Says which site is being asked for what."""
+
+    def round(self, line: dict[str, Any], planned: int) -> None:
+        """Shows a finished round."""
+
+
+Engine = Callable[[Run, JobManifest, Workbench, Display, Callable[[Exchange], Progress]], Progress]
+
+
+def memory_engine(
+    run: Run, manifest: JobManifest, bench: Workbench, display: Display, rounds: Callable[[Exchange], Progress]
+) -> Progress:
+    """Runs the rounds with all sites in this process; they share one loaded emulator."""
+    sites = {name: run.site(name, manifest, bench) for name, _ in manifest.roster}
+    return rounds(MemoryExchange({name: partial(answer, site) for name, site in sites.items()}, display.call))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says about one run, beside the configuration.
+
+    Attributes:
+      engine: how the rounds are carried.
+      engine_name: its name, for the report.
+      display: shows progress.
+      now: wall clock at the start, ISO 8601.
+    """
+
+    engine: Engine
+    engine_name: str
+    display: Display
+    now: str
+
+
+def simulate(run: Run, options: Options) -> dict[str, Any]:
+    """Runs a federation from the beginning, or on from the last whole round, and writes its report.
+
+    Returns:
+      The report, as in `report.json`.
+
+    Raises:
+      OffsiteError: with what to change; the run folder then stands at the last whole round.
+    """
+    meter, display = Meter(), options.display
+    with meter.phase("build"):
+        job = _job(run, display)
+        bench = open_workbench(run.store.package, job.manifest)
+        plans = _plans(run, job, bench)
+    federation = _federation(run, job)
+    with meter.phase("train") as phase:
+        progress = options.engine(
+            run,
+            job.manifest,
+            bench,
+            display,
+            lambda exchange: federation.run(exchange, lambda line: display.round(line, job.manifest.rounds)),
+        )
+        lines = run.store.rounds()
+        phase.bytes_down = sum(line["bytes_down"] for line in lines)
+        phase.bytes_up = sum(line["bytes_up"] for line in lines)
+    display.step("score on held-out text")
+    with meter.phase("evaluate"):
+        quality = _quality(run, job, bench, progress)
+    plug(job.full, job.layout, progress.server.adapter)
+    export(job.full, job.manifest.adapter, run.store.adapter, base=Path(run.config.model.path).name)
+    meter.phases["build"].bytes_down = job.emulator.package_bytes * len(plans)
+    report = _report(run, job, options, progress, plans, quality, meter)
+    write_report(run.store.folder, report)
+    return report
+
+
+def _job(run: Run, display: Display) -> Job:
+    """Prepares the job, or opens the one this run was prepared for."""
+    if (manifest := run.job()) is not None:
+        display.step("open the prepared job")
+        facts = run.store.read_json("job_facts.json")
+        return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), folder=run.store.package)
+    texts = run.texts(run.config.data.public)
+    job = prepare(
+        run.config, texts=texts, roster=run.roster(), folder=run.store.package, on_step=display.step
+    )
+    run.save_job(job.manifest, job.facts())
+    return job
+
+
+def _plans(run: Run, job: Job, bench: Workbench) -> dict[str, SitePlan]:
+    plans = {}
+    for site in run.config.sites:
+        examples = run.examples(site.train, bench.tokenizer)
+        plans[site.name] = plan_for(job.manifest, len(examples))
+    return plans
+
+
+def _federation(run: Run, job: Job) -> Federation:
+    rule = run.config.aggregation
+    return Federation(
+        manifest=job.manifest,
+        rule=rule.rule,
+        rates=Rates(rule.learning_rate, rule.momentum),
+        full=job.full,
+        layout=job.layout,
+        task=job.task,
+        public=job.public.test,
+        tolerance=run.config.evaluation.tolerance,
+        store=run.store,
+        nonce=lambda: secrets.token_bytes(32),
+    )
+
+
+def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[str, Any]:
+    """Scores full model and emulator, before and after, on held-out private and on public text."""
+    start, tuned = job.start, progress.server.adapter
+    private = _heldout(run, bench)
+    batch = job.manifest.physical_batch
+    numbers: dict[str, dict[str, Score]] = {
+        "private": {},
+        "public": {"full_zero_shot": job.zero_shot["full"], "emulator_zero_shot": job.zero_shot["emulator"]},
+    }
+
+    def measure(name: str, model: Any, adapter: np.ndarray, examples: Examples, kind: str) -> None:
+        plug(model, job.layout, adapter)
+        numbers[kind][name] = score(job.task, model, examples, batch=batch)
+
+    measure("full_zero_shot", job.full, start, private, "private")
+    measure("emulator_zero_shot", bench.model, start, private, "private")
+    for name, model in (("emulator_tuned", bench.model), ("plug_in", job.full)):
+        measure(name, model, tuned, private, "private")
+        measure(name, model, tuned, job.public.test, "public")
+    scores = {kind: {k: dataclasses.asdict(v) for k, v in found.items()} for kind, found in numbers.items()}
+    gain = numbers["private"]["full_zero_shot"].loss - numbers["private"]["plug_in"].loss
+    forgetting = numbers["public"]["plug_in"].loss - numbers["public"]["full_zero_shot"].loss
+    return {**scores, **scores["private"], "gain_nats": gain, "forgetting_nats": forgetting}
+
+
+def _heldout(run: Run, bench: Workbench) -> Examples:
+    """Returns held-out records, the same number from each site as far as they go."""
+    share = max(1, run.config.evaluation.examples // len(run.config.sites))
+    parts = [spread(run.examples(site.heldout, bench.tokenizer), share) for site in run.config.sites]
+    ids = torch.cat([part.input_ids for part in parts])
+    return Examples(ids, torch.cat([part.attention_mask for part in parts]))
+
+
+def _report(
+    run: Run,
+    job: Job,
+    options: Options,
+    progress: Progress,
+    plans: dict[str, SitePlan],
+    quality: dict[str, Any],
+    meter: Meter,
+) -> dict[str, Any]:
+    lines, manifest = run.store.rounds(), job.manifest
+    return {
+        "format": 1,
+        "mode": "simulation",
+        "engine": options.engine_name,
+        "rounds_planned": manifest.rounds,
+        "finished_rounds": progress.round,
+        "quality": quality,
+        "emulator": _emulator_facts(run, job),
+        "adapter": _adapter_facts(job),
+        "privacy": _privacy_facts(run, manifest, plans),
+        "secagg": {
+            "suite": 1,
+            "members": lines[-1]["members"] if lines else [],
+            "threshold": lines[-1]["threshold"] if lines else 0,
+            "dropped": [one | {"round": line["round"]} for line in lines for one in line["dropped"]],
+            "upload_bytes": max((line["upload_bytes"] for line in lines), default=0),
+            "payload_bytes": max((line["payload_bytes"] for line in lines), default=0),
+            "rounds": len(lines),
+        },
+        "rounds": [line | {"site_losses": _site_losses(run, manifest, line["round"])} for line in lines],
+        "cost": meter.to_dict(),
+        "warnings": _warnings(job, lines, quality),
+        "provenance": {
+            "seed": run.config.seed,
+            "config_sha256": run.config_sha256,
+            "model_sha256": _model_sha256(Path(run.config.model.path)),
+            "job_sha256": manifest.digest().hex(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "started": options.now,
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _emulator_facts(run: Run, job: Job) -> dict[str, Any]:
+    facts, config = job.emulator, run.config.emulator
+    return {
+        "shipped_bytes": facts.shipped_bytes,
+        "package_bytes": facts.package_bytes,
+        "full_bytes": facts.full_bytes,
+        "slot_bytes": facts.slot_bytes,
+        "embedding_bytes": facts.embedding_bytes,
+        "middle_bytes": facts.middle_bytes,
+        "middle_ratio": facts.middle_ratio,
+        "verbatim_share": facts.verbatim,
+        "gradient_cosine": job.cosine,
+        "gate": config.gate,
+        "recipe": list(facts.recipe),
+        "embedding": facts.embedding,
+        "sha256": facts.digest(),
+    }
+
+
+def _adapter_facts(job: Job) -> dict[str, Any]:
+    spec = job.manifest.adapter
+    method = METHODS[spec.method]
+    return {
+        "method": spec.method,
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "targets": list(spec.targets),
+        "slots": list(spec.slots),
+        "parameters": job.layout.size,
+        "exact_mean": method.exact_mean,
+        "why": method.why,
+        "peft": method.peft,
+        "directory": "adapter",
+    }
+
+
+def _privacy_facts(run: Run, manifest: JobManifest, plans: dict[str, SitePlan]) -> dict[str, Any]:
+    terms = manifest.privacy
+    record = f"a block of {manifest.length} tokens" if manifest.split == "blocks" else "one row"
+    return {
+        "private": terms.private,
+        "unit": f"one record: {record} of one site's data",
+        "accountant": terms.accountant,
+        "target_epsilon": terms.epsilon if terms.private else None,
+        "noise_source": "derived from the run's seed: a simulation, not private against anyone who knows the seed",
+        "sites": [_site_privacy(run, manifest, name, plan) for name, plan in sorted(plans.items())],
+    }
+
+
+def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) -> dict[str, Any]:
+    lines, terms = run.site_lines(name), manifest.privacy
+    done = np.cumsum([line["steps"] for line in lines]).tolist()
+    spent = [_epsilon(terms.accountant, plan, int(steps)) for steps in done] if terms.private else []
+    return {
+        "site": name,
+        "records": plan.records,
+        "epsilon": (spent[-1] if spent else 0.0) if terms.private else None,
+        "epsilon_by_round": spent,
+        "delta": plan.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": terms.max_grad_norm,
+        "sample_rate": plan.sample_rate,
+        "steps": int(done[-1]) if done else 0,
+        "engine": lines[-1]["engine"] if lines else "",
+        "clipped_fraction": float(np.mean([line["clipped_fraction"] for line in lines])) if lines else 0.0,
+    }
+
+
+def _epsilon(accountant: str, plan: SitePlan, steps: int) -> float:
+    return ACCOUNTANTS[accountant]([Event(plan.noise_multiplier, plan.sample_rate, steps)], plan.delta)
+
+
+def _site_losses(run: Run, manifest: JobManifest, number: int) -> dict[str, float]:
+    """Returns each site's mean training loss in a round; only a simulation can, since a site tells nobody."""
+    found = {}
+    for name, _ in manifest.roster:
+        for line in run.site_lines(name):
+            losses = [loss for loss in line["losses"] if loss is not None and np.isfinite(loss)]
+            if line["round"] == number and losses:
+                found[name] = float(np.mean(losses))
+    return found
+
+
+def _warnings(job: Job, lines: list[dict[str, Any]], quality: dict[str, Any]) -> list[str]:
+    warnings = []
+    method = METHODS[job.manifest.adapter.method]
+    if not job.manifest.privacy.private:
+        warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
+    if not method.exact_mean:
+        warnings.append(f"method {method.name}: the mean of the uploads is not the mean of their effects; {method.why}")
+    rejected = [line["round"] for line in lines if not line["accepted"]]
+    if rejected:
+        warnings.append(f"rounds {rejected} were not taken over: public loss rose by more than the tolerance")
+    if quality["gain_nats"] <= 0:
+        warnings.append("the plug-in is not better than the untrained full model on held-out private text")
+    if (dropped := sum(len(line["dropped"]) for line in lines)) > 0:
+        warnings.append(f"{dropped} times a site dropped out of a round; see secagg.dropped")
+    return warnings
+
+
+def _model_sha256(folder: Path) -> str:
+    """Returns one hash over the model's weight files, by name."""
+    state = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path={str(folder)!r}: no safetensors file; give a model folder")
+    for file in files:
+        state.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    return state.hexdigest()

@@ -1,0 +1,174 @@
+"""A site's side of a round: one handler for each stage, bytes in, bytes out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from client.plan import SitePlan
+from client.train import Trained, local_update
+from client.workbench import Workbench
+from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, lookup
+from privacy.randomness import Randomness
+from protos import codec
+from protos.manifest import JobManifest
+from protos.terms import adapter_digest, terms_of
+from secagg.identity import Identity
+from secagg.journal import Journal
+from secagg.member import Member
+from secagg.messages import Signed
+from task.examples import Examples
+
+
+class Site:
+    """The installation of one data owner, for one job.
+
+    Args:
+      name: this site's name in the roster.
+      manifest: the job that the data owner accepted.
+      bench: opened emulator; sites of one simulation share it.
+      examples: this site's records; they never leave this object.
+      plan: this site's DP numbers.
+      identity: long-term signing key.
+      journal: secure-aggregation rounds that were used up, on disk.
+      record: file to which this site writes what it did; it stays here.
+      noise: gives the randomness of a round's sampling and noise; of the operating system except in a simulation.
+      rounding: gives the randomness of a round's stochastic rounding, or None for the operating system's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        manifest: JobManifest,
+        bench: Workbench,
+        examples: Examples,
+        plan: SitePlan,
+        identity: Identity,
+        journal: Journal,
+        record: Path,
+        noise: Callable[[int], Randomness],
+        rounding: Callable[[int], Callable[[int], np.ndarray]] | None = None,
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self._manifest, self._bench, self._examples = manifest, bench, examples
+        self._identity, self._journal, self._record = identity, journal, record
+        self._noise, self._rounding = noise, rounding
+        self._pending: tuple[int, bytes, np.ndarray] | None = None  # round, adapter digest, update
+        self._member: Member | None = None
+
+    def train(self, request: codec.TrainRequest) -> codec.Message:
+        """Trains, and holds the update until secure aggregation asks for it."""
+        if request.job != self._manifest.digest():
+            raise DigestMismatch(f"job={request.job.hex()[:12]}: not the job this site accepted; send its manifest first")
+        if not 1 <= request.round <= self._manifest.rounds:
+            raise ProtocolViolation(
+                f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
+            )
+        trained = local_update(
+            self._bench,
+            request.adapter.astype(np.float32),
+            self._examples,
+            manifest=self._manifest,
+            plan=self.plan,
+            randomness=self._noise(request.round),
+        )
+        self._write(request.round, trained)
+        self._pending = (request.round, adapter_digest(request.adapter), trained.update)
+        return codec.TrainReply(request.round)
+
+    def keys(self, request: codec.KeysRequest) -> codec.Message:
+        """Opens secure aggregation of the pending update with fresh keys."""
+        if self._pending is None or self._pending[:2] != (request.round, request.adapter):
+            raise ProtocolViolation(f"round={request.round}: no update of this round is waiting; ask for training first")
+        terms = terms_of(self._manifest, request)
+        self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
+        rounding = self._rounding(request.round) if self._rounding else None
+        return _wrap(self._member.keys(self._pending[2], rounding=rounding))
+
+    def shares(self, batch: codec.SignedBatch) -> codec.Message:
+        """Seals shares of this site's two secrets to its peers."""
+        return _wrap(self._active().shares(signed(batch)))
+
+    def masked(self, batch: codec.SignedBatch) -> codec.Message:
+        """Uploads the masked update; the update is spent by that."""
+        commitment, vector = self._active().masked(signed(batch))
+        self._pending = None
+        return codec.MaskedReply(bytes_of(commitment), vector)
+
+    def survivors(self, announcement: codec.Announcement) -> codec.Message:
+        """Signs one survivor set, never a second."""
+        return _wrap(self._active().survivors(announcement.body))
+
+    def unmask(self, batch: codec.SignedBatch) -> codec.Message:
+        """Answers with one share per peer, then forgets the round."""
+        member, self._member = self._active(), None
+        return _wrap(member.unmask(signed(batch)))
+
+    def _active(self) -> Member:
+        if self._member is None:
+            raise ProtocolViolation("no secure aggregation is open at this site; start with the keys stage")
+        return self._member
+
+    def _write(self, number: int, trained: Trained) -> None:
+        outcome = trained.outcome
+        line = {
+            "round": number,
+            "site": self.name,
+            "losses": outcome.losses,
+            "batch_sizes": outcome.batch_sizes,
+            "median_norm": outcome.median_norm,
+            "clipped_fraction": outcome.clipped_fraction,
+            "dropped": outcome.dropped,
+            "bounded": trained.bounded,
+            "engine": trained.engine,
+            "steps": self._manifest.local_steps,
+        }
+        with self._record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+_Handler = Callable[[Site, codec.Message], codec.Message]
+
+
+def _typed(kind: type, method: Callable[..., codec.Message]) -> _Handler:
+    def handle(site: Site, message: codec.Message) -> codec.Message:
+        if not isinstance(message, kind):
+            raise MalformedMessage(f"message={type(message).__name__}: this stage takes {kind.__name__}")
+        return method(site, message)
+
+    return handle
+
+
+STAGES: dict[str, _Handler] = {
+    "train": _typed(codec.TrainRequest, Site.train),
+    "keys": _typed(codec.KeysRequest, Site.keys),
+    "shares": _typed(codec.SignedBatch, Site.shares),
+    "masked": _typed(codec.SignedBatch, Site.masked),
+    "survivors": _typed(codec.Announcement, Site.survivors),
+    "unmask": _typed(codec.SignedBatch, Site.unmask),
+}
+
+
+def answer(site: Site, stage: str, body: bytes) -> bytes:
+    """Returns a site's answer to one stage; a refusal travels as a message with its reason, anything else is a bug."""
+    try:
+        return codec.encode(lookup(STAGES, stage, "stage")(site, codec.decode(body)))
+    except OffsiteError as error:
+        return codec.encode(codec.Refusal(type(error).__name__, str(error)))
+
+
+def signed(batch: codec.SignedBatch) -> list[Signed]:
+    """Returns the messages of a batch as secure aggregation knows them."""
+    return [Signed(m.sender, m.body, m.signature) for m in batch.messages]
+
+
+def bytes_of(message: Signed) -> codec.SignedBytes:
+    """Returns a secure-aggregation message as it travels."""
+    return codec.SignedBytes(message.sender, message.body, message.signature)
+
+
+def _wrap(message: Signed) -> codec.SignedBatch:
+    return codec.SignedBatch((bytes_of(message),))

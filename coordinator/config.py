@@ -1,0 +1,288 @@
+"""The file `fed.toml`: frozen, checked once at the door; an unknown key names the nearest known one."""
+
+import dataclasses
+import hashlib
+import math
+import tomllib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from errors import ConfigError, DataError, nearest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The full model: a Hugging Face directory, and what it is trained for."""
+
+    path: str
+    task: str = "causal_lm"
+
+
+@dataclass(frozen=True)
+class EmulatorConfig:
+    """How the emulator is made.
+
+    Attributes:
+      first: blocks kept verbatim at the input side; they are slots.
+      last: blocks kept verbatim at the output side; they are slots.
+      compress: compressors of the middle, in order, each `name:argument`.
+      embedding: storage of the embedding tables: verbatim, int8 or int4.
+      gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
+    """
+
+    first: int = 2
+    last: int = 2
+    compress: tuple[str, ...] = ("int4:64",)
+    embedding: str = "int8"
+    gate: float = 0.6
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained; `targets` empty takes the method's default for the model."""
+
+    method: str = "ffa_lora"
+    rank: int = 4
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The public text of the coordinator, and how every text becomes records.
+
+    Attributes:
+      public: file or folder of public text, for the gate, the clip and the acceptance test.
+      length: tokens per record, the unit of privacy.
+      split: `blocks` cuts texts into full records, `truncate` makes one record of each text.
+      reader: name in `client.READERS`; empty picks by file name.
+      column: column or key that holds the text; empty for the reader's default.
+    """
+
+    public: str
+    length: int = 128
+    split: str = "blocks"
+    reader: str = ""
+    column: str = ""
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One data owner: name, training data, held-out data of the same kind."""
+
+    name: str
+    train: str
+    heldout: str
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Rounds and the sites' SGD.
+
+    Attributes:
+      rounds: federated rounds.
+      local_steps: DP-SGD steps of a site per round.
+      batch: expected records of a Poisson batch.
+      learning_rate: of the sites' SGD.
+      physical_batch: records in one forward pass.
+    """
+
+    rounds: int = 6
+    local_steps: int = 1
+    batch: int = 16
+    learning_rate: float = 1.0
+    physical_batch: int = 8
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    """The server rule over the mean update, a name in `coordinator.AGGREGATORS`, and its step size."""
+
+    rule: str = "fedadam"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Record-level differential privacy of every site.
+
+    Attributes:
+      private: False trains without clip and noise; the report says so.
+      epsilon: for the whole job, > 0.
+      max_grad_norm: clip of one record's gradient; 0 takes the median norm on public text.
+      accountant: name in `privacy.ACCOUNTANTS`.
+    """
+
+    private: bool = True
+    epsilon: float = 8.0
+    max_grad_norm: float = 0.0
+    accountant: str = "pld"
+
+
+@dataclass(frozen=True)
+class SecaggConfig:
+    """Secure aggregation: the smallest number of sites whose sum may be opened, and the name in the transcript."""
+
+    n_min: int = 3
+    federation: str = "simulation"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is scored, and the acceptance test.
+
+    Attributes:
+      examples: held-out records over all sites.
+      public_examples: public records.
+      tolerance: nats by which a round may raise the public loss above the last accepted one.
+    """
+
+    examples: int = 48
+    public_examples: int = 16
+    tolerance: float = 0.05
+
+
+@dataclass(frozen=True)
+class FedConfig:
+    """A whole federation file."""
+
+    model: ModelConfig
+    data: DataConfig
+    sites: tuple[SiteConfig, ...]
+    seed: int = 0
+    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secagg: SecaggConfig = field(default_factory=SecaggConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        """Checks every range that no later room would explain better."""
+        training, privacy = self.training, self.privacy
+        _at_least("training.rounds", training.rounds, 1)
+        _at_least("training.local_steps", training.local_steps, 1)
+        _at_least("training.batch", training.batch, 1)
+        _at_least("training.physical_batch", training.physical_batch, 1)
+        _at_least("data.length", self.data.length, 2)
+        _at_least("evaluation.examples", self.evaluation.examples, 1)
+        _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
+        _at_least("secagg.n_min", self.secagg.n_min, 3)
+        _at_least("seed", self.seed, 0)
+        _above_zero("training.learning_rate", training.learning_rate)
+        _above_zero("aggregation.learning_rate", self.aggregation.learning_rate)
+        if privacy.private and not privacy.epsilon > 0:
+            raise ConfigError(
+                f"privacy.epsilon={privacy.epsilon}: must be above 0, smaller is more private; "
+                "use 8, or privacy.private = false to train without privacy"
+            )
+        if privacy.max_grad_norm < 0:
+            raise ConfigError(f"privacy.max_grad_norm={privacy.max_grad_norm}: must be above 0, or 0 for automatic")
+        if len(self.sites) < self.secagg.n_min:
+            raise ConfigError(
+                f"n_sites={len(self.sites)}: secure aggregation opens no sum of fewer than n_min={self.secagg.n_min} "
+                "sites, since with two each could compute the other's update; add sites"
+            )
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names) or not all(names):
+            raise ConfigError(f"sites={names}: names must be given and differ; rename one")
+        if not all(name.replace("-", "").replace("_", "").isalnum() for name in names):
+            raise ConfigError(f"sites={names}: names may have letters, digits, - and _ only; rename one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as they would stand in the file."""
+        return dataclasses.asdict(self)
+
+
+def _at_least(name: str, value: float, lowest: float) -> None:
+    if value < lowest:
+        raise ConfigError(f"{name}={value}: must be at least {lowest}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name}={value}: must be finite and above 0")
+
+
+def read_config(path: Path) -> tuple[FedConfig, str]:
+    """Reads a federation file; relative paths in it are relative to its folder.
+
+    Returns:
+      The configuration and the SHA-256 of the file, hexadecimal.
+
+    Raises:
+      DataError: no such file.
+      ConfigError: not TOML, an unknown or missing key, a wrong type or range.
+    """
+    if not path.is_file():
+        raise DataError(f"config={str(path)!r}: no such file; `offsite init` writes one to start from")
+    raw = path.read_bytes()
+    try:
+        content = tomllib.loads(raw.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={str(path)!r} is not valid TOML ({error}); correct that line") from error
+    return parse_config(content, path.resolve().parent), hashlib.sha256(raw).hexdigest()
+
+
+def parse_config(content: dict[str, Any], folder: Path) -> FedConfig:
+    """Returns the configuration of a parsed TOML document; see `read_config`."""
+    content = {**content}
+    if isinstance(data := content.get("data"), dict) and "owners" in data:
+        content["data"] = {k: v for k, v in data.items() if k not in ("owners", "sites_dir")}
+        content["sites"] = _owners(data)
+    config: FedConfig = _build(FedConfig, content, "")
+    return _absolute(config, folder)
+
+
+def _owners(data: dict[str, Any]) -> list[dict[str, str]]:
+    """Expands `sites_dir` and `owners` to one site per folder, with `train` and `heldout` inside."""
+    folder, owners = data.get("sites_dir"), data["owners"]
+    if not isinstance(folder, str) or not isinstance(owners, list):
+        raise ConfigError("data.owners needs data.sites_dir: a folder that holds OWNER/train and OWNER/heldout")
+    return [{"name": str(o), "train": f"{folder}/{o}/train", "heldout": f"{folder}/{o}/heldout"} for o in owners]
+
+
+def _build(kind: Any, content: Any, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where.rstrip('.')}={content!r}: must be a table of keys")
+    hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    for key in content:
+        if key not in fields:
+            raise ConfigError(f"config key {where}{key} is not known; {nearest(key, list(fields))}")
+    for name, one in fields.items():
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and name not in content:
+            raise ConfigError(f"config key {where}{name} is missing; add it")
+    return kind(**{key: _value(hints[key], value, where + key) for key, value in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".")
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}={value!r}: must be a list")
+        inner = get_args(hint)[0]
+        return tuple(_value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}={value!r}: must be of type {hint.__name__}")
+    return value
+
+
+def _absolute(config: FedConfig, folder: Path) -> FedConfig:
+    def full(path: str) -> str:
+        return str(folder / Path(path).expanduser())
+
+    sites = tuple(dataclasses.replace(s, train=full(s.train), heldout=full(s.heldout)) for s in config.sites)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=full(config.model.path)),
+        data=dataclasses.replace(config.data, public=full(config.data.public)),
+        sites=sites,
+    )

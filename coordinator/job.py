@@ -1,0 +1,263 @@
+"""From a configuration to a job: full model, emulator package, gate, clip, manifest; public text only."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from adapter.layout import Layout
+from adapter.methods import METHODS, attach
+from adapter.spec import AdapterSpec
+from coordinator.aggregate import AGGREGATORS
+from coordinator.config import FedConfig
+from coordinator.evaluate import Score, score, spread
+from emulator import package
+from emulator.fidelity import check_gate, gradient_cosine
+from emulator.geometry import Geometry
+from emulator.manifest import Manifest
+from errors import DataError, DigestMismatch, lookup
+from privacy.accountants import ACCOUNTANTS
+from privacy.clip import median_norm
+from privacy.probe import choose_engine
+from protos.manifest import JobManifest, PrivacyTerms
+from task.examples import Examples
+from task.spec import Task
+from task.tasks import TASKS
+
+GATE_EXAMPLES = 8
+CLIP_EXAMPLES = 16
+# An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
+# factors leave ample room; an entry beyond is cut at the site, where it is counted.
+PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
+
+
+@dataclass(frozen=True)
+class PublicText:
+    """Public examples by purpose; no example serves two, so that nothing is tested on what it was tuned on."""
+
+    tune: Examples
+    test: Examples
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared job at the coordinator.
+
+    Attributes:
+      manifest: what the sites get.
+      emulator: manifest of the package.
+      cosine: gradient cosine of the gate.
+      full: full model with the adapter attached, at its start.
+      layout: of the adapter.
+      task: of the job.
+      public: public examples.
+      zero_shot: scores of full model and emulator on public text before any training.
+      start: initial adapter, float32 (d,).
+    """
+
+    manifest: JobManifest
+    emulator: Manifest
+    cosine: float
+    full: Any
+    layout: Layout
+    task: Task
+    public: PublicText
+    zero_shot: Mapping[str, Score]
+    start: np.ndarray
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what `reopen` needs beside the manifest."""
+        return {
+            "gradient_cosine": self.cosine,
+            "zero_shot": {name: dataclasses.asdict(one) for name, one in self.zero_shot.items()},
+        }
+
+
+def check_names(config: FedConfig) -> None:
+    """Looks every name of the configuration up before the first slow step.
+
+    Raises:
+      UnknownName: a table has no such entry.
+    """
+    lookup(TASKS, config.model.task, "model.task")
+    lookup(METHODS, config.adapter.method, "adapter.method")
+    lookup(AGGREGATORS, config.aggregation.rule, "aggregation.rule")
+    lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
+
+
+def public_text(config: FedConfig, task: Task, tokenizer: Any, texts: list[str]) -> PublicText:
+    """Returns the public examples: even ones tune, odd ones test.
+
+    Raises:
+      DataError: too little public text.
+    """
+    examples = task.encode(tokenizer, texts, length=config.data.length, split=config.data.split)
+    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
+    if len(examples) < needed:
+        raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public text")
+    return PublicText(
+        tune=spread(examples, max(CLIP_EXAMPLES, GATE_EXAMPLES), offset=0, stride=2),
+        test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
+    )
+
+
+def prepare(
+    config: FedConfig,
+    *,
+    texts: list[str],
+    roster: tuple[tuple[str, str], ...],
+    folder: Path,
+    on_step: Callable[[str], None],
+) -> Job:
+    """Builds everything that the coordinator does alone.
+
+    Args:
+      config: the federation file.
+      texts: public texts.
+      roster: sites with their public keys, sorted.
+      folder: where the emulator package goes; must be empty or absent.
+      on_step: told what is being done.
+
+    Raises:
+      ConfigError: the emulator is below the gate, or a setting does not fit the model.
+      UnsupportedModel, DataError: the model cannot be used; see `task` and `emulator`.
+    """
+    check_names(config)
+    task = lookup(TASKS, config.model.task, "model.task")
+    on_step("load the full model")
+    tokenizer = task.load_tokenizer(config.model.path)
+    public = public_text(config, task, tokenizer, texts)
+    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
+    geometry = Geometry.of(full, config.emulator.first, config.emulator.last)
+    spec = AdapterSpec(
+        method=config.adapter.method,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        targets=config.adapter.targets,
+        slots=geometry.slots(full),
+        seed=config.seed,
+    )
+
+    on_step("build the emulator package")
+    facts = _build(config, full, geometry, task, public, folder)
+    full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
+    emulator = package.load(folder, dtype=torch.float32, expected_digest=facts.digest())
+
+    on_step("gate: compare gradients through emulator and full model")
+    cosine = gradient_cosine(full, emulator, spec, lambda model: _chunks(task, model, public.tune, GATE_EXAMPLES))
+    check_gate(cosine, config.emulator.gate)
+
+    on_step("score full model and emulator on public text")
+    batch = config.training.physical_batch
+    zero_shot = {
+        "full": score(task, full, public.test, batch=batch),
+        "emulator": score(task, emulator, public.test, batch=batch),
+    }
+
+    on_step("measure gradient norms on public text")
+    clip = config.privacy.max_grad_norm or _median_norm(task, attach(emulator, spec), public.tune, batch)
+    full = attach(full, spec)
+    layout = Layout.of(full)
+    manifest = _manifest(config, roster, facts, spec, layout, clip)
+    return Job(manifest, facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
+
+
+def reopen(
+    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, texts: list[str], folder: Path
+) -> Job:
+    """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
+
+    Raises:
+      DigestMismatch: the package in `folder`, or the model, is not the one of the manifest.
+    """
+    task = lookup(TASKS, manifest.task, "task")
+    public = public_text(config, task, task.load_tokenizer(config.model.path), texts)
+    package_facts = package.read_manifest(folder)
+    full = attach(task.load(config.model.path, dtype=torch.float32), manifest.adapter)
+    layout = Layout.of(full)
+    if package_facts.digest() != manifest.emulator or layout.digest() != manifest.layout.digest():
+        raise DigestMismatch(
+            f"run={str(folder.parent)!r}: emulator package or model is not the one this run began with; start a new run"
+        )
+    zero_shot = {name: Score(**one) for name, one in facts["zero_shot"].items()}
+    cosine = float(facts["gradient_cosine"])
+    return Job(manifest, package_facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the floating type that a model folder says its weights have; float32 where it says nothing."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return torch.float32  # the loader says what is wrong with the folder
+    name = config.get("dtype") or config.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def _build(
+    config: FedConfig, full: Any, geometry: Geometry, task: Task, public: PublicText, folder: Path
+) -> Manifest:
+    def calibrate(model: nn.Module) -> None:
+        score(task, model, public.tune, batch=config.training.physical_batch)
+
+    return package.build(
+        full,
+        geometry,
+        config.emulator.compress,
+        config.emulator.embedding,
+        calibrate,
+        folder,
+        tokenizer=Path(config.model.path),
+    )
+
+
+def _chunks(task: Task, model: nn.Module, examples: Examples, count: int) -> Iterator[torch.Tensor]:
+    """Yields the mean loss over the examples in pieces of two, whose sum is the mean."""
+    for start in range(0, count, 2):
+        rows = list(range(start, min(start + 2, count)))
+        yield task.losses(model, examples.select(rows)).sum() / count
+
+
+def _median_norm(task: Task, model: nn.Module, examples: Examples, batch: int) -> float:
+    engine = choose_engine(model, task.losses, examples.select([0, 1]))
+    batches = [
+        examples.select(list(range(start, min(start + batch, len(examples)))))
+        for start in range(0, len(examples), batch)
+    ]
+    return median_norm(model, task.losses, batches, engine)
+
+
+def _manifest(
+    config: FedConfig,
+    roster: tuple[tuple[str, str], ...],
+    facts: Manifest,
+    spec: AdapterSpec,
+    layout: Layout,
+    clip: float,
+) -> JobManifest:
+    training, privacy = config.training, config.privacy
+    factor = PRIVATE_BOUND if privacy.private else PLAIN_BOUND
+    return JobManifest(
+        federation=config.secagg.federation,
+        epoch=1,
+        roster=roster,
+        n_min=config.secagg.n_min,
+        task=config.model.task,
+        emulator=facts.digest(),
+        adapter=spec,
+        layout=layout,
+        length=config.data.length,
+        split=config.data.split,
+        rounds=training.rounds,
+        local_steps=training.local_steps,
+        learning_rate=training.learning_rate,
+        update_bound=factor * clip * training.learning_rate * training.local_steps,
+        privacy=PrivacyTerms(privacy.private, privacy.epsilon, clip, privacy.accountant, training.batch),
+        physical_batch=training.physical_batch,
+    )

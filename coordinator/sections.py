@@ -1,0 +1,229 @@
+"""The sections of a run report: sentences and tables of rounded numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.statement import WITHOUT_PRIVACY
+from coordinator.wording import count, number, percent, short, signed, size
+
+Report = Mapping[str, Any]
+Rows = tuple[tuple[str, ...], ...]
+
+FOUR = {
+    "full_zero_shot": "full model, before training",
+    "emulator_zero_shot": "emulator, before training",
+    "emulator_tuned": "emulator, tuned adapter",
+    "plug_in": "full model, tuned adapter (plug-in)",
+}
+"""The four models that are compared, in the order of every table and plot."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading with what stands below it.
+
+    Attributes:
+      heading: of the section.
+      text: paragraphs before the table.
+      head: column names.
+      rows: as many cells each as there are column names.
+      plot: key of the plot that belongs here, or empty.
+      numbers: whether all columns but the first hold numbers.
+    """
+
+    heading: str
+    text: tuple[str, ...]
+    head: tuple[str, ...] = ()
+    rows: Rows = ()
+    plot: str = ""
+    numbers: bool = False
+
+
+def quality(report: Report) -> Section:
+    """Returns the section on the four models' losses, on private and public text."""
+    scores = report["quality"]
+    rows = tuple(
+        (words, *(number(scores[kind][name][key], digits) for kind in ("private", "public") for key, digits in _SCORE))
+        for name, words in FOUR.items()
+    )
+    tokens = {kind: scores[kind]["plug_in"].get("tokens") for kind in ("private", "public")}
+    return Section(
+        "How good the model is",
+        (
+            "Loss is how surprised a model is by the next token (a word or part of one), in nats per token; lower is "
+            "better. Perplexity is the same as a factor: a perplexity of 20 is like guessing among 20 equal choices. "
+            "An adapter is the small set of trained numbers; an emulator is the smaller stand-in for the full model on "
+            "which the sites train it.",
+            f"Private text is text of the sites that was held out from training ({count(tokens['private'])} tokens). "
+            f"Public text is of another kind ({count(tokens['public'])} tokens) and shows what was forgotten: its loss "
+            f"changed by {signed(scores['forgetting_nats'])} nats per token.",
+        ),
+        ("model", "private loss", "private perplexity", "public loss", "public perplexity"),
+        rows,
+        "fidelity",
+        numbers=True,
+    )
+
+
+_SCORE = (("loss", 3), ("perplexity", 1))
+
+
+def rounds(report: Report) -> Section:
+    """Returns the section on the rounds, and why one was not taken over."""
+    rows = tuple(
+        (
+            f"{line['round']}",
+            "yes" if line["accepted"] else "no",
+            number(line["public_loss"], 4),
+            short(line["update_norm"]),
+            f"{len(line['members'])}",
+            number(line["seconds"], 1),
+            size(line["bytes_down"]),
+            size(line["bytes_up"]),
+        )
+        for line in report["rounds"]
+    )
+    refused = tuple(f"Round {line['round']}: {line['reason']}." for line in report["rounds"] if not line["accepted"])
+    return Section(
+        "Rounds",
+        (
+            f"{report['finished_rounds']} of {report['rounds_planned']} rounds were run. After each, the new adapter "
+            "is tried in the full model on public text, and taken over only if the loss there is no worse than the "
+            "last one's, within a tolerance. Update length is how far the sites' mean moved the adapter.",
+            *refused,
+        ),
+        ("round", "taken over", "public loss", "update length", "sites", "seconds", "to sites", "from sites"),
+        rows,
+        "rounds" if rows else "",
+        numbers=True,
+    )
+
+
+def privacy(report: Report) -> Section:
+    """Returns the section on each site's privacy numbers."""
+    terms = report["privacy"]
+    rows = tuple(
+        (
+            str(site["site"]),
+            count(site["records"]),
+            number(site["epsilon"], 2),
+            short(site["delta"]),
+            short(site["noise_multiplier"]),
+            short(site["max_grad_norm"]),
+            short(site["sample_rate"]),
+            count(site["steps"]),
+        )
+        for site in terms["sites"]
+    )
+    if not terms["private"]:
+        return Section("Privacy", (f"This run was {WITHOUT_PRIVACY}.",), _PRIVACY_HEAD, rows, numbers=True)
+    return Section(
+        "Privacy",
+        (
+            f"What is protected: {terms['unit']}. The promise compares two data sets of which one has one record "
+            'more. In each step a record is drawn with the probability in the column "sample rate", its gradient is '
+            'cut to the length "clip", and Gaussian noise of "noise multiplier" times "clip" is added.',
+            f"Epsilon and delta hold for all rounds together, computed by the accountant {terms['accountant']}. "
+            f"Noise: {terms['noise_source']}. What is not protected stands in privacy.json.",
+        ),
+        _PRIVACY_HEAD,
+        rows,
+        "epsilon" if rows else "",
+        numbers=True,
+    )
+
+
+_PRIVACY_HEAD = ("site", "records", "epsilon", "delta", "noise multiplier", "clip", "sample rate", "steps")
+
+
+def secagg(report: Report) -> Section:
+    """Returns the section on who was in the sum and what it cost."""
+    facts = report["secagg"]
+    rows = tuple((str(d["site"]), str(d["round"]), str(d["stage"]), str(d["reason"])) for d in facts["dropped"])
+    overhead = facts["upload_bytes"] / facts["payload_bytes"] if facts["payload_bytes"] else None
+    return Section(
+        "Secure aggregation",
+        (
+            "Secure aggregation adds the sites' updates under masks that cancel, so that the coordinator learns only "
+            f"the sum. {len(facts['members'])} sites are in the last sum ({', '.join(map(str, facts['members']))}); "
+            f"a sum is opened only if at least {facts['threshold']} get through. One site's masked upload was "
+            f"{size(facts['upload_bytes'])}, {number(overhead, 3)} times its plain 32-bit numbers.",
+            "No site dropped out." if not rows else "These sites dropped out of a round:",
+        ),
+        ("site", "round", "stage", "reason") if rows else (),
+        rows,
+    )
+
+
+def emulator(emulator: Mapping[str, Any]) -> Section:
+    """Returns the section on what was shipped and how faithful it is."""
+    rows = (
+        ("shipped in all", size(emulator["shipped_bytes"])),
+        ("  of it the blocks that carry the adapter, unchanged", size(emulator["slot_bytes"])),
+        ("  of it the word tables (embeddings)", size(emulator["embedding_bytes"])),
+        ("  of it the blocks between, compressed", size(emulator["middle_bytes"])),
+        ("full model at 16 bits", size(emulator["full_bytes"])),
+        ("share of the blocks between that is shipped", percent(emulator["middle_ratio"])),
+        ("share of the full model shipped unchanged", percent(emulator["verbatim_share"])),
+        ("compression of the blocks between", ", then ".join(map(str, emulator["recipe"])) or "none"),
+        ("storage of the word tables", str(emulator["embedding"])),
+        ("gradient cosine (1 is perfect)", number(emulator["gradient_cosine"])),
+        ("least cosine allowed", number(emulator["gate"], 2)),
+    )
+    text = (
+        "The emulator keeps the first and last blocks as they are, where the adapter sits, and compresses those "
+        "between. The gradient cosine compares the directions in which full model and emulator would change the "
+        "adapter, on public text; an emulator below the least cosine is refused before any site trains."
+    )
+    return Section("Emulator", (text,), ("fact", "value"), rows)
+
+
+def adapter(adapter: Mapping[str, Any]) -> Section:
+    """Returns the section on what was trained."""
+    mean = "exact" if adapter["exact_mean"] else "not exact"
+    rows = (
+        ("method", str(adapter["method"])),
+        ("trained numbers", count(adapter["parameters"])),
+        ("rank", str(adapter["rank"])),
+        ("alpha", str(adapter["alpha"])),
+        ("layers inside a block", ", ".join(map(str, adapter["targets"])) or "the method's default"),
+        ("blocks that carry it", ", ".join(map(str, adapter["slots"]))),
+        ("mean of the sites' adapters", f"{mean}: {adapter['why']}"),
+        ("folder", f"{adapter['directory']}/"),
+        ("loads with Hugging Face PEFT", "yes" if adapter["peft"] else "no, with offsite only"),
+    )
+    return Section("Adapter", (), ("fact", "value"), rows)
+
+
+def cost(cost: Mapping[str, Mapping[str, Any]]) -> Section:
+    """Returns the section on time, memory and bytes of each phase."""
+    rows = tuple(
+        (
+            phase,
+            number(facts["seconds"], 1),
+            size(facts["peak_rss_bytes"]),
+            size(facts["bytes_down"]),
+            size(facts["bytes_up"]),
+        )
+        for phase, facts in cost.items()
+    )
+    return Section(
+        "Cost",
+        ("Bytes are summed over all sites. Peak memory is the most that the process held at once.",),
+        ("phase", "seconds", "peak memory", "to sites", "from sites"),
+        rows,
+        numbers=True,
+    )
+
+
+def provenance(report: Report) -> Section:
+    """Returns the section on seed, hashes and versions."""
+    facts = report["provenance"]
+    rows = (
+        ("mode", f"{report['mode']}, engine {report['engine']}"),
+        *((name.replace("_", " "), str(facts[name])) for name in ("started", "platform", "seed")),
+        *((name.replace("_", " "), str(facts[name])) for name in ("config_sha256", "model_sha256", "job_sha256")),
+        *((package, str(version)) for package, version in sorted(facts["versions"].items())),
+    )
+    return Section("Where it comes from", (), ("fact", "value"), rows)

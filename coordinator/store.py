@@ -1,0 +1,132 @@
+"""What survives a crash: the run folder, written so that after any kill it stands at the last whole round."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from coordinator.aggregate import ServerState
+from errors import DataError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file in one step, on disk before the old one is gone."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a whole round.
+
+    Attributes:
+      server: adapter and running means; the last accepted ones.
+      round: rounds done, 0 before the first.
+      public_loss: of the last accepted adapter, nats per token.
+    """
+
+    server: ServerState
+    round: int
+    public_loss: float
+
+
+class Store:
+    """The files of one run.
+
+    Args:
+      folder: the run folder; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def package(self) -> Path:
+        """Folder of the emulator package."""
+        return self.folder / "package"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the exported adapter."""
+        return self.folder / "adapter"
+
+    def site(self, name: str) -> Path:
+        """Returns the folder of one simulated site."""
+        return self.folder / "sites" / name
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file of the run."""
+        write_atomically(self.folder / name, json.dumps(content, indent=1, allow_nan=False).encode())
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON file of the run.
+
+        Raises:
+          DataError: there is none, or it is not whole.
+        """
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"run={str(self.folder)!r}: no readable {name}; is this a run folder") from error
+
+    def save(self, progress: Progress, line: dict[str, Any]) -> None:
+        """Records a whole round: its line first, then the state that makes the line count."""
+        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.save_state(progress)
+
+    def save_state(self, progress: Progress) -> None:
+        """Writes the resume point."""
+        server = progress.server
+        arrays = {"adapter": server.adapter, "first": server.first, "second": server.second}
+        facts = {"round": progress.round, "public_loss": progress.public_loss, "server_rounds": server.rounds}
+        write_atomically(self.folder / "state.safetensors", save(arrays, metadata={"facts": json.dumps(facts)}))
+
+    def load_state(self) -> Progress | None:
+        """Returns the resume point, or None before the first one.
+
+        Raises:
+          DataError: the file is damaged.
+        """
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                facts = json.loads(file.metadata()["facts"])
+                arrays = {name: np.array(file.get_tensor(name)) for name in ("adapter", "first", "second")}
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise DataError(f"run={str(self.folder)!r}: state.safetensors is damaged; start a new run") from error
+        server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
+        return Progress(server, int(facts["round"]), float(facts["public_loss"]))
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Returns the lines of all whole rounds, in order."""
+        path = self.folder / "rounds.jsonl"
+        if not path.exists():
+            return []
+        lines = []
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue  # the kill came while this line was written, so its round does not count
+        return lines
+
+    def drop_rounds_after(self, last: int) -> None:
+        """Removes lines of rounds that did not become whole before a kill."""
+        kept = [line for line in self.rounds() if line["round"] <= last]
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        write_atomically(self.folder / "rounds.jsonl", content.encode())

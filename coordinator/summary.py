@@ -1,0 +1,73 @@
+"""What a run report says, once: `report` writes it as Markdown and as HTML."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator import sections
+from coordinator.sections import Report, Section
+from coordinator.statement import WITHOUT_PRIVACY, largest_epsilon
+from coordinator.wording import number, percent, short, size
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole report: the answer first, then warnings, then the sections."""
+
+    title: str
+    answer: tuple[str, ...]
+    warnings: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def summarise(report: Report) -> Summary:
+    """Returns the words and tables of a report."""
+    return Summary(
+        title="offsite: report of a simulation" if report["mode"] == "simulation" else "offsite: report of a job",
+        answer=_answer(report),
+        warnings=tuple(str(one) for one in report["warnings"]),
+        sections=(
+            sections.quality(report),
+            sections.rounds(report),
+            sections.privacy(report),
+            sections.secagg(report),
+            sections.emulator(report["emulator"]),
+            sections.adapter(report["adapter"]),
+            sections.cost(report["cost"]),
+            sections.provenance(report),
+        ),
+    )
+
+
+def _answer(report: Report) -> tuple[str, ...]:
+    quality, privacy, emulator = report["quality"]["private"], report["privacy"], report["emulator"]
+    before, after = quality["full_zero_shot"], quality["plug_in"]
+    gain = report["quality"]["gain_nats"]
+    verdict = "better" if (gain or 0) > 0 else "not better"
+    lines = [
+        f"The tuned model is {verdict} on private text that it was not trained on: loss {number(after['loss'])} "
+        f"against {number(before['loss'])} before, a gain of {number(gain)} nats per token (perplexity "
+        f"{number(after['perplexity'], 1)} against {number(before['perplexity'], 1)}).",
+        _privacy_line(privacy, report["finished_rounds"]),
+        f"The sites were given an emulator of {size(emulator['shipped_bytes'])} instead of the full model's "
+        f"{size(emulator['full_bytes'])} ({percent(emulator['shipped_bytes'] / emulator['full_bytes'])}).",
+    ]
+    if not privacy["private"]:
+        lines.insert(0, lines.pop(1))
+    if report["mode"] == "simulation":
+        lines.append(
+            "This was a simulation: one process held the model, all data and all keys, and its noise came from a seed. "
+            "The numbers hold for a federation with these settings; nothing was hidden from the person who ran it."
+        )
+    return tuple(lines)
+
+
+def _privacy_line(privacy: Mapping[str, Any], rounds: int) -> str:
+    if not privacy["private"]:
+        return f"This run was {WITHOUT_PRIVACY}."
+    deltas = [site["delta"] for site in privacy["sites"]]
+    return (
+        f"Every record is protected by differential privacy with epsilon {number(largest_epsilon(privacy), 2)} at most "
+        f"(delta {short(max(deltas, default=None))} or less) over all {rounds} rounds. Epsilon bounds how much the "
+        "result can depend on any one record; smaller is more private."
+    )

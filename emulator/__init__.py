@@ -1,0 +1,1 @@
+"""The lossy stand-in that is shipped in place of the model: towers, slots, compressors, package, gate and plug-in."""

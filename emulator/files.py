@@ -1,0 +1,119 @@
+"""The files of a package and their hashes: what is copied in, and what is refused."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emulator.manifest import MANIFEST, FileEntry
+from errors import ConfigError, DataError, DigestMismatch
+
+# What transformers may read to build a tokenizer; nothing else is copied from the model's folder.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+MANIFEST_LIMIT = 1 << 26
+
+
+def prepare(directory: Path) -> Path:
+    """Returns the folder a package is written to, made where it is missing.
+
+    Raises:
+      ConfigError: it is a file, or holds files already.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ConfigError(f"directory={str(directory)!r} exists and is not empty; choose another or remove it")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def copy_tokenizer(source: Path | str | None, target: Path) -> None:
+    """Copies the tokenizer files of a model's folder into a package.
+
+    Raises:
+      DataError: the folder holds none.
+    """
+    if source is None:
+        return
+    found = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not found:
+        raise DataError(f"tokenizer={str(source)!r} holds no tokenizer file; give the model's folder")
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Returns size and hash of every file of a folder, by name."""
+    paths = sorted(folder.iterdir())
+    return {path.name: FileEntry(_sha256(path), path.stat().st_size) for path in paths}
+
+
+def read_manifest_bytes(folder: Path, expected_digest: str | None) -> bytes:
+    """Returns the bytes of a package's manifest, which are the expected ones where a digest is expected.
+
+    Raises:
+      DataError: there is no manifest.
+      DigestMismatch: its SHA-256 is another.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"package={str(folder)!r} has no {MANIFEST}; build the emulator or fetch its package")
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise DigestMismatch(f"{MANIFEST}: over {MANIFEST_LIMIT} bytes, no manifest is; fetch the package again")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if expected_digest is not None and found != expected_digest:
+        raise DigestMismatch(f"{MANIFEST}: sha256={found}, announced {expected_digest}; fetch the package again")
+    return content
+
+
+def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
+    """Refuses a package whose files are not exactly the announced ones.
+
+    Raises:
+      DigestMismatch: a file is missing, was added, is a link, or has another size or hash.
+    """
+    found = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+    if different := sorted(found.keys() ^ announced.keys()):
+        raise DigestMismatch(f"file={different[0]!r} is missing or was added; fetch the package again")
+    for name, entry in announced.items():
+        path = found[name]
+        if path.is_symlink() or not path.is_file():
+            raise DigestMismatch(f"file={name!r} is not a plain file; fetch the package again")
+        if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
+            raise DigestMismatch(f"file={name!r} is not the one its manifest announces; fetch the package again")
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Returns the SHA-256 of a contiguous tensor's bytes, 64 hexadecimal digits."""
+    content = tensor.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(content)).hexdigest()
+
+
+def check_tensors(pieces: Mapping[str, Tensor], announced: Mapping[str, str]) -> None:
+    """Refuses a tensor whose bytes are not the announced ones, also where the file changed after it was checked.
+
+    Raises:
+      DigestMismatch: a hash is another.
+    """
+    for name, piece in pieces.items():
+        if tensor_sha256(piece) != announced[name]:
+            raise DigestMismatch(f"tensor={name} is not the one its manifest announces; fetch the package again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

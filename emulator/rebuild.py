@@ -1,0 +1,155 @@
+"""From a model to a configuration that names no code, and back to an empty model of the same structure."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.initialization import no_init_weights
+
+from errors import MalformedMessage, UnsupportedModel, lookup
+
+# A package names its kind of model by one of these keys; nothing is ever imported by a name from a file.
+AUTO: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "image_classification": AutoModelForImageClassification,
+    "image_text": AutoModelForImageTextToText,
+    "encoder": AutoModel,
+}
+# Keys of a configuration that make transformers fetch or run something (remote code, kernels, quantisers), or that
+# tell where the owner keeps the model.
+UNSAFE = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
+
+
+def config_text(model: nn.Module) -> str:
+    """Returns the configuration of a transformers model as JSON, without anything that names code or a path.
+
+    Raises:
+      UnsupportedModel: the model has no transformers configuration, or is quantised already.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict") or getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"model={type(model).__name__}: it needs a transformers configuration and plain weights; load it from a "
+            "Hugging Face folder with safetensors weights, not quantised"
+        )
+    document = json.loads(config.to_json_string(use_diff=True))
+    return json.dumps(_without_unsafe(document), indent=2, sort_keys=True) + "\n"
+
+
+def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
+    """Returns a model of a configuration, its parameters allocated but not filled, weights tied, in evaluation mode.
+
+    Memory that is not written is not used: this costs almost nothing until the weights are copied in.
+
+    Args:
+      text: configuration as JSON.
+      auto: key of `AUTO`.
+      dtype: floating dtype of the parameters.
+
+    Raises:
+      MalformedMessage: the configuration does not parse, names code, or is of an unknown model type.
+      UnknownName: the key is not in `AUTO`.
+    """
+    kind = lookup(AUTO, auto, "auto")
+    config = _parse_config(text)
+    with no_init_weights():
+        model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()  # the context above turns tying off together with initialisation
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
+
+
+def find_auto(model: nn.Module, text: str, dtype: torch.dtype) -> tuple[str, nn.Module]:
+    """Returns the key of `AUTO` that rebuilds a model's class, and the empty model it gives.
+
+    Raises:
+      UnsupportedModel: no key gives this class, or the empty model differs from the model in names, shapes, dtypes,
+        tied weights or values that no file stores.
+    """
+    for auto in AUTO:
+        try:
+            empty = empty_model(text, auto, dtype)
+        except ValueError:  # this auto class has no model for the configuration
+            continue
+        if type(empty) is type(model):
+            _check_same(model, empty)
+            return auto, empty
+    raise UnsupportedModel(
+        f"model={type(model).__name__}: no transformers auto class builds it from its configuration; "
+        f"load it through one of {', '.join(AUTO)}"
+    )
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns, for every name whose tensor is the very same object as an earlier one, that earlier name.
+
+    Args:
+      tensors: of `state_dict(keep_vars=True)`, whose values are the parameters themselves.
+    """
+    first: dict[int, str] = {}
+    earlier = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    return {name: other for name, other in earlier.items() if name != other}
+
+
+def _check_same(model: nn.Module, empty: nn.Module) -> None:
+    mine, other = (m.state_dict(keep_vars=True) for m in (model, empty))
+    different = [name for name in mine if name not in other or _facts(mine[name]) != _facts(other[name])]
+    different += [name for name in other if name not in mine]
+    different += sorted(name for name, _ in tied_names(mine).items() ^ tied_names(other).items())
+    # Buffers that are not stored (rotary frequencies) are computed from the configuration: they must come out equal.
+    computed = dict(empty.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in mine and not (name in computed and _equal(buffer.cpu(), computed[name])):
+            different.append(name)
+    if different:
+        raise UnsupportedModel(
+            f"tensor={different[0]}: the model's configuration does not rebuild it alike ({len(different)} differ); "
+            "load the model with from_pretrained in one dtype and do not change it before building"
+        )
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return _facts(left) == _facts(right) and torch.equal(left, right)
+
+
+def _facts(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _parse_config(text: str) -> Any:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise MalformedMessage(f"config.json: not JSON ({error}); build the package again") from error
+    if not isinstance(document, dict) or document != _without_unsafe(document):
+        raise MalformedMessage(f"config.json: none of {', '.join(UNSAFE)} may stand in it; refuse this package")
+    if document.get("model_type") not in CONFIG_MAPPING:
+        raise MalformedMessage(
+            f"model_type={document.get('model_type')!r} is not known to the installed transformers; update it"
+        )
+    return CONFIG_MAPPING[document["model_type"]].from_dict(document)
+
+
+def _without_unsafe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_unsafe(v) for key, v in value.items() if not key.lstrip("_").startswith(UNSAFE)}
+    return [_without_unsafe(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,79 @@
+"""Where a model repeats itself: lists of alike blocks, found by structure and never by a list of model classes."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from errors import UnsupportedModel
+
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A list of alike blocks, named by module path.
+
+    Attributes:
+      path: module path of the list, for example "model.layers".
+      blocks: module paths of its blocks in order, for example "model.layers.0".
+    """
+
+    path: str
+    blocks: tuple[str, ...]
+
+
+def signature(block: nn.Module) -> Signature:
+    """Returns the names and shapes of a block's parameters, relative to the block; equal means the blocks are alike."""
+    return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def usual_signature(blocks: list[nn.Module]) -> Signature | None:
+    """Returns the signature shared by more than half of the blocks, or None where there is no such majority.
+
+    A majority and not all, because a first block may own one tensor more than the others: T5 keeps its table of
+    relative positions there.
+    """
+    commonest, count = Counter(signature(block) for block in blocks).most_common(1)[0]
+    return commonest if 2 * count > len(blocks) else None
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """Returns every tower of a model, outermost lists only, in the order of the model's modules.
+
+    A tower is a `ModuleList` or `Sequential` of at least two composite blocks of one class, most of them with the same
+    parameter names and shapes. Lists inside a block (experts of a mixture, for example) belong to their block.
+    """
+    towers: list[Tower] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{tower.path}.") for tower in towers)
+        if not inside and isinstance(module, nn.ModuleList | nn.Sequential) and _alike(list(module.children())):
+            towers.append(Tower(path, tuple(f"{path}.{name}" for name, _ in module.named_children())))
+    return towers
+
+
+def main_tower(model: nn.Module) -> Tower:
+    """Returns the tower with most parameters; of equals the last, which is the one next to the head.
+
+    Raises:
+      UnsupportedModel: the model has no tower.
+    """
+    towers = find_towers(model)
+    if not towers:
+        raise UnsupportedModel(
+            f"model={type(model).__name__}: no list of at least two alike blocks was found, so there is no middle to "
+            "replace; use a model built of repeated blocks"
+        )
+    return max(reversed(towers), key=lambda tower: _size(model.get_submodule(tower.path)))
+
+
+def _alike(blocks: list[nn.Module]) -> bool:
+    if len(blocks) < 2 or len({type(block) for block in blocks}) > 1:
+        return False
+    # A leaf (a list of Linear or Embedding layers) has no residual path around it: leaving it out means nothing.
+    composite = all(next(block.children(), None) is not None for block in blocks)
+    return composite and bool(usual_signature(blocks))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

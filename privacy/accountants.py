@@ -1,0 +1,108 @@
+"""The table of privacy accountants: events in, epsilon out.
+
+All of them account for the add-or-remove-one-record neighbouring relation under Poisson sampling. A Gaussian-DP
+(central limit) accountant is absent on purpose: measured against PLD it under-reports epsilon by up to 56 %.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from errors import ConfigError, PrivacyRefusal
+from privacy.events import Event, compose
+
+Accountant = Callable[[Sequence[Event], float], float]
+
+# Measured: one epsilon at 2000 steps of the full batch, the widest privacy loss that is of any use. PLD: 0.4 GB and 2 s
+# at 0.2, 0.6 GB and 6 s at 0.1, 1.1 GB at 0.05, 2.8 GB and 24 s at 0.02. PRV: above 9 GB (out of memory) from 0.1 down
+# even at sample_rate=0.02. Noise of 0.2 at 20 steps of sample_rate=0.02 is epsilon 46, so nothing private is lost.
+NOISE_FLOOR = 0.2
+# PRV's mesh grows with the privacy loss itself: 0.4 GB at epsilon 47, 0.8 GB at 169, 3.9 GB at 569, none at 11665.
+PRV_EPSILON_LIMIT = 100.0
+# PLD's grid; 1e-3 agrees with 1e-4 to 1e-3 in epsilon, and always errs upwards.
+PLD_INTERVAL = 1e-3
+# Opacus' own orders, and those that a very small and a very large noise need.
+RDP_ORDERS = [1 + x / 100 for x in range(1, 10)] + [1 + x / 10 for x in range(1, 100)] + list(range(11, 64))
+RDP_ORDERS += [2.0**x for x in range(6, 12)]
+
+
+def check_delta(delta: float) -> None:
+    """Checks that a delta lies strictly between 0 and 1.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta={delta} must be in (0, 1); n**-1.1 for n records is the default")
+
+
+def check_noise(noise_multiplier: float) -> None:
+    """Checks that a noise multiplier is one that an accountant can account for.
+
+    Raises:
+      PrivacyRefusal: it is below `NOISE_FLOOR`.
+    """
+    if noise_multiplier < NOISE_FLOOR:
+        raise PrivacyRefusal(
+            f"noise_multiplier={noise_multiplier} is below the floor {NOISE_FLOOR}, where accountants exhaust memory "
+            "and epsilon protects nobody; raise the noise, or lower the target epsilon that it was calibrated from"
+        )
+
+
+def _pld(events: list[Event], delta: float) -> float:
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = PLDAccountant(relation, value_discretization_interval=PLD_INTERVAL)
+    for event in events:
+        step = dp_accounting.PoissonSampledDpEvent(
+            event.sample_rate, dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        )
+        accountant.compose(step, event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _rdp(events: list[Event], delta: float) -> float:
+    accountant = RDPAccountant()
+    accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in events]
+    with warnings.catch_warnings():
+        # Any order gives a valid bound; at the ends of the range it is merely looser.
+        warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
+        return float(accountant.get_epsilon(delta, alphas=RDP_ORDERS))
+
+
+def _prv(events: list[Event], delta: float) -> float:
+    bound = _rdp(events, delta)
+    if bound > PRV_EPSILON_LIMIT:
+        raise PrivacyRefusal(
+            f"epsilon={bound:.4g} by rdp is above {PRV_EPSILON_LIMIT:g}, where accountant='prv' exhausts memory; "
+            "raise the noise, take fewer steps, or use accountant='pld'"
+        )
+    accountant = PRVAccountant()
+    accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in events]
+    return float(accountant.get_epsilon(delta))
+
+
+def _guarded(epsilon: Callable[[list[Event], float], float]) -> Accountant:
+    """Returns an accountant that checks its arguments, coalesces events, and never returns a number that is none."""
+
+    def guarded(events: Sequence[Event], delta: float) -> float:
+        check_delta(delta)
+        coalesced = compose(events)
+        for event in coalesced:
+            check_noise(event.noise_multiplier)
+        spent = epsilon(coalesced, delta) if coalesced else 0.0
+        if not math.isfinite(spent):
+            raise PrivacyRefusal(f"epsilon={spent} is no guarantee at delta={delta}; raise delta or the noise")
+        return max(spent, 0.0)
+
+    return guarded
+
+
+ACCOUNTANTS: dict[str, Accountant] = {
+    "pld": _guarded(_pld),  # Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380)
+    "prv": _guarded(_prv),  # Gopi, Lee, Wutschitz 2021 (arXiv 2106.02848)
+    "rdp": _guarded(_rdp),  # Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), converted as in arXiv 1905.09982
+}

@@ -1,0 +1,28 @@
+"""What a batch has to offer so that its examples can be told apart."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+
+class Batch(Protocol):
+    """Examples of which any can be left out; `task.examples.Examples` is one."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
+
+    def select(self, indices: Any, /) -> Any:
+        """Returns the batch of the examples at these integer indices."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+Losses = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that train, by name, each once, in the order of `named_parameters`."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,116 @@
+"""From a target epsilon to the noise that meets it."""
+
+import math
+from collections.abc import Callable
+
+from errors import ConfigError, PrivacyRefusal, lookup
+from privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
+from privacy.events import Event, check_sample_rate, check_steps
+
+NOISE_CEILING = 1e4
+TOLERANCE = 0.01
+MAX_EVALUATIONS = 60
+
+Point = tuple[float, float]  # noise multiplier, epsilon
+Spent = Callable[[float], float]
+
+
+def public_delta(n: int) -> float:
+    """Returns the default delta of a site, n**-1.1.
+
+    Args:
+      n: the number of records the site has announced in public, >= 2; never a count taken from private data.
+
+    Raises:
+      ConfigError: n is below 2.
+    """
+    if n < 2:
+        raise ConfigError(f"n={n} must be >= 2 records for a delta below 1; add records or set delta")
+    return float(n) ** -1.1
+
+
+def noise_multiplier_for(
+    epsilon: float, delta: float, sample_rate: float, steps: int, *, accountant: str = "pld"
+) -> float:
+    """Returns the smallest noise multiplier that meets a target, found by a monotone bracketed search.
+
+    The epsilon it spends is at most the target and at most min(0.01, 1 % of the target) below it.
+
+    Args:
+      epsilon: the target for the whole job, > 0.
+      delta: in (0, 1).
+      sample_rate: public probability with which a record joins a step, in (0, 1].
+      steps: logical steps of the whole job, over all rounds, >= 1.
+      accountant: a key of `ACCOUNTANTS`.
+
+    Raises:
+      ConfigError: a number is out of its range.
+      UnknownName: there is no such accountant.
+      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or by none.
+    """
+    account = lookup(ACCOUNTANTS, accountant, "accountant")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ConfigError(f"epsilon={epsilon} must be > 0 and finite; 8 is loose and 1 is strict, or switch privacy off")
+    check_delta(delta)
+    check_sample_rate(sample_rate)
+    check_steps(steps)
+
+    def spent(noise: float) -> float:
+        return _spent(account, Event(noise, sample_rate, steps), delta)
+
+    _refuse_below_floor(epsilon, spent(NOISE_FLOOR))
+    low, high = _bracket(epsilon, spent)
+    return _narrow(epsilon, spent, low, high)
+
+
+def _spent(account: Accountant, event: Event, delta: float) -> float:
+    """Returns the epsilon of an event, or infinity where the accountant refuses to compute one that large."""
+    try:
+        return account([event], delta)
+    except PrivacyRefusal:
+        return math.inf
+
+
+def _refuse_below_floor(epsilon: float, at_floor: float) -> None:
+    if at_floor <= epsilon:
+        raise PrivacyRefusal(
+            f"epsilon={epsilon} needs less than noise_multiplier={NOISE_FLOOR}, the floor below which accountants "
+            f"exhaust memory; the floor already gives {at_floor:.4g}: set epsilon below that, or take more steps"
+        )
+
+
+def _bracket(epsilon: float, spent: Spent) -> tuple[Point, Point]:
+    """Returns two points, the first above the target epsilon and the second at or below it."""
+    high = (1.0, spent(1.0))
+    low = high
+    while high[1] > epsilon:
+        low, noise = high, high[0] * 2
+        if noise > NOISE_CEILING:
+            raise PrivacyRefusal(
+                f"epsilon={epsilon} is not met even by noise_multiplier={NOISE_CEILING:g}; raise epsilon or delta"
+            )
+        high = (noise, spent(noise))
+    while low[1] <= epsilon:
+        high, noise = low, max(low[0] / 2, NOISE_FLOOR)
+        low = (noise, spent(noise))
+    return low, high
+
+
+def _narrow(epsilon: float, spent: Spent, low: Point, high: Point) -> float:
+    """Returns the upper end of the bracket once its epsilon is near enough to the target."""
+    slack = min(TOLERANCE, epsilon / 100)
+    for turn in range(MAX_EVALUATIONS):
+        if epsilon - high[1] <= slack or math.log(high[0] / low[0]) < 1e-6:
+            break
+        noise = _guess(epsilon - slack / 2, low, high) if turn % 3 < 2 else math.sqrt(low[0] * high[0])
+        point = (noise, spent(noise))
+        low, high = (point, high) if point[1] > epsilon else (low, point)
+    return high[0]
+
+
+def _guess(target: float, low: Point, high: Point) -> float:
+    """Returns the noise where log epsilon, taken as linear in log noise, meets the target; inside the bracket."""
+    part = 0.5
+    if math.isfinite(low[1]) and high[1] > 0:
+        part = math.log(low[1] / target) / math.log(low[1] / high[1])
+    return low[0] * (high[0] / low[0]) ** min(max(part, 0.02), 0.98)

@@ -1,0 +1,58 @@
+"""The source of every random number that a privacy guarantee rests on."""
+
+import hashlib
+import os
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+
+class Randomness:
+    """Uniform and normal numbers from an AES-256-CTR keystream.
+
+    Use one of the two constructors. A generator that a peer could seed would let that peer subtract the noise, so the
+    only seeded one says in its name what it is for.
+
+    Attributes:
+      seeded: whether the numbers can be computed again from a seed; a report of such a run claims no privacy.
+    """
+
+    def __init__(self, key: bytes, *, seeded: bool) -> None:
+        # One key serves one stream, so the counter may start at 0.
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self.seeded = seeded
+
+    @classmethod
+    def from_os(cls) -> "Randomness":
+        """Returns randomness under a fresh 256-bit key of the operating system; the one to use on private data."""
+        return cls(os.urandom(32), seeded=False)
+
+    @classmethod
+    def for_simulation(cls, seed: int, *labels: str) -> "Randomness":
+        """Returns repeatable randomness, for simulations and tests only: whoever knows the seed knows the noise.
+
+        Args:
+          seed: any integer.
+          labels: what the numbers are for; each tuple of labels has a stream of its own.
+        """
+        digest = hashlib.sha256(b"offsite/randomness/simulation/1")
+        for label in (str(seed), *labels):
+            text = label.encode()
+            digest.update(len(text).to_bytes(8, "big") + text)
+        return cls(digest.digest(), seeded=True)
+
+    def uniform(self, n: int) -> np.ndarray:
+        """Returns n independent numbers in the open interval (0, 1), float64 (n,), on a grid of 2**-52."""
+        words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
+        # The half step keeps 0 out, of which Box-Muller takes a logarithm.
+        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def normal(self, n: int) -> np.ndarray:
+        """Returns n independent standard normal numbers, float64 (n,).
+
+        Box and Muller 1958. The grid of the uniforms bounds them by 8.6, beyond which lie 1e-17 of all.
+        """
+        half = (n + 1) // 2
+        radius = np.sqrt(-2 * np.log(self.uniform(half)))
+        angle = 2 * np.pi * self.uniform(half)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]

@@ -1,0 +1,114 @@
+"""The job manifest: every public fact of one fine-tuning job, the same bytes at the coordinator and at each site."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from adapter.layout import Layout
+from adapter.spec import AdapterSpec
+from errors import ConfigError, MalformedMessage
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PrivacyTerms:
+    """What each site promises its records, by record-level DP-SGD.
+
+    Attributes:
+      private: False trains without clipping and noise; the report then says so in its first line.
+      epsilon: target for the whole job (all rounds), per site; each site computes its own noise from it.
+      max_grad_norm: clipping bound C of one record's gradient, measured on public text.
+      accountant: name in `privacy.ACCOUNTANTS`.
+      batch: expected number of records in a Poisson batch.
+    """
+
+    private: bool
+    epsilon: float
+    max_grad_norm: float
+    accountant: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class JobManifest:
+    """One job: who takes part, what is trained, on which terms.
+
+    Attributes:
+      federation: name of the federation.
+      epoch: number of the roster; a changed roster is a new epoch.
+      roster: (site, Ed25519 public key in hexadecimal), sorted by site.
+      n_min: smallest number of sites whose sum may be opened.
+      task: name in `task.TASKS`.
+      emulator: SHA-256 of the emulator package's manifest, hexadecimal.
+      adapter: what is trained, and where.
+      layout: names and shapes of the trained tensors, as `Layout.to_dict()`.
+      length: tokens in a record.
+      split: how texts become records, `blocks` or `truncate`.
+      rounds: training rounds in all.
+      local_steps: DP-SGD steps of a site per round.
+      learning_rate: of the sites' SGD.
+      update_bound: largest absolute entry of an update; sets the step of the secure sum.
+      privacy: the terms above.
+      physical_batch: records in one forward pass; changes memory and speed, not the result's privacy.
+    """
+
+    federation: str
+    epoch: int
+    roster: tuple[tuple[str, str], ...]
+    n_min: int
+    task: str
+    emulator: str
+    adapter: AdapterSpec
+    layout: Layout
+    length: int
+    split: str
+    rounds: int
+    local_steps: int
+    learning_rate: float
+    update_bound: float
+    privacy: PrivacyTerms
+    physical_batch: int
+
+    @property
+    def steps(self) -> int:
+        """DP-SGD steps of one site over the whole job."""
+        return self.rounds * self.local_steps
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical JSON; equal manifests give equal bytes."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content |= {
+            "format": FORMAT,
+            "adapter": self.adapter.to_dict(),
+            "layout": self.layout.to_dict(),
+            "privacy": dataclasses.asdict(self.privacy),
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def digest(self) -> bytes:
+        """Returns the SHA-256 of the canonical bytes, 32 bytes."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "JobManifest":
+        """Reads a manifest strictly.
+
+        Raises:
+          MalformedMessage: not JSON, another format, missing or unknown fields, or not in canonical form.
+        """
+        try:
+            content = json.loads(data)
+            if content.pop("format") != FORMAT:
+                raise MalformedMessage("job manifest has another format; install the same release on both sides")
+            content["roster"] = tuple((str(site), str(key)) for site, key in content["roster"])
+            content["adapter"] = AdapterSpec.from_dict(content["adapter"])
+            content["layout"] = Layout.from_dict(content["layout"])
+            content["privacy"] = PrivacyTerms(**content["privacy"])
+            manifest = cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+            raise MalformedMessage(f"job manifest does not parse ({type(error).__name__}); ask for it again") from error
+        if manifest.to_bytes() != data:
+            raise MalformedMessage("job manifest is not in canonical form; was it altered on the way")
+        return manifest

@@ -1,0 +1,134 @@
+"""What a site must not forget over a crash: the last round it took part in, and the updates it has uploaded."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from errors import DataError, ProtocolViolation
+
+
+class Journal(Protocol):
+    """The memory of one site; both methods return only when the entry is durable."""
+
+    def claim(self, federation: str, epoch: int, round: int) -> None:
+        """Enters a round; refuses one that is not newer than the last of its federation."""
+
+    def spend(self, digest: bytes) -> None:
+        """Enters an update as uploaded; refuses one that was uploaded before."""
+
+
+class MemoryJournal:
+    """A journal that ends with the process; for tests and simulations."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[int, int]] = {}
+        self._spent: set[bytes] = set()
+
+    def claim(self, federation: str, epoch: int, round: int) -> None:
+        """Enters a round.
+
+        Raises:
+          ProtocolViolation: the epoch is older than the last one, or the round is not newer within it.
+        """
+        last = self._last.get(federation)
+        if last is not None and (epoch, round) <= last:
+            raise ProtocolViolation(
+                f"round={round} epoch={epoch} is not newer than round={last[1]} epoch={last[0]}; rounds only go up; "
+                "open a new round under the current manifest"
+            )
+        self._last[federation] = (epoch, round)
+
+    def spend(self, digest: bytes) -> None:
+        """Enters an update as uploaded.
+
+        Raises:
+          ProtocolViolation: this update was uploaded before.
+        """
+        if digest in self._spent:
+            raise ProtocolViolation(
+                "update was uploaded before; sent with a second cohort it could be told apart; train again"
+            )
+        self._spent.add(digest)
+
+
+class FileJournal:
+    """A journal in an append-only file, one JSON line per entry, fsynced before a method returns.
+
+    A line that a crash cut off was never acted upon and is removed. Restoring an old copy of the file makes the site
+    forget, so keep it out of backups.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+
+    def claim(self, federation: str, epoch: int, round: int) -> None:
+        """Enters a round, durably.
+
+        Raises:
+          ProtocolViolation: the epoch is older than the last one, or the round is not newer within it.
+          DataError: the file is damaged.
+        """
+        with self._locked() as file:
+            self._read(file).claim(federation, epoch, round)
+            _append(file, ["round", federation, epoch, round])
+
+    def spend(self, digest: bytes) -> None:
+        """Enters an update as uploaded, durably.
+
+        Raises:
+          ProtocolViolation: this update was uploaded before.
+          DataError: the file is damaged.
+        """
+        with self._locked() as file:
+            self._read(file).spend(digest)
+            _append(file, ["spent", digest.hex()])
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        new = not self._path.exists()
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if new:
+                _sync_directory(self._path.parent)
+            yield file
+        finally:
+            os.close(file)
+
+    def _read(self, file: int) -> MemoryJournal:
+        data = os.pread(file, os.fstat(file).st_size, 0)
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.ftruncate(file, whole)
+        memory = MemoryJournal()
+        try:
+            for line in data[:whole].splitlines():
+                match json.loads(line):
+                    case ["round", str(federation), int(epoch), int(round_)]:
+                        memory.claim(federation, epoch, round_)
+                    case ["spent", str(digest)]:
+                        memory.spend(bytes.fromhex(digest))
+                    case other:
+                        raise ValueError(other)
+        except (ValueError, ProtocolViolation) as error:
+            raise DataError(f"journal={self._path} is damaged; entries only go up; start a new epoch") from error
+        return memory
+
+
+def _append(file: int, entry: list[object]) -> None:
+    line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    if os.write(file, line) != len(line):
+        raise DataError("journal could not be written whole; free disk space and start the round again")
+    os.fsync(file)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

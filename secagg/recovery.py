@@ -1,0 +1,67 @@
+"""From the shares that survivors released back to mask keys; Bonawitz et al. 2017, figure 4, round 4."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from errors import ProtocolViolation
+from secagg import agreement, shamir
+from secagg.agreement import Agreed
+from secagg.terms import Terms
+
+Released = Mapping[str, Mapping[str, tuple[bytes, int]]]
+
+
+@dataclass
+class Recovery:
+    """Reconstructs secrets and compares each with what its site announced.
+
+    Attributes:
+      terms: the terms of the round.
+      agreed: T1 and the keys of U1.
+      released: kind and share by responder and site; at least the threshold of responders.
+      faulty: responders whose share did not fit; filled while reconstructing.
+    """
+
+    terms: Terms
+    agreed: Agreed
+    released: Released
+    faulty: set[str] = field(default_factory=set)
+
+    def self_mask(self, site: str) -> bytes:
+        """Returns the self-mask key of a survivor; `ProtocolViolation` when its seed does not match H(b)."""
+        commitment = self.agreed.keys[site].commitment
+        seed = self._secret(site, lambda found: agreement.commit(self.terms, site, found) == commitment)
+        return agreement.self_key(seed, self.agreed.transcript, site)
+
+    def pair_masks(self, site: str, peers: list[str]) -> dict[str, bytes]:
+        """Returns the pair-mask keys of a dropped site with peers; `ProtocolViolation` when its key does not match."""
+        keys = self.agreed.keys
+        # X25519 ignores some bits of a scalar, so the public key alone would let a share that is slightly off pass.
+        scalar = self._secret(
+            site, lambda found: agreement.clamp(found) == found and agreement.public_of(found) == keys[site].mask
+        )
+        private = agreement.private_of(scalar)
+        return {
+            peer: agreement.pair_key(
+                agreement.exchange(private, keys[peer].mask, peer=peer), self.agreed.transcript, site, peer
+            )
+            for peer in peers
+        }
+
+    def _secret(self, site: str, announced: Callable[[int], bool]) -> int:
+        """Returns the secret from the first shares that give the announced one, leaving out one responder if needed."""
+        threshold, places = self.terms.threshold, self.terms.sites
+        answers = sorted(self.released, key=lambda sender: (sender in self.faulty, sender))
+        spare = answers[:threshold] if len(answers) > threshold else []
+        for left_out in (None, *spare):
+            chosen = [sender for sender in answers if sender != left_out][:threshold]
+            shares = {places.index(sender) + 1: self.released[sender][site][1] for sender in chosen}
+            found = shamir.combine(shares, threshold=threshold)
+            if announced(found):
+                if left_out is not None:
+                    self.faulty.add(left_out)
+                return found
+        raise ProtocolViolation(
+            f"site={site!r} does not come out of {len(answers)} answers as announced; a share is wrong; "
+            "wait for more answers or repeat the round"
+        )

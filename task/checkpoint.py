@@ -1,0 +1,117 @@
+"""Reading a model directory, with every way it can be wrong as one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from errors import DataError, UnsupportedModel
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_causal(path: Path | str, *, dtype: torch.dtype) -> Any:
+    """Returns the causal language model of a directory, frozen and in eval mode.
+
+    Reads safetensors only, runs no code from the directory, and never asks the network.
+
+    Args:
+      path: a Hugging Face model directory.
+      dtype: of every parameter, whatever the files hold.
+
+    Raises:
+      DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
+      UnsupportedModel: the model is not a causal language model that transformers knows.
+    """
+    folder = Path(path)
+    _check_config(folder)
+    _check_weights(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"model={str(folder)!r} cannot be read ({_line(error)}); save it again") from error
+    # transformers fills a missing tensor with random values and goes on
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(f"model={str(folder)!r} lacks tensor={missing[0]!r}; save all weights again with transformers")
+    _check_finite(model, folder)
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """Returns the tokenizer of a directory.
+
+    Raises:
+      DataError: the directory has no tokenizer that transformers can read without the network.
+    """
+    folder = Path(path)
+    _check_folder(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(f"tokenizer={str(folder)!r} has no tokenizer.json; copy the model's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise DataError(f"tokenizer={str(folder)!r} cannot be read ({_line(error)}); save it again") from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"model={str(folder)!r} is not a directory; give the path of a Hugging Face model directory")
+
+
+def _check_config(folder: Path) -> None:
+    _check_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"model={str(folder)!r} has no config.json; give the directory save_pretrained wrote")
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in CAUSAL:
+        raise UnsupportedModel(
+            f"model_type={kind!r} is no causal language model of transformers, and code in the model's directory is "
+            "never run; choose another model"
+        )
+    if values.get("quantization_config"):
+        raise UnsupportedModel(
+            f"quantization_config in model={str(folder)!r}, adapters need plain weights; save a dequantised copy"
+        )
+    names = values.get("architectures") or [CAUSAL[kind]]
+    if not set(names) & set(CAUSAL.values()):
+        raise UnsupportedModel(f"architectures={names} is no causal language model; choose another model")
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(found.name for pattern in PICKLES for found in folder.glob(pattern)):
+        raise DataError(
+            f"model={str(folder)!r} has weights only as {pickles[0]}, a pickle; convert them to safetensors first"
+        )
+    raise DataError(f"model={str(folder)!r} has no *.safetensors; copy the model's weights there")
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError(
+                f"model={str(folder)!r} tensor={name!r} holds NaN or Inf as {tensor.dtype}; repair it or widen dtype"
+            )
+
+
+def _line(error: BaseException) -> str:
+    """Returns the first line of a library's message, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

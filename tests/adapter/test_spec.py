@@ -1,0 +1,67 @@
+"""adapter.spec: what is refused, and the JSON form."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter.spec import AdapterSpec
+from errors import ConfigError
+
+NAMES = st.lists(st.text(min_size=1, max_size=8), max_size=4, unique=True).map(tuple)
+
+
+@given(
+    rank=st.integers(1, 512),
+    alpha=st.floats(min_value=1e-3, max_value=1e6),
+    targets=NAMES,
+    slots=NAMES,
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_spec_comes_back_from_json(rank, alpha, targets, slots, seed):
+    spec = AdapterSpec("lora", rank, alpha, targets, slots, seed)
+    assert AdapterSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"alpha": 0.0}, r"alpha=0\.0"),
+        ({"alpha": math.nan}, "alpha=nan"),
+        ({"alpha": math.inf}, "alpha=inf"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, "seed="),
+        ({"slots": ("a", "a")}, "twice"),
+        ({"targets": ("",)}, "non-empty"),
+        ({"slots": "model.layers.0"}, "tuple"),
+    ],
+)
+def test_values_no_method_could_use_are_refused(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        AdapterSpec(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ranc": 2}, "did you mean rank"),
+        ({"rank": "2"}, "must be of type int"),
+        ({"rank": True}, "must be of type int"),
+        ({"alpha": "4"}, "must be of type int or float"),
+        ({"slots": "model.layers.0"}, "must be of type list"),
+        ({"slots": [1]}, "non-empty names"),
+    ],
+)
+def test_json_of_another_form_is_refused(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        AdapterSpec.from_dict(AdapterSpec().to_dict() | change)
+
+
+def test_a_missing_key_is_refused():
+    values = AdapterSpec().to_dict()
+    values.pop("seed")
+    with pytest.raises(ConfigError, match="'seed' is missing"):
+        AdapterSpec.from_dict(values)

@@ -1,0 +1,335 @@
+"""The written report against the numbers it was given, read back as a program, a person and a browser would."""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from coordinator.drawing import spread_out
+from coordinator.report import write_report
+from coordinator.sections import FOUR
+from coordinator.statement import privacy_statement
+
+SITES = ("andrew-jackson", "grover-cleveland", "harry-s-truman", "theodore-roosevelt")
+NASTY = '<script src="http://evil.example/x.js">a & b | c</script>'
+
+
+def score(loss: float) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": 6096}
+
+
+def sample(*, private: bool = True, sites: tuple[str, ...] = SITES, rounds: int = 6) -> dict[str, Any]:
+    """Returns a report with plausible numbers; round 5 was not taken over."""
+    four = [3.667, 3.912, 3.871, 3.604], [4.121, 4.377, 4.381, 4.129]
+    scores = [dict(zip(FOUR, map(score, losses), strict=True)) for losses in four]
+    quality = {"private": scores[0], "public": scores[1], **scores[0], "gain_nats": 0.063, "forgetting_nats": 0.008}
+    spent = [8 * ((i + 1) / rounds) ** 0.6 for i in range(rounds)]
+    lines = [
+        {
+            "round": i + 1,
+            "accepted": i != 4,
+            "reason": "not taken over: public loss 4.1120 -> 4.2210, tolerance 0.05: the new adapter is worse",
+            "public_loss": 4.221 if i == 4 else 4.121 - 0.004 * i,
+            "update_norm": 0.0123 / (i + 1),
+            "members": list(sites),
+            "threshold": 2 * len(sites) // 3 + 1,
+            "dropped": [],
+            "seconds": 41.2 + i,
+            "bytes_up": 412_345,
+            "bytes_down": 231_000,
+            "upload_bytes": 24_731,
+            "payload_bytes": 24_576,
+            "site_losses": {s: 3.9 - 0.07 * k + 0.05 * math.sin(7 * i + k) - 0.01 * i for k, s in enumerate(sites)},
+        }
+        for i in range(rounds)
+    ]
+    phase = {"bytes_up": 2_474_070, "bytes_down": 1_386_000, "seconds": 251.3, "peak_rss_bytes": 2_310_000_000}
+    return {
+        "format": 1,
+        "mode": "simulation",
+        "engine": "memory",
+        "finished_rounds": rounds,
+        "rounds_planned": rounds,
+        "quality": quality,
+        "emulator": {
+            "shipped_bytes": 98_100_000,
+            "full_bytes": 269_030_016,
+            "slot_bytes": 28_300_000,
+            "embedding_bytes": 30_081_024,
+            "middle_bytes": 39_600_000,
+            "middle_ratio": 0.281,
+            "verbatim_share": 0.105,
+            "gradient_cosine": 0.842,
+            "gate": 0.6,
+            "recipe": ["int4:64"],
+            "embedding": "int8",
+        },
+        "adapter": {
+            "method": "ffa_lora",
+            "rank": 4,
+            "alpha": 8.0,
+            "targets": ["v_proj"],
+            "slots": ["model.layers.0", "model.layers.1", "model.layers.28", "model.layers.29"],
+            "parameters": 3072,
+            "exact_mean": True,
+            "why": "A is frozen and common, so the effect B A is linear in B",
+            "peft": True,
+            "directory": "adapter",
+        },
+        "privacy": {
+            "private": private,
+            "unit": "one record: a block of 128 tokens of one site's data",
+            "accountant": "pld",
+            "target_epsilon": 8.0 if private else None,
+            "noise_source": "derived from the run's seed: a simulation",
+            "sites": [
+                {
+                    "site": s,
+                    "records": 700 - 20 * k,
+                    "epsilon": spent[-1] - 0.01 * k if private else math.inf,
+                    "epsilon_by_round": [e - 0.01 * k for e in spent] if private else [],
+                    "delta": (700 - 20 * k) ** -1.1,
+                    "noise_multiplier": 0.395 if private else 0.0,
+                    "max_grad_norm": 0.127,
+                    "sample_rate": 16 / (700 - 20 * k),
+                    "steps": rounds,
+                    "engine": "hooks",
+                }
+                for k, s in enumerate(sites)
+            ],
+        },
+        "secagg": {
+            "suite": 1,
+            "members": list(sites),
+            "threshold": 2 * len(sites) // 3 + 1,
+            "dropped": [{"site": sites[0], "stage": "masked", "reason": "did not answer", "round": 2}],
+            "upload_bytes": 24_731,
+            "payload_bytes": 24_576,
+            "rounds": rounds,
+        },
+        "rounds": lines,
+        "cost": {name: dict(phase) for name in ("build", "train", "evaluate", "total")},
+        "warnings": ["rounds [5] were not taken over: public loss rose by more than the tolerance"],
+        "provenance": {
+            "seed": 0,
+            "config_sha256": "0f" * 32,
+            "model_sha256": "a7" * 32,
+            "job_sha256": "3c" * 32,
+            "versions": {"offsite": "0.1.0", "torch": "2.13.0", "opacus": "1.6.0"},
+            "started": "2026-11-24T05:00:00+00:00",
+            "platform": "Linux",
+        },
+    }
+
+
+def written(folder: Path, report: dict[str, Any]) -> dict[str, str]:
+    write_report(folder, report)
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def strict(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class Page(HTMLParser):
+    """Collects the tags, references and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.words: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("href", "src", "xlink:href", "data", "action"):
+                self.references.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_four_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+    assert sorted(written(tmp_path, sample())) == ["privacy.json", "report.html", "report.json", "report.md"]
+
+
+def test_json_is_strict_and_holds_the_report(tmp_path: Path) -> None:
+    report = sample()
+    report["quality"]["gain_nats"] = math.nan
+    report["rounds"][0]["public_loss"] = math.inf
+    back = strict(written(tmp_path, report)["report.json"])
+    assert back["quality"]["gain_nats"] is None
+    assert back["rounds"][0]["public_loss"] is None
+    assert back["quality"]["private"] == report["quality"]["private"]
+    assert back["emulator"] == report["emulator"]
+
+
+def test_issue_keys_are_there(tmp_path: Path) -> None:
+    back = strict(written(tmp_path, sample())["report.json"])
+    for name in FOUR:
+        for kind in ("private", "public"):
+            assert {"loss", "perplexity"} <= back["quality"][kind][name].keys()
+        assert back["quality"][name] == back["quality"]["private"][name]
+    assert {"shipped_bytes", "full_bytes", "middle_ratio", "gradient_cosine"} <= back["emulator"].keys()
+    for site in back["privacy"]["sites"]:
+        assert {"epsilon", "delta", "noise_multiplier", "max_grad_norm", "sample_rate", "steps"} <= site.keys()
+    assert {"members", "threshold", "dropped", "upload_bytes", "payload_bytes"} <= back["secagg"].keys()
+    for phase in back["cost"].values():
+        assert {"bytes_up", "bytes_down", "seconds", "peak_rss_bytes"} <= phase.keys()
+    assert {"seed", "config_sha256", "model_sha256", "versions"} <= back["provenance"].keys()
+
+
+def test_markdown_shows_the_four_numbers_of_both_texts(tmp_path: Path) -> None:
+    report = sample()
+    text = written(tmp_path, report)["report.md"]
+    for name, words in FOUR.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {words} |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        both = [report["quality"][kind][name] for kind in ("private", "public")]
+        assert [float(cells[i].replace(",", "")) for i in (0, 2)] == pytest.approx([s["loss"] for s in both], abs=5e-4)
+        assert [float(cells[i].replace(",", "")) for i in (1, 3)] == pytest.approx(
+            [s["perplexity"] for s in both], abs=5e-2
+        )
+
+
+def test_the_answer_comes_first(tmp_path: Path) -> None:
+    text = written(tmp_path, sample())["report.md"]
+    head = text.split("\n## ")[0]
+    for part in ("3.604", "3.667", "0.063", "epsilon 8.00", "98.1 MB", "269.0 MB", "better", "simulation"):
+        assert part in head
+
+
+def test_a_run_without_privacy_says_so_before_anything_else(tmp_path: Path) -> None:
+    files = written(tmp_path, sample(private=False))
+    assert "not private" in files["report.md"].splitlines()[2]
+    page = Page(files["report.html"])
+    assert "not private" in " ".join(page.words).split("tuned model")[0]
+    statement = strict(files["privacy.json"])
+    assert next(iter(statement.items())) == ("private", False)
+    assert statement["claim"].startswith("not private")
+    assert statement["epsilon_largest"] is None
+    assert [site["epsilon"] for site in statement["sites"]] == [None] * len(SITES)
+    assert strict(files["report.json"])["privacy"]["sites"][0]["epsilon"] is None
+
+
+def test_a_model_that_is_not_better_is_not_called_better(tmp_path: Path) -> None:
+    report = sample()
+    report["quality"]["gain_nats"] = -0.02
+    assert "not better" in written(tmp_path, report)["report.md"].splitlines()[2]
+
+
+@pytest.mark.parametrize("key", ["unit", "neighbouring_relation", "sampling", "accountant", "coordinator"])
+def test_statement_covers(key: str) -> None:
+    assert privacy_statement(sample())[key]
+
+
+def test_statement_names_trust_limits_and_simulation() -> None:
+    text = json.dumps(privacy_statement(sample()))
+    for words in ("sum", "block a round", "public", "not differential privacy", "malicious site", "subtract", "seed"):
+        assert words in text
+    assert "several records of one person" in text
+    assert privacy_statement(sample() | {"mode": "job"})["simulated"] == []
+
+
+def test_one_infinite_epsilon_leaves_no_largest() -> None:
+    report = sample()
+    report["privacy"]["sites"][1]["epsilon"] = math.inf
+    assert privacy_statement(report)["epsilon_largest"] is None
+
+
+def test_every_string_is_escaped(tmp_path: Path) -> None:
+    report = sample(sites=(NASTY, "b", "c"))
+    report["warnings"] = [NASTY]
+    report["provenance"]["platform"] = NASTY
+    report["rounds"][4]["reason"] = NASTY
+    report["secagg"]["dropped"] = [{"site": NASTY, "stage": NASTY, "reason": NASTY, "round": 1}]
+    files = written(tmp_path, report)
+    page = Page(files["report.html"])
+    assert "script" not in page.tags
+    assert NASTY in " ".join(page.words)
+    assert "<script" not in files["report.md"]
+    head = next(line for line in files["report.md"].splitlines() if line.startswith("| site | round"))
+    row = next(
+        line for line in files["report.md"].splitlines() if line.startswith("| &lt;script") and "did not" not in line
+    )
+    assert head.count("|") == 5
+    assert "a &amp; b \\| c" in row
+
+
+def test_page_loads_nothing_and_its_ids_are_unique(tmp_path: Path) -> None:
+    page = Page(written(tmp_path, sample())["report.html"])
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == 3
+    assert not {"link", "img", "iframe", "script", "object"} & set(page.tags)
+
+
+def test_plots_are_well_formed_and_name_what_they_show(tmp_path: Path) -> None:
+    html = written(tmp_path, sample())["report.html"]
+    drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
+    words = [" ".join(" ".join(node.itertext()).split()) for node in drawn]
+    assert "3.604" in words[0]
+    assert "round not taken over" in words[1]
+    assert all(site in words[1] and site in words[2] for site in SITES)
+    assert "target 8" in words[2]
+    assert all("currentColor" in svg for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+
+
+def test_same_report_same_bytes(tmp_path: Path) -> None:
+    sums = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files = written(tmp_path / name, sample())
+        sums.append({file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()})
+    assert sums[0] == sums[1]
+
+
+def test_the_report_is_left_as_it_was(tmp_path: Path) -> None:
+    report = sample()
+    before = copy.deepcopy(report)
+    write_report(tmp_path, report)
+    assert report == before
+
+
+def test_a_run_without_rounds_and_losses_that_are_not_numbers(tmp_path: Path) -> None:
+    report = sample()
+    report |= {"rounds": [], "finished_rounds": 0}
+    for site in report["privacy"]["sites"]:
+        site |= {"epsilon": 0.0, "epsilon_by_round": []}
+    report["quality"]["private"]["plug_in"] = {"loss": math.inf, "perplexity": math.inf, "tokens": 6096}
+    report["quality"]["gain_nats"] = -math.inf
+    assert Page(written(tmp_path, report)["report.html"]).tags.count("svg") >= 1
+
+
+def test_many_sites_share_one_name(tmp_path: Path) -> None:
+    report = sample(sites=tuple(f"site-{i:02d}" for i in range(30)), rounds=2)
+    report["rounds"][0]["public_loss"] = None
+    html = written(tmp_path, report)["report.html"]
+    assert "30 sites" in html
+
+
+def test_names_beside_a_plot_never_overlap() -> None:
+    wanted = [0.5, 0.5, 0.51, 0.9, 0.02, 0.5]
+    places = spread_out(wanted, 0.1)
+    ordered = sorted(places)
+    assert min(b - a for a, b in itertools.pairwise(ordered)) >= 0.1 - 1e-12
+    assert [sorted(places).index(p) for p in (places[4], places[3])] == [0, 5]
+    assert spread_out([0.1, 0.9], 0.1) == [0.1, 0.9]

@@ -1,0 +1,53 @@
+"""task.encode: what becomes an example, by a tokenizer whose ids can be read off."""
+
+import pytest
+import torch
+
+from errors import DataError
+from task.encode import encode
+from task.examples import Examples
+
+
+class Letters:
+    """A tokenizer with one id per letter, a = 1; without an eos token unless told."""
+
+    def __init__(self, eos_token_id=None):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, text, *, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+
+def test_blocks_join_the_documents_by_eos_and_drop_the_remainder():
+    found = encode(Letters(0), ["abc", "de", "", "fghij"], length=4, split="blocks")
+    assert found.input_ids.tolist() == [[1, 2, 3, 0], [4, 5, 0, 6], [7, 8, 9, 10]]
+    assert found.attention_mask.all()
+
+
+def test_without_an_eos_token_documents_follow_each_other():
+    assert encode(Letters(), ["abc", "d"], length=2, split="blocks").input_ids.tolist() == [[1, 2], [3, 4]]
+
+
+def test_truncate_keeps_one_example_a_text_padded_on_the_right():
+    found = encode(Letters(0), ["abcdef", "ab", "a", "", "abcd"], length=4, split="truncate")
+    assert found.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert (found.input_ids * found.attention_mask).tolist() == [[1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 4]]
+
+
+def test_ids_and_mask_are_int64_of_one_shape():
+    found = encode(Letters(0), ["abc"], length=5, split="truncate")
+    assert found.input_ids.dtype == found.attention_mask.dtype == torch.int64
+    assert tuple(found.input_ids.shape) == tuple(found.attention_mask.shape) == (1, 5)
+
+
+@pytest.mark.parametrize("indices", [[2, 0], (2, 0), torch.tensor([2, 0]), [], torch.tensor([], dtype=torch.long)])
+def test_select_takes_rows_in_the_order_asked(indices):
+    found = encode(Letters(0), ["abcd", "efgh", "ijkl"], length=3, split="truncate").select(indices)
+    assert found.input_ids.tolist() == ([[9, 10, 11], [1, 2, 3]] if len(indices) else [])
+    assert tuple(found.attention_mask.shape) == (len(indices), 3)
+
+
+def test_examples_of_different_shapes_are_refused():
+    with pytest.raises(DataError, match="must be one"):
+        Examples(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
