@@ -1,6 +1,7 @@
 """What one site promises its records: sampling, noise and epsilon, computed here and never taken from a message."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from errors import PrivacyRefusal, lookup
 from privacy.accountants import ACCOUNTANTS
@@ -31,6 +32,7 @@ class SitePlan:
     steps: int
 
 
+@lru_cache(maxsize=128)  # calibration takes seconds, and its result depends on public numbers only
 def plan_for(manifest: JobManifest, records: int) -> SitePlan:
     """Returns the plan of a site with so many records.
 

@@ -1,0 +1,48 @@
+# The work on this repository; `make help` lists the targets.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+RUN := runs/demo
+
+.PHONY: help setup demo test check protos bench lock clean
+
+help: ## lists the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A GPU user sets TORCH to the build that fits the driver, for example: make demo TORCH="torch==2.13.0 --index-url URL".
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation]'
+	touch $@
+
+setup: $(BIN)/.ready ## makes the virtual environment with pinned packages
+
+demo: setup ## fetches model and texts once, then fine-tunes through an emulator, privately; report in runs/demo
+	$(BIN)/offsite prepare --out runs/demo.toml
+	rm -rf $(RUN)
+	$(BIN)/offsite simulate runs/demo.toml --out $(RUN)
+
+test: setup ## runs all tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: setup ## lint, format, types, import contracts, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m protos.fresh
+
+protos: setup ## generates the stubs from protos/*.proto
+	$(BIN)/python -m protos.fresh --write
+
+bench: setup ## compares secure aggregation with Flower's and with CKKS in one process
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
+	$(BIN)/python -m bench.secagg --sizes 1e6 1e7 --members 10
+
+lock: setup ## writes the versions that are installed now to constraints.txt
+	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(torch|offsite)==|^offsite @' > constraints.txt
+
+clean: ## removes the virtual environment and run folders
+	rm -rf $(VENV) runs

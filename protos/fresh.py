@@ -1,0 +1,36 @@
+"""Checks that the committed stubs are what `round.proto` generates, or writes them: `python -m protos.fresh [--write]`."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOM = Path(__file__).resolve().parent
+STUBS = ("round_pb2.py", "round_pb2.pyi")
+
+
+def generate(root: Path) -> None:
+    """Generates the stubs below `root`/protos with the installed compiler."""
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOM.parent}", f"--python_out={root}"]
+    command += [f"--pyi_out={root}", str(ROOM / "round.proto")]
+    subprocess.run(command, check=True)  # noqa: S603 - our own interpreter and file
+
+
+def stale() -> list[str]:
+    """Returns the committed stubs that differ from what the compiler generates now."""
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        fresh = {name: (Path(folder) / "protos" / name).read_bytes() for name in STUBS}
+    return [name for name, content in fresh.items() if (ROOM / name).read_bytes() != content]
+
+
+def main() -> None:
+    """Exits with 1 when a stub is stale."""
+    if "--write" in sys.argv[1:]:
+        generate(ROOM.parent)
+    elif names := stale():
+        sys.exit(f"stale stubs: {', '.join(names)}; run make protos")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A tiny language model with a word vocabulary, four owners' texts and a federation file, made once per session."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(60)]
+OWNERS = ("ash", "birch", "cedar", "elm")
+FED = """
+seed = 1
+
+[model]
+path = "model"
+
+[data]
+public = "data/public"
+sites_dir = "data/sites"
+owners = ["ash", "birch", "cedar", "elm"]
+length = 16
+
+[emulator]
+first = 1
+last = 1
+compress = ["int4:32"]
+gate = 0.1
+
+[training]
+rounds = 2
+batch = 8
+
+[aggregation]
+learning_rate = 0.02
+
+[evaluation]
+examples = 8
+public_examples = 8
+"""
+
+
+def sentence(seed: str, count: int) -> str:
+    """Returns `count` words, from a vocabulary that depends on the seed."""
+    draw = random.Random(seed)
+    mine = draw.sample(WORDS, 20)
+    return " ".join(draw.choice(mine) for _ in range(count))
+
+
+def make_model(folder: Path) -> None:
+    """Writes a six-block Llama with its tokenizer."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_world(folder: Path) -> Path:
+    """Writes model, texts and fed.toml, and returns the path of the latter."""
+    make_model(folder / "model")
+    for owner in OWNERS:
+        for part, count in (("train", 1600), ("heldout", 300)):
+            place = folder / "data" / "sites" / owner / part
+            place.mkdir(parents=True)
+            (place / "text.txt").write_text(sentence(owner + part, count))
+    public = folder / "data" / "public"
+    public.mkdir(parents=True)
+    (public / "text.txt").write_text(sentence("public", 2000))
+    (folder / "fed.toml").write_text(FED)
+    return folder / "fed.toml"
+
+
+@pytest.fixture(scope="session")
+def fed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The federation file of the tiny world; tests must not write into its folder."""
+    return make_world(tmp_path_factory.mktemp("world"))
