@@ -68,8 +68,20 @@ def make_model(folder: Path) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    train_a_little(model, tokenizer)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def train_a_little(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Teaches the model which words are common in public text; an untrained one could not get worse."""
+    ids = torch.tensor(tokenizer(sentence("public", 40 * 16 * 8)).input_ids).reshape(40, 8, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for batch in ids:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def make_world(folder: Path) -> Path:

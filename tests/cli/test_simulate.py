@@ -183,7 +183,7 @@ def test_another_seed_gives_another_adapter(
 
 
 def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
-    """A server step of 1000 wrecks the model; every round must be refused and the adapter stay where it was."""
+    """A server step of 1000 wrecks the model; the round must be refused and the adapter stay where it was."""
     wild = fed.parent / "wild.toml"
     wild.write_text(fed.read_text().replace("learning_rate = 0.02", "learning_rate = 1000.0"))
     run = open_run(wild, tmp_path / "wild", rounds=1)
@@ -191,7 +191,6 @@ def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
     assert [line["accepted"] for line in report["rounds"]] == [False]
     assert report["quality"]["gain_nats"] == 0.0
     assert any("not taken over" in warning for warning in report["warnings"])
-    assert "NOT taken over" in (run.store.folder / "report.md").read_text() or report["warnings"]
 
 
 def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+
+from emulator.geometry import Geometry
+from emulator.package import build
 
 VOCABULARY = 61
 IDS = (torch.arange(22).reshape(2, 11) * 7) % VOCABULARY
@@ -28,6 +32,12 @@ class Family:
 
     def calibrate(self, model: Any) -> None:
         model(**self.inputs)
+
+    def build(
+        self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any
+    ) -> Manifest:
+        geometry = Geometry.of(self.model, 2, 1)
+        return build(self.model, geometry, recipe, embedding, self.calibrate, directory, **more)
 
 
 def _causal(config: Any) -> Any:
@@ -114,3 +124,9 @@ def llama() -> Family:
 @pytest.fixture
 def make() -> Callable[..., Family]:
     return make_family
+
+
+@pytest.fixture
+def package(llama: Family, tmp_path: Path) -> Path:
+    llama.build(tmp_path / "p", ("skip_uniform:0.34", "int4:16"), "int8")
+    return tmp_path / "p"
