@@ -1,0 +1,1 @@
+"""The command `offsite`; the only room that prints."""

@@ -48,14 +48,14 @@ def flower_engine(
     """
     os.environ.update(QUIET)
     try:
-        import ray  # noqa: F401, PLC0415
+        import ray  # noqa: F401
     except ImportError as error:
         raise ConfigError("engine='flower': Ray is not installed; run pip install 'offsite[simulation]'") from error
-    from flwr.serverapp import Grid, ServerApp  # noqa: PLC0415
-    from flwr.simulation import run_simulation  # noqa: PLC0415
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
 
-    from client.flower_edge import client_app  # noqa: PLC0415
-    from coordinator.flower_edge import GridExchange  # noqa: PLC0415
+    from client.flower_edge import client_app
+    from coordinator.flower_edge import GridExchange
 
     folder = str(run.store.folder.resolve())
     names = [name for name, _ in manifest.roster]

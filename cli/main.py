@@ -61,10 +61,10 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
 ) -> None:
     """Run a whole federation on this machine and write a report."""
-    import dataclasses  # noqa: PLC0415
+    import dataclasses
 
-    from cli.run import Run, with_options  # noqa: PLC0415
-    from coordinator.config import read_config  # noqa: PLC0415
+    from cli.run import Run, with_options
+    from coordinator.config import read_config
 
     carry = lookup({"memory": "memory", "flower": "flower"}, engine, "engine")
     if (config is None) == (resume is None):
@@ -84,10 +84,10 @@ def simulate(
 
 def _run(run: object, engine: str, as_json: bool) -> None:
     """Loads the heavy libraries, runs, and prints where the result lies."""
-    from cli.display import LiveDisplay, PlainDisplay  # noqa: PLC0415
-    from cli.flower_engine import flower_engine  # noqa: PLC0415
-    from cli.run import Run  # noqa: PLC0415
-    from cli.simulate import Options, memory_engine, simulate  # noqa: PLC0415
+    from cli.display import LiveDisplay, PlainDisplay
+    from cli.flower_engine import flower_engine
+    from cli.run import Run
+    from cli.simulate import Options, memory_engine, simulate
 
     if not isinstance(run, Run):
         raise TypeError("run must be a Run")
@@ -113,10 +113,12 @@ def _run(run: object, engine: str, as_json: bool) -> None:
 def prepare(
     cache: Annotated[Path | None, typer.Option(help="cache folder; default: the user's cache")] = None,
     out: Annotated[Path, typer.Option(help="federation file to write")] = Path("runs/demo.toml"),
-    data: Annotated[Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")
+    ] = None,
 ) -> None:
     """Fetch, verify and convert the demo's model and texts once, and write its federation file."""
-    from cli import prepare as room  # noqa: PLC0415
+    from cli import prepare as room
 
     folder = cache or room.default_cache()
     model = room.prepare_model(folder)

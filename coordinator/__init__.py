@@ -1,0 +1,1 @@
+"""The model owner's side: job, rounds, aggregation, store, report."""

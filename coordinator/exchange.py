@@ -7,7 +7,6 @@ from typing import Protocol, TypeVar
 from errors import MalformedMessage
 from protos import codec
 
-
 M = TypeVar("M")
 
 

@@ -38,7 +38,7 @@ class GridExchange:
             if time.monotonic() > until:
                 raise DataError(f"nodes={len(nodes)}: {sites} sites were expected; start the missing clients")
             time.sleep(POLL_SECONDS)
-        answers = self._call({node: (NAME_STAGE, b"") for node in nodes})
+        answers = self._call(dict.fromkeys(nodes, (NAME_STAGE, b"")))
         return {body.decode(): node for node, body in answers.items()}
 
     def _call(self, payloads: Mapping[int, tuple[str, bytes]]) -> dict[int, bytes]:
@@ -56,4 +56,3 @@ class GridExchange:
                     answers[reply.metadata.src_node_id] = unpack(reply.content)[1]
             time.sleep(POLL_SECONDS)
         return answers
-

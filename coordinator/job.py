@@ -200,9 +200,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
-def _build(
-    config: FedConfig, full: Any, geometry: Geometry, task: Task, public: PublicText, folder: Path
-) -> Manifest:
+def _build(config: FedConfig, full: Any, geometry: Geometry, task: Task, public: PublicText, folder: Path) -> Manifest:
     def calibrate(model: nn.Module) -> None:
         score(task, model, public.tune, batch=config.training.physical_batch)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, excha
     uploads = talk.ask("masked", inboxes, codec.MaskedReply)
     upload_bytes = max((len(codec.encode(reply)) for reply in uploads.values()), default=0)
     for site, reply in uploads.items():
-        _guard(talk, site, "masked", lambda r=reply: collector.add_masked(_signed(r.commitment), r.vector))
+        _guard(talk, site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
 
     # 5 survivors: all sign one list, so that no two cohorts can be opened
     announcement = codec.Announcement(collector.announcement())
@@ -129,7 +130,7 @@ def _collect(
 ) -> None:
     for site, batch in answers.items():
         for message in batch.messages:
-            _guard(talk, site, stage, lambda m=message: add(_signed(m)))
+            _guard(talk, site, stage, partial(add, _signed(message)))
 
 
 def _guard(talk: Conversation, site: str, stage: str, action: Callable[[], None]) -> None:

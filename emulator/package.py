@@ -22,7 +22,7 @@ from errors import DigestMismatch, MalformedMessage, UnsupportedModel, lookup
 MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
-def build(  # noqa: PLR0917 - the order is the order of the decisions; callers name them
+def build(
     model: nn.Module,
     geometry: Geometry,
     recipe: tuple[str, ...],

@@ -1,0 +1,1 @@
+"""What training costs in privacy: per-example gradients, clip and noise, accountants."""

@@ -50,7 +50,9 @@ def noise_multiplier_for(
     """
     account = lookup(ACCOUNTANTS, accountant, "accountant")
     if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"epsilon={epsilon} must be > 0 and finite; 8 is loose and 1 is strict, or switch privacy off")
+        raise ConfigError(
+            f"epsilon={epsilon} must be > 0 and finite; 8 is loose and 1 is strict, or switch privacy off"
+        )
     check_delta(delta)
     check_sample_rate(sample_rate)
     check_steps(steps)

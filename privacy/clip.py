@@ -1,36 +1,40 @@
 """The default clipping bound, from public examples."""
 
+import math
+import statistics
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
-from errors import DataError, lookup
-from privacy.engines import ENGINES, Losses
+from errors import ConfigError, lookup
+from privacy.batches import Batch, Losses, trainable
+from privacy.engines import ENGINES
+from privacy.optimizer import example_norms
 
 
-def median_norm(model: nn.Module, losses: Losses, batches: Iterable[Any], engine: str) -> float:
-    """Returns the median gradient norm of single public examples, the default of `max_grad_norm`.
+def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], engine: str = "hooks") -> float:
+    """Returns the median gradient norm of single examples, the default `max_grad_norm`.
 
-    A bound far above it drowns the adapter in noise: noise grows with the bound, the signal does not. Private examples
-    must not be used here, since the median itself would leak.
+    Clipping bounds differ by orders of magnitude between models and adapters, and one far above the norms drowns the
+    update in noise. Andrew et al. 2021 (arXiv 1905.03871) find the median a good bound.
 
     Args:
-      model: with the adapter at its start.
-      losses: one loss per example.
-      batches: public examples.
-      engine: name in `ENGINES`.
+      model: with its adapter attached.
+      losses_fn: (model, batch) -> one loss per example, (B,).
+      batches: PUBLIC examples; a bound from private ones would itself have to be paid for.
+      engine: a key of `privacy.engines.ENGINES`.
 
     Raises:
-      DataError: no example has a finite gradient that is not zero.
+      ConfigError: no example has a finite gradient, or the median is 0.
     """
     norms: list[float] = []
-    with lookup(ENGINES, engine, "engine")(model) as gradients:
+    with lookup(ENGINES, engine, "engine")(model) as opened:
         for batch in batches:
-            _, samples = gradients(losses, batch)
-            norms += torch.stack([s.double().flatten(1).square().sum(1) for s in samples]).sum(0).sqrt().tolist()
-    usable = sorted(norm for norm in norms if 0 < norm < float("inf"))
-    if not usable:
-        raise DataError("public examples give no finite gradient that is not zero; set privacy.max_grad_norm by hand")
-    return usable[len(usable) // 2]
+            opened.per_example(losses_fn, batch)
+            found = example_norms([parameter.grad_sample for parameter in trainable(model).values()])
+            norms += found[torch.isfinite(found)].tolist()
+    median = statistics.median(norms) if norms else math.nan
+    if not median > 0:
+        raise ConfigError(f"median gradient norm={median} of {len(norms)} public examples must be > 0; add public text")
+    return median

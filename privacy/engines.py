@@ -1,113 +1,216 @@
-"""Per-example gradients, by two engines behind one interface."""
+"""The table of engines: ways to get one gradient per example.
+
+An engine is opened on a model for the length of one training, and leaves no trace on it when closed:
+
+    with ENGINES["hooks"](model) as engine:
+        rows = engine.per_example(losses_fn, batch)  # fills p.grad_sample of every trainable parameter
+"""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from opacus.grad_sample import GradSampleHooks
-from torch import Tensor, nn
+from torch import nn
 
 from errors import PrivacyRefusal
-
-Losses = Callable[[nn.Module, Any], Tensor]
-
-
-class Batch(Protocol):
-    """What a batch must offer: a length, and a selection of its examples."""
-
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-
-    def select(self, indices: Any) -> "Batch":
-        """Returns the examples at the indices."""
+from privacy.batches import Batch, Losses, trainable
 
 
-Gradients = Callable[[Losses, Any], tuple[Tensor, list[Tensor]]]
+@dataclass(frozen=True)
+class Rows:
+    """Which examples of a batch have a row in `grad_sample`; private, both fields.
+
+    Attributes:
+      kept: positions in the batch, ascending; an example whose loss is not finite has no row.
+      losses: their losses, in the same order.
+    """
+
+    kept: tuple[int, ...]
+    losses: tuple[float, ...]
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns the trainable parameters with their names, sorted by name."""
-    return sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+class Engine(Protocol):
+    """One way to get one gradient per example."""
+
+    def per_example(self, losses_fn: Losses, batch: Batch) -> Rows:
+        """Sets `p.grad_sample` (len(kept), *p.shape) on every trainable parameter p of the model.
+
+        Raises:
+          PrivacyRefusal: the gradients cannot be told apart by example.
+        """
+        ...
+
+
+def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Returns the losses of a batch, (B,).
+
+    Raises:
+      PrivacyRefusal: they are not one number per example.
+    """
+    losses = losses_fn(model, batch)
+    if tuple(losses.shape) != (len(batch),):
+        raise PrivacyRefusal(
+            f"losses shape={tuple(losses.shape)} must be one loss per example, ({len(batch)},); "
+            "return the mean over each example's own targets"
+        )
+    return losses
+
+
+def no_rows(model: nn.Module) -> Rows:
+    """Sets `grad_sample` to zero examples, which is what an empty Poisson batch has."""
+    for parameter in trainable(model).values():
+        _set_rows(parameter, parameter.new_zeros((0, *parameter.shape)))
+    return Rows((), ())
+
+
+class HooksEngine:
+    """Opacus' hooks: one forward and one backward for the whole batch.
+
+    Opacus records a module's inputs only in training mode, so the modules that own trainable parameters are put in
+    it; all others keep the mode they have, and the dropout of a frozen base stays off.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = trainable(model)
+        try:
+            # loss_reduction="sum": our losses are summed, so a row of the backward pass is that example's own.
+            self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=True)
+        except Exception as error:  # Opacus has no type of its own for what it does not support
+            for handle in model.__dict__.get("autograd_grad_sample_hooks", ()):
+                handle.remove()
+            _forget(model)
+            raise PrivacyRefusal(f"engine='hooks' cannot attach: {_line(error)}; use engine='loop'") from error
+
+    def close(self) -> None:
+        """Removes every hook and attribute."""
+        self._hooks.cleanup()
+        _forget(self._model)
+
+    def per_example(self, losses_fn: Losses, batch: Batch) -> Rows:
+        """See `Engine`."""
+        kept = list(range(len(batch)))
+        while kept:
+            self._reset()
+            losses = checked_losses(losses_fn, self._model, batch)
+            finite = torch.isfinite(losses.detach()).tolist()
+            if all(finite):
+                return self._backward(losses, kept)
+            # Without the others' rows: a NaN must not meet them in the backward pass, where 0 * NaN is NaN.
+            batch = batch.select([row for row, good in enumerate(finite) if good])
+            kept = [position for position, good in zip(kept, finite, strict=True) if good]
+        self._reset()
+        return no_rows(self._model)
+
+    def _backward(self, losses: torch.Tensor, kept: list[int]) -> Rows:
+        with warnings.catch_warnings():
+            # The input of the first trainable module comes from frozen ones; its weights' gradients are exact.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+            losses.sum().backward()
+        for name, parameter in self._parameters.items():
+            parameter.grad = None  # the plain sum of gradients, which must not be stepped on
+            rows = parameter.grad_sample
+            if not isinstance(rows, torch.Tensor) or rows.shape != (len(kept), *parameter.shape):
+                found = tuple(rows.shape) if isinstance(rows, torch.Tensor) else None
+                raise PrivacyRefusal(
+                    f"engine='hooks': grad_sample of {name!r} has shape={found}, must be one row for each of "
+                    f"{len(kept)} examples; use engine='loop'"
+                )
+        return Rows(tuple(kept), tuple(losses.detach().double().tolist()))
+
+    def _reset(self) -> None:
+        """Forgets a forward pass that had no backward pass, and the rows of the last batch."""
+        for module in self._model.modules():
+            for attribute in ("activations", "max_batch_len"):
+                module.__dict__.pop(attribute, None)
+        for parameter in self._parameters.values():
+            parameter.__dict__.pop("_current_grad_sample", None)
+            _set_rows(parameter, None)
+            parameter._forward_counter = 0
+
+
+class LoopEngine:
+    """A batch of one example at a time: exact for every method, and the least memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = trainable(model)
+
+    def close(self) -> None:
+        """Removes the rows."""
+        _forget(self._model)
+
+    def per_example(self, losses_fn: Losses, batch: Batch) -> Rows:
+        """See `Engine`."""
+        rows: list[tuple[torch.Tensor, ...]] = []
+        kept, values = [], []
+        for position in range(len(batch)):
+            losses = checked_losses(losses_fn, self._model, batch.select([position]))
+            if bool(torch.isfinite(losses.detach()).all()):
+                rows.append(one_gradient(losses[0], list(self._parameters.values())))
+                kept.append(position)
+                values.append(float(losses.detach()))
+        if not rows:
+            return no_rows(self._model)
+        for parameter, gradients in zip(self._parameters.values(), zip(*rows, strict=True), strict=True):
+            _set_rows(parameter, torch.stack(gradients))
+        return Rows(tuple(kept), tuple(values))
+
+
+def one_gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    """Returns the gradient of one loss; zero where a parameter had no part in it."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return tuple(
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    )
+
+
+def _set_rows(parameter: nn.Parameter, rows: torch.Tensor | None) -> None:
+    parameter.grad_sample = rows
+
+
+def _forget(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+        for attribute in ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample"):
+            parameter.__dict__.pop(attribute, None)
+    for module in model.modules():
+        for attribute in ("activations", "max_batch_len", "autograd_grad_sample_hooks", "ft_compute_sample_grad"):
+            module.__dict__.pop(attribute, None)
+
+
+def _line(error: Exception) -> str:
+    """Returns the first line of a foreign exception, short."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 @contextmanager
-def adapters_only(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode, except the modules that own trainable parameters.
-
-    Opacus records only modules in training mode, and everything else must behave as it does when the model is used: no
-    dropout of the frozen model, no running statistics.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module in model.modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            module.training = True
+def _hooks(model: nn.Module) -> Iterator[HooksEngine]:
+    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    modes = [(module, module.training) for module in owners]
+    engine = HooksEngine(model)
     try:
-        yield
+        for module in owners:
+            module.training = True  # not .train(), which would also turn on the dropout of its children
+        yield engine
     finally:
+        engine.close()
         for module, mode in modes:
             module.training = mode
 
 
 @contextmanager
-def hooks(model: nn.Module) -> Iterator[Gradients]:
-    """Opacus' hooks: one backward pass, per-example gradients from activations and output gradients."""
-    parameters = trainable(model)
-    recorder = GradSampleHooks(model, loss_reduction="sum")
-
-    def gradients(losses: Losses, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            values = losses(model, batch)
-            values.sum().backward()
-        found = [_taken(name, parameter) for name, parameter in parameters]
-        return values.detach(), found
-
+def _loop(model: nn.Module) -> Iterator[LoopEngine]:
+    engine = LoopEngine(model)
     try:
-        with adapters_only(model):
-            yield gradients
+        yield engine
     finally:
-        recorder.remove_hooks()
-        _forget(model)
+        engine.close()
 
 
-def _taken(name: str, parameter: Any) -> Tensor:
-    sample = getattr(parameter, "grad_sample", None)
-    parameter.grad_sample = parameter.grad = None
-    if not isinstance(sample, Tensor):
-        raise PrivacyRefusal(f"parameter={name}: Opacus' hooks gave no per-example gradient; use the loop engine")
-    return sample.detach()
-
-
-def _forget(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
-            if hasattr(parameter, attribute):
-                delattr(parameter, attribute)
-    for module in model.modules():
-        if hasattr(module, "activations"):
-            del module.activations
-
-
-@contextmanager
-def loop(model: nn.Module) -> Iterator[Gradients]:
-    """Batches of one: exact for every method, with the least memory, and slower on short records."""
-    parameters = [parameter for _, parameter in trainable(model)]
-
-    def gradients(losses: Losses, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        values, rows = [], []
-        for place in range(len(batch)):
-            value = losses(model, batch.select([place]))
-            grads = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
-            rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
-            values.append(value.detach().reshape(-1))
-        stacked = [torch.stack([row[i] for row in rows]) for i in range(len(parameters))]
-        return torch.cat(values), stacked
-
-    with adapters_only(model):
-        yield gradients
-
-
-ENGINES: dict[str, Callable[[nn.Module], Any]] = {"hooks": hooks, "loop": loop}
+ENGINES: dict[str, Callable[[nn.Module], Any]] = {"hooks": _hooks, "loop": _loop}

@@ -1,42 +1,44 @@
-"""DP-SGD on an adapter: Poisson batches, per-example clipping, noise, plain SGD steps (Abadi et al. 2016)."""
+"""Record-level DP-SGD: one training at one site, and the event that it spent."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
-from torch import Tensor, nn
+from torch import nn
 
-from errors import RangeError, lookup
+from errors import ConfigError, PrivacyRefusal, lookup
 from privacy.accountants import check_noise
-from privacy.engines import ENGINES, Gradients, Losses, trainable
-from privacy.events import Event
+from privacy.batches import Losses, trainable
+from privacy.engines import ENGINES, Engine, no_rows
+from privacy.events import Event, check_sample_rate, check_steps
+from privacy.optimizer import NoisyMeanOptimizer
 from privacy.randomness import Randomness
 from privacy.sampler import poisson
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The public numbers of one training run; none follows from the private records.
+    """Public constants of a plan, agreed before any private record is read.
 
     Attributes:
-      noise_multiplier: noise standard deviation over `max_grad_norm`.
-      max_grad_norm: clipping bound C of one example's gradient, > 0.
-      sample_rate: Poisson sampling rate.
-      expected_batch_size: what the noisy sum is divided by.
-      steps: SGD steps.
-      learning_rate: of plain SGD.
-      physical_batch: examples per forward pass; changes memory only.
-      engine: name in `ENGINES`.
-      private: False neither clips nor adds noise.
+      noise_multiplier: noise standard deviation / max_grad_norm; None or 0 only when not private.
+      max_grad_norm: bound on one record's gradient norm, > 0; ignored when not private.
+      sample_rate: probability with which a record joins a step, in (0, 1].
+      expected_batch_size: what the sum is divided by, > 0; a constant, never the number of records present.
+      steps: logical steps of this training, >= 1.
+      learning_rate: of plain SGD, > 0.
+      physical_batch: examples per backward pass, >= 1; changes memory and speed, not the result.
+      engine: a key of `privacy.engines.ENGINES`.
+      private: False = no clipping and no noise, to compare with; the outcome then has no event.
     """
 
-    noise_multiplier: float
+    noise_multiplier: float | None
     max_grad_norm: float
     sample_rate: float
-    expected_batch_size: int
+    expected_batch_size: float
     steps: int
     learning_rate: float
     physical_batch: int = 8
@@ -44,149 +46,133 @@ class Terms:
     private: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what would void the promise."""
+        """Refuses terms under which the mechanism would not be the one that is accounted for."""
+        check_sample_rate(self.sample_rate)
+        check_steps(self.steps)
+        lookup(ENGINES, self.engine, "engine")
+        for name in ("max_grad_norm", "expected_batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value} must be finite and > 0; correct the plan")
+        if self.physical_batch < 1:
+            raise ConfigError(f"physical_batch={self.physical_batch} must be >= 1; 8 is the default")
+        if self.private and not self.noise_multiplier:
+            raise PrivacyRefusal(
+                f"noise_multiplier={self.noise_multiplier} is no privacy; calibrate it, or set private=False and say so"
+            )
         if self.private:
-            check_noise(self.noise_multiplier)
-        for name in ("max_grad_norm", "expected_batch_size", "learning_rate", "physical_batch"):
-            if not getattr(self, name) > 0:
-                raise RangeError(f"{name}={getattr(self, name)}: must be above 0")
+            check_noise(self.event().noise_multiplier)
+        elif self.noise_multiplier:
+            raise ConfigError(f"noise_multiplier={self.noise_multiplier} has no use with private=False; set it to None")
+
+    def event(self) -> Event:
+        """Returns what one training under these terms spends.
+
+        Raises:
+          ConfigError: the terms have no noise, so no epsilon exists.
+        """
+        return Event(self.noise_multiplier or 0.0, self.sample_rate, self.steps)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did, and diagnostics that must stay at the site.
+    """What a training spent, and diagnostics of it.
+
+    Only `event` may leave the site. All else is computed from private records without noise.
 
     Attributes:
-      event: for the accountant; None without privacy.
-      losses: mean loss of each step's batch, nats; None for an empty batch.
-      batch_sizes: records of each step's batch.
-      median_norm: median gradient norm of all examples before clipping; 0 when there was none.
-      clipped_fraction: share of examples above the bound.
-      dropped: examples whose loss or gradient was not finite, and that therefore did not contribute.
+      event: what the accountant has to count; None when not private.
+      losses: mean loss per step before the update, nats; NaN for a step without examples.
+      norm_median: median gradient norm before clipping; NaN without examples.
+      batch_sizes: number of records drawn per step.
+      clipped_fraction: share of gradients above the bound, 0 when not private.
+      dropped: examples left out because their loss or gradient was not finite.
     """
 
     event: Event | None
-    losses: list[float | None]
-    batch_sizes: list[int]
-    median_norm: float
+    losses: tuple[float, ...]
+    norm_median: float
+    batch_sizes: tuple[int, ...]
     clipped_fraction: float
     dropped: int
 
 
-class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' DP optimizer with noise from our stream, added in float64."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, terms: Terms, randomness: Randomness) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=terms.noise_multiplier,
-            max_grad_norm=terms.max_grad_norm,
-            expected_batch_size=terms.expected_batch_size,
-            loss_reduction="mean",
-        )
-        self._randomness = randomness
-
-    def add_noise(self) -> None:
-        """Adds noise of standard deviation sigma * C to each clipped sum."""
-        for parameter in self.params:
-            noise = torch.from_numpy(self._randomness.normal(parameter.numel())).reshape(parameter.shape)
-            scale = self.noise_multiplier * self.max_grad_norm
-            total = parameter.summed_grad.double() + scale * noise.to(parameter.device)
-            parameter.grad = total.to(parameter.dtype)
-
-
-class _Run:
-    """The state of one training run: optimizer, and diagnostics so far."""
-
-    def __init__(self, model: nn.Module, losses: Losses, gradients: Gradients, terms: Terms, rng: Randomness) -> None:
-        self.parameters = [parameter for _, parameter in trainable(model)]
-        self._losses, self._gradients, self._terms = losses, gradients, terms
-        plain = torch.optim.SGD(self.parameters, lr=terms.learning_rate)
-        self._optimizer = NoisyOptimizer(plain, terms, rng) if terms.private else plain
-        self.losses: list[float | None] = []
-        self.sizes: list[int] = []
-        self.norms: list[float] = []
-        self.dropped = 0
-
-    def step(self, indices: np.ndarray, select: Callable[[np.ndarray], Any]) -> None:
-        """Takes one logical step over a batch of any size, an empty one too: then the step is noise alone."""
-        chunks = [indices[i : i + self._terms.physical_batch] for i in range(0, len(indices), self._terms.physical_batch)]
-        self._optimizer.zero_grad()
-        found: list[float] = []
-        last = len(chunks) - 1
-        for place, chunk in enumerate(chunks):
-            values, samples = self._examples(select(chunk))
-            found += values
-            self._accumulate(samples, last=place == last)
-        if not chunks:
-            self._accumulate([p.new_zeros((0, *p.shape)) for p in self.parameters], last=True)
-        self.losses.append(float(np.mean(found)) if found else None)
-        self.sizes.append(len(indices))
-
-    def _examples(self, batch: Any) -> tuple[list[float], list[Tensor]]:
-        """Returns losses and per-example gradients of the examples whose gradients are finite; others leave no trace."""
-        values, samples = self._gradients(self._losses, batch)
-        squares = torch.stack([sample.double().flatten(1).square().sum(1) for sample in samples]).sum(0)
-        finite = torch.isfinite(squares.float()) & torch.isfinite(values.to(squares.device))
-        self.dropped += int((~finite).sum())
-        self.norms += squares[finite].sqrt().tolist()
-        return values[finite].tolist(), [sample[finite] for sample in samples]
-
-    def _accumulate(self, samples: list[Tensor], *, last: bool) -> None:
-        if self._terms.private:
-            for parameter, sample in zip(self.parameters, samples, strict=True):
-                parameter.grad_sample = sample  # type: ignore[attr-defined]
-            self._optimizer.signal_skip_step(do_skip=not last)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            return
-        for parameter, sample in zip(self.parameters, samples, strict=True):
-            mean = sample.sum(0) / self._terms.expected_batch_size
-            parameter.grad = mean if parameter.grad is None else parameter.grad + mean
-        if last:
-            self._optimizer.step()
-
-
 def train(
     model: nn.Module,
-    losses: Losses,
+    losses_fn: Losses,
     select: Callable[[np.ndarray], Any],
-    *,
     n: int,
     terms: Terms,
     randomness: Randomness,
 ) -> Outcome:
-    """Trains the trainable parameters of a model in place.
+    """Trains the trainable parameters of a model in place, privately for each of n records.
+
+    Run `privacy.probe.probe` first: it refuses models for which the clipped gradients would not be one record's own.
 
     Args:
-      model: only the adapter requires gradients; its engine has passed the probe.
-      losses: one loss per example, (B,), of a model and a batch.
-      select: returns the batch of some record indices.
-      n: number of private records.
-      terms: public numbers.
-      randomness: the site's, for sampling and noise.
-
-    Returns:
-      The event that was performed, with diagnostics that must not leave the site.
+      model: only parameters with `requires_grad` change; modes and hooks are as before afterwards.
+      losses_fn: (model, batch) -> one loss per example, (B,).
+      select: indices int64 (B,) -> the batch of those records, a `privacy.batches.Batch`.
+      n: number of records here, >= 0; it decides nothing but who can be drawn.
+      terms: public constants.
+      randomness: of the sampling and of the noise; `Randomness.from_os()` on private data.
 
     Raises:
-      PrivacyRefusal: the noise is below the floor, or the engine gave no per-example gradient.
+      PrivacyRefusal: nothing trains, or the engine cannot tell the examples apart.
     """
-    with lookup(ENGINES, terms.engine, "engine")(model) as gradients:
-        run = _Run(model, losses, gradients, terms, randomness)
+    parameters = list(trainable(model).values())
+    if not parameters:
+        raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
+    losses: list[float] = []
+    sizes: list[int] = []
+    unseen = 0
+    with lookup(ENGINES, terms.engine, "engine")(model) as engine:
+        optimizer = _optimizer(parameters, terms, randomness)
         for _ in range(terms.steps):
-            run.step(poisson(n, terms.sample_rate, randomness), select)
-    for parameter in run.parameters:
-        parameter.grad = None
-        for attribute in ("grad_sample", "summed_grad"):
-            if hasattr(parameter, attribute):
-                delattr(parameter, attribute)
-    norms = np.array(run.norms)
+            drawn = poisson(n, terms.sample_rate, randomness)
+            found = _accumulate(model, losses_fn, select, drawn, terms.physical_batch, engine, optimizer)
+            no_rows(model)  # the step itself: noise and update, the same whether or not there were examples
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            sizes.append(len(drawn))
+            losses.append(float(np.mean(found)) if found else math.nan)
+            unseen += len(drawn) - len(found)
     return Outcome(
-        event=Event(terms.noise_multiplier, terms.sample_rate, terms.steps) if terms.private else None,
-        losses=run.losses,
-        batch_sizes=run.sizes,
-        median_norm=float(np.median(norms)) if len(norms) else 0.0,
-        clipped_fraction=float(np.mean(norms > terms.max_grad_norm)) if len(norms) else 0.0,
-        dropped=run.dropped,
+        event=terms.event() if terms.private else None,
+        losses=tuple(losses),
+        norm_median=optimizer.median_norm,
+        batch_sizes=tuple(sizes),
+        clipped_fraction=optimizer.clipped / max(len(optimizer.norms), 1),
+        dropped=unseen + optimizer.dropped,
     )
+
+
+def _optimizer(parameters: list[nn.Parameter], terms: Terms, randomness: Randomness) -> NoisyMeanOptimizer:
+    return NoisyMeanOptimizer(
+        torch.optim.SGD(parameters, lr=terms.learning_rate),
+        randomness=randomness,
+        private=terms.private,
+        noise_multiplier=terms.noise_multiplier or 0.0,
+        max_grad_norm=terms.max_grad_norm,
+        expected_batch_size=terms.expected_batch_size,
+    )
+
+
+def _accumulate(
+    model: nn.Module,
+    losses_fn: Losses,
+    select: Callable[[np.ndarray], Any],
+    drawn: np.ndarray,
+    physical_batch: int,
+    engine: Engine,
+    optimizer: NoisyMeanOptimizer,
+) -> list[float]:
+    """Adds the clipped gradients of one logical batch to the optimizer's sum; returns the finite losses."""
+    found: list[float] = []
+    for start in range(0, len(drawn), physical_batch):
+        rows = engine.per_example(losses_fn, select(drawn[start : start + physical_batch]))
+        optimizer.signal_skip_step()  # Opacus then clips and adds up, and neither adds noise nor updates
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # frees the rows, keeps the sum
+        found += rows.losses
+    return found

@@ -1,120 +1,194 @@
-"""The check before any private training: does the engine give right per-example gradients for this very model.
+"""The check before the first private record: are the engine's gradients really one example's own?"""
 
-Opacus is silently wrong for prompt tuning and for layers that flatten the batch; a wrong gradient looks right and
-promises an epsilon that does not hold.
-"""
-
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from errors import PrivacyRefusal, lookup
-from privacy.engines import ENGINES, Losses, adapters_only, trainable
+from errors import ConfigError, PrivacyRefusal, lookup
+from privacy.batches import Batch, Losses, trainable
+from privacy.engines import ENGINES, checked_losses
 
-TOLERANCE = 1e-3  # relative, float32; wrong engines are off by factors
-NUDGE = 1e-2
-PUBLIC_SEED = 7
-REFERENCE = "loop"
-# Whatever Opacus and functorch raise on a model that they cannot handle.
-_ENGINE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError, PrivacyRefusal)
+# Half precision rounds differently in a batch of one and in a batch of two.
+TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = 1e-4
+PERTURBATION = 0.02
+
+Gradients = dict[str, torch.Tensor]
 
 
-def probe(model: nn.Module, losses: Losses, batch: Any, engine: str) -> None:
-    """Compares an engine with a batch-of-one loop on two examples, and refuses a model that couples examples.
+def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> None:
+    """Compares an engine's per-example gradients with a batch-of-one loop, on public examples.
+
+    The trainable parameters are moved off their initial value for the comparison, since an adapter that starts at zero
+    has zero gradients that would prove nothing, and are put back.
 
     Args:
-      model: with the adapter attached; its trainable values are nudged during the probe and put back.
-      losses: one loss per example.
-      batch: at least two different examples.
-      engine: name in `ENGINES`.
+      model: with its adapter attached, in the modes in which it will train.
+      losses_fn: (model, batch) -> one loss per example, (B,).
+      batch: two or more public examples, best of different lengths.
+      engine: a key of `privacy.engines.ENGINES`.
 
     Raises:
-      PrivacyRefusal: with the reason and the next step.
+      UnknownName: there is no such engine.
+      ConfigError: the batch has fewer than two examples.
+      PrivacyRefusal: dropout is active, a parameter is unused, examples depend on each other, running a batch changes
+        the model's buffers, or the engine is not exact.
     """
-    pair = batch.select([0, 1])
-    with _nudged(model):
-        _check_independent(model, losses, pair)
-        expected = _gradients(REFERENCE, model, losses, pair)
-        if engine == REFERENCE:
-            return
-        found = _gradients(engine, model, losses, pair)
-    for (name, _), right, got in zip(trainable(model), expected, found, strict=True):
-        if got.shape != right.shape:
-            raise PrivacyRefusal(
-                f"engine={engine} parameter={name}: gradient has first dimension {tuple(got.shape)[0]} for 2 examples, "
-                "so clipping would not be per example; use the loop engine"
-            )
-    error, scale = _norm([a - b for a, b in zip(expected, found, strict=True)]), _norm(expected)
-    if not error <= TOLERANCE * scale:
-        raise PrivacyRefusal(
-            f"engine={engine}: per-example gradients are off by {error / max(scale, 1e-30):.2g} of their norm; "
-            "use the loop engine"
-        )
+    opened = lookup(ENGINES, engine, "engine")
+    if len(batch) < 2:
+        raise ConfigError(f"probe examples={len(batch)} must be at least 2; give it more public text")
+    if not trainable(model):
+        raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
+    _refuse_dropout(model)
+    with _perturbed(model), _unchanged_buffers(model):
+        tolerance = _tolerance(model)
+        references = [_reference(model, losses_fn, batch, row) for row in range(len(batch))]
+        _refuse_silence(references)
+        _refuse_randomness(references[0], _reference(model, losses_fn, batch, 0), tolerance)
+        _refuse_coupling(model, losses_fn, batch, references, tolerance)
+        with opened(model) as per_example_engine:
+            rows = per_example_engine.per_example(losses_fn, batch)
+            if len(rows.kept) != len(batch):
+                raise PrivacyRefusal("probe losses are not finite; check the model and the public examples")
+            found = {name: parameter.grad_sample.detach() for name, parameter in trainable(model).items()}
+        _refuse_inexact(found, references, tolerance, engine)
 
 
-def choose_engine(model: nn.Module, losses: Losses, batch: Any) -> str:
-    """Returns `hooks` where it is exact for this model, else `loop`.
+def choose_engine(model: nn.Module, losses_fn: Losses, batch: Batch) -> str:
+    """Returns "hooks" where Opacus' hooks are exact for this model, and else "loop".
+
+    Args:
+      model: as for `probe`.
+      losses_fn: as for `probe`.
+      batch: as for `probe`.
 
     Raises:
-      PrivacyRefusal: the model couples examples or is random, so that no engine is right.
+      ConfigError: the batch has fewer than two examples.
+      PrivacyRefusal: neither engine is exact; the message is about the loop, to which least can happen.
     """
-    probe(model, losses, batch, REFERENCE)
     try:
-        probe(model, losses, batch, "hooks")
-    except _ENGINE_ERRORS:
-        return REFERENCE
+        probe(model, losses_fn, batch, "hooks")
+    except PrivacyRefusal:
+        probe(model, losses_fn, batch, "loop")
+        return "loop"
     return "hooks"
 
 
-def _check_independent(model: nn.Module, losses: Losses, pair: Any) -> None:
-    """Refuses losses that are not one per example, change from call to call, or depend on the other example."""
-    with adapters_only(model), torch.no_grad():
-        first, again = losses(model, pair), losses(model, pair)
-        alone = torch.cat([losses(model, pair.select([i])).reshape(-1) for i in range(2)])
-    if tuple(first.shape) != (2,):
+def _refuse_dropout(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        rate = getattr(module, "p", 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and rate > 0:
+            raise PrivacyRefusal(
+                f"dropout p={rate} is active in {path!r}, must be off; call model.eval() or set p to 0"
+            )
+
+
+def _reference(model: nn.Module, losses_fn: Losses, batch: Batch, row: int) -> Gradients:
+    """Returns the gradient of one example alone."""
+    return _gradient(checked_losses(losses_fn, model, batch.select([row]))[0], model)
+
+
+def _gradient(loss: torch.Tensor, model: nn.Module) -> Gradients:
+    parameters = trainable(model)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    if unused:
         raise PrivacyRefusal(
-            f"losses shape={tuple(first.shape)}: one loss per example is needed, (2,) for two; "
-            "a mean over the batch hides whose gradient is whose"
+            f"trainable parameter={unused[0]!r} has no part in the loss, must have; freeze it, or choose other slots"
         )
-    if not torch.allclose(first, again, rtol=TOLERANCE / 10, atol=1e-6):
+    return dict(zip(parameters, found, strict=True))
+
+
+def _refuse_silence(references: Sequence[Gradients]) -> None:
+    for row, reference in enumerate(references):
+        size = _norm(reference)
+        if not (math.isfinite(size) and size > 0):
+            raise PrivacyRefusal(f"gradient norm={size} of probe example {row} must be finite and > 0; check the model")
+
+
+def _refuse_randomness(first: Gradients, second: Gradients, tolerance: float) -> None:
+    if (error := _error(second, first)) > tolerance:
         raise PrivacyRefusal(
-            "losses change from call to call: dropout or other randomness is active inside a slot; set dropout to 0"
-        )
-    if not torch.allclose(first, alone, rtol=TOLERANCE / 10, atol=1e-5):
-        raise PrivacyRefusal(
-            "an example's loss depends on the other examples of its batch (batch normalisation, a loss over the whole "
-            "batch, or a shared auxiliary loss): no clipping is per example; change the model or the loss"
+            f"gradient of the same example twice differs by {error:.1e}, must be below {tolerance:.0e}; "
+            "turn dropout and other randomness of the model off"
         )
 
 
-def _gradients(engine: str, model: nn.Module, losses: Losses, pair: Any) -> list[Tensor]:
-    with lookup(ENGINES, engine, "engine")(model) as gradients:
-        _, samples = gradients(losses, pair)
-    return [sample.clone() for sample in samples]
+def _refuse_coupling(
+    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerance: float
+) -> None:
+    """Refuses a model or loss under which example 0's gradient depends on who else is in the batch."""
+    last = len(batch) - 1
+    for company in ([0, last], [last, 0], [0, 0], [0, *range(1, len(batch))]):
+        losses = checked_losses(losses_fn, model, batch.select(company))
+        row = company.index(0)
+        error = _error(_gradient(losses[row], model), references[0])
+        if error > tolerance:
+            raise PrivacyRefusal(
+                f"gradient of one example changes by {error:.1e} with the others in its batch, must be below "
+                f"{tolerance:.0e}; use a mean over each example's own targets, and no batch normalisation"
+            )
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+def _refuse_inexact(found: Gradients, references: Sequence[Gradients], tolerance: float, engine: str) -> None:
+    for row, reference in enumerate(references):
+        for name, right in reference.items():
+            # The second term: a parameter whose true gradient is 0, as of a key's bias, has nothing but rounding.
+            allowed = tolerance * (float(right.double().norm()) + _norm(reference) / 100)
+            error = float((found[name][row].double() - right.double()).norm())
+            if not error <= allowed:
+                raise PrivacyRefusal(
+                    f"engine={engine!r}: gradient of {name!r} for example {row} is off by {error:.1e}, must be below "
+                    f"{allowed:.1e}; use engine='loop', or another adapter method"
+                )
 
 
-class _nudged:  # noqa: N801 - reads as a context
-    """Moves the trainable values off their start, where gradients of zero-initialised factors vanish; puts them back."""
+def _error(found: Gradients, right: Gradients) -> float:
+    """Returns the relative error of a gradient, or infinity for one that is not finite."""
+    difference = {name: found[name].double() - right[name].double() for name in right}
+    error = _norm(difference) / _norm(right)
+    return error if math.isfinite(error) else math.inf
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = [parameter for _, parameter in trainable(model)]
 
-    def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        generator = torch.Generator().manual_seed(PUBLIC_SEED)
+def _norm(gradients: Gradients) -> float:
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
+
+
+def _tolerance(model: nn.Module) -> float:
+    return max(TOLERANCES.get(parameter.dtype, TOLERANCE) for parameter in model.parameters())
+
+
+@contextmanager
+def _perturbed(model: nn.Module) -> Iterator[None]:
+    """Moves the trainable parameters by small public numbers, and puts them back bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    try:
         with torch.no_grad():
-            for parameter in self._parameters:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(NUDGE * noise.to(parameter.device, parameter.dtype))
-
-    def __exit__(self, *_: object) -> None:
+            for parameter in trainable(model).values():
+                noise = torch.randn(parameter.shape, generator=generator) * PERTURBATION
+                parameter.add_(noise.to(parameter))
+        yield
+    finally:
         with torch.no_grad():
-            for parameter, value in zip(self._parameters, self._kept, strict=True):
-                parameter.copy_(value)
+            for name, parameter in trainable(model).items():
+                parameter.copy_(before[name])
 
 
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Refuses a model that remembers its batches in buffers, which no noise covers; puts them back."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                raise PrivacyRefusal(
+                    f"buffer={name!r} changes with the batch, must not; freeze batch normalisation with model.eval()"
+                )
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])

@@ -122,7 +122,9 @@ def decode(data: bytes) -> Message:
         check is strict: bytes that `encode` would not have written are refused.
     """
     if len(data) > MAX_BYTES:
-        raise MalformedMessage(f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send one round's vector at most")
+        raise MalformedMessage(
+            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send one round's vector at most"
+        )
     envelope = wire.Envelope()
     try:
         envelope.ParseFromString(data)
@@ -136,7 +138,7 @@ def decode(data: bytes) -> Message:
     return message
 
 
-def _content(envelope: wire.Envelope) -> Message:
+def _content(envelope: wire.Envelope) -> Message:  # noqa: PLR0911 - one return per kind of message
     match envelope.WhichOneof("content"):
         case "train_request":
             request = envelope.train_request

@@ -1,4 +1,4 @@
-"""Checks that the committed stubs are what `round.proto` generates, or writes them: `python -m protos.fresh [--write]`."""
+"""Checks that the stubs are what `round.proto` generates, or writes them: `python -m protos.fresh [--write]`."""
 
 import subprocess
 import sys

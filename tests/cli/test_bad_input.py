@@ -20,9 +20,7 @@ def world(fed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command, and returns the one line it must end with."""
 
     def run(*arguments: str) -> str:

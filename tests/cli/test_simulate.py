@@ -174,9 +174,7 @@ def test_a_round_that_was_cut_off_while_it_was_written_does_not_count(
     assert [line["round"] for line in again.store.rounds()] == [1, 2]
 
 
-def test_another_seed_gives_another_adapter(
-    fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]
-) -> None:
+def test_another_seed_gives_another_adapter(fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]) -> None:
     run = open_run(fed, tmp_path / "other", seed=2, rounds=1)
     simulate(run, options())
     assert weights(run) != weights(finished[0])

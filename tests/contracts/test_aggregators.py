@@ -1,4 +1,4 @@
-"""Every server rule: pure, finite, in the update's direction at first, and equal to torch's optimizer where it is one."""
+"""Every server rule: pure, in the update's direction at first, and equal to torch's optimizer."""
 
 import numpy as np
 import pytest

@@ -33,9 +33,7 @@ class Family:
     def calibrate(self, model: Any) -> None:
         model(**self.inputs)
 
-    def build(
-        self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any
-    ) -> Manifest:
+    def build(self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any) -> Any:
         geometry = Geometry.of(self.model, 2, 1)
         return build(self.model, geometry, recipe, embedding, self.calibrate, directory, **more)
 

@@ -1,0 +1,80 @@
+import math
+import time
+
+import pytest
+
+from errors import ConfigError, PrivacyRefusal, UnknownName
+from privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
+from privacy.calibrate import noise_multiplier_for, public_delta
+from privacy.events import Event
+
+PLANS = [
+    (8.0, 1e-4, 0.02, 8),
+    (8.0, 1e-4, 0.02, 20),
+    (1.0, 1e-5, 0.05, 400),
+    (3.0, 1e-5, 0.2, 100),
+    (0.1, 1e-5, 0.01, 1000),
+    (1.0, 1e-5, 1.0, 100),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_noise_meets_the_target_closely_and_quickly(plan):
+    epsilon, delta, rate, steps = plan
+    start = time.process_time()
+    noise = noise_multiplier_for(*plan)
+    assert time.process_time() - start < 3
+    spent = ACCOUNTANTS["pld"]([Event(noise, rate, steps)], delta)
+    assert epsilon - 0.01 <= spent <= epsilon
+    assert ACCOUNTANTS["pld"]([Event(noise * 0.98, rate, steps)], delta) > epsilon
+    # Another accountant agrees that the target is met.
+    assert ACCOUNTANTS["prv"]([Event(noise, rate, steps)], delta) <= epsilon + 0.02
+
+
+def test_the_table_of_measured_noise():
+    """Noise found beforehand with dp-accounting's own calibration, to four figures."""
+    assert noise_multiplier_for(8, 1e-5, 0.01, 1000) == pytest.approx(0.587, abs=0.001)
+    assert noise_multiplier_for(3, 1e-5, 0.2, 100) == pytest.approx(2.982, abs=0.01)
+
+
+@pytest.mark.parametrize("accountant", sorted(ACCOUNTANTS))
+def test_every_accountant_calibrates(accountant):
+    noise = noise_multiplier_for(3.0, 1e-5, 0.1, 50, accountant=accountant)
+    assert 2.99 <= ACCOUNTANTS[accountant]([Event(noise, 0.1, 50)], 1e-5) <= 3.0
+
+
+def test_more_budget_needs_less_noise():
+    noises = [noise_multiplier_for(epsilon, 1e-5, 0.05, 100) for epsilon in (0.5, 1, 2, 4)]
+    assert noises == sorted(noises, reverse=True)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan, math.inf])
+def test_refuses_an_epsilon_that_is_no_target(epsilon):
+    with pytest.raises(ConfigError, match=rf"epsilon={epsilon} must be > 0 .*; 8 is loose"):
+        noise_multiplier_for(epsilon, 1e-5, 0.1, 10)
+
+
+def test_refuses_a_target_below_the_floor_with_the_way_out():
+    with pytest.raises(PrivacyRefusal, match=r"epsilon=40.0 needs less .* exhaust memory.*take more steps") as refusal:
+        noise_multiplier_for(40.0, 1e-4, 0.02, 8)
+    limit = float(str(refusal.value).split("already gives ")[1].split(":")[0])
+    assert noise_multiplier_for(limit - 0.1, 1e-4, 0.02, 8) >= NOISE_FLOOR
+
+
+def test_refuses_the_rest():
+    with pytest.raises(ConfigError, match="delta=0 must"):
+        noise_multiplier_for(1.0, 0, 0.1, 10)
+    with pytest.raises(ConfigError, match="sample_rate=0 must"):
+        noise_multiplier_for(1.0, 1e-5, 0, 10)
+    with pytest.raises(ConfigError, match="steps=0 must"):
+        noise_multiplier_for(1.0, 1e-5, 0.1, 0)
+    with pytest.raises(UnknownName, match="did you mean pld"):
+        noise_multiplier_for(1.0, 1e-5, 0.1, 10, accountant="plb")
+    with pytest.raises(PrivacyRefusal, match="not met even by"):
+        noise_multiplier_for(0.005, 1e-9, 1.0, 10**6)
+
+
+def test_public_delta():
+    assert public_delta(1000) == pytest.approx(1000**-1.1)
+    with pytest.raises(ConfigError, match="n=1 must be"):
+        public_delta(1)
