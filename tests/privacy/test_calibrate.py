@@ -71,7 +71,7 @@ def test_refuses_the_rest():
     with pytest.raises(UnknownName, match="did you mean pld"):
         noise_multiplier_for(1.0, 1e-5, 0.1, 10, accountant="plb")
     with pytest.raises(PrivacyRefusal, match="not met even by"):
-        noise_multiplier_for(0.005, 1e-9, 1.0, 10**6)
+        noise_multiplier_for(0.0005, 1e-9, 1.0, 10**4)
 
 
 def test_public_delta():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from errors import OffsiteError, PrivacyRefusal
 from privacy.engines import ENGINES
 from privacy.mechanism import Terms, train
+from privacy.optimizer import CLIP_MARGIN
 from privacy.randomness import Randomness
 from privacy.sampler import poisson
 
@@ -87,7 +88,7 @@ def by_hand(rows: Rows, indices: np.ndarray, bound: float | None) -> Tensor:
             losses(model, Rows(rows.values[int(index)][None].double())).sum(), list(model[2].parameters())
         )
         flat = torch.cat([g.flatten() for g in gradients])
-        total += flat if bound is None else flat * min(1.0, bound / float(flat.norm()))
+        total += flat if bound is None else flat * min(1.0, bound * (1 - CLIP_MARGIN) / float(flat.norm()))
     return total
 
 

@@ -1,7 +1,5 @@
 import hashlib
 
-import itertools
-
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
