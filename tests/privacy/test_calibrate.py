@@ -1,3 +1,5 @@
+"""privacy.calibrate: the noise meets the target closely, and impossible targets are refused."""
+
 import math
 import time
 

@@ -1,3 +1,5 @@
+"""privacy.events: what may be accounted for, and that equal events merge."""
+
 import math
 
 import pytest

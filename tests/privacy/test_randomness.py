@@ -1,3 +1,5 @@
+"""privacy.randomness: the noise is normal, fresh, and repeatable in a simulation only."""
+
 import hashlib
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""privacy.sampler: each record has its own chance, and nothing else."""
+
 import numpy as np
 import pytest
 from scipy import stats
