@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,8 @@ def _setup() -> None:
     """Fine-tune a model that may not leave its owner on data that may not leave theirs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # peft asks transformers under the old name; the person at the terminal can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("offsite").setLevel(logging.INFO)
 
@@ -84,11 +87,14 @@ def simulate(
 
 def _run(run: object, engine: str, as_json: bool) -> None:
     """Loads the heavy libraries, runs, and prints where the result lies."""
+    from transformers.utils.logging import disable_progress_bar
+
     from cli.display import LiveDisplay, PlainDisplay
     from cli.flower_engine import flower_engine
     from cli.run import Run
     from cli.simulate import Options, memory_engine, simulate
 
+    disable_progress_bar()  # ours says what is loaded, on a terminal and in a log alike
     if not isinstance(run, Run):
         raise TypeError("run must be a Run")
     console = Console(stderr=True)
