@@ -58,6 +58,7 @@ class Site:
         self._noise, self._rounding = noise, rounding
         self._pending: tuple[int, bytes, np.ndarray] | None = None  # round, adapter digest, update
         self._member: Member | None = None
+        self._spent = 0  # last round whose update left this site
 
     def train(self, request: codec.TrainRequest) -> codec.Message:
         """Trains, and holds the update until secure aggregation asks for it."""
@@ -68,6 +69,11 @@ class Site:
         if not 1 <= request.round <= self._manifest.rounds:
             raise ProtocolViolation(
                 f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
+            )
+        if request.round <= self._spent:
+            raise ProtocolViolation(
+                f"round={request.round}: its update has left this site already, and noise was planned for one release; "
+                "go on with the next round"
             )
         trained = local_update(
             self._bench,
@@ -99,6 +105,8 @@ class Site:
     def masked(self, batch: codec.SignedBatch) -> codec.Message:
         """Uploads the masked update; the update is spent by that."""
         commitment, vector = self._active().masked(signed(batch))
+        if self._pending is not None:
+            self._spent = self._pending[0]
         self._pending = None
         return codec.MaskedReply(bytes_of(commitment), vector)
 

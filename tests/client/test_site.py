@@ -1,0 +1,63 @@
+"""A site's refusals, with real messages: nothing is answered that would release more than was planned."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli.display import PlainDisplay
+from cli.run import Run
+from cli.simulate import _job
+from client.site import Site, answer
+from client.workbench import open_workbench
+from coordinator.config import read_config
+from coordinator.exchange import MemoryExchange
+from coordinator.rounds import RoundPlan, run_round
+from errors import TooFewSurvivors
+from protos import codec
+from protos.manifest import JobManifest
+
+
+@pytest.fixture
+def opened(fed: Path, tmp_path: Path) -> tuple[JobManifest, dict[str, Site], np.ndarray]:
+    """The job, its four sites, and the adapter to start from."""
+    settings, sha256 = read_config(fed)
+    run = Run.create(settings, sha256, tmp_path / "run")
+    job = _job(run, PlainDisplay())
+    bench = open_workbench(run.store.package, job.manifest)
+    sites = {name: run.site(name, job.manifest, bench) for name, _ in job.manifest.roster}
+    return job.manifest, sites, bench.layout.read(bench.model)
+
+
+def refusal(site: Site, stage: str, message: codec.Message) -> str:
+    reply = codec.decode(answer(site, stage, codec.encode(message)))
+    assert isinstance(reply, codec.Refusal), reply
+    return reply.reason
+
+
+def test_a_round_is_released_once(opened: tuple[JobManifest, dict[str, Site], np.ndarray]) -> None:
+    manifest, sites, start = opened
+    exchange = MemoryExchange(
+        {name: lambda stage, body, s=site: answer(s, stage, body) for name, site in sites.items()}
+    )
+    first = run_round(manifest, RoundPlan(1, 1, bytes(32), tuple(sites)), start, exchange)
+    assert first.members == tuple(sorted(sites))
+    with pytest.raises(TooFewSurvivors, match="has left this site already"):
+        run_round(manifest, RoundPlan(1, 2, bytes(32), tuple(sites)), start, exchange)
+
+
+def test_what_was_not_agreed_is_refused(opened: tuple[JobManifest, dict[str, Site], np.ndarray]) -> None:
+    manifest, sites, start = opened
+    site = sites["ash"]
+    assert "not the job" in refusal(site, "train", codec.TrainRequest(bytes(32), 1, start))
+    for number in (0, manifest.rounds + 1):
+        assert "rounds 1..2" in refusal(site, "train", codec.TrainRequest(manifest.digest(), number, start))
+    bad = np.full_like(start, np.nan)
+    assert "non-finite" in refusal(site, "train", codec.TrainRequest(manifest.digest(), 1, bad))
+    assert "must be" in refusal(site, "train", codec.TrainRequest(manifest.digest(), 1, start[:-1]))
+    opening = codec.KeysRequest(1, 1, bytes(32), bytes(32), tuple(sorted(sites)))
+    assert "no update" in refusal(site, "keys", opening)
+    for stage, message in (("masked", codec.SignedBatch(())), ("survivors", codec.Announcement(b""))):
+        assert "no secure aggregation is open" in refusal(site, stage, message)
+    assert "takes TrainRequest" in refusal(site, "train", codec.TrainReply(1))
+    assert "did you mean" in refusal(site, "trian", codec.TrainReply(1))
