@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from errors import ConfigError
 from secagg import agreement, messages, shamir
-from secagg.identity import Identity
 from secagg.journal import MemoryJournal
 from secagg.member import Member
 from secagg.messages import KEYS, SHARES, SURVIVORS, Keys, Signed
 from secagg.terms import Terms
+from trust.identity import Identity
 
 CLIP = 1.0
 BARS = {"flower": 4.0, "ckks": 30.0}

@@ -16,10 +16,10 @@ from coordinator.store import Store
 from errors import ConfigError, DataError, lookup
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
-from secagg.identity import Identity
 from secagg.journal import MemoryJournal
 from task.examples import Examples
 from task.tasks import TASKS
+from trust.identity import Identity
 
 CONFIG, JOB = "config.json", "job.json"
 

@@ -14,11 +14,11 @@ from privacy.randomness import Randomness
 from protos import codec
 from protos.manifest import JobManifest
 from protos.terms import adapter_digest, terms_of
-from secagg.identity import Identity
 from secagg.journal import Journal
 from secagg.member import Member
 from secagg.messages import Signed
 from task.examples import Examples
+from trust.identity import Identity
 
 
 class Site:

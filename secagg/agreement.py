@@ -15,7 +15,7 @@ from errors import ProtocolViolation
 from secagg import messages, shamir
 from secagg.messages import Keys, Signed
 from secagg.terms import Terms
-from secagg.wire import Writer
+from trust.wire import Writer
 
 _ROSTER, _COMMIT = "offsite secagg roster", "offsite secagg commit"
 _SEAL, _PAIR, _SELF = "offsite secagg share", "offsite secagg pair", "offsite secagg self"

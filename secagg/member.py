@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from errors import ConfigError, MalformedMessage, ProtocolViolation, TooFewSurvivors
 from secagg import agreement, mask, messages, ring, shamir
 from secagg.agreement import Agreed
-from secagg.identity import Identity
 from secagg.journal import Journal
 from secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
 from secagg.terms import FEWEST, Terms
+from trust.identity import Identity
 
 _ORDER = (KEYS, SHARES, MASKED, SURVIVORS, UNMASK)
 _SPENT = "spent"

@@ -9,9 +9,9 @@ from typing import Self
 
 from errors import MalformedMessage
 from secagg import shamir
-from secagg.identity import SIGNATURE_BYTES, Identity, verify
 from secagg.terms import DIGEST_BYTES
-from secagg.wire import MAX_BODY_BYTES, Reader, Writer
+from trust.identity import SIGNATURE_BYTES, Identity, verify
+from trust.wire import MAX_BODY_BYTES, Reader, Writer
 
 KEYS, SHARES, MASKED, SURVIVORS, UNMASK = "keys", "shares", "masked", "survivors", "unmask"
 SELF_MASK, MASK_KEY = b"self", b"mask"

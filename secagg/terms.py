@@ -8,8 +8,8 @@ from functools import cached_property
 
 from errors import ConfigError
 from secagg import ring
-from secagg.identity import KEY_BYTES
-from secagg.wire import MAX_SITE_BYTES, Writer
+from trust.identity import KEY_BYTES
+from trust.wire import MAX_SITE_BYTES, Writer
 
 SUITE = 1
 FEWEST = 3  # with two sites each learns the other's update from the sum

@@ -18,6 +18,7 @@ ROOMS = (
     "protos",
     "secagg",
     "task",
+    "trust",
 )
 
 

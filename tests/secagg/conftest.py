@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from secagg.collector import Collector, Sum
-from secagg.identity import Identity
 from secagg.journal import MemoryJournal
 from secagg.member import Member
 from secagg.messages import Signed
 from secagg.terms import Terms
+from trust.identity import Identity
 
 STEPS = ("keys", "shares", "masked", "survivors", "unmask")
 

@@ -10,9 +10,9 @@ import pytest
 from bench.secagg import StandIn, flower, main, make_terms, ours
 from secagg import agreement, messages
 from secagg.collector import Collector
-from secagg.identity import Identity
 from secagg.journal import MemoryJournal
 from secagg.member import Member
+from trust.identity import Identity
 
 MIB = 1 << 20
 

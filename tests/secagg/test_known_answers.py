@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from errors import ConfigError, ProtocolViolation, TooFewSurvivors
 from secagg import agreement, mask, shamir
-from secagg.identity import Identity, verify
+from trust.identity import Identity, verify
 
 vectors = pytest.importorskip("cryptography_vectors")
 FROST = json.loads((Path(__file__).parents[1] / "vectors" / "frost_p256.json").read_text())

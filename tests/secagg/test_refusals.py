@@ -12,9 +12,9 @@ import pytest
 from errors import ConfigError, OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
 from secagg import agreement, messages, shamir
 from secagg.collector import Collector
-from secagg.identity import Identity
 from secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Keys, Signed, sign
-from secagg.wire import Writer
+from trust.identity import Identity
+from trust.wire import Writer
 
 P = 2**255 - 19
 LOW_ORDER = (

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from errors import ConfigError, DataError, MalformedMessage, ProtocolViolation
 from secagg import messages
-from secagg.identity import Identity
 from secagg.journal import FileJournal, MemoryJournal
 from secagg.messages import Keys, Signed
 from secagg.terms import Terms
-from secagg.wire import MAX_BODY_BYTES, Reader, Writer
+from trust.identity import Identity
+from trust.wire import MAX_BODY_BYTES, Reader, Writer
 
 ROSTER = tuple((site, Identity.generate().public) for site in ("a", "b", "c", "d"))
 

@@ -15,9 +15,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secagg import agreement, mask, messages
-from secagg.identity import Identity
 from secagg.messages import KEYS, Keys
 from secagg.terms import Terms
+from trust.identity import Identity
 
 FROZEN = json.loads((Path(__file__).parents[1] / "vectors" / "secagg_transcript.json").read_text())
 P = 2**255 - 19
