@@ -43,6 +43,14 @@ class PrivacyRefusal(OffsiteError):
     """Going on would release something without the privacy that was promised."""
 
 
+class PolicyRefusal(OffsiteError):
+    """The data owner's own policy does not permit what was asked."""
+
+
+class Untrusted(OffsiteError):
+    """A key, certificate, signature or manifest is not one that was agreed on."""
+
+
 class ProtocolViolation(OffsiteError):
     """A peer broke a rule of secure aggregation; nothing secret was answered."""
 
