@@ -55,7 +55,7 @@ def flower_engine(
     from flwr.simulation import run_simulation
 
     from client.flower_edge import client_app
-    from coordinator.flower_edge import GridExchange
+    from coordinator.flower_edge import GridExchange, meet
 
     folder = str(run.store.folder.resolve())
     names = [name for name, _ in manifest.roster]
@@ -65,7 +65,8 @@ def flower_engine(
     @coordinator.main()
     def main(grid: Grid, context: Any) -> None:
         try:
-            outcome.append(rounds(GridExchange(grid, sites=len(names), deadline=STAGE_DEADLINE)))
+            nodes = meet(grid, sites=len(names), deadline=STAGE_DEADLINE)
+            outcome.append(rounds(GridExchange(grid, nodes=lambda: nodes, deadline=STAGE_DEADLINE)))
         except (OffsiteError, KeyboardInterrupt) as error:
             outcome.append(error)
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli import client_run, coordinator_run
 from errors import ConfigError, OffsiteError, lookup
 
 app = typer.Typer(
@@ -141,6 +142,10 @@ def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("fed
         raise ConfigError(f"path={str(path)!r} exists; choose another name")
     path.write_text(TEMPLATE, encoding="utf-8")
     typer.echo(f"wrote {path}; edit it, then: offsite simulate {path}")
+
+
+app.add_typer(coordinator_run.app)
+app.add_typer(client_run.app)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.books import MemoryBooks
 from client.data import read
 from client.plan import plan_for
 from client.site import Site
@@ -41,6 +42,8 @@ class Run:
         """
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"out={str(folder)!r}: the folder is not empty; choose another, or --resume it")
+        if not config.sites:
+            raise ConfigError("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
         store = Store(folder)
         store.write_json(CONFIG, {"config": config.to_dict(), "sha256": config_sha256})
         for site in config.sites:
@@ -107,9 +110,10 @@ class Run:
             plan=plan,
             identity=_identity(folder),
             journal=MemoryJournal(),
+            books=MemoryBooks(manifest.releases),
             record=folder / "rounds.jsonl",
-            noise=lambda number: Randomness.for_simulation(seed, "noise", name, str(number)),
-            rounding=lambda number: Randomness.for_simulation(seed, "rounding", name, str(number)).uniform,
+            noise=lambda training: Randomness.for_simulation(seed, "noise", name, training),
+            rounding=lambda training: Randomness.for_simulation(seed, "rounding", name, training).uniform,
         )
 
     def site_lines(self, name: str) -> list[dict[str, Any]]:

@@ -22,10 +22,11 @@ from client.plan import SitePlan, plan_for
 from client.site import answer
 from client.workbench import Workbench, open_workbench
 from coordinator.aggregate import Rates
+from coordinator.attempt import Attempts
 from coordinator.evaluate import Score, score, spread
 from coordinator.exchange import Exchange, MemoryExchange
 from coordinator.federation import Federation
-from coordinator.job import Job, prepare, reopen
+from coordinator.job import Job, Parties, prepare, reopen
 from coordinator.report import write_report
 from coordinator.store import Progress
 from emulator.plug import plug
@@ -123,7 +124,9 @@ def _job(run: Run, display: Display) -> Job:
         facts = run.store.read_json("job_facts.json")
         return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), folder=run.store.package)
     texts = run.texts(run.config.data.public)
-    job = prepare(run.config, texts=texts, roster=run.roster(), folder=run.store.package, on_step=display.step)
+    setting = run.config.secagg
+    parties = Parties(setting.federation, 1, run.roster(), setting.n_min)
+    job = prepare(run.config, texts=texts, federation=parties, folder=run.store.package, on_step=display.step)
     run.save_job(job.manifest, job.facts())
     return job
 
@@ -148,7 +151,7 @@ def _federation(run: Run, job: Job) -> Federation:
         public=job.public.test,
         tolerance=run.config.evaluation.tolerance,
         store=run.store,
-        nonce=lambda: secrets.token_bytes(32),
+        attempts=Attempts(run.store.folder, lambda: secrets.token_bytes(32)),
     )
 
 

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from client.plan import SitePlan
+from client.books import Books, Release
+from client.plan import SitePlan, round_terms
 from client.train import Trained, local_update
 from client.workbench import Workbench
 from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, lookup
+from privacy.events import Event
 from privacy.randomness import Randomness
 from protos import codec
 from protos.manifest import JobManifest
@@ -32,9 +36,11 @@ class Site:
       plan: this site's DP numbers.
       identity: long-term signing key.
       journal: secure-aggregation rounds that were used up, on disk.
+      books: account of what leaves.
       record: file to which this site writes what it did; it stays here.
-      noise: gives the randomness of a round's sampling and noise; of the operating system except in a simulation.
-      rounding: gives the randomness of a round's stochastic rounding, or None for the operating system's.
+      noise: gives the randomness of a training's sampling and noise by the training's name; of the operating system
+        except in a simulation.
+      rounding: gives the randomness of its stochastic rounding, or None for the operating system's.
     """
 
     def __init__(
@@ -47,18 +53,21 @@ class Site:
         plan: SitePlan,
         identity: Identity,
         journal: Journal,
+        books: Books,
         record: Path,
-        noise: Callable[[int], Randomness],
-        rounding: Callable[[int], Callable[[int], np.ndarray]] | None = None,
+        noise: Callable[[str], Randomness],
+        rounding: Callable[[str], Callable[[int], np.ndarray]] | None = None,
     ) -> None:
         self.name = name
         self.plan = plan
         self._manifest, self._bench, self._examples = manifest, bench, examples
         self._identity, self._journal, self._record = identity, journal, record
+        self._books = books
         self._noise, self._rounding = noise, rounding
-        self._pending: tuple[int, bytes, np.ndarray] | None = None  # round, adapter digest, update
+        self._pending: _Pending | None = None
         self._member: Member | None = None
-        self._spent = 0  # last round whose update left this site
+        self._last = 0  # the newest round that was trained
+        self._left = 0  # how often an update of that round has left
 
     def train(self, request: codec.TrainRequest) -> codec.Message:
         """Trains, and holds the update until secure aggregation asks for it."""
@@ -70,33 +79,51 @@ class Site:
             raise ProtocolViolation(
                 f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
             )
-        if request.round <= self._spent:
-            raise ProtocolViolation(
-                f"round={request.round}: its update has left this site already, and noise was planned for one release; "
-                "go on with the next round"
-            )
+        if request.round < self._last:
+            raise ProtocolViolation(f"round={request.round}: round {self._last} was trained already; rounds only go up")
+        adapter = adapter_digest(request.adapter)
+        if self._pending is not None and self._pending.of == (request.round, adapter):
+            return codec.TrainReply(request.round)  # asked again after a crash over there; nothing of it has left
+        self._left = self._left if request.round == self._last else 0
+        event = self._event()
+        self._books.check(event)
         trained = local_update(
             self._bench,
             request.adapter.astype(np.float32),
             self._examples,
             manifest=self._manifest,
             plan=self.plan,
-            randomness=self._noise(request.round),
+            randomness=self._noise(self._training(request.round)),
         )
         self._write(request.round, trained)
-        self._pending = (request.round, adapter_digest(request.adapter), trained.update)
+        self._last = request.round
+        self._pending = _Pending((request.round, adapter), trained.update, event)
         return codec.TrainReply(request.round)
+
+    def rehearse(self) -> dict[str, Any]:
+        """Trains the first round from the adapter's start and keeps nothing of it; returns what happened."""
+        start = self._bench.layout.read(self._bench.model)
+        trained = local_update(
+            self._bench,
+            start,
+            self._examples,
+            manifest=self._manifest,
+            plan=self.plan,
+            randomness=self._noise("rehearsal"),
+        )
+        self._bench.layout.write(self._bench.model, start)
+        return self._line(1, trained)
 
     def keys(self, request: codec.KeysRequest) -> codec.Message:
         """Opens secure aggregation of the pending update with fresh keys."""
-        if self._pending is None or self._pending[:2] != (request.round, request.adapter):
+        if self._pending is None or self._pending.of != (request.round, request.adapter):
             raise ProtocolViolation(
                 f"round={request.round}: no update of this round is waiting; ask for training first"
             )
         terms = terms_of(self._manifest, request)
         self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
-        rounding = self._rounding(request.round) if self._rounding else None
-        return _wrap(self._member.keys(self._pending[2], rounding=rounding))
+        rounding = self._rounding(self._training(request.round)) if self._rounding else None
+        return _wrap(self._member.keys(self._pending.update, rounding=rounding))
 
     def shares(self, batch: codec.SignedBatch) -> codec.Message:
         """Seals shares of this site's two secrets to its peers."""
@@ -104,11 +131,14 @@ class Site:
 
     def masked(self, batch: codec.SignedBatch) -> codec.Message:
         """Uploads the masked update; the update is spent by that."""
-        commitment, vector = self._active().masked(signed(batch))
-        if self._pending is not None:
-            self._spent = self._pending[0]
-        self._pending = None
-        return codec.MaskedReply(bytes_of(commitment), vector)
+        member, pending = self._active(), self._pending
+        if pending is None:
+            raise ProtocolViolation("no update is waiting at this site; it is sent once; ask for training first")
+        commitment, vector = member.masked(signed(batch))
+        self._pending = None  # the journal has it as spent, whatever happens now
+        self._left += 1
+        head = self._books.release(Release(pending.of[0], pending.event, pending.update, vector.nbytes))
+        return codec.MaskedReply(bytes_of(commitment), vector, head)
 
     def survivors(self, announcement: codec.Announcement) -> codec.Message:
         """Signs one survivor set, never a second."""
@@ -119,14 +149,27 @@ class Site:
         member, self._member = self._active(), None
         return _wrap(member.unmask(signed(batch)))
 
+    def abort(self, notice: codec.Notice) -> codec.Message:
+        """Forgets an open aggregation; an update that has not left stays, for a round with fresh masks."""
+        self._member = None
+        return notice
+
+    def _training(self, number: int) -> str:
+        """Names a training; a round that is trained again after its update left must draw other noise."""
+        return str(number) if self._left == 0 else f"{number}.{self._left}"
+
+    def _event(self) -> Event | None:
+        terms = round_terms(self._manifest, self.plan, self._bench.engine or "hooks")
+        return terms.event() if terms.private else None
+
     def _active(self) -> Member:
         if self._member is None:
             raise ProtocolViolation("no secure aggregation is open at this site; start with the keys stage")
         return self._member
 
-    def _write(self, number: int, trained: Trained) -> None:
+    def _line(self, number: int, trained: Trained) -> dict[str, Any]:
         outcome = trained.outcome
-        line = {
+        return {
             "round": number,
             "site": self.name,
             "losses": [_number(loss) for loss in outcome.losses],
@@ -138,8 +181,20 @@ class Site:
             "engine": trained.engine,
             "steps": self._manifest.local_steps,
         }
+
+    def _write(self, number: int, trained: Trained) -> None:
+        line = self._line(number, trained)
         with self._record.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A trained update that has not left: (round, digest of the adapter it started from), update, what it spends."""
+
+    of: tuple[int, bytes]
+    update: np.ndarray
+    event: Event | None
 
 
 _Handler = Callable[[Site, codec.Message], codec.Message]
@@ -161,6 +216,7 @@ STAGES: dict[str, _Handler] = {
     "masked": _typed(codec.SignedBatch, Site.masked),
     "survivors": _typed(codec.Announcement, Site.survivors),
     "unmask": _typed(codec.SignedBatch, Site.unmask),
+    "abort": _typed(codec.Notice, Site.abort),
 }
 
 

@@ -87,6 +87,7 @@ class TrainingConfig:
       batch: expected records of a Poisson batch.
       learning_rate: of the sites' SGD.
       physical_batch: records in one forward pass.
+      spare_rounds: how many rounds lost after an upload the noise is planned for beyond `rounds`.
     """
 
     rounds: int = 6
@@ -94,6 +95,7 @@ class TrainingConfig:
     batch: int = 16
     learning_rate: float = 1.0
     physical_batch: int = 8
+    spare_rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class EvaluationConfig:
     Attributes:
       examples: held-out records over all sites.
       public_examples: public records.
-      tolerance: nats by which a round may raise the public loss above the last accepted one.
+      tolerance: nats by which a round may raise the public loss above the best so far.
     """
 
     examples: int = 48
@@ -146,12 +148,32 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CoordinatorConfig:
+    """How a real federation is run; a simulation does not read it.
+
+    Attributes:
+      home: the folder that `offsite coordinator init` made.
+      sites: how many sites must be ready before the first round; 0 takes all.
+      deadline: seconds that a site has for one stage of a round.
+      patience: seconds to wait for sites to connect, be approved and fetch the package, counted from the last progress.
+      attempts: how often a round that found too few sites is tried before the job stops.
+    """
+
+    home: str
+    sites: int = 0
+    deadline: float = 3600.0
+    patience: float = 3600.0
+    attempts: int = 3
+
+
+@dataclass(frozen=True)
 class FedConfig:
-    """A whole federation file."""
+    """A whole federation file; `sites` are a simulation's, a real federation's stand in its signed manifest."""
 
     model: ModelConfig
     data: DataConfig
-    sites: tuple[SiteConfig, ...]
+    sites: tuple[SiteConfig, ...] = ()
+    coordinator: CoordinatorConfig | None = None
     seed: int = 0
     emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -168,6 +190,7 @@ class FedConfig:
         _at_least("training.local_steps", training.local_steps, 1)
         _at_least("training.batch", training.batch, 1)
         _at_least("training.physical_batch", training.physical_batch, 1)
+        _at_least("training.spare_rounds", training.spare_rounds, 0)
         _at_least("data.length", self.data.length, 2)
         _at_least("evaluation.examples", self.evaluation.examples, 1)
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
@@ -182,20 +205,30 @@ class FedConfig:
             )
         if privacy.max_grad_norm < 0:
             raise ConfigError(f"privacy.max_grad_norm={privacy.max_grad_norm}: must be above 0, or 0 for automatic")
-        if len(self.sites) < self.secagg.n_min:
-            raise ConfigError(
-                f"n_sites={len(self.sites)}: secure aggregation opens no sum of fewer than n_min={self.secagg.n_min} "
-                "sites, since with two each could compute the other's update; add sites"
-            )
-        names = [site.name for site in self.sites]
-        if len(set(names)) != len(names) or not all(names):
-            raise ConfigError(f"sites={names}: names must be given and differ; rename one")
-        if not all(name.replace("-", "").replace("_", "").isalnum() for name in names):
-            raise ConfigError(f"sites={names}: names may have letters, digits, - and _ only; rename one")
+        if self.coordinator is not None:
+            _at_least("coordinator.sites", self.coordinator.sites, 0)
+            _at_least("coordinator.attempts", self.coordinator.attempts, 1)
+            _above_zero("coordinator.deadline", self.coordinator.deadline)
+            _above_zero("coordinator.patience", self.coordinator.patience)
+        _check_sites([site.name for site in self.sites], self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, as they would stand in the file."""
         return dataclasses.asdict(self)
+
+
+def _check_sites(names: list[str], config: FedConfig) -> None:
+    if not names and config.coordinator is not None:
+        return  # the federation manifest names them
+    if len(names) < config.secagg.n_min:
+        raise ConfigError(
+            f"n_sites={len(names)}: secure aggregation opens no sum of fewer than n_min={config.secagg.n_min} "
+            "sites, since with two each could compute the other's update; add sites"
+        )
+    if len(set(names)) != len(names) or not all(names):
+        raise ConfigError(f"sites={names}: names must be given and differ; rename one")
+    if not all(name.replace("-", "").replace("_", "").isalnum() for name in names):
+        raise ConfigError(f"sites={names}: names may have letters, digits, - and _ only; rename one")
 
 
 def _at_least(name: str, value: float, lowest: float) -> None:
@@ -261,6 +294,8 @@ def _build(kind: Any, content: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):  # a table that may be left out
+        return None if value is None else _value(get_args(hint)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where + ".")
     if isinstance(hint, types.GenericAlias):
@@ -279,10 +314,14 @@ def _absolute(config: FedConfig, folder: Path) -> FedConfig:
     def full(path: str) -> str:
         return str(folder / Path(path).expanduser())
 
+    coordinator = config.coordinator
+    if coordinator is not None:
+        coordinator = dataclasses.replace(coordinator, home=full(coordinator.home))
     sites = tuple(dataclasses.replace(s, train=full(s.train), heldout=full(s.heldout)) for s in config.sites)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=full(config.model.path)),
         data=dataclasses.replace(config.data, public=full(config.data.public)),
         sites=sites,
+        coordinator=coordinator,
     )

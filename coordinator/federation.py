@@ -9,12 +9,13 @@ import numpy as np
 
 from adapter.layout import Layout
 from coordinator.aggregate import AGGREGATORS, Rates, ServerState
+from coordinator.attempt import Attempt, Attempts
 from coordinator.evaluate import score
 from coordinator.exchange import Exchange
-from coordinator.rounds import RoundPlan, RoundResult, run_round
+from coordinator.rounds import RoundResult, run_round, tell_abort
 from coordinator.store import Progress, Store
 from emulator.plug import accept, plug
-from errors import lookup
+from errors import TooFewSurvivors, lookup
 from protos.manifest import JobManifest
 from task.examples import Examples
 from task.spec import Task
@@ -34,7 +35,8 @@ class Federation:
       public: public examples of the acceptance test.
       tolerance: nats by which public loss may rise.
       store: where the run is kept.
-      nonce: gives 32 fresh random bytes.
+      attempts: at the rounds of this run.
+      tries: how often a round that found too few sites is tried.
     """
 
     manifest: JobManifest
@@ -46,7 +48,8 @@ class Federation:
     public: Examples
     tolerance: float
     store: Store
-    nonce: Callable[[], bytes]
+    attempts: Attempts
+    tries: int = 1
 
     def public_loss(self, adapter: np.ndarray) -> float:
         """Plugs an adapter into the full model and returns its loss on public text, nats per token."""
@@ -63,29 +66,51 @@ class Federation:
         self.store.save_state(progress)
         return progress
 
-    def run(self, exchange: Exchange, on_round: Callable[[dict[str, Any]], None]) -> Progress:
+    def run(
+        self,
+        exchange: Exchange,
+        on_round: Callable[[dict[str, Any]], None],
+        cohort: Callable[[], tuple[str, ...]] | None = None,
+    ) -> Progress:
         """Runs all rounds that are left and returns where the job stands.
 
         Args:
           exchange: transport to the sites.
           on_round: told each whole round's line.
+          cohort: gives the sites that are asked in the next round; all by default.
 
         Raises:
-          TooFewSurvivors: a round had no sum; the run folder stands at the round before.
+          TooFewSurvivors: a round had no sum, as often as it was tried; the run folder stands at the round before.
         """
         progress = self.start()
+        everyone = tuple(site for site, _ in self.manifest.roster)
         for number in range(progress.round + 1, self.manifest.rounds + 1):
-            progress, line = self.advance(progress, number, exchange)
+            progress, line = self._round(progress, number, exchange, cohort or (lambda: everyone))
             self.store.save(progress, line)
+            self.attempts.close()
             on_round(line)
         return progress
 
-    def advance(self, progress: Progress, number: int, exchange: Exchange) -> tuple[Progress, dict[str, Any]]:
-        """Runs one round and its acceptance test; nothing is stored."""
-        began = time.monotonic()
-        cohort = tuple(site for site, _ in self.manifest.roster)
-        plan = RoundPlan(number, sequence=number, nonce=self.nonce(), cohort=cohort)
-        result = run_round(self.manifest, plan, progress.server.adapter, exchange)
+    def _round(
+        self, progress: Progress, number: int, exchange: Exchange, cohort: Callable[[], tuple[str, ...]]
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Tries a round until it has a sum; the attempt that a crash left does not count as a try."""
+        failed = 0
+        while True:
+            attempt = self.attempts.open(number, cohort, exchange)
+            try:
+                return self.advance(progress, attempt)
+            except TooFewSurvivors as error:
+                failed += not attempt.resumed
+                self.attempts.close()
+                tell_abort(exchange, attempt.plan.cohort, str(error))
+                if failed >= self.tries or self.attempts.count.spent >= self.manifest.releases:
+                    raise
+
+    def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
+        """Runs one attempt at a round and its acceptance test; nothing is stored."""
+        began, number = time.monotonic(), attempt.plan.number
+        result = run_round(self.manifest, attempt.plan, progress.server.adapter, attempt)
         candidate = lookup(AGGREGATORS, self.rule, "rule")(progress.server, result.update, self.rates)
         loss = self.public_loss(candidate.adapter)
         verdict = accept(progress.public_loss, loss, self.tolerance)
@@ -95,7 +120,8 @@ class Federation:
             "public_loss": loss if np.isfinite(loss) else None,
         }
         if verdict.accepted:
-            return Progress(candidate, number, loss), line
+            # compared with the best so far, so that many small steps down are not taken over one by one
+            return Progress(candidate, number, min(loss, progress.public_loss)), line
         return Progress(progress.server, number, progress.public_loss), line
 
 

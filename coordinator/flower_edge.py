@@ -1,7 +1,7 @@
 """The Flower form of an exchange: stages as messages over a Grid, one flat byte array each."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -10,6 +10,7 @@ from errors import DataError
 from protos.flower import NAME_STAGE, pack, unpack
 
 POLL_SECONDS = 0.05
+Nodes = Callable[[], Mapping[str, int]]
 
 
 class GridExchange:
@@ -17,42 +18,52 @@ class GridExchange:
 
     Args:
       grid: Flower's grid of the running server task.
-      sites: how many sites must have connected before the first round.
+      nodes: gives the nodes that are connected now, by site; a site that is not is missing from the replies.
       deadline: seconds that one stage may take.
     """
 
-    def __init__(self, grid: Grid, *, sites: int, deadline: float) -> None:
-        self._grid, self._deadline = grid, deadline
-        self._nodes = self._meet(sites)
+    def __init__(self, grid: Grid, *, nodes: Nodes, deadline: float) -> None:
+        self._grid, self._nodes, self._deadline = grid, nodes, deadline
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
         """Returns the answers that came before the deadline, by site."""
-        sent = {self._nodes[site]: (stage, body) for site, body in payloads.items()}
-        names = {node: site for site, node in self._nodes.items()}
-        return {names[node]: body for node, body in self._call(sent).items()}
+        nodes = self._nodes()
+        messages = {site: _message(nodes[site], stage, body) for site, body in payloads.items() if site in nodes}
+        return call(self._grid, messages, self._deadline)
 
-    def _meet(self, sites: int) -> dict[str, int]:
-        """Asks every node which site it is, and returns the nodes by site."""
-        until = time.monotonic() + self._deadline
-        while len(nodes := list(self._grid.get_node_ids())) < sites:
-            if time.monotonic() > until:
-                raise DataError(f"nodes={len(nodes)}: {sites} sites were expected; start the missing clients")
-            time.sleep(POLL_SECONDS)
-        answers = self._call(dict.fromkeys(nodes, (NAME_STAGE, b"")))
-        return {body.decode(): node for node, body in answers.items()}
 
-    def _call(self, payloads: Mapping[int, tuple[str, bytes]]) -> dict[int, bytes]:
-        messages = [
-            Message(content=pack(stage, body), dst_node_id=node, message_type=MessageType.TRAIN)
-            for node, (stage, body) in payloads.items()
-        ]
-        waiting = set(self._grid.push_messages(messages))
-        answers: dict[int, bytes] = {}
-        until = time.monotonic() + self._deadline
-        while waiting and time.monotonic() < until:
-            for reply in self._grid.pull_messages(list(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                if reply.has_content():
-                    answers[reply.metadata.src_node_id] = unpack(reply.content)[1]
-            time.sleep(POLL_SECONDS)
-        return answers
+def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[str, bytes]:
+    """Sends one message under each name and returns the answers with content that came in time, by name.
+
+    An error of Flower's, such as a node that went away, is an answer without content and is not waited for.
+    """
+    identifiers = grid.push_messages(list(messages.values()))
+    waiting = {one: name for one, name in zip(identifiers, messages, strict=True) if one is not None}
+    answers: dict[str, bytes] = {}
+    until = time.monotonic() + deadline
+    while waiting and time.monotonic() < until:
+        for reply in grid.pull_messages(list(waiting)):
+            name = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if name is not None and reply.has_content():
+                answers[name] = unpack(reply.content)[1]
+        time.sleep(POLL_SECONDS)
+    return answers
+
+
+def meet(grid: Grid, *, sites: int, deadline: float) -> dict[str, int]:
+    """Asks every node of a simulation which site it is, and returns the nodes by site.
+
+    Raises:
+      DataError: fewer nodes than sites.
+    """
+    until = time.monotonic() + deadline
+    while len(nodes := list(grid.get_node_ids())) < sites:
+        if time.monotonic() > until:
+            raise DataError(f"nodes={len(nodes)}: {sites} sites were expected; start the missing clients")
+        time.sleep(POLL_SECONDS)
+    names = call(grid, {str(node): _message(node, NAME_STAGE, b"") for node in nodes}, deadline)
+    return {body.decode(): int(node) for node, body in names.items()}
+
+
+def _message(node: int, stage: str, body: bytes) -> Message:
+    return Message(content=pack(stage, body), dst_node_id=node, message_type=MessageType.TRAIN)

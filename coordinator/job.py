@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ CLIP_EXAMPLES = 16
 # An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
 # factors leave ample room; an entry beyond is cut at the site, where it is counted.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
+STAGE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Who takes part in a job: name and epoch of the federation, (site, Ed25519 key) sorted, fewest sites of a sum."""
+
+    name: str
+    epoch: int
+    roster: tuple[tuple[str, str], ...]
+    n_min: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ def prepare(
     config: FedConfig,
     *,
     texts: list[str],
-    roster: tuple[tuple[str, str], ...],
+    federation: Parties,
     folder: Path,
     on_step: Callable[[str], None],
 ) -> Job:
@@ -120,7 +132,7 @@ def prepare(
     Args:
       config: the federation file.
       texts: public texts.
-      roster: sites with their public keys, sorted.
+      federation: who takes part.
       folder: where the emulator package goes; must be empty or absent.
       on_step: told what is being done.
 
@@ -164,7 +176,7 @@ def prepare(
     clip = config.privacy.max_grad_norm or _median_norm(task, attach(emulator, spec), public.tune, batch)
     full = attach(full, spec)
     layout = Layout.of(full)
-    manifest = _manifest(config, roster, facts, spec, layout, clip)
+    manifest = _manifest(config, federation, facts, spec, layout, clip)
     return Job(manifest, facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
 
 
@@ -233,7 +245,7 @@ def _median_norm(task: Task, model: nn.Module, examples: Examples, batch: int) -
 
 def _manifest(
     config: FedConfig,
-    roster: tuple[tuple[str, str], ...],
+    federation: Parties,
     facts: Manifest,
     spec: AdapterSpec,
     layout: Layout,
@@ -242,10 +254,10 @@ def _manifest(
     training, privacy = config.training, config.privacy
     factor = PRIVATE_BOUND if privacy.private else PLAIN_BOUND
     return JobManifest(
-        federation=config.secagg.federation,
-        epoch=1,
-        roster=roster,
-        n_min=config.secagg.n_min,
+        federation=federation.name,
+        epoch=federation.epoch,
+        roster=federation.roster,
+        n_min=federation.n_min,
         task=config.model.task,
         emulator=facts.digest(),
         adapter=spec,
@@ -258,4 +270,8 @@ def _manifest(
         update_bound=factor * clip * training.learning_rate * training.local_steps,
         privacy=PrivacyTerms(privacy.private, privacy.epsilon, clip, privacy.accountant, training.batch),
         physical_batch=training.physical_batch,
+        spare_rounds=training.spare_rounds,
+        model=Path(config.model.path).name,
+        release=version("offsite"),
+        deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
     )

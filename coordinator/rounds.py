@@ -44,6 +44,7 @@ class RoundResult:
       traffic: bytes both ways.
       upload_bytes: bytes of one site's masked upload, the largest.
       payload_bytes: bytes of its plain 32-bit vector.
+      ledgers: newest entry of each site's privacy ledger, where it keeps one.
     """
 
     update: np.ndarray
@@ -53,6 +54,7 @@ class RoundResult:
     traffic: Traffic
     upload_bytes: int
     payload_bytes: int
+    ledgers: dict[str, codec.LedgerHead]
 
 
 def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, exchange: Exchange) -> RoundResult:
@@ -114,7 +116,13 @@ def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, excha
         traffic=talk.traffic,
         upload_bytes=upload_bytes,
         payload_bytes=4 * manifest.layout.size,
+        ledgers={site: reply.ledger for site, reply in uploads.items() if reply.ledger is not None},
     )
+
+
+def tell_abort(exchange: Exchange, cohort: tuple[str, ...], reason: str) -> None:
+    """Tells a cohort that its round was given up, so that nobody waits for it; answers are of no interest."""
+    Conversation(exchange).ask("abort", dict.fromkeys(cohort, codec.Notice("abort", reason)), codec.Notice)
 
 
 def _enough(manifest: JobManifest, ready: dict[str, codec.TrainReply], talk: Conversation, stage: str) -> None:

@@ -31,7 +31,7 @@ class Progress:
     Attributes:
       server: adapter and running means; the last accepted ones.
       round: rounds done, 0 before the first.
-      public_loss: of the last accepted adapter, nats per token.
+      public_loss: the best of the accepted adapters, nats per token.
     """
 
     server: ServerState

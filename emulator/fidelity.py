@@ -56,7 +56,7 @@ def check_gate(cosine: float, floor: float) -> None:
       ConfigError: the cosine is below the floor or not a number, or the floor is out of range.
     """
     if not -1 <= floor <= 1:
-        raise ConfigError(f"floor={floor} must lie in [-1, 1]; 0.8 is the default")
+        raise ConfigError(f"floor={floor} must lie in [-1, 1]; 0.6 is the default")
     if not cosine >= floor:
         raise ConfigError(
             f"gradient_cosine={cosine:.2f}: below the floor {floor:g}, an adapter trained on this emulator would not "

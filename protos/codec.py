@@ -1,117 +1,87 @@
 """The one reader and writer of the generated stubs: messages of a round <-> bytes, versioned and size-limited."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from errors import MalformedMessage
 from protos import round_pb2 as wire
+from protos.messages import (
+    Announcement,
+    KeysRequest,
+    LedgerHead,
+    Letter,
+    MaskedReply,
+    Message,
+    Notice,
+    Offer,
+    OfferReply,
+    Refusal,
+    SignedBatch,
+    SignedBytes,
+    TrainReply,
+    TrainRequest,
+)
 
+__all__ = [
+    "Announcement",
+    "KeysRequest",
+    "LedgerHead",
+    "Letter",
+    "MaskedReply",
+    "Message",
+    "Notice",
+    "Offer",
+    "OfferReply",
+    "Refusal",
+    "SignedBatch",
+    "SignedBytes",
+    "TrainReply",
+    "TrainRequest",
+    "decode",
+    "decode_letter",
+    "encode",
+    "encode_letter",
+]
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """Asks a site to train from an adapter: job digest (32 bytes), round from 1, float32 vector of shape (d,)."""
-
-    job: bytes
-    round: int
-    adapter: np.ndarray
-
-
-@dataclass(frozen=True)
-class TrainReply:
-    """Says that a site holds a finished update of a round; nothing about the data travels."""
-
-    round: int
-
-
-@dataclass(frozen=True)
-class KeysRequest:
-    """Opens secure aggregation of a round's updates among the sites that finished training."""
-
-    round: int
-    sequence: int
-    nonce: bytes
-    adapter: bytes
-    invited: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SignedBytes:
-    """A signed secure-aggregation message; body and signature pass through untouched."""
-
-    sender: str
-    body: bytes
-    signature: bytes
-
-
-@dataclass(frozen=True)
-class SignedBatch:
-    """Several signed messages, in the order in which they were given."""
-
-    messages: tuple[SignedBytes, ...]
-
-
-@dataclass(frozen=True)
-class MaskedReply:
-    """A signed commitment and the masked vector, uint32 of shape (d,)."""
-
-    commitment: SignedBytes
-    vector: np.ndarray
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """The collector's list of survivors, as the members will sign it."""
-
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A site's refusal: name of the error and one line without private data."""
-
-    kind: str
-    reason: str
-
-
-Message = TrainRequest | TrainReply | KeysRequest | SignedBatch | MaskedReply | Announcement | Refusal
-
-
 def encode(message: Message) -> bytes:
     """Writes a message as the bytes of a versioned envelope; the same message always gives the same bytes."""
+    name, write = _WRITERS[type(message)]
     envelope = wire.Envelope(version=VERSION)
-    match message:
-        case TrainRequest():
-            content = wire.TrainRequest(job=message.job, round=message.round, adapter=_floats(message.adapter))
-            envelope.train_request.CopyFrom(content)
-        case TrainReply():
-            envelope.train_reply.CopyFrom(wire.TrainReply(round=message.round))
-        case KeysRequest():
-            envelope.keys_request.CopyFrom(
-                wire.KeysRequest(
-                    round=message.round,
-                    sequence=message.sequence,
-                    nonce=message.nonce,
-                    adapter=message.adapter,
-                    invited=message.invited,
-                )
-            )
-        case SignedBatch():
-            envelope.signed_batch.CopyFrom(wire.SignedBatch(messages=[_signed(m) for m in message.messages]))
-        case MaskedReply():
-            vector = np.ascontiguousarray(message.vector, dtype="<u4").tobytes()
-            envelope.masked_reply.CopyFrom(wire.MaskedReply(commitment=_signed(message.commitment), vector=vector))
-        case Announcement():
-            envelope.announcement.CopyFrom(wire.Announcement(body=message.body))
-        case Refusal():
-            envelope.refusal.CopyFrom(wire.Refusal(kind=message.kind, reason=message.reason))
+    getattr(envelope, name).CopyFrom(write(message))
     return envelope.SerializeToString(deterministic=True)
+
+
+def encode_letter(letter: Letter) -> bytes:
+    """Writes a letter; the same letter always gives the same bytes."""
+    return wire.Letter(version=VERSION, **_fields(letter)).SerializeToString(deterministic=True)
+
+
+def decode_letter(data: bytes) -> Letter:
+    """Reads the bytes of a letter as strictly as `decode`; who signed it is not checked here.
+
+    Raises:
+      MalformedMessage: as for `decode`.
+    """
+    _limit(data)
+    letter = wire.Letter()
+    try:
+        letter.ParseFromString(data)
+    except DecodeError as error:
+        raise MalformedMessage("message does not parse as a letter; was it cut off") from error
+    _check_version(letter.version)
+    names = (letter.sender, letter.recipient, letter.stage)
+    read = Letter(_digest(letter.federation), *names, letter.number, letter.body, letter.signature)
+    if encode_letter(read) != data:
+        raise MalformedMessage("letter is not in canonical form; was it altered on the way")
+    return read
 
 
 def decode(data: bytes) -> Message:
@@ -121,44 +91,94 @@ def decode(data: bytes) -> Message:
       MalformedMessage: too long, not an envelope, another version, unknown fields, or a field of the wrong length. The
         check is strict: bytes that `encode` would not have written are refused.
     """
-    if len(data) > MAX_BYTES:
-        raise MalformedMessage(
-            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send one round's vector at most"
-        )
+    _limit(data)
     envelope = wire.Envelope()
     try:
         envelope.ParseFromString(data)
     except DecodeError as error:
         raise MalformedMessage("message does not parse as an envelope; was it cut off") from error
-    if envelope.version != VERSION:
-        raise MalformedMessage(f"version={envelope.version}: this side speaks {VERSION}; install the same release")
+    _check_version(envelope.version)
     message = _content(envelope)
     if encode(message) != data:
         raise MalformedMessage("message is not in canonical form; was it altered on the way")
     return message
 
 
-def _content(envelope: wire.Envelope) -> Message:  # noqa: PLR0911 - one return per kind of message
-    match envelope.WhichOneof("content"):
-        case "train_request":
-            request = envelope.train_request
-            return TrainRequest(_digest(request.job), request.round, _vector(request.adapter, "<f4"))
-        case "train_reply":
-            return TrainReply(envelope.train_reply.round)
-        case "keys_request":
-            keys = envelope.keys_request
-            nonce, adapter = _digest(keys.nonce), _digest(keys.adapter)
-            return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(keys.invited))
-        case "signed_batch":
-            return SignedBatch(_batch(envelope.signed_batch.messages))
-        case "masked_reply":
-            reply = envelope.masked_reply
-            return MaskedReply(_batch([reply.commitment])[0], _vector(reply.vector, "<u4"))
-        case "announcement":
-            return Announcement(envelope.announcement.body)
-        case "refusal":
-            return Refusal(envelope.refusal.kind, envelope.refusal.reason)
-    raise MalformedMessage("message has no content that this version knows; install the same release on both sides")
+def _content(envelope: wire.Envelope) -> Message:
+    name = envelope.WhichOneof("content")
+    if name not in _READERS:
+        raise MalformedMessage("message has no content that this version knows; install the same release on both sides")
+    return _READERS[name](getattr(envelope, name))
+
+
+def _train_request(request: wire.TrainRequest) -> TrainRequest:
+    return TrainRequest(_digest(request.job), request.round, _vector(request.adapter, "<f4"))
+
+
+def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
+    nonce, adapter = _digest(keys.nonce), _digest(keys.adapter)
+    return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(keys.invited))
+
+
+def _masked_reply(reply: wire.MaskedReply) -> MaskedReply:
+    vector = _vector(reply.vector, "<u4")
+    return MaskedReply(_batch([reply.commitment])[0], vector, _optional_head(reply))
+
+
+def _write_masked_reply(message: MaskedReply) -> wire.MaskedReply:
+    vector = np.ascontiguousarray(message.vector, dtype="<u4").tobytes()
+    return wire.MaskedReply(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
+
+
+def _write_offer(message: Offer) -> wire.Offer:
+    owners = [wire.OwnerSignature(site=site, signature=signature) for site, signature in message.owners]
+    ledgers = [_write_head(head) for head in message.ledgers]
+    return wire.Offer(**(_fields(message) | {"owners": owners, "ledgers": ledgers}))
+
+
+def _offer_reply(reply: wire.OfferReply) -> OfferReply:
+    where = (reply.state, reply.detail, reply.fetched)
+    return OfferReply(*where, reply.owner_signature, _optional_head(reply))
+
+
+def _head(head: wire.Countersigned) -> LedgerHead:
+    return LedgerHead(head.ledger, head.count, head.head, head.signature)
+
+
+def _optional_head(reply: wire.OfferReply | wire.MaskedReply) -> LedgerHead | None:
+    return _head(reply.ledger) if reply.HasField("ledger") else None
+
+
+def _write_head(head: LedgerHead | None) -> wire.Countersigned | None:
+    return None if head is None else wire.Countersigned(**_fields(head))
+
+
+def _offer(offer: wire.Offer) -> Offer:
+    return Offer(
+        manifest=offer.manifest,
+        manifest_signature=offer.manifest_signature,
+        owners=tuple((one.site, one.signature) for one in offer.owners),
+        package=_digest(offer.package),
+        package_bytes=offer.package_bytes,
+        sealed_key=offer.sealed_key,
+        ledgers=tuple(_head(head) for head in offer.ledgers),
+    )
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+
+
+def _limit(data: bytes) -> None:
+    if len(data) > MAX_BYTES:
+        raise MalformedMessage(
+            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send one round's vector at most"
+        )
+
+
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise MalformedMessage(f"version={version}: this side speaks {VERSION}; install the same release")
 
 
 def _batch(messages: Sequence[wire.Signed]) -> tuple[SignedBytes, ...]:
@@ -183,3 +203,33 @@ def _digest(data: bytes) -> bytes:
     if len(data) != DIGEST_BYTES:
         raise MalformedMessage(f"digest_bytes={len(data)}: a SHA-256 has {DIGEST_BYTES}; was it cut off")
     return data
+
+
+_WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    TrainRequest: (
+        "train_request",
+        lambda m: wire.TrainRequest(job=m.job, round=m.round, adapter=_floats(m.adapter)),
+    ),
+    TrainReply: ("train_reply", lambda m: wire.TrainReply(round=m.round)),
+    KeysRequest: ("keys_request", lambda m: wire.KeysRequest(**_fields(m))),
+    SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),
+    MaskedReply: ("masked_reply", _write_masked_reply),
+    Announcement: ("announcement", lambda m: wire.Announcement(body=m.body)),
+    Refusal: ("refusal", lambda m: wire.Refusal(kind=m.kind, reason=m.reason)),
+    Offer: ("offer", _write_offer),
+    OfferReply: ("offer_reply", lambda m: wire.OfferReply(**(_fields(m) | {"ledger": _write_head(m.ledger)}))),
+    Notice: ("notice", lambda m: wire.Notice(kind=m.kind, reason=m.reason)),
+}
+
+_READERS: dict[str | None, Callable[[Any], Message]] = {
+    "train_request": _train_request,
+    "train_reply": lambda m: TrainReply(m.round),
+    "keys_request": _keys_request,
+    "signed_batch": lambda m: SignedBatch(_batch(m.messages)),
+    "masked_reply": _masked_reply,
+    "announcement": lambda m: Announcement(m.body),
+    "refusal": lambda m: Refusal(m.kind, m.reason),
+    "offer": _offer,
+    "offer_reply": _offer_reply,
+    "notice": lambda m: Notice(m.kind, m.reason),
+}

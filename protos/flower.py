@@ -1,9 +1,38 @@
-"""Stages as Flower records: the only form in which our bytes pass through Flower."""
+"""Stages as Flower records, and the bundle without code: the only forms in which ours pass through Flower."""
+
+import hashlib
+from functools import cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 NAME_STAGE = "name"  # asks a node which site it is; its bytes are the site's name
+
+# Flower wants a bundle with every run. Ours names the app that is installed at the site and holds no code.
+BUNDLE = b"""\
+[project]
+name = "offsite"
+version = "1.0.0"
+description = "names the locally installed programs; holds no code"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "offsite"
+
+[tool.flwr.app.components]
+serverapp = "coordinator.flower_edge:app"
+clientapp = "client.flower_edge:app"
+"""
+
+
+@cache
+def bundle() -> tuple[bytes, str]:
+    """Returns the one bundle that sites accept, and its SHA-256 in hexadecimal; the same bytes in every process."""
+    from flwr.cli.build import build_fab_from_files
+
+    content, _ = build_fab_from_files({"pyproject.toml": BUNDLE})
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def pack(stage: str, body: bytes) -> RecordDict:

@@ -1,4 +1,4 @@
-"""Checks that the stubs are what `round.proto` generates, or writes them: `python -m protos.fresh [--write]`."""
+"""Checks that the stubs are what the .proto files generate, or writes them: `python -m protos.fresh [--write]`."""
 
 import subprocess
 import sys
@@ -6,14 +6,22 @@ import tempfile
 from pathlib import Path
 
 ROOM = Path(__file__).resolve().parent
-STUBS = ("round_pb2.py", "round_pb2.pyi")
+STUBS = (
+    "round_pb2.py",
+    "round_pb2.pyi",
+    "depot_pb2.py",
+    "depot_pb2.pyi",
+    "depot_pb2_grpc.py",
+)
 
 
 def generate(root: Path) -> None:
     """Generates the stubs below `root`/protos with the installed compiler."""
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOM.parent}", f"--python_out={root}"]
-    command += [f"--pyi_out={root}", str(ROOM / "round.proto")]
-    subprocess.run(command, check=True)  # noqa: S603 - our own interpreter and file
+    command += [f"--pyi_out={root}"]
+    subprocess.run([*command, str(ROOM / "round.proto")], check=True)  # noqa: S603 - our own interpreter and file
+    service = [*command, f"--grpc_python_out={root}", str(ROOM / "depot.proto")]
+    subprocess.run(service, check=True)  # noqa: S603 - our own interpreter and file
 
 
 def stale() -> list[str]:

@@ -52,6 +52,11 @@ class JobManifest:
       update_bound: largest absolute entry of an update; sets the step of the secure sum.
       privacy: the terms above.
       physical_batch: records in one forward pass; changes memory and speed, not the result's privacy.
+      spare_rounds: rounds beyond `rounds` that the noise is planned for, to repeat some that were lost after an upload.
+      model: name of the full model, for the data owner to know and to permit.
+      release: version of offsite that wrote this.
+      metrics: names of what sites are asked to tell beside their update; nothing by default.
+      deadline: seconds that a site has to answer one stage of a round.
     """
 
     federation: str
@@ -70,11 +75,21 @@ class JobManifest:
     update_bound: float
     privacy: PrivacyTerms
     physical_batch: int
+    spare_rounds: int = 0
+    model: str = ""
+    release: str = ""
+    metrics: tuple[str, ...] = ()
+    deadline: float = 3600.0
+
+    @property
+    def releases(self) -> int:
+        """Updates that one site may send over the whole job."""
+        return self.rounds + self.spare_rounds
 
     @property
     def steps(self) -> int:
-        """DP-SGD steps of one site over the whole job."""
-        return self.rounds * self.local_steps
+        """DP-SGD steps of one site over the whole job, which its noise is planned for."""
+        return self.releases * self.local_steps
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON; equal manifests give equal bytes."""
@@ -103,6 +118,7 @@ class JobManifest:
             if content.pop("format") != FORMAT:
                 raise MalformedMessage("job manifest has another format; install the same release on both sides")
             content["roster"] = tuple((str(site), str(key)) for site, key in content["roster"])
+            content["metrics"] = tuple(str(name) for name in content["metrics"])
             content["adapter"] = AdapterSpec.from_dict(content["adapter"])
             content["layout"] = Layout.from_dict(content["layout"])
             content["privacy"] = PrivacyTerms(**content["privacy"])

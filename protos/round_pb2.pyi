@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request")
+    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,9 @@ class Envelope(_message.Message):
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     KEYS_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    OFFER_REPLY_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     version: int
     train_request: TrainRequest
     train_reply: TrainReply
@@ -24,7 +27,90 @@ class Envelope(_message.Message):
     announcement: Announcement
     refusal: Refusal
     keys_request: KeysRequest
-    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ...) -> None: ...
+    offer: Offer
+    offer_reply: OfferReply
+    notice: Notice
+    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+
+class Letter(_message.Message):
+    __slots__ = ("version", "federation", "sender", "recipient", "stage", "number", "body", "signature")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECIPIENT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    federation: bytes
+    sender: str
+    recipient: str
+    stage: str
+    number: int
+    body: bytes
+    signature: bytes
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., sender: _Optional[str] = ..., recipient: _Optional[str] = ..., stage: _Optional[str] = ..., number: _Optional[int] = ..., body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("manifest", "manifest_signature", "owners", "package", "package_bytes", "sealed_key", "ledgers")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    OWNERS_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    manifest_signature: bytes
+    owners: _containers.RepeatedCompositeFieldContainer[OwnerSignature]
+    package: bytes
+    package_bytes: int
+    sealed_key: bytes
+    ledgers: _containers.RepeatedCompositeFieldContainer[Countersigned]
+    def __init__(self, manifest: _Optional[bytes] = ..., manifest_signature: _Optional[bytes] = ..., owners: _Optional[_Iterable[_Union[OwnerSignature, _Mapping]]] = ..., package: _Optional[bytes] = ..., package_bytes: _Optional[int] = ..., sealed_key: _Optional[bytes] = ..., ledgers: _Optional[_Iterable[_Union[Countersigned, _Mapping]]] = ...) -> None: ...
+
+class Countersigned(_message.Message):
+    __slots__ = ("ledger", "count", "head", "signature")
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    ledger: str
+    count: int
+    head: str
+    signature: bytes
+    def __init__(self, ledger: _Optional[str] = ..., count: _Optional[int] = ..., head: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class OwnerSignature(_message.Message):
+    __slots__ = ("site", "signature")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    signature: bytes
+    def __init__(self, site: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class OfferReply(_message.Message):
+    __slots__ = ("state", "detail", "fetched", "owner_signature", "ledger")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
+    OWNER_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    detail: str
+    fetched: int
+    owner_signature: bytes
+    ledger: Countersigned
+    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., fetched: _Optional[int] = ..., owner_signature: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("kind", "reason")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    reason: str
+    def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
     __slots__ = ("job", "round", "adapter")
@@ -73,12 +159,14 @@ class SignedBatch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
 
 class MaskedReply(_message.Message):
-    __slots__ = ("commitment", "vector")
+    __slots__ = ("commitment", "vector", "ledger")
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     commitment: Signed
     vector: bytes
-    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ...) -> None: ...
+    ledger: Countersigned
+    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("body",)

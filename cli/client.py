@@ -1,0 +1,91 @@
+"""`offsite client …`: a site is set up, joins, renews its keys and leaves."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.confirm import confirm, warn_of_expiry
+from client.installation import Installation
+from errors import DataError
+from trust.federation import changes
+from trust.sealing import HYBRID
+from trust.welcome import MAX_BYTES, Welcome
+
+app = typer.Typer(
+    name="client", help="A data owner's side of a federation.", no_args_is_help=True, add_completion=False
+)
+Folder = Annotated[Path, typer.Argument(help="the site's folder")]
+
+
+@app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="name of this site")],
+    data: Annotated[Path, typer.Option(help="file or folder of the site's records")],
+    suite: Annotated[int, typer.Option(help="of the sealing key, as the coordinator says")] = HYBRID,
+) -> None:
+    """Make a site's folder with its keys, its policy and its request."""
+    site = Installation.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
+    typer.echo(f"site {name!r} made in {folder}; what it permits stands in {site.policy}")
+    _show_request(site, folder / "site.request")
+
+
+@app.command()
+def request(folder: Folder) -> None:
+    """Write the request file again."""
+    site = Installation.open(folder)
+    _show_request(site, site.request(datetime.now(UTC)))
+
+
+@app.command()
+def sign(
+    folder: Folder,
+    welcome: Annotated[Path, typer.Argument(help="the welcome file from the coordinator")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="what the coordinator told, instead of a question; for scripts")
+    ] = None,
+) -> None:
+    """Accept a welcome: see what it changes, compare its fingerprint, pin it and sign it."""
+    site, now = Installation.open(folder), datetime.now(UTC)
+    if not welcome.is_file() or welcome.stat().st_size > MAX_BYTES:
+        raise DataError(f"welcome={str(welcome)!r}: no such file, or too large; ask the coordinator for it")
+    data = welcome.read_bytes()
+    offered = Welcome.from_bytes(data)
+    manifest, pinned = offered.manifest, site.federation() if site.joined else None
+    typer.echo(f"epoch {manifest.epoch} of {manifest.name!r}, coordinator at {offered.host}")
+    for line in changes(pinned, manifest) or ("nothing changes but this site's own certificate or the addresses",):
+        typer.echo(f"  {line}")
+    typer.echo(f"fingerprint: {offered.fingerprint}")
+    if fingerprint is None:
+        confirm("did the coordinator read the same fingerprint to you, and do you accept this?", yes=False)
+        fingerprint = offered.fingerprint
+    site.join(data, now=now, expected=fingerprint)
+    site.sign()
+    typer.echo(f"signed; it goes to the coordinator with: offsite client run {folder}")
+    warn_of_expiry(site.check(now))
+
+
+@app.command()
+def rotate(folder: Folder) -> None:
+    """Make new keys; the old ones serve until the coordinator's new welcome is signed."""
+    site = Installation.open(folder)
+    _show_request(site, site.rotate(datetime.now(UTC)))
+
+
+@app.command()
+def leave(
+    folder: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Leave the federation: destroy this site's keys; ledger and audit log stay."""
+    site = Installation.open(folder)
+    confirm(f"destroy the keys of {site.settings.name!r}? the site cannot come back with them", yes=yes)
+    site.leave()
+    typer.echo(f"keys destroyed; tell the coordinator: offsite coordinator revoke DIR {site.settings.name}")
+
+
+def _show_request(site: Installation, path: Path) -> None:
+    typer.echo(f"request: {path}\nfingerprint: {site.fingerprint}")
+    typer.echo("next: send the request to the coordinator, and read the fingerprint to them by telephone")

@@ -1,0 +1,199 @@
+"""`offsite client …`: run a site, look at offers and approve them, check everything, train without a network."""
+
+import json
+import logging
+import os
+import signal
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cli.client import app
+from cli.confirm import warn_of_expiry
+from client.installation import SETTINGS, Installation
+from errors import DataError
+
+EXIT_WARNED, EXIT_STOPPED = 1, 143
+Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
+log = logging.getLogger("offsite.client")
+
+
+def open_folder(path: Path) -> Installation:
+    """Opens a site by its folder or by its site.toml."""
+    return Installation.open(path.parent if path.name == SETTINGS else path)
+
+
+def now() -> datetime:
+    """Returns the time."""
+    return datetime.now(UTC)
+
+
+@app.command()
+def run(folder: Place) -> None:
+    """Run this site: connect, look at offers, train what is permitted, until stopped."""
+    from client.node import Node
+    from client.opening import Opened, limit_resources
+
+    installation = open_folder(folder)
+    warn_of_expiry(installation.check(now()))
+    opened = Opened.of(installation, now)
+    limit_resources(opened.policy)
+    if installation.settings.simulation_seed is not None:
+        log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
+    stopping = _stop_on_signals()
+    mailbox = opened.mailbox()
+    place = opened.node_place()
+    opened.note("started", f"pid {os.getpid()}")
+    log.info("site %s: connecting to %s", installation.settings.name, place.superlink)
+    try:
+        Node(place, mailbox.answer, note=opened.note, stopping=lambda: bool(stopping)).run()
+    except KeyboardInterrupt:
+        pass
+    opened.note("stopped", "by a signal")
+    typer.echo("offsite: stopped; what was spent is in the ledger; start again with the same command", err=True)
+    raise typer.Exit(EXIT_STOPPED)
+
+
+def _stop_on_signals() -> list[int]:
+    """Makes SIGTERM and SIGINT end the process between two steps of Python, also in the middle of a training."""
+    stopping: list[int] = []
+
+    def stop(number: int, _: Any) -> NoReturn:
+        stopping.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return stopping
+
+
+@app.command()
+def inspect(
+    folder: Place,
+    job: Annotated[str | None, typer.Argument(help="eight or more digits of a job's hash; none lists all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+) -> None:
+    """Show what a coordinator asks for."""
+    from client.jobs import Jobs
+
+    installation = open_folder(folder)
+    jobs = Jobs(installation.state / "jobs")
+    if job is None:
+        approved = jobs.approved()
+        for digest in jobs.names():
+            typer.echo(f"{digest}  {'approved' if digest in approved else 'not approved'}")
+        return
+    found = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    facts = json.loads(found.manifest.to_bytes())
+    if as_json:
+        typer.echo(json.dumps({"job": found.digest, "approved": found.approved, "manifest": facts}))
+        return
+    typer.echo("\n".join(_lines(found.digest, found.approved, facts)))
+
+
+def _lines(digest: str, approved: bool, facts: dict[str, Any]) -> list[str]:
+    privacy, adapter, layout = facts["privacy"], facts["adapter"], facts["layout"]
+    parameters = sum(_size(shape) for shape in layout["shapes"])
+    return [
+        f"job        {digest}  ({'approved' if approved else 'not approved'})",
+        f"model      {facts['model']}, task {facts['task']}, emulator {facts['emulator'][:16]}…",
+        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in {len(layout['names'])} tensors",
+        f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
+        f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
+        f"privacy    epsilon {privacy['epsilon']} for the whole job, clip {privacy['max_grad_norm']:.4g}, "
+        f"accountant {privacy['accountant']}",
+        f"sum        of at least {facts['n_min']} of {len(facts['roster'])} sites: "
+        + ", ".join(site for site, _ in facts["roster"]),
+        f"leaves     one masked update a round; metrics: {', '.join(facts['metrics']) or 'none'}",
+        f"next       offsite client approve DIR {digest[:12]}",
+    ]
+
+
+def _size(shape: list[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+@app.command()
+def approve(folder: Place, job: Annotated[str, typer.Argument(help="eight or more digits of a job's hash")]) -> None:
+    """Approve one job, pinned to the hash of its manifest."""
+    import getpass
+
+    from client.jobs import Jobs
+
+    installation = open_folder(folder)
+    jobs = Jobs(installation.state / "jobs")
+    jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    digest = jobs.approve(job, by=getpass.getuser(), at=now().isoformat(timespec="seconds"))
+    typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
+
+
+@app.command()
+def doctor(folder: Place, as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False) -> None:
+    """Check versions, keys, certificates, clock, ports, disk, data, policy, ledger and audit log."""
+    from client.doctor import FAILED, examine
+
+    findings = examine(open_folder(folder), now)
+    if as_json:
+        typer.echo(json.dumps([{"check": f.check, "state": f.state, "detail": f.detail} for f in findings]))
+    else:
+        for found in findings:
+            typer.echo(f"{found.state:<7} {found.check:<13} {found.detail}")
+    if any(found.state == FAILED for found in findings):
+        raise typer.Exit(EXIT_WARNED)
+
+
+@app.command("dry-run")
+def dry_run(folder: Place, job: Annotated[str, typer.Argument(help="digits of an offered job's hash")]) -> None:
+    """Train one round of an offered job without a network; nothing leaves, and no privacy is spent."""
+    from client.books import MemoryBooks
+    from client.jobs import Jobs
+    from client.opening import Opened, limit_resources
+    from secagg.journal import MemoryJournal
+
+    installation = open_folder(folder)
+    opened = Opened.of(installation, now)
+    limit_resources(opened.policy)
+    found = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
+    package = installation.packages / found.manifest.emulator
+    if not package.is_dir():
+        raise DataError(f"job={found.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
+    with tempfile.TemporaryDirectory() as scratch:
+        books = MemoryBooks(found.manifest.releases)
+        site = opened.site_with(found.manifest, package, books, MemoryJournal(), record=Path(scratch) / "rounds")
+        line = site.rehearse()
+    plan = site.plan
+    typer.echo(
+        f"records {plan.records}, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
+    )
+    typer.echo(
+        f"trained one round: batch sizes {line['batch_sizes']}, losses {line['losses']}, engine {line['engine']}"
+    )
+    typer.echo(
+        f"the whole job would spend epsilon {plan.epsilon:.3f} at delta {plan.delta:.3g}; nothing left this site"
+    )
+
+
+audit = typer.Typer(help="The site's audit log.", no_args_is_help=True)
+app.add_typer(audit, name="audit")
+
+
+@audit.command()
+def verify(folder: Place) -> None:
+    """Check the hash chain of the audit log and of the ledger."""
+    from client.audit import verify as check
+    from client.opening import Opened
+
+    installation = open_folder(folder)
+    entries = check(installation.state / "audit.jsonl")
+    opened = Opened.of(installation, now)
+    count, head = opened.ledger.head()
+    typer.echo(f"audit log: {entries} entries, chain whole")
+    typer.echo(
+        f"ledger of {installation.settings.dataset!r}: {count} entries, epsilon {opened.ledger.spent():.4f}, head {head[:16]}…"
+    )

@@ -1,0 +1,111 @@
+"""`offsite coordinator …`: a federation is set up, its sites approved and revoked."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.confirm import confirm, same_fingerprint, warn_of_expiry
+from coordinator.provision import Home
+from errors import DataError
+from trust.federation import Federation
+from trust.request import SiteRequest
+from trust.sealing import HYBRID
+from trust.welcome import Welcome
+
+app = typer.Typer(
+    name="coordinator", help="The model owner's side of a federation.", no_args_is_help=True, add_completion=False
+)
+Folder = Annotated[Path, typer.Argument(help="the coordinator's folder")]
+MAX_REQUEST_BYTES = 1 << 16
+
+
+@app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="name of the federation")] = "offsite",
+    host: Annotated[str, typer.Option(help="name or address under which sites reach this machine")] = "127.0.0.1",
+    link_port: Annotated[int, typer.Option(help="port of the SuperLink")] = 8443,
+    depot_port: Annotated[int, typer.Option(help="port of the depot")] = 8444,
+    n_min: Annotated[int, typer.Option(help="fewest sites whose sum a job may open, at least 3")] = 3,
+    max_epsilon: Annotated[float, typer.Option(help="no job may plan more epsilon than this")] = 8.0,
+    clip: Annotated[float, typer.Option(help="largest entry of an update that a job may set")] = 100.0,
+    suite: Annotated[int, typer.Option(help="of sealing keys: 2 X-Wing, safe against recording; 1 X25519")] = HYBRID,
+    days: Annotated[int, typer.Option(help="how long certificates and each epoch hold")] = 365,
+) -> None:
+    """Make the coordinator's folder: authority, server certificate, identity."""
+    home = Home.create(
+        folder,
+        name=name,
+        host=host,
+        link_port=link_port,
+        depot_port=depot_port,
+        n_min=n_min,
+        max_epsilon=max_epsilon,
+        now=datetime.now(UTC),
+        suite=suite,
+        clip=clip,
+        days=days,
+    )
+    typer.echo(f"coordinator of {name!r} made in {folder}; sites reach it at {host}:{link_port} and {depot_port}")
+    typer.echo(f"identity: {home.identity.public.hex()}")
+    typer.echo(
+        f"next: each site runs offsite client init and sends its request; then: offsite coordinator approve {folder} …"
+    )
+
+
+@app.command()
+def approve(
+    folder: Folder,
+    requests: Annotated[list[Path] | None, typer.Argument(help="request files; none renews what expires")] = None,
+    fingerprint: Annotated[
+        list[str] | None, typer.Option(help="the site's own fingerprint, one for each request, instead of a question")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask; the fingerprints were compared already")] = False,
+) -> None:
+    """Admit sites and write a welcome for every member; without requests, renew certificates and epoch."""
+    home, now = Home.open(folder), datetime.now(UTC)
+    if not requests:
+        confirm("renew every certificate and make a new epoch?", yes=yes)
+        _show(home, home.renew(now), now)
+        return
+    read = [SiteRequest.from_bytes(_read(path)) for path in requests]
+    for request in read:
+        kind = "new keys for" if request.replaces else "request of"
+        typer.echo(f"{kind} {request.name}: {request.fingerprint}")
+    if fingerprint:
+        same_fingerprint([request.fingerprint for request in read], fingerprint)
+    else:
+        confirm("did each site's owner read the same fingerprint to you?", yes=yes)
+    _show(home, home.approve(read, now), now)
+
+
+@app.command()
+def revoke(
+    folder: Folder,
+    site: Annotated[str, typer.Argument(help="name of the site")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Put a site out: its keys never count again, and the others sign a new epoch."""
+    home, now = Home.open(folder), datetime.now(UTC)
+    confirm(f"revoke {site!r}? its keys never count again", yes=yes)
+    _show(home, home.revoke(site, now), now)
+
+
+def _show(home: Home, federation: Federation, now: datetime) -> None:
+    """Prints the epoch, where each welcome lies, and what its owner compares."""
+    typer.echo(f"epoch {federation.epoch} of {federation.name!r}, {len(federation.members)} sites")
+    for one in federation.members:
+        typer.echo(f"welcome for {one.site}: {home.welcome(one.site)}")
+    if federation.members:
+        first = Welcome.from_bytes(home.welcome(federation.members[0].site).read_bytes())
+        typer.echo(f"fingerprint for every site to compare: {first.fingerprint}")
+        typer.echo("next: each site runs offsite client sign with its welcome")
+    warn_of_expiry(home.check(now))
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file() or path.stat().st_size > MAX_REQUEST_BYTES:
+        raise DataError(f"request={str(path)!r}: no such file, or too large for a request; ask the site for it")
+    return path.read_bytes()

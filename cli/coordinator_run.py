@@ -1,0 +1,116 @@
+"""`offsite coordinator run` and `status`: a job between organisations."""
+
+import json
+import logging
+import secrets
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from cli.confirm import warn_of_expiry
+from cli.coordinator import app
+from errors import ConfigError, OffsiteError
+
+EXIT_STOPPED = 143
+log = logging.getLogger("offsite.coordinator")
+
+
+def now() -> datetime:
+    """Returns the time."""
+    return datetime.now(UTC)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="federation file with a table [coordinator]")],
+    out: Annotated[Path | None, typer.Option(help="run folder; default: one for this file, in the home")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
+) -> None:
+    """Run a job with the sites of the federation; the same command again goes on where it was."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cli.display import LiveDisplay, PlainDisplay
+    from client.data import read
+    from coordinator.config import read_config
+    from coordinator.outcome import conclude
+    from coordinator.provision import Home
+    from coordinator.service import Setting, run_folder, run_job
+    from coordinator.status import Status
+    from coordinator.store import Store
+
+    disable_progress_bar()
+    settings, sha256 = read_config(config)
+    if settings.coordinator is None:
+        raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
+    home = Home.open(Path(settings.coordinator.home))
+    warn_of_expiry(home.check(now()))
+    store = Store(run_folder(home, sha256, out))
+    status = Status(home.folder / "status.json", now)
+    texts = read(Path(settings.data.public), reader=settings.data.reader or None, column=settings.data.column or None)
+    _interrupt_on_signals()
+    console = Console(stderr=True)
+    display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
+    setting = Setting(
+        home=home,
+        config=settings,
+        store=store,
+        status=status,
+        texts=texts,
+        nonce=lambda: secrets.token_bytes(32),
+        on_step=display.step,
+        on_round=lambda line: display.round(line, settings.training.rounds),
+    )
+    try:
+        with display:
+            job, progress = run_job(setting)
+            report = conclude(settings, sha256, store, job, progress)
+    except KeyboardInterrupt:
+        status.set("stopped", detail="by a signal", next="run the same command again; it goes on where it was")
+        typer.echo(f"offsite: stopped; go on with: offsite coordinator run {config}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from None
+    except OffsiteError as error:
+        status.set("stopped", detail=str(error), next="mend it and run the same command again; it goes on")
+        raise
+    except BaseException as error:
+        status.set("failed", detail=type(error).__name__, next="a bug; see the log, and run the same command again")
+        raise
+    status.set("finished", detail=str(store.folder))
+    if as_json:
+        typer.echo(json.dumps(report, allow_nan=False))
+        return
+    typer.echo((store.folder / "report.md").read_text(encoding="utf-8").strip())
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="the coordinator's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+) -> None:
+    """Tell who is there, which round it is, and what is awaited."""
+    from coordinator.status import read_status
+
+    facts = read_status(folder / "status.json")
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    of = f" of {facts['rounds']}" if "rounds" in facts else ""
+    typer.echo(f"state    {facts['state']}, since {facts['updated']}\nround    {facts['round']}{of} whole")
+    if facts.get("awaited"):
+        typer.echo(f"awaited  {facts['stage']} from {', '.join(facts['awaited'])}")
+    for name, site in sorted(facts["sites"].items()):
+        typer.echo(f"site     {name}: {site['state']} {site['detail']}".rstrip())
+    for key in ("detail", "next"):
+        if facts.get(key):
+            typer.echo(f"{key:<8} {facts[key]}")
+
+
+def _interrupt_on_signals() -> None:
+    def stop(number: int, _: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)

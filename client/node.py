@@ -1,0 +1,116 @@
+"""The running site: keeps a SuperNode alive and answers what comes through it, until it is told to stop."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.run import RunNotRunningException
+
+from client.executor import Executor, Handler
+from protos.flower_process import FlowerProcess
+from protos.guard import VARIABLE, new_secret
+
+log = logging.getLogger("offsite.client")
+IDLE_SECONDS = 0.2
+# A node that came back is refused until the coordinator has seen it gone, twice the heartbeat of `client.supernode`.
+BACKOFF_SECONDS = (1.0, 15.0)
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where a SuperNode lives and where it connects.
+
+    Attributes:
+      folder: its log, secrets and Flower's own files.
+      superlink: host:port of the coordinator's SuperLink.
+      ca: PEM file of the coordinator's authority.
+      key: P-384 private key, OpenSSH format.
+      port: of its local interface, on loopback.
+    """
+
+    folder: Path
+    superlink: str
+    ca: Path
+    key: Path
+    port: int
+
+
+class Node:
+    """A SuperNode with our executor behind it.
+
+    Args:
+      place: where it lives.
+      handle: (stage, bytes) -> bytes.
+      note: told (kind, reason) of what the owner should know.
+      stopping: says whether to end.
+    """
+
+    def __init__(
+        self, place: NodePlace, handle: Handler, *, note: Callable[[str, str], None], stopping: Callable[[], bool]
+    ) -> None:
+        self._place, self._handle, self._note, self._stopping = place, handle, note, stopping
+        folder = place.folder
+        guard, secret = new_secret(folder / "guard"), new_secret(folder / "superexec")
+        local = f"127.0.0.1:{place.port}"
+        self._process = FlowerProcess(
+            "client.supernode",
+            [
+                *("--superlink", place.superlink, "--root-certificates", str(place.ca.resolve())),
+                *("--auth-supernode-private-key", str(place.key.resolve())),
+                *("--host", "127.0.0.1", "--port", str(place.port), "--isolation", "process"),
+                *("--superexec-auth-secret-file", str((folder / "superexec").resolve())),
+            ],
+            log=folder / "supernode.log",
+            home=folder / "home",
+            environment={VARIABLE: str((folder / "guard").resolve())},
+        )
+        self._executor = Executor(local, guard=guard, secret=secret.encode(), handle=handle, on_foreign=self._foreign)
+        self._wait = BACKOFF_SECONDS[0]
+        self._started = 0.0
+
+    def run(self) -> None:
+        """Answers messages until told to stop, and starts the SuperNode again whenever it has ended."""
+        try:
+            while not self._stopping():
+                self._keep_alive()
+                if not self._step():
+                    time.sleep(IDLE_SECONDS)
+        finally:
+            self._executor.close()
+            self._process.stop()
+
+    def _step(self) -> bool:
+        try:
+            return self._executor.step()
+        except (httpx.HTTPError, ObjectPullError, RuntimeError, RunNotRunningException) as error:
+            # the SuperNode is starting, or the run of a coordinator that was killed is gone; both pass
+            log.debug("no message could be answered (%s)", type(error).__name__)
+            return False
+
+    def _keep_alive(self) -> None:
+        if self._process.running:
+            if time.monotonic() - self._started > BACKOFF_SECONDS[1]:
+                self._wait = BACKOFF_SECONDS[0]
+            return
+        if self._started:
+            self._note("supernode ended", self._process.last_line())
+            pause = self._wait * (1 + secrets.randbelow(1000) / 2000)  # all sites lost it at the same moment
+            self._wait = min(2 * self._wait, BACKOFF_SECONDS[1])
+            self._sleep(pause)
+            if self._stopping():
+                return
+        self._process.start()
+        self._started = time.monotonic()
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stopping():
+            time.sleep(IDLE_SECONDS)
+
+    def _foreign(self, digest: str) -> None:
+        self._note("foreign bundle refused", f"sha256={digest}")

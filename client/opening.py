@@ -1,0 +1,232 @@
+"""From a site's folder to a running site: its books, its policy, its mailbox."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from client.audit import Audit
+from client.books import Books, LedgerBooks
+from client.data import read
+from client.fetch import DepotAddress, fetch
+from client.installation import Installation
+from client.jobs import Jobs
+from client.mailbox import Mailbox
+from client.node import NodePlace
+from client.plan import plan_for
+from client.policy import Policy, permit
+from client.preparation import Means
+from client.service import Service, Standing
+from client.site import Site
+from client.workbench import open_workbench
+from errors import DataError, PolicyRefusal, PrivacyRefusal, lookup
+from privacy.ledger import Ledger
+from privacy.randomness import Randomness
+from protos.manifest import JobManifest
+from secagg.journal import FileJournal, Journal
+from task.examples import Examples
+from task.tasks import TASKS
+
+ACCOUNTANT = "pld"
+Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A site that is ready to be asked.
+
+    Attributes:
+      installation: its folder.
+      policy: its owner's.
+      audit: its log.
+      ledger: of its data set.
+      jobs: offers and approvals.
+      clock: gives the time.
+    """
+
+    installation: Installation
+    policy: Policy
+    audit: Audit
+    ledger: Ledger
+    jobs: Jobs
+    clock: Clock
+
+    @classmethod
+    def of(cls, installation: Installation, clock: Clock) -> "Opened":
+        """Opens what a site keeps.
+
+        Raises:
+          ConfigError, DataError: policy or site.toml is wrong, or a chained file is damaged.
+          PolicyRefusal: noise from a seed is asked for, and the policy does not permit it.
+        """
+        settings, state = installation.settings, installation.state
+        policy = Policy.read(installation.policy)
+        if settings.simulation_seed is not None and not policy.allow_seeded_noise:
+            raise PolicyRefusal(
+                f"simulation_seed={settings.simulation_seed}: noise from a seed protects nobody, and policy.toml has "
+                "allow_seeded_noise=false; remove it from site.toml"
+            )
+        state.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(
+            state / f"ledger-{settings.dataset}.jsonl",
+            dataset=settings.dataset,
+            epsilon_cap=policy.epsilon_cap,
+            delta=policy.delta_cap,
+            accountant=ACCOUNTANT,
+        )
+        jobs = Jobs(state / "jobs")
+        return cls(installation, policy, Audit(state / "audit.jsonl"), ledger, jobs, clock)
+
+    def mailbox(self) -> Mailbox:
+        """Returns the mailbox through which the coordinator is answered."""
+        installation = self.installation
+        federation, keys = installation.federation(), installation.keys
+        service = Service(
+            Standing(
+                name=installation.settings.name,
+                dataset=installation.settings.dataset,
+                federation=federation,
+                signature=installation.sign(),
+                coordinator=bytes.fromhex(federation.coordinator),
+                policy=self.policy,
+                jobs=self.jobs,
+                ledger=self.ledger,
+                audit=self.audit,
+                means=Means(installation.packages, keys.sealing, self._fetch, self.site),
+                permit=self._permit,
+                clock=self.clock,
+            )
+        )
+        return Mailbox(
+            installation.settings.name,
+            keys.identity,
+            coordinator=bytes.fromhex(federation.coordinator),
+            federation=federation.digest(),
+            memory=installation.state / "letters.json",
+            handle=service.handle,
+            on_refused=lambda reason: self.note("letter refused", reason),
+        )
+
+    def node_place(self) -> NodePlace:
+        """Returns where the SuperNode lives."""
+        installation, welcome = self.installation, self.installation.welcome
+        return NodePlace(
+            folder=installation.state / "node",
+            superlink=f"{welcome.host}:{welcome.link_port}",
+            ca=installation.ca,
+            key=installation.keys.node,
+            port=installation.settings.runtime_port or _free_port(),
+        )
+
+    def note(self, kind: str, reason: str) -> None:
+        """Writes a line to the audit log."""
+        self.audit.record(kind, now=self.clock(), reason=reason)
+
+    def site(self, manifest: JobManifest, package: Path) -> Site:
+        """Opens this site for a job, with its ledger and its journal.
+
+        Raises:
+          OffsiteError: the emulator is not trusted, the policy does not permit the job, or the data do not fit.
+        """
+        installation = self.installation
+        books = LedgerBooks(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
+        journal = FileJournal(installation.state / "journal.jsonl")
+        return self.site_with(manifest, package, books, journal, record=installation.state / "rounds.jsonl")
+
+    def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
+        """Opens this site with the books, the journal and the record given; a dry run brings its own."""
+        bench = open_workbench(package, manifest)
+        examples = self.examples(manifest, bench.tokenizer)
+        if len(examples) < self.policy.min_records:
+            raise PolicyRefusal(
+                f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
+            )
+        plan = plan_for(manifest, len(examples))
+        if plan.delta > self.policy.delta_cap:
+            raise PrivacyRefusal(
+                f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={self.policy.delta_cap:g}"
+            )
+        return Site(
+            self.installation.settings.name,
+            manifest=manifest,
+            bench=bench,
+            examples=examples,
+            plan=plan,
+            identity=self.installation.keys.identity,
+            journal=journal,
+            books=books,
+            record=record,
+            noise=self._noise,
+            rounding=self._rounding(),
+        )
+
+    def examples(self, manifest: JobManifest, tokenizer: object) -> Examples:
+        """Returns this site's records, as the job cuts them."""
+        settings = self.installation.settings
+        texts = read(self.installation.data, reader=settings.reader or None, column=settings.column or None)
+        task = lookup(TASKS, manifest.task, "task")
+        return task.encode(tokenizer, texts, length=manifest.length, split=manifest.split)
+
+    def _noise(self, training: str) -> Randomness:
+        settings = self.installation.settings
+        if settings.simulation_seed is None:
+            return Randomness.from_os()
+        return Randomness.for_simulation(settings.simulation_seed, "noise", settings.name, training)
+
+    def _rounding(self) -> Callable[[str], Callable[[int], np.ndarray]] | None:
+        settings = self.installation.settings
+        if (seed := settings.simulation_seed) is None:
+            return None
+        return lambda training: Randomness.for_simulation(seed, "rounding", settings.name, training).uniform
+
+    def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
+        welcome, keys = self.installation.welcome, self.installation.keys
+        address = DepotAddress(
+            welcome.host,
+            welcome.depot_port,
+            ca=self.installation.ca.read_bytes(),
+            cert=self.installation.certificate.read_bytes(),
+            key=keys.tls.read_bytes(),
+        )
+        return fetch(address, digest, size, target, on_bytes=on_bytes)
+
+    def _permit(self, manifest: JobManifest, package_bytes: int) -> None:
+        permit(
+            self.policy,
+            manifest,
+            now=self.clock(),
+            free_disk=shutil.disk_usage(self.installation.folder).free,
+            package_bytes=package_bytes,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def limit_resources(policy: Policy) -> None:
+    """Keeps this process within the owner's limits: threads, address space.
+
+    Raises:
+      DataError: the operating system refuses a limit.
+    """
+    import resource
+
+    import torch
+
+    if policy.max_threads:
+        torch.set_num_threads(policy.max_threads)
+        os.environ["OMP_NUM_THREADS"] = str(policy.max_threads)
+    if policy.max_memory_gb:
+        size = int(policy.max_memory_gb * 2**30)
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+        except (ValueError, OSError) as error:
+            raise DataError(f"max_memory_gb={policy.max_memory_gb}: the system refuses this limit ({error})") from error

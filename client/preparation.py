@@ -1,0 +1,102 @@
+"""From an accepted offer to a site that can train: fetch, open the seal, unpack, vet, load; in the background."""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.site import Site
+from emulator import archive
+from errors import OffsiteError
+from protos.codec import Offer
+from protos.manifest import JobManifest
+from protos.signed_job import package_context
+from trust import streaming
+from trust.sealing import SealingKey
+
+log = logging.getLogger("offsite.client")
+FETCHING, READY, REFUSED = "fetching", "ready", "refused"
+Fetch = Callable[[str, int, Path, Callable[[int], None]], Path]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a preparation works with.
+
+    Attributes:
+      packages: folder of packages.
+      sealing: this site's key.
+      fetch: (SHA-256, bytes, file, told the bytes that are here) -> file; resumes.
+      open_site: (manifest, package folder) -> site; vets and loads.
+    """
+
+    packages: Path
+    sealing: SealingKey
+    fetch: Fetch
+    open_site: Callable[[JobManifest, Path], Site]
+
+
+class Preparation:
+    """One job on its way to being ready; asked for its state from another thread.
+
+    Args:
+      offer: what the coordinator offered.
+      manifest: its manifest, permitted by the policy.
+      means: what is worked with.
+    """
+
+    def __init__(self, offer: Offer, manifest: JobManifest, means: Means) -> None:
+        self.manifest = manifest
+        self.state, self.detail, self.fetched = FETCHING, "", 0
+        self.site: Site | None = None
+        self._offer, self._means = offer, means
+        self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Waits until it is ready or refused, at most so long."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            self.site = self._means.open_site(self.manifest, self._package())
+        except OffsiteError as error:
+            self.state, self.detail = REFUSED, f"{type(error).__name__}: {error}"
+        except Exception as error:  # a bug must not leave the coordinator waiting for ever
+            log.exception("preparation failed")
+            self.state, self.detail = REFUSED, f"{type(error).__name__} in the site's program; see its log"
+        else:
+            self.state = READY
+
+    def _package(self) -> Path:
+        """Returns the folder of the package; one that is here already is used, and checked when it is loaded."""
+        offer, means = self._offer, self._means
+        folder = means.packages / self.manifest.emulator
+        if folder.is_dir():
+            self.fetched = offer.package_bytes
+            return folder
+        means.packages.mkdir(parents=True, exist_ok=True)
+        digest = offer.package.hex()
+        sealed = means.fetch(digest, offer.package_bytes, means.packages / f"{digest}.sealed", self._moved)
+        key = means.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
+        plain, partial = means.packages / f"{digest}.plain", means.packages / f"{self.manifest.emulator}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with sealed.open("rb") as source, plain.open("wb") as target:
+                streaming.decrypt(source, target, key)
+            with plain.open("rb") as source:
+                archive.read(source, partial, expected_digest=self.manifest.emulator)
+            partial.rename(folder)
+        finally:
+            plain.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        sealed.unlink()
+        return folder
+
+    def _moved(self, fetched: int) -> None:
+        self.fetched = fetched

@@ -1,0 +1,205 @@
+"""What a site does with each stage of its coordinator: look at offers, take part in rounds, write down what leaves."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+
+from client.audit import Audit
+from client.books import ledger_name
+from client.jobs import Jobs
+from client.policy import Policy, permit_now
+from client.preparation import READY, Means, Preparation
+from client.site import answer
+from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted
+from privacy.ledger import Ledger
+from protos import codec
+from protos.manifest import JobManifest
+from protos.signed_job import check_job
+from trust.countersign import check_countersigned
+from trust.federation import Federation, check_signatures
+
+WAITING = "waiting"
+_RESENT = ("keys", "shares", "masked", "survivors", "unmask")  # the same question gets the same bytes again
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What this site has agreed to, and what it keeps.
+
+    Attributes:
+      name: this site.
+      dataset: name of its data set, as in the ledger.
+      federation: the manifest that its owner signed.
+      signature: that signature, 64 bytes.
+      coordinator: the coordinator's Ed25519 key.
+      policy: the owner's.
+      jobs: offers and approvals.
+      ledger: of the data set.
+      audit: the site's log.
+      means: to prepare a job.
+      permit: (manifest, bytes of the package) checks the owner's policy.
+      clock: gives the time.
+    """
+
+    name: str
+    dataset: str
+    federation: Federation
+    signature: bytes
+    coordinator: bytes
+    policy: Policy
+    jobs: Jobs
+    ledger: Ledger
+    audit: Audit
+    means: Means
+    permit: Callable[[JobManifest, int], None]
+    clock: Callable[[], datetime]
+
+
+class Service:
+    """One running site.
+
+    Args:
+      standing: what it has agreed to.
+    """
+
+    def __init__(self, standing: Standing) -> None:
+        self._standing = standing
+        self._preparation: Preparation | None = None
+        self._sent: dict[str, tuple[bytes, bytes]] = {}
+
+    def handle(self, stage: str, body: bytes) -> bytes:
+        """Returns the answer to a stage; a refusal is an answer, and is written down."""
+        try:
+            reply = self._dispatch(stage, body)
+        except OffsiteError as error:
+            reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
+        message = codec.decode(reply)
+        fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
+        if isinstance(message, codec.Refusal):
+            fields |= {"error": message.kind, "reason": message.reason}
+        if stage != "offer" or isinstance(message, codec.Refusal):
+            self._note("answered", fields)
+        return reply
+
+    def _dispatch(self, stage: str, body: bytes) -> bytes:
+        if stage in ("offer", "finish"):
+            message = codec.decode(body)
+            if isinstance(message, codec.Offer):
+                return codec.encode(self._offer(message))
+            if isinstance(message, codec.Notice):
+                return codec.encode(self._finish(message))
+            raise ProtocolViolation(f"stage={stage!r}: {type(message).__name__} does not belong there")
+        return self._round(stage, body)
+
+    def _round(self, stage: str, body: bytes) -> bytes:
+        preparation = self._preparation
+        if preparation is None or preparation.site is None:
+            raise ProtocolViolation(f"stage={stage!r}: no job is ready at this site; offer it first")
+        asked = hashlib.sha256(body).digest()
+        if stage in _RESENT and self._sent.get(stage, (b"", b""))[0] == asked:
+            return self._sent[stage][1]
+        if stage == "train":
+            permit_now(self._standing.policy, self._standing.clock())
+            self._sent.clear()
+        reply = answer(preparation.site, stage, body)
+        if stage in _RESENT and not isinstance(codec.decode(reply), codec.Refusal):
+            self._sent[stage] = (asked, reply)
+        return reply
+
+    def _offer(self, offer: codec.Offer) -> codec.OfferReply:
+        standing = self._standing
+        manifest = check_job(standing.coordinator, offer.manifest, offer.manifest_signature)
+        if missing := sorted(
+            {member.site for member in standing.federation.members} - {site for site, _ in offer.owners}
+        ):
+            return self._reply(WAITING, f"signatures of {', '.join(missing)} under the federation manifest are missing")
+        check_signatures(standing.federation, dict(offer.owners))
+        _check_terms(manifest, standing.federation)
+        self._check_ledger(offer)
+        digest = manifest.digest().hex()
+        if digest not in standing.jobs.names():
+            standing.jobs.keep(offer.manifest, offer.manifest_signature, digest)
+            self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
+        standing.permit(manifest, offer.package_bytes)
+        if standing.policy.approval == "manual" and digest not in standing.jobs.approved():
+            return self._reply(WAITING, f"the data owner has not approved job {digest[:12]} yet")
+        return self._prepare(offer, manifest)
+
+    def _prepare(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
+        preparation = self._preparation
+        known = preparation is not None and preparation.manifest == manifest
+        if preparation is None or not known or preparation.state == "refused":
+            if preparation is not None and known:
+                self._preparation = None  # it is told once, and tried again with the next offer
+                return self._reply(preparation.state, preparation.detail)
+            self._note("accepted", {"job": manifest.digest().hex()})
+            preparation = self._preparation = Preparation(offer, manifest, self._standing.means)
+            self._sent.clear()
+            preparation.start()
+            preparation.wait(0.2)
+        if preparation.state == READY:
+            self._note_once_ready(manifest)
+        return self._reply(preparation.state, preparation.detail, preparation.fetched)
+
+    def _note_once_ready(self, manifest: JobManifest) -> None:
+        ready = {"job": manifest.digest().hex()}
+        if getattr(self, "_ready", None) != ready:
+            self._ready = ready
+            self._note("ready", ready)
+
+    def _check_ledger(self, offer: codec.Offer) -> None:
+        standing = self._standing
+        mine = ledger_name(standing.dataset)
+        for head in offer.ledgers:
+            if head.ledger == mine:
+                check_countersigned(
+                    standing.coordinator, standing.name, head.ledger, head.count, head.head, head.signature
+                )
+                standing.ledger.check_against(head.count, head.head)
+
+    def _finish(self, notice: codec.Notice) -> codec.Notice:
+        self._preparation = None
+        self._sent.clear()
+        self._note("finished", {"reason": notice.reason})
+        return notice
+
+    def _reply(self, state: str, detail: str, fetched: int = 0) -> codec.OfferReply:
+        count, head = self._standing.ledger.head()
+        own = codec.LedgerHead(ledger_name(self._standing.dataset), count, head)
+        return codec.OfferReply(state, detail, fetched, self._standing.signature, own)
+
+    def _note(self, kind: str, fields: Mapping[str, object]) -> None:
+        self._standing.audit.record(kind, now=self._standing.clock(), **fields)
+
+
+def _check_terms(manifest: JobManifest, federation: Federation) -> None:
+    """Checks that a job keeps to what every owner signed.
+
+    Raises:
+      Untrusted: another federation, epoch or roster.
+      PolicyRefusal: weaker terms than were signed.
+      PrivacyRefusal: no privacy.
+    """
+    roster = tuple((member.site, member.identity) for member in federation.members)
+    found = (manifest.federation, manifest.epoch, manifest.roster)
+    if found != (federation.name, federation.epoch, roster):
+        raise Untrusted(
+            f"job federation={manifest.federation!r} epoch={manifest.epoch}: the owners signed {federation.name!r} "
+            f"epoch {federation.epoch} with {len(roster)} sites; make the job again under that manifest"
+        )
+    if not manifest.privacy.private:
+        raise PrivacyRefusal("job private=false: a real site trains with differential privacy only; switch it on")
+    for name, value, worst in (
+        ("epsilon", manifest.privacy.epsilon, federation.max_epsilon),
+        ("update_bound", manifest.update_bound, federation.clip),
+        ("n_min", -manifest.n_min, -federation.n_min),
+    ):
+        if not value <= worst:
+            raise PolicyRefusal(f"job {name}={abs(value)}: the owners signed {abs(worst)}; keep to it")
+    ours = version("offsite")
+    if manifest.release.split(".")[:2] != ours.split(".")[:2]:
+        raise PolicyRefusal(
+            f"job release={manifest.release!r}: this site runs offsite {ours}; install the same release"
+        )

@@ -1,0 +1,147 @@
+"""One attempt at a round, kept on disk stage by stage, so that a coordinator that was killed goes on inside the round.
+
+A round is a fixed computation on the answers of the sites. With the answers of every whole stage on disk, running it
+again asks the sites only for what is missing; they give the same answer twice or refuse. A round that cannot go on is
+tried afresh: new nonce, new keys, new masks.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.exchange import Exchange
+from coordinator.rounds import RoundPlan
+from coordinator.store import write_atomically
+from errors import DataError, MalformedMessage
+from trust.wire import Reader, Writer
+
+MAX_STAGE_BYTES = 1 << 40
+MAX_REPLY_BYTES = 1 << 30
+SPENDS = "masked"  # the stage in which updates leave their sites
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers that only go up over a job: aggregations opened, and rounds whose updates may have left their sites."""
+
+    sequence: int = 0
+    spent: int = 0
+
+
+class Attempts:
+    """The attempts of one run.
+
+    Args:
+      folder: the run folder.
+      nonce: gives 32 fresh random bytes.
+    """
+
+    def __init__(self, folder: Path, nonce: Callable[[], bytes]) -> None:
+        self._counts, self._folder, self._nonce = folder / "attempts.json", folder / "attempt", nonce
+
+    @property
+    def count(self) -> Count:
+        """Where the numbers stand.
+
+        Raises:
+          DataError: the file is damaged.
+        """
+        if not self._counts.exists():
+            return Count()
+        try:
+            return Count(**json.loads(self._counts.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"run={str(self._folder.parent)!r}: attempts.json is damaged; start a new run") from error
+
+    def open(self, number: int, cohort: Callable[[], tuple[str, ...]], exchange: Exchange) -> "Attempt":
+        """Returns the attempt at a round that a killed process left, or else a new one."""
+        plan = self._left(number)
+        resumed = plan is not None
+        if plan is None:
+            self.close()
+            sequence = self.count.sequence + 1
+            self._write(Count(sequence, self.count.spent))
+            plan = RoundPlan(number, sequence, self._nonce(), cohort())
+            self._folder.mkdir()
+            content = {"number": number, "sequence": sequence, "nonce": plan.nonce.hex(), "cohort": list(plan.cohort)}
+            write_atomically(self._folder / "plan.json", json.dumps(content).encode())
+        return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
+
+    def close(self) -> None:
+        """Forgets the open attempt, because its round is stored or given up."""
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _left(self, number: int) -> RoundPlan | None:
+        path = self._folder / "plan.json"
+        if not path.exists():
+            return None
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if plan["number"] != number:
+            return None
+        return RoundPlan(number, plan["sequence"], bytes.fromhex(plan["nonce"]), tuple(plan["cohort"]))
+
+    def _spend(self) -> None:
+        self._write(Count(self.count.sequence, self.count.spent + 1))
+
+    def _write(self, count: Count) -> None:
+        write_atomically(self._counts, json.dumps({"sequence": count.sequence, "spent": count.spent}).encode())
+
+
+class Attempt:
+    """An exchange that keeps the answers of each whole stage.
+
+    Args:
+      plan: of the round.
+      exchange: to the sites.
+      folder: holds a file for each whole stage.
+      resumed: whether stages of it may be whole already.
+      on_spend: called once, before the first update can leave a site.
+    """
+
+    def __init__(
+        self, plan: RoundPlan, exchange: Exchange, folder: Path, *, resumed: bool, on_spend: Callable[[], None]
+    ) -> None:
+        self.plan, self.resumed = plan, resumed
+        self._exchange, self._folder, self._on_spend = exchange, folder, on_spend
+
+    def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Returns the answers to a stage: those on disk if it was whole, else the sites'."""
+        path, asked = self._folder / f"{stage}.replies", _digest(stage, payloads)
+        if path.exists():
+            return _read(path, asked)
+        if stage == SPENDS and not (mark := self._folder / "spent").exists():
+            self._on_spend()
+            mark.touch()
+        replies = self._exchange.send(stage, payloads)
+        writer = Writer().field(asked)
+        for site, body in sorted(replies.items()):
+            writer.text(site).field(body)
+        write_atomically(path, writer.done())
+        return replies
+
+
+def _digest(stage: str, payloads: Mapping[str, bytes]) -> bytes:
+    writer = Writer().text(stage)
+    for site, body in sorted(payloads.items()):
+        writer.text(site).field(hashlib.sha256(body).digest())
+    return hashlib.sha256(writer.done()).digest()
+
+
+def _read(path: Path, asked: bytes) -> dict[str, bytes]:
+    try:
+        reader = Reader(path.read_bytes(), "stage", limit=MAX_STAGE_BYTES)
+        if reader.field(exactly=32) != asked:
+            raise MalformedMessage("answers to another question")
+        replies = {}
+        while reader.more():
+            site = reader.text()
+            replies[site] = reader.field(limit=MAX_REPLY_BYTES)
+    except MalformedMessage as error:
+        raise DataError(
+            f"attempt={path.name}: not the answers of this round ({error}); remove {path.parent}"
+        ) from error
+    return replies

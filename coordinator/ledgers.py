@@ -1,0 +1,50 @@
+"""What the coordinator remembers of the sites' privacy ledgers, so that a site notices when its own was set back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coordinator.store import write_atomically
+from errors import DataError
+from protos.codec import LedgerHead
+from trust.countersign import countersign
+from trust.identity import Identity
+
+
+class Ledgers:
+    """The newest head that each site told; it says how often a site has released, and nothing about its data.
+
+    Args:
+      path: file they are kept in.
+      identity: the coordinator's, which countersigns.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self._path, self._identity = path, identity
+        try:
+            self._heads: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise DataError(
+                f"ledgers={str(path)!r} is damaged; without it no site notices a ledger set back"
+            ) from error
+
+    def learn(self, site: str, head: LedgerHead | None) -> None:
+        """Keeps what a site told, when it is newer; an older count never replaces a newer one."""
+        if head is None:
+            return
+        known = self._heads.setdefault(site, {}).get(head.ledger, {"count": 0})
+        if head.count > known["count"]:
+            self._heads[site][head.ledger] = {"count": head.count, "head": head.head}
+            write_atomically(self._path, json.dumps(self._heads, sort_keys=True).encode())
+
+    def countersigned(self, site: str) -> tuple[LedgerHead, ...]:
+        """Returns everything known of a site's ledgers, with the coordinator's signatures."""
+        return tuple(
+            LedgerHead(
+                name, one["count"], one["head"], countersign(self._identity, site, name, one["count"], one["head"])
+            )
+            for name, one in sorted(self._heads.get(site, {}).items())
+        )

@@ -1,0 +1,96 @@
+"""The end of a job between organisations: the adapter, and a report of what the coordinator knows."""
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adapter.export import export
+from coordinator.config import FedConfig
+from coordinator.evaluate import score
+from coordinator.job import Job
+from coordinator.store import Progress, Store, write_atomically
+from emulator.plug import plug
+
+PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
+
+
+def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
+    """Writes the adapter and the report, and returns the report."""
+    plug(job.full, job.layout, progress.server.adapter)
+    after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
+    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
+    report = _report(config_sha256, store, job, progress) | {
+        "public": {
+            "full_zero_shot": dataclasses.asdict(job.zero_shot["full"]),
+            "emulator_zero_shot": dataclasses.asdict(job.zero_shot["emulator"]),
+            "plug_in": dataclasses.asdict(after),
+        }
+    }
+    store.write_json("report.json", report)
+    write_atomically(store.folder / "report.md", _text(report, store).encode())
+    return report
+
+
+def _report(config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
+    manifest, lines = job.manifest, store.rounds()
+    terms = manifest.privacy
+    return {
+        "format": 1,
+        "mode": "federation",
+        "rounds_planned": manifest.rounds,
+        "finished_rounds": progress.round,
+        "rounds": lines,
+        "privacy": {
+            "private": terms.private,
+            "target_epsilon": terms.epsilon,
+            "accountant": terms.accountant,
+            "max_grad_norm": terms.max_grad_norm,
+            "known_here": "what each site spent stands in its own ledger; the coordinator is not told",
+        },
+        "secagg": {
+            "suite": 1,
+            "threshold": lines[-1]["threshold"] if lines else 0,
+            "dropped": [one | {"round": line["round"]} for line in lines for one in line["dropped"]],
+        },
+        "emulator": {
+            "sha256": job.emulator.digest(),
+            "package_bytes": job.emulator.package_bytes,
+            "gradient_cosine": job.cosine,
+        },
+        "adapter": {"method": manifest.adapter.method, "rank": manifest.adapter.rank, "parameters": job.layout.size},
+        "provenance": {
+            "config_sha256": config_sha256,
+            "job_sha256": manifest.digest().hex(),
+            "versions": {name: version(name) for name in PACKAGES},
+        },
+    }
+
+
+def _text(report: dict[str, Any], store: Store) -> str:
+    public, lines = report["public"], report["rounds"]
+    before, after = public["full_zero_shot"]["loss"], public["plug_in"]["loss"]
+    taken = sum(line["accepted"] for line in lines)
+    table = [
+        f"| {line['round']} | {', '.join(line['members'])} | {line['public_loss'] or float('nan'):.4f} | "
+        f"{'yes' if line['accepted'] else 'no'} | {line['seconds']:.1f} |"
+        for line in lines
+    ]
+    return "\n".join(
+        [
+            "# Federation",
+            "",
+            f"{report['finished_rounds']} of {report['rounds_planned']} rounds are done, {taken} were taken over. On the "
+            f"coordinator's public text the model went from {before:.4f} to {after:.4f} nats per token; how good it is "
+            "on the sites' own text, only they can measure.",
+            "",
+            f"Each site planned for epsilon {report['privacy']['target_epsilon']} at most, by its own ledger.",
+            "",
+            "| round | members | public loss | taken over | seconds |",
+            "|---|---|---|---|---|",
+            *table,
+            "",
+            f"adapter: {store.adapter}",
+            "",
+        ]
+    )

@@ -1,0 +1,270 @@
+"""A job between organisations, from the federation file to the tuned adapter; killed at any moment, it goes on."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from coordinator.aggregate import Rates
+from coordinator.attempt import Attempts
+from coordinator.config import CoordinatorConfig, FedConfig
+from coordinator.correspondence import Correspondence, Numbers
+from coordinator.delivery import Delivery, deliver
+from coordinator.depot import Depot, Tls
+from coordinator.exchange import Conversation, Exchange
+from coordinator.federation import Federation
+from coordinator.flower_edge import GridExchange
+from coordinator.job import Job, Parties, prepare, reopen
+from coordinator.ledgers import Ledgers
+from coordinator.link import Link, LinkPlace
+from coordinator.muster import Muster, Terms
+from coordinator.provision import Home
+from coordinator.status import Status
+from coordinator.store import Progress, Store
+from errors import ConfigError, DataError, Untrusted
+from protos import codec
+from protos.manifest import JobManifest
+from protos.signed_job import sign_job
+from trust import federation as owners
+from trust.certificates import certificate_key
+
+log = logging.getLogger("offsite.coordinator")
+OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
+LINK_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One job at one coordinator.
+
+    Attributes:
+      home: the coordinator's folder.
+      config: the federation file.
+      store: run folder.
+      status: where the job stands.
+      texts: public texts.
+      nonce: gives 32 fresh random bytes.
+      on_step: told what is being done.
+      on_round: told each whole round's line.
+    """
+
+    home: Home
+    config: FedConfig
+    store: Store
+    status: Status
+    texts: list[str]
+    nonce: Callable[[], bytes]
+    on_step: Callable[[str], None]
+    on_round: Callable[[dict[str, Any]], None]
+
+    @property
+    def rules(self) -> CoordinatorConfig:
+        """The table [coordinator] of the federation file.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if self.config.coordinator is None:
+            raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
+        return self.config.coordinator
+
+
+def run_job(setting: Setting) -> tuple[Job, Progress]:
+    """Runs a job to its end, or on from where it stopped.
+
+    Returns:
+      The job and where it stands.
+
+    Raises:
+      OffsiteError: with what to change; the run folder then stands at the last whole round.
+    """
+    setting.status.set("building")
+    epoch = setting.home.federation()
+    job = open_job(setting, epoch)
+    delivery = deliver(
+        setting.store.package,
+        setting.home.folder / "depot",
+        job.manifest,
+        epoch,
+        setting.store.folder / "delivery.json",
+    )
+    with _depot(setting.home, epoch):
+        for tried in range(1, LINK_TRIES + 1):
+            try:
+                return job, _over_link(setting, job, epoch, delivery)
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                setting.status.set("link lost", detail=type(error).__name__)
+                log.warning("Flower's SuperLink was lost (%s); start %d of %d", type(error).__name__, tried, LINK_TRIES)
+    raise DataError(
+        f"link: Flower's SuperLink was lost {LINK_TRIES} times; see {setting.home.link / 'superlink.log'}, then run again"
+    )
+
+
+def open_job(setting: Setting, epoch: owners.Federation) -> Job:
+    """Prepares the job, or opens the one that this run folder holds.
+
+    Raises:
+      Untrusted: the owners signed another epoch since.
+    """
+    path = setting.store.folder / "job.json"
+    if not path.exists():
+        roster = tuple((member.site, member.identity) for member in epoch.members)
+        parties = Parties(epoch.name, epoch.epoch, roster, max(epoch.n_min, setting.config.secagg.n_min))
+        job = prepare(
+            setting.config,
+            texts=setting.texts,
+            federation=parties,
+            folder=setting.store.package,
+            on_step=setting.on_step,
+        )
+        setting.store.write_json("job_facts.json", job.facts())
+        path.write_bytes(job.manifest.to_bytes())
+        return job
+    manifest = JobManifest.from_bytes(path.read_bytes())
+    if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch):
+        raise Untrusted(
+            f"epoch={manifest.epoch}: this run was made under it, and the federation is at {epoch.epoch}; start a new run"
+        )
+    setting.on_step("open the prepared job")
+    facts = setting.store.read_json("job_facts.json")
+    return reopen(setting.config, manifest, facts, texts=setting.texts, folder=setting.store.package)
+
+
+def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery) -> Progress:
+    nodes = {member.site: member.node for member in epoch.members}
+    setting.on_step("start Flower's SuperLink")
+    with Link(link_place(setting.home), nodes) as link:
+        offers = _letters(setting, epoch, link, OFFER_SECONDS)
+        muster = _muster(setting, job, epoch, delivery, offers)
+        setting.on_step("wait for the sites")
+        setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
+        rules = setting.rules
+        wanted = rules.sites or len(nodes)
+        muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
+        exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline), setting.status)
+        progress = _federation(setting, job).run(exchange, _tell(setting), _cohort(setting, muster, job.manifest.n_min))
+        setting.status.set("finishing", awaited=[])
+        farewell = Conversation(_letters(setting, epoch, link, FINISH_SECONDS))
+        farewell.ask("finish", dict.fromkeys(nodes, codec.Notice("finish", "all rounds are done")), codec.Notice)
+        return progress
+
+
+def _cohort(setting: Setting, muster: Muster, fewest: int) -> Callable[[], tuple[str, ...]]:
+    def cohort() -> tuple[str, ...]:
+        setting.status.set("waiting for sites")
+        return muster.gather(Terms(fewest, fewest, setting.rules.patience))
+
+    return cohort
+
+
+def _tell(setting: Setting) -> Callable[[dict[str, Any]], None]:
+    def tell(line: dict[str, Any]) -> None:
+        setting.status.set("round done", round=line["round"], stage="", awaited=[])
+        setting.on_round(line)
+
+    return tell
+
+
+class _Told:
+    """An exchange that says in the status what is awaited from whom."""
+
+    def __init__(self, exchange: Exchange, status: Status) -> None:
+        self._exchange, self._status = exchange, status
+
+    def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Sends a stage."""
+        self._status.set("in a round", stage=stage, awaited=sorted(payloads))
+        return self._exchange.send(stage, payloads)
+
+
+def _letters(setting: Setting, epoch: owners.Federation, link: Link, deadline: float) -> Correspondence:
+    return Correspondence(
+        GridExchange(link.grid, nodes=link.node_ids, deadline=deadline),
+        setting.home.identity,
+        epoch,
+        Numbers(setting.home.folder / "letters.txt"),
+        lambda site, reason: log.warning("site %s: %s", site, reason),
+    )
+
+
+def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, exchange: Exchange) -> Muster:
+    identity = setting.home.identity
+    ledgers = Ledgers(setting.home.folder / "ledgers.json", identity)
+    manifest = job.manifest.to_bytes()
+    signature = sign_job(identity, manifest)
+
+    def offer_for(site: str, signatures: Mapping[str, bytes]) -> codec.Offer:
+        return codec.Offer(
+            manifest=manifest,
+            manifest_signature=signature,
+            owners=tuple(sorted(signatures.items())),
+            package=delivery.sha256,
+            package_bytes=delivery.size,
+            sealed_key=delivery.sealed[site],
+            ledgers=ledgers.countersigned(site),
+        )
+
+    return Muster(
+        exchange,
+        epoch,
+        offer_for,
+        signatures=setting.home.signatures(),
+        ledgers=ledgers,
+        status=setting.status,
+        keep=setting.home.add_signature,
+    )
+
+
+def _federation(setting: Setting, job: Job) -> Federation:
+    rule = setting.config.aggregation
+    return Federation(
+        manifest=job.manifest,
+        rule=rule.rule,
+        rates=Rates(rule.learning_rate, rule.momentum),
+        full=job.full,
+        layout=job.layout,
+        task=job.task,
+        public=job.public.test,
+        tolerance=setting.config.evaluation.tolerance,
+        store=setting.store,
+        attempts=Attempts(setting.store.folder, setting.nonce),
+        tries=setting.rules.attempts,
+    )
+
+
+def link_place(home: Home) -> LinkPlace:
+    """Returns where the SuperLink of a coordinator lives."""
+    settings = home.settings
+    bind = settings.bind or settings.host
+    return LinkPlace(home.link, bind, settings.link_port, home.ca, home.server, home.server_key)
+
+
+@contextmanager
+def _depot(home: Home, epoch: owners.Federation) -> Iterator[Depot]:
+    """Runs the depot while a job runs; who was revoked is looked up with every request."""
+    tls = Tls(home.ca.read_bytes(), home.server.read_bytes(), home.server_key.read_bytes())
+
+    def allowed(certificate: bytes) -> None:
+        home.member_by_tls(certificate_key(certificate))
+
+    settings = home.settings
+    depot = Depot(
+        home.folder / "depot",
+        address=f"{settings.bind or settings.host}:{settings.depot_port}",
+        tls=tls,
+        allowed=allowed,
+    )
+    depot.start()
+    try:
+        yield depot
+    finally:
+        depot.stop()
+
+
+def run_folder(home: Home, config_sha256: str, out: Path | None) -> Path:
+    """Returns the folder of a run: the one asked for, or the one of this federation file in this home."""
+    return out if out is not None else home.runs / config_sha256[:12]

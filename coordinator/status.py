@@ -1,0 +1,70 @@
+"""Where a job stands, in a file that another process can read at any moment."""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from coordinator.store import write_atomically
+from errors import DataError
+
+ENDED = ("finished", "stopped", "failed")
+
+
+class Status:
+    """The status file of one coordinator.
+
+    Args:
+      path: the file.
+      clock: gives the time.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
+        self._path, self._clock = path, clock
+        self._facts: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "sites": {}, "round": 0}
+
+    def set(self, state: str, **facts: Any) -> None:
+        """Says what is being done; facts stay until they are set again."""
+        self._facts |= {"state": state, **facts}
+        self._write()
+
+    def site(self, name: str, state: str, detail: str, fetched: int) -> None:
+        """Says where a site is."""
+        known = self._facts["sites"].get(name, {})
+        seen = self._now() if state != "absent" else known.get("seen")
+        fresh = {"state": state, "detail": detail, "fetched": fetched}
+        changed = {key: known.get(key) for key in fresh} != fresh
+        self._facts["sites"][name] = fresh | {"seen": seen}
+        if changed:
+            self._write()
+
+    def reasons(self) -> str:
+        """Returns site and reason of everyone who is not ready, on one line."""
+        waiting = {name: one for name, one in self._facts["sites"].items() if one["state"] != "ready"}
+        return ", ".join(f"{name}: {one['detail'] or one['state']}" for name, one in sorted(waiting.items()))
+
+    def _write(self) -> None:
+        content = json.dumps(self._facts | {"updated": self._now()}, indent=1, sort_keys=True)
+        write_atomically(self._path, content.encode())
+
+    def _now(self) -> str:
+        return self._clock().isoformat(timespec="seconds")
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Returns the status of a coordinator; one whose process is gone without an end is `killed`.
+
+    Raises:
+      DataError: no job was started there.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"status={str(path)!r}: no job was started here; `offsite coordinator run` starts one"
+        ) from error
+    if facts["state"] not in ENDED and not Path(f"/proc/{facts['pid']}").exists():
+        facts |= {"state": "killed", "next": "run the same command again; it goes on where it was"}
+    return facts

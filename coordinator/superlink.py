@@ -1,0 +1,28 @@
+"""The SuperLink process: Flower's own program behind our guard; `python -m coordinator.superlink ARGUMENTS`."""
+
+from typing import Any
+
+from protos.guard import Guard, secret_of_environment
+
+# What a SuperNode needs; everything else on this port starts runs, hands out tasks or describes itself.
+PUBLIC = ("/v1/fleet/", "/health")
+
+
+def main() -> None:
+    """Runs Flower's SuperLink; peers reach its fleet interface only."""
+    import flwr.superlink.main as program
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    original, secret = program.create_app, secret_of_environment()
+
+    def create_app(*arguments: Any, **named: Any) -> Any:
+        app = original(*arguments, **named)
+        app.add_middleware(Guard, secret=secret, public=PUBLIC)
+        return app
+
+    program.create_app = create_app
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The privacy ledger of one data set: what was spent on it, over rounds and jobs, and never more than its cap."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from errors import DataError, PrivacyRefusal, lookup
+from privacy.accountants import ACCOUNTANTS, check_delta
+from privacy.events import Event, compose
+from trust.chain import Chain, Link
+
+_SPEND = "spend"
+_LABEL = "offsite privacy ledger"
+
+
+@dataclass(frozen=True)
+class Spend:
+    """One entry: its number, what the data set has spent without and with it, and the ledger's head after it."""
+
+    number: int
+    epsilon_before: float
+    epsilon_total: float
+    head: str
+
+    @property
+    def epsilon_round(self) -> float:
+        """What this release added to the total."""
+        return self.epsilon_total - self.epsilon_before
+
+
+class Ledger:
+    """The spent privacy of one data set, on disk.
+
+    A debit is durable before it returns, and the caller releases only afterwards; so whatever is killed when, the
+    recorded epsilon is at least the true one.
+
+    Args:
+      path: file of the chain.
+      dataset: name of the data set; a ledger of another one cannot stand in for it.
+      epsilon_cap: no release may take the total above it, > 0.
+      delta: at which epsilon is computed, in (0, 1).
+      accountant: name in `privacy.ACCOUNTANTS`.
+    """
+
+    def __init__(self, path: Path, *, dataset: str, epsilon_cap: float, delta: float, accountant: str) -> None:
+        check_delta(delta)
+        self._chain = Chain(path, f"{_LABEL} {dataset}")
+        self.dataset, self._cap, self._delta = dataset, epsilon_cap, delta
+        self._account = lookup(ACCOUNTANTS, accountant, "accountant")
+        self._known: dict[tuple[Event, ...], float] = {(): 0.0}
+
+    def check(self, event: Event) -> float:
+        """Returns the epsilon that the data set would have spent after one more release.
+
+        Raises:
+          PrivacyRefusal: that is above the cap.
+          DataError: the ledger is damaged.
+        """
+        return self._checked(self._events(self._chain.links()), event)
+
+    def debit(self, event: Event, *, job: str, round: int, now: datetime) -> Spend:
+        """Enters a release, durably; only afterwards may it leave.
+
+        Raises:
+          PrivacyRefusal: the total would be above the cap; nothing was entered.
+          DataError: the ledger is damaged, or the disk is full.
+        """
+        with self._chain.locked() as file:
+            before = self._events(self._chain.links())
+            total = self._checked(before, event)
+            fields = {
+                "job": job,
+                "round": round,
+                "noise_multiplier": event.noise_multiplier,
+                "sample_rate": event.sample_rate,
+                "steps": event.steps,
+                "epsilon_total": total,
+            }
+            link = self._chain.append_locked(file, _SPEND, fields, now=now)
+        return Spend(link.number, self._epsilon(before), total, link.digest)
+
+    def spent(self) -> float:
+        """Returns the epsilon that the data set has spent."""
+        return self._epsilon(self._events(self._chain.links()))
+
+    def releases(self, job: str) -> int:
+        """Returns how many releases of one job were entered."""
+        return sum(link.fields["job"] == job for link in self._chain.links())
+
+    def head(self) -> tuple[int, str]:
+        """Returns the number of entries and the digest of the last."""
+        return self._chain.head()
+
+    def check_against(self, count: int, head: str) -> None:
+        """Compares the ledger with a head that the coordinator countersigned.
+
+        Raises:
+          PrivacyRefusal: the ledger has fewer entries than it had then, or another one in that place.
+        """
+        links = self._chain.links()
+        if count > len(links):
+            raise PrivacyRefusal(
+                f"ledger of {self.dataset!r} has {len(links)} entries, and the coordinator countersigned {count}: an old "
+                "copy was restored; bring the newest back, since spent privacy does not come back"
+            )
+        if count and links[count - 1].digest != head:
+            raise PrivacyRefusal(
+                f"ledger of {self.dataset!r} entry {count} is not the one the coordinator countersigned; two copies of "
+                "this site have run; bring the right one back"
+            )
+
+    def _checked(self, before: tuple[Event, ...], event: Event) -> float:
+        total = self._epsilon(tuple(compose([*before, event])))
+        if total > self._cap:
+            raise PrivacyRefusal(
+                f"epsilon={total:.4g} after this release: the cap of data set {self.dataset!r} is {self._cap:g}, and "
+                f"{self._epsilon(before):.4g} is spent; the owner may raise epsilon_cap in policy.toml"
+            )
+        return total
+
+    def _events(self, links: list[Link]) -> tuple[Event, ...]:
+        try:
+            events = [
+                Event(link.fields["noise_multiplier"], link.fields["sample_rate"], link.fields["steps"])
+                for link in links
+                if link.kind == _SPEND
+            ]
+        except KeyError as error:
+            raise DataError(f"ledger of {self.dataset!r} has an entry without {error}; restore the file") from error
+        return tuple(compose(events))
+
+    def _epsilon(self, events: tuple[Event, ...]) -> float:
+        if events not in self._known:
+            self._known[events] = self._account(events, self._delta)
+        return self._known[events]

@@ -1,0 +1,97 @@
+"""A program of Flower's as a child process: quiet, logged to a file, and gone when its parent is."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# Flower reports usage, asks for updates and installs what a bundle lists, unless told otherwise.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+STOP_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
+
+
+class FlowerProcess:
+    """One child process, started and stopped.
+
+    Args:
+      module: Python module that is run.
+      arguments: its command line; never a secret.
+      log: file that takes what it prints.
+      home: folder for Flower's own files.
+      environment: variables beside the inherited ones.
+    """
+
+    def __init__(
+        self, module: str, arguments: list[str], *, log: Path, home: Path, environment: Mapping[str, str]
+    ) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._log, self._home = log, home
+        # torch's threads are of no use to a program that only moves bytes
+        self._environment = QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1"} | dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        return self._process.pid if self.running and self._process else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the ended process, None while it runs or before it started."""
+        return None if self._process is None else self._process.poll()
+
+    def start(self) -> None:
+        """Starts the process; it is ended with its parent, also where that is killed."""
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._environment,
+                cwd=self._home,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call, before any thread of the child
+            )
+
+    def stop(self) -> None:
+        """Ends the process: politely, and after two seconds at once."""
+        if self._process is None or not self.running:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def last_line(self) -> str:
+        """Returns the last line that the process wrote, for an error message."""
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

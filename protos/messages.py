@@ -1,0 +1,158 @@
+"""What is said in a round and before it, as plain frozen values."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Asks a site to train from an adapter: job digest (32 bytes), round from 1, float32 vector of shape (d,)."""
+
+    job: bytes
+    round: int
+    adapter: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """Says that a site holds a finished update of a round; nothing about the data travels."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class KeysRequest:
+    """Opens secure aggregation of a round's updates among the sites that finished training."""
+
+    round: int
+    sequence: int
+    nonce: bytes
+    adapter: bytes
+    invited: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SignedBytes:
+    """A signed secure-aggregation message; body and signature pass through untouched."""
+
+    sender: str
+    body: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class SignedBatch:
+    """Several signed messages, in the order in which they were given."""
+
+    messages: tuple[SignedBytes, ...]
+
+
+@dataclass(frozen=True)
+class LedgerHead:
+    """The newest entry of a site's privacy ledger.
+
+    Attributes:
+      ledger: SHA-256 of the data set's name, hexadecimal.
+      count: entries.
+      head: digest of the last, hexadecimal.
+      signature: the coordinator's, where it countersigned; else empty.
+    """
+
+    ledger: str
+    count: int
+    head: str
+    signature: bytes = b""
+
+
+@dataclass(frozen=True)
+class MaskedReply:
+    """A signed commitment and the masked vector, uint32 of shape (d,)."""
+
+    commitment: SignedBytes
+    vector: np.ndarray
+    ledger: LedgerHead | None = None
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """The collector's list of survivors, as the members will sign it."""
+
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site's refusal: name of the error and one line without private data."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A job as it is offered to one site.
+
+    Attributes:
+      manifest: canonical bytes of the job manifest.
+      manifest_signature: the coordinator's, 64 bytes.
+      owners: (site, signature of the federation manifest), sorted by site.
+      package: SHA-256 of the encrypted package, 32 bytes.
+      package_bytes: its size.
+      sealed_key: its key, sealed to this site.
+      ledgers: what the coordinator countersigned of this site's ledgers.
+    """
+
+    manifest: bytes
+    manifest_signature: bytes
+    owners: tuple[tuple[str, bytes], ...]
+    package: bytes
+    package_bytes: int
+    sealed_key: bytes
+    ledgers: tuple[LedgerHead, ...] = ()
+
+
+@dataclass(frozen=True)
+class OfferReply:
+    """Where a site stands with an offer: `fetching`, `waiting` for its owner, `ready` or `refused`."""
+
+    state: str
+    detail: str
+    fetched: int
+    owner_signature: bytes
+    ledger: LedgerHead | None = None
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Tells a site that a round was given up (`abort`) or a job is done (`finish`)."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One signed message between the coordinator and a site; see `protos.letters` for what is checked."""
+
+    federation: bytes
+    sender: str
+    recipient: str
+    stage: str
+    number: int
+    body: bytes
+    signature: bytes = b""
+
+
+Message = (
+    TrainRequest
+    | TrainReply
+    | KeysRequest
+    | SignedBatch
+    | MaskedReply
+    | Announcement
+    | Refusal
+    | Offer
+    | OfferReply
+    | Notice
+)

@@ -1,0 +1,104 @@
+"""Files of keys and pins: written whole or not at all, and private ones for their owner's eyes only."""
+
+import os
+import stat
+from pathlib import Path
+
+from errors import ConfigError, DataError, Untrusted
+
+PRIVATE, PUBLIC = 0o600, 0o644
+_OTHERS = 0o077
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that only its owner can enter.
+
+    Raises:
+      DataError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise DataError(f"folder={str(folder)!r}: cannot be made ({error.strerror}); choose another place") from error
+
+
+def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
+    """Writes a file that must not be there yet; it has its mode from its first byte on.
+
+    Raises:
+      ConfigError: there is one already.
+      DataError: the disk is full or the folder cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    except FileExistsError as error:
+        raise ConfigError(f"path={str(path)!r} exists; keys are never overwritten; choose another folder") from error
+    except OSError as error:
+        raise DataError(
+            f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another"
+        ) from error
+    try:
+        _fill(descriptor, path, content, mode)
+    except DataError:
+        path.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
+    """Replaces a file in one step, on disk before the old one is gone.
+
+    Raises:
+      DataError: the disk is full or the folder cannot be written; the old file stands.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    write_new(partial, content, mode=mode)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def read_private(path: Path) -> bytes:
+    """Returns a private file's bytes.
+
+    Raises:
+      DataError: there is no such file.
+      Untrusted: others than the owner can read it, so it may be known already.
+    """
+    content = read(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & _OTHERS:
+        raise Untrusted(f"path={str(path)!r} has mode {mode:o}; a key must be its owner's alone; chmod 600, or rotate")
+    return content
+
+
+def read(path: Path) -> bytes:
+    """Returns a file's bytes.
+
+    Raises:
+      DataError: there is no such file, or it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised") from error
+
+
+def _fill(descriptor: int, path: Path, content: bytes, mode: int) -> None:
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask says
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        raise DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room on the disk") from error
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""A site's four private keys, made at the site and never leaving their folder."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
+
+from errors import ConfigError, Untrusted
+from trust import certificates
+from trust.files import make_private, read_private, write_new
+from trust.identity import Identity
+from trust.sealing import SealingKey
+
+IDENTITY, SEALING, TLS, NODE = "identity.key", "sealing.key", "tls.key", "node.key"
+_FAILURES = (ValueError, TypeError, UnsupportedAlgorithm)
+
+
+@dataclass(frozen=True)
+class SiteKeys:
+    """The keys of one site.
+
+    Attributes:
+      identity: Ed25519; signs everything the site says.
+      sealing: opens what only this site may read.
+      tls: path of the P-256 key of its client certificate, PKCS8 in PEM.
+      node: path of the P-384 key under which Flower knows it, OpenSSH format.
+    """
+
+    identity: Identity
+    sealing: SealingKey
+    tls: Path
+    node: Path
+
+    @classmethod
+    def create(cls, folder: Path, suite: int) -> "SiteKeys":
+        """Makes new keys in a new folder; all four or none.
+
+        Raises:
+          ConfigError: the folder is there already; keys are never overwritten.
+          DataError: the disk is full.
+        """
+        if folder.exists():
+            raise ConfigError(
+                f"keys={str(folder)!r} exists; keys are never overwritten; choose another folder, or rotate"
+            )
+        making = folder.with_name(folder.name + ".making")
+        shutil.rmtree(making, ignore_errors=True)  # of an attempt that a crash ended; nobody ever saw these keys
+        make_private(making)
+        node = ec.generate_private_key(ec.SECP384R1())
+        write_new(making / IDENTITY, Identity.generate().to_bytes())
+        write_new(making / SEALING, SealingKey.generate(suite).to_bytes())
+        write_new(making / TLS, certificates.new_key())
+        write_new(making / NODE, node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+        making.rename(folder)
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "SiteKeys":
+        """Reads the keys.
+
+        Raises:
+          DataError: a file is missing.
+          Untrusted: a file is damaged, or others than its owner can read it.
+        """
+        raw = {name: read_private(folder / name) for name in (IDENTITY, SEALING, TLS, NODE)}
+        try:
+            identity = Identity.from_bytes(raw[IDENTITY])
+        except ConfigError as error:
+            raise Untrusted(f"path={str(folder / IDENTITY)!r} is damaged; restore it or rotate") from error
+        certificates.read_key(raw[TLS])
+        keys = cls(identity, SealingKey.from_bytes(raw[SEALING]), folder / TLS, folder / NODE)
+        keys.node_public()
+        return keys
+
+    def node_public(self) -> str:
+        """Returns the public half of the node key, one OpenSSH line.
+
+        Raises:
+          Untrusted: the file is damaged.
+        """
+        try:
+            key = load_ssh_private_key(read_private(self.node), None)
+        except _FAILURES as error:
+            raise Untrusted(f"path={str(self.node)!r} is damaged; restore it or rotate") from error
+        return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+    def tls_public(self) -> str:
+        """Returns the SHA-256 of the public half of the TLS key, hexadecimal."""
+        return certificates.key_digest(certificates.read_key(read_private(self.tls)).public_key())
+
+
+def check_node_public(line: str) -> None:
+    """Checks that a text is a P-384 public key, one OpenSSH line without a comment.
+
+    Raises:
+      Untrusted: it is something else.
+    """
+    try:
+        key = load_ssh_public_key(line.encode())
+        same = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() == line
+    except (*_FAILURES, AttributeError) as error:
+        raise Untrusted("a node key does not parse as an OpenSSH public key; ask for a new request") from error
+    if not same or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise Untrusted("a node key is not a plain P-384 OpenSSH line; ask for a new request")

@@ -1,0 +1,140 @@
+"""What a site asks to be admitted with: its public keys, signed by its own identity; no private key, no data."""
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import datetime
+
+from errors import ConfigError, ProtocolViolation, Untrusted
+from trust import canonical, certificates
+from trust.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
+from trust.keys import SiteKeys, check_node_public
+from trust.sealing import CLASSIC, HYBRID, read_public
+from trust.wire import Writer
+
+FORMAT = 1
+_LABEL, _HANDOVER = "offsite request", "offsite handover"
+
+
+@dataclass(frozen=True)
+class SiteRequest:
+    """One site's request.
+
+    Attributes:
+      name: of the site, and of its certificate.
+      suite: of the sealing key, 1 or 2.
+      identity: Ed25519 public key, hexadecimal.
+      sealing: public sealing key, hexadecimal.
+      node: P-384 public key for Flower, an OpenSSH line.
+      csr: request for a TLS certificate, PEM.
+      created: when, UTC.
+      replaces: identity that this one takes over from, hexadecimal; empty for a site that is new.
+      handover: that identity's signature over the new keys, hexadecimal; empty for a site that is new.
+      signature: of the new identity over all of the above, hexadecimal.
+    """
+
+    name: str
+    suite: int
+    identity: str
+    sealing: str
+    node: str
+    csr: str
+    created: str
+    replaces: str = ""
+    handover: str = ""
+    signature: str = ""
+
+    @property
+    def tls(self) -> str:
+        """SHA-256 of the TLS public key, hexadecimal."""
+        return certificates.key_digest(certificates.request_key(self.csr.encode(), self.name))
+
+    @property
+    def fingerprint(self) -> str:
+        """What the site reads to the coordinator over the telephone; the same for the same name and keys."""
+        return certificates.fingerprint(_keys(self))
+
+    @property
+    def keys(self) -> tuple[str, str, str, str]:
+        """Identity, sealing, node and TLS key: what no two sites may share."""
+        return self.identity, self.sealing, self.node, self.tls
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical bytes of the request file."""
+        return canonical.dump(dataclasses.asdict(self) | {"format": FORMAT})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SiteRequest":
+        """Reads a request file, whoever wrote it.
+
+        Raises:
+          MalformedMessage: not a request file of this release.
+          ConfigError: the site's name cannot be one.
+          Untrusted: a signature or a key is wrong.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        content = canonical.load(data, "request", ["format", *names], limit=1 << 16)
+        canonical.whole(content.pop("format"), "request format", lowest=FORMAT, highest=FORMAT)
+        canonical.whole(content["suite"], "request suite", lowest=CLASSIC, highest=HYBRID)
+        for name in names:
+            if name != "suite":
+                canonical.text(content[name], f"request {name}")
+        request = cls(**content)
+        _check(request)
+        return request
+
+
+def write_request(keys: SiteKeys, name: str, *, now: datetime, previous: Identity | None = None) -> SiteRequest:
+    """Returns the signed request of a site; with `previous`, one whose keys take over from that identity."""
+    csr = certificates.make_request(keys.tls.read_bytes(), name).decode()
+    request = SiteRequest(
+        name=canonical.check_name(name, "site"),
+        suite=keys.sealing.suite,
+        identity=keys.identity.public.hex(),
+        sealing=keys.sealing.public.hex(),
+        node=keys.node_public(),
+        csr=csr,
+        created=canonical.stamp(now),
+        replaces=previous.public.hex() if previous else "",
+    )
+    if previous is not None:
+        request = dataclasses.replace(request, handover=previous.sign(_handed(request)).hex())
+    return dataclasses.replace(request, signature=keys.identity.sign(_signed(request)).hex())
+
+
+def _check(request: SiteRequest) -> None:
+    canonical.check_name(request.name, "site")
+    canonical.hexadecimal(request.identity, "request identity", size=KEY_BYTES)
+    canonical.hexadecimal(request.signature, "request signature", size=SIGNATURE_BYTES)
+    canonical.moment(request.created, "request created")
+    _verify(request.identity, _signed(request), request.signature, request.name)
+    read_public(request.suite, bytes.fromhex(canonical.hexadecimal(request.sealing, "request sealing")))
+    check_node_public(request.node)
+    certificates.request_key(request.csr.encode(), request.name)
+    if bool(request.replaces) != bool(request.handover):
+        raise Untrusted(f"site={request.name!r}: a handover needs old identity and signature; ask for a new request")
+    if request.replaces:
+        canonical.hexadecimal(request.replaces, "request replaces", size=KEY_BYTES)
+        canonical.hexadecimal(request.handover, "request handover", size=SIGNATURE_BYTES)
+        _verify(request.replaces, _handed(request), request.handover, request.name)
+
+
+def _verify(public: str, message: bytes, signature: str, site: str) -> None:
+    try:
+        verify(bytes.fromhex(public), message, bytes.fromhex(signature), sender=site)
+    except (ProtocolViolation, ConfigError) as error:
+        raise Untrusted(f"site={site!r}: its request is not signed by its identity; ask for a new request") from error
+
+
+def _keys(request: SiteRequest) -> bytes:
+    writer = Writer().text(request.name).number(request.suite)
+    for key in request.keys:
+        writer.text(key)
+    return writer.done()
+
+
+def _handed(request: SiteRequest) -> bytes:
+    return Writer().text(_HANDOVER).text(request.replaces).field(_keys(request)).done()
+
+
+def _signed(request: SiteRequest) -> bytes:
+    return Writer().text(_LABEL).field(dataclasses.replace(request, signature="").to_bytes()).done()
