@@ -1,5 +1,6 @@
 """`offsite client …`: run a site, look at offers and approve them, check everything, train without a network."""
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from errors import DataError
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
 log = logging.getLogger("offsite.client")
+__all__ = ["app"]
 
 
 def open_folder(path: Path) -> Installation:
@@ -48,10 +50,8 @@ def run(folder: Place) -> None:
     place = opened.node_place()
     opened.note("started", f"pid {os.getpid()}")
     log.info("site %s: connecting to %s", installation.settings.name, place.superlink)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Node(place, mailbox.answer, note=opened.note, stopping=lambda: bool(stopping)).run()
-    except KeyboardInterrupt:
-        pass
     opened.note("stopped", "by a signal")
     typer.echo("offsite: stopped; what was spent is in the ledger; start again with the same command", err=True)
     raise typer.Exit(EXIT_STOPPED)
@@ -100,7 +100,7 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any]) -> list[str]:
     return [
         f"job        {digest}  ({'approved' if approved else 'not approved'})",
         f"model      {facts['model']}, task {facts['task']}, emulator {facts['emulator'][:16]}…",
-        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in {len(layout['names'])} tensors",
+        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
         f"privacy    epsilon {privacy['epsilon']} for the whole job, clip {privacy['max_grad_norm']:.4g}, "
@@ -194,6 +194,5 @@ def verify(folder: Place) -> None:
     opened = Opened.of(installation, now)
     count, head = opened.ledger.head()
     typer.echo(f"audit log: {entries} entries, chain whole")
-    typer.echo(
-        f"ledger of {installation.settings.dataset!r}: {count} entries, epsilon {opened.ledger.spent():.4f}, head {head[:16]}…"
-    )
+    spent, dataset = opened.ledger.spent(), installation.settings.dataset
+    typer.echo(f"ledger of {dataset!r}: {count} entries, epsilon {spent:.4f}, head {head[:16]}…")

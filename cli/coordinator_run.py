@@ -17,6 +17,7 @@ from errors import ConfigError, OffsiteError
 
 EXIT_STOPPED = 143
 log = logging.getLogger("offsite.coordinator")
+__all__ = ["app"]
 
 
 def now() -> datetime:

@@ -27,6 +27,7 @@ from coordinator.evaluate import Score, score, spread
 from coordinator.exchange import Exchange, MemoryExchange
 from coordinator.federation import Federation
 from coordinator.job import Job, Parties, prepare, reopen
+from coordinator.numbers import Numbers
 from coordinator.report import write_report
 from coordinator.store import Progress
 from emulator.plug import plug
@@ -151,7 +152,9 @@ def _federation(run: Run, job: Job) -> Federation:
         public=job.public.test,
         tolerance=run.config.evaluation.tolerance,
         store=run.store,
-        attempts=Attempts(run.store.folder, lambda: secrets.token_bytes(32)),
+        attempts=Attempts(
+            run.store.folder, lambda: secrets.token_bytes(32), Numbers(run.store.folder / "aggregations.txt")
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is about to leave the site with a round, in words and numbers that the owner can check; written before it leaves."""
+"""What is about to leave the site with a round, in words and numbers that its owner can check; written first."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import random
+import threading
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -15,10 +17,19 @@ from errors import DataError, DigestMismatch, Untrusted
 from protos import depot_pb2 as wire
 from protos import depot_pb2_grpc as stubs
 
-MESSAGE_LIMIT = (1 << 20) + 4096
-IDLE_SECONDS = 60.0
+CHUNK, LEAST_CHUNK = 1 << 20, 1 << 14
+MESSAGE_LIMIT = CHUNK + 4096
+IDLE_SECONDS, PATIENCE_SECONDS = 60.0, 3600.0
 BACKOFF_SECONDS = (0.5, 20.0)
-_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+# What another try cannot change; every other code is how gRPC reports a connection that broke or could not be made.
+_FINAL = (
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+_STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")  # gRPC's words for a server that is not the pinned
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,12 @@ def fetch(
     *,
     on_bytes: Callable[[int], None],
     idle: float = IDLE_SECONDS,
-    patience: float = 3600.0,
+    patience: float = PATIENCE_SECONDS,
 ) -> Path:
     """Fetches a file, and returns its path once its hash is right; a try after a kill goes on at the last byte.
 
-    A transfer is never given up while bytes move. `target` with the suffix `.partial` holds what is here.
+    A transfer is never given up while bytes move: on a link that is too slow for a chunk within `idle` seconds, chunks
+    become smaller. `target` with the suffix `.partial` holds what is here.
 
     Args:
       source: the depot.
@@ -52,98 +64,159 @@ def fetch(
       size: its bytes, as announced; not one more is accepted.
       target: where it goes.
       on_bytes: told how many bytes are here.
-      idle: seconds without a byte after which to connect again.
+      idle: seconds without a chunk after which to connect again.
       patience: seconds without a byte after which to give up.
 
     Raises:
-      DigestMismatch: the file is another, or longer than announced; what was fetched is removed.
-      Untrusted: the depot does not let this site in.
+      DigestMismatch: the file is another, longer or shorter than announced; what was fetched is removed.
+      Untrusted: the depot is not the pinned one, or does not let this site in.
       DataError: no room on the disk, no such package, or the depot is gone for longer than the patience.
     """
-    partial = target.with_name(target.name + ".partial")
     if target.is_file() and target.stat().st_size == size and _sha256(target) == sha256:
         on_bytes(size)
         return target
-    last, pause, here = time.monotonic(), BACKOFF_SECONDS[0], _here(partial)
-    while here < size:
-        reason = _attempt(source, sha256, size, partial, on_bytes, idle)
-        moved, here = _here(partial) > here, _here(partial)
-        if moved:
+    transfer = _Transfer(source, sha256, size, _touch(target.with_name(target.name + ".partial")), on_bytes, idle)
+    last, pause = time.monotonic(), BACKOFF_SECONDS[0]
+    while (here := transfer.here()) < size:
+        reason = transfer.attempt()
+        if transfer.here() > here:
             last, pause = time.monotonic(), BACKOFF_SECONDS[0]
         elif time.monotonic() - last > patience:
             raise DataError(f"depot={source.host}:{source.port}: {reason}; no byte came for {patience:g} s; try later")
-        if here < size:
+        if transfer.here() < size:
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads the sites' tries
             pause = min(2 * pause, BACKOFF_SECONDS[1])
-    if here != size or _sha256(partial) != sha256:
-        partial.unlink()
-        raise DigestMismatch(f"package={sha256[:12]}: what was fetched is another file; it was removed; fetch it again")
-    partial.rename(target)
+    if transfer.here() != size or _sha256(transfer.partial) != sha256:
+        transfer.refuse("what was fetched is another file; it was removed; fetch it again")
+    transfer.partial.rename(target)
     on_bytes(size)
     return target
 
 
-def _attempt(
-    source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
-) -> str:
-    """Fetches until the end or until the connection fails, and returns why it ended."""
-    credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
-    options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.keepalive_time_ms", int(idle * 1000))]
-    options += [("grpc.keepalive_timeout_ms", int(idle * 1000)), ("grpc.enable_http_proxy", 0)]
-    with grpc.secure_channel(f"{source.host}:{source.port}", credentials, options=options) as channel:
+class _Transfer:
+    """One file on its way: attempts, each of which goes on where the last one ended."""
+
+    def __init__(
+        self, source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
+    ) -> None:
+        self.partial = partial
+        self._source, self._sha256, self._size = source, sha256, size
+        self._on_bytes, self._idle, self._chunk = on_bytes, idle, CHUNK
+
+    def here(self) -> int:
+        """Returns the bytes that are on disk."""
+        return self.partial.stat().st_size
+
+    def attempt(self) -> str:
+        """Fetches until the end or until the connection fails, and returns why it ended."""
+        source = self._source
+        credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
+        options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.enable_http_proxy", 0)]
         try:
-            grpc.channel_ready_future(channel).result(timeout=idle)
-            _receive(channel, sha256, size, partial, on_bytes)
-        except grpc.FutureTimeoutError:
-            return "no connection (is the port open, and the certificate still good?)"
+            with grpc.secure_channel(f"{source.host}:{source.port}", credentials, options=options) as channel:
+                depot = stubs.DepotStub(channel)
+                described = depot.Describe(wire.DescribeRequest(sha256=self._sha256), timeout=self._idle)
+                if described.size != self._size:
+                    self.refuse(f"the depot has {described.size} bytes, and {self._size} were announced; refused")
+                return self._receive(depot)
         except grpc.RpcError as error:
             return _passing(error)
-    return "ended"
+        except OSError as error:
+            raise DataError(
+                f"package={self.partial.name}: cannot be written ({error.strerror}); free disk space, then fetch again"
+            ) from error
 
+    def refuse(self, why: str) -> None:
+        """Removes what is here.
 
-def _receive(channel: grpc.Channel, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None]) -> None:
-    offset = _here(partial)
-    stream = stubs.DepotStub(channel).Get(wire.GetRequest(sha256=sha256, offset=offset))
-    try:
-        with partial.open("ab") as file:
-            for chunk in stream:
-                if chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
-                    return  # damaged on the way; asked for again from here
-                offset += len(chunk.data)
-                if offset > size:
-                    _refuse_longer(partial, sha256, size)
-                file.write(chunk.data)
-                file.flush()
-                on_bytes(offset)
+        Raises:
+          DigestMismatch: always.
+        """
+        self.partial.unlink()
+        raise DigestMismatch(f"package={self._sha256[:12]}: {why}")
+
+    def _receive(self, depot: Any) -> str:
+        with self.partial.open("ab") as file:
+            offset = began = file.tell()
+            stream = depot.Get(wire.GetRequest(sha256=self._sha256, offset=offset, chunk=self._chunk))
+            with _Watch(stream.cancel, self._idle) as watch:
+                try:
+                    for chunk in stream:
+                        watch.moved()
+                        if not chunk.data or chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
+                            return "a chunk was damaged on the way"  # asked for again from here
+                        offset += len(chunk.data)
+                        if offset > self._size:
+                            self.refuse(f"the depot sends more than the announced {self._size} bytes; refused")
+                        file.write(chunk.data)
+                        file.flush()
+                        self._on_bytes(offset)
+                finally:
+                    stream.cancel()
+                    if watch.expired and offset == began:
+                        self._chunk = max(self._chunk // 2, LEAST_CHUNK)  # not even one chunk came in time
             os.fsync(file.fileno())
-    except OSError as error:
-        raise DataError(f"package={partial.name}: cannot be written ({error.strerror}); free disk space") from error
-    finally:
-        stream.cancel()
+        if offset < self._size:
+            self.refuse(f"the depot's file ends after {offset} of the announced {self._size} bytes; refused")
+        return "ended"
 
 
-def _refuse_longer(partial: Path, sha256: str, size: int) -> None:
-    partial.unlink(missing_ok=True)
-    raise DigestMismatch(f"package={sha256[:12]}: the depot sends more than the announced {size} bytes; refused")
+class _Watch:
+    """Calls `cancel` once nothing has moved for `idle` seconds; used as a context manager."""
+
+    def __init__(self, cancel: Callable[[], object], idle: float) -> None:
+        self.expired = False
+        self._cancel, self._idle, self._ended = cancel, idle, False
+        self._event = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fetch watch", daemon=True)
+
+    def moved(self) -> None:
+        """Says that something came."""
+        self._event.set()
+
+    def __enter__(self) -> "_Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._event.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._event.wait(self._idle):
+            self._event.clear()  # before the look at `_ended`, so that an end in between is not missed
+            if self._ended:
+                return
+        self.expired = True
+        self._cancel()
 
 
 def _passing(error: grpc.RpcError) -> str:
     """Returns the reason of an error that may pass.
 
     Raises:
-      Untrusted: the depot does not let this site in.
-      DataError: it has no such package.
+      Untrusted: the depot is not the pinned one, or does not let this site in.
+      DataError: it has no such package, or speaks another version.
     """
     code, detail = error.code(), str(error.details())
     if code == grpc.StatusCode.PERMISSION_DENIED:
         raise Untrusted(f"depot: {detail}") from error
-    if code not in _PASSING:
+    if any(sign in detail for sign in _STRANGER):
+        raise Untrusted("depot: it does not show the pinned authority's certificate for this host; compare welcomes")
+    if code in _FINAL:
         raise DataError(f"depot: {code.name.lower()}: {detail}") from error
+    if "Socket closed" in detail:
+        return f"{detail} (is this site's certificate still good? see offsite client doctor)"
     return detail
 
 
-def _here(partial: Path) -> int:
-    return partial.stat().st_size if partial.exists() else 0
+def _touch(partial: Path) -> Path:
+    try:
+        partial.touch()
+    except OSError as error:
+        raise DataError(f"package={partial.name}: cannot be written ({error.strerror}); free disk space") from error
+    return partial
 
 
 def _sha256(path: Path) -> str:

@@ -149,7 +149,8 @@ class Opened:
         plan = plan_for(manifest, len(examples))
         if plan.delta > self.policy.delta_cap:
             raise PrivacyRefusal(
-                f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={self.policy.delta_cap:g}"
+                f"delta={plan.delta:.3g} of records={len(examples)}: policy.toml has delta_cap={self.policy.delta_cap}; "
+                "add records, or raise it"
             )
         return Site(
             self.installation.settings.name,

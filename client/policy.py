@@ -1,4 +1,4 @@
-"""The file `policy.toml`: what the data owner permits, whatever a coordinator asks; what it does not name is refused."""
+"""The file `policy.toml`: what the data owner permits, whatever a coordinator asks; what is not named is refused."""
 
 import re
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from protos.guard import Guard, secret_of_environment
 
 POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, six of them in a round
 HEARTBEAT_SECONDS = 10  # a node counts as gone after twice this, and is refused until then when it comes back
+RETRY_SECONDS = 4  # longest pause between two tries to reach the coordinator again
 EXIT_ENDED = 75
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     import flwr.supernode.main as program
     import flwr.supernode.start_client_internal as loop
     from flwr.supercore import heartbeat
+    from flwr.supercore.retry import http_retry
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     original, secret = program.create_app, secret_of_environment()
@@ -36,6 +38,7 @@ def main() -> None:
     for module in (heartbeat, connection):
         if hasattr(module, "HEARTBEAT_DEFAULT_INTERVAL"):
             module.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS
+    http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
     try:
         flower_supernode()
     finally:

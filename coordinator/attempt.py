@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.exchange import Exchange
+from coordinator.numbers import Numbers
 from coordinator.rounds import RoundPlan
 from coordinator.store import write_atomically
 from errors import DataError, MalformedMessage
@@ -25,9 +26,8 @@ SPENDS = "masked"  # the stage in which updates leave their sites
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers that only go up over a job: aggregations opened, and rounds whose updates may have left their sites."""
+    """What is counted over a job: attempts in which updates may have left their sites."""
 
-    sequence: int = 0
     spent: int = 0
 
 
@@ -37,10 +37,12 @@ class Attempts:
     Args:
       folder: the run folder.
       nonce: gives 32 fresh random bytes.
+      numbers: of the aggregations of this federation; sites take part in none that is not newer than their last.
     """
 
-    def __init__(self, folder: Path, nonce: Callable[[], bytes]) -> None:
+    def __init__(self, folder: Path, nonce: Callable[[], bytes], numbers: Numbers) -> None:
         self._counts, self._folder, self._nonce = folder / "attempts.json", folder / "attempt", nonce
+        self._numbers = numbers
 
     @property
     def count(self) -> Count:
@@ -62,11 +64,14 @@ class Attempts:
         resumed = plan is not None
         if plan is None:
             self.close()
-            sequence = self.count.sequence + 1
-            self._write(Count(sequence, self.count.spent))
-            plan = RoundPlan(number, sequence, self._nonce(), cohort())
+            plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
             self._folder.mkdir()
-            content = {"number": number, "sequence": sequence, "nonce": plan.nonce.hex(), "cohort": list(plan.cohort)}
+            content = {
+                "number": number,
+                "sequence": plan.sequence,
+                "nonce": plan.nonce.hex(),
+                "cohort": list(plan.cohort),
+            }
             write_atomically(self._folder / "plan.json", json.dumps(content).encode())
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
@@ -85,10 +90,7 @@ class Attempts:
         return RoundPlan(number, plan["sequence"], bytes.fromhex(plan["nonce"]), tuple(plan["cohort"]))
 
     def _spend(self) -> None:
-        self._write(Count(self.count.sequence, self.count.spent + 1))
-
-    def _write(self, count: Count) -> None:
-        write_atomically(self._counts, json.dumps({"sequence": count.sequence, "spent": count.spent}).encode())
+        write_atomically(self._counts, json.dumps({"spent": self.count.spent + 1}).encode())
 
 
 class Attempt:

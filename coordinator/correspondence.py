@@ -1,33 +1,13 @@
 """An exchange by signed letters: what leaves is signed by the coordinator, what comes back by the site it is from."""
 
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from coordinator.exchange import Exchange
-from coordinator.store import write_atomically
+from coordinator.numbers import Numbers
 from errors import OffsiteError, ProtocolViolation
 from protos import letters
 from trust.federation import Federation
 from trust.identity import Identity
-
-
-class Numbers:
-    """Letter numbers that only go up, over restarts too.
-
-    They start at the clock and are kept in a file, so that neither a clock that was set back nor a lost file makes a
-    number come again unless both happen at once; a site then refuses until the clock has caught up.
-    """
-
-    def __init__(self, path: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        self._path, self._clock_ns = path, clock_ns
-
-    def next(self) -> int:
-        """Returns the next number, durably."""
-        last = int(self._path.read_text(encoding="ascii")) if self._path.exists() else 0
-        number = max(last + 1, self._clock_ns())
-        write_atomically(self._path, str(number).encode("ascii"))
-        return number
 
 
 class Correspondence:
@@ -39,6 +19,8 @@ class Correspondence:
       federation: gives the sites' keys.
       numbers: of the letters.
       on_bad: told site and reason when an answer is not what the site signed for this letter; it then did not answer.
+      tries: how often a site is asked that is connected and does not answer: a message of Flower's can be lost when one
+        of its programs was started again, and a site gives the same answer twice.
     """
 
     def __init__(
@@ -48,13 +30,23 @@ class Correspondence:
         federation: Federation,
         numbers: Numbers,
         on_bad: Callable[[str, str], None],
+        *,
+        tries: int = 1,
     ) -> None:
         self._exchange, self._identity, self._numbers, self._on_bad = exchange, identity, numbers, on_bad
+        self._tries = tries
         self._digest = federation.digest()
         self._keys = {member.site: bytes.fromhex(member.identity) for member in federation.members}
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
         """Returns what the sites answered and signed, by site."""
+        bodies: dict[str, bytes] = {}
+        for _ in range(self._tries):
+            if missing := {site: body for site, body in payloads.items() if site not in bodies}:
+                bodies |= self._ask(stage, missing)
+        return bodies
+
+    def _ask(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
         number = self._numbers.next()
         outgoing = {
             site: letters.write(

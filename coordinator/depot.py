@@ -1,22 +1,25 @@
 """The depot: hands encrypted packages to the sites of the federation, in chunks, from any offset."""
 
+import logging
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from errors import DataError, Untrusted
+from errors import DataError, OffsiteError, Untrusted
 from protos import depot_pb2 as wire
 from protos import depot_pb2_grpc as stubs
 
-CHUNK = 1 << 20
-WORKERS = 16
-MESSAGE_LIMIT = CHUNK + 4096
+log = logging.getLogger("offsite.coordinator")
+CHUNK, LEAST_CHUNK = 1 << 20, 1 << 10
+WORKERS = 64  # each site that is fetching holds one
+REQUEST_LIMIT = 4096
 STOP_SECONDS = 1.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -27,7 +30,7 @@ class Tls:
 
     ca: bytes
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
 
 
 class Depot:
@@ -42,9 +45,8 @@ class Depot:
 
     def __init__(self, folder: Path, *, address: str, tls: Tls, allowed: Callable[[bytes], None]) -> None:
         self._address = address
-        options = [("grpc.max_receive_message_length", 4096), ("grpc.max_send_message_length", MESSAGE_LIMIT)]
-        options += [("grpc.so_reuseport", 0)]
-        self._server = grpc.server(futures.ThreadPoolExecutor(WORKERS), options=options)
+        options = [("grpc.max_receive_message_length", REQUEST_LIMIT), ("grpc.so_reuseport", 0)]
+        self._server = grpc.server(futures.ThreadPoolExecutor(WORKERS, "depot"), options=options)
         stubs.add_DepotServicer_to_server(_Servicer(folder, allowed), self._server)
         self._credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.ca, require_client_auth=True)
 
@@ -69,30 +71,55 @@ class Depot:
 class _Servicer(stubs.DepotServicer):
     def __init__(self, folder: Path, allowed: Callable[[bytes], None]) -> None:
         self._folder, self._allowed = folder, allowed
+        self._streams: dict[tuple[bytes, str], Any] = {}
+        self._lock = threading.Lock()
 
     def Describe(self, request: Any, context: Any) -> Any:  # noqa: N802 - named by the service
-        path = self._path(request.sha256, context)
+        path, _ = self._admit(request.sha256, context)
         return wire.Description(sha256=request.sha256, size=path.stat().st_size, chunk=CHUNK)
 
     def Get(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802 - named by the service
-        path = self._path(request.sha256, context)
+        path, peer = self._admit(request.sha256, context)
         if request.offset > path.stat().st_size:
             context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset={request.offset}: beyond the end of the file")
+        self._replace((peer, request.sha256), context)
         with path.open("rb") as file:
             file.seek(request.offset)
             offset = request.offset
-            while data := file.read(CHUNK):
+            while data := file.read(_chunk(request.chunk)):
                 yield wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
                 offset += len(data)
 
-    def _path(self, digest: str, context: Any) -> Path:
-        """Returns the file of a permitted request; the name is only ever 64 hexadecimal digits."""
+    def _admit(self, digest: str, context: Any) -> tuple[Path, bytes]:
+        """Returns the file of a permitted request, and the peer; a name is only ever 64 hexadecimal digits."""
         peer = context.auth_context().get("x509_pem_cert", [b""])[0]
         try:
             self._allowed(peer)
-        except (Untrusted, DataError) as error:
+        except Untrusted as error:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        path = self._folder / digest
-        if not _DIGEST.fullmatch(digest) or not path.is_file():
+        except OffsiteError:
+            log.exception("depot: its sites cannot be looked up")  # the peer is not told of our files
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the depot cannot look up its sites; its log says why")
+        if not _DIGEST.fullmatch(digest) or not (path := self._folder / digest).is_file():
             context.abort(grpc.StatusCode.NOT_FOUND, "no such package; ask for the current offer")
-        return path
+        return path, peer
+
+    def _replace(self, key: tuple[bytes, str], context: Any) -> None:
+        """Ends this peer's older transfer of the same file: after a partition it would hold its thread for ever."""
+        with self._lock:
+            older = self._streams.get(key)
+            self._streams[key] = context
+        if older is not None:
+            older.cancel()
+        if not context.add_callback(lambda: self._forget(key, context)):
+            self._forget(key, context)  # it is over already
+
+    def _forget(self, key: tuple[bytes, str], context: Any) -> None:
+        with self._lock:
+            if self._streams.get(key) is context:
+                del self._streams[key]
+
+
+def _chunk(wanted: int) -> int:
+    """Returns the bytes of one chunk; a peer may ask for less than ours, not for so little that headers outweigh it."""
+    return min(max(wanted, LEAST_CHUNK), CHUNK) if wanted else CHUNK

@@ -1,5 +1,6 @@
 """The Flower form of an exchange: stages as messages over a Grid, one flat byte array each."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -9,6 +10,7 @@ from flwr.serverapp import Grid
 from errors import DataError
 from protos.flower import NAME_STAGE, pack, unpack
 
+log = logging.getLogger("offsite.coordinator")
 POLL_SECONDS = 0.05
 Nodes = Callable[[], Mapping[str, int]]
 
@@ -44,8 +46,12 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
     while waiting and time.monotonic() < until:
         for reply in grid.pull_messages(list(waiting)):
             name = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if name is not None and reply.has_content():
+            if name is None:
+                continue
+            if reply.has_content():
                 answers[name] = unpack(reply.content)[1]
+            else:
+                log.warning("site %s: Flower says: %s", name, reply.error.reason)
         time.sleep(POLL_SECONDS)
     return answers
 

@@ -41,12 +41,20 @@ STAGE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Parties:
-    """Who takes part in a job: name and epoch of the federation, (site, Ed25519 key) sorted, fewest sites of a sum."""
+    """Who takes part in a job.
+
+    Attributes:
+      name, epoch: of the federation.
+      roster: (site, Ed25519 key), sorted.
+      n_min: fewest sites of a sum.
+      job: identifier of the job; random, empty in a simulation.
+    """
 
     name: str
     epoch: int
     roster: tuple[tuple[str, str], ...]
     n_min: int
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -273,5 +281,6 @@ def _manifest(
         spare_rounds=training.spare_rounds,
         model=Path(config.model.path).name,
         release=version("offsite"),
+        identifier=federation.job,
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
     )

@@ -80,9 +80,9 @@ def _text(report: dict[str, Any], store: Store) -> str:
         [
             "# Federation",
             "",
-            f"{report['finished_rounds']} of {report['rounds_planned']} rounds are done, {taken} were taken over. On the "
-            f"coordinator's public text the model went from {before:.4f} to {after:.4f} nats per token; how good it is "
-            "on the sites' own text, only they can measure.",
+            f"{report['finished_rounds']} of {report['rounds_planned']} rounds are done, {taken} were taken over. On "
+            f"the coordinator's public text the model went from {before:.4f} to {after:.4f} nats per token; how good "
+            "it is on the sites' own text, only they can measure.",
             "",
             f"Each site planned for epsilon {report['privacy']['target_epsilon']} at most, by its own ledger.",
             "",

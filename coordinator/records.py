@@ -90,9 +90,9 @@ class Records:
         records = self
         known = self.sites.get(request.name)
         if known is not None and known.request.keys == request.keys:
-            if request == known.request:
+            if request.created == known.request.created:
                 return self
-            if request.created <= known.request.created:
+            if request.created < known.request.created:
                 raise Untrusted(f"site={request.name!r}: its request is older than the approved one; ask for a new one")
         elif request.replaces:
             if known is None or known.request.identity != request.replaces:

@@ -12,7 +12,7 @@ import httpx
 from coordinator.aggregate import Rates
 from coordinator.attempt import Attempts
 from coordinator.config import CoordinatorConfig, FedConfig
-from coordinator.correspondence import Correspondence, Numbers
+from coordinator.correspondence import Correspondence
 from coordinator.delivery import Delivery, deliver
 from coordinator.depot import Depot, Tls
 from coordinator.exchange import Conversation, Exchange
@@ -22,6 +22,7 @@ from coordinator.job import Job, Parties, prepare, reopen
 from coordinator.ledgers import Ledgers
 from coordinator.link import Link, LinkPlace
 from coordinator.muster import Muster, Terms
+from coordinator.numbers import Numbers
 from coordinator.provision import Home
 from coordinator.status import Status
 from coordinator.store import Progress, Store
@@ -35,6 +36,7 @@ from trust.certificates import certificate_key
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
 LINK_TRIES = 5
+ASKED = 2  # times that a connected site is asked for one stage
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,8 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
                 setting.status.set("link lost", detail=type(error).__name__)
                 log.warning("Flower's SuperLink was lost (%s); start %d of %d", type(error).__name__, tried, LINK_TRIES)
-    raise DataError(
-        f"link: Flower's SuperLink was lost {LINK_TRIES} times; see {setting.home.link / 'superlink.log'}, then run again"
-    )
+    where = setting.home.link / "superlink.log"
+    raise DataError(f"link: Flower's SuperLink was lost {LINK_TRIES} times; see {where}, then run again")
 
 
 def open_job(setting: Setting, epoch: owners.Federation) -> Job:
@@ -113,7 +114,8 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
     path = setting.store.folder / "job.json"
     if not path.exists():
         roster = tuple((member.site, member.identity) for member in epoch.members)
-        parties = Parties(epoch.name, epoch.epoch, roster, max(epoch.n_min, setting.config.secagg.n_min))
+        fewest = max(epoch.n_min, setting.config.secagg.n_min)
+        parties = Parties(epoch.name, epoch.epoch, roster, fewest, job=setting.nonce().hex())
         job = prepare(
             setting.config,
             texts=setting.texts,
@@ -127,7 +129,7 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
     manifest = JobManifest.from_bytes(path.read_bytes())
     if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch):
         raise Untrusted(
-            f"epoch={manifest.epoch}: this run was made under it, and the federation is at {epoch.epoch}; start a new run"
+            f"epoch={manifest.epoch}: this run was made under it, and the owners are at {epoch.epoch}; start a new run"
         )
     setting.on_step("open the prepared job")
     facts = setting.store.read_json("job_facts.json")
@@ -144,17 +146,24 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
         wanted = rules.sites or len(nodes)
-        muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
-        exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline), setting.status)
-        progress = _federation(setting, job).run(exchange, _tell(setting), _cohort(setting, muster, job.manifest.n_min))
+        ready = muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
+        exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status)
+        progress = _federation(setting, job).run(
+            exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min)
+        )
         setting.status.set("finishing", awaited=[])
         farewell = Conversation(_letters(setting, epoch, link, FINISH_SECONDS))
         farewell.ask("finish", dict.fromkeys(nodes, codec.Notice("finish", "all rounds are done")), codec.Notice)
         return progress
 
 
-def _cohort(setting: Setting, muster: Muster, fewest: int) -> Callable[[], tuple[str, ...]]:
+def _cohort(setting: Setting, muster: Muster, ready: tuple[str, ...], fewest: int) -> Callable[[], tuple[str, ...]]:
+    """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
+    first = [ready]
+
     def cohort() -> tuple[str, ...]:
+        if first:
+            return first.pop()
         setting.status.set("waiting for sites")
         return muster.gather(Terms(fewest, fewest, setting.rules.patience))
 
@@ -181,13 +190,16 @@ class _Told:
         return self._exchange.send(stage, payloads)
 
 
-def _letters(setting: Setting, epoch: owners.Federation, link: Link, deadline: float) -> Correspondence:
+def _letters(
+    setting: Setting, epoch: owners.Federation, link: Link, deadline: float, *, tries: int = 1
+) -> Correspondence:
     return Correspondence(
         GridExchange(link.grid, nodes=link.node_ids, deadline=deadline),
         setting.home.identity,
         epoch,
         Numbers(setting.home.folder / "letters.txt"),
         lambda site, reason: log.warning("site %s: %s", site, reason),
+        tries=tries,
     )
 
 
@@ -231,7 +243,7 @@ def _federation(setting: Setting, job: Job) -> Federation:
         public=job.public.test,
         tolerance=setting.config.evaluation.tolerance,
         store=setting.store,
-        attempts=Attempts(setting.store.folder, setting.nonce),
+        attempts=Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt")),
         tries=setting.rules.attempts,
     )
 

@@ -15,13 +15,24 @@ from errors import DataError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file in one step, on disk before the old one is gone."""
+    """Replaces a file in one step, on disk before the old one is gone.
+
+    Raises:
+      DataError: the disk is full or the folder cannot be written; the old file stands.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"file={str(path)!r}: cannot be written ({error.strerror}); free disk space, then run again")
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,14 @@ class Store:
 
     def save(self, progress: Progress, line: dict[str, Any]) -> None:
         """Records a whole round: its line first, then the state that makes the line count."""
-        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.folder / "rounds.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(path, error) from error
         self.save_state(progress)
 
     def save_state(self, progress: Progress) -> None:

@@ -100,8 +100,8 @@ class Ledger:
         links = self._chain.links()
         if count > len(links):
             raise PrivacyRefusal(
-                f"ledger of {self.dataset!r} has {len(links)} entries, and the coordinator countersigned {count}: an old "
-                "copy was restored; bring the newest back, since spent privacy does not come back"
+                f"ledger of {self.dataset!r} has {len(links)} entries, and the coordinator countersigned {count}: an "
+                "old copy was restored; bring the newest back, since spent privacy does not come back"
             )
         if count and links[count - 1].digest != head:
             raise PrivacyRefusal(

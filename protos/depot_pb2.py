@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/depot.proto\x12\x10offsite.depot.v1\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\":\n\x0b\x44\x65scription\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\",\n\nGetRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x32\x95\x01\n\x05\x44\x65pot\x12L\n\x08\x44\x65scribe\x12!.offsite.depot.v1.DescribeRequest\x1a\x1d.offsite.depot.v1.Description\x12>\n\x03Get\x12\x1c.offsite.depot.v1.GetRequest\x1a\x17.offsite.depot.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/depot.proto\x12\x10offsite.depot.v1\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\":\n\x0b\x44\x65scription\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\";\n\nGetRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x32\x95\x01\n\x05\x44\x65pot\x12L\n\x08\x44\x65scribe\x12!.offsite.depot.v1.DescribeRequest\x1a\x1d.offsite.depot.v1.Description\x12>\n\x03Get\x12\x1c.offsite.depot.v1.GetRequest\x1a\x17.offsite.depot.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIPTION']._serialized_start=75
   _globals['_DESCRIPTION']._serialized_end=133
   _globals['_GETREQUEST']._serialized_start=135
-  _globals['_GETREQUEST']._serialized_end=179
-  _globals['_CHUNK']._serialized_start=181
-  _globals['_CHUNK']._serialized_end=233
-  _globals['_DEPOT']._serialized_start=236
-  _globals['_DEPOT']._serialized_end=385
+  _globals['_GETREQUEST']._serialized_end=194
+  _globals['_CHUNK']._serialized_start=196
+  _globals['_CHUNK']._serialized_end=248
+  _globals['_DEPOT']._serialized_start=251
+  _globals['_DEPOT']._serialized_end=400
 # @@protoc_insertion_point(module_scope)

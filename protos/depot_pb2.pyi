@@ -21,12 +21,14 @@ class Description(_message.Message):
     def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("sha256", "offset")
+    __slots__ = ("sha256", "offset", "chunk")
     SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
     sha256: str
     offset: int
-    def __init__(self, sha256: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    chunk: int
+    def __init__(self, sha256: _Optional[str] = ..., offset: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data", "crc32")

@@ -57,6 +57,7 @@ class JobManifest:
       release: version of offsite that wrote this.
       metrics: names of what sites are asked to tell beside their update; nothing by default.
       deadline: seconds that a site has to answer one stage of a round.
+      identifier: random, so that two jobs with the same terms are two jobs in the sites' ledgers.
     """
 
     federation: str
@@ -80,6 +81,7 @@ class JobManifest:
     release: str = ""
     metrics: tuple[str, ...] = ()
     deadline: float = 3600.0
+    identifier: str = ""
 
     @property
     def releases(self) -> int:

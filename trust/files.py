@@ -39,7 +39,7 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
             f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another"
         ) from error
     try:
-        _fill(descriptor, path, content, mode)
+        _fill(descriptor, path, content)
     except DataError:
         path.unlink(missing_ok=True)
         raise
@@ -85,10 +85,9 @@ def read(path: Path) -> bytes:
         raise DataError(f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised") from error
 
 
-def _fill(descriptor: int, path: Path, content: bytes, mode: int) -> None:
+def _fill(descriptor: int, path: Path, content: bytes) -> None:
     try:
         with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask says
             file.write(content)
             file.flush()
             os.fsync(descriptor)

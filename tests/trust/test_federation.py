@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
+from trust import canonical
 from trust import federation as room
 from trust.federation import Federation, changes, check_follows, check_signatures, sign
 from trust.identity import Identity
@@ -68,7 +69,9 @@ def test_a_signature_is_for_one_manifest_and_one_purpose(small):
     bare = {site: keys.identity.sign(small.federation.digest()) for site, keys in small.keys.items()}
     other = Writer().text("offsite welcome").field(small.federation.digest()).done()
     elsewhere = {site: keys.identity.sign(other) for site, keys in small.keys.items()}
-    for wrong in (bare, elsewhere):
+    unnamed = Writer().field(small.federation.digest()).done()
+    anything = {site: keys.identity.sign(unnamed) for site, keys in small.keys.items()}
+    for wrong in (bare, elsewhere, anything):
         with pytest.raises(Untrusted):
             check_signatures(small.federation, wrong)
 
@@ -184,3 +187,23 @@ def test_too_many_members_are_refused(small):
     many = dataclasses.replace(small.federation, members=small.federation.members[:1] * (room.MOST_SITES + 1))
     with pytest.raises(MalformedMessage, match="at most 1000"):
         Federation.from_bytes(many.to_bytes())
+
+
+NASTY = [None, True, -1, 0.5, 2**70, "", "ü", "\ud800", "\x00", "a" * 70_000, [], {}, [None], [[]], [{}]]
+LEGAL = [("clip", 0.5), ("max_epsilon", 0.5), ("previous", ""), ("members", [])]
+
+
+@pytest.mark.parametrize("value", NASTY, ids=lambda value: repr(value)[:12])
+def test_a_field_of_any_other_kind_is_one_of_our_errors(small, value):
+    """Somebody else's program wrote it: nothing but an error of ours may come out."""
+    content = json.loads(small.federation.to_bytes())
+    for name in content:
+        if (name, value) not in LEGAL:
+            with pytest.raises(OffsiteError):
+                Federation.from_bytes(canonical.dump(content | {name: value}))
+    for name in content["members"][0]:
+        first = content["members"][0] | {name: value}
+        with pytest.raises(OffsiteError):
+            Federation.from_bytes(canonical.dump(content | {"members": [first, *content["members"][1:]]}))
+    for name, legal in LEGAL:
+        Federation.from_bytes(canonical.dump(content | {name: legal}))

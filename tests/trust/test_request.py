@@ -9,6 +9,7 @@ from trust import canonical, certificates
 from trust.identity import Identity
 from trust.keys import SiteKeys
 from trust.request import SiteRequest, _handed, _signed, write_request
+from trust.wire import Writer
 
 
 def flips(data, masks=(0x01, 0x20, 0x80)):
@@ -142,3 +143,10 @@ def test_other_fields_and_encodings_are_refused(small):
     ):
         with pytest.raises(MalformedMessage):
             SiteRequest.from_bytes(same)
+
+
+def test_the_signature_is_for_this_purpose_and_leaves_nothing_out(world):
+    made = world.requests["north"]
+    unsigned = dataclasses.replace(made, signature="").to_bytes()
+    signed = Writer().text("offsite request").field(unsigned).done()
+    assert made.signature == world.keys["north"].identity.sign(signed).hex()

@@ -8,6 +8,7 @@ from errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
 from trust import certificates
 from trust.identity import Identity
 from trust.welcome import Welcome, write_welcome
+from trust.wire import Writer
 
 
 def test_round_trip(world):
@@ -74,3 +75,10 @@ def test_the_fingerprint_covers_what_a_thief_would_change(small):
     ]
     assert len({one.fingerprint for one in [honest, *others]}) == 5
     assert dataclasses.replace(honest, site="west", certificate=b"x").fingerprint == honest.fingerprint
+
+
+def test_the_signature_is_for_this_purpose_and_leaves_nothing_out(world):
+    made = world.welcome
+    unsigned = dataclasses.replace(made, signature="").to_bytes()
+    signed = Writer().text("offsite welcome").field(unsigned).done()
+    assert made.signature == world.coordinator.sign(signed).hex()

@@ -1,0 +1,457 @@
+"""Fetching over TLS on loopback: killed, cut off, slowed, lied to, out of disk; the file is right or there is none."""
+
+import contextlib
+import hashlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import client.fetch
+from client.fetch import DepotAddress, fetch
+from coordinator.depot import CHUNK, Depot, Tls
+from errors import DataError, DigestMismatch, Untrusted
+from protos import depot_pb2 as wire
+from protos import depot_pb2_grpc as stubs
+from trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
+
+NOW = datetime.now(UTC)
+SIZE = 8 * CHUNK + 777
+CONTENT = random.Random(7).randbytes(SIZE)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Wire:
+    """A TCP relay in front of a depot: a slow link, a cut, a stall, a flipped bit; it counts what it carries."""
+
+    def __init__(self, port: int) -> None:
+        self.to, self.rate, self.down, self.connections = port, 0.0, 0, 0
+        self.cut_after = self.stall_after = self.flip_after = SIZE * 1000
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets = [self._listener]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        for one in self._sockets:
+            shut(one)
+            one.close()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            try:
+                far = socket.create_connection(("127.0.0.1", self.to))
+            except OSError:
+                near.close()
+                continue
+            self.connections += 1
+            self._sockets += [near, far]
+            for source, target, counted in ((near, far, False), (far, near, True)):
+                thread = threading.Thread(target=self._pump, args=(source, target, counted), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        try:
+            while data := source.recv(16384):
+                target.sendall(self._pass(data, source) if counted else data)
+        except OSError:
+            pass
+        shut(source)
+        shut(target)
+
+    def _pass(self, data: bytes, source: socket.socket) -> bytes:
+        self.down += len(data)
+        if self.rate:
+            time.sleep(len(data) / self.rate)
+        if self.down > self.cut_after:
+            self.cut_after = SIZE * 1000
+            raise OSError
+        if self.down > self.stall_after:
+            self.stall_after = SIZE * 1000
+            while source.fileno() != -1:  # nothing moves on this connection any more, and nobody closes it
+                time.sleep(0.05)
+        if self.down > self.flip_after:
+            self.flip_after = SIZE * 1000
+            return bytes([data[0] ^ 1]) + data[1:]
+        return data
+
+
+def shut(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class World:
+    """A depot behind a relay, and a site's way to it."""
+
+    folder: Path
+    tls: Tls
+    cert: bytes
+    key: bytes
+    refuse: bool = False
+
+    depot: Depot = field(init=False)
+    wire: Wire = field(init=False)
+
+    def address(self, **other: Any) -> DepotAddress:
+        fields = {"host": "127.0.0.1", "port": self.wire.port, "ca": self.tls.ca, "cert": self.cert, "key": self.key}
+        return DepotAddress(**(fields | other))
+
+    def allowed(self, _: bytes) -> None:
+        if self.refuse:
+            raise Untrusted("tls=...: no member has this key; was it revoked?")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(client.fetch, "BACKOFF_SECONDS", (0.05, 0.4))
+    ca, key, own = create_authority("authority", now=NOW), new_key(), new_key()
+    tls = Tls(ca.certificate, issue_server(ca, key, ["127.0.0.1"], now=NOW), key)
+    cert = issue_client(ca, make_request(own, "ash"), "ash", now=NOW)
+    folder = tmp_path / "depot"
+    folder.mkdir()
+    (folder / DIGEST).write_bytes(CONTENT)
+    one = World(folder, tls, cert, own)
+    one.depot = Depot(folder, address="127.0.0.1:0", tls=tls, allowed=one.allowed)
+    one.wire = Wire(one.depot.start())
+    yield one
+    one.wire.close()
+    one.depot.stop()
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+def partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+# --- it arrives
+
+
+def test_a_file_arrives_and_is_not_fetched_twice(world: World, tmp_path: Path) -> None:
+    target, seen = tmp_path / "package", []
+    assert fetch(world.address(), DIGEST, SIZE, target, on_bytes=seen.append) == target
+    assert target.read_bytes() == CONTENT
+    assert not partial(target).exists()
+    assert seen == sorted(seen)
+    assert seen[-1] == SIZE
+    carried = world.wire.down
+    assert fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore) == target
+    assert world.wire.down == carried
+
+
+def test_a_changed_file_at_the_target_is_fetched_again(world: World, tmp_path: Path) -> None:
+    target = tmp_path / "package"
+    target.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+    assert target.read_bytes() == CONTENT
+
+
+def child(world: World, target: Path, before: str = "") -> subprocess.Popen[str]:
+    """Starts a process that fetches and prints how it ended."""
+    address = world.address()
+    files = {name: target.parent / f"{name}.pem" for name in ("ca", "cert", "key")}
+    for name, path in files.items():
+        path.write_bytes(getattr(address, name))
+    code = f"""
+import resource, signal
+from pathlib import Path
+from client.fetch import DepotAddress, fetch
+{before}
+pems = [Path(name).read_bytes() for name in {[str(path) for path in files.values()]!r}]
+source = DepotAddress("127.0.0.1", {address.port}, *pems)
+try:
+    fetch(source, {DIGEST!r}, {SIZE}, Path({str(target)!r}), on_bytes=lambda n: None)
+    print("whole")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+
+
+def test_killed_three_times_it_goes_on_where_it_was(world: World, tmp_path: Path) -> None:
+    target = tmp_path / "package"
+    world.wire.rate = 4e6
+    here = []
+    for share in (0.2, 0.45, 0.7):
+        process = child(world, target)
+        while not partial(target).exists() or partial(target).stat().st_size < share * SIZE:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        content = partial(target).read_bytes()
+        assert CONTENT.startswith(content)
+        here.append(len(content))
+    assert here == sorted(set(here))
+    assert here[-1] < SIZE
+    assert not target.exists()
+    assert child(world, target).communicate(timeout=30)[0] == "whole\n"
+    assert target.read_bytes() == CONTENT
+    # each kill loses what was on its way: one chunk not yet whole, and what gRPC and the kernel had read ahead
+    assert world.wire.down < SIZE + 3 * 4 * CHUNK
+
+
+def test_a_cut_and_a_flipped_bit_on_the_wire_are_got_over(world: World, tmp_path: Path) -> None:
+    world.wire.cut_after, world.wire.flip_after = 2 * CHUNK, 5 * CHUNK
+    target = tmp_path / "package"
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+    assert target.read_bytes() == CONTENT
+    assert world.wire.connections == 3
+
+
+def test_a_link_that_stands_still_is_left_for_a_new_one(world: World, tmp_path: Path) -> None:
+    """As in a partition: no byte, no reset; only the idle time says so."""
+    world.wire.stall_after = 3 * CHUNK
+    target = tmp_path / "package"
+    began = time.monotonic()
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore, idle=1.0)
+    assert target.read_bytes() == CONTENT
+    assert world.wire.connections == 2
+    assert 1.0 < time.monotonic() - began < 6.0
+
+
+def test_a_slow_link_is_never_given_up_while_bytes_move(world: World, tmp_path: Path) -> None:
+    """50 kB/s with an idle time of 60 s, all 50 to 60 times faster: 3 MB/s and 1.2 s; it takes more than two idle times."""
+    world.wire.rate = 3e6
+    target = tmp_path / "package"
+    began = time.monotonic()
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore, idle=1.2)
+    assert time.monotonic() - began > 2 * 1.2
+    assert target.read_bytes() == CONTENT
+    assert world.wire.connections == 1
+
+
+def test_a_link_too_slow_for_a_chunk_gets_smaller_ones(world: World, tmp_path: Path) -> None:
+    """At 400 kB/s this file, one chunk, takes 1.5 s, and after 0.6 s without one the link counts as idle."""
+    world.wire.rate = 4e5
+    content = CONTENT[:600_000]
+    digest = hashlib.sha256(content).hexdigest()
+    (world.folder / digest).write_bytes(content)
+    target, seen = tmp_path / "package", []
+    fetch(world.address(), digest, len(content), target, on_bytes=seen.append, idle=0.6, patience=8.0)
+    assert target.read_bytes() == content
+    assert seen[0] < 0.6 * 4e5
+
+
+def test_a_depot_that_comes_back_is_waited_for(world: World, tmp_path: Path) -> None:
+    target, port = tmp_path / "package", world.wire.to
+    world.depot.stop()
+    again = Depot(world.folder, address=f"127.0.0.1:{port}", tls=world.tls, allowed=world.allowed)
+    starter = threading.Timer(0.7, again.start)
+    starter.start()
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore, patience=20)
+    starter.join()
+    again.stop()
+    assert target.read_bytes() == CONTENT
+
+
+# --- it does not, and says why
+
+
+def test_a_depot_that_is_gone_is_given_up_after_the_patience(world: World, tmp_path: Path) -> None:
+    world.depot.stop()
+    with pytest.raises(DataError, match=r"no byte came for 0\.3 s"):
+        fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore, patience=0.3)
+
+
+def test_a_site_that_was_revoked_is_told(world: World, tmp_path: Path) -> None:
+    world.refuse = True
+    with pytest.raises(Untrusted, match="revoked"):
+        fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+
+
+def test_another_server_is_not_talked_to(world: World, tmp_path: Path) -> None:
+    """Another authority, and the right authority's certificate for another host."""
+    other = create_authority("authority", now=NOW)
+    for address in (world.address(ca=other.certificate), world.address(host="localhost")):
+        with pytest.raises(Untrusted, match="pinned authority"):
+            fetch(address, DIGEST, SIZE, tmp_path / "package", on_bytes=ignore, patience=2)
+
+
+def test_without_a_certificate_of_the_authority_nothing_comes(world: World, tmp_path: Path) -> None:
+    other, key = create_authority("authority", now=NOW), new_key()
+    cert = issue_client(other, make_request(key, "ash"), "ash", now=NOW)
+    with pytest.raises(DataError, match="certificate still good"):
+        fetch(world.address(cert=cert, key=key), DIGEST, SIZE, tmp_path / "p", on_bytes=ignore, patience=0.3)
+
+
+def test_a_package_that_is_not_there(world: World, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not_found: no such package"):
+        fetch(world.address(), "0" * 64, SIZE, tmp_path / "package", on_bytes=ignore)
+
+
+def test_a_file_changed_at_the_depot_is_refused(world: World, tmp_path: Path) -> None:
+    for place in (0, SIZE // 2, SIZE - 1):
+        changed = bytearray(CONTENT)
+        changed[place] ^= 1
+        (world.folder / DIGEST).write_bytes(changed)
+        with pytest.raises(DigestMismatch, match="another file"):
+            fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+        assert list(tmp_path.glob("package*")) == []
+
+
+def test_a_changed_partial_is_removed_and_the_next_try_is_right(world: World, tmp_path: Path) -> None:
+    target = tmp_path / "package"
+    for wrong in (b"\0" * 1000, CONTENT + b"\0"):
+        partial(target).write_bytes(wrong)
+        with pytest.raises(DigestMismatch):
+            fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 1, 0])
+def test_another_size_than_announced_is_refused(world: World, tmp_path: Path, size: int) -> None:
+    with pytest.raises(DigestMismatch):
+        fetch(world.address(), DIGEST, size, tmp_path / "package", on_bytes=ignore)
+    assert list(tmp_path.glob("package*")) == []
+
+
+def test_a_full_disk_leaves_the_partial_whole(world: World, tmp_path: Path) -> None:
+    target, limit = tmp_path / "package", 3 * CHUNK + 1234
+    full = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    said = child(world, target, full).communicate(timeout=30)[0]
+    assert said.startswith("DataError package=package.partial: cannot be written (File too large); free disk space")
+    content = partial(target).read_bytes()
+    assert 3 * CHUNK <= len(content) <= limit
+    assert CONTENT.startswith(content)
+    carried = world.wire.down
+    assert child(world, target).communicate(timeout=30)[0] == "whole\n"
+    assert target.read_bytes() == CONTENT
+    assert world.wire.down - carried < SIZE - 2 * CHUNK
+
+
+# --- a depot that lies
+
+
+class Liar(stubs.DepotServicer):
+    """A depot whose chunks go through a function of (number of the request, chunk); it describes the right size.
+
+    `beyond` are bytes that it sends after the end.
+    """
+
+    def __init__(self, change: Callable[[int, wire.Chunk], wire.Chunk], beyond: int = 0) -> None:
+        self.change, self.content = change, CONTENT + bytes(beyond)
+        self.asked: list[int] = []
+
+    def Describe(self, request: Any, context: Any) -> Any:
+        return wire.Description(sha256=request.sha256, size=SIZE, chunk=CHUNK)
+
+    def Get(self, request: Any, context: Any) -> Iterator[Any]:
+        self.asked.append(request.offset)
+        for at in range(request.offset, len(self.content), CHUNK):
+            data = self.content[at : at + CHUNK]
+            yield self.change(len(self.asked), wire.Chunk(offset=at, data=data, crc32=zlib.crc32(data)))
+
+
+@pytest.fixture
+def lying(world: World) -> Iterator[Callable[[Liar], DepotAddress]]:
+    servers = []
+
+    def serve(liar: Liar) -> DepotAddress:
+        server = grpc.server(futures.ThreadPoolExecutor(4))
+        stubs.add_DepotServicer_to_server(liar, server)
+        pair = [(world.tls.key, world.tls.certificate)]
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair, world.tls.ca, True))
+        server.start()
+        servers.append(server)
+        return world.address(port=port)
+
+    yield serve
+    for server in servers:
+        server.stop(0).wait()
+
+
+Serve = Callable[[Liar], DepotAddress]
+
+
+def unchanged(_: int, chunk: wire.Chunk) -> wire.Chunk:
+    return chunk
+
+
+@pytest.mark.parametrize("beyond", [1, CHUNK, 30 * CHUNK])
+def test_more_than_announced_is_refused_and_never_on_disk(lying: Serve, tmp_path: Path, beyond: int) -> None:
+    seen: list[int] = []
+    with pytest.raises(DigestMismatch, match="more than the announced"):
+        fetch(lying(Liar(unchanged, beyond)), DIGEST, SIZE, tmp_path / "package", on_bytes=seen.append)
+    assert max(seen) <= SIZE
+    assert list(tmp_path.glob("package*")) == []
+
+
+def test_less_than_announced_is_refused_at_once(lying: Serve, tmp_path: Path) -> None:
+    liar = Liar(unchanged)
+    liar.content = CONTENT[:-1]
+    with pytest.raises(DigestMismatch, match="file ends after"):
+        fetch(lying(liar), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+    assert liar.asked == [0]
+    assert list(tmp_path.glob("package*")) == []
+
+
+def damaged(field: str, value: Callable[[wire.Chunk], Any], times: int) -> Liar:
+    def change(request: int, chunk: wire.Chunk) -> wire.Chunk:
+        if request <= times and chunk.offset == 3 * CHUNK:
+            setattr(chunk, field, value(chunk))
+        return chunk
+
+    return Liar(change)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[wire.Chunk], Any]]] = {
+    "flipped bit": ("data", lambda c: bytes([c.data[0] ^ 128]) + c.data[1:]),
+    "crc": ("crc32", lambda c: c.crc32 ^ 1),
+    "cut": ("data", lambda c: c.data[:-1]),
+    "place": ("offset", lambda c: c.offset + 1),
+    "empty": ("data", lambda c: b""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_chunk_is_asked_for_again_from_its_place(lying: Serve, tmp_path: Path, kind: str) -> None:
+    liar = damaged(*DAMAGE[kind], times=2)
+    target = fetch(lying(liar), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+    assert liar.asked == [0, 3 * CHUNK, 3 * CHUNK]
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_one_that_always_damages_is_given_up(lying: Serve, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(DataError, match="damaged on the way; no byte came for"):
+        fetch(lying(damaged(*DAMAGE[kind], times=10**9)), DIGEST, SIZE, tmp_path / "p", on_bytes=ignore, patience=0.5)
+    assert partial(tmp_path / "p").read_bytes() == CONTENT[: 3 * CHUNK]
+
+
+def test_a_message_larger_than_a_chunk_is_refused(lying: Serve, tmp_path: Path) -> None:
+    liar = Liar(lambda _, chunk: wire.Chunk(offset=chunk.offset, data=bytes(2 * CHUNK), crc32=0))
+    with pytest.raises(DataError, match="resource_exhausted"):
+        fetch(lying(liar), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+
+
+def test_a_key_does_not_show_in_a_representation(world: World) -> None:
+    assert "PRIVATE" not in repr(world.address())

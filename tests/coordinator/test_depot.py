@@ -1,0 +1,229 @@
+"""The depot against real gRPC clients over TLS on loopback: what it serves, to whom, and what it costs."""
+
+import hashlib
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from coordinator.depot import CHUNK, WORKERS, Depot, Tls
+from errors import DataError, Untrusted
+from protos import depot_pb2 as wire
+from protos import depot_pb2_grpc as stubs
+from trust.certificates import (
+    Authority,
+    certificate_key,
+    create_authority,
+    issue_client,
+    issue_server,
+    make_request,
+    new_key,
+)
+
+NOW = datetime.now(UTC)
+SIZE = 2 * CHUNK + 12345
+CONTENT = bytes(range(256)) * (SIZE // 256) + bytes(SIZE % 256)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+Pair = tuple[bytes, bytes]  # certificate and key
+
+
+def client_pair(ca: Authority, name: str, *, now: datetime = NOW) -> Pair:
+    key = new_key()
+    return issue_client(ca, make_request(key, name), name, now=now, days=10), key
+
+
+@dataclass
+class World:
+    """A running depot, two members, and who may come in."""
+
+    folder: Path
+    ca: Authority
+    server: Pair
+    port: int
+    ash: Pair
+    birch: Pair
+    members: set[str]
+    trouble: Exception | None = None
+
+    def allowed(self, certificate: bytes) -> None:
+        if self.trouble is not None:
+            raise self.trouble
+        if certificate_key(certificate) not in self.members:
+            raise Untrusted("tls=...: no member has this key; was it revoked?")
+
+    def channel(self, pair: Pair | tuple[None, None]) -> grpc.Channel:
+        certificate, key = pair
+        credentials = grpc.ssl_channel_credentials(self.ca.certificate, key, certificate)
+        return grpc.secure_channel(f"127.0.0.1:{self.port}", credentials)
+
+    def get(
+        self, pair: Pair | tuple[None, None], digest: str = DIGEST, offset: int = 0, chunk: int = 0
+    ) -> list[wire.Chunk]:
+        with self.channel(pair) as channel:
+            request = wire.GetRequest(sha256=digest, offset=offset, chunk=chunk)
+            return list(stubs.DepotStub(channel).Get(request, timeout=10))
+
+    def describe(self, pair: Pair | tuple[None, None], digest: str = DIGEST) -> wire.Description:
+        with self.channel(pair) as channel:
+            return stubs.DepotStub(channel).Describe(wire.DescribeRequest(sha256=digest), timeout=10)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    ca, key = create_authority("authority", now=NOW), new_key()
+    server = issue_server(ca, key, ["127.0.0.1"], now=NOW), key
+    ash, birch = client_pair(ca, "ash"), client_pair(ca, "birch")
+    folder = tmp_path / "depot"
+    folder.mkdir()
+    (folder / DIGEST).write_bytes(CONTENT)
+    members = {certificate_key(ash[0]), certificate_key(birch[0])}
+    one = World(folder, ca, server, 0, ash, birch, members)
+    depot = Depot(folder, address="127.0.0.1:0", tls=Tls(ca.certificate, *server), allowed=one.allowed)
+    one.port = depot.start()
+    yield one
+    depot.stop()
+
+
+def refused(call: object, *arguments: object, **named: object) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments, **named)  # type: ignore[operator]
+    return caught.value.code()
+
+
+@pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, SIZE - 1, SIZE])
+def test_every_offset_gives_the_rest_of_the_file(world: World, offset: int) -> None:
+    chunks = world.get(world.ash, offset=offset)
+    assert b"".join(chunk.data for chunk in chunks) == CONTENT[offset:]
+    at = offset
+    for chunk in chunks:
+        assert (chunk.offset, chunk.crc32) == (at, zlib.crc32(CONTENT[at : at + len(chunk.data)]))
+        assert 0 < len(chunk.data) <= CHUNK
+        at += len(chunk.data)
+
+
+def test_beyond_the_end_is_refused(world: World) -> None:
+    assert refused(world.get, world.ash, offset=SIZE + 1) == grpc.StatusCode.OUT_OF_RANGE
+
+
+def test_a_description_says_what_the_file_is(world: World) -> None:
+    described = world.describe(world.ash)
+    assert (described.sha256, described.size, described.chunk) == (DIGEST, SIZE, CHUNK)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(1, 1 << 10), (5000, 5000), (CHUNK, CHUNK), (2**32 - 1, CHUNK)])
+def test_a_peer_may_ask_for_smaller_chunks_but_not_for_larger_ones(world: World, wanted: int, given: int) -> None:
+    chunks = world.get(world.ash, offset=SIZE - 2 * CHUNK, chunk=wanted)
+    assert {len(chunk.data) for chunk in chunks[:-1]} == {given}
+    assert b"".join(chunk.data for chunk in chunks) == CONTENT[SIZE - 2 * CHUNK :]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../secret", "..", "/etc/hostname", DIGEST.upper(), DIGEST[:-1], DIGEST + "\n", f"./{DIGEST}", "f" * 64],
+)
+def test_only_whole_digests_are_names(world: World, name: str) -> None:
+    (world.folder.parent / "secret").write_text("private")
+    (world.folder / DIGEST[:-1]).write_text("another file of the folder")
+    assert refused(world.get, world.ash, name) == grpc.StatusCode.NOT_FOUND
+    assert refused(world.describe, world.ash, name) == grpc.StatusCode.NOT_FOUND
+
+
+def test_without_a_good_certificate_there_is_no_connection(world: World) -> None:
+    """TLS itself ends these; each fails for its own reason, beside a member that gets in by the same way."""
+    stranger = create_authority("authority", now=NOW)
+    for pair in (
+        (None, None),
+        client_pair(stranger, "ash"),
+        client_pair(world.ca, "ash", now=NOW - timedelta(days=30)),
+        client_pair(world.ca, "ash", now=NOW + timedelta(days=30)),
+        world.server,
+    ):
+        assert refused(world.get, pair) == grpc.StatusCode.UNAVAILABLE
+        assert refused(world.describe, pair) == grpc.StatusCode.UNAVAILABLE
+    assert world.describe(world.birch).size == SIZE
+
+
+def test_a_certificate_of_the_authority_is_not_enough(world: World) -> None:
+    """The name is a member's and the authority is right; the key is not one that the owners signed."""
+    assert refused(world.get, client_pair(world.ca, "ash")) == grpc.StatusCode.PERMISSION_DENIED
+    assert refused(world.describe, client_pair(world.ca, "ash")) == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_revoked_site_gets_no_further_answer_on_an_open_connection(world: World) -> None:
+    with world.channel(world.ash) as channel:
+        depot = stubs.DepotStub(channel)
+        assert depot.Describe(wire.DescribeRequest(sha256=DIGEST), timeout=10).size == SIZE
+        world.members.remove(certificate_key(world.ash[0]))
+        assert refused(depot.Describe, wire.DescribeRequest(sha256=DIGEST)) == grpc.StatusCode.PERMISSION_DENIED
+        assert refused(lambda: list(depot.Get(wire.GetRequest(sha256=DIGEST)))) == grpc.StatusCode.PERMISSION_DENIED
+    assert len(world.get(world.birch)) == 3
+
+
+def test_trouble_at_the_coordinator_lets_nobody_in_and_tells_no_path(world: World) -> None:
+    world.trouble = DataError("home='/secret/place': not readable")
+    with pytest.raises(grpc.RpcError) as caught:
+        world.get(world.ash)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "secret" not in str(caught.value.details())
+    world.trouble = ValueError("a bug")
+    assert refused(world.get, world.ash) == grpc.StatusCode.UNKNOWN
+
+
+def test_a_large_file_costs_no_memory(world: World) -> None:
+    """200 MB through server and client in this one process; the reader dawdles, so that a queue would grow."""
+    name = "a" * 64
+    with (world.folder / name).open("wb") as file:
+        file.truncate(200 << 20)
+    me = psutil.Process()
+    with world.channel(world.ash) as channel:
+        before, most, moved = me.memory_info().rss, 0, 0
+        for number, chunk in enumerate(stubs.DepotStub(channel).Get(wire.GetRequest(sha256=name))):
+            moved += len(chunk.data)
+            if number % 10 == 0:
+                time.sleep(0.02)
+                most = max(most, me.memory_info().rss - before)
+    assert moved == 200 << 20
+    assert most < 40 << 20
+
+
+def test_abandoned_transfers_use_up_no_threads(world: World) -> None:
+    """One site that asks over and over and reads nothing, as after partitions, keeps nobody else out."""
+    with (world.folder / ("b" * 64)).open("wb") as file:
+        file.truncate(50 << 20)
+    with world.channel(world.ash) as channel:
+        request = wire.GetRequest(sha256="b" * 64)
+        streams = [stubs.DepotStub(channel).Get(request) for _ in range(WORKERS + 6)]
+        for stream in streams[:3]:
+            assert refused(lambda one=stream: list(one)) == grpc.StatusCode.CANCELLED
+        assert b"".join(chunk.data for chunk in world.get(world.birch)) == CONTENT
+        for stream in streams:
+            stream.cancel()
+
+
+def test_a_port_in_use_is_said(world: World) -> None:
+    tls = Tls(world.ca.certificate, *world.server)
+    second = Depot(world.folder, address=f"127.0.0.1:{world.port}", tls=tls, allowed=world.allowed)
+    with pytest.raises(DataError, match="port in use"):
+        second.start()
+
+
+def test_it_stops_at_once_with_a_transfer_open(world: World) -> None:
+    tls = Tls(world.ca.certificate, *world.server)
+    assert "PRIVATE KEY" not in repr(tls)
+    with (world.folder / ("c" * 64)).open("wb") as file:
+        file.truncate(50 << 20)
+    depot = Depot(world.folder, address="127.0.0.1:0", tls=tls, allowed=world.allowed)
+    world.port = depot.start()
+    with world.channel(world.ash) as channel:
+        stream = stubs.DepotStub(channel).Get(wire.GetRequest(sha256="c" * 64))
+        assert next(stream).offset == 0
+        began = time.monotonic()
+        depot.stop()
+        assert time.monotonic() - began < 3
+        assert refused(lambda: list(stream)) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)

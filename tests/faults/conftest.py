@@ -1,0 +1,241 @@
+"""A real federation on loopback: one coordinator and three sites as processes, over Flower and TLS."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SITES = ("ash", "birch", "cedar")
+SEED = 1
+OFFSITE = [sys.executable, "-m", "cli.main"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+POLICY = {
+    "models": '["any"]',
+    "methods": '["any"]',
+    "approval": '"automatic"',
+    "min_records": "10",
+    "delta_cap": "0.01",
+    "epsilon_cap": "1000.0",
+    "allow_seeded_noise": "true",
+}
+
+
+def offsite(*arguments: str, fails: bool = False) -> str:
+    """Runs one command to its end and returns what it printed."""
+    done = subprocess.run(
+        [*OFFSITE, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120.0, every: float = 0.02) -> Any:
+    """Returns the first true value; fails when none came in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        time.sleep(every)
+    pytest.fail(f"did not happen within {seconds} s")
+
+
+class Federation:
+    """The folders and the processes of one federation.
+
+    Args:
+      folder: where everything goes.
+      fed: federation file of the tiny world, with its model and texts.
+      ports: (link, depot) to listen on.
+      sites: their names.
+      told: (link, depot) that sites are told, where a proxy stands between.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fed: Path,
+        *,
+        sites: tuple[str, ...] = SITES,
+        told: tuple[int, int] | None = None,
+        ports: list[int] | None = None,
+        suite: int = 2,
+    ) -> None:
+        self.folder, self.world, self.home, self.sites = folder, fed.parent, folder / "home", sites
+        self.fed_text = fed.read_text()
+        self.ports = ports or free_ports(2)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        link, depot = told or self.ports
+        ports = ("--link-port", str(link), "--depot-port", str(depot), "--suite", str(suite))
+        offsite("coordinator", "init", str(self.home), "--name", "faults", *ports)
+        if told is not None:
+            settings = self.home / "coordinator.toml"
+            listen = dict(zip(("link_port", "depot_port"), self.ports, strict=True))
+            for key, port in listen.items():
+                settings.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {port}", settings.read_text()))
+        for site in sites:
+            data = self.world / "data" / "sites" / site / "train"
+            offsite("client", "init", str(self.site(site)), "--name", site, "--data", str(data), "--suite", str(suite))
+        requests = [str(self.site(site) / "site.request") for site in sites]
+        printed = offsite("coordinator", "approve", str(self.home), *requests, "--yes")
+        fingerprint = re.search(r"to compare: (\S+)", printed)
+        assert fingerprint is not None, printed
+        for site in sites:
+            welcome = str(self.home / "welcomes" / f"{site}.welcome")
+            offsite("client", "sign", str(self.site(site)), welcome, "--fingerprint", fingerprint[1])
+            self.set_policy(site, **POLICY)
+            with (self.site(site) / "site.toml").open("a") as file:
+                file.write(f"simulation_seed = {SEED}\n")
+
+    def site(self, name: str) -> Path:
+        return self.folder / name
+
+    def set_policy(self, site: str, **values: str) -> None:
+        path = self.site(site) / "policy.toml"
+        text = path.read_text()
+        for key, value in values.items():
+            text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            assert count == 1, key
+        path.write_text(text)
+
+    def job(self, name: str, *, rounds: int = 2, coordinator: str = "", training: str = "", **replaced: str) -> Path:
+        """Writes a federation file; jobs of different names are different jobs."""
+        text = re.sub(r"(?m)^(sites_dir|owners) = .*\n", "", self.fed_text)
+        text = text.replace('path = "model"', f'path = "{self.world / "model"}"')
+        text = text.replace('public = "data/public"', f'public = "{self.world / "data" / "public"}"')
+        text = re.sub(r"(?m)^rounds = .*$", f"rounds = {rounds}\n{training}", text)
+        for key, value in replaced.items():
+            text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            assert count == 1, key
+        text += f'\n[coordinator]\nhome = "{self.home}"\npatience = 60.0\ndeadline = 60.0\n{coordinator}\n'
+        path = self.folder / f"{name}.toml"
+        path.write_text(f"# {name}\n{text}")
+        return path
+
+    def forget_updates(self) -> None:
+        """Lets the sites send an update again that they sent in an earlier test.
+
+        With noise from a seed every job repeats the same update, which a site's journal rightly refuses to send twice.
+        """
+        for site in self.sites:
+            (self.site(site) / "state" / "journal.jsonl").unlink(missing_ok=True)
+
+    def start(self, name: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Starts a process whose output goes to NAME.log."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*OFFSITE, *arguments], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, **options
+            )
+        self.processes[name] = process
+        return process
+
+    def start_site(self, name: str, **options: Any) -> subprocess.Popen[bytes]:
+        return self.start(name, "client", "run", str(self.site(name)), **options)
+
+    def start_sites(self) -> None:
+        for site in self.sites:
+            if site not in self.processes or self.processes[site].poll() is not None:
+                self.start_site(site)
+
+    def start_coordinator(self, job: Path, **options: Any) -> subprocess.Popen[bytes]:
+        return self.start("coordinator", "coordinator", "run", str(job), "--out", str(self.run(job)), **options)
+
+    def run(self, job: Path) -> Path:
+        return self.folder / f"run-{job.stem}"
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.home / "status.json").read_text())
+        except (OSError, ValueError):
+            return {"state": "absent", "stage": "", "round": 0, "sites": {}}
+        return found
+
+    def wait_stage(self, stage: str, *, pid: int, seconds: float = 120.0) -> None:
+        """Waits until this coordinator awaits a stage."""
+
+        def there() -> bool:
+            status = self.status()
+            ended = self.processes["coordinator"].poll() is not None
+            assert not ended, self.log("coordinator")
+            return bool(status.get("pid") == pid and status.get("stage") == stage and status.get("awaited"))
+
+        wait_for(there, seconds)
+
+    def finish(self, seconds: float = 240.0) -> int:
+        """Waits for the coordinator's end and returns its exit code."""
+        return self.processes["coordinator"].wait(timeout=seconds)
+
+    def audit(self, site: str, kind: str) -> list[dict[str, Any]]:
+        path = self.site(site) / "state" / "audit.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line["fields"] for line in lines if line["kind"] == kind]
+
+    def ledger(self, site: str) -> list[dict[str, Any]]:
+        path = self.site(site) / "state" / "ledger-main.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def adapter(self, job: Path) -> bytes:
+        return (self.run(job) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        process = self.processes[name]
+        process.send_signal(number)
+        process.wait(timeout=30)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def federation(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Three sites that run for a whole module; a test that kills one starts it again."""
+    made = Federation(tmp_path_factory.mktemp("federation"), fed)
+    made.start_sites()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], bytes]:
+    """Gives the adapter of the memory engine with the same three sites, seeds and number of rounds."""
+    known: dict[int, bytes] = {}
+
+    def adapter(rounds: int) -> bytes:
+        if rounds not in known:
+            out = tmp_path_factory.mktemp("memory") / "run"
+            offsite("simulate", str(fed), "--sites", "3", "--rounds", str(rounds), "--out", str(out))
+            known[rounds] = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+        return known[rounds]
+
+    return adapter
