@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -81,11 +80,11 @@ def site_by_depot(world: World, site: str, port: int) -> None:
     address = DepotAddress(
         "127.0.0.1", port, world.pem("ca.pem"), world.pem(f"{site}.pem"), world.pem(f"{site}/tls.key")
     )
-    before = _own_peak()
+    before = _peak(os.getpid())
     _wait_for_go()
     began_with = _partial(world, site).stat().st_size if _partial(world, site).exists() else 0
     fetch(address, world.sha256, world.size, world.folder / f"{site}.package", on_bytes=lambda _: None)
-    _say(end=time.monotonic(), peak_mb=_own_peak(), before_mb=before, began_with=began_with)
+    _say(end=time.monotonic(), peak_mb=_peak(os.getpid()), before_mb=before, began_with=began_with)
 
 
 def site_by_flower(world: World, site: str, port: int) -> None:
@@ -100,7 +99,12 @@ def site_by_flower(world: World, site: str, port: int) -> None:
         if hashlib.sha256(body).hexdigest() != world.sha256:
             os._exit(1)  # the node would go on after an exception
         end, children = time.monotonic(), psutil.Process().children()
-        _say(end=end, stage=stage, peak_mb=_own_peak(), supernode_peak_mb=sum(_peak(child.pid) for child in children))
+        _say(
+            end=end,
+            stage=stage,
+            peak_mb=_peak(os.getpid()),
+            supernode_peak_mb=sum(_peak(child.pid) for child in children),
+        )
         return b"here"
 
     def stopping() -> bool:
@@ -126,12 +130,8 @@ def _say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def _own_peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _peak(pid: int) -> float:
-    """Returns the highest resident memory that a process ever had, MB."""
+    """Returns the highest resident memory that a process ever had, MB; getrusage's would be that of its parent too."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -62,6 +62,7 @@ def run(
         status=status,
         texts=texts,
         nonce=lambda: secrets.token_bytes(32),
+        now=now,
         on_step=display.step,
         on_round=lambda line: display.round(line, settings.training.rounds),
     )

@@ -12,11 +12,10 @@ from client.workbench import Workbench, open_workbench
 from coordinator.exchange import Exchange
 from coordinator.store import Progress
 from errors import ConfigError, OffsiteError
+from protos.flower_process import QUIET
 from protos.manifest import JobManifest
 
 STAGE_DEADLINE = 3600.0
-# Flower and Ray send usage reports unless told otherwise; nothing of ours may call out.
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 _SITES: dict[tuple[str, str], Site] = {}
 _BENCHES: dict[str, Workbench] = {}

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cli import client_run, coordinator_run
 from errors import ConfigError, OffsiteError, lookup
+from protos.flower_process import QUIET
 
 app = typer.Typer(
     name="offsite",
@@ -44,6 +45,7 @@ epsilon = 8.0
 @app.callback()
 def _setup() -> None:
     """Fine-tune a model that may not leave its owner on data that may not leave theirs."""
+    os.environ.update(QUIET)  # before anything of Flower's is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft asks transformers under the old name; the person at the terminal can do nothing about it.

@@ -11,17 +11,30 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.common.serde import context_from_proto, fab_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from errors import MalformedMessage
 from protos.flower import bundle, pack, unpack
@@ -29,6 +42,7 @@ from protos.guard import HEADER
 
 log = logging.getLogger("offsite.client")
 Handler = Callable[[str, bytes], bytes]
+PULL_SECONDS = 3.0
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -50,15 +64,24 @@ class Executor:
       secret: with which tasks are acquired.
       handle: (stage, bytes) -> bytes, this site's answer.
       on_foreign: told the SHA-256 of a bundle that is not ours.
+      stopping: says whether to end.
     """
 
     def __init__(
-        self, address: str, *, guard: str, secret: bytes, handle: Handler, on_foreign: Callable[[str], None]
+        self,
+        address: str,
+        *,
+        guard: str,
+        secret: bytes,
+        handle: Handler,
+        on_foreign: Callable[[str], None],
+        stopping: Callable[[], bool],
     ) -> None:
         self._address, self._guard = address, guard
-        self._handle, self._on_foreign = handle, on_foreign
+        self._handle, self._on_foreign, self._stopping = handle, on_foreign, stopping
         self._auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=[_ACQUIRE])
         self._acquirer = self._client([self._auth])
+        self._waiting: Any = None  # a task that was acquired while another one was waited for
 
     def close(self) -> None:
         """Closes the connection to the SuperNode."""
@@ -70,8 +93,8 @@ class Executor:
         Raises:
           httpx.HTTPError: the SuperNode is not there.
         """
-        answer = self._acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
-        if not (answer.HasField("task") and answer.token):
+        answer, self._waiting = self._waiting or self._acquire(), None
+        if answer is None:
             return False
         client = self._client([RuntimeTokenHttpInterceptor(answer.token)])
         heartbeat = HeartbeatSender(_beat(client))
@@ -83,8 +106,19 @@ class Executor:
             client.close()
         return True
 
+    def _acquire(self) -> Any:
+        answer = self._acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+        return answer if answer.HasField("task") and answer.token else None
+
     def _run(self, client: RuntimeHttpClient) -> None:
-        message, context, _, fab = pull_task_input(client)
+        pulled = client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
+        TaskIdentity.node_id = pulled.context.node_id
+        context, fab = context_from_proto(pulled.context), fab_from_proto(pulled.fab)
+        message = self._pull(client, context)
+        if message is None:
+            push_task_output(client, context, "failed", "its message never came")
+            return
         expected = bundle()[1]
         found = hashlib.sha256(fab.content).hexdigest()
         if not hmac.compare_digest(found, expected):
@@ -95,6 +129,35 @@ class Executor:
             reply = self._answer(message)
         push_message(client, reply, context)
         push_task_output(client, context, "completed", "")
+
+    def _pull(self, client: RuntimeHttpClient, context: Context) -> Message | None:
+        """Returns the message of a task once it is whole, however slow the link; None when it will never be.
+
+        Flower makes the task before it fetches the message, and forgets the message but not the task when the run ends
+        meanwhile. A SuperNode handles one message at a time, so a second task means that the first is dead.
+        """
+        answer = client.PullMessages(PullAppMessagesRequest())
+        if not answer.messages_list:
+            return None
+        tree, node = answer.message_object_trees[0], Node(node_id=context.node_id)
+        while True:
+            try:
+                message = pull_and_inflate_object_from_tree(
+                    tree,
+                    make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+                    make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+                    return_type=Message,
+                    max_time=PULL_SECONDS,
+                    initial_backoff=PULL_SECONDS / 10,
+                    backoff_cap=PULL_SECONDS / 2,
+                )
+            except ObjectPullError:
+                self._waiting = self._acquire()
+                if self._waiting is not None or self._stopping():
+                    return None
+                continue
+            message.metadata.__dict__["_message_id"] = tree.object_id
+            return message
 
     def _answer(self, message: Message) -> Message:
         try:

@@ -69,7 +69,9 @@ class Node:
             home=folder / "home",
             environment={VARIABLE: str((folder / "guard").resolve())},
         )
-        self._executor = Executor(local, guard=guard, secret=secret.encode(), handle=handle, on_foreign=self._foreign)
+        self._executor = Executor(
+            local, guard=guard, secret=secret.encode(), handle=handle, on_foreign=self._foreign, stopping=stopping
+        )
         self._wait = BACKOFF_SECONDS[0]
         self._started = 0.0
 

@@ -146,10 +146,10 @@ class Opened:
             raise PolicyRefusal(
                 f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
             )
-        plan = plan_for(manifest, len(examples))
-        if plan.delta > self.policy.delta_cap:
+        plan, cap = plan_for(manifest, len(examples)), self.policy.delta_cap
+        if plan.delta > cap:
             raise PrivacyRefusal(
-                f"delta={plan.delta:.3g} of records={len(examples)}: policy.toml has delta_cap={self.policy.delta_cap}; "
+                f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
                 "add records, or raise it"
             )
         return Site(

@@ -68,7 +68,7 @@ class Preparation:
         except OffsiteError as error:
             self.state, self.detail = REFUSED, f"{type(error).__name__}: {error}"
         except Exception as error:  # a bug must not leave the coordinator waiting for ever
-            log.exception("preparation failed")
+            log.error("preparation failed: %s", type(error).__name__)  # the message could quote a record
             self.state, self.detail = REFUSED, f"{type(error).__name__} in the site's program; see its log"
         else:
             self.state = READY

@@ -1,10 +1,13 @@
 """What a site does with each stage of its coordinator: look at offers, take part in rounds, write down what leaves."""
 
 import hashlib
+import logging
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from client.audit import Audit
 from client.books import ledger_name
@@ -20,6 +23,7 @@ from protos.signed_job import check_job
 from trust.countersign import check_countersigned
 from trust.federation import Federation, check_signatures
 
+log = logging.getLogger("offsite.client")
 WAITING = "waiting"
 _RESENT = ("keys", "shares", "masked", "survivors", "unmask")  # the same question gets the same bytes again
 
@@ -75,6 +79,9 @@ class Service:
             reply = self._dispatch(stage, body)
         except OffsiteError as error:
             reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
+        except Exception as error:  # a fault of ours must not leave the coordinator waiting
+            reply = codec.encode(codec.Refusal("Fault", f"a fault in the site's program at {_place(error)}"))
+            log.error("stage %s: %s at %s", stage, type(error).__name__, _place(error))
         message = codec.decode(reply)
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
@@ -172,6 +179,12 @@ class Service:
 
     def _note(self, kind: str, fields: Mapping[str, object]) -> None:
         self._standing.audit.record(kind, now=self._standing.clock(), **fields)
+
+
+def _place(error: Exception) -> str:
+    """Returns file and line of a fault; its message could quote a record, and is told nobody."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
 def _check_terms(manifest: JobManifest, federation: Federation) -> None:

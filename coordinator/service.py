@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Setting:
       status: where the job stands.
       texts: public texts.
       nonce: gives 32 fresh random bytes.
+      now: gives the time.
       on_step: told what is being done.
       on_round: told each whole round's line.
     """
@@ -60,6 +62,7 @@ class Setting:
     status: Status
     texts: list[str]
     nonce: Callable[[], bytes]
+    now: Callable[[], datetime]
     on_step: Callable[[str], None]
     on_round: Callable[[dict[str, Any]], None]
 
@@ -94,7 +97,7 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
         epoch,
         setting.store.folder / "delivery.json",
     )
-    with _depot(setting.home, epoch):
+    with _depot(setting.home, setting.now):
         for tried in range(1, LINK_TRIES + 1):
             try:
                 return job, _over_link(setting, job, epoch, delivery)
@@ -256,11 +259,12 @@ def link_place(home: Home) -> LinkPlace:
 
 
 @contextmanager
-def _depot(home: Home, epoch: owners.Federation) -> Iterator[Depot]:
+def _depot(home: Home, now: Callable[[], datetime]) -> Iterator[Depot]:
     """Runs the depot while a job runs; who was revoked is looked up with every request."""
     tls = Tls(home.ca.read_bytes(), home.server.read_bytes(), home.server_key.read_bytes())
 
     def allowed(certificate: bytes) -> None:
+        home.federation().check_valid(now())
         home.member_by_tls(certificate_key(certificate))
 
     settings = home.settings

@@ -4,12 +4,14 @@ from typing import Any
 
 from protos.guard import Guard, secret_of_environment
 
+UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
 # What a SuperNode needs; everything else on this port starts runs, hands out tasks or describes itself.
 PUBLIC = ("/v1/fleet/", "/health")
 
 
 def main() -> None:
     """Runs Flower's SuperLink; peers reach its fleet interface only."""
+    import flwr.supercore.corestate.sql_corestate as state
     import flwr.superlink.main as program
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
@@ -21,6 +23,7 @@ def main() -> None:
         return app
 
     program.create_app = create_app
+    state.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_IDLE_SECONDS
     flower_superlink()
 
 

@@ -14,6 +14,8 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # pieces of a long message; at 50 kB/s one takes 20 seconds, and Flower's patience is for one piece
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(1 << 20),
 }
 STOP_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1

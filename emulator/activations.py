@@ -1,0 +1,236 @@
+"""What an emulator does with random inputs: its blocks mix, its outputs differ, no gradient is one input's copy.
+
+Weights alone do not tell every trap: a product of two innocent matrices may be the identity. So the blocks are run, and
+each token's share in the gradients of the slots' layers is measured; the gradient of any adapter on a layer is a linear
+map of the pairs (input, output gradient) that are looked at here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapter.targets import is_linear
+from emulator.manifest import Manifest
+from emulator.structure import slot_paths
+from emulator.traps import SMALLEST, participation
+from emulator.verdict import Check, Limits
+from errors import UnsupportedModel
+
+EXAMPLES, LENGTH = 8, 32
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class Pass:
+    """One layer in one pass: inputs (examples, tokens, in) and the gradients of its outputs (examples, tokens, out)."""
+
+    name: str
+    inputs: Tensor
+    gradients: Tensor
+
+
+def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
+    """Returns 8 random inputs of the kind a model takes: up to 32 tokens, never a special one, or an image of noise.
+
+    Raises:
+      UnsupportedModel: it takes something else.
+    """
+    kind = getattr(model, "main_input_name", "")
+    if kind == "input_ids":
+        names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
+        return {name: _tokens(model.config, generator) for name in names}
+    if kind == "pixel_values":
+        config = model.config
+        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        return {kind: torch.randn(EXAMPLES, config.num_channels, *size, generator=generator)}
+    raise UnsupportedModel(f"main_input_name={kind!r}: vetting knows no random input of this kind; use another model")
+
+
+def activation_checks(
+    model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: Limits, generator: torch.Generator
+) -> Iterator[Check]:
+    """Yields the checks of blocks, outputs and gradients on random inputs; the model is left as it was.
+
+    Raises:
+      UnsupportedModel: the model does not run on its own kind of input.
+    """
+    inputs = random_inputs(model, generator)
+    slots, tower = slot_paths(model, manifest.geometry)
+    with torch.no_grad():
+        output, seen = _run(model, inputs, blocks)
+        yield from _block_checks(seen, limits)
+        yield from _output_checks(output, limits)
+        if "pixel_values" not in inputs:
+            yield from _context_checks(model, inputs, tower[-1], limits, generator)
+    yield from gradient_checks(_passes(model, inputs, slots, generator, logits=manifest.auto != "encoder"), limits, everywhere=output.dim() == 3)
+
+
+def gradient_checks(passes: list[Pass], limits: Limits, *, everywhere: bool) -> Iterator[Check]:
+    """Yields the checks of the slots' layers: how much of a gradient one token makes up, and how mixed inputs are."""
+    if not passes:
+        raise UnsupportedModel("vetting dense layers in slots=0: no gradient can be looked at; use another model")
+    norms = torch.stack([p.gradients.square().sum((1, 2)) * p.inputs.square().sum((1, 2)) for p in passes]).sqrt()
+    examples = norms.square().sum(0).sqrt()
+    for layer, norm in zip(passes, norms, strict=True):
+        dead = float((norm == 0).float().mean()) if torch.isfinite(norm).all() else float("nan")
+        yield Check("dead_gradients", layer.name, dead, limits.dead_gradients, "nothing but the trap would be trained")
+    ratio = float(examples.max() / examples.median().clamp_min(1e-30))
+    yield Check("example_share", "slots", ratio, limits.example_share, "one kind of example owns the whole gradient")
+    for layer in passes:
+        yield from _layer_checks(layer, limits, everywhere=everywhere)
+
+
+def _layer_checks(layer: Pass, limits: Limits, *, everywhere: bool) -> Iterator[Check]:
+    inputs = layer.inputs.norm(dim=2)
+    tokens = inputs * layer.gradients.norm(dim=2)
+    share = tokens.amax(1) / tokens.sum(1).clamp_min(1e-30)
+    yield Check(
+        "token_share", layer.name, float(share.median()), limits.token_share, "its gradient is one token's copy"
+    )
+    # Each output's row of the gradient is a sum over all tokens of all examples; a bin or latch has just one of them.
+    rows = (inputs[:, :, None] * layer.gradients.abs()).flatten(0, 1)
+    alive = rows.sum(0) > 0
+    single = (rows.amax(0) > 0.8 * rows.sum(0)) & alive
+    crowded = float(single.float().sum() / alive.float().sum().clamp_min(1))
+    yield Check("single_rows", layer.name, crowded, limits.single_rows, "rows of the gradient hold one token each")
+    for what, rows in (("inputs", layer.inputs), ("gradients", layer.gradients)):
+        flat = rows.flatten(0, 1)
+        flat = flat[flat.square().sum(1) > 0]
+        if min(flat.shape) >= SMALLEST:
+            mixed = float(participation(flat).median())
+            yield Check(
+                f"least_mixed_{what}", layer.name, mixed, limits.least_mixed, "they are one-hot codes", least=True
+            )
+
+
+def _block_checks(seen: dict[str, tuple[Tensor, Tensor]], limits: Limits) -> Iterator[Check]:
+    for path, (before, after) in seen.items():
+        change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).median())
+        growth = float(after.norm() / before.norm().clamp_min(1e-30))
+        yield Check(
+            "least_change", path, change, limits.least_change, "the block is the identity, undeclared", least=True
+        )
+        yield Check("growth", path, growth, limits.growth, "the block is saturated")
+
+
+def _output_checks(output: Tensor, limits: Limits) -> Iterator[Check]:
+    flat = output.float().flatten(1)
+    finite = float(torch.isfinite(flat).all())
+    yield Check("least_finite", "output", finite, 1.0, "an activation is not finite", least=True)
+    scale = flat.norm(dim=1).mean().clamp_min(1e-30)
+    distances = torch.cdist(flat, flat) + torch.eye(len(flat)) * scale
+    apart = float(distances.min() / scale)
+    yield Check("least_apart", "output", apart, limits.least_apart, "different inputs give one output", least=True)
+    if output.shape[-1] >= SMALLEST:
+        sure = float(output.float().softmax(-1).amax(-1).median())
+        yield Check("sureness", "output", sure, limits.sureness, "it is sure of noise, and its gradients are one-hot")
+
+
+def _context_checks(
+    model: nn.Module, inputs: Inputs, last: str, limits: Limits, generator: torch.Generator
+) -> Iterator[Check]:
+    """Changes the first half of the tokens: what stands for the unchanged half must move."""
+    half = {name: ids.shape[1] // 2 for name, ids in inputs.items()}
+    other = {name: torch.cat([ids.flip(0)[:, : half[name]], ids[:, half[name] :]], 1) for name, ids in inputs.items()}
+    (before, after) = (_run(model, ids, (last,))[1][last][1] for ids in (inputs, other))
+    kept = before.shape[1] // 2
+    moved = (after - before)[:, kept:].norm(dim=-1) / before[:, kept:].norm(dim=-1).clamp_min(1e-30)
+    value = float(moved.amax(1).median())
+    yield Check("least_context", last, value, limits.least_context, "tokens do not mix: each stands alone", least=True)
+
+
+def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Returns the model's first output, and hidden states before and after each block that was called."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, Tensor) else output[0]
+            seen[path] = (before.detach().float(), after.detach().float())
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in blocks]
+    try:
+        output = _call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [path for path in blocks if path not in seen]:
+        raise UnsupportedModel(f"vetting block={missing[0]}: it is not called on random input; refuse this emulator")
+    return output, seen
+
+
+def _passes(
+    model: nn.Module, inputs: Inputs, slots: tuple[str, ...], generator: torch.Generator, *, logits: bool
+) -> list[Pass]:
+    """Returns the layers of the slots with the gradients of a cross-entropy against random labels."""
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
+    inside = tuple(f"{slot}." for slot in slots)
+    layers = {path: m for path, m in model.named_modules() if path.startswith(inside) and is_linear(m)}
+    with _watching(layers, caught), torch.enable_grad():
+        output = _call(model, inputs).float()
+        loss = _loss(output.reshape(-1, output.shape[-1]), generator, logits=logits)
+        gradients = torch.autograd.grad(loss, [own for _, own in caught.values()], allow_unused=True)
+    found = zip(caught.items(), gradients, strict=True)
+    return [
+        Pass(path, seen.float(), torch.zeros_like(own) if gradient is None else gradient.float())
+        for (path, (seen, own)), gradient in found
+        if own.dim() == 3 and len(own) == EXAMPLES
+    ]
+
+
+def _loss(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:
+    if logits and output.shape[1] > 1:
+        labels = torch.randint(output.shape[1], (len(output),), generator=generator)
+        return functional.cross_entropy(output, labels, reduction="sum")
+    return (output * torch.randn(output.shape, generator=generator)).sum()
+
+
+@contextmanager
+def _watching(layers: dict[str, nn.Module], caught: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Adds a zero that requires a gradient to each layer's output: its gradient is the output's, and no flag moves."""
+
+    def watch(path: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            own = torch.zeros_like(output, requires_grad=True)
+            caught[path] = (args[0].detach(), own)
+            return output + own
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call(model: Any, inputs: Inputs) -> Tensor:
+    try:
+        output: Tensor = model(**inputs)[0]
+    except Exception as error:  # a configuration from outside may fail in any way; none of them is trained on
+        raise UnsupportedModel(
+            f"vetting model={type(model).__name__}: it does not run on random input ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason'}); refuse this emulator"
+        ) from error
+    return output
+
+
+def _tokens(config: Any, generator: torch.Generator) -> Tensor:
+    text = config.get_text_config()
+    settings = {**vars(config), **vars(text)}
+    found = [value for key, value in settings.items() if key.endswith(("_token_id", "_token_index"))]
+    special = {one for value in found for one in (value if isinstance(value, list | tuple) else (value,))}
+    ordinary = torch.tensor([i for i in range(text.vocab_size) if i not in special])
+    length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
+    if len(ordinary) < 2:
+        raise UnsupportedModel(f"vocab_size={text.vocab_size}: fewer than two ordinary tokens; use another model")
+    return ordinary[torch.randint(len(ordinary), (EXAMPLES, length), generator=generator)]

@@ -1,0 +1,173 @@
+"""The structural whitelist: exactly the modules that the configuration gives, nothing hooked in, no file of code."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emulator import files
+from emulator.geometry import Geometry
+from emulator.manifest import CONFIG, WEIGHTS, Manifest
+from emulator.rebuild import empty_model
+from emulator.towers import find_towers
+from errors import UnsupportedModel
+
+PLAIN_FILES = frozenset((WEIGHTS, CONFIG, *files.TOKENIZER_FILES))
+ACTIVATIONS = frozenset(
+    "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu "
+    "gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu".split()
+)
+ACTIVATION_KEYS = ("hidden_act", "activation", "activation_function", "hidden_activation", "feed_forward_proj")
+ACTIVATION_KEYS = (*ACTIVATION_KEYS, "dense_act_fn", "classifier_activation", "mlp_hidden_act", "act_fn")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+HOOKS = (*HOOKS, "_load_state_dict_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+# (part of a key, lowest, highest) of numbers in a configuration; the first part that fits counts.
+NUMBERS: tuple[tuple[str, float, float], ...] = (
+    ("drop", 0.0, 0.5),
+    ("eps", 1e-20, 1e-2),
+    ("rope_theta", 10.0, 1e9),
+    ("rotary_emb_base", 10.0, 1e9),
+    ("multiplier", 1e-3, 1e3),
+    ("scaling", 1e-3, 1e3),
+    ("softcap", 1.0, 1e4),
+    ("sliding_window", 2, 2**31),
+)
+
+
+def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple[str, ...]:
+    """Returns the blocks of every tower that were not left out, by path.
+
+    Refuses a model that is not, module for module, what transformers makes of the package's configuration.
+
+    Args:
+      folder: the package, already verified against its manifest.
+      model: as `package.load` returned it, before any adapter.
+      manifest: of the package.
+
+    Raises:
+      UnsupportedModel: a module, parameter, buffer, hook, file or configuration value is not an honest model's.
+    """
+    check_files(folder, manifest)
+    check_numbers(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    expected = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, _dtype(model))
+    gone = tuple(f"{path}." for path in manifest.skipped)
+    _check_modules(model, expected, manifest, gone)
+    _check_plain(model)
+    _check_tensors(model, expected, gone)
+    # Towers are found in the rebuilt model: blocks that were left out have another class than their neighbours.
+    return tuple(path for tower in find_towers(expected) for path in tower.blocks if path not in manifest.skipped)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuses a package with a file that is not weights, configuration or a tokenizer's data.
+
+    Raises:
+      UnsupportedModel: naming the file.
+    """
+    found = {path.name for path in folder.iterdir()} | set(manifest.files)
+    if other := sorted(found - PLAIN_FILES - {"manifest.json"}):
+        _refuse("file", other[0], "only weights, configuration and tokenizer files may lie in a package")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
+        _refuse("tokenizer_config.json key", "auto_map", "a tokenizer may not bring code")
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Refuses a configuration whose values would switch a block off or make it linear.
+
+    Raises:
+      UnsupportedModel: naming the key and its value.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            check_numbers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            check_numbers(item, key)
+    elif isinstance(value, str) and key in ACTIVATION_KEYS and value not in ACTIVATIONS:
+        _refuse(f"config {key}", value, "it must be one of the usual curved activations; a linear block copies")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        _check_number(key, float(value))
+
+
+def slot_paths(model: nn.Module, geometry: Geometry) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns (slots' blocks, all blocks) of a geometry's tower by path, also where an adapter was attached."""
+    names = [f"{geometry.tower}.{name}" for name, _ in model.get_submodule(geometry.tower).named_children()]
+    return tuple(names[: geometry.first] + names[len(names) - geometry.last :]), tuple(names)
+
+
+def _check_number(key: str, value: float) -> None:
+    if not math.isfinite(value):
+        _refuse(f"config {key}", value, "it must be a finite number")
+    for part, lowest, highest in NUMBERS:
+        if part in key:
+            if not lowest <= value <= highest:
+                _refuse(f"config {key}", value, f"it must lie in [{lowest:g}, {highest:g}]")
+            return
+
+
+def _check_modules(model: nn.Module, expected: nn.Module, manifest: Manifest, gone: tuple[str, ...]) -> None:
+    middle = manifest.geometry.middle(expected)
+    if wrong := sorted(set(manifest.skipped) - set(middle)):
+        _refuse("skipped", wrong[0], "only blocks of the middle may be left out")
+    found = dict(model.named_modules(remove_duplicate=False))
+    wanted = dict(expected.named_modules(remove_duplicate=False))
+    wanted = {path: module for path, module in wanted.items() if not (gone and path.startswith(gone))}
+    if different := sorted(found.keys() ^ wanted.keys()):
+        _refuse("module", different[0], "it is missing, or stands there beside what the configuration gives")
+    for path, module in found.items():
+        kind, honest = type(module), type(wanted[path])
+        if path in manifest.skipped:
+            left_out = kind.__module__ == "emulator.skip" and kind.__bases__ == (honest,)
+            if not left_out or next(module.parameters(), None) is not None:
+                _refuse("skipped", path, "a block that is left out must return its input and own nothing")
+        elif kind is not honest:
+            _refuse("module", f"{path} ({kind.__name__})", f"its class must be {honest.__name__}")
+
+
+def _check_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        hooked = [name for name in HOOKS if getattr(module, name, None)]
+        replaced = [name for name in ("forward", "__call__", "_call_impl") if name in vars(module)]
+        if hooked or replaced:
+            _refuse("module", path or "model", f"nothing may be hooked in ({(hooked + replaced)[0]})")
+        if module.training:
+            _refuse("module", path or "model", "it must be in evaluation mode")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            _refuse("parameter", name, "nothing is trainable before the adapter is attached")
+
+
+def _check_tensors(model: nn.Module, expected: nn.Module, gone: tuple[str, ...]) -> None:
+    """Compares names, shapes and dtypes; buffers that no file stores must be the computed ones."""
+    stored = model.state_dict().keys()
+    mine, theirs = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (model, expected))
+    theirs = {name: tensor for name, tensor in theirs.items() if not (gone and name.startswith(gone))}
+    if different := sorted(mine.keys() ^ theirs.keys()):
+        _refuse("tensor", different[0], "the configuration gives another set of tensors")
+    for name, tensor in mine.items():
+        other = theirs[name]
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            _refuse("tensor", name, f"its shape must be {tuple(other.shape)} and its type {other.dtype}")
+        if name not in stored and not torch.equal(tensor.cpu(), other):
+            _refuse("buffer", name, "it must be what the configuration computes")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            _refuse("tensor", name, "every value must be finite")
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) != 1:
+        _refuse("dtypes", sorted(map(str, dtypes)), "all parameters must share one")
+    dtype: torch.dtype = dtypes.pop()
+    return dtype
+
+
+def _refuse(what: str, found: object, rule: str) -> None:
+    raise UnsupportedModel(
+        f"vetting {what}={found!r}: {rule}; do not train on this emulator, ask the coordinator for another"
+    )
