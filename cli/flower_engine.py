@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cli.run import Run
+from cli.run import Run, simulated_bench
 from client.site import Site
-from client.workbench import Workbench, open_workbench
+from client.workbench import Workbench
 from coordinator.exchange import Exchange
 from coordinator.store import Progress
 from errors import ConfigError, OffsiteError
@@ -29,7 +29,7 @@ def open_site(folder: str, name: str) -> Site:
         if manifest is None:
             raise ConfigError(f"run={folder!r}: no prepared job; start the run again")
         if folder not in _BENCHES:
-            _BENCHES[folder] = open_workbench(run.store.package, manifest)
+            _BENCHES[folder] = simulated_bench(run, manifest)
         _SITES[folder, name] = run.site(name, manifest, _BENCHES[folder])
     return _SITES[folder, name]
 

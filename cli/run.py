@@ -11,9 +11,10 @@ from client.books import MemoryBooks
 from client.data import read
 from client.plan import plan_for
 from client.site import Site
-from client.workbench import Workbench
+from client.workbench import Workbench, open_workbench
 from coordinator.config import FedConfig, parse_config
 from coordinator.store import Store
+from emulator.verdict import Limits
 from errors import ConfigError, DataError, lookup
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
@@ -127,6 +128,12 @@ class Run:
             return []
         lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
         return list({line["round"]: line for line in lines}.values())
+
+
+def simulated_bench(run: Run, manifest: JobManifest) -> Workbench:
+    """Opens the emulator as a site does, for owners who permit the rank that is asked for."""
+    limits = Limits.for_rank(2 * manifest.adapter.rank)
+    return open_workbench(run.store.package, manifest, limits=limits, seed=run.config.seed)
 
 
 def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sites: int | None) -> FedConfig:

@@ -17,10 +17,10 @@ from adapter.export import export
 from adapter.methods import METHODS
 from cli.meter import Meter
 from cli.prepare import sha256_file
-from cli.run import Run
+from cli.run import Run, simulated_bench
 from client.plan import SitePlan, plan_for
 from client.site import answer
-from client.workbench import Workbench, open_workbench
+from client.workbench import Workbench
 from coordinator.aggregate import Rates
 from coordinator.attempt import Attempts
 from coordinator.evaluate import Score, score, spread
@@ -93,7 +93,7 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
     meter, display = Meter(), options.display
     with meter.phase("build"):
         job = _job(run, display)
-        bench = open_workbench(run.store.package, job.manifest)
+        bench = simulated_bench(run, job.manifest)
         plans = _plans(run, job, bench)
     federation = _federation(run, job)
     with meter.phase("train") as phase:

@@ -48,7 +48,7 @@ def release(report: EgressReport, layout: Layout, policy: Policy, audit: Audit, 
     """Checks a report against what was announced and permitted, and writes it to the audit log; then it may leave.
 
     Raises:
-      RangeError: the upload is not the announced size, or the update is not finite.
+      RangeError: the upload is not the announced size, or the update or a metric is not finite.
       PolicyRefusal: a metric that the owner did not permit.
       DataError: the audit log cannot be written; nothing may leave then.
     """
@@ -58,7 +58,9 @@ def release(report: EgressReport, layout: Layout, policy: Policy, audit: Audit, 
         )
     if not np.isfinite(report.norm):
         raise RangeError("update norm is not finite; nothing leaves")
-    for name in report.metrics:
+    for name, value in report.metrics.items():
         if ANY not in policy.metrics and name not in policy.metrics:
             raise PolicyRefusal(f"metric={name!r}: not in metrics of policy.toml; nothing leaves")
+        if not np.isfinite(value):
+            raise RangeError(f"metric={name!r} is not finite; nothing leaves")
     audit.record("egress", now=now, **report.to_dict())

@@ -1,6 +1,7 @@
 """From a site's folder to a running site: its books, its policy, its mailbox."""
 
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from client.preparation import Means
 from client.service import Service, Standing
 from client.site import Site
 from client.workbench import open_workbench
+from emulator.verdict import Limits
 from errors import DataError, PolicyRefusal, PrivacyRefusal, lookup
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
@@ -140,7 +142,15 @@ class Opened:
 
     def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
         """Opens this site with the books, the journal and the record given; a dry run brings its own."""
-        bench = open_workbench(package, manifest)
+        limits, seed = Limits.for_rank(self.policy.max_rank), secrets.randbits(62)
+        bench = open_workbench(package, manifest, limits=limits, seed=seed)
+        self.audit.record(
+            "vetted",
+            now=self.clock(),
+            job=manifest.digest().hex(),
+            emulator=manifest.emulator,
+            checks=[one.to_dict() for one in bench.vetting],
+        )
         examples = self.examples(manifest, bench.tokenizer)
         if len(examples) < self.policy.min_records:
             raise PolicyRefusal(

@@ -22,7 +22,7 @@ epsilon_cap = 8.0          # privacy that may be spent on the data set in all, o
 delta_cap = 1e-3           # no job may use a larger delta
 min_cohort = 3             # fewest sites whose sum may be opened
 min_records = 100          # do not train on fewer records than this
-models = []                # names of permitted base models, or digests of emulators; "any" permits every one
+models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
 methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
 metrics = []               # what may be told beside the masked update; nothing by default
 max_rank = 16              # largest inner width of an adapter
@@ -70,6 +70,8 @@ class Policy:
             raise ConfigError(f"policy.toml approval={self.approval!r}: must be one of {', '.join(APPROVALS)}")
         if self.hours != ANY and not _HOURS.fullmatch(self.hours):
             raise ConfigError(f"policy.toml hours={self.hours!r}: must be 'any' or like '20:00-06:00'")
+        if self.hours != ANY and self.hours[:5] == self.hours[6:]:
+            raise ConfigError(f"policy.toml hours={self.hours!r}: begins when it ends; write 'any' for the whole day")
 
     @classmethod
     def read(cls, path: Path) -> "Policy":
@@ -101,16 +103,19 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
       PolicyRefusal: naming the first rule that says no.
     """
     terms, spec = manifest.privacy, manifest.adapter
+    if not terms.private:
+        raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
     _listed("models", policy.models, manifest.model, manifest.emulator)
     _listed("methods", policy.methods, spec.method)
     for metric in manifest.metrics:
         _listed("metrics", policy.metrics, metric)
-    _at_most("epsilon_cap", terms.epsilon, policy.epsilon_cap)
-    _at_most("max_rank", spec.rank, policy.max_rank)
-    _at_most("max_disk_gb", package_bytes / GIGABYTE, policy.max_disk_gb)
+    _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)
+    _at_most("rank", spec.rank, "max_rank", policy.max_rank)
+    _at_most("package_gb", package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
     if manifest.n_min < policy.min_cohort:
         raise PolicyRefusal(
-            f"n_min={manifest.n_min}: policy.toml has min_cohort={policy.min_cohort}; the job asks less"
+            f"n_min={manifest.n_min}: policy.toml has min_cohort={policy.min_cohort}; ask the coordinator for more "
+            "sites, or lower min_cohort"
         )
     if free_disk < 3 * package_bytes:
         raise PolicyRefusal(
@@ -141,6 +146,8 @@ def _listed(key: str, permitted: tuple[str, ...], *names: str) -> None:
         )
 
 
-def _at_most(key: str, value: float, cap: float) -> None:
-    if not value <= cap:
-        raise PolicyRefusal(f"{key.split('_', 1)[0]} {value:g}: policy.toml has {key}={cap:g}; the job asks for more")
+def _at_most(name: str, value: float, key: str, cap: float) -> None:
+    if not value <= cap:  # also for NaN
+        raise PolicyRefusal(
+            f"{name}={value:g}: policy.toml has {key}={cap:g}; ask the coordinator for less, or raise {key}"
+        )

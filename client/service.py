@@ -72,6 +72,7 @@ class Service:
         self._standing = standing
         self._preparation: Preparation | None = None
         self._sent: dict[str, tuple[bytes, bytes]] = {}
+        self._ready = ""  # the job whose being ready was written down
 
     def handle(self, stage: str, body: bytes) -> bytes:
         """Returns the answer to a stage; a refusal is an answer, and is written down."""
@@ -151,10 +152,10 @@ class Service:
         return self._reply(preparation.state, preparation.detail, preparation.fetched)
 
     def _note_once_ready(self, manifest: JobManifest) -> None:
-        ready = {"job": manifest.digest().hex()}
-        if getattr(self, "_ready", None) != ready:
-            self._ready = ready
-            self._note("ready", ready)
+        job = manifest.digest().hex()
+        if self._ready != job:
+            self._ready = job
+            self._note("ready", {"job": job})
 
     def _check_ledger(self, offer: codec.Offer) -> None:
         standing = self._standing

@@ -111,7 +111,7 @@ class Site:
             plan=self.plan,
             randomness=self._noise("rehearsal"),
         )
-        self._bench.layout.write(self._bench.model, start)
+        self._bench.put(start)
         return self._line(1, trained)
 
     def keys(self, request: codec.KeysRequest) -> codec.Message:

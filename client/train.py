@@ -49,9 +49,9 @@ def local_update(
 
     Raises:
       PrivacyRefusal: no engine gives right per-example gradients for this model.
-      RangeError: the update is not finite.
+      RangeError: the adapter is not one to train from, or the update is not finite.
     """
-    bench.layout.write(bench.model, start)
+    bench.put(start)
 
     def losses(model: nn.Module, batch: Examples) -> torch.Tensor:
         return bench.task.losses(model, batch)

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapter.layout import Layout
 from adapter.methods import attach
 from emulator import package
-from errors import DigestMismatch, lookup
+from emulator.verdict import Limits, Vetting
+from emulator.vet import Slots, vet, vet_adapter
+from errors import DigestMismatch, RangeError, lookup
 from protos.manifest import JobManifest
 from task.spec import Task
 from task.tasks import TASKS
@@ -24,6 +27,8 @@ class Workbench:
       task: gives per-example losses.
       layout: order of the adapter's parameters.
       tokenizer: of the package.
+      vetting: what was measured of the emulator and of the adapter before anything was trained on them.
+      adapter_peak: largest absolute value of an adapter that is trained from.
       engine: per-example gradient engine that passed the probe; empty until a site has probed.
     """
 
@@ -31,22 +36,48 @@ class Workbench:
     task: Task
     layout: Layout
     tokenizer: Any
+    vetting: tuple[Vetting, ...]
+    adapter_peak: float
     engine: str = ""
 
+    def put(self, adapter: np.ndarray) -> None:
+        """Writes an adapter, float32 (d,), into the emulator.
 
-def open_workbench(folder: Path, manifest: JobManifest) -> Workbench:
-    """Loads the emulator package that the manifest names.
+        Raises:
+          RangeError: wrong length, a value that is not finite, or one so large that it drowns all others.
+        """
+        peak = float(np.abs(adapter).max(initial=0.0))
+        if peak > self.adapter_peak:
+            raise RangeError(
+                f"adapter peak={peak:.4g}: at most {self.adapter_peak:g} is trained from, or one value drowns all "
+                "others; ask the coordinator what happened to its adapter"
+            )
+        self.layout.write(self.model, adapter)
+
+
+def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed: int) -> Workbench:
+    """Loads the emulator package that the manifest names, and vets it and its adapter.
+
+    Args:
+      folder: the package.
+      manifest: the job.
+      limits: of the vetting.
+      seed: of what the vetting draws; at a real site its own secret.
 
     Raises:
+      UnsupportedModel: the vetting found a known trap.
       DigestMismatch: the package, or the adapter that the manifest's recipe gives on it, is another one.
     """
     task = lookup(TASKS, manifest.task, "task")
     model = package.load(folder, dtype=torch.float32, expected_digest=manifest.emulator)
+    facts = package.read_manifest(folder, expected_digest=manifest.emulator)
+    vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     model = attach(model, manifest.adapter)
+    narrow = vet_adapter(model, manifest.adapter, slots, limits)
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():
         raise DigestMismatch(
             f"layout={layout.digest().hex()[:12]}: the adapter on this emulator is not the one of the job manifest; "
             "install the same release on both sides"
         )
-    return Workbench(model, task, layout, task.load_tokenizer(folder))
+    return Workbench(model, task, layout, task.load_tokenizer(folder), (vetted, narrow), limits.adapter_peak)

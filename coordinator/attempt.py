@@ -21,6 +21,7 @@ from trust.wire import Reader, Writer
 
 MAX_STAGE_BYTES = 1 << 40
 MAX_REPLY_BYTES = 1 << 30
+DIGEST_BYTES = 32
 SPENDS = "masked"  # the stage in which updates leave their sites
 
 
@@ -66,13 +67,7 @@ class Attempts:
             self.close()
             plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
             self._folder.mkdir()
-            content = {
-                "number": number,
-                "sequence": plan.sequence,
-                "nonce": plan.nonce.hex(),
-                "cohort": list(plan.cohort),
-            }
-            write_atomically(self._folder / "plan.json", json.dumps(content).encode())
+            write_atomically(self._folder / "plan.json", _write_plan(plan))
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
     def close(self) -> None:
@@ -84,10 +79,8 @@ class Attempts:
         path = self._folder / "plan.json"
         if not path.exists():
             return None
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        if plan["number"] != number:
-            return None
-        return RoundPlan(number, plan["sequence"], bytes.fromhex(plan["nonce"]), tuple(plan["cohort"]))
+        plan = _read_plan(path)
+        return plan if plan.number == number else None
 
     def _spend(self) -> None:
         write_atomically(self._counts, json.dumps({"spent": self.count.spent + 1}).encode())
@@ -122,8 +115,27 @@ class Attempt:
         writer = Writer().field(asked)
         for site, body in sorted(replies.items()):
             writer.text(site).field(body)
-        write_atomically(path, writer.done())
+        content = writer.done()
+        write_atomically(path, content + hashlib.sha256(content).digest())
         return replies
+
+
+def _write_plan(plan: RoundPlan) -> bytes:
+    return json.dumps(
+        {"number": plan.number, "sequence": plan.sequence, "nonce": plan.nonce.hex(), "cohort": list(plan.cohort)}
+    ).encode()
+
+
+def _read_plan(path: Path) -> RoundPlan:
+    content = path.read_bytes()
+    try:
+        plan = json.loads(content)
+        read = RoundPlan(plan["number"], plan["sequence"], bytes.fromhex(plan["nonce"]), tuple(plan["cohort"]))
+        if _write_plan(read) != content or len(read.nonce) != DIGEST_BYTES:
+            raise ValueError("not as it was written")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"attempt={path.name} is damaged; remove {path.parent}, and the round is tried anew") from error
+    return read
 
 
 def _digest(stage: str, payloads: Mapping[str, bytes]) -> bytes:
@@ -134,9 +146,13 @@ def _digest(stage: str, payloads: Mapping[str, bytes]) -> bytes:
 
 
 def _read(path: Path, asked: bytes) -> dict[str, bytes]:
+    stored = path.read_bytes()
+    content, checksum = memoryview(stored)[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
     try:
-        reader = Reader(path.read_bytes(), "stage", limit=MAX_STAGE_BYTES)
-        if reader.field(exactly=32) != asked:
+        if hashlib.sha256(content).digest() != checksum:
+            raise MalformedMessage("damaged")
+        reader = Reader(bytes(content), "stage", limit=MAX_STAGE_BYTES)
+        if reader.field(exactly=DIGEST_BYTES) != asked:
             raise MalformedMessage("answers to another question")
         replies = {}
         while reader.more():

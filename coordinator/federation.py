@@ -12,7 +12,7 @@ from coordinator.aggregate import AGGREGATORS, Rates, ServerState
 from coordinator.attempt import Attempt, Attempts
 from coordinator.evaluate import score
 from coordinator.exchange import Exchange
-from coordinator.rounds import RoundResult, run_round, tell_abort
+from coordinator.rounds import OnLedger, RoundResult, run_round, tell_abort
 from coordinator.store import Progress, Store
 from emulator.plug import accept, plug
 from errors import TooFewSurvivors, lookup
@@ -37,6 +37,7 @@ class Federation:
       store: where the run is kept.
       attempts: at the rounds of this run.
       tries: how often a round that found too few sites is tried.
+      on_ledger: told each site's newest ledger entry, see `run_round`.
     """
 
     manifest: JobManifest
@@ -50,6 +51,7 @@ class Federation:
     store: Store
     attempts: Attempts
     tries: int = 1
+    on_ledger: OnLedger = lambda site, head: None
 
     def public_loss(self, adapter: np.ndarray) -> float:
         """Plugs an adapter into the full model and returns its loss on public text, nats per token."""
@@ -110,7 +112,7 @@ class Federation:
     def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
         """Runs one attempt at a round and its acceptance test; nothing is stored."""
         began, number = time.monotonic(), attempt.plan.number
-        result = run_round(self.manifest, attempt.plan, progress.server.adapter, attempt)
+        result = run_round(self.manifest, attempt.plan, progress.server.adapter, attempt, self.on_ledger)
         candidate = lookup(AGGREGATORS, self.rule, "rule")(progress.server, result.update, self.rates)
         loss = self.public_loss(candidate.adapter)
         verdict = accept(progress.public_loss, loss, self.tolerance)

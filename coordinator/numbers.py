@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.store import write_atomically
+from errors import DataError
 
 
 class Numbers:
@@ -18,8 +19,21 @@ class Numbers:
         self._path, self._clock_ns = path, clock_ns
 
     def next(self) -> int:
-        """Returns the next number, durably."""
-        last = int(self._path.read_text(encoding="ascii")) if self._path.exists() else 0
-        number = max(last + 1, self._clock_ns())
+        """Returns the next number, durably.
+
+        Raises:
+          DataError: the file is damaged, or cannot be written.
+        """
+        number = max(self._last() + 1, self._clock_ns())
         write_atomically(self._path, str(number).encode("ascii"))
         return number
+
+    def _last(self) -> int:
+        if not self._path.exists():
+            return 0
+        try:
+            return int(self._path.read_bytes().decode("ascii"))
+        except ValueError as error:
+            raise DataError(
+                f"numbers={str(self._path)!r} is damaged; remove it: numbers then go on at the clock, which is later"
+            ) from error

@@ -44,7 +44,6 @@ class RoundResult:
       traffic: bytes both ways.
       upload_bytes: bytes of one site's masked upload, the largest.
       payload_bytes: bytes of its plain 32-bit vector.
-      ledgers: newest entry of each site's privacy ledger, where it keeps one.
     """
 
     update: np.ndarray
@@ -54,10 +53,18 @@ class RoundResult:
     traffic: Traffic
     upload_bytes: int
     payload_bytes: int
-    ledgers: dict[str, codec.LedgerHead]
 
 
-def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, exchange: Exchange) -> RoundResult:
+OnLedger = Callable[[str, codec.LedgerHead | None], None]
+
+
+def run_round(
+    manifest: JobManifest,
+    plan: RoundPlan,
+    adapter: np.ndarray,
+    exchange: Exchange,
+    on_ledger: OnLedger = lambda site, head: None,
+) -> RoundResult:
     """Runs one round over an exchange.
 
     Args:
@@ -65,6 +72,8 @@ def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, excha
       plan: this round.
       adapter: adapter to train from, float32 (d,).
       exchange: the transport.
+      on_ledger: told the newest entry of a site's privacy ledger, None where it keeps none, as soon as its upload is
+        here and whatever becomes of the round.
 
     Raises:
       TooFewSurvivors: fewer sites than the threshold got through; no sum exists and no update was learnt.
@@ -95,6 +104,7 @@ def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, excha
     uploads = talk.ask("masked", inboxes, codec.MaskedReply)
     upload_bytes = max((len(codec.encode(reply)) for reply in uploads.values()), default=0)
     for site, reply in uploads.items():
+        on_ledger(site, reply.ledger)
         _guard(talk, site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
 
     # 5 survivors: all sign one list, so that no two cohorts can be opened
@@ -116,7 +126,6 @@ def run_round(manifest: JobManifest, plan: RoundPlan, adapter: np.ndarray, excha
         traffic=talk.traffic,
         upload_bytes=upload_bytes,
         payload_bytes=4 * manifest.layout.size,
-        ledgers={site: reply.ledger for site, reply in uploads.items() if reply.ledger is not None},
     )
 
 

@@ -144,14 +144,15 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
     setting.on_step("start Flower's SuperLink")
     with Link(link_place(setting.home), nodes) as link:
         offers = _letters(setting, epoch, link, OFFER_SECONDS)
-        muster = _muster(setting, job, epoch, delivery, offers)
+        ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
+        muster = _muster(setting, job, epoch, delivery, offers, ledgers)
         setting.on_step("wait for the sites")
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
         wanted = rules.sites or len(nodes)
         ready = muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
         exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status)
-        progress = _federation(setting, job).run(
+        progress = _federation(setting, job, ledgers).run(
             exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min)
         )
         setting.status.set("finishing", awaited=[])
@@ -206,11 +207,11 @@ def _letters(
     )
 
 
-def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, exchange: Exchange) -> Muster:
-    identity = setting.home.identity
-    ledgers = Ledgers(setting.home.folder / "ledgers.json", identity)
+def _muster(
+    setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, exchange: Exchange, ledgers: Ledgers
+) -> Muster:
     manifest = job.manifest.to_bytes()
-    signature = sign_job(identity, manifest)
+    signature = sign_job(setting.home.identity, manifest)
 
     def offer_for(site: str, signatures: Mapping[str, bytes]) -> codec.Offer:
         return codec.Offer(
@@ -234,7 +235,7 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Deli
     )
 
 
-def _federation(setting: Setting, job: Job) -> Federation:
+def _federation(setting: Setting, job: Job, ledgers: Ledgers) -> Federation:
     rule = setting.config.aggregation
     return Federation(
         manifest=job.manifest,
@@ -248,6 +249,7 @@ def _federation(setting: Setting, job: Job) -> Federation:
         store=setting.store,
         attempts=Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt")),
         tries=setting.rules.attempts,
+        on_ledger=ledgers.learn,
     )
 
 

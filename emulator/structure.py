@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,20 @@ from emulator.towers import find_towers
 from errors import UnsupportedModel
 
 PLAIN_FILES = frozenset((WEIGHTS, CONFIG, *files.TOKENIZER_FILES))
-ACTIVATIONS = frozenset(
-    "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu "
-    "gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu".split()
-)
-ACTIVATION_KEYS = ("hidden_act", "activation", "activation_function", "hidden_activation", "feed_forward_proj")
-ACTIVATION_KEYS = (*ACTIVATION_KEYS, "dense_act_fn", "classifier_activation", "mlp_hidden_act", "act_fn")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-HOOKS = (*HOOKS, "_load_state_dict_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_CURVED = """
+    gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu
+    gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu
+"""
+_ACTIVATION_KEYS = """
+    hidden_act activation activation_function hidden_activation feed_forward_proj dense_act_fn classifier_activation
+    mlp_hidden_act act_fn
+"""
+_HOOKS = """
+    _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks _load_state_dict_pre_hooks
+    _state_dict_pre_hooks _load_state_dict_post_hooks
+"""
+ACTIVATIONS = frozenset(_CURVED.split())
+ACTIVATION_KEYS, HOOKS = tuple(_ACTIVATION_KEYS.split()), tuple(_HOOKS.split())
 # (part of a key, lowest, highest) of numbers in a configuration; the first part that fits counts.
 NUMBERS: tuple[tuple[str, float, float], ...] = (
     ("drop", 0.0, 0.5),

@@ -1,5 +1,6 @@
 """What a vetting measures against: one limit per trap, and the report of every check's worst number."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,14 +19,14 @@ class Limits:
     one_hot: float = 0.05
     one_hot_rows: float = 0.1
     table_outlier: float = 50.0
-    token_crowd: float = 0.5
+    token_crowd: float = 0.9
     crowd: float = 0.05
     outlier: float = 50.0
     zeros: float = 0.5
     gain: float = 1e3
     closed_gains: float = 0.5
     dead_gradients: float = 0.5
-    example_share: float = 30.0
+    example_share: float = 1e4
     token_share: float = 0.8
     single_rows: float = 0.2
     least_mixed: float = 0.02
@@ -39,6 +40,11 @@ class Limits:
     adapter_share: float = 0.25
     adapter_peak: float = 100.0
 
+    @classmethod
+    def for_rank(cls, rank: int) -> "Limits":
+        """Returns the limits of an owner who permits adapters up to a rank, and half of it in the first block."""
+        return cls(max_rank=rank, max_first_rank=max(rank // 2, 1))
+
 
 @dataclass(frozen=True)
 class Check:
@@ -47,7 +53,7 @@ class Check:
     Attributes:
       name: of the check.
       where: tensor, block or module it was measured at.
-      value: what was measured; a NaN never passes.
+      value: what was measured; one that is not finite never passes.
       limit: the bound.
       why: what a number beyond the limit would mean.
       least: the limit is a lower bound.
@@ -63,12 +69,14 @@ class Check:
     @property
     def passed(self) -> bool:
         """Whether the number keeps to its limit."""
+        if not math.isfinite(self.value):
+            return False
         return self.value >= self.limit if self.least else self.value <= self.limit
 
     @property
     def used(self) -> float:
-        """How much of the room up to the limit is used: above 1 the check fails; for sorting, and infinite for a NaN."""
-        if self.value != self.value or not self.passed:
+        """How much of the room up to the limit is used; infinite for a check that failed."""
+        if not self.passed:
             return float("inf")
         part, whole = (self.limit, self.value) if self.least else (self.value, self.limit)
         return part / whole if whole else 0.0

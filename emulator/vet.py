@@ -1,24 +1,95 @@
-"""What a site checks of an emulator and its adapter before any training, because its owner did not make them."""
+"""What a site checks of an emulator and its adapter before any training, because its owner did not make them.
+
+Known traps are found, not every possible one: what an update can say about a record is bounded by clip and noise alone.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from adapter.layout import Layout
+from adapter.spec import AdapterSpec
 from emulator.activations import activation_checks
 from emulator.manifest import Manifest
-from emulator.structure import check_structure
+from emulator.structure import check_structure, slot_paths
 from emulator.traps import weight_checks
 from emulator.verdict import Check, Limits, Vetting, passed, report
 
 
 def vet(folder: Path, model: nn.Module, manifest: Manifest, limits: Limits, *, seed: int) -> Vetting:
+    """Returns the report on an emulator in which no known trap was found.
+
+    Args:
+      folder: the package, already verified against its manifest.
+      model: as `package.load` returned it, on the CPU, before any adapter.
+      manifest: of the package.
+      limits: the bounds.
+      seed: of what is drawn; the site's own secret, so that no trap can hide from the sample.
+
+    Raises:
+      UnsupportedModel: the first check that did not pass, with its number, its limit and what it would mean.
+    """
     blocks = check_structure(folder, model, manifest)
     return report(passed(measure(model, manifest, blocks, limits, seed=seed)))
 
 
-def measure(model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: Limits, *, seed: int) -> Iterator[Check]:
+def measure(
+    model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: Limits, *, seed: int
+) -> Iterator[Check]:
+    """Yields every check of weights and activations, passed or not; `blocks` as `check_structure` returns them."""
     generator = torch.Generator().manual_seed(seed)
     yield from weight_checks(model, limits, generator)
     yield from activation_checks(model, manifest, blocks, limits, generator)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where an emulator may carry an adapter.
+
+    Attributes:
+      paths: the slots' blocks.
+      first: the first block of the tower, a slot or not.
+      parameters: of all slots' blocks.
+    """
+
+    paths: tuple[str, ...]
+    first: str
+    parameters: int
+
+    @classmethod
+    def of(cls, model: nn.Module, manifest: Manifest) -> "Slots":
+        """Returns the slots of an emulator before an adapter is attached to it."""
+        paths, tower = slot_paths(model, manifest.geometry)
+        sizes = (p.numel() for path in paths for p in model.get_submodule(path).parameters())
+        return cls(paths, tower[0], sum(sizes))
+
+
+def vet_adapter(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits) -> Vetting:
+    """Returns the report on an adapter that stays in its slots and is narrow.
+
+    Args:
+      model: the emulator with the adapter attached.
+      spec: of the adapter.
+      slots: of the emulator.
+      limits: the bounds.
+
+    Raises:
+      UnsupportedModel: as for `vet`.
+    """
+    return report(passed(_adapter_checks(model, spec, slots, limits)))
+
+
+def _adapter_checks(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits) -> Iterator[Check]:
+    strangers = [path for path in spec.slots if path not in slots.paths]
+    yield Check("strange_slots", ", ".join(strangers) or "adapter", len(strangers), 0, "it reads what a slot may not")
+    yield Check("rank", "adapter", spec.rank, limits.max_rank, "its gradient holds whole inputs")
+    if slots.first in spec.slots:
+        # What enters the first block depends on the token alone, so its gradient spans the record's tokens.
+        yield Check("first_rank", slots.first, spec.rank, limits.max_first_rank, "its gradient tells tokens apart")
+    share = Layout.of(model).size / max(slots.parameters, 1)
+    yield Check("adapter_share", "adapter", share, limits.adapter_share, "it is wide enough for a copy")
+    peak = max(float(p.detach().abs().max()) for p in model.parameters() if p.requires_grad)
+    yield Check("adapter_peak", "adapter", peak, limits.adapter_peak, "one value drowns all others")

@@ -1,16 +1,19 @@
 """The privacy ledger of one data set: what was spent on it, over rounds and jobs, and never more than its cap."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
-from errors import DataError, PrivacyRefusal, lookup
+from errors import ConfigError, DataError, PrivacyRefusal, lookup
 from privacy.accountants import ACCOUNTANTS, check_delta
 from privacy.events import Event, compose
 from trust.chain import Chain, Link
 
 _SPEND = "spend"
 _LABEL = "offsite privacy ledger"
+_REMEMBERED = 16  # sums are asked for again and again, and cost 40 ms per distinct mechanism
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,25 @@ class Ledger:
       epsilon_cap: no release may take the total above it, > 0.
       delta: at which epsilon is computed, in (0, 1).
       accountant: name in `privacy.ACCOUNTANTS`.
+
+    Raises:
+      ConfigError: cap or delta is out of its range.
+      UnknownName: there is no such accountant.
     """
 
     def __init__(self, path: Path, *, dataset: str, epsilon_cap: float, delta: float, accountant: str) -> None:
         check_delta(delta)
+        if not (math.isfinite(epsilon_cap) and epsilon_cap > 0):  # a comparison with NaN would permit everything
+            raise ConfigError(f"epsilon_cap={epsilon_cap} must be finite and > 0; 8 is loose and 1 is strict")
         self._chain = Chain(path, f"{_LABEL} {dataset}")
         self.dataset, self._cap, self._delta = dataset, epsilon_cap, delta
-        self._account = lookup(ACCOUNTANTS, accountant, "accountant")
-        self._known: dict[tuple[Event, ...], float] = {(): 0.0}
+        account = lookup(ACCOUNTANTS, accountant, "accountant")
+
+        @lru_cache(maxsize=_REMEMBERED)
+        def epsilon(events: tuple[Event, ...]) -> float:
+            return account(events, delta)
+
+        self._epsilon = epsilon
 
     def check(self, event: Event) -> float:
         """Returns the epsilon that the data set would have spent after one more release.
@@ -66,7 +80,7 @@ class Ledger:
           DataError: the ledger is damaged, or the disk is full.
         """
         with self._chain.locked() as file:
-            before = self._events(self._chain.links())
+            before = self._events(self._chain.links_locked(file))
             total = self._checked(before, event)
             fields = {
                 "job": job,
@@ -74,6 +88,7 @@ class Ledger:
                 "noise_multiplier": event.noise_multiplier,
                 "sample_rate": event.sample_rate,
                 "steps": event.steps,
+                "delta": self._delta,
                 "epsilon_total": total,
             }
             link = self._chain.append_locked(file, _SPEND, fields, now=now)
@@ -119,17 +134,17 @@ class Ledger:
         return total
 
     def _events(self, links: list[Link]) -> tuple[Event, ...]:
-        try:
-            events = [
-                Event(link.fields["noise_multiplier"], link.fields["sample_rate"], link.fields["steps"])
-                for link in links
-                if link.kind == _SPEND
-            ]
-        except KeyError as error:
-            raise DataError(f"ledger of {self.dataset!r} has an entry without {error}; restore the file") from error
+        """Returns everything that was spent, equal mechanisms together; what is not understood is not passed over."""
+        events = []
+        for link in links:
+            try:
+                if link.kind != _SPEND:
+                    raise ValueError(link.kind)
+                fields = link.fields
+                events.append(Event(fields["noise_multiplier"], fields["sample_rate"], fields["steps"]))
+            except (ValueError, KeyError, TypeError, ConfigError) as error:
+                raise DataError(
+                    f"ledger of {self.dataset!r} entry {link.number} is not one that this release knows; install the "
+                    "release that wrote it"
+                ) from error
         return tuple(compose(events))
-
-    def _epsilon(self, events: tuple[Event, ...]) -> float:
-        if events not in self._known:
-            self._known[events] = self._account(events, self._delta)
-        return self._known[events]

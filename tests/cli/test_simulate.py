@@ -18,11 +18,10 @@ from peft import PeftModel
 from adapter.layout import Layout
 from adapter.methods import attach
 from cli.display import PlainDisplay
-from cli.run import Run, with_options
+from cli.run import Run, simulated_bench, with_options
 from cli.simulate import Options, memory_engine, simulate
 from client.site import answer
 from client.train import local_update
-from client.workbench import open_workbench
 from coordinator.aggregate import AGGREGATORS, Rates, ServerState
 from coordinator.config import read_config
 from coordinator.exchange import MemoryExchange
@@ -109,7 +108,7 @@ def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, dict[str, Any]
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = open_workbench(run.store.package, manifest)
+    bench = simulated_bench(run, manifest)
     names = [name for name, _ in manifest.roster]
     adapter = bench.layout.read(bench.model)
     first = second = np.zeros(adapter.size)
@@ -210,7 +209,7 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = open_workbench(run.store.package, manifest)
+    bench = simulated_bench(run, manifest)
     start = bench.layout.read(bench.model)
     total = np.zeros(start.size, dtype=np.uint32)
     for name in ("ash", "birch", "cedar"):

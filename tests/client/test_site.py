@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from cli.display import PlainDisplay
-from cli.run import Run
+from cli.run import Run, simulated_bench
 from cli.simulate import _job
 from client.site import Site, answer
-from client.workbench import open_workbench
 from coordinator.config import read_config
 from coordinator.exchange import MemoryExchange
 from coordinator.rounds import RoundPlan, run_round
@@ -24,7 +23,7 @@ def opened(fed: Path, tmp_path: Path) -> tuple[JobManifest, dict[str, Site], np.
     settings, sha256 = read_config(fed)
     run = Run.create(settings, sha256, tmp_path / "run")
     job = _job(run, PlainDisplay())
-    bench = open_workbench(run.store.package, job.manifest)
+    bench = simulated_bench(run, job.manifest)
     sites = {name: run.site(name, job.manifest, bench) for name, _ in job.manifest.roster}
     return job.manifest, sites, bench.layout.read(bench.model)
 

@@ -1,6 +1,6 @@
 """Messages survive the wire, and nothing else does."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,16 +15,33 @@ NAME = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",))
 COUNT = st.integers(0, 2**32 - 1)
 SIGNED = st.builds(codec.SignedBytes, NAME, st.binary(max_size=40), st.binary(max_size=64))
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=8).map(lambda v: np.array(v, dtype=np.float32))
+HEADS = st.builds(codec.LedgerHead, NAME, st.integers(0, 2**64 - 1), NAME, st.binary(max_size=64))
+MAYBE_HEAD = st.none() | HEADS
+OWNERS = st.lists(st.tuples(NAME, st.binary(max_size=64)), max_size=3).map(tuple)
+LONG = st.integers(0, 2**64 - 1)
 WORDS = st.lists(st.integers(0, 2**32 - 1), max_size=8).map(lambda v: np.array(v, dtype=np.uint32))
 MESSAGES = st.one_of(
     st.builds(codec.TrainRequest, DIGEST, COUNT, FLOATS),
     st.builds(codec.TrainReply, COUNT),
     st.builds(codec.KeysRequest, COUNT, st.integers(0, 2**64 - 1), DIGEST, DIGEST, st.lists(NAME).map(tuple)),
     st.builds(codec.SignedBatch, st.lists(SIGNED, max_size=3).map(tuple)),
-    st.builds(codec.MaskedReply, SIGNED, WORDS),
+    st.builds(codec.MaskedReply, SIGNED, WORDS, MAYBE_HEAD),
     st.builds(codec.Announcement, st.binary(max_size=40)),
     st.builds(codec.Refusal, NAME, NAME),
+    st.builds(
+        codec.Offer,
+        st.binary(max_size=40),
+        st.binary(max_size=64),
+        OWNERS,
+        DIGEST,
+        LONG,
+        st.binary(max_size=80),
+        st.lists(HEADS, max_size=2).map(tuple),
+    ),
+    st.builds(codec.OfferReply, NAME, NAME, LONG, st.binary(max_size=64), MAYBE_HEAD),
+    st.builds(codec.Notice, NAME, NAME),
 )
+LETTERS = st.builds(codec.Letter, DIGEST, NAME, NAME, NAME, LONG, st.binary(max_size=40), st.binary(max_size=64))
 
 
 def same(left: object, right: object) -> bool:
@@ -42,6 +59,12 @@ def test_a_message_comes_back(message: codec.Message) -> None:
     assert same(codec.decode(codec.encode(message)), message)
 
 
+@given(LETTERS)
+def test_a_letter_comes_back(letter: codec.Letter) -> None:
+    assert codec.decode_letter(codec.encode_letter(letter)) == letter
+
+
+HEAD = codec.LedgerHead("0a" * 32, 7, "0b" * 32, bytes(range(64)))
 EXAMPLES = [
     codec.TrainRequest(bytes(range(32)), 3, np.array([1.0, -2.5], dtype=np.float32)),
     codec.TrainReply(3),
@@ -50,6 +73,11 @@ EXAMPLES = [
     codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([1, 2**32 - 1], dtype=np.uint32)),
     codec.Announcement(b"list"),
     codec.Refusal("RangeError", "why"),
+    codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
+    codec.Offer(b"{}", bytes(64), (("ash", b"a"), ("birch", b"b")), bytes(range(32)), 1 << 40, b"box", (HEAD, HEAD)),
+    codec.OfferReply("ready", "why", 1 << 33, bytes(64), HEAD),
+    codec.OfferReply("waiting", "", 0, b"", None),
+    codec.Notice("abort", "why"),
 ]
 
 
@@ -73,6 +101,31 @@ def test_a_flipped_bit_is_refused_or_another_message(message: codec.Message) -> 
         except MalformedMessage:
             continue
         assert not same(other, message)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_noise_is_no_letter(data: bytes) -> None:
+    try:
+        letter = codec.decode_letter(data)
+    except MalformedMessage:
+        return
+    assert codec.encode_letter(letter) == data
+
+
+def test_an_offer_of_a_package_without_a_whole_hash_is_refused() -> None:
+    offer = next(message for message in EXAMPLES if isinstance(message, codec.Offer))
+    for short in (b"", bytes(31), bytes(33)):
+        with pytest.raises(MalformedMessage, match=f"digest_bytes={len(short)}"):
+            codec.decode(codec.encode(replace(offer, package=short)))
+
+
+def test_a_ledger_head_that_is_not_there_is_none_and_not_an_empty_one() -> None:
+    empty = codec.LedgerHead("", 0, "")
+    for head in (None, empty):
+        message = codec.decode(codec.encode(codec.OfferReply("ready", "", 0, b"", head)))
+        assert isinstance(message, codec.OfferReply)
+        assert message.ledger == head
 
 
 @settings(max_examples=300)

@@ -1,0 +1,232 @@
+"""What leaves is written down first, in words that hold no data; what cannot be written down does not leave."""
+
+import json
+import math
+import os
+import resource
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapter.layout import Layout
+from adapter.spec import AdapterSpec
+from client.audit import Audit, verify
+from client.books import LedgerBooks, Release, ledger_name
+from client.egress import EgressReport, release
+from client.policy import Policy
+from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, RangeError
+from privacy.accountants import ACCOUNTANTS
+from privacy.events import Event
+from privacy.ledger import Ledger
+from protos.manifest import JobManifest, PrivacyTerms
+
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+EVENT, DELTA = Event(1.1, 0.05, 10), 1e-3
+LAYOUT = Layout(("h.0.lora_B", "h.1.lora_B"), ((3, 2), (4, 2)))
+JOB = JobManifest(
+    federation="demo",
+    epoch=1,
+    roster=(("east", "aa"), ("north", "bb"), ("west", "cc")),
+    n_min=3,
+    task="causal_lm",
+    emulator="e1" * 32,
+    adapter=AdapterSpec("ffa_lora", rank=2, slots=("h.0", "h.1")),
+    layout=LAYOUT,
+    length=32,
+    split="blocks",
+    rounds=2,
+    local_steps=10,
+    learning_rate=0.1,
+    update_bound=1.0,
+    privacy=PrivacyTerms(private=True, epsilon=4.0, max_grad_norm=1.0, accountant="pld", batch=16),
+    physical_batch=8,
+)
+UPDATE = np.linspace(-0.731, 0.419, LAYOUT.size).astype(np.float32)
+GOOD: dict[str, Any] = {
+    "job": "ab" * 32,
+    "round": 1,
+    "tensors": tuple(zip(LAYOUT.names, LAYOUT.shapes, strict=True)),
+    "upload_bytes": 4 * LAYOUT.size,
+    "norm": 1.5,
+    "epsilon_round": 0.1,
+    "epsilon_total": 0.3,
+    "metrics": {},
+}
+
+
+def policy(*metrics: str) -> Policy:
+    content = tomllib.loads(Policy.template()) | {"models": (), "methods": (), "metrics": metrics}
+    return Policy(**content)
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Audit:
+    return Audit(tmp_path / "audit.jsonl")
+
+
+@pytest.fixture
+def books(tmp_path: Path, audit: Audit) -> LedgerBooks:
+    """The accounts of a real site with a ledger, a log and a clock that moves."""
+    ledger = Ledger(tmp_path / "ledger.jsonl", dataset="patients", epsilon_cap=8.0, delta=DELTA, accountant="rdp")
+    times = iter(NOW + timedelta(minutes=minute) for minute in range(100))
+    return LedgerBooks(ledger, JOB, policy=policy(), audit=audit, clock=lambda: next(times))
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def going(number: int, update: np.ndarray = UPDATE, event: Event | None = EVENT, size: int = LAYOUT.size) -> Release:
+    return Release(number, event, update, 4 * size)
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerBooks) -> None:
+    """Names, shapes, bytes, norm and epsilon, each by another route; the ledger's head goes to the coordinator."""
+    for number in (1, 2):
+        head = books.release(going(number))
+        account = ACCOUNTANTS["rdp"]
+        total, before = account([EVENT] * number, DELTA), account([EVENT] * (number - 1), DELTA)
+        entry, spent = entries(tmp_path / "audit.jsonl")[-1], entries(tmp_path / "ledger.jsonl")[-1]
+        assert entry["kind"] == "egress"
+        assert entry["fields"] == {
+            "job": JOB.digest().hex(),
+            "round": number,
+            "tensors": [["h.0.lora_B", [3, 2]], ["h.1.lora_B", [4, 2]]],
+            "upload_bytes": 56,
+            "norm": pytest.approx(math.sqrt(math.fsum(float(x) ** 2 for x in UPDATE)), rel=1e-12),
+            "epsilon_round": pytest.approx(total - before),
+            "epsilon_total": pytest.approx(total),
+            "metrics": {},
+        }
+        assert head is not None
+        assert (head.count, head.head) == (number, spent["digest"])
+        assert head.ledger == ledger_name("patients")
+        assert "patients" not in head.ledger
+    assert verify(tmp_path / "audit.jsonl") == 2
+
+
+def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerBooks) -> None:
+    """No number in log or ledger is near an entry of the update, and neither is any of its bytes in them."""
+    books.release(going(1))
+    text = (tmp_path / "audit.jsonl").read_text() + (tmp_path / "ledger.jsonl").read_text()
+    found: list[float] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for one in value.values() if isinstance(value, dict) else value:
+                walk(one)
+        elif isinstance(value, float):
+            found.append(value)
+
+    for line in text.splitlines():
+        walk(json.loads(line))
+    assert len(found) > 4
+    assert all(abs(abs(number) - abs(float(entry))) > 1e-6 for number in found for entry in UPDATE)
+    assert UPDATE.tobytes().hex()[:16] not in text
+
+
+def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path: Path, books: LedgerBooks) -> None:
+    with pytest.raises(PrivacyRefusal, match="private=false"):
+        books.release(going(1, event=None))
+    with pytest.raises(PrivacyRefusal, match="private=false"):
+        books.check(None)
+    assert entries(tmp_path / "ledger.jsonl") == []
+    books.release(going(1))
+    books.release(going(1))  # the same round again is a release again
+    for refused in (lambda: books.check(EVENT), lambda: books.release(going(2))):
+        with pytest.raises(PrivacyRefusal, match="planned for 2"):
+            refused()
+    assert len(entries(tmp_path / "ledger.jsonl")) == len(entries(tmp_path / "audit.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (going(1, size=LAYOUT.size + 1), RangeError, "upload_bytes=60"),
+        (going(1, size=0), RangeError, "upload_bytes=0"),
+        (going(1, np.full(LAYOUT.size, np.nan, np.float32)), RangeError, "not finite"),
+        (going(1, np.full(LAYOUT.size, np.inf, np.float32)), RangeError, "not finite"),
+    ],
+)
+def test_what_was_not_announced_stays_here(
+    tmp_path: Path, books: LedgerBooks, bad: Release, error: type[OffsiteError], words: str
+) -> None:
+    """The debit stands, on the safe side; the log has no egress."""
+    with pytest.raises(error, match=words):
+        books.release(bad)
+    assert entries(tmp_path / "audit.jsonl") == []
+    assert len(entries(tmp_path / "ledger.jsonl")) == 1
+
+
+def test_a_metric_leaves_only_by_permission(tmp_path: Path, audit: Audit) -> None:
+    report = EgressReport(**(GOOD | {"metrics": {"loss": 2.5}}))
+    for permitted in ((), ("accuracy",), ("los",)):
+        with pytest.raises(PolicyRefusal, match="metric='loss'"):
+            release(report, LAYOUT, policy(*permitted), audit, now=NOW)
+    with pytest.raises(RangeError, match="metric='loss' is not finite"):
+        release(EgressReport(**(GOOD | {"metrics": {"loss": math.nan}})), LAYOUT, policy("any"), audit, now=NOW)
+    assert entries(tmp_path / "audit.jsonl") == []
+    for permitted in (("loss",), ("any",)):
+        release(report, LAYOUT, policy(*permitted), audit, now=NOW)
+    assert [entry["fields"]["metrics"] for entry in entries(tmp_path / "audit.jsonl")] == [{"loss": 2.5}] * 2
+
+
+def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerBooks, audit: Audit) -> None:
+    """The log is longer than the ledger, so a limit on file size fills it first; the debit stands, nothing left."""
+    audit.record("filler", now=NOW, text="x" * 2000)
+    size = (tmp_path / "audit.jsonl").stat().st_size
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+        with pytest.raises(DataError, match="free disk space"):
+            books.release(going(1))
+
+    assert in_a_child(work) == 0
+    assert (tmp_path / "audit.jsonl").stat().st_size == size
+    assert len(entries(tmp_path / "ledger.jsonl")) == 1
+
+
+def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, books: LedgerBooks) -> None:
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        with pytest.raises(DataError, match="free disk space"):
+            books.release(going(1))
+
+    assert in_a_child(work) == 0
+    assert entries(tmp_path / "ledger.jsonl") == []
+    assert entries(tmp_path / "audit.jsonl") == []
+
+
+def test_nothing_leaves_when_log_or_ledger_was_changed(tmp_path: Path, books: LedgerBooks) -> None:
+    books.release(going(1))
+    for name in ("audit.jsonl", "ledger.jsonl"):
+        path = tmp_path / name
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b'"round":1', b'"round":2'))
+        with pytest.raises(DataError, match=f"log={name} line=1"):
+            books.release(going(2))
+        if name == "audit.jsonl":
+            with pytest.raises(DataError, match="line=1"):
+                verify(path)
+        path.write_bytes(data)
+
+
+def test_an_audit_log_that_is_not_there_has_no_entries(tmp_path: Path) -> None:
+    assert verify(tmp_path / "none.jsonl") == 0

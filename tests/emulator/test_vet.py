@@ -1,0 +1,366 @@
+"""Vetting at a site: honest emulators of every family pass, every crafted one is refused by the check that names it.
+
+A trap is built as a hostile coordinator would build it: the model is changed, packed and loaded like any other.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from adapter.methods import attach
+from adapter.spec import AdapterSpec
+from emulator.manifest import CONFIG
+from emulator.package import load, read_manifest
+from emulator.structure import check_structure
+from emulator.verdict import Check, Limits, passed, report
+from emulator.vet import Slots, vet, vet_adapter
+from errors import UnsupportedModel
+from tests.emulator.conftest import BUILDERS, Family
+
+RECIPES: tuple[tuple[str, ...], ...] = ((), ("int4:16",), ("skip_uniform:0.34", "int8:16"))
+
+
+def vetted(folder: Path, model: nn.Module | None = None, seed: int = 1) -> Any:
+    loaded = load(folder, dtype=torch.float32) if model is None else model
+    return vet(folder, loaded, read_manifest(folder), Limits(), seed=seed)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_honest_emulators_pass(make: Callable[..., Family], name: str, recipe: tuple[str, ...], tmp_path: Path) -> None:
+    """45 of them: 15 families, each as it is, quantised, and with blocks left out."""
+    make(name).build(tmp_path / "p", recipe)
+    found = vetted(tmp_path / "p")
+    assert found.measured > 50
+    assert all(check.passed for check in found.checks)
+
+
+def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> None:
+    """Two thirds of its words never occurred in training, so their embeddings are alike."""
+    from transformers import AutoModelForCausalLM
+
+    from emulator.geometry import Geometry
+    from emulator.package import build
+
+    full = AutoModelForCausalLM.from_pretrained(fed.parent / "model").eval()
+    build(full, Geometry.of(full, 1, 1), ("int4:32",), "int8", None, tmp_path / "p")
+    for seed in range(8):
+        vetted(tmp_path / "p", seed=seed)
+
+
+# traps in the weights
+
+
+def _slot(model: Any) -> Any:
+    return model.model.layers[0]
+
+
+def _identity(model: Any) -> None:
+    """Hands each feature of the record on as it is."""
+    weight = _slot(model).self_attn.o_proj.weight
+    weight.copy_(torch.eye(len(weight)))
+
+
+def _permutation(model: Any) -> None:
+    """The identity in disguise."""
+    weight = _slot(model).self_attn.q_proj.weight
+    weight.copy_(torch.eye(len(weight))[torch.randperm(len(weight), generator=torch.Generator().manual_seed(3))])
+
+
+def _scaled_permutation(model: Any) -> None:
+    """With signs and sizes, so that no entry is 1."""
+    _permutation(model)
+    weight = _slot(model).self_attn.q_proj.weight
+    weight.mul_(torch.linspace(-2, 2, len(weight))[:, None])
+
+
+def _bins(model: Any) -> None:
+    """Every row points one way, so that rows sort records by one number (Robbing the Fed, LOKI)."""
+    weight = _slot(model).mlp.up_proj.weight
+    weight.copy_(weight[:1].expand_as(weight) * torch.linspace(0.5, 2, len(weight))[:, None])
+
+
+def _some_bins(model: Any) -> None:
+    """A tenth of the rows is enough for an attack."""
+    weight = _slot(model).mlp.up_proj.weight
+    count = max(len(weight) // 8, 4)
+    weight[:count] = weight[:1] * torch.linspace(0.5, 2, count)[:, None]
+
+
+def _latch(model: Any) -> None:
+    """One row a thousand times as large keeps a single record (Privacy Backdoors)."""
+    _slot(model).mlp.up_proj.weight[3] *= 1e3
+
+
+def _drowned(model: Any) -> None:
+    """One weight is huge."""
+    model.model.layers[2].mlp.down_proj.weight[0, 0] = 1e5
+
+
+def _dead_block(model: Any) -> None:
+    """A block of the middle that hands its input on, without saying so (PEFTLeak)."""
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_submodule(f"model.layers.2.{name}").weight.mul_(1e-9)
+
+
+def _quiet_block(model: Any) -> None:
+    """The same with weights large enough to look honest one by one, but outputs that vanish."""
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_submodule(f"model.layers.2.{name}").weight.mul_(2e-4)
+
+
+def _saturated(model: Any) -> None:
+    """Activations become a code of the input."""
+    for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        model.get_submodule(f"model.layers.1.{name}").weight.mul_(1e4)
+
+
+def _one_hot_words(model: Any) -> None:
+    """The gradient of the first layer spells the record out."""
+    table = model.get_input_embeddings().weight
+    table.zero_()
+    table[torch.arange(len(table)), torch.arange(len(table)) % table.shape[1]] = 1.0
+
+
+def _marked_word(model: Any) -> None:
+    """One word drowns all others in every layer it passes."""
+    model.get_input_embeddings().weight[5] *= 1e3
+
+
+def _same_words(model: Any) -> None:
+    """All words but one look the same, so that whoever uses that one is seen."""
+    table = model.get_input_embeddings().weight
+    table[1:] = table[1:2] * torch.linspace(0.9, 1.1, len(table) - 1)[:, None]
+
+
+def _drowning_words(model: Any) -> None:
+    """Embeddings so large that no block changes what comes in: a hidden identity."""
+    model.get_input_embeddings().weight.mul_(1e5)
+
+
+def _gate(model: Any) -> None:
+    """A norm that lets four features pass."""
+    _slot(model).input_layernorm.weight[4:] = 0.0
+
+
+def _amplifier(model: Any) -> None:
+    """A norm that blows one feature up."""
+    _slot(model).post_attention_layernorm.weight[0] = 1e4
+
+
+def _no_context(model: Any) -> None:
+    """Attention is switched off in every block, so each token stands alone in its gradient."""
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.mul_(1e-3)
+        layer.self_attn.o_proj.weight.mul_(1e-3)
+
+
+def _sparse(model: Any) -> None:
+    """Rows that read one feature each, among honest ones."""
+    weight = _slot(model).mlp.gate_proj.weight
+    weight[::2] = 0.0
+    weight[torch.arange(0, len(weight), 2), torch.arange(0, len(weight), 2) % weight.shape[1]] = 1.0
+
+
+def _sure(model: Any) -> None:
+    """Outputs that are sure of noise, so that the gradient is one token's copy."""
+    model.lm_head.weight.mul_(1e3)
+
+
+TRAPS: dict[Callable[[Any], None], tuple[str, ...]] = {
+    _identity: ("one_hot", "zeros"),
+    _permutation: ("one_hot", "zeros"),
+    _scaled_permutation: ("one_hot", "zeros"),
+    _bins: ("crowd",),
+    _some_bins: ("crowd",),
+    _latch: ("outlier",),
+    _drowned: ("weight_peak",),
+    _dead_block: ("least_rms",),
+    _quiet_block: ("least_change",),
+    _saturated: ("weight_peak", "matrix_rms"),
+    _one_hot_words: ("table_one_hot",),
+    _marked_word: ("table_outlier",),
+    _same_words: ("token_crowd",),
+    _drowning_words: ("weight_peak", "table_rms"),
+    _gate: ("closed_gains",),
+    _amplifier: ("weight_peak", "gain"),
+    _no_context: ("least_context",),
+    _sparse: ("one_hot",),
+    _sure: ("weight_peak", "matrix_rms", "table_rms", "sureness"),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__.strip("_"))
+def test_a_trap_in_the_weights_is_refused(
+    make: Callable[..., Family], trap: Callable[[Any], None], tmp_path: Path
+) -> None:
+    family = make("llama_untied")
+    with torch.no_grad():
+        trap(family.model)
+    family.build(tmp_path / "p")
+    with pytest.raises(UnsupportedModel, match="do not train on this emulator") as refused:
+        vetted(tmp_path / "p")
+    assert str(refused.value).split()[1].split("=")[0] in TRAPS[trap], refused.value
+
+
+# traps in the structure
+
+
+@pytest.fixture
+def honest(llama: Family, tmp_path: Path) -> tuple[Path, Any]:
+    llama.build(tmp_path / "p", ("skip_uniform:0.34",))
+    return tmp_path / "p", load(tmp_path / "p", dtype=torch.float32)
+
+
+def _hook(folder: Path, model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def _replaced_forward(folder: Path, model: Any) -> None:
+    model.model.layers[0].forward = lambda *a, **k: a[0]
+
+
+def _other_class(folder: Path, model: Any) -> None:
+    model.model.layers[0].mlp = nn.Identity()
+
+
+def _more_modules(folder: Path, model: Any) -> None:
+    model.model.layers[0].probe = nn.Linear(32, 32)
+
+
+def _trainable(folder: Path, model: Any) -> None:
+    model.lm_head.weight.requires_grad_(True)
+
+
+def _training_mode(folder: Path, model: Any) -> None:
+    model.model.layers[1].train()
+
+
+def _not_finite(folder: Path, model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+
+
+def _buffer(folder: Path, model: Any) -> None:
+    model.model.rotary_emb.inv_freq.zero_()
+
+
+def _code(folder: Path, model: Any) -> None:
+    (folder / "modeling_trap.py").write_text("import os\n")
+
+
+def _pickle(folder: Path, model: Any) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _linear_blocks(folder: Path, model: Any) -> None:
+    _change_config(folder, hidden_act="linear")
+
+
+def _huge_dropout(folder: Path, model: Any) -> None:
+    _change_config(folder, attention_dropout=0.99)
+
+
+def _flat_norms(folder: Path, model: Any) -> None:
+    _change_config(folder, rms_norm_eps=1e6)
+
+
+def _change_config(folder: Path, **values: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+STRUCTURES = {
+    _hook: "hooked in",
+    _replaced_forward: "hooked in",
+    _other_class: "vetting module",
+    _more_modules: "vetting module",
+    _trainable: "trainable before",
+    _training_mode: "evaluation mode",
+    _not_finite: "must be finite",
+    _buffer: "vetting buffer",
+    _code: "only weights, configuration and tokenizer",
+    _pickle: "only weights, configuration and tokenizer",
+    _linear_blocks: "a linear block copies",
+    _huge_dropout: "attention_dropout",
+    _flat_norms: "rms_norm_eps",
+}
+
+
+@pytest.mark.parametrize("trap", STRUCTURES, ids=lambda trap: trap.__name__.strip("_"))
+def test_a_trap_in_the_structure_is_refused(honest: tuple[Path, Any], trap: Callable[[Path, Any], None]) -> None:
+    """Most of these cannot come out of `package.load`; vetting does not rely on that."""
+    folder, model = honest
+    check_structure(folder, model, read_manifest(folder))
+    trap(folder, model)
+    with pytest.raises(UnsupportedModel, match=STRUCTURES[trap]):
+        vetted(folder, model)
+
+
+def test_a_slots_block_that_is_left_out_is_refused(honest: tuple[Path, Any]) -> None:
+    import dataclasses
+
+    folder, model = honest
+    manifest = read_manifest(folder)
+    lied = dataclasses.replace(manifest, skipped=manifest.skipped | {"model.layers.0": ("tensor",)})
+    with pytest.raises(UnsupportedModel, match="only blocks of the middle"):
+        vet(folder, model, lied, Limits(), seed=1)
+
+
+# the adapter
+
+
+def adapted(honest: tuple[Path, Any], **spec: Any) -> tuple[Any, AdapterSpec, Slots]:
+    folder, model = honest
+    slots = Slots.of(model, read_manifest(folder))
+    chosen = AdapterSpec(**{"slots": slots.paths, "targets": ("v_proj",)} | spec)
+    return attach(model, chosen), chosen, slots
+
+
+def test_a_narrow_adapter_passes(honest: tuple[Path, Any]) -> None:
+    vet_adapter(*adapted(honest, rank=2), Limits())
+    vet_adapter(*adapted((honest[0], load(honest[0], dtype=torch.float32)), method="ia3", targets=()), Limits())
+
+
+@pytest.mark.parametrize(
+    ("spec", "limits", "check"),
+    [
+        ({"rank": 17}, Limits(), "rank=17"),
+        ({"rank": 9}, Limits(), "first_rank=9"),
+        ({"rank": 9}, Limits.for_rank(17), "first_rank=9"),
+        ({"slots": ("model.layers.2",), "rank": 2}, Limits(), "strange_slots=1"),
+        ({"method": "lora", "targets": (), "rank": 8}, Limits(adapter_share=0.01), "adapter_share"),
+    ],
+)
+def test_a_wide_adapter_is_refused(honest: tuple[Path, Any], spec: dict[str, Any], limits: Limits, check: str) -> None:
+    model, chosen, slots = adapted(honest, **spec)
+    with pytest.raises(UnsupportedModel, match=f"vetting {check}"):
+        vet_adapter(model, chosen, slots, limits)
+
+
+def test_the_rank_of_a_later_block_may_be_higher(honest: tuple[Path, Any]) -> None:
+    last = Slots.of(honest[1], read_manifest(honest[0])).paths[-1:]
+    vet_adapter(*adapted(honest, rank=9, slots=last), Limits(adapter_share=1.0))
+
+
+# the verdict
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("least", [True, False])
+def test_a_number_that_is_not_finite_never_passes(value: float, least: bool) -> None:
+    check = Check("name", "where", value, 0.0, "why", least=least)
+    with pytest.raises(UnsupportedModel, match="vetting name="):
+        list(passed([check]))
+
+
+def test_the_report_keeps_the_number_nearest_to_its_limit() -> None:
+    checks = [Check("a", "x", 1.0, 10.0, ""), Check("a", "y", 9.0, 10.0, ""), Check("b", "z", 5.0, 1.0, "", least=True)]
+    found = report(passed(checks))
+    assert found.measured == 3
+    assert {check.name: check.where for check in found.checks} == {"a": "y", "b": "z"}
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["measured"] == 3

@@ -1,0 +1,253 @@
+"""A federation in one process: a delivered job, and real sites with ledger, policy, audit log and mailbox behind it."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli.display import PlainDisplay
+from cli.run import Run, simulated_bench
+from cli.simulate import _job
+from client.audit import Audit
+from client.books import LedgerBooks
+from client.jobs import Jobs
+from client.mailbox import Mailbox
+from client.plan import plan_for
+from client.policy import Policy, permit
+from client.preparation import Means
+from client.service import Service, Standing
+from client.site import Site
+from client.workbench import Workbench
+from coordinator.config import read_config
+from coordinator.delivery import Delivery, deliver
+from coordinator.exchange import MemoryExchange
+from privacy.ledger import Ledger
+from privacy.randomness import Randomness
+from protos import codec
+from protos.manifest import JobManifest
+from protos.signed_job import sign_job
+from secagg.journal import FileJournal
+from trust.federation import Federation, Member, sign
+from trust.identity import Identity
+from trust.sealing import SealingKey
+
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+DATASET = "main"
+
+
+@dataclass(frozen=True)
+class World:
+    """One job under one signed federation manifest; its tests must not write into its folders."""
+
+    run: Run
+    manifest: JobManifest
+    bench: Workbench
+    coordinator: Identity
+    identities: dict[str, Identity]
+    sealing: dict[str, SealingKey]
+    federation: Federation
+    depot: Path
+    delivery: Delivery
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.identities))
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """The adapter that the first round starts from."""
+        return self.bench.layout.read(self.bench.model)
+
+    @cached_property
+    def signatures(self) -> dict[str, bytes]:
+        return {site: sign(self.federation, identity) for site, identity in self.identities.items()}
+
+    def offer(self, site: str, manifest: JobManifest | None = None, **changed: Any) -> codec.Offer:
+        """The offer of the job to a site, as the coordinator makes it."""
+        content = (manifest or self.manifest).to_bytes()
+        offer = codec.Offer(
+            manifest=content,
+            manifest_signature=sign_job(self.coordinator, content),
+            owners=tuple(sorted(self.signatures.items())),
+            package=self.delivery.sha256,
+            package_bytes=self.delivery.size,
+            sealed_key=self.delivery.sealed[site],
+        )
+        return replace(offer, **changed)
+
+
+def federation_of(identities: dict[str, Identity], coordinator: Identity, **terms: Any) -> Federation:
+    """A federation manifest; keys that nothing here uses are stand-ins."""
+    members = tuple(
+        Member(site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}")
+        for site, identity in sorted(identities.items())
+    )
+    return Federation(
+        name=terms.get("name", "demo"),
+        epoch=1,
+        previous="",
+        suite=1,
+        n_min=terms.get("n_min", 3),
+        clip=terms.get("clip", 1e6),
+        scale=32,
+        max_epsilon=terms.get("max_epsilon", 8.0),
+        coordinator=coordinator.public.hex(),
+        members=members,
+        created="2026-11-24T12:00:00Z",
+        expires="2027-11-24T12:00:00Z",
+    )
+
+
+def make_world(fed: Path, folder: Path) -> World:
+    """Builds the tiny world's emulator, its job, and the encrypted package."""
+    settings, sha256 = read_config(fed)
+    run = Run.create(settings, sha256, folder / "run")
+    manifest = _job(run, PlainDisplay()).manifest
+    names = [site for site, _ in manifest.roster]
+    identities = {name: Identity.from_bytes((run.store.site(name) / "identity.key").read_bytes()) for name in names}
+    sealing, coordinator = {name: SealingKey.generate(1) for name in names}, Identity.generate()
+    federation = federation_of(
+        identities,
+        coordinator,
+        name=manifest.federation,
+        n_min=manifest.n_min,
+        max_epsilon=manifest.privacy.epsilon,
+        sealing={name: key.public.hex() for name, key in sealing.items()},
+    )
+    delivery = deliver(run.store.package, folder / "depot", manifest, federation, folder / "delivery.json")
+    bench = simulated_bench(run, manifest)
+    return World(run, manifest, bench, coordinator, identities, sealing, federation, folder / "depot", delivery)
+
+
+def policy_for(folder: Path, **changed: Any) -> Policy:
+    """A policy that permits the tiny world's job."""
+    path = folder / "policy.toml"
+    path.write_text(Policy.template())
+    permitted = replace(
+        Policy.read(path), models=("any",), methods=("any",), approval="automatic", epsilon_cap=60.0, delta_cap=1e-2
+    )
+    return replace(permitted, **changed)
+
+
+@dataclass
+class RunningSite:
+    """One site from its folder; made again with the same folder, it is the site after a restart.
+
+    Attributes:
+      accountant: of the ledger; `rdp` is the quick one.
+      opened: manifests that this site was opened for.
+      package: folder of a package that is already here, instead of fetching it from the depot.
+    """
+
+    world: World
+    name: str
+    folder: Path
+    policy: dict[str, Any] = field(default_factory=dict)
+    package: Path | None = None
+    fetch: Callable[..., Path] | None = None
+    accountant: str = "rdp"
+    opened: list[JobManifest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rules = policy_for(self.folder, **self.policy)
+        self.jobs, self.audit = Jobs(self.folder / "jobs"), Audit(self.folder / "audit.jsonl")
+        self.ledger = Ledger(
+            self.folder / "ledger.jsonl",
+            dataset=DATASET,
+            epsilon_cap=self.rules.epsilon_cap,
+            delta=self.rules.delta_cap,
+            accountant=self.accountant,
+        )
+        packages = self.folder / "packages"
+        if self.package is not None and not (packages / self.world.manifest.emulator).exists():
+            packages.mkdir()
+            (packages / self.world.manifest.emulator).symlink_to(self.package)
+        means = Means(packages, self.world.sealing[self.name], self.fetch or self._fetch, self._open)
+        self.refused: list[str] = []
+        self.service = Service(
+            Standing(
+                name=self.name,
+                dataset=DATASET,
+                federation=self.world.federation,
+                signature=self.world.signatures[self.name],
+                coordinator=self.world.coordinator.public,
+                policy=self.rules,
+                jobs=self.jobs,
+                ledger=self.ledger,
+                audit=self.audit,
+                means=means,
+                permit=self._permit,
+                clock=lambda: NOW,
+            )
+        )
+        self.mailbox = Mailbox(
+            self.name,
+            self.world.identities[self.name],
+            coordinator=self.world.coordinator.public,
+            federation=self.world.federation.digest(),
+            memory=self.folder / "letters.json",
+            handle=self.service.handle,
+            on_refused=self.refused.append,
+        )
+
+    def ask(self, stage: str, message: codec.Message) -> codec.Message:
+        """The answer to a stage, without a letter around it."""
+        return codec.decode(self.service.handle(stage, codec.encode(message)))
+
+    def ready(self) -> None:
+        """Has the job offered until the site is ready."""
+        for _ in range(3000):
+            reply = self.ask("offer", self.world.offer(self.name))
+            assert isinstance(reply, codec.OfferReply), reply
+            assert reply.state in ("fetching", "ready"), reply.detail
+            if reply.state == "ready":
+                return
+            time.sleep(0.01)
+        raise AssertionError("the site did not become ready")
+
+    def _permit(self, manifest: JobManifest, package_bytes: int) -> None:
+        permit(self.rules, manifest, now=NOW, free_disk=2**40, package_bytes=package_bytes)
+
+    def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
+        shutil.copyfile(self.world.depot / digest, target)
+        on_bytes(size)
+        return target
+
+    def _open(self, manifest: JobManifest, package: Path) -> Site:
+        self.opened.append(manifest)
+        world, name = self.world, self.name
+        setting = next(site for site in world.run.config.sites if site.name == name)
+        examples = world.run.examples(setting.train, world.bench.tokenizer)
+        return Site(
+            name,
+            manifest=manifest,
+            bench=world.bench,
+            examples=examples,
+            plan=plan_for(manifest, len(examples)),
+            identity=world.identities[name],
+            journal=FileJournal(self.folder / "journal.jsonl"),
+            books=LedgerBooks(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
+            record=self.folder / "rounds.jsonl",
+            noise=lambda training: Randomness.for_simulation(1, "noise", name, training),
+            rounding=lambda training: Randomness.for_simulation(1, "rounding", name, training).uniform,
+        )
+
+
+def open_sites(world: World, folder: Path) -> dict[str, RunningSite]:
+    """All sites of a world, ready for its job without fetching."""
+    sites = {name: RunningSite(world, name, folder / name, package=world.run.store.package) for name in world.sites}
+    for site in sites.values():
+        site.ready()
+    return sites
+
+
+def letters_to(sites: dict[str, RunningSite]) -> MemoryExchange:
+    """Carries letters to the sites' mailboxes."""
+    return MemoryExchange({name: site.mailbox.answer for name, site in sites.items()})

@@ -1,0 +1,94 @@
+"""Stages as Flower records, over Flower's own wire form; and the bundle, which holds no code and is always the same."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Wire
+
+from protos.flower import BUNDLE, SHORT_BYTES, bundle, pack, unpack
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = (0, 1, 3, 255, SHORT_BYTES - 1, SHORT_BYTES, SHORT_BYTES + 1, 3 * SHORT_BYTES + 5)
+
+
+def over_the_wire(record: RecordDict) -> RecordDict:
+    """The record as it arrives at the other end of Flower."""
+    return recorddict_from_proto(Wire.FromString(recorddict_to_proto(record).SerializeToString()))
+
+
+def body(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_stage_comes_back(size: int) -> None:
+    record = pack("masked", body(size))
+    assert unpack(over_the_wire(record)) == unpack(record) == ("masked", body(size))
+
+
+@pytest.mark.parametrize("special", [b"\0", b"\0" * 70_000, b"\x93NUMPY\x01\x00", b"\xff\xfe"])
+def test_bytes_that_mean_something_to_others_come_back(special: bytes) -> None:
+    assert unpack(over_the_wire(pack("keys", special))) == ("keys", special)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_long_bodies_are_one_array_and_short_ones_none(size: int) -> None:
+    """Flower moves each array with requests of its own, so there must never be more than one."""
+    record = pack("masked", body(size))
+    arrays = [array for one in record.array_records.values() for array in one.values()]
+    assert len(arrays) == (size > SHORT_BYTES)
+    assert all(array.shape == (size,) and array.dtype == "uint8" for array in arrays)
+    assert sum(isinstance(value, bytes) for value in record.config_records["stage"].values()) == (size <= SHORT_BYTES)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict(),
+        RecordDict({"stage": ConfigRecord({"body": b"x"})}),
+        RecordDict({"stage": ConfigRecord({"name": "keys"})}),
+        RecordDict({"stage": ConfigRecord({"name": "keys", "body": "text"})}),
+        RecordDict({"stage": ConfigRecord({"name": "keys"}), "body": ArrayRecord()}),
+        RecordDict({"stage": ArrayRecord()}),
+    ],
+)
+def test_a_record_that_is_no_stage_is_a_key_error(record: RecordDict) -> None:
+    """The executor answers that with an error of Flower's instead of calling the site."""
+    with pytest.raises(KeyError):
+        unpack(record)
+
+
+def test_the_bundle_holds_no_code() -> None:
+    content, digest = bundle()
+    assert digest == hashlib.sha256(content).hexdigest()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
+        project = tomllib.loads(archive.read("pyproject.toml").decode())
+        listed = archive.read(".info/CONTENT").decode().splitlines()
+    assert project == tomllib.loads(BUNDLE.decode())
+    assert project["project"]["dependencies"] == []
+    assert len(listed) == 1
+    assert listed[0].split(",")[:2] == ["pyproject.toml", hashlib.sha256(BUNDLE).hexdigest()]
+
+
+def test_the_bundle_is_the_same_in_another_process_and_time_zone() -> None:
+    code = "from protos.flower import bundle; import sys; sys.stdout.write(bundle()[1])"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONHASHSEED": "77", "TZ": "Pacific/Chatham", "PATH": "", "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert process.stdout == bundle()[1]

@@ -1,0 +1,267 @@
+"""The lock in front of Flower's programs: what answers without the secret, asked for in every spelling of a path."""
+
+import asyncio
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from coordinator.superlink import PUBLIC
+from errors import ConfigError
+from protos.guard import HEADER, VARIABLE, Guard, new_secret, secret_of_environment
+
+SECRET = "5ec4e7" * 10
+PRIVATE = ("/v1/control/start", "/flwr.proto.Runtime/AcquireTask", "/v1/serverappio/x", "/openapi.json", "/docs", "/")
+HEALTH = (b"x-offsite-secret", SECRET.encode())
+
+
+def ask(path: str, *headers: tuple[bytes, bytes], public: tuple[str, ...] = PUBLIC, kind: str = "http") -> Any:
+    """What an application behind the guard was asked, and what was sent back, for one request."""
+    reached: list[str] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope.get("path", scope["type"]))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "path": path, "raw_path": path.encode(), "headers": list(headers)}
+    asyncio.run(Guard(app, SECRET, public)(scope, receive, send))
+    return reached, sent
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/fleet/", "/v1/fleet/register", "/v1/fleet/a/b"])
+def test_public_paths_need_no_secret(path: str) -> None:
+    assert ask(path) == ([path], [])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *PRIVATE,
+        *("/v1/fleet", "/v1/fleetx", "/v1/FLEET/x", "/V1/fleet/x", "v1/fleet/x", "//v1/fleet/x", "/./v1/fleet/x"),
+        *("/health/", "/healthy", "/Health", "/health/../v1/control/start", "/health;x", "/health\0", "/health ", ""),
+        *("/%76%31/fleet/x", "/v1%2ffleet%2fx", "/v1\\fleet\\x", "/x/v1/fleet/y", "http://h/v1/fleet/x"),
+    ],
+)
+def test_everything_else_is_not_there(path: str) -> None:
+    reached, sent = ask(path)
+    assert reached == []
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 404
+    assert sent[1]["body"] == b""
+    assert ask(path, HEALTH)[0] == [path]
+    assert ask("/health", public=())[0] == []
+
+
+WRONG = {
+    "none": [],
+    "empty": [(b"x-offsite-secret", b"")],
+    "shorter": [(b"x-offsite-secret", SECRET[:-1].encode())],
+    "longer": [(b"x-offsite-secret", SECRET.encode() + b"0")],
+    "space": [(b"x-offsite-secret", b" " + SECRET.encode())],
+    "other case": [(b"x-offsite-secret", SECRET.upper().encode())],
+    "not ascii": [(b"x-offsite-secret", "ü".encode())],
+    "twice": [HEALTH, HEALTH],
+    "right and wrong": [HEALTH, (b"x-offsite-secret", b"x")],
+    "wrong and right": [(b"x-offsite-secret", b"x"), HEALTH],
+    "other name": [(b"x-offsite-secre", SECRET.encode()), (b"authorization", SECRET.encode())],
+    "list": [(b"x-offsite-secret", SECRET.encode() + b"," + SECRET.encode())],
+}
+
+
+@pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_secret_that_is_not_exactly_the_one(headers: list[tuple[bytes, bytes]], kind: str) -> None:
+    for path in PRIVATE:
+        reached, sent = ask(path, *headers, kind=kind)
+        assert reached == []
+        assert sent
+
+
+def test_every_other_character_of_the_secret_counts() -> None:
+    for place in range(len(SECRET)):
+        wrong = SECRET[:place] + ("0" if SECRET[place] != "0" else "1") + SECRET[place + 1 :]
+        assert ask("/docs", (b"x-offsite-secret", wrong.encode()))[0] == []
+
+
+def test_a_websocket_is_closed_before_it_is_accepted() -> None:
+    reached, sent = ask("/v1/control/stream", kind="websocket")
+    assert reached == []
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+    assert ask("/v1/control/stream", HEALTH, kind="websocket") == (["/v1/control/stream"], [])
+
+
+def test_start_and_end_of_the_program_pass() -> None:
+    reached: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["type"])
+
+    async def nothing(*_: Any) -> Any:
+        return {}
+
+    asyncio.run(Guard(app, SECRET, ())({"type": "lifespan"}, nothing, nothing))
+    assert reached == ["lifespan"]
+
+
+class Program:
+    """Routes as Flower has them, on a real port behind the guard; keeps the private paths that were reached."""
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+        routes = [
+            Route("/health", self._public),
+            Mount("/v1/fleet", routes=[Route("/ping", self._public, methods=["GET", "POST"])]),
+            Route("/v1/control/start", self._private, methods=["GET", "POST"]),
+            WebSocketRoute("/v1/control/stream", self._socket),
+        ]
+        app = Starlette(routes=routes)
+        app.add_middleware(Guard, secret=SECRET, public=PUBLIC)
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", ws="none")
+        self._server = uvicorn.Server(config)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+        self._thread.start()
+        until = time.monotonic() + 10
+        while not self._server.started and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def raw(self, target: str, *lines: str, method: str = "GET") -> int:
+        """The status that a request gets whose target is sent as it stands here."""
+        head = [f"{method} {target} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 0", *lines]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+            wire.sendall("\r\n".join([*head, "", ""]).encode())
+            answer = b""
+            while b"\r\n" not in answer and (piece := wire.recv(4096)):
+                answer += piece
+        return int(answer.split()[1])
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._listener.close()
+
+    async def _public(self, request: Request) -> PlainTextResponse:
+        return PlainTextResponse("public")
+
+    async def _private(self, request: Request) -> PlainTextResponse:
+        self.reached.append(request.url.path)
+        return PlainTextResponse("private")
+
+    async def _socket(self, socket: WebSocket) -> None:
+        self.reached.append("socket")
+        await socket.close()
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    made = Program()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def test_over_http_only_what_peers_need_answers(program: Program) -> None:
+    program.reached.clear()
+    assert program.raw("/health") == program.raw("/v1/fleet/ping") == program.raw("/v1/fleet/ping?x=../..") == 200
+    for method in ("GET", "POST", "PUT", "HEAD", "OPTIONS", "TRACE", "start"):
+        assert program.raw("/v1/control/start", method=method) in (400, 404)
+    assert program.reached == []
+    assert program.raw("/v1/control/start", f"{HEADER}: {SECRET}") == 200
+    assert program.raw("/v1/control/start", f"{HEADER.upper()}:   {SECRET}", method="POST") == 200
+    assert program.reached == ["/v1/control/start"] * 2
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/fleet/../control/start",
+        "/v1/fleet/%2e%2e/control/start",
+        "/v1/fleet/%2E%2E%2Fcontrol%2Fstart",
+        "/v1/fleet/..%2f..%2fv1/control/start",
+        "/v1/fleet/x/../../../v1/control/start",
+        "/v1/fleet//../control/start",
+        "/v1/fleet/..;/control/start",
+        "/v1/fleet/..%5ccontrol/start",
+        "/v1/fleet/%252e%252e/control/start",
+        "/v1/fleet/%00/../../v1/control/start",
+        "/v1/./control/start",
+        "/v1/control//start",
+        "//v1/control/start",
+        "/%76%31/control/start",
+        "/v1/control/start/",
+        "/v1/control/start?/v1/fleet/",
+        "/v1/control/start#/v1/fleet/",
+        "http://x/v1/control/start",
+        "http://x/v1/fleet/../control/start",
+        "/health/../v1/control/start",
+        "/health%2f..%2fv1/control/start",
+    ],
+)
+def test_no_spelling_of_a_path_reaches_what_is_private(program: Program, target: str) -> None:
+    program.reached.clear()
+    for lines in ((), (f"{HEADER}: wrong",), ("X-Forwarded-Prefix: /v1/fleet", "X-Original-URL: /health")):
+        assert program.raw(target, *lines) != 200
+        assert program.raw(target, *lines, method="POST") != 200
+    assert program.reached == []
+
+
+def test_headers_that_a_peer_can_send_do_not_open_it(program: Program) -> None:
+    program.reached.clear()
+    for lines in (
+        (f"{HEADER}: {SECRET}", f"{HEADER}: {SECRET}"),
+        (f"{HEADER}: {SECRET}", f"{HEADER}: x"),
+        (f"{HEADER}: {SECRET}, {SECRET}",),
+        (f"{HEADER.replace('-', '_')}: {SECRET}",),
+        (f"Cookie: {HEADER}={SECRET}",),
+        ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: x"),
+    ):
+        assert program.raw("/v1/control/start", *lines) in (400, 404)
+        assert program.raw(f"/v1/control/start?{HEADER}={SECRET}") == 404
+    assert program.reached == []
+
+
+def test_a_secret_lies_in_a_file_that_only_its_user_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "guard"
+    previous = os.umask(0)
+    try:
+        first = new_secret(path)
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(bytes.fromhex(first)) == 32
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert secret_of_environment() == first
+    assert new_secret(path) != first == first.lower()
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(ConfigError, match=f"{VARIABLE}: not set"):
+        secret_of_environment()
+
+
+def test_a_link_that_waits_where_the_secret_goes_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.write_text("kept")
+    (tmp_path / "guard").symlink_to(target)
+    secret = new_secret(tmp_path / "guard")
+    assert target.read_text() == "kept"
+    assert not (tmp_path / "guard").is_symlink()
+    assert (tmp_path / "guard").read_text() == secret

@@ -1,0 +1,135 @@
+"""Letters: every changed or missing byte, another sender, recipient, key, federation, stage or number is refused."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import MalformedMessage, OffsiteError, ProtocolViolation
+from protos import codec, letters
+from trust.identity import Identity
+
+IDENTITY, STRANGER = Identity.from_bytes(bytes(32)), Identity.from_bytes(bytes([1]) * 32)
+FEDERATION = bytes(range(32))
+TERMS = {"sender": "ash", "recipient": letters.COORDINATOR, "stage": "keys", "number": 7, "body": b"body"}
+LETTER = letters.write(IDENTITY, FEDERATION, **TERMS)
+
+
+def read(data: bytes, **changed: object) -> codec.Letter:
+    expected: dict[str, object] = {"sender": "ash", "key": IDENTITY.public, "recipient": letters.COORDINATOR}
+    return letters.read(data, **({"federation": FEDERATION} | expected | changed))
+
+
+@settings(max_examples=60)
+@given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8), st.integers(0, 2**64 - 1), st.binary(max_size=99))
+def test_a_letter_says_what_was_written(sender: str, recipient: str, stage: str, number: int, body: bytes) -> None:
+    try:
+        data = letters.write(
+            IDENTITY, FEDERATION, sender=sender, recipient=recipient, stage=stage, number=number, body=body
+        )
+    except UnicodeEncodeError:  # a lone surrogate is no text
+        return
+    letter = read(data, sender=sender, recipient=recipient)
+    found = (letter.sender, letter.recipient, letter.stage, letter.number, letter.body)
+    assert found == (sender, recipient, stage, number, body)
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    assert read(LETTER).body == b"body"
+    for place in range(8 * len(LETTER)):
+        altered = bytearray(LETTER)
+        altered[place // 8] ^= 1 << place % 8
+        with pytest.raises(OffsiteError):
+            read(bytes(altered))
+
+
+def test_every_truncation_and_every_byte_more_is_refused() -> None:
+    for length in range(len(LETTER)):
+        with pytest.raises(OffsiteError):
+            read(LETTER[:length])
+    for byte in range(256):
+        for longer in (LETTER + bytes([byte]), bytes([byte]) + LETTER):
+            with pytest.raises(MalformedMessage):
+                read(longer)
+
+
+def test_two_letters_in_one_are_refused() -> None:
+    """Protobuf merges concatenated messages, so that the last signature would stand under fields of both."""
+    other = letters.write(IDENTITY, FEDERATION, **(TERMS | {"number": 8}))
+    for pair in (LETTER + LETTER, LETTER + other, other + LETTER):
+        with pytest.raises(MalformedMessage):
+            read(pair)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"sender": "birch"}, "sender='ash': 'birch' was expected"),
+        ({"sender": letters.COORDINATOR}, "sender='ash'"),
+        ({"recipient": "birch"}, "recipient='coordinator': 'birch'"),
+        ({"federation": bytes(32)}, "federation='000102030405'"),
+        ({"federation": FEDERATION[:31] + b"x"}, "later digits"),
+        ({"key": STRANGER.public}, "did not sign"),
+        ({"key": b"no key"}, "did not sign"),
+    ],
+)
+def test_a_letter_read_where_it_does_not_belong(changed: dict[str, object], match: str) -> None:
+    with pytest.raises(ProtocolViolation, match=match):
+        read(LETTER, **changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"stage": "masked"}, {"number": 8}, {"number": 0}, {"body": b"bodY"}, {"body": b""}, {"sender": "elm"}],
+    ids=str,
+)
+def test_the_signature_covers_stage_number_and_body(changed: dict[str, object]) -> None:
+    """Fields of one letter under the signature of another, which is what somebody in the middle can write."""
+    signature = codec.decode_letter(LETTER).signature
+    fields = TERMS | changed
+    forged = codec.Letter(
+        FEDERATION, *(fields[name] for name in ("sender", "recipient", "stage", "number", "body")), signature
+    )
+    with pytest.raises(ProtocolViolation, match="did not sign"):
+        read(codec.encode_letter(forged), sender=fields["sender"])
+
+
+def test_a_letter_is_no_answer_to_its_own_writer() -> None:
+    """The coordinator's letter sent back to it, or a site's to the site, is not one from the other side."""
+    down = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": letters.COORDINATOR, "recipient": "ash"}))
+    with pytest.raises(ProtocolViolation, match="sender"):
+        read(down)
+    with pytest.raises(ProtocolViolation, match="recipient"):
+        read(down, sender=letters.COORDINATOR)
+
+
+def test_where_one_field_ends_and_the_next_begins_is_signed() -> None:
+    """`ab` + `c` and `a` + `bc` are different letters with different signatures."""
+    one = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "ab", "recipient": "c"}))
+    two = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "a", "recipient": "bc"}))
+    moved = codec.decode_letter(one)
+    assert moved.signature != codec.decode_letter(two).signature
+    forged = codec.Letter(FEDERATION, "a", "bc", moved.stage, moved.number, moved.body, moved.signature)
+    with pytest.raises(ProtocolViolation, match="did not sign"):
+        read(codec.encode_letter(forged), sender="a", recipient="bc")
+
+
+def test_a_signature_over_something_else_of_the_same_bytes_is_refused() -> None:
+    """An identity also signs manifests and aggregation messages; the label keeps those from being letters."""
+    letter = codec.decode_letter(LETTER)
+    for signature in (IDENTITY.sign(letter.body), IDENTITY.sign(LETTER), IDENTITY.sign(FEDERATION), b"", bytes(64)):
+        forged = codec.Letter(
+            FEDERATION, letter.sender, letter.recipient, letter.stage, letter.number, letter.body, signature
+        )
+        with pytest.raises(ProtocolViolation, match="did not sign"):
+            read(codec.encode_letter(forged))
+
+
+def test_another_version_says_what_to_do() -> None:
+    with pytest.raises(MalformedMessage, match="version=2: this side speaks 1"):
+        read(b"\x08\x02" + LETTER[2:])
+
+
+def test_oversize_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_BYTES", len(LETTER) - 1)
+    with pytest.raises(MalformedMessage, match="above the limit"):
+        read(LETTER)
