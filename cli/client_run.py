@@ -16,6 +16,7 @@ from cli.client import app
 from cli.confirm import warn_of_expiry
 from client.installation import SETTINGS, Installation
 from errors import DataError
+from trust.files import alone
 
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
@@ -41,18 +42,19 @@ def run(folder: Place) -> None:
 
     installation = open_folder(folder)
     warn_of_expiry(installation.check(now()))
-    opened = Opened.of(installation, now)
-    limit_resources(opened.policy)
-    if installation.settings.simulation_seed is not None:
-        log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
-    stopping = _stop_on_signals()
-    mailbox = opened.mailbox()
-    place = opened.node_place()
-    opened.note("started", f"pid {os.getpid()}")
-    log.info("site %s: connecting to %s", installation.settings.name, place.superlink)
-    with contextlib.suppress(KeyboardInterrupt):
-        Node(place, mailbox.answer, note=opened.note, stopping=lambda: bool(stopping)).run()
-    opened.note("stopped", "by a signal")
+    with alone(installation.state, "a client"):
+        opened = Opened.of(installation, now)
+        limit_resources(opened.policy)
+        if installation.settings.simulation_seed is not None:
+            log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
+        stopping = _stop_on_signals()
+        mailbox = opened.mailbox()
+        place = opened.node_place()
+        opened.note("started", f"pid {os.getpid()}")
+        log.info("site %s: connecting to %s", installation.settings.name, place.superlink)
+        with contextlib.suppress(KeyboardInterrupt):
+            Node(place, mailbox.answer, note=opened.note, stopping=lambda: bool(stopping)).run()
+        opened.note("stopped", "by a signal")
     typer.echo("offsite: stopped; what was spent is in the ledger; start again with the same command", err=True)
     raise typer.Exit(EXIT_STOPPED)
 
@@ -99,7 +101,8 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any]) -> list[str]:
     parameters = sum(_size(shape) for shape in layout["shapes"])
     return [
         f"job        {digest}  ({'approved' if approved else 'not approved'})",
-        f"model      {facts['model']}, task {facts['task']}, emulator {facts['emulator'][:16]}…",
+        f"model      {facts['model']} ({facts['base'][:16]}…), task {facts['task']}, "
+        f"emulator {facts['emulator'][:16]}…, tokenizer {facts['tokenizer'][:16]}…",
         f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",

@@ -4,9 +4,11 @@ import json
 import logging
 import secrets
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,6 +16,10 @@ from rich.console import Console
 from cli.confirm import warn_of_expiry
 from cli.coordinator import app
 from errors import ConfigError, OffsiteError
+from trust.files import alone
+
+if TYPE_CHECKING:  # needs torch, and `status` does not
+    from coordinator.status import Status
 
 EXIT_STOPPED = 143
 log = logging.getLogger("offsite.coordinator")
@@ -49,42 +55,49 @@ def run(
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     home = Home.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
-    store = Store(run_folder(home, sha256, out))
-    status = Status(home.folder / "status.json", now)
     texts = read(Path(settings.data.public), reader=settings.data.reader or None, column=settings.data.column or None)
     _interrupt_on_signals()
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
-    setting = Setting(
-        home=home,
-        config=settings,
-        store=store,
-        status=status,
-        texts=texts,
-        nonce=lambda: secrets.token_bytes(32),
-        now=now,
-        on_step=display.step,
-        on_round=lambda line: display.round(line, settings.training.rounds),
-    )
-    try:
-        with display:
+    with alone(home.link, "a coordinator"):
+        setting = Setting(
+            home=home,
+            config=settings,
+            store=Store(run_folder(home, sha256, out)),
+            status=Status(home.folder / "status.json", now),
+            texts=texts,
+            nonce=lambda: secrets.token_bytes(32),
+            now=now,
+            on_step=display.step,
+            on_round=lambda line: display.round(line, settings.training.rounds),
+        )
+        with _ended(setting.status, config), display:
             job, progress = run_job(setting)
-            report = conclude(settings, sha256, store, job, progress)
+            report = conclude(settings, sha256, setting.store, job, progress)
+        setting.status.set("finished", detail=str(setting.store.folder))
+    if as_json:
+        typer.echo(json.dumps(report, allow_nan=False))
+        return
+    typer.echo((setting.store.folder / "report.md").read_text(encoding="utf-8").strip())
+
+
+@contextmanager
+def _ended(status: "Status", config: Path) -> Iterator[None]:
+    """Says in the status how a job ended that did not finish; no state is for ever."""
+    try:
+        yield
     except KeyboardInterrupt:
         status.set("stopped", detail="by a signal", next="run the same command again; it goes on where it was")
         typer.echo(f"offsite: stopped; go on with: offsite coordinator run {config}", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
     except OffsiteError as error:
-        status.set("stopped", detail=str(error), next="mend it and run the same command again; it goes on")
+        with suppress(OffsiteError):  # a full disk may be the reason; what is raised says it
+            status.set("stopped", detail=str(error), next="mend it and run the same command again; it goes on")
         raise
     except BaseException as error:
-        status.set("failed", detail=type(error).__name__, next="a bug; see the log, and run the same command again")
+        with suppress(OffsiteError):
+            status.set("failed", detail=type(error).__name__, next="a bug; see the log, and run the same command again")
         raise
-    status.set("finished", detail=str(store.folder))
-    if as_json:
-        typer.echo(json.dumps(report, allow_nan=False))
-        return
-    typer.echo((store.folder / "report.md").read_text(encoding="utf-8").strip())
 
 
 @app.command()

@@ -13,7 +13,7 @@ from client.audit import Audit
 from client.books import ledger_name
 from client.jobs import Jobs
 from client.policy import Policy, permit_now
-from client.preparation import READY, Means, Preparation
+from client.preparation import READY, REFUSED, Means, Preparation
 from client.site import answer
 from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted
 from privacy.ledger import Ledger
@@ -110,6 +110,8 @@ class Service:
             return self._sent[stage][1]
         if stage == "train":
             permit_now(self._standing.policy, self._standing.clock())
+            if not self._approved(preparation.manifest):
+                raise PolicyRefusal(f"job={preparation.manifest.digest().hex()[:12]}: its owner has not approved it")
             self._sent.clear()
         reply = answer(preparation.site, stage, body)
         if stage in _RESENT and not isinstance(codec.decode(reply), codec.Refusal):
@@ -131,14 +133,21 @@ class Service:
             standing.jobs.keep(offer.manifest, offer.manifest_signature, digest)
             self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
         standing.permit(manifest, offer.package_bytes)
-        if standing.policy.approval == "manual" and digest not in standing.jobs.approved():
-            return self._reply(WAITING, f"the data owner has not approved job {digest[:12]} yet")
-        return self._prepare(offer, manifest)
+        reply = self._prepare(offer, manifest)
+        if reply.state == REFUSED or self._approved(manifest):
+            return reply
+        # fetched and vetted meanwhile, so that the owner can try it before approving it
+        return self._reply(WAITING, f"the data owner has not approved job {digest[:12]} yet", reply.fetched)
+
+    def _approved(self, manifest: JobManifest) -> bool:
+        """Says whether a job may train now; an approval that its owner took back does not count any more."""
+        standing = self._standing
+        return standing.policy.approval == "automatic" or manifest.digest().hex() in standing.jobs.approved()
 
     def _prepare(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
         preparation = self._preparation
         known = preparation is not None and preparation.manifest == manifest
-        if preparation is None or not known or preparation.state == "refused":
+        if preparation is None or not known or preparation.state == REFUSED:
             if preparation is not None and known:
                 self._preparation = None  # it is told once, and tried again with the next offer
                 return self._reply(preparation.state, preparation.detail)

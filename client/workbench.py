@@ -10,6 +10,7 @@ import torch
 from adapter.layout import Layout
 from adapter.methods import attach
 from emulator import package
+from emulator.files import tokenizer_sha256
 from emulator.verdict import Limits, Vetting
 from emulator.vet import Slots, vet, vet_adapter
 from errors import DigestMismatch, RangeError, lookup
@@ -71,13 +72,17 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
     task = lookup(TASKS, manifest.task, "task")
     model = package.load(folder, dtype=torch.float32, expected_digest=manifest.emulator)
     facts = package.read_manifest(folder, expected_digest=manifest.emulator)
+    if (found := tokenizer_sha256(facts.files)) != manifest.tokenizer:
+        raise DigestMismatch(
+            f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"
+        )
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     model = attach(model, manifest.adapter)
     narrow = vet_adapter(model, manifest.adapter, slots, limits)
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():
         raise DigestMismatch(
-            f"layout={layout.digest().hex()[:12]}: the adapter on this emulator is not the one of the job manifest; "
-            "install the same release on both sides"
+            f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
+            "its recipe gives another adapter on this emulator; install the same release on both sides"
         )
     return Workbench(model, task, layout, task.load_tokenizer(folder), (vetted, narrow), limits.adapter_peak)

@@ -20,6 +20,7 @@ from coordinator.config import FedConfig
 from coordinator.evaluate import Score, score, spread
 from emulator import package
 from emulator.fidelity import check_gate, gradient_cosine
+from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
 from emulator.manifest import Manifest
 from errors import DataError, DigestMismatch, lookup
@@ -201,10 +202,16 @@ def reopen(
     package_facts = package.read_manifest(folder)
     full = attach(task.load(config.model.path, dtype=torch.float32), manifest.adapter)
     layout = Layout.of(full)
-    if package_facts.digest() != manifest.emulator or layout.digest() != manifest.layout.digest():
-        raise DigestMismatch(
-            f"run={str(folder.parent)!r}: emulator package or model is not the one this run began with; start a new run"
-        )
+    for what, found, expected in (
+        ("model", model_sha256(Path(config.model.path)), manifest.base),
+        ("emulator", package_facts.digest(), manifest.emulator),
+        ("layout", layout.digest().hex(), manifest.layout.digest().hex()),
+    ):
+        if found != expected:
+            raise DigestMismatch(
+                f"{what}={found[:16]}: run {str(folder.parent)!r} began with {expected[:16]}; put that one back, or "
+                "start a new run"
+            )
     zero_shot = {name: Score(**one) for name, one in facts["zero_shot"].items()}
     cosine = float(facts["gradient_cosine"])
     return Job(manifest, package_facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
@@ -268,6 +275,8 @@ def _manifest(
         n_min=federation.n_min,
         task=config.model.task,
         emulator=facts.digest(),
+        base=model_sha256(Path(config.model.path)),
+        tokenizer=tokenizer_sha256(facts.files),
         adapter=spec,
         layout=layout,
         length=config.data.length,

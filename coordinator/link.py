@@ -12,8 +12,16 @@ from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.common.constant import Status
 from flwr.common.serde import fab_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -204,6 +212,9 @@ class Link:
             for site, key in self._keys.items():
                 if key not in known:
                     control.RegisterNode(RegisterNodeRequest(public_key=key, name=site))
+            for run_id, run in control.ListRuns(ListRunsRequest()).run_dict.items():
+                if run.status.status != Status.FINISHED:  # a killed coordinator's, whose messages nodes still take
+                    control.StopRun(StopRunRequest(run_id=run_id))
             content, digest = bundle()
             self._run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
         finally:

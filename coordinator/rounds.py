@@ -1,17 +1,17 @@
 """One round, top to bottom: train, sum without seeing, and hand back the mean update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from coordinator.exchange import Conversation, Exchange, Refused, Traffic
-from errors import OffsiteError, TooFewSurvivors
+from errors import OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
 from protos import codec
 from protos.manifest import JobManifest
 from protos.terms import adapter_digest, terms_of
-from secagg.collector import Collector
+from secagg.collector import Collector, Sum
 from secagg.messages import Signed
 
 
@@ -83,7 +83,7 @@ def run_round(
     # 1 train: sites train on emulator + adapter and keep their update
     request = codec.TrainRequest(manifest.digest(), plan.number, adapter)
     ready = talk.ask("train", dict.fromkeys(plan.cohort, request), codec.TrainReply)
-    _enough(manifest, ready, talk, "training")
+    _enough(ready, manifest.n_min, talk, "train")
 
     # 2 keys: late roster, only those who finished are invited
     opening = codec.KeysRequest(
@@ -93,11 +93,13 @@ def run_round(
     collector = Collector(terms)
     keys = talk.ask("keys", dict.fromkeys(ready, opening), codec.SignedBatch)
     _collect(talk, "keys", keys, collector.add_keys)
+    _enough(_alive(keys, talk), terms.fewest, talk, "keys")
 
     # 3 shares: every member seals shares of its two secrets to its peers
     roster = _batch(collector.roster())
     sealed = talk.ask("shares", dict.fromkeys(_alive(keys, talk), roster), codec.SignedBatch)
     _collect(talk, "shares", sealed, collector.add_shares)
+    _enough(_alive(sealed, talk), terms.fewest, talk, "shares")
 
     # 4 masked: the update leaves the site, hidden; from here on it is spent
     inboxes = {site: _batch(collector.inbox(site)) for site in _alive(sealed, talk)}
@@ -106,18 +108,21 @@ def run_round(
     for site, reply in uploads.items():
         on_ledger(site, reply.ledger)
         _guard(talk, site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
+    _enough(_alive(uploads, talk), terms.fewest, talk, "masked")
 
     # 5 survivors: all sign one list, so that no two cohorts can be opened
     announcement = codec.Announcement(collector.announcement())
     agreed = talk.ask("survivors", dict.fromkeys(_alive(uploads, talk), announcement), codec.SignedBatch)
     _collect(talk, "survivors", agreed, collector.add_survivors)
+    _enough(_alive(agreed, talk), terms.threshold, talk, "survivors")
 
     # 6 unmask: one share per peer, of one kind
     signatures = _batch(collector.signatures())
     shares = talk.ask("unmask", dict.fromkeys(_alive(agreed, talk), signatures), codec.SignedBatch)
     _collect(talk, "unmask", shares, collector.add_unmask)
+    _enough(_alive(shares, talk), terms.threshold, talk, "unmask")
 
-    total = collector.sum()
+    total = _sum(collector)
     return RoundResult(
         update=total.decoded / len(total.members),
         members=total.members,
@@ -134,12 +139,18 @@ def tell_abort(exchange: Exchange, cohort: tuple[str, ...], reason: str) -> None
     Conversation(exchange).ask("abort", dict.fromkeys(cohort, codec.Notice("abort", reason)), codec.Notice)
 
 
-def _enough(manifest: JobManifest, ready: dict[str, codec.TrainReply], talk: Conversation, stage: str) -> None:
-    if len(ready) < manifest.n_min:
+def _enough(alive: Collection[str], needed: int, talk: Conversation, stage: str) -> None:
+    if len(alive) < needed:
         first = f"; first refusal: {talk.refused[0].site}: {talk.refused[0].reason}" if talk.refused else ""
-        raise TooFewSurvivors(
-            f"sites={len(ready)} after {stage}: n_min={manifest.n_min} are needed to open a sum{first}"
-        )
+        raise TooFewSurvivors(f"sites={len(alive)} after {stage}: {needed} are needed to open a sum{first}")
+
+
+def _sum(collector: Collector) -> Sum:
+    """Opens the sum; a site that cheated so that it does not open costs the attempt, not the job."""
+    try:
+        return collector.sum()
+    except (ProtocolViolation, RangeError) as error:
+        raise TooFewSurvivors(f"sum does not open: {error}") from error
 
 
 def _collect(

@@ -26,8 +26,9 @@ class Status:
         self._facts: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "sites": {}, "round": 0}
 
     def set(self, state: str, **facts: Any) -> None:
-        """Says what is being done; facts stay until they are set again."""
-        self._facts |= {"state": state, **facts}
+        """Says what is being done; facts stay until they are set again, but after an end nothing is awaited."""
+        ended = {"awaited": []} if state in ENDED else {}
+        self._facts |= {"state": state, **ended, **facts}
         self._write()
 
     def site(self, name: str, state: str, detail: str, fetched: int) -> None:

@@ -61,12 +61,11 @@ def activation_checks(
     """
     inputs = random_inputs(model, generator)
     slots, tower = slot_paths(model, manifest.geometry)
-    with torch.no_grad():
-        output, seen = _run(model, inputs, blocks)
-        yield from _block_checks(seen, limits)
-        yield from _output_checks(output, limits)
-        if "pixel_values" not in inputs:
-            yield from _context_checks(model, inputs, tower[-1], limits, generator)
+    output, seen = _run(model, inputs, blocks)
+    yield from _block_checks(seen, limits)
+    yield from _output_checks(output, limits)
+    if "pixel_values" not in inputs:
+        yield from _context_checks(model, inputs, tower[-1], limits)
     yield from gradient_checks(
         _passes(model, inputs, slots, generator, logits=manifest.auto != "encoder"),
         limits,
@@ -136,9 +135,7 @@ def _output_checks(output: Tensor, limits: Limits) -> Iterator[Check]:
         yield Check("sureness", "output", sure, limits.sureness, "it is sure of noise, and its gradients are one-hot")
 
 
-def _context_checks(
-    model: nn.Module, inputs: Inputs, last: str, limits: Limits, generator: torch.Generator
-) -> Iterator[Check]:
+def _context_checks(model: nn.Module, inputs: Inputs, last: str, limits: Limits) -> Iterator[Check]:
     """Changes the first half of the tokens: what stands for the unchanged half must move."""
     half = {name: ids.shape[1] // 2 for name, ids in inputs.items()}
     other = {name: torch.cat([ids.flip(0)[:, : half[name]], ids[:, half[name] :]], 1) for name, ids in inputs.items()}
@@ -163,7 +160,8 @@ def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, d
 
     handles = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in blocks]
     try:
-        output = _call(model, inputs)
+        with torch.no_grad():  # not around a yield, where it would reach whoever takes the checks
+            output = _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emulator.manifest import MANIFEST, FileEntry
+from emulator.manifest import CONFIG, MANIFEST, FileEntry
 from errors import ConfigError, DataError, DigestMismatch
 
 # What transformers may read to build a tokenizer; nothing else is copied from the model's folder.
@@ -97,6 +97,17 @@ def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
             raise DigestMismatch(f"file={name!r} is not the one its manifest announces; fetch the package again")
 
 
+def tokenizer_sha256(announced: Mapping[str, FileEntry]) -> str:
+    """Returns the SHA-256 over the tokenizer's files of a package, by name and hash, 64 hexadecimal digits."""
+    return _together({name: entry.sha256 for name, entry in announced.items() if name in TOKENIZER_FILES})
+
+
+def model_sha256(folder: Path) -> str:
+    """Returns the SHA-256 over a model folder's configuration and weights, by name and hash, 64 hexadecimal digits."""
+    paths = [*folder.glob("*.safetensors"), folder / CONFIG]
+    return _together({path.name: _sha256(path) for path in paths if path.is_file()})
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """Returns the SHA-256 of a contiguous tensor's bytes, 64 hexadecimal digits."""
     content = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -112,6 +123,10 @@ def check_tensors(pieces: Mapping[str, Tensor], announced: Mapping[str, str]) ->
     for name, piece in pieces.items():
         if tensor_sha256(piece) != announced[name]:
             raise DigestMismatch(f"tensor={name} is not the one its manifest announces; fetch the package again")
+
+
+def _together(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,11 +1,13 @@
 """From a model to a configuration that names no code, and back to an empty model of the same structure."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -39,6 +41,11 @@ AUTO: dict[str, Any] = {
 UNSAFE = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
 
 
+MOST_MODULES = 100_000  # the largest models, of hundreds of experts in each block, have some tens of thousands
+_HARMLESS = ("theta", "window", "seed")  # no table is as long as these say
+MOST_ENTRIES = 1 << 26  # the longest positions are some ten millions, the largest vocabularies a million
+
+
 def config_text(model: nn.Module) -> str:
     """Returns the configuration of a transformers model as JSON, without anything that names code or a path.
 
@@ -66,12 +73,13 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
       dtype: floating dtype of the parameters.
 
     Raises:
-      MalformedMessage: the configuration does not parse, names code, or is of an unknown model type.
+      MalformedMessage: the configuration does not parse, names code, is of an unknown model type, or asks for a model
+        that no honest one is as large as.
       UnknownName: the key is not in `AUTO`.
     """
     kind = lookup(AUTO, auto, "auto")
     config = _parse_config(text)
-    with no_init_weights():
+    with no_init_weights(), _at_most(MOST_MODULES):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()  # the context above turns tying off together with initialisation
     model.config.use_cache = False
@@ -138,7 +146,7 @@ def _facts(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
 def _parse_config(text: str) -> Any:
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"config.json: not JSON ({error}); build the package again") from error
     if not isinstance(document, dict) or document != _without_unsafe(document):
         raise MalformedMessage(f"config.json: none of {', '.join(UNSAFE)} may stand in it; refuse this package")
@@ -146,7 +154,40 @@ def _parse_config(text: str) -> Any:
         raise MalformedMessage(
             f"model_type={document.get('model_type')!r} is not known to the installed transformers; update it"
         )
+    _check_numbers(document)
     return CONFIG_MAPPING[document["model_type"]].from_dict(document)
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Stops a configuration that asks for millions of blocks while they are built."""
+    left = modules
+
+    def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MalformedMessage(f"config.json asks for over {modules} modules; refuse this package")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        raise MalformedMessage("config.json asks for more memory than there is; refuse this package") from error
+    finally:
+        handle.remove()
+
+
+def _check_numbers(value: Any, key: str = "") -> None:
+    """Refuses whole numbers that would make transformers compute tables of any size before a tensor is compared."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_numbers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            _check_numbers(item, key)
+    elif type(value) is int and abs(value) > MOST_ENTRIES and not any(part in key for part in _HARMLESS):
+        raise MalformedMessage(f"config {key}={value}: no honest model has over {MOST_ENTRIES}; refuse this package")
 
 
 def _without_unsafe(value: Any) -> Any:

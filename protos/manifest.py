@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from adapter.layout import Layout
 from adapter.spec import AdapterSpec
 from errors import ConfigError, MalformedMessage
+from trust import canonical
+from trust.federation import MOST_SITES
+from trust.identity import KEY_BYTES
 
-FORMAT = 1
+FORMAT, MAX_BYTES = 1, 1 << 24
+DIGEST_BYTES = 32
+_MANY = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class JobManifest:
       n_min: smallest number of sites whose sum may be opened.
       task: name in `task.TASKS`.
       emulator: SHA-256 of the emulator package's manifest, hexadecimal.
+      base: SHA-256 over the full model's configuration and weights, hexadecimal; only the coordinator can check it.
+      tokenizer: SHA-256 over the tokenizer's files, hexadecimal.
       adapter: what is trained, and where.
       layout: names and shapes of the trained tensors, as `Layout.to_dict()`.
       length: tokens in a record.
@@ -66,6 +73,8 @@ class JobManifest:
     n_min: int
     task: str
     emulator: str
+    base: str
+    tokenizer: str
     adapter: AdapterSpec
     layout: Layout
     length: int
@@ -113,8 +122,11 @@ class JobManifest:
         """Reads a manifest strictly.
 
         Raises:
-          MalformedMessage: not JSON, another format, missing or unknown fields, or not in canonical form.
+          MalformedMessage: not JSON, another format, missing or unknown fields, not in canonical form, or a field of
+            another type or out of its range.
         """
+        if len(data) > MAX_BYTES:
+            raise MalformedMessage(f"job manifest has {len(data)} bytes; at most {MAX_BYTES} are read; refuse the job")
         try:
             content = json.loads(data)
             if content.pop("format") != FORMAT:
@@ -125,8 +137,35 @@ class JobManifest:
             content["layout"] = Layout.from_dict(content["layout"])
             content["privacy"] = PrivacyTerms(**content["privacy"])
             manifest = cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+            same = manifest.to_bytes() == data
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigError, RecursionError) as error:
             raise MalformedMessage(f"job manifest does not parse ({type(error).__name__}); ask for it again") from error
-        if manifest.to_bytes() != data:
+        if not same:
             raise MalformedMessage("job manifest is not in canonical form; was it altered on the way")
+        _check(manifest)
         return manifest
+
+
+def _check(manifest: JobManifest) -> None:
+    """Checks types and ranges of everything that is not checked by a class of its own."""
+    terms = manifest.privacy
+    for name in ("federation", "task", "split", "model", "release"):
+        canonical.text(getattr(manifest, name), f"job {name}", limit=1 << 10)
+    for name in ("emulator", "base", "tokenizer"):
+        canonical.hexadecimal(getattr(manifest, name), f"job {name}", size=DIGEST_BYTES)
+    canonical.hexadecimal(manifest.identifier, "job identifier")
+    canonical.text(terms.accountant, "job accountant", limit=1 << 10)
+    for name, lowest in (("epoch", 0), ("rounds", 1), ("local_steps", 1), ("length", 1), ("physical_batch", 1)):
+        canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=_MANY)
+    canonical.whole(manifest.spare_rounds, "job spare_rounds", lowest=0, highest=_MANY)
+    canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MOST_SITES)
+    canonical.whole(terms.batch, "job batch", lowest=1, highest=_MANY)
+    if type(terms.private) is not bool or len(manifest.roster) > MOST_SITES or len(manifest.metrics) > MOST_SITES:
+        raise MalformedMessage("job private, roster or metrics: not what this release knows; refuse the job")
+    for name in ("learning_rate", "update_bound", "deadline"):
+        canonical.positive(getattr(manifest, name), f"job {name}")
+    canonical.positive(terms.epsilon, "job epsilon")
+    canonical.positive(terms.max_grad_norm, "job max_grad_norm")
+    for site, key in manifest.roster:
+        canonical.text(site, "job roster", limit=1 << 10)
+        canonical.hexadecimal(key, "job roster", size=KEY_BYTES)

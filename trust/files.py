@@ -1,13 +1,34 @@
 """Files of keys and pins: written whole or not at all, and private ones for their owner's eyes only."""
 
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from errors import ConfigError, DataError, Untrusted
 
 PRIVATE, PUBLIC = 0o600, 0o644
 _OTHERS = 0o077
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder for one running process; it is free again when that process is gone, however it ended.
+
+    Raises:
+      ConfigError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"folder={str(folder)!r}: {what} runs here already; stop that one first") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_private(folder: Path) -> None:

@@ -35,6 +35,8 @@ JOB = JobManifest(
     n_min=3,
     task="causal_lm",
     emulator="e1" * 32,
+    base="b1" * 32,
+    tokenizer="71" * 32,
     adapter=AdapterSpec("ffa_lora", rank=2, slots=("h.0", "h.1")),
     layout=LAYOUT,
     length=32,

@@ -27,6 +27,8 @@ JOB = JobManifest(
     n_min=3,
     task="causal_lm",
     emulator="e1" * 32,
+    base="b1" * 32,
+    tokenizer="71" * 32,
     adapter=AdapterSpec("ffa_lora", rank=8, slots=("h.0",)),
     layout=Layout(("h.0.lora_B",), ((3, 8),)),
     length=32,

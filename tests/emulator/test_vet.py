@@ -364,3 +364,20 @@ def test_the_report_keeps_the_number_nearest_to_its_limit() -> None:
     assert found.measured == 3
     assert {check.name: check.where for check in found.checks} == {"a": "y", "b": "z"}
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["measured"] == 3
+
+
+def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
+    """Neither passed nor refused does it leave a hook, a mode or a gradient behind."""
+    folder, model = honest
+    vetted(folder, model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(1e-3)
+    with pytest.raises(UnsupportedModel) as refused:
+        vet(folder, model, read_manifest(folder), Limits(least_change=1e9), seed=1)
+    assert "least_change" in str(refused.value)
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"model.layers.0.self_attn.v_proj.weight"}

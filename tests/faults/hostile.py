@@ -1,0 +1,234 @@
+"""A coordinator in a test's hands: the real keys, link, depot and job, and whatever letters the test wants to send."""
+
+import contextlib
+import hashlib
+import io
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.data import read
+from coordinator.config import read_config
+from coordinator.correspondence import Correspondence
+from coordinator.delivery import Delivery, deliver
+from coordinator.flower_edge import GridExchange
+from coordinator.ledgers import Ledgers
+from coordinator.link import Link
+from coordinator.muster import Terms
+from coordinator.numbers import Numbers
+from coordinator.provision import Home
+from coordinator.rounds import RoundPlan
+from coordinator.service import Setting, _depot, _muster, link_place, open_job
+from coordinator.status import Status
+from coordinator.store import Store
+from protos import codec, letters
+from protos.manifest import JobManifest
+from protos.signed_job import package_context, sign_job
+from tests.faults.conftest import Federation
+from trust import streaming
+from trust.identity import Identity
+from trust.sealing import seal
+
+ANSWER_SECONDS = 30.0
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class HostileCoordinator:
+    """Used as a context manager while the sites of a federation run.
+
+    Args:
+      federation: whose coordinator this is.
+      path: federation file of the job.
+    """
+
+    def __init__(self, federation: Federation, path: Path) -> None:
+        config, _ = read_config(path)
+        self.federation, self.home = federation, Home.open(federation.home)
+        self.epoch = self.home.federation()
+        folder = federation.folder / f"hostile-{path.stem}"
+        self.setting = Setting(
+            home=self.home,
+            config=config,
+            store=Store(folder),
+            status=Status(self.home.folder / "status.json", now),
+            texts=read(Path(config.data.public), reader=None, column=None),
+            nonce=lambda: secrets.token_bytes(32),
+            now=now,
+            on_step=lambda text: None,
+            on_round=lambda line: None,
+        )
+        self.job = open_job(self.setting, self.epoch)
+        self.delivery = self.deliver(self.setting.store.package, self.job.manifest)
+        self.numbers = Numbers(self.home.folder / "letters.txt")
+        self.aggregations = Numbers(self.home.folder / "aggregations.txt")
+        self.ledgers = Ledgers(self.home.folder / "ledgers.json", self.home.identity)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "HostileCoordinator":
+        self._open.enter_context(_depot(self.home, now))
+        nodes = {member.site: member.node for member in self.epoch.members}
+        self.link = self._open.enter_context(Link(link_place(self.home), nodes))
+        self.exchange = GridExchange(self.link.grid, nodes=self.link.node_ids, deadline=ANSWER_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def manifest(self) -> JobManifest:
+        return self.job.manifest
+
+    # what an honest coordinator does
+
+    def ready(self, patience: float = 90.0) -> tuple[str, ...]:
+        """Offers the job until every site is ready."""
+        muster = _muster(self.setting, self.job, self.epoch, self.delivery, self.correspondence(), self.ledgers)
+        everyone = len(self.epoch.members)
+        return muster.gather(Terms(everyone, everyone, patience))
+
+    def correspondence(self) -> Correspondence:
+        return Correspondence(self.exchange, self.home.identity, self.epoch, self.numbers, lambda site, why: None)
+
+    def plan(self, number: int = 1, cohort: tuple[str, ...] | None = None) -> RoundPlan:
+        sites = tuple(member.site for member in self.epoch.members)
+        return RoundPlan(number, self.aggregations.next(), secrets.token_bytes(32), cohort or sites)
+
+    def start(self) -> np.ndarray:
+        return self.job.start
+
+    # what a hostile one does
+
+    def letter(
+        self,
+        site: str,
+        stage: str,
+        message: codec.Message | bytes,
+        *,
+        identity: Identity | None = None,
+        recipient: str | None = None,
+        sender: str = letters.COORDINATOR,
+        number: int | None = None,
+        federation: bytes | None = None,
+    ) -> bytes:
+        return letters.write(
+            identity or self.home.identity,
+            federation or self.epoch.digest(),
+            sender=sender,
+            recipient=recipient or site,
+            stage=stage,
+            number=number or self.numbers.next(),
+            body=message if isinstance(message, bytes) else codec.encode(message),
+        )
+
+    def send(self, site: str, stage: str, data: bytes) -> codec.Message:
+        """Sends the bytes of a letter and returns what is in the site's own letter."""
+        replies = self.exchange.send(stage, {site: data})
+        assert site in replies, f"{site} did not answer"
+        return codec.decode(codec.decode_letter(replies[site]).body)
+
+    def ask(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> codec.Message:
+        return self.send(site, stage, self.letter(site, stage, message, **changed))
+
+    def refused(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> str:
+        """Sends a message and returns the reason of the refusal."""
+        reply = self.ask(site, stage, message, **changed)
+        assert isinstance(reply, codec.Refusal), reply
+        return f"{reply.kind}: {reply.reason}"
+
+    def offer(
+        self, site: str, manifest: JobManifest | bytes, delivery: Delivery | None = None, **changed: Any
+    ) -> codec.Offer:
+        content = manifest if isinstance(manifest, bytes) else manifest.to_bytes()
+        chosen = delivery or self.delivery
+        offer = codec.Offer(
+            manifest=content,
+            manifest_signature=sign_job(self.home.identity, content),
+            owners=tuple(sorted(self.home.signatures().items())),
+            package=chosen.sha256,
+            package_bytes=chosen.size,
+            sealed_key=chosen.sealed[site],
+            ledgers=self.ledgers.countersigned(site),
+        )
+        return replace(offer, **changed)
+
+    def offered(self, site: str, offer: codec.Offer, seconds: float = 60.0) -> codec.OfferReply:
+        """Offers until the site has made up its mind."""
+        until = time.monotonic() + seconds
+        while True:
+            reply = self.ask(site, "offer", offer)
+            assert isinstance(reply, codec.OfferReply), reply
+            if reply.state != "fetching" or time.monotonic() > until:
+                return reply
+            time.sleep(0.2)
+
+    def deliver(self, package: Path, manifest: JobManifest) -> Delivery:
+        facts = self.setting.store.folder / f"delivery-{manifest.digest().hex()[:12]}.json"
+        return deliver(package, self.home.folder / "depot", manifest, self.epoch, facts)
+
+    def deliver_stream(self, stream: bytes, manifest: JobManifest) -> Delivery:
+        """Puts any bytes into the depot as the package of a job."""
+        key, sealed = secrets.token_bytes(32), io.BytesIO()
+        streaming.encrypt(io.BytesIO(stream), sealed, key)
+        digest = hashlib.sha256(sealed.getvalue()).digest()
+        (self.home.folder / "depot" / digest.hex()).write_bytes(sealed.getvalue())
+        context = package_context(manifest, digest)
+        boxes = {
+            member.site: seal(self.epoch.suite, bytes.fromhex(member.sealing), key, context)
+            for member in self.epoch.members
+        }
+        return Delivery(digest, len(sealed.getvalue()), boxes)
+
+    def job_like(self, **changed: Any) -> JobManifest:
+        """Another job with some facts changed."""
+        return replace(self.manifest, identifier=secrets.token_hex(32), **changed)
+
+
+class Tampered:
+    """An exchange in which one stage is changed on its way out or on its way back.
+
+    Args:
+      inner: carries the rest.
+      stage: that is changed.
+      outgoing: payloads -> payloads.
+      incoming: replies -> replies.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        stage: str,
+        *,
+        outgoing: Callable[[dict[str, bytes]], Mapping[str, bytes]] = dict,
+        incoming: Callable[[dict[str, bytes]], dict[str, bytes]] = dict,
+    ) -> None:
+        self.inner, self.stage, self.outgoing, self.incoming = inner, stage, outgoing, incoming
+        self.seen: dict[str, dict[str, bytes]] = {}
+        self.asked: dict[str, dict[str, bytes]] = {}
+
+    def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
+        chosen = dict(self.outgoing(dict(payloads))) if stage == self.stage else dict(payloads)
+        self.asked[stage] = chosen
+        replies = self.inner.send(stage, chosen)
+        self.seen[stage] = replies
+        return self.incoming(dict(replies)) if stage == self.stage else replies
+
+
+def stream_of(manifest: dict[str, Any] | bytes, files: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """Returns a package stream with any manifest and files, and the digest that its job must name."""
+    content = (
+        manifest
+        if isinstance(manifest, bytes)
+        else json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=True).encode() + b"\n"
+    )
+    body = b"".join(files[name] for name in sorted(files))
+    return len(content).to_bytes(8, "big") + content + body, hashlib.sha256(content).hexdigest()
