@@ -12,7 +12,7 @@ from client.books import Books, Release
 from client.plan import SitePlan, round_terms
 from client.train import Trained, local_update
 from client.workbench import Workbench
-from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, lookup
+from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
 from privacy.events import Event
 from privacy.randomness import Randomness
 from protos import codec
@@ -123,7 +123,11 @@ class Site:
         terms = terms_of(self._manifest, request)
         self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
         rounding = self._rounding(self._training(request.round)) if self._rounding else None
-        return _wrap(self._member.keys(self._pending.update, rounding=rounding))
+        try:
+            return _wrap(self._member.keys(self._pending.update, rounding=rounding))
+        except RangeError:
+            self._pending = self._member = None  # it can never be sent; the next try trains anew
+            raise
 
     def shares(self, batch: codec.SignedBatch) -> codec.Message:
         """Seals shares of this site's two secrets to its peers."""

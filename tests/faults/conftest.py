@@ -138,11 +138,13 @@ class Federation:
         for site in self.sites:
             (self.site(site) / "state" / "journal.jsonl").unlink(missing_ok=True)
 
-    def start(self, name: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, *arguments: str, program: list[str] = OFFSITE, **options: Any
+    ) -> subprocess.Popen[bytes]:
         """Starts a process whose output goes to NAME.log."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*OFFSITE, *arguments], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, **options
+                [*program, *arguments], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, **options
             )
         self.processes[name] = process
         return process

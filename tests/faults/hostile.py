@@ -72,6 +72,7 @@ class HostileCoordinator:
         self.numbers = Numbers(self.home.folder / "letters.txt")
         self.aggregations = Numbers(self.home.folder / "aggregations.txt")
         self.ledgers = Ledgers(self.home.folder / "ledgers.json", self.home.identity)
+        self.bad: list[str] = []  # why an answer was not opened
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "HostileCoordinator":
@@ -97,7 +98,9 @@ class HostileCoordinator:
         return muster.gather(Terms(everyone, everyone, patience))
 
     def correspondence(self) -> Correspondence:
-        return Correspondence(self.exchange, self.home.identity, self.epoch, self.numbers, lambda site, why: None)
+        return Correspondence(
+            self.exchange, self.home.identity, self.epoch, self.numbers, lambda site, why: self.bad.append(why)
+        )
 
     def plan(self, number: int = 1, cohort: tuple[str, ...] | None = None) -> RoundPlan:
         sites = tuple(member.site for member in self.epoch.members)

@@ -1,0 +1,132 @@
+"""A site that cheats: `python -m tests.faults.hostile_site FOLDER`, with what it does now in FOLDER/hostile.txt.
+
+It is `offsite client run` with its own honest code changed in the places named here, as a hostile owner could do.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client import site as site_module
+from client.mailbox import Mailbox
+from protos import codec
+from protos import round_pb2 as wire
+from secagg import member as member_module
+from secagg import messages, ring
+from secagg.member import Member
+
+FOLDER = Path(sys.argv[1])
+WEIGHT = 1e9
+
+
+def mode() -> str:
+    path = FOLDER / "hostile.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replaces a function by one that is given the original first."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **named: change(original, *arguments, **named))
+
+
+LAST: dict[str, bytes] = {}
+
+
+def answer(original: Any, mailbox: Any, stage: str, data: bytes) -> bytes:
+    """The letter on its way out."""
+    reply: bytes = original(mailbox, stage, data)
+    earlier = LAST.get("letter", b"")
+    LAST["letter"] = reply
+    changes: dict[tuple[str, str], Callable[[], bytes]] = {
+        ("train", "weight"): lambda: weighed(mailbox, reply),
+        ("masked", "truncated"): lambda: reply[:-100],
+        ("masked", "flipped"): lambda: reply[:200] + bytes([reply[200] ^ 1]) + reply[201:],
+        ("masked", "replayed"): lambda: earlier,
+        ("masked", "as birch"): lambda: signed_as(mailbox, "birch", reply),
+    }
+    return changes.get((stage, mode()), lambda: reply)()
+
+
+def signed_as(mailbox: Any, sender: str, reply: bytes, body: bytes | None = None) -> bytes:
+    from protos import letters
+
+    letter = codec.decode_letter(reply)
+    return letters.write(
+        mailbox._identity,
+        letter.federation,
+        sender=sender,
+        recipient=letter.recipient,
+        stage=letter.stage,
+        number=letter.number,
+        body=letter.body if body is None else body,
+    )
+
+
+def weighed(mailbox: Any, reply: bytes) -> bytes:
+    """Adds a field that says how many records stand behind the update; there is none in the protocol."""
+    envelope = wire.Envelope()
+    envelope.ParseFromString(codec.decode_letter(reply).body)
+    body = envelope.SerializeToString() + bytes([15 << 3 | 1]) + np.float64(WEIGHT).tobytes()
+    return signed_as(mailbox, mailbox._site, reply, body)
+
+
+def local_update(original: Any, *arguments: Any, **named: Any) -> Any:
+    """The update before secure aggregation."""
+    trained = original(*arguments, **named)
+    update = trained.update.copy()
+    if mode() == "nan":
+        update[1] = np.nan
+    elif mode() == "huge":
+        update[1] = 1e30
+    elif mode() == "heavy":
+        update = np.sign(update) * np.float32(WEIGHT)
+    return dataclasses.replace(trained, update=update)
+
+
+def encode(original: Any, update: Any, **named: Any) -> Any:
+    """A site that leaves its own check out: the ring holds no more than the largest value for each entry."""
+    if mode() != "heavy":
+        return original(update, **named)
+    top = ring.levels(named["members"])
+    return np.where(update > 0, top, -top).astype(np.int32).view(np.uint32)
+
+
+def masked(original: Any, site: Any, batch: Any) -> Any:
+    reply = original(site, batch)
+    if mode() == "other vector":
+        vector = reply.vector.copy()
+        vector[0] += 1
+        return dataclasses.replace(reply, vector=vector)
+    return reply
+
+
+def unmask(original: Any, member: Any, signatures: Any) -> Any:
+    message = original(member, signatures)
+    if mode() != "bad share":
+        return message
+    released = messages.read_released(message.body)
+    wrong = {peer: (kind, share + 1) for peer, (kind, share) in released.items()}
+    return member._sign(messages.UNMASK, messages.write_released(wrong))
+
+
+def main() -> None:
+    """Runs the client with these changes."""
+    wrap(Mailbox, "answer", answer)
+    wrap(site_module, "local_update", local_update)
+    wrap(member_module.ring, "encode", encode)
+    wrap(site_module.Site, "masked", masked)
+    wrap(Member, "unmask", unmask)
+    site_module.STAGES["masked"] = lambda site, message: site.masked(message)
+    sys.argv = ["offsite", "client", "run", str(FOLDER)]
+    from cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
