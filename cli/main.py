@@ -1,5 +1,6 @@
 """The command `offsite`: the only place that prints, and that turns errors into a line and an exit code."""
 
+import contextlib
 import json
 import logging
 import os
@@ -155,7 +156,8 @@ def main() -> None:
     try:
         app()
     except OffsiteError as error:
-        typer.echo(f"offsite: {error}", err=True)
+        with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
+            typer.echo(f"offsite: {error}", err=True)
         raise SystemExit(EXIT_REFUSED) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from errors import DataError, UnknownName, Untrusted
 from protos.manifest import JobManifest
 from protos.signed_job import check_job
+from trust.files import make_private, write_whole
 
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job
 
@@ -37,21 +38,26 @@ class Jobs:
         self._folder = folder
 
     def keep(self, manifest: bytes, signature: bytes, digest: str) -> None:
-        """Keeps an offer; the same one again changes nothing."""
+        """Keeps an offer; the same one again changes nothing.
+
+        Raises:
+          DataError: no room on the disk.
+        """
         place = self._folder / digest
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "manifest.json").write_bytes(manifest)
-        (place / "signature.hex").write_text(signature.hex(), encoding="ascii")
+        make_private(place)
+        write_whole(place / "signature.hex", signature.hex().encode())
+        write_whole(place / "manifest.json", manifest)  # last: a folder without it is no offer
 
     def approve(self, name: str, *, by: str, at: str) -> str:
         """Approves a job by its digest or the beginning of it, and returns the digest.
 
         Raises:
           UnknownName: no job, or more than one, begins like that.
+          DataError: no room on the disk.
         """
         digest = self._find(name)
         content = json.dumps({"approved": digest, "by": by, "at": at})
-        (self._folder / digest / "approved.json").write_text(content, encoding="utf-8")
+        write_whole(self._folder / digest / "approved.json", content.encode())
         return digest
 
     def approved(self) -> frozenset[str]:

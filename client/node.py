@@ -19,6 +19,15 @@ log = logging.getLogger("offsite.client")
 IDLE_SECONDS = 0.2
 # A node that came back is refused until the coordinator has seen it gone, twice the heartbeat of `client.supernode`.
 BACKOFF_SECONDS = (1.0, 15.0)
+# What Flower's SuperNode writes when it ends, and what that means here.
+MEANINGS = {
+    "Failed to activate SuperNode": "the coordinator does not let this site in: it was revoked, its owner has not "
+    "signed the newest welcome, or another copy of it is connected; one that was just restarted is let in within 20 s",
+    "terminated gracefully": "the coordinator refused this site's node key (401): is the clock off, or was the site "
+    "revoked? offsite client doctor tells",
+    "SSL/TLS handshake error": "the coordinator does not show the pinned authority's certificate; is a proxy breaking "
+    "TLS open?",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Node:
         )
         self._wait = BACKOFF_SECONDS[0]
         self._started = 0.0
+        self._told = ""
 
     def run(self) -> None:
         """Answers messages until told to stop, and starts the SuperNode again whenever it has ended."""
@@ -100,7 +110,7 @@ class Node:
                 self._wait = BACKOFF_SECONDS[0]
             return
         if self._started:
-            self._note("supernode ended", self._process.last_line())
+            self._tell(self._process.reason())
             pause = self._wait * (1 + secrets.randbelow(1000) / 2000)  # all sites lost it at the same moment
             self._wait = min(2 * self._wait, BACKOFF_SECONDS[1])
             self._sleep(pause)
@@ -108,6 +118,14 @@ class Node:
                 return
         self._process.start()
         self._started = time.monotonic()
+
+    def _tell(self, reason: str) -> None:
+        """Says why the SuperNode ended, once for each reason; it is started again and again."""
+        reason = next((meaning for sign, meaning in MEANINGS.items() if sign in reason), reason)
+        if reason != self._told:
+            self._told = reason
+            self._note("supernode ended", reason)
+            log.warning("not connected: %s; trying again", reason)
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds

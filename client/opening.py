@@ -1,5 +1,6 @@
 """From a site's folder to a running site: its books, its policy, its mailbox."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -34,6 +35,7 @@ from secagg.journal import FileJournal, Journal
 from task.examples import Examples
 from task.tasks import TASKS
 
+log = logging.getLogger("offsite.client")
 ACCOUNTANT = "pld"
 Clock = Callable[[], datetime]
 
@@ -126,8 +128,11 @@ class Opened:
         )
 
     def note(self, kind: str, reason: str) -> None:
-        """Writes a line to the audit log."""
-        self.audit.record(kind, now=self.clock(), reason=reason)
+        """Writes a line to the audit log; one that cannot be written is told, and nothing was released by it."""
+        try:
+            self.audit.record(kind, now=self.clock(), reason=reason)
+        except DataError as error:
+            log.warning("%s: %s, and %s", kind, reason, error)
 
     def site(self, manifest: JobManifest, package: Path) -> Site:
         """Opens this site for a job, with its ledger and its journal.

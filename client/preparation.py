@@ -9,7 +9,7 @@ from pathlib import Path
 
 from client.site import Site
 from emulator import archive
-from errors import OffsiteError
+from errors import DataError, OffsiteError
 from protos.codec import Offer
 from protos.manifest import JobManifest
 from protos.signed_job import package_context
@@ -92,6 +92,10 @@ class Preparation:
             with plain.open("rb") as source:
                 archive.read(source, partial, expected_digest=self.manifest.emulator)
             partial.rename(folder)
+        except OSError as error:
+            raise DataError(
+                f"packages={means.packages.name}: cannot be written ({error.strerror}); free disk space"
+            ) from error
         finally:
             plain.unlink(missing_ok=True)
             shutil.rmtree(partial, ignore_errors=True)

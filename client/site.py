@@ -12,7 +12,7 @@ from client.books import Books, Release
 from client.plan import SitePlan, round_terms
 from client.train import Trained, local_update
 from client.workbench import Workbench
-from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
+from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
 from privacy.events import Event
 from privacy.randomness import Randomness
 from protos import codec
@@ -188,8 +188,13 @@ class Site:
 
     def _write(self, number: int, trained: Trained) -> None:
         line = self._line(number, trained)
-        with self._record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"record={self._record.name}: cannot be written ({error.strerror}); free disk space"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from protos.guard import Guard, secret_of_environment
 POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, six of them in a round
 HEARTBEAT_SECONDS = 10  # a node counts as gone after twice this, and is refused until then when it comes back
 RETRY_SECONDS = 4  # longest pause between two tries to reach the coordinator again
+# The same for a heartbeat; with Flower's 20 a site that is back and at work would be taken for gone.
+HEARTBEAT_RETRY_SECONDS = 2
 EXIT_ENDED = 75
 
 
@@ -39,6 +41,8 @@ def main() -> None:
         if hasattr(module, "HEARTBEAT_DEFAULT_INTERVAL"):
             module.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
+    exponential = heartbeat.exponential
+    heartbeat.exponential = lambda max_delay: exponential(max_delay=min(max_delay, HEARTBEAT_RETRY_SECONDS))
     try:
         flower_supernode()
     finally:

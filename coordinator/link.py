@@ -189,7 +189,7 @@ class Link:
                     pass
                 time.sleep(0.1)
         raise DataError(
-            f"link={self._place.local}: Flower's SuperLink did not start ({self.process.last_line()}); is the port "
+            f"link={self._place.local}: Flower's SuperLink did not start ({self.process.reason()}); is the port "
             f"free? its log is {self._place.folder / 'superlink.log'}"
         )
 

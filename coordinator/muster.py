@@ -41,6 +41,7 @@ class Muster:
       ledgers: what was countersigned of the sites' ledgers.
       status: told who is where.
       keep: called with (site, signature) when a new signature came.
+      unopened: why an answer could not be opened, by site; read and emptied here.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Muster:
         ledgers: Ledgers,
         status: Status,
         keep: Callable[[str, bytes], None],
+        unopened: dict[str, str],
     ) -> None:
         self._exchange, self._federation, self._offer_for = exchange, federation, offer_for
         self._signatures, self._ledgers, self._status, self._keep = signatures, ledgers, status, keep
+        self._unopened = unopened
         self._before: dict[str, tuple[str, int]] = {}
 
     def gather(self, terms: Terms) -> tuple[str, ...]:
@@ -94,7 +97,11 @@ class Muster:
             states[site] = (reply.state, reply.fetched, reply.detail)
             self._learn(site, reply)
         for site, (state, fetched, detail) in states.items():
-            self._status.site(site, "absent" if detail == "did not answer" else state, detail, fetched)
+            if why := self._unopened.pop(site, ""):
+                states[site] = (state, fetched, why)
+            elif detail == "did not answer":
+                states[site] = ("absent", fetched, detail)
+            self._status.site(site, states[site][0], states[site][2], fetched)
         now = {site: (state, fetched) for site, (state, fetched, _) in states.items()}
         progress, self._before = now != self._before, now
         return tuple(sorted(site for site, (state, _, _) in states.items() if state == READY)), progress

@@ -143,9 +143,10 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
     nodes = {member.site: member.node for member in epoch.members}
     setting.on_step("start Flower's SuperLink")
     with Link(link_place(setting.home), nodes) as link:
-        offers = _letters(setting, epoch, link, OFFER_SECONDS)
+        unopened: dict[str, str] = {}
+        offers = _letters(setting, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
         ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
-        muster = _muster(setting, job, epoch, delivery, offers, ledgers)
+        muster = _muster(setting, job, epoch, delivery, Offers(offers, ledgers, unopened))
         setting.on_step("wait for the sites")
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
@@ -195,21 +196,34 @@ class _Told:
 
 
 def _letters(
-    setting: Setting, epoch: owners.Federation, link: Link, deadline: float, *, tries: int = 1
+    setting: Setting,
+    epoch: owners.Federation,
+    link: Link,
+    deadline: float,
+    *,
+    tries: int = 1,
+    on_bad: Callable[[str, str], None] = lambda site, reason: log.warning("site %s: %s", site, reason),
 ) -> Correspondence:
     return Correspondence(
         GridExchange(link.grid, nodes=link.node_ids, deadline=deadline),
         setting.home.identity,
         epoch,
         Numbers(setting.home.folder / "letters.txt"),
-        lambda site, reason: log.warning("site %s: %s", site, reason),
+        on_bad,
         tries=tries,
     )
 
 
-def _muster(
-    setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, exchange: Exchange, ledgers: Ledgers
-) -> Muster:
+@dataclass(frozen=True)
+class Offers:
+    """How offers are made: their exchange, what is known of the sites' ledgers, and why answers were not opened."""
+
+    exchange: Exchange
+    ledgers: Ledgers
+    unopened: dict[str, str]
+
+
+def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, offers: Offers) -> Muster:
     manifest = job.manifest.to_bytes()
     signature = sign_job(setting.home.identity, manifest)
 
@@ -221,17 +235,18 @@ def _muster(
             package=delivery.sha256,
             package_bytes=delivery.size,
             sealed_key=delivery.sealed[site],
-            ledgers=ledgers.countersigned(site),
+            ledgers=offers.ledgers.countersigned(site),
         )
 
     return Muster(
-        exchange,
+        offers.exchange,
         epoch,
         offer_for,
         signatures=setting.home.signatures(),
-        ledgers=ledgers,
+        ledgers=offers.ledgers,
         status=setting.status,
         keep=setting.home.add_signature,
+        unopened=offers.unopened,
     )
 
 

@@ -27,7 +27,7 @@ class Status:
 
     def set(self, state: str, **facts: Any) -> None:
         """Says what is being done; facts stay until they are set again, but after an end nothing is awaited."""
-        ended = {"awaited": []} if state in ENDED else {}
+        ended: dict[str, Any] = {"awaited": []} if state in ENDED else {}
         self._facts |= {"state": state, **ended, **facts}
         self._write()
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,10 @@ QUIET = {
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(1 << 20),
 }
 STOP_SECONDS = 2.0
+LAST_BYTES = 1 << 14
+# How Flower 1.41 writes its log: what began, and what went wrong.
+_COLOUR, _STARTED = re.compile(r"\x1b\[[0-9;]*m"), "Started server process"
+_CODE, _ERROR = re.compile(r"\[code: \d+\]"), re.compile(r"\b(?:ERROR|CRITICAL|\w*Error:)")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -82,13 +87,17 @@ class FlowerProcess:
             self._process.kill()
             self._process.wait()
 
-    def last_line(self) -> str:
-        """Returns the last line that the process wrote, for an error message."""
+    def reason(self) -> str:
+        """Returns why the process ended, by what it wrote last: its error, or else its last line."""
         try:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+                lines = _COLOUR.sub("", log.read().decode(errors="replace")).strip().splitlines()
         except OSError:
             return ""
-        return lines[-1] if lines else ""
+        lines = lines[max((i for i, line in enumerate(lines) if _STARTED in line), default=0) :]
+        told = [line.strip() for line in lines if _CODE.match(line) or _ERROR.search(line)]
+        return told[-1] if told else (lines[-1].strip() if lines else "")
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

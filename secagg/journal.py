@@ -1,5 +1,6 @@
 """What a site must not forget over a crash: the last round it took part in, and the updates it has uploaded."""
 
+import errno
 import fcntl
 import json
 import os
@@ -70,7 +71,7 @@ class FileJournal:
 
         Raises:
           ProtocolViolation: the epoch is older than the last one, or the round is not newer within it.
-          DataError: the file is damaged.
+          DataError: the file is damaged, or the disk is full.
         """
         with self._locked() as file:
             self._read(file).claim(federation, epoch, round)
@@ -81,7 +82,7 @@ class FileJournal:
 
         Raises:
           ProtocolViolation: this update was uploaded before.
-          DataError: the file is damaged.
+          DataError: the file is damaged, or the disk is full.
         """
         with self._locked() as file:
             self._read(file).spend(digest)
@@ -121,9 +122,12 @@ class FileJournal:
 
 def _append(file: int, entry: list[object]) -> None:
     line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-    if os.write(file, line) != len(line):
-        raise DataError("journal could not be written whole; free disk space and start the round again")
-    os.fsync(file)
+    try:
+        if os.write(file, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file)
+    except OSError as error:
+        raise DataError(f"journal cannot be written ({error.strerror}); free disk space, the round is lost") from error
 
 
 def _sync_directory(path: Path) -> None:

@@ -116,7 +116,7 @@ def test_in_any_order_only_numbers_that_go_up_are_opened(
         ({"recipient": "birch"}, "recipient='birch': 'ash' was expected"),
         ({"sender": "ash"}, "sender='ash': 'coordinator' was expected"),
         ({"sender": "birch"}, "sender='birch': 'coordinator' was expected"),
-        ({"federation": bytes(32)}, "federation='000000000000'"),
+        ({"federation": bytes(32)}, "federation=000000000000"),
         ({"stage": "masked"}, "the letter inside is about 'masked'"),
     ],
     ids=str,

@@ -25,7 +25,7 @@ from coordinator.muster import Terms
 from coordinator.numbers import Numbers
 from coordinator.provision import Home
 from coordinator.rounds import RoundPlan
-from coordinator.service import Setting, _depot, _muster, link_place, open_job
+from coordinator.service import Offers, Setting, _depot, _muster, link_place, open_job
 from coordinator.status import Status
 from coordinator.store import Store
 from protos import codec, letters
@@ -93,7 +93,8 @@ class HostileCoordinator:
 
     def ready(self, patience: float = 90.0) -> tuple[str, ...]:
         """Offers the job until every site is ready."""
-        muster = _muster(self.setting, self.job, self.epoch, self.delivery, self.correspondence(), self.ledgers)
+        offers = Offers(self.correspondence(), self.ledgers, {})
+        muster = _muster(self.setting, self.job, self.epoch, self.delivery, offers)
         everyone = len(self.epoch.members)
         return muster.gather(Terms(everyone, everyone, patience))
 

@@ -81,7 +81,7 @@ def test_a_replayed_letter_is_refused(coordinator: HostileCoordinator, federatio
         ({"identity": Identity.generate()}, "did not sign these bytes"),
         ({"recipient": "birch"}, "recipient='birch': 'ash' was expected"),
         ({"sender": "birch"}, "sender='birch': 'coordinator' was expected"),
-        ({"federation": bytes(32)}, "federation='000000000000'"),
+        ({"federation": bytes(32)}, "federation=000000000000"),
     ],
 )
 def test_a_forged_letter_is_refused(coordinator: HostileCoordinator, changed: dict[str, Any], reason: str) -> None:
