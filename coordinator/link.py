@@ -127,6 +127,7 @@ class Link:
         self._guard = new_secret(place.folder / "guard")
         self._exec_secret = new_secret(place.folder / "superexec").encode()
         self._heartbeat: HeartbeatSender | None = None
+        self._grid: _GuardedGrid | None = None
         self._runtime: RuntimeHttpClient | None = None
         self.process = FlowerProcess(
             "coordinator.superlink",
@@ -148,7 +149,7 @@ class Link:
             self.process.start()
             self._await_health()
             self._register()
-            self.grid = self._open_run()
+            self._grid = self._open_run()
         except BaseException:
             self.close()
             raise
@@ -161,7 +162,9 @@ class Link:
         """Ends the run and the SuperLink."""
         if self._runtime is not None and self.process.running:
             self._finish_run(self._runtime)
-        self._runtime = None
+        if self._grid is not None:
+            self._grid.close()
+        self._runtime = self._grid = None
         self.process.stop()
 
     def _finish_run(self, runtime: RuntimeHttpClient) -> None:
@@ -170,6 +173,17 @@ class Link:
         with contextlib.suppress(httpx.HTTPError):  # the run ends with its SuperLink anyway
             runtime.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
         runtime.close()
+
+    @property
+    def grid(self) -> HttpGrid:
+        """Flower's grid of the open run.
+
+        Raises:
+          ConfigError: the link is closed.
+        """
+        if self._grid is None:
+            raise ConfigError("link: closed; a link is used inside its with statement")
+        return self._grid
 
     def node_ids(self) -> dict[str, int]:
         """Returns the nodes that are connected now, by site."""
