@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+from protos.flower_process import die_with_parent
 from protos.guard import Guard, secret_of_environment
 
 POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, six of them in a round
@@ -21,6 +22,7 @@ EXIT_ENDED = 75
 
 def main() -> None:
     """Runs Flower's SuperNode and ends the process with it."""
+    die_with_parent()
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.main as program
     import flwr.supernode.start_client_internal as loop

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from protos.flower_process import die_with_parent
 from protos.guard import Guard, secret_of_environment
 
 UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
@@ -11,6 +12,7 @@ PUBLIC = ("/v1/fleet/", "/health")
 
 def main() -> None:
     """Runs Flower's SuperLink; peers reach its fleet interface only."""
+    die_with_parent()
     import flwr.supercore.corestate.sql_corestate as state
     import flwr.superlink.main as program
     from flwr.superlink.cli.flower_superlink import flower_superlink

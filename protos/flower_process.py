@@ -23,7 +23,7 @@ LAST_BYTES = 1 << 14
 # How Flower 1.41 writes its log: what began, and what went wrong.
 _COLOUR, _STARTED = re.compile(r"\x1b\[[0-9;]*m"), "Started server process"
 _CODE, _ERROR = re.compile(r"\[code: \d+\]"), re.compile(r"\b(?:ERROR|CRITICAL|\w*Error:)")
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PARENT = 1, "OFFSITE_PARENT"
 
 
 class FlowerProcess:
@@ -71,9 +71,9 @@ class FlowerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._environment,
+                # No preexec_fn: with one, Python forks, and gRPC's threads and fork handlers come along into the child.
+                env=os.environ | self._environment | {_PARENT: str(os.getpid())},
                 cwd=self._home,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call, before any thread of the child
             )
 
     def stop(self) -> None:
@@ -100,9 +100,9 @@ class FlowerProcess:
         return told[-1] if told else (lines[-1].strip() if lines else "")
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent() -> None:
+    """Lets this process end when the one that started it does, also where that was killed; called by the child."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        sys.exit("the parent process ended before this one had begun")

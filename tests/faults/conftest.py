@@ -144,7 +144,7 @@ class Federation:
         """Starts a process whose output goes to NAME.log."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*program, *arguments], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, **options
+                [*program, *arguments], stdout=log, stderr=subprocess.STDOUT, **({"env": ENVIRONMENT} | options)
             )
         self.processes[name] = process
         return process
