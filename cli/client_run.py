@@ -47,6 +47,7 @@ def run(folder: Place) -> None:
         limit_resources(opened.policy)
         if installation.settings.simulation_seed is not None:
             log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
+        opened.tidy()
         stopping = _stop_on_signals()
         mailbox = opened.mailbox()
         place = opened.node_place()

@@ -13,7 +13,7 @@ from client.plan import plan_for
 from client.site import Site
 from client.workbench import Workbench, open_workbench
 from coordinator.config import FedConfig, parse_config
-from coordinator.store import Store
+from coordinator.store import Store, write_atomically
 from emulator.verdict import Limits
 from errors import ConfigError, DataError, lookup
 from privacy.randomness import Randomness
@@ -72,7 +72,7 @@ class Run:
     def save_job(self, manifest: JobManifest, facts: dict[str, Any]) -> None:
         """Stores the job's manifest, and what the report needs of how it was prepared."""
         self.store.write_json("job_facts.json", facts)
-        (self.store.folder / JOB).write_bytes(manifest.to_bytes())
+        write_atomically(self.store.folder / JOB, manifest.to_bytes())
 
     def job(self) -> JobManifest | None:
         """Returns the stored manifest, or None when preparation did not finish."""

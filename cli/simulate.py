@@ -127,7 +127,7 @@ def _job(run: Run, display: Display) -> Job:
     texts = run.texts(run.config.data.public)
     setting = run.config.secagg
     parties = Parties(setting.federation, 1, run.roster(), setting.n_min)
-    job = prepare(run.config, texts=texts, federation=parties, folder=run.store.package, on_step=display.step)
+    job = prepare(run.config, texts=texts, federation=parties, folder=run.store.new_package(), on_step=display.step)
     run.save_job(job.manifest, job.facts())
     return job
 

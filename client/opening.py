@@ -116,6 +116,14 @@ class Opened:
             on_refused=lambda reason: self.note("letter refused", reason),
         )
 
+    def tidy(self) -> None:
+        """Removes what a killed client left half unpacked; what it has fetched stays, and is gone on with."""
+        for path in self.installation.packages.glob("*.plain"):
+            path.unlink()
+        for path in self.installation.packages.glob("*.partial"):
+            if path.is_dir():
+                shutil.rmtree(path)
+
     def node_place(self) -> NodePlace:
         """Returns where the SuperNode lives."""
         installation, welcome = self.installation, self.installation.welcome

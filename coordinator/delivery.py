@@ -52,6 +52,8 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
             sealed = {site: bytes.fromhex(box) for site, box in content["sealed"].items()}
             return Delivery(bytes.fromhex(content["sha256"]), int(content["size"]), sealed)
     depot.mkdir(parents=True, exist_ok=True)
+    for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
+        left.unlink()
     key = secrets.token_bytes(KEY_BYTES)
     path = _encrypt(package, depot, key)
     with path.open("rb") as file:

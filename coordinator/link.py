@@ -192,12 +192,14 @@ class Link:
 
     def _await_health(self) -> None:
         until = time.monotonic() + START_SECONDS
-        with httpx.Client(verify=_context(self._ca), timeout=2.0) as client:
+        # a path that needs our secret: another SuperLink on this port would answer /health as well
+        own = {"verify": _context(self._ca), "timeout": 2.0, "headers": {HEADER: self._guard}}
+        with httpx.Client(base_url=f"https://{self._place.local}", **own) as client:
             while time.monotonic() < until:
                 if not self.process.running:
                     break
                 try:
-                    if client.get(f"https://{self._place.local}/health").status_code == httpx.codes.OK:
+                    if client.get("/docs").status_code == httpx.codes.OK:
                         return
                 except httpx.HTTPError:
                     pass

@@ -26,7 +26,7 @@ from coordinator.muster import Muster, Terms
 from coordinator.numbers import Numbers
 from coordinator.provision import Home
 from coordinator.status import Status
-from coordinator.store import Progress, Store
+from coordinator.store import Progress, Store, write_atomically
 from errors import ConfigError, DataError, Untrusted
 from protos import codec
 from protos.manifest import JobManifest
@@ -123,11 +123,11 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
             setting.config,
             texts=setting.texts,
             federation=parties,
-            folder=setting.store.package,
+            folder=setting.store.new_package(),
             on_step=setting.on_step,
         )
         setting.store.write_json("job_facts.json", job.facts())
-        path.write_bytes(job.manifest.to_bytes())
+        write_atomically(path, job.manifest.to_bytes())  # last: from here on the job is this one
         return job
     manifest = JobManifest.from_bytes(path.read_bytes())
     if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch):

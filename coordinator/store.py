@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ class Store:
     def package(self) -> Path:
         """Folder of the emulator package."""
         return self.folder / "package"
+
+    def new_package(self) -> Path:
+        """Returns the folder for a package that is built now, without what a killed build left there."""
+        shutil.rmtree(self.package, ignore_errors=True)
+        return self.package
 
     @property
     def adapter(self) -> Path:

@@ -12,6 +12,7 @@ from emulator import files
 from emulator.geometry import Geometry
 from emulator.manifest import CONFIG, MANIFEST, WEIGHTS
 from emulator.package import build, load, read_manifest
+from emulator.rebuild import empty_model
 from errors import ConfigError, DataError, DigestMismatch, MalformedMessage, RangeError, UnknownName, UnsupportedModel
 
 
@@ -226,3 +227,26 @@ def test_unfinished_packages_do_not_load(llama, tmp_path):
         llama.build(tmp_path / "p", ("int4",), "int3")
     with pytest.raises(DataError):
         load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"num_hidden_layers": 60_000_000}, "asks for over 100000 modules"),
+        ({"num_hidden_layers": 1 << 40}, "no honest model has over"),
+        ({"vocab_size": 1 << 31}, "no honest model has over"),
+        ({"hidden_size": 1 << 26, "intermediate_size": 1 << 26}, "more memory than there is"),
+        ({"head_dim": [[[1 << 33]]]}, "no honest model has over"),
+    ],
+)
+def test_a_configuration_that_is_a_bomb_is_refused(package, changed, match):
+    """A package of a few kilobytes must not make its reader allocate terabytes or build millions of blocks."""
+    config = json.loads((package / CONFIG).read_text()) | {"layer_types": None} | changed
+    with pytest.raises(MalformedMessage, match=match):
+        empty_model(json.dumps(config), "causal_lm", torch.float32)
+
+
+def test_a_nested_configuration_is_refused():
+    text = "[" * 100_000 + "]" * 100_000
+    with pytest.raises(MalformedMessage, match="not JSON"):
+        empty_model(text, "causal_lm", torch.float32)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,6 +57,16 @@ def wait_for(what: Callable[[], Any], seconds: float = 120.0, every: float = 0.0
             return found
         time.sleep(every)
     pytest.fail(f"did not happen within {seconds} s")
+
+
+def preloaded(source: str, folder: Path) -> str:
+    """Builds a library of this folder that a process loads before the C library, and returns its path."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip(f"no C compiler here to build {source} with")
+    library, code = folder / Path(source).with_suffix(".so"), Path(__file__).with_name(source)
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, code, "-ldl"], check=True)
+    return str(library)
 
 
 class Federation:

@@ -7,8 +7,6 @@ library, so it sees Python, gRPC and Rust alike.
 import base64
 import os
 import re
-import shutil
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.conftest import ENVIRONMENT, SITES, Federation
+from tests.faults.conftest import ENVIRONMENT, SITES, Federation, preloaded
 
 pytestmark = pytest.mark.slow
 PROGRAMS = ("coordinator.superlink", "client.supernode", "client run", "coordinator run")
@@ -35,17 +33,12 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler here to build the watch with")
     folder = tmp_path_factory.mktemp("quiet")
-    library, written = folder / "watch.so", folder / "addresses"
-    source = Path(__file__).with_name("watch.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
+    library, written = preloaded("watch.c", folder), folder / "addresses"
     federation = Federation(folder, fed)
     # off in the environment, so that what is tested is what the programs themselves switch off
     inherited = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("FLWR_", "HF_", "RAY_"))}
-    environment = inherited | {"LD_PRELOAD": str(library), "OFFSITE_WATCH": str(written)}
+    environment = inherited | {"LD_PRELOAD": library, "OFFSITE_WATCH": str(written)}
     found, ended = Watched(federation, []), threading.Event()
     looking = threading.Thread(target=_look, args=(found, ended))
     looking.start()

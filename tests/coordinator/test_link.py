@@ -1,0 +1,110 @@
+"""The contract that a Flower release has to pass at the coordinator: start, nodes, runs, guard, what a kill leaves."""
+
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.common.constant import Status
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from coordinator.link import Link, LinkPlace, _Secret
+from errors import ConfigError, DataError
+from tests.faults.conftest import free_ports, wait_for
+from trust.certificates import create_authority, issue_server, new_key
+from trust.keys import SiteKeys
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> LinkPlace:
+    now, key = datetime.now(UTC), new_key()
+    authority = create_authority("link", now=now)
+    (tmp_path / "ca.pem").write_bytes(authority.certificate)
+    (tmp_path / "server.key").write_bytes(key)
+    (tmp_path / "server.pem").write_bytes(issue_server(authority, key, ["127.0.0.1"], now=now))
+    files = (tmp_path / name for name in ("ca.pem", "server.pem", "server.key"))
+    return LinkPlace(tmp_path / "link", "127.0.0.1", free_ports(1)[0], *files)
+
+
+def keys(folder: Path, *sites: str) -> dict[str, str]:
+    made = {}
+    for site in sites:
+        path = folder / site
+        made[site] = (SiteKeys.load(path) if path.exists() else SiteKeys.create(path, 1)).node_public()
+    return made
+
+
+def asked(place: LinkPlace, ask: Callable[[ControlHttpClient], Any]) -> Any:
+    control = ControlHttpClient.from_server_address(
+        place.local,
+        insecure=False,
+        root_certificates=place.ca.read_bytes(),
+        interceptors=[
+            _Secret((place.folder / "guard").read_text()),
+            RuntimeVersionHttpInterceptor(component_name="flwr-cli"),
+        ],
+    )
+    try:
+        return ask(control)
+    finally:
+        control.close()
+
+
+def unfinished(place: LinkPlace) -> list[int]:
+    runs = asked(place, lambda control: control.ListRuns(ListRunsRequest()).run_dict)
+    return [run_id for run_id, run in runs.items() if run.status.status != Status.FINISHED]
+
+
+def members(place: LinkPlace) -> set[bytes]:
+    nodes = asked(place, lambda control: control.ListNodes(ListNodesRequest()).nodes_info)
+    return {bytes(node.public_key) for node in nodes if node.status != "unregistered"}
+
+
+def test_it_starts_with_one_run_and_the_federations_nodes(place: LinkPlace, tmp_path: Path) -> None:
+    with Link(place, keys(tmp_path, "ash", "birch")) as link:
+        assert link.node_ids() == {}  # registered, not connected
+        assert len(members(place)) == 2
+        assert len(unfinished(place)) == 1
+    with pytest.raises(ConfigError, match="link: closed"):
+        _ = link.grid
+    assert not link.process.running
+
+
+@pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/"])
+def test_peers_without_the_secret_reach_the_fleet_only(place: LinkPlace, tmp_path: Path, path: str) -> None:
+    context = ssl.create_default_context(cadata=place.ca.read_text())
+    with Link(place, keys(tmp_path, "ash")), httpx.Client(verify=context, base_url=f"https://{place.local}") as peer:
+        assert peer.get("/health").status_code == httpx.codes.OK
+        assert peer.post("/v1/fleet/pull-messages").status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND)
+        for method in ("GET", "POST"):
+            assert peer.request(method, path).status_code == httpx.codes.NOT_FOUND
+
+
+def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: LinkPlace, tmp_path: Path) -> None:
+    link = Link(place, keys(tmp_path, "ash", "birch"))
+    with link:
+        before, old = members(place), unfinished(place)
+        assert link.process.pid is not None
+        link.process._process.kill()  # type: ignore[union-attr]
+        wait_for(lambda: not link.process.running, 10)
+    with Link(place, keys(tmp_path, "birch", "cedar")):
+        assert len(members(place) & before) == 1
+        assert len(members(place)) == 2
+        assert len(unfinished(place)) == 1
+        assert not set(unfinished(place)) & set(old)
+
+
+def test_a_port_that_is_taken_is_said(place: LinkPlace, tmp_path: Path) -> None:
+    import dataclasses
+
+    with Link(place, keys(tmp_path, "ash")):
+        second = dataclasses.replace(place, folder=tmp_path / "second")
+        with pytest.raises(DataError, match=f"link=127.0.0.1:{place.port}: Flower's SuperLink did not start"):
+            Link(second, keys(tmp_path, "ash")).__enter__()

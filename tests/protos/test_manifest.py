@@ -1,0 +1,113 @@
+"""The job manifest: one encoding, every field in its range, and two jobs that differ anywhere are two jobs."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from errors import MalformedMessage
+from protos.manifest import JobManifest
+from tests.client.test_policy import JOB as SHORT
+
+JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))
+DATA = JOB.to_bytes()
+
+
+def changed(**values: Any) -> bytes:
+    return json.dumps(json.loads(DATA) | values, sort_keys=True, separators=(",", ":")).encode()
+
+
+def test_what_is_written_is_read() -> None:
+    assert JobManifest.from_bytes(DATA) == JOB
+    assert JobManifest.from_bytes(DATA).digest() == JOB.digest()
+    assert (JOB.releases, JOB.steps) == (2, 8)
+
+
+def test_every_truncation_is_refused() -> None:
+    for size in range(len(DATA)):
+        with pytest.raises(MalformedMessage):
+            JobManifest.from_bytes(DATA[:size])
+
+
+def test_every_flipped_bit_is_refused_or_another_job() -> None:
+    """A digit may become another digit; then it is another job, which the coordinator has not signed."""
+    for place in range(len(DATA)):
+        for bit in range(8):
+            data = DATA[:place] + bytes([DATA[place] ^ 1 << bit]) + DATA[place + 1 :]
+            try:
+                assert JobManifest.from_bytes(data).digest() != JOB.digest()
+            except MalformedMessage:
+                continue
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(JobManifest)])
+def test_every_field_counts(field: str) -> None:
+    content = json.loads(DATA)
+    assert field in content
+    del content[field]
+    with pytest.raises(MalformedMessage):
+        JobManifest.from_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rounds": 0},
+        {"rounds": True},
+        {"rounds": 1.0},
+        {"rounds": "2"},
+        {"rounds": 1 << 40},
+        {"local_steps": -1},
+        {"length": 0},
+        {"spare_rounds": -1},
+        {"n_min": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": 1},
+        {"update_bound": -1.0},
+        {"deadline": 0.0},
+        {"emulator": "e1"},
+        {"base": "B1" * 32},
+        {"tokenizer": ""},
+        {"identifier": "xyz"},
+        {"task": 1},
+        {"model": "ümlaut"},
+        {"federation": "x" * 2000},
+        {"roster": [["east", "aa"]]},
+        {"roster": [["east", "aa" * 32]] * 1001},
+        {"metrics": ["x"] * 1001},
+        {"metrics": "loss"},
+        {"format": 2},
+        {"surplus": 1},
+        {"privacy": {"private": True}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"epsilon": "8"}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"batch": 0}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"private": 1}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"max_grad_norm": -1.0}},
+        {"layout": {"names": ["a"], "shapes": [[0]]}},
+        {"adapter": JOB.adapter.to_dict() | {"rank": 0}},
+    ],
+)
+def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage):
+        JobManifest.from_bytes(changed(**values))
+
+
+@pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+def test_a_number_that_is_none_is_refused(word: bytes) -> None:
+    assert b'"learning_rate":0.1' in DATA
+    with pytest.raises(MalformedMessage):
+        JobManifest.from_bytes(DATA.replace(b'"learning_rate":0.1', b'"learning_rate":' + word))
+
+
+def test_another_spelling_of_the_same_value_is_refused() -> None:
+    for other in (DATA + b" ", b" " + DATA, json.dumps(json.loads(DATA)).encode(), DATA.replace(b"0.1", b"1e-1")):
+        with pytest.raises(MalformedMessage):
+            JobManifest.from_bytes(other)
+
+
+def test_a_manifest_of_any_length_is_not_read() -> None:
+    with pytest.raises(MalformedMessage, match="at most"):
+        JobManifest.from_bytes(b"[" * (1 << 25))
+    with pytest.raises(MalformedMessage, match="does not parse"):
+        JobManifest.from_bytes(b"[" * 100_000)
