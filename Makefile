@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RUN := runs/demo
 
-.PHONY: help setup demo test check protos bench lock clean
+.PHONY: help setup demo test check protos tree bench lock clean
 
 help: ## lists the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ check: setup ## lint, format, types, import contracts, generated stubs
 
 protos: setup ## generates the stubs from protos/*.proto
 	$(BIN)/python -m protos.fresh --write
+
+tree: setup ## draws README's tree from the first line of each file
+	$(BIN)/python -m tests.tree
 
 bench: setup ## compares secure aggregation with Flower's and with CKKS in one process
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'

@@ -21,7 +21,7 @@ from client.jobs import Jobs
 from client.mailbox import Mailbox
 from client.node import NodePlace
 from client.plan import plan_for
-from client.policy import Policy, permit
+from client.policy import GIGABYTE, Policy, permit
 from client.preparation import Means
 from client.service import Service, Standing
 from client.site import Site
@@ -101,7 +101,13 @@ class Opened:
                 jobs=self.jobs,
                 ledger=self.ledger,
                 audit=self.audit,
-                means=Means(installation.packages, keys.sealing, self._fetch, self.site),
+                means=Means(
+                    installation.packages,
+                    keys.sealing,
+                    self._fetch,
+                    self.site,
+                    most_bytes=self.policy.max_disk_gb * GIGABYTE,
+                ),
                 permit=self._permit,
                 clock=self.clock,
             )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # a manifest needs torch, and setting a site up does not
 APPROVALS = ("manual", "automatic")
 ANY = "any"
 GIGABYTE = 2**30
+UNPACKING = 3  # a package is there encrypted, decrypted and unpacked at once
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _TEMPLATE = """\
 # What this site permits. Only its owner changes this file; a job that asks for more is refused before any training.
@@ -29,7 +30,7 @@ max_rank = 16              # largest inner width of an adapter
 hours = "any"              # local time in which training may begin, for example "20:00-06:00"
 max_threads = 0            # processor threads; 0 leaves it to the system
 max_memory_gb = 0.0        # memory of the site's process; 0 leaves it to the system
-max_disk_gb = 20.0         # largest package to be stored
+max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
 approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
 allow_seeded_noise = false # true only for tests on invented data: the noise then protects nobody
 """
@@ -97,7 +98,7 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
       manifest: the job.
       now: local or aware time, for the permitted hours.
       free_disk: bytes.
-      package_bytes: of the encrypted package; unpacking needs as much again, twice.
+      package_bytes: of the encrypted package.
 
     Raises:
       PolicyRefusal: naming the first rule that says no.
@@ -111,15 +112,16 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
         _listed("metrics", policy.metrics, metric)
     _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)
     _at_most("rank", spec.rank, "max_rank", policy.max_rank)
-    _at_most("package_gb", package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
+    _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
     if manifest.n_min < policy.min_cohort:
         raise PolicyRefusal(
             f"n_min={manifest.n_min}: policy.toml has min_cohort={policy.min_cohort}; ask the coordinator for more "
             "sites, or lower min_cohort"
         )
-    if free_disk < 3 * package_bytes:
+    needed = UNPACKING * package_bytes
+    if free_disk < needed:
         raise PolicyRefusal(
-            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {3 * package_bytes / GIGABYTE:.2f}; make room"
+            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
         )
     permit_now(policy, now)
 

@@ -1,12 +1,15 @@
 """From an accepted offer to a site that can train: fetch, open the seal, unpack, vet, load; in the background."""
 
 import logging
+import math
 import shutil
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.policy import UNPACKING
 from client.site import Site
 from emulator import archive
 from errors import DataError, OffsiteError
@@ -29,6 +32,7 @@ class Means:
       packages: folder of packages.
       sealing: this site's key.
       fetch: (SHA-256, bytes, file, told the bytes that are here) -> file; resumes.
+      most_bytes: room for all packages together.
       open_site: (manifest, package folder) -> site; vets and loads.
     """
 
@@ -36,6 +40,7 @@ class Means:
     sealing: SealingKey
     fetch: Fetch
     open_site: Callable[[JobManifest, Path], Site]
+    most_bytes: float = math.inf
 
 
 class Preparation:
@@ -68,8 +73,8 @@ class Preparation:
         except OffsiteError as error:
             self.state, self.detail = REFUSED, f"{type(error).__name__}: {error}"
         except Exception as error:  # a bug must not leave the coordinator waiting for ever
-            log.error("preparation failed: %s", type(error).__name__)  # the message could quote a record
-            self.state, self.detail = REFUSED, f"{type(error).__name__} in the site's program; see its log"
+            log.error("preparation failed: %s: %s", type(error).__name__, fault(error))
+            self.state, self.detail = REFUSED, f"{type(error).__name__}: {fault(error)}"
         else:
             self.state = READY
 
@@ -81,6 +86,7 @@ class Preparation:
             self.fetched = offer.package_bytes
             return folder
         means.packages.mkdir(parents=True, exist_ok=True)
+        _make_way(means.packages, means.most_bytes - UNPACKING * offer.package_bytes)
         digest = offer.package.hex()
         sealed = means.fetch(digest, offer.package_bytes, means.packages / f"{digest}.sealed", self._moved)
         key = means.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
@@ -104,3 +110,24 @@ class Preparation:
 
     def _moved(self, fetched: int) -> None:
         self.fetched = fetched
+
+
+def fault(error: Exception) -> str:
+    """Returns what may be told of a fault that is not an `OffsiteError`: its message could quote a record."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "not enough memory for this job; raise max_memory_gb in policy.toml, or ask for a smaller physical_batch"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
+    return f"a fault in the site's program at {place}; see its log"
+
+
+def _make_way(packages: Path, most_bytes: float) -> None:
+    """Removes packages of earlier jobs, the oldest first, until all that are left take no more than so many bytes."""
+    folders = sorted((path for path in packages.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
+    for path in folders:
+        if sum(sizes.values()) <= most_bytes:
+            return
+        del sizes[path]
+        shutil.rmtree(path)
+        log.info("package %s made way for the next one", path.name[:12])

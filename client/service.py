@@ -2,18 +2,16 @@
 
 import hashlib
 import logging
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 
 from client.audit import Audit
 from client.books import ledger_name
 from client.jobs import Jobs
 from client.policy import Policy, permit_now
-from client.preparation import READY, REFUSED, Means, Preparation
+from client.preparation import READY, REFUSED, Means, Preparation, fault
 from client.site import answer
 from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted
 from privacy.ledger import Ledger
@@ -81,8 +79,8 @@ class Service:
         except OffsiteError as error:
             reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
         except Exception as error:  # a fault of ours must not leave the coordinator waiting
-            reply = codec.encode(codec.Refusal("Fault", f"a fault in the site's program at {_place(error)}"))
-            log.error("stage %s: %s at %s", stage, type(error).__name__, _place(error))
+            reply = codec.encode(codec.Refusal("Fault", fault(error)))
+            log.error("stage %s: %s: %s", stage, type(error).__name__, fault(error))
         message = codec.decode(reply)
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
@@ -189,12 +187,6 @@ class Service:
 
     def _note(self, kind: str, fields: Mapping[str, object]) -> None:
         self._standing.audit.record(kind, now=self._standing.clock(), **fields)
-
-
-def _place(error: Exception) -> str:
-    """Returns file and line of a fault; its message could quote a record, and is told nobody."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
 def _check_terms(manifest: JobManifest, federation: Federation) -> None:

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from tests.tree import BEGIN, END, files, first_line, tree
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "adapter",
@@ -26,17 +28,13 @@ def sources() -> list[Path]:
     return [p for room in ROOMS for p in sorted((ROOT / room).glob("*.py")) if not p.stem.endswith("_pb2")]
 
 
-def listed() -> set[str]:
-    """Returns the paths that stand at the beginning of a line of README's tree."""
-    tree = (ROOT / "README.md").read_text().split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
-    return set(re.findall(r"(?m)^(\S+\.\S+|\S+/__init__\.py)\s{2,}\S", tree))
+def test_the_readmes_tree_is_the_files() -> None:
+    """`make tree` writes it."""
+    assert f"{BEGIN}{tree()}{END}" in (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_tree_names_every_file_and_no_other() -> None:
-    here = {str(p.relative_to(ROOT)) for p in sources() if p.name != "__init__.py"}
-    here |= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")}
-    assert here - listed() == set()
-    assert {path for path in listed() if not (ROOT / path).exists()} == set()
+def test_every_file_says_what_it_is() -> None:
+    assert [name for name in files() if not first_line(name)] == []
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -62,7 +62,7 @@ def written(folder: Path, **changed: Any) -> Path:
 def wide(tmp_path: Path) -> Policy:
     """A policy that just permits `JOB`."""
     lists = {"models": '["smol"]', "methods": '["ffa_lora"]', "metrics": '["loss"]'}
-    return Policy.read(written(tmp_path, **lists, epsilon_cap="4.0", max_rank="8", max_disk_gb="1"))
+    return Policy.read(written(tmp_path, **lists, epsilon_cap="4.0", max_rank="8", max_disk_gb="3"))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_each_rule_says_no_by_itself(wide: Policy, job: JobManifest, words: str)
 
 
 def test_a_package_must_fit_the_cap_and_the_disk(wide: Policy) -> None:
-    with pytest.raises(PolicyRefusal, match="max_disk_gb=1"):
+    with pytest.raises(PolicyRefusal, match=r"disk_gb=3\.00293: policy\.toml has max_disk_gb=3"):
         permit(wide, JOB, now=NOON, free_disk=100 * GIGABYTE, package_bytes=GIGABYTE + 2**20)
     with pytest.raises(PolicyRefusal, match=r"free_disk=3\.00 GiB: the package needs 3\.00"):
         permit(wide, JOB, now=NOON, free_disk=3 * GIGABYTE - 1, package_bytes=GIGABYTE)

@@ -1,0 +1,101 @@
+"""What the owner's limits do to a running process, and what a job is told that does not fit into them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.policy import UNPACKING, Policy
+from client.preparation import _make_way, fault
+from tests.memory_federation import RunningSite, World, make_world
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITED = """
+import sys, torch
+from dataclasses import replace
+from client.opening import limit_resources
+from client.policy import Policy
+from trust.settings import read_settings
+from pathlib import Path
+policy = replace(read_settings(Path(sys.argv[1]), Policy), max_threads=1, max_memory_gb=1.0)
+limit_resources(policy)
+print(torch.get_num_threads())
+small = torch.ones(2**20)
+try:
+    large = torch.ones(2**29)
+except (MemoryError, RuntimeError) as error:
+    from client.preparation import fault
+    print(fault(error))
+"""
+
+
+def test_threads_and_memory_of_the_process_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(Policy.template())
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "policy.toml")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    threads, told = done.stdout.strip().split("\n")
+    assert threads == "1"
+    assert told.startswith("not enough memory for this job; raise max_memory_gb")
+
+
+def test_a_fault_tells_a_place_and_nothing_of_its_message() -> None:
+    try:
+        raise ValueError("a record's words")
+    except ValueError as error:
+        told = fault(error)
+    assert told.startswith("a fault in the site's program at test_limits.py:")
+    assert "record" not in told.replace("see its log", "")
+    assert "not enough memory" in fault(MemoryError())
+
+
+@pytest.mark.parametrize(("most", "left"), [(3000, "abc"), (2999, "bc"), (1000, "c"), (999, ""), (-1, "")])
+def test_older_packages_make_way_and_no_more_than_needed(tmp_path: Path, most: int, left: str) -> None:
+    for age, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / "half.sealed.partial").write_bytes(bytes(5000))
+    _make_way(tmp_path, most)
+    assert "".join(sorted(path.name for path in tmp_path.iterdir() if path.is_dir())) == left
+    assert (tmp_path / "half.sealed.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(fed, tmp_path_factory.mktemp("limits"))
+
+
+def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path: Path) -> None:
+    """The owner reads why, what was fetched is kept, and the next offer but one tries again."""
+    site = RunningSite(world, "ash", tmp_path / "ash")
+    packages = tmp_path / "ash" / "packages"
+    packages.mkdir()
+    plain = packages / f"{world.delivery.sha256.hex()}.plain"
+    plain.symlink_to("/dev/full")  # every write to it finds no space left on the device
+    site.ask("offer", world.offer("ash"))
+    preparation = site.service._preparation
+    assert preparation is not None
+    preparation.wait(30)
+    assert preparation.state == "refused"
+    assert "cannot be written" in preparation.detail
+    assert "No space left on device" in preparation.detail
+    assert [path.suffix for path in packages.iterdir()] == [".sealed"]
+    site.ask("offer", world.offer("ash"))  # tells the refusal once
+    site.ready()
+
+
+def test_three_times_a_package_is_what_unpacking_takes(world: World, tmp_path: Path) -> None:
+    """The encrypted file, the plain stream and the files are each about as large."""
+    site = RunningSite(world, "ash", tmp_path / "ash")
+    site.ready()
+    folder = next((tmp_path / "ash" / "packages").iterdir())
+    unpacked = sum(path.stat().st_size for path in folder.iterdir())
+    assert unpacked <= world.delivery.size <= UNPACKING * unpacked
