@@ -21,7 +21,6 @@ from cli.run import Run, simulated_bench
 from client.plan import SitePlan, plan_for
 from client.site import answer
 from client.workbench import Workbench
-from coordinator.aggregate import Rates
 from coordinator.attempt import Attempts
 from coordinator.evaluate import Score, score, spread
 from coordinator.exchange import Exchange, MemoryExchange
@@ -141,21 +140,9 @@ def _plans(run: Run, job: Job, bench: Workbench) -> dict[str, SitePlan]:
 
 
 def _federation(run: Run, job: Job) -> Federation:
-    rule = run.config.aggregation
-    return Federation(
-        manifest=job.manifest,
-        rule=rule.rule,
-        rates=Rates(rule.learning_rate, rule.momentum),
-        full=job.full,
-        layout=job.layout,
-        task=job.task,
-        public=job.public.test,
-        tolerance=run.config.evaluation.tolerance,
-        store=run.store,
-        attempts=Attempts(
-            run.store.folder, lambda: secrets.token_bytes(32), Numbers(run.store.folder / "aggregations.txt")
-        ),
-    )
+    folder = run.store.folder
+    attempts = Attempts(folder, lambda: secrets.token_bytes(32), Numbers(folder / "aggregations.txt"))
+    return Federation(job, run.config, run.store, attempts)
 
 
 def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[str, Any]:

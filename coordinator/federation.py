@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from adapter.layout import Layout
 from coordinator.aggregate import AGGREGATORS, Rates, ServerState
 from coordinator.attempt import Attempt, Attempts
+from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.exchange import Exchange
+from coordinator.job import Job
 from coordinator.rounds import OnLedger, RoundResult, run_round, tell_abort
 from coordinator.store import Progress, Store
 from emulator.plug import accept, plug
 from errors import TooFewSurvivors, lookup
-from protos.manifest import JobManifest
-from task.examples import Examples
-from task.spec import Task
 
 
 @dataclass(frozen=True)
@@ -26,28 +24,16 @@ class Federation:
     """What stays the same over all rounds of a job.
 
     Attributes:
-      manifest: the job.
-      rule: name in `AGGREGATORS`.
-      rates: of the rule.
-      full: full model with the adapter attached.
-      layout: of the adapter.
-      task: scores the full model.
-      public: public examples of the acceptance test.
-      tolerance: nats by which public loss may rise.
+      job: full model, adapter and manifest.
+      config: rule of aggregation and tolerance of the acceptance test.
       store: where the run is kept.
       attempts: at the rounds of this run.
       tries: how often a round that found too few sites is tried.
       on_ledger: told each site's newest ledger entry, see `run_round`.
     """
 
-    manifest: JobManifest
-    rule: str
-    rates: Rates
-    full: Any
-    layout: Layout
-    task: Task
-    public: Examples
-    tolerance: float
+    job: Job
+    config: FedConfig
     store: Store
     attempts: Attempts
     tries: int = 1
@@ -55,15 +41,16 @@ class Federation:
 
     def public_loss(self, adapter: np.ndarray) -> float:
         """Plugs an adapter into the full model and returns its loss on public text, nats per token."""
-        plug(self.full, self.layout, adapter)
-        return score(self.task, self.full, self.public, batch=self.manifest.physical_batch).loss
+        job = self.job
+        plug(job.full, job.layout, adapter)
+        return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
 
     def start(self) -> Progress:
         """Returns the resume point, or the state before the first round, which it stores."""
         if (progress := self.store.load_state()) is not None:
             self.store.drop_rounds_after(progress.round)
             return progress
-        initial = self.layout.read(self.full)
+        initial = self.job.layout.read(self.job.full)
         progress = Progress(ServerState.start(initial), 0, self.public_loss(initial))
         self.store.save_state(progress)
         return progress
@@ -85,8 +72,9 @@ class Federation:
           TooFewSurvivors: a round had no sum, as often as it was tried; the run folder stands at the round before.
         """
         progress = self.start()
-        everyone = tuple(site for site, _ in self.manifest.roster)
-        for number in range(progress.round + 1, self.manifest.rounds + 1):
+        manifest = self.job.manifest
+        everyone = tuple(site for site, _ in manifest.roster)
+        for number in range(progress.round + 1, manifest.rounds + 1):
             progress, line = self._round(progress, number, exchange, cohort or (lambda: everyone))
             self.store.save(progress, line)
             self.attempts.close()
@@ -106,16 +94,18 @@ class Federation:
                 failed += not attempt.resumed
                 self.attempts.close()
                 tell_abort(exchange, attempt.plan.cohort, str(error))
-                if failed >= self.tries or self.attempts.count.spent >= self.manifest.releases:
+                if failed >= self.tries or self.attempts.count.spent >= self.job.manifest.releases:
                     raise
 
     def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
         """Runs one attempt at a round and its acceptance test; nothing is stored."""
         began, number = time.monotonic(), attempt.plan.number
-        result = run_round(self.manifest, attempt.plan, progress.server.adapter, attempt, self.on_ledger)
-        candidate = lookup(AGGREGATORS, self.rule, "rule")(progress.server, result.update, self.rates)
+        result = run_round(self.job.manifest, attempt.plan, progress.server.adapter, attempt, self.on_ledger)
+        rule = self.config.aggregation
+        rates = Rates(rule.learning_rate, rule.momentum)
+        candidate = lookup(AGGREGATORS, rule.rule, "rule")(progress.server, result.update, rates)
         loss = self.public_loss(candidate.adapter)
-        verdict = accept(progress.public_loss, loss, self.tolerance)
+        verdict = accept(progress.public_loss, loss, self.config.evaluation.tolerance)
         line = _line(number, result, time.monotonic() - began) | {
             "accepted": verdict.accepted,
             "reason": verdict.reason,

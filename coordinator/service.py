@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 
-from coordinator.aggregate import Rates
 from coordinator.attempt import Attempts
 from coordinator.config import CoordinatorConfig, FedConfig
 from coordinator.correspondence import Correspondence
@@ -251,20 +250,9 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Deli
 
 
 def _federation(setting: Setting, job: Job, ledgers: Ledgers) -> Federation:
-    rule = setting.config.aggregation
+    attempts = Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt"))
     return Federation(
-        manifest=job.manifest,
-        rule=rule.rule,
-        rates=Rates(rule.learning_rate, rule.momentum),
-        full=job.full,
-        layout=job.layout,
-        task=job.task,
-        public=job.public.test,
-        tolerance=setting.config.evaluation.tolerance,
-        store=setting.store,
-        attempts=Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt")),
-        tries=setting.rules.attempts,
-        on_ledger=ledgers.learn,
+        job, setting.config, setting.store, attempts, tries=setting.rules.attempts, on_ledger=ledgers.learn
     )
 
 
