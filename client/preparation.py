@@ -12,7 +12,7 @@ from pathlib import Path
 from client.policy import UNPACKING
 from client.site import Site
 from emulator import archive
-from errors import DataError, OffsiteError
+from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError
 from protos.codec import Offer
 from protos.manifest import JobManifest
 from protos.signed_job import package_context
@@ -46,6 +46,8 @@ class Means:
 class Preparation:
     """One job on its way to being ready; asked for its state from another thread.
 
+    A refusal is `final` where another try would end alike: disk and network may change, an emulator does not.
+
     Args:
       offer: what the coordinator offered.
       manifest: its manifest, permitted by the policy.
@@ -55,6 +57,7 @@ class Preparation:
     def __init__(self, offer: Offer, manifest: JobManifest, means: Means) -> None:
         self.manifest = manifest
         self.state, self.detail, self.fetched = FETCHING, "", 0
+        self.final = False
         self.site: Site | None = None
         self._offer, self._means = offer, means
         self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
@@ -71,6 +74,9 @@ class Preparation:
         try:
             self.site = self._means.open_site(self.manifest, self._package())
         except OffsiteError as error:
+            self.final = not isinstance(error, DataError)
+            if isinstance(error, DigestMismatch | MalformedMessage):  # perhaps damaged here; a restart fetches it anew
+                shutil.rmtree(self._means.packages / self.manifest.emulator, ignore_errors=True)
             self.state, self.detail = REFUSED, f"{type(error).__name__}: {error}"
         except Exception as error:  # a bug must not leave the coordinator waiting for ever
             log.error("preparation failed: %s: %s", type(error).__name__, fault(error))

@@ -147,7 +147,8 @@ class Service:
         known = preparation is not None and preparation.manifest == manifest
         if preparation is None or not known or preparation.state == REFUSED:
             if preparation is not None and known:
-                self._preparation = None  # it is told once, and tried again with the next offer
+                if not preparation.final:
+                    self._preparation = None  # it is told once, and tried again with the next offer
                 return self._reply(preparation.state, preparation.detail)
             self._note("accepted", {"job": manifest.digest().hex()})
             preparation = self._preparation = Preparation(offer, manifest, self._standing.means)
