@@ -78,12 +78,9 @@ def gradient_checks(passes: list[Pass], limits: Limits, *, everywhere: bool) -> 
     if not passes:
         raise UnsupportedModel("vetting dense layers in slots=0: no gradient can be looked at; use another model")
     norms = torch.stack([p.gradients.square().sum((1, 2)) * p.inputs.square().sum((1, 2)) for p in passes]).sqrt()
-    examples = norms.square().sum(0).sqrt()
     for layer, norm in zip(passes, norms, strict=True):
         dead = float((norm == 0).float().mean()) if torch.isfinite(norm).all() else float("nan")
         yield Check("dead_gradients", layer.name, dead, limits.dead_gradients, "nothing but the trap would be trained")
-    ratio = float(examples.max() / examples.median().clamp_min(1e-30))
-    yield Check("example_share", "slots", ratio, limits.example_share, "one kind of example owns the whole gradient")
     for layer in passes:
         yield from _layer_checks(layer, limits, everywhere=everywhere)
 

@@ -26,9 +26,8 @@ class Limits:
     gain: float = 1e3
     closed_gains: float = 0.5
     dead_gradients: float = 0.5
-    example_share: float = 1e4
     token_share: float = 0.8
-    single_rows: float = 0.2
+    single_rows: float = 0.5
     least_mixed: float = 0.02
     least_change: float = 1e-3
     growth: float = 1e3

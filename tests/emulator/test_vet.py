@@ -14,6 +14,7 @@ from torch import nn
 
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
+from emulator.activations import Pass, gradient_checks
 from emulator.manifest import CONFIG
 from emulator.package import load, read_manifest
 from emulator.structure import check_structure
@@ -381,3 +382,34 @@ def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.layers.0.self_attn.v_proj.weight"}
+
+
+# what a layer's inputs and gradients show by themselves
+
+
+def seen(**changed: torch.Tensor) -> Pass:
+    draw = torch.Generator().manual_seed(2)
+    both = {name: torch.randn(8, 32, 48, generator=draw) for name in ("inputs", "gradients")}
+    return Pass("layer", **(both | changed))
+
+
+def failed(layer: Pass) -> set[str]:
+    return {check.name for check in gradient_checks([layer], Limits(), everywhere=True) if not check.passed}
+
+
+def test_mixed_inputs_and_gradients_pass() -> None:
+    assert failed(seen()) == set()
+
+
+def test_gradients_that_copy_an_input_are_told_apart() -> None:
+    one_hot = torch.eye(48)[torch.arange(8 * 32) % 48].reshape(8, 32, 48)
+    assert "least_mixed_inputs" in failed(seen(inputs=one_hot))
+    assert "least_mixed_gradients" in failed(seen(gradients=one_hot))
+    assert "dead_gradients" in failed(seen(gradients=torch.zeros(8, 32, 48)))
+    assert "dead_gradients" in failed(seen(gradients=torch.full((8, 32, 48), torch.nan)))
+    loud = torch.randn(8, 32, 48, generator=torch.Generator().manual_seed(3))
+    loud[:, 5] *= 1e4  # one token of each example makes up its whole gradient
+    assert "token_share" in failed(seen(inputs=loud))
+    bins = torch.zeros(8 * 32, 48)
+    bins[torch.arange(48), torch.arange(48)] = 1.0  # each row of the gradient comes from one token alone
+    assert "single_rows" in failed(seen(gradients=bins.reshape(8, 32, 48)))
