@@ -17,7 +17,7 @@ from torch.nn import functional
 from adapter.targets import is_linear
 from emulator.manifest import Manifest
 from emulator.structure import slot_paths
-from emulator.traps import SMALLEST, participation
+from emulator.traps import SMALLEST, few, participation
 from emulator.verdict import Check, Limits
 from errors import UnsupportedModel
 
@@ -104,9 +104,8 @@ def _layer_checks(layer: Pass, limits: Limits, *, everywhere: bool) -> Iterator[
         flat = flat[flat.square().sum(1) > 0]
         if min(flat.shape) >= SMALLEST:
             mixed = float(participation(flat).median())
-            yield Check(
-                f"least_mixed_{what}", layer.name, mixed, limits.least_mixed, "they are one-hot codes", least=True
-            )
+            least = few(limits.least_mixed, flat)
+            yield Check(f"least_mixed_{what}", layer.name, mixed, least, "they are one-hot codes", least=True)
 
 
 def _block_checks(seen: dict[str, tuple[Tensor, Tensor]], limits: Limits) -> Iterator[Check]:
