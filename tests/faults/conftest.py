@@ -97,11 +97,6 @@ class Federation:
         link, depot = told or self.ports
         ports = ("--link-port", str(link), "--depot-port", str(depot), "--suite", str(suite))
         offsite("coordinator", "init", str(self.home), "--name", "faults", *ports)
-        if told is not None:
-            settings = self.home / "coordinator.toml"
-            listen = dict(zip(("link_port", "depot_port"), self.ports, strict=True))
-            for key, port in listen.items():
-                settings.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {port}", settings.read_text()))
         for site in sites:
             data = self.world / "data" / "sites" / site / "train"
             offsite("client", "init", str(self.site(site)), "--name", site, "--data", str(data), "--suite", str(suite))
@@ -109,6 +104,10 @@ class Federation:
         printed = offsite("coordinator", "approve", str(self.home), *requests, "--yes")
         fingerprint = re.search(r"to compare: (\S+)", printed)
         assert fingerprint is not None, printed
+        if told is not None:  # only now: a welcome tells the ports of these settings
+            settings = self.home / "coordinator.toml"
+            for key, port in zip(("link_port", "depot_port"), self.ports, strict=True):
+                settings.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {port}", settings.read_text()))
         for site in sites:
             welcome = str(self.home / "welcomes" / f"{site}.welcome")
             offsite("client", "sign", str(self.site(site)), welcome, "--fingerprint", fingerprint[1])

@@ -40,8 +40,12 @@ class Proxy:
         while not self._closed:
             try:
                 near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
                 far = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
+                near.close()  # nobody listens there yet
                 continue
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
