@@ -71,6 +71,7 @@ class Service:
         self._preparation: Preparation | None = None
         self._sent: dict[str, tuple[bytes, bytes]] = {}
         self._ready = ""  # the job whose being ready was written down
+        self._said: dict[str, str] = {}  # the last line of each stage, for the people at this machine
 
     def handle(self, stage: str, body: bytes) -> bytes:
         """Returns the answer to a stage; a refusal is an answer, and is written down."""
@@ -87,7 +88,16 @@ class Service:
             fields |= {"error": message.kind, "reason": message.reason}
         if stage != "offer" or isinstance(message, codec.Refusal):
             self._note("answered", fields)
+        self._say(stage, said(stage, message))
         return reply
+
+    def _say(self, stage: str, line: str) -> None:
+        """Says a line to the people at this machine, unless it was the last one of this stage in this round."""
+        if stage == "train":
+            self._said = {name: told for name, told in self._said.items() if name in ("offer", "train")}
+        if line and line != self._said.get(stage):
+            log.info("%s", line)
+            self._said[stage] = line
 
     def _dispatch(self, stage: str, body: bytes) -> bytes:
         if stage in ("offer", "finish"):
@@ -188,6 +198,34 @@ class Service:
 
     def _note(self, kind: str, fields: Mapping[str, object]) -> None:
         self._standing.audit.record(kind, now=self._standing.clock(), **fields)
+
+
+def said(stage: str, reply: codec.Message) -> str:
+    """Returns what people at a site are told of one answer; empty where nothing has changed for them.
+
+    Args:
+      stage: that was answered.
+      reply: the answer.
+    """
+    line = ""
+    match reply:
+        case codec.Refusal(kind=kind, reason=reason) if stage == "offer":
+            line = f"job refused: {kind}: {reason}; after a change here, start offsite client run again"
+        case codec.Refusal(kind=kind, reason=reason):
+            line = f"refused in stage {stage}: {kind}: {reason}"
+        case codec.OfferReply(state="fetching"):
+            line = "job offered: its package is fetched and vetted"
+        case codec.OfferReply(state=state, detail=detail):
+            line = f"job {state}: {detail}" if detail else f"job {state}"
+        case codec.MaskedReply():
+            line = "a masked update has left; the audit log tells its size and what privacy it cost"
+        case codec.TrainReply(round=number):
+            line = f"round {number}: trained"
+        case codec.Notice(kind="abort", reason=reason):
+            line = f"the coordinator gave the round up: {reason!r}"
+        case codec.Notice(reason=reason):
+            line = f"job ended: {reason!r}"
+    return line
 
 
 def _check_terms(manifest: JobManifest, federation: Federation) -> None:

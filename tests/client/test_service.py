@@ -61,6 +61,40 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
     assert offered(site, "waiting")
 
 
+def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each change once, however often the coordinator asks; words that are not ours stand in quotes."""
+    caplog.set_level("INFO", "offsite.client")
+    digest = world.manifest.digest().hex()
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
+    offered(site, "waiting")
+    assert site.service._preparation is not None
+    site.service._preparation.wait(30)
+    for _ in range(3):
+        offered(site, "waiting")
+    site.jobs.approve(digest[:12], by="owner", at="now")
+    offered(site)
+    for _ in range(2):
+        train(site)
+        offered(site)
+    site.ask("abort", codec.Notice("abort", "\x1b[2J"))
+    assert caplog.messages == [
+        f"job waiting: the data owner has not approved job {digest[:12]} yet",
+        "job ready",
+        "round 1: trained",
+        "the coordinator gave the round up: '\\x1b[2J'",
+    ]
+
+
+def test_its_owner_is_told_of_a_refusal(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "offsite.client")
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"max_rank": 1})
+    for _ in range(2):
+        site.ask("offer", world.offer("ash"))
+    (line,) = caplog.messages
+    assert line.startswith("job refused: PolicyRefusal: ")
+    assert line.endswith("; after a change here, start offsite client run again")
+
+
 def failing(error: Exception, times: int) -> Callable[[RunningSite], Callable[[JobManifest, Path], Site]]:
     """Lets a site fail to open a job, so many times."""
     left = [times]
