@@ -98,6 +98,8 @@ class Service:
         if line and line != self._said.get(stage):
             log.info("%s", line)
             self._said[stage] = line
+        if stage == "finish":
+            self._said.clear()
 
     def _dispatch(self, stage: str, body: bytes) -> bytes:
         if stage in ("offer", "finish"):

@@ -8,7 +8,7 @@ map of the pairs (input, output gradient) that are looked at here.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,19 +93,40 @@ def _layer_checks(layer: Pass, limits: Limits, *, everywhere: bool) -> Iterator[
         yield Check(
             "token_share", layer.name, float(share.median()), limits.token_share, "its gradient is one token's copy"
         )
-    # Each output's row of the gradient is a sum over all tokens of all examples; a bin or latch has just one of them.
-    rows = (inputs[:, :, None] * layer.gradients.abs()).flatten(0, 1)
-    alive = rows.sum(0) > 0
-    single = (rows.amax(0) > 0.8 * rows.sum(0)) & alive
-    crowded = float(single.float().sum() / alive.float().sum().clamp_min(1))
-    yield Check("single_rows", layer.name, crowded, limits.single_rows, "rows of the gradient hold one token each")
-    for what, rows in (("inputs", layer.inputs), ("gradients", layer.gradients)):
-        flat = rows.flatten(0, 1)
+    # An output's row of the gradient is a sum over all tokens; in a bin or a latch it holds one of them. A loud token
+    # drowns all rows of an honest model now and then: a trap keeps many tokens, each in rows of its own.
+    rows = inputs[:, :, None] * layer.gradients.abs()
+    of_all = _sole(rows.flatten(0, 1)[None])
+    alone = {"single_rows": len(of_all.tokens.unique()) / max(int(of_all.alive.sum()), 1)}
+    if everywhere:
+        in_each = _sole(rows)
+        alone["single_in_example"] = float((in_each.alone.sum(1) / in_each.alive.sum(1).clamp_min(1)).median())
+    for name, value in alone.items():
+        yield Check(name, layer.name, value, limits.single_rows, "rows of the gradient hold one token each")
+    for what, side in (("inputs", layer.inputs), ("gradients", layer.gradients)):
+        flat = side.flatten(0, 1)
         flat = flat[flat.square().sum(1) > 0]
         if min(flat.shape) >= SMALLEST:
             mixed = float(participation(flat).median())
             least = few(limits.least_mixed, flat)
             yield Check(f"least_mixed_{what}", layer.name, mixed, least, "they are one-hot codes", least=True)
+
+
+class _Sole(NamedTuple):
+    """Which rows of a gradient are not zero, which of those hold one token alone, (examples, rows), and which token."""
+
+    alive: Tensor
+    alone: Tensor
+    tokens: Tensor
+
+
+def _sole(shares: Tensor) -> _Sole:
+    """Looks for rows with one token, from each token's share in each row, (examples, tokens, rows)."""
+    whole = shares.sum(1)
+    largest, which = shares.max(1)
+    alive = whole > 0
+    alone = (largest > 0.8 * whole) & alive
+    return _Sole(alive, alone, which[alone])
 
 
 def _block_checks(seen: dict[str, tuple[Tensor, Tensor]], limits: Limits) -> Iterator[Check]:

@@ -27,7 +27,7 @@ class Limits:
     closed_gains: float = 0.5
     dead_gradients: float = 0.5
     token_share: float = 0.8
-    single_rows: float = 0.5
+    single_rows: float = 0.25
     least_mixed: float = 0.02
     least_change: float = 1e-3
     growth: float = 1e3

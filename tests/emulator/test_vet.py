@@ -410,6 +410,15 @@ def test_gradients_that_copy_an_input_are_told_apart() -> None:
     loud = torch.randn(8, 32, 48, generator=torch.Generator().manual_seed(3))
     loud[:, 5] *= 1e4  # one token of each example makes up its whole gradient
     assert "token_share" in failed(seen(inputs=loud))
+
+
+def test_rows_that_hold_one_token_each_are_told_from_a_loud_token() -> None:
     bins = torch.zeros(8 * 32, 48)
-    bins[torch.arange(48), torch.arange(48)] = 1.0  # each row of the gradient comes from one token alone
-    assert "single_rows" in failed(seen(gradients=bins.reshape(8, 32, 48)))
+    bins[torch.arange(48) * 5, torch.arange(48)] = 1.0  # each row of the gradient comes from one token alone
+    assert {"single_rows", "single_in_example"} <= failed(seen(gradients=bins.reshape(8, 32, 48)))
+    copies = torch.zeros(8, 32, 48)
+    copies[:, 3] = 1.0  # every row keeps one token of each record: few tokens, but nothing else
+    assert "single_in_example" in failed(seen(gradients=copies))
+    loud = seen().gradients.clone()
+    loud[2, 5] *= 1e4  # what an honest model does with one odd token now and then
+    assert failed(seen(gradients=loud)) == set()
