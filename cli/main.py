@@ -152,12 +152,16 @@ app.add_typer(client_run.app)
 
 
 def main() -> None:
-    """Runs the command; an `OffsiteError` becomes one line on standard error and exit code 2."""
+    """Runs the command; an `OffsiteError`, or what the system refuses, becomes one line and exit code 2."""
     try:
         app()
     except OffsiteError as error:
         with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
             typer.echo(f"offsite: {error}", err=True)
+        raise SystemExit(EXIT_REFUSED) from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            typer.echo(f"offsite: path={error.filename}: {error.strerror or error}; put this right first", err=True)
         raise SystemExit(EXIT_REFUSED) from None
 
 

@@ -25,9 +25,9 @@ from client.policy import GIGABYTE, Policy, permit
 from client.preparation import Means
 from client.service import Service, Standing
 from client.site import Site
-from client.workbench import open_workbench
+from client.workbench import Workbench, open_workbench
 from emulator.verdict import Limits
-from errors import DataError, PolicyRefusal, PrivacyRefusal, lookup
+from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, lookup
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
@@ -157,10 +157,19 @@ class Opened:
         installation = self.installation
         books = LedgerBooks(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
         journal = FileJournal(installation.state / "journal.jsonl")
-        return self.site_with(manifest, package, books, journal, record=installation.state / "rounds.jsonl")
+        bench = self._bench(manifest, package)
+        try:
+            return self._site(manifest, bench, books, journal, record=installation.state / "rounds.jsonl")
+        except OffsiteError as error:  # whatever it says follows from the data
+            self.note("data do not fit", str(error))
+            log.warning("job %s: %s", manifest.digest().hex()[:12], error)
+            raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
 
     def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
         """Opens this site with the books, the journal and the record given; a dry run brings its own."""
+        return self._site(manifest, self._bench(manifest, package), books, journal, record=record)
+
+    def _bench(self, manifest: JobManifest, package: Path) -> Workbench:
         limits, seed = Limits.for_rank(self.policy.max_rank), secrets.randbits(62)
         bench = open_workbench(package, manifest, limits=limits, seed=seed)
         self.audit.record(
@@ -170,6 +179,9 @@ class Opened:
             emulator=manifest.emulator,
             checks=[one.to_dict() for one in bench.vetting],
         )
+        return bench
+
+    def _site(self, manifest: JobManifest, bench: Workbench, books: Books, journal: Journal, *, record: Path) -> Site:
         examples = self.examples(manifest, bench.tokenizer)
         if len(examples) < self.policy.min_records:
             raise PolicyRefusal(

@@ -130,6 +130,7 @@ class Service:
 
     def _offer(self, offer: codec.Offer) -> codec.OfferReply:
         standing = self._standing
+        standing.federation.check_valid(standing.clock())  # a site may run for longer than its owners signed
         manifest = check_job(standing.coordinator, offer.manifest, offer.manifest_signature)
         if missing := sorted(
             {member.site for member in standing.federation.members} - {site for site, _ in offer.owners}

@@ -98,6 +98,7 @@ class Site:
         self._write(request.round, trained)
         self._last = request.round
         self._pending = _Pending((request.round, adapter), trained.update, event)
+        self._member = None  # one that was opened for an earlier update holds that one
         return codec.TrainReply(request.round)
 
     def rehearse(self) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def local_update(
         return bench.task.losses(model, batch)
 
     if not bench.engine:
-        bench.engine = choose_engine(bench.model, losses, examples.select(np.arange(2)))
+        # On no private record: what a refusal says of a gradient would be told without noise.
+        vocabulary = bench.model.config.get_text_config().vocab_size
+        bench.engine = choose_engine(bench.model, losses, Examples.invented(vocabulary, examples.input_ids.shape[1]))
     terms = round_terms(manifest, plan, bench.engine)
     outcome = train(bench.model, losses, examples.select, n=len(examples), terms=terms, randomness=randomness)
     update = bench.layout.read(bench.model) - start

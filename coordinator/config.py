@@ -198,12 +198,18 @@ class FedConfig:
         _at_least("seed", self.seed, 0)
         _above_zero("training.learning_rate", training.learning_rate)
         _above_zero("aggregation.learning_rate", self.aggregation.learning_rate)
-        if privacy.private and not privacy.epsilon > 0:
+        if not (0 <= self.aggregation.momentum < 1):
+            raise ConfigError(f"aggregation.momentum={self.aggregation.momentum}: must lie in [0, 1); 0.9 is usual")
+        if not (0 <= self.evaluation.tolerance < math.inf):
+            raise ConfigError(f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0")
+        if not -1 <= self.emulator.gate <= 1:
+            raise ConfigError(f"emulator.gate={self.emulator.gate}: a cosine lies in [-1, 1]; 0.6 is the default")
+        if not (0 < privacy.epsilon < math.inf):
             raise ConfigError(
-                f"privacy.epsilon={privacy.epsilon}: must be above 0, smaller is more private; "
+                f"privacy.epsilon={privacy.epsilon}: must be finite and above 0, smaller is more private; "
                 "use 8, or privacy.private = false to train without privacy"
             )
-        if privacy.max_grad_norm < 0:
+        if not (0 <= privacy.max_grad_norm < math.inf):
             raise ConfigError(f"privacy.max_grad_norm={privacy.max_grad_norm}: must be above 0, or 0 for automatic")
         if self.coordinator is not None:
             _at_least("coordinator.sites", self.coordinator.sites, 0)

@@ -4,10 +4,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from errors import DataError
+from errors import DataError, MalformedMessage
 from protos.flower import NAME_STAGE, pack, unpack
 
 log = logging.getLogger("offsite.coordinator")
@@ -49,11 +49,19 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
             if name is None:
                 continue
             if reply.has_content():
-                answers[name] = unpack(reply.content)[1]
+                _take(answers, name, reply.content)
             else:
                 log.warning("site %s: Flower says: %s", name, reply.error.reason)
         time.sleep(POLL_SECONDS)
     return answers
+
+
+def _take(answers: dict[str, bytes], name: str, content: RecordDict) -> None:
+    """Keeps an answer; what is none costs its site this question, since nothing of it is signed yet."""
+    try:
+        answers[name] = unpack(content)[1]
+    except (KeyError, TypeError, ValueError, AttributeError, MalformedMessage) as error:
+        log.warning("site %s: its answer is not a stage of offsite (%s)", name, type(error).__name__)
 
 
 def meet(grid: Grid, *, sites: int, deadline: float) -> dict[str, int]:

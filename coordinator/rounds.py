@@ -156,9 +156,12 @@ def _sum(collector: Collector) -> Sum:
 def _collect(
     talk: Conversation, stage: str, answers: dict[str, codec.SignedBatch], add: Callable[[Signed], None]
 ) -> None:
+    """Hands each site's one message to the collector; a site with none or more of them is out of the round."""
     for site, batch in answers.items():
-        for message in batch.messages:
-            _guard(talk, site, stage, partial(add, _signed(message)))
+        if len(batch.messages) != 1:
+            talk.drop(site, stage, f"messages={len(batch.messages)}: a site sends one")
+            continue
+        _guard(talk, site, stage, partial(add, _signed(batch.messages[0])))
 
 
 def _guard(talk: Conversation, site: str, stage: str, action: Callable[[], None]) -> None:

@@ -155,6 +155,8 @@ def _check(manifest: JobManifest) -> None:
         canonical.hexadecimal(getattr(manifest, name), f"job {name}", size=DIGEST_BYTES)
     canonical.hexadecimal(manifest.identifier, "job identifier")
     canonical.text(terms.accountant, "job accountant", limit=1 << 10)
+    for name in (manifest.adapter.method, *manifest.adapter.slots, *manifest.adapter.targets, *manifest.metrics):
+        canonical.text(name, "job adapter or metrics", limit=1 << 10)  # an owner reads them before approving
     for name, lowest in (("epoch", 0), ("rounds", 1), ("local_steps", 1), ("length", 1), ("physical_batch", 1)):
         canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=_MANY)
     canonical.whole(manifest.spare_rounds, "job spare_rounds", lowest=0, highest=_MANY)

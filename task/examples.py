@@ -35,6 +35,18 @@ class Examples:
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.input_ids.device).reshape(-1)
         return Examples(self.input_ids[rows], self.attention_mask[rows])
 
+    @classmethod
+    def invented(cls, vocabulary: int, length: int) -> "Examples":
+        """Returns two records that nobody wrote, one half as long as the other, to try a model on.
+
+        Args:
+          vocabulary: number of token ids, >= 1.
+          length: tokens per record, >= 2.
+        """
+        ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+        widths = torch.tensor([length, max(length // 2, 2)])
+        return cls(ids, (torch.arange(length)[None, :] < widths[:, None]).long())
+
     def to(self, device: torch.device | str) -> "Examples":
         """Returns the examples on a device."""
         return Examples(self.input_ids.to(device), self.attention_mask.to(device))

@@ -11,6 +11,7 @@ from errors import ConfigError, MalformedMessage
 
 MAX_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_LINE, _LINES = re.compile(r"[ -~]*"), re.compile(r"[ -~\n]*")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _RESERVED = ("coordinator",)  # the other party's name in every letter
 
@@ -40,14 +41,16 @@ def load(data: bytes, what: str, keys: Iterable[str], *, limit: int = MAX_BYTES)
     return dict(content)
 
 
-def text(value: object, what: str, *, limit: int = 1 << 16) -> str:
-    """Returns an ASCII text of at most `limit` characters.
+def text(value: object, what: str, *, limit: int = 1 << 16, lines: bool = False) -> str:
+    """Returns a text of at most `limit` printable ASCII characters, which a terminal shows as they are.
+
+    With `lines` it may have several.
 
     Raises:
       MalformedMessage: it is not one.
     """
-    if not isinstance(value, str) or len(value) > limit or not value.isascii():
-        _refuse(what, f"an ASCII text of at most {limit} characters")
+    if not isinstance(value, str) or len(value) > limit or not (_LINES if lines else _LINE).fullmatch(value):
+        _refuse(what, f"a printable ASCII text of at most {limit} characters")
     return value
 
 

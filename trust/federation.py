@@ -227,7 +227,7 @@ def _check_members(federation: Federation) -> None:
         canonical.hexadecimal(one.identity, "member identity", size=KEY_BYTES)
         canonical.hexadecimal(one.sealing, "member sealing", size=PUBLIC_BYTES[federation.suite])
         canonical.hexadecimal(one.tls, "member tls", size=DIGEST_BYTES)
-        check_node_public(canonical.text(one.node, "member node", limit=1 << 10))
+        check_node_public(canonical.text(one.node, "member node", limit=1 << 10, lines=True))
     names = [one.site for one in federation.members]
     if names != sorted(names):
         raise MalformedMessage("federation members: must be sorted by name; ask for it again")

@@ -77,7 +77,7 @@ class SiteRequest:
         canonical.whole(content["suite"], "request suite", lowest=CLASSIC, highest=HYBRID)
         for name in names:
             if name != "suite":
-                canonical.text(content[name], f"request {name}")
+                canonical.text(content[name], f"request {name}", lines=True)
         request = cls(**content)
         _check(request)
         return request

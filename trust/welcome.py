@@ -74,10 +74,13 @@ class Welcome:
         content = canonical.load(data, "welcome", ["format", *names], limit=MAX_BYTES)
         canonical.whole(content.pop("format"), "welcome format", lowest=FORMAT, highest=FORMAT)
         for name in ("ca", "certificate", "federation"):
-            content[name] = canonical.text(content[name], f"welcome {name}", limit=canonical.MAX_BYTES).encode("ascii")
+            content[name] = canonical.text(
+                content[name], f"welcome {name}", limit=canonical.MAX_BYTES, lines=True
+            ).encode("ascii")
         earlier = content["earlier"] if isinstance(content["earlier"], list) else [None]
         content["earlier"] = tuple(
-            canonical.text(one, "welcome earlier", limit=canonical.MAX_BYTES).encode("ascii") for one in earlier
+            canonical.text(one, "welcome earlier", limit=canonical.MAX_BYTES, lines=True).encode("ascii")
+            for one in earlier
         )
         canonical.text(content["host"], "welcome host", limit=255)
         for name in ("link_port", "depot_port"):

@@ -56,6 +56,11 @@ def edited(world: Path, old: str, new: str) -> str:
         ('"elm"]', '"oak"]', ["oak"]),
         ("length = 16", "length = 16\ncolumn = 7", ["data.column=7"]),
         ("rounds = 2", "rounds = 0", ["training.rounds=0"]),
+        ("[aggregation]", "[aggregation]\nmomentum = 1.0", ["aggregation.momentum=1.0", "[0, 1)"]),
+        ("[evaluation]", "[evaluation]\ntolerance = nan", ["evaluation.tolerance=nan", "finite"]),
+        ("[training]", "[privacy]\nepsilon = inf\n[training]", ["privacy.epsilon=inf", "finite"]),
+        ("[training]", "[privacy]\nmax_grad_norm = nan\n[training]", ["privacy.max_grad_norm=nan"]),
+        ("gate = 0.1", "gate = -inf", ["emulator.gate=-inf", "[-1, 1]"]),
         ("gate = 0.1", "gate = 0.9999999", ["gradient_cosine=", "below the floor"]),
         ('compress = ["int4:32"]', 'compress = ["int5"]', ["int5", "int4"]),
         ("seed = 1", "seed = [", ["not valid TOML"]),
@@ -136,3 +141,9 @@ def test_init_does_not_overwrite(world: Path, refused: Callable[..., str]) -> No
     before = world.read_bytes()
     assert "exists" in refused("init", str(world))
     assert world.read_bytes() == before
+
+
+def test_what_the_system_refuses_is_one_line(refused: Callable[..., str], world: Path) -> None:
+    """A folder of the run is to be where a file stands."""
+    (world.parent / "file").write_text("x")
+    assert "file" in refused("simulate", str(world), "--out", str(world.parent / "file" / "run"))

@@ -15,6 +15,7 @@ from coordinator.rounds import RoundPlan, run_round
 from errors import TooFewSurvivors
 from protos import codec
 from protos.manifest import JobManifest
+from protos.terms import adapter_digest
 
 
 @pytest.fixture
@@ -65,3 +66,38 @@ def test_what_was_not_agreed_is_refused(opened: tuple[JobManifest, dict[str, Sit
         assert "no secure aggregation is open" in refusal(site, stage, message)
     assert "takes TrainRequest" in refusal(site, "train", codec.TrainReply(1))
     assert "did you mean" in refusal(site, "trian", codec.TrainReply(1))
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares", "survivors", "unmask"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_site_that_sends_no_message_or_two_is_left_out(
+    opened: tuple[JobManifest, dict[str, Site], np.ndarray], stage: str, count: int
+) -> None:
+    """The others have their sum without it, or with what it had sent before."""
+    manifest, sites, start = opened
+
+    def hostile(asked: str, body: bytes) -> bytes:
+        reply = codec.decode(answer(sites["elm"], asked, body))
+        if asked == stage and isinstance(reply, codec.SignedBatch):
+            reply = codec.SignedBatch(reply.messages * count)
+        return codec.encode(reply)
+
+    honest = {name: lambda stage, body, s=site: answer(s, stage, body) for name, site in sites.items()}
+    found = run_round(
+        manifest, RoundPlan(1, 1, bytes(32), tuple(sites)), start, MemoryExchange(honest | {"elm": hostile})
+    )
+    assert [(one.site, one.stage) for one in found.refused] == [("elm", stage)]
+    assert set(found.members) >= {"ash", "birch", "cedar"}
+
+
+def test_an_update_that_is_trained_anew_is_not_sent_through_the_round_before(
+    opened: tuple[JobManifest, dict[str, Site], np.ndarray],
+) -> None:
+    """Its ledger would tell of another update than the one that left."""
+    manifest, sites, start = opened
+    site = sites["ash"]
+    answer(site, "train", codec.encode(codec.TrainRequest(manifest.digest(), 1, start)))
+    opening = codec.KeysRequest(1, 1, bytes(32), adapter_digest(start), tuple(sorted(sites)))
+    assert isinstance(codec.decode(answer(site, "keys", codec.encode(opening))), codec.SignedBatch)
+    answer(site, "train", codec.encode(codec.TrainRequest(manifest.digest(), 2, start)))
+    assert "no secure aggregation is open" in refusal(site, "masked", codec.SignedBatch(()))

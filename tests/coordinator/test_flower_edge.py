@@ -1,0 +1,63 @@
+"""What comes out of Flower is nobody's word yet: an answer that is none costs its site the question, not the others."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from coordinator.flower_edge import _message, call
+from protos.flower import pack
+
+
+class Answering:
+    """A grid whose nodes answer at once, each with the content that it is given."""
+
+    def __init__(self, contents: dict[int, RecordDict | Error]) -> None:
+        self.contents, self.sent = contents, list[Message]()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self.sent = list(messages)
+        for number, message in enumerate(self.sent):
+            message.metadata.__dict__["_message_id"] = str(number)
+        return [message.metadata.message_id for message in self.sent]
+
+    def pull_messages(self, wanted: list[str]) -> list[Message]:
+        asked = [message for message in self.sent if message.metadata.message_id in wanted]
+        return [Message(self.contents[one.metadata.dst_node_id], reply_to=one) for one in asked]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"stage": ConfigRecord()}),
+        RecordDict({"stage": ConfigRecord({"name": "offer"})}),
+        RecordDict({"stage": MetricRecord({"name": 1.0})}),
+        RecordDict({"stage": ConfigRecord({"name": "offer"}), "body": ArrayRecord()}),
+        RecordDict(
+            {
+                "stage": ConfigRecord({"name": "offer"}),
+                "body": ArrayRecord({"flat": Array("uint8", (4,), "numpy.ndarray", b"none")}),
+            }
+        ),
+        RecordDict(
+            {
+                "stage": ConfigRecord({"name": "offer"}),
+                "body": ArrayRecord({"flat": Array("uint8", (4,), "pickle", np.zeros(4).tobytes())}),
+            }
+        ),
+        Error(code=0, reason="node went away"),
+    ],
+)
+def test_an_answer_that_is_none_costs_nobody_else_theirs(
+    content: RecordDict | Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):  # a message is written by a task
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    grid = Answering({1: content, 2: pack("offer", b"honest")})
+    messages = {"elm": _message(1, "offer", b""), "ash": _message(2, "offer", b"")}
+    assert call(cast(Grid, cast(Any, grid)), messages, 5.0) == {"ash": b"honest"}
