@@ -1,7 +1,9 @@
 """A running site's answers, without a network: whose word it takes, when it trains, and what it tries again."""
 
+import dataclasses
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from client.site import Site
 from errors import DataError, DigestMismatch, UnsupportedModel
 from protos import codec
 from protos.manifest import JobManifest
-from tests.memory_federation import RunningSite, World, make_world
+from tests.memory_federation import NOW, RunningSite, World, make_world
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,17 @@ def test_its_owner_is_told_of_a_refusal(world: World, tmp_path: Path, caplog: py
     (line,) = caplog.messages
     assert line.startswith("job refused: PolicyRefusal: ")
     assert line.endswith("; after a change here, start offsite client run again")
+
+
+def test_an_epoch_that_has_ended_takes_no_job(world: World, tmp_path: Path) -> None:
+    """A site may have run since before its end."""
+    site = RunningSite(world, "ash", tmp_path / "ash")
+    later = dataclasses.replace(site.service._standing, clock=lambda: NOW + timedelta(days=400))
+    site.service._standing = later
+    reply = site.ask("offer", world.offer("ash"))
+    assert isinstance(reply, codec.Refusal)
+    assert reply.kind == "Untrusted"
+    assert not site.opened
 
 
 def failing(error: Exception, times: int) -> Callable[[RunningSite], Callable[[JobManifest, Path], Site]]:
