@@ -1,6 +1,7 @@
 """`offsite client …`: run a site, look at offers and approve them, check everything, train without a network."""
 
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -19,6 +20,10 @@ from errors import DataError
 from trust.files import alone
 
 EXIT_WARNED, EXIT_STOPPED = 1, 143
+SPLITS = {
+    "truncate": "one of each text, cut after so many tokens",
+    "blocks": "texts joined and cut, so that the job's tokenizer says how many there are",
+}
 Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
 log = logging.getLogger("offsite.client")
 __all__ = ["app"]
@@ -107,6 +112,7 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any]) -> list[str]:
         f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
+        f"records    {SPLITS.get(facts['split'], 'cut in a way that this release does not know')} ({facts['split']})",
         f"privacy    epsilon {privacy['epsilon']} for the whole job, clip {privacy['max_grad_norm']:.4g}, "
         f"accountant {privacy['accountant']}",
         f"sum        of at least {facts['n_min']} of {len(facts['roster'])} sites: "
@@ -126,15 +132,21 @@ def _size(shape: list[int]) -> int:
 @app.command()
 def approve(folder: Place, job: Annotated[str, typer.Argument(help="eight or more digits of a job's hash")]) -> None:
     """Approve one job, pinned to the hash of its manifest."""
-    import getpass
-
     from client.jobs import Jobs
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
     jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
-    digest = jobs.approve(job, by=getpass.getuser(), at=now().isoformat(timespec="seconds"))
+    digest = jobs.approve(job, by=_user(), at=now().isoformat(timespec="seconds"))
     typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
+
+
+def _user() -> str:
+    """Returns who approves: a login name, or the number where the system has none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 @app.command()

@@ -11,7 +11,7 @@ from client.books import MemoryBooks
 from client.data import read
 from client.plan import plan_for
 from client.site import Site
-from client.workbench import Workbench, open_workbench
+from client.workbench import Workbench, encoded, open_workbench
 from coordinator.config import FedConfig, parse_config
 from coordinator.store import Store, write_atomically
 from emulator.verdict import Limits
@@ -98,7 +98,7 @@ class Run:
         """
         setting = next(site for site in self.config.sites if site.name == name)
         try:
-            examples = self.examples(setting.train, bench.tokenizer)
+            examples = encoded(bench, manifest, self.texts(setting.train))
             plan = plan_for(manifest, len(examples))
         except DataError as error:
             raise DataError(f"site={name}: {error}") from error

@@ -1,7 +1,6 @@
 """Fetching a package from the depot: in chunks, from where an earlier try ended, and checked by its SHA-256."""
 
 import hashlib
-import os
 import random
 import threading
 import time
@@ -16,6 +15,7 @@ import grpc
 from errors import DataError, DigestMismatch, Untrusted
 from protos import depot_pb2 as wire
 from protos import depot_pb2_grpc as stubs
+from trust.files import put_in_place, why
 
 CHUNK, LEAST_CHUNK = 1 << 20, 1 << 14
 MESSAGE_LIMIT = CHUNK + 4096
@@ -29,6 +29,7 @@ _FINAL = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
+_BUSY = "Concurrent RPC limit exceeded"  # gRPC's words for a depot with its hands full; a message too large has others
 _STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")  # gRPC's words for a server that is not the pinned
 
 
@@ -56,7 +57,8 @@ def fetch(
     """Fetches a file, and returns its path once its hash is right; a try after a kill goes on at the last byte.
 
     A transfer is never given up while bytes move: on a link that is too slow for a chunk within `idle` seconds, chunks
-    become smaller. `target` with the suffix `.partial` holds what is here.
+    become smaller. `target` with the suffix `.partial` holds what is here; where what an earlier try left there turns
+    out to be damaged, the file is fetched once more from its first byte.
 
     Args:
       source: the depot.
@@ -76,21 +78,39 @@ def fetch(
         on_bytes(size)
         return target
     transfer = _Transfer(source, sha256, size, _touch(target.with_name(target.name + ".partial")), on_bytes, idle)
+    resumed = transfer.here() > 0
+    _complete(transfer, patience)
+    right = transfer.is_right()
+    if resumed and not right:  # of a fetch from the first byte, each chunk was checked; another would end alike
+        transfer.begin_anew()
+        _complete(transfer, patience)
+        right = transfer.is_right()
+    if not right:
+        transfer.refuse("what was fetched is another file; it was removed; fetch it again")
+    try:
+        put_in_place(transfer.partial, target)
+    except DataError as error:  # told to the coordinator, who need not know our folders
+        raise DataError(f"package={target.name}: cannot be written ({why(error)}); free disk space") from error
+    on_bytes(size)
+    return target
+
+
+def _complete(transfer: "_Transfer", patience: float) -> None:
+    """Tries until all bytes are here.
+
+    Raises:
+      DataError: no byte came for `patience` seconds, or what `_Transfer.attempt` raises.
+    """
     last, pause = time.monotonic(), BACKOFF_SECONDS[0]
-    while (here := transfer.here()) < size:
+    while (here := transfer.here()) < transfer.size:
         reason = transfer.attempt()
         if transfer.here() > here:
             last, pause = time.monotonic(), BACKOFF_SECONDS[0]
         elif time.monotonic() - last > patience:
-            raise DataError(f"depot={source.host}:{source.port}: {reason}; no byte came for {patience:g} s; try later")
-        if transfer.here() < size:
+            raise DataError(f"depot={transfer.where}: {reason}; no byte came for {patience:g} s; try later")
+        if transfer.here() < transfer.size:
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads the sites' tries
             pause = min(2 * pause, BACKOFF_SECONDS[1])
-    if transfer.here() != size or _sha256(transfer.partial) != sha256:
-        transfer.refuse("what was fetched is another file; it was removed; fetch it again")
-    transfer.partial.rename(target)
-    on_bytes(size)
-    return target
 
 
 class _Transfer:
@@ -99,13 +119,22 @@ class _Transfer:
     def __init__(
         self, source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
     ) -> None:
-        self.partial = partial
-        self._source, self._sha256, self._size = source, sha256, size
+        self.partial, self.size, self.where = partial, size, f"{source.host}:{source.port}"
+        self._source, self._sha256 = source, sha256
         self._on_bytes, self._idle, self._chunk = on_bytes, idle, CHUNK
 
     def here(self) -> int:
         """Returns the bytes that are on disk."""
         return self.partial.stat().st_size
+
+    def is_right(self) -> bool:
+        """Says whether what is on disk is the file."""
+        return self.here() == self.size and _sha256(self.partial) == self._sha256
+
+    def begin_anew(self) -> None:
+        """Empties what is on disk."""
+        self.partial.write_bytes(b"")
+        self._on_bytes(0)
 
     def attempt(self) -> str:
         """Fetches until the end or until the connection fails, and returns why it ended."""
@@ -113,11 +142,11 @@ class _Transfer:
         credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
         options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.enable_http_proxy", 0)]
         try:
-            with grpc.secure_channel(f"{source.host}:{source.port}", credentials, options=options) as channel:
+            with grpc.secure_channel(self.where, credentials, options=options) as channel:
                 depot = stubs.DepotStub(channel)
                 described = depot.Describe(wire.DescribeRequest(sha256=self._sha256), timeout=self._idle)
-                if described.size != self._size:
-                    self.refuse(f"the depot has {described.size} bytes, and {self._size} were announced; refused")
+                if described.size != self.size:
+                    self.refuse(f"the depot has {described.size} bytes, and {self.size} were announced; refused")
                 return self._receive(depot)
         except grpc.RpcError as error:
             return _passing(error)
@@ -146,8 +175,8 @@ class _Transfer:
                         if not chunk.data or chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
                             return "a chunk was damaged on the way"  # asked for again from here
                         offset += len(chunk.data)
-                        if offset > self._size:
-                            self.refuse(f"the depot sends more than the announced {self._size} bytes; refused")
+                        if offset > self.size:
+                            self.refuse(f"the depot sends more than the announced {self.size} bytes; refused")
                         file.write(chunk.data)
                         file.flush()
                         self._on_bytes(offset)
@@ -155,9 +184,8 @@ class _Transfer:
                     stream.cancel()
                     if watch.expired and offset == began:
                         self._chunk = max(self._chunk // 2, LEAST_CHUNK)  # not even one chunk came in time
-            os.fsync(file.fileno())
-        if offset < self._size:
-            self.refuse(f"the depot's file ends after {offset} of the announced {self._size} bytes; refused")
+        if offset < self.size:
+            self.refuse(f"the depot's file ends after {offset} of the announced {self.size} bytes; refused")
         return "ended"
 
 
@@ -204,7 +232,7 @@ def _passing(error: grpc.RpcError) -> str:
         raise Untrusted(f"depot: {detail}") from error
     if any(sign in detail for sign in _STRANGER):
         raise Untrusted("depot: it does not show the pinned authority's certificate for this host; compare welcomes")
-    if code in _FINAL:
+    if code in _FINAL and _BUSY not in detail:
         raise DataError(f"depot: {code.name.lower()}: {detail}") from error
     if "Socket closed" in detail:
         return f"{detail} (is this site's certificate still good? see offsite client doctor)"

@@ -100,6 +100,9 @@ class Installation:
         if not (folder / SETTINGS).is_file():
             raise DataError(f"folder={str(folder)!r} is no site's folder; offsite client init makes one")
         installation = cls(folder, read_settings(folder / SETTINGS, SiteSettings))
+        for part in (installation.state, installation.packages):
+            if not part.is_dir():  # many a backup leaves empty folders out
+                make_private(part)
         installation._settle()
         return installation
 
@@ -212,12 +215,18 @@ class Installation:
         return self.request(now)
 
     def leave(self) -> None:
-        """Destroys the site's keys and certificate; ledger, audit log and policy stay with the owner."""
+        """Destroys the site's keys and certificate; ledger, audit log and policy stay with the owner.
+
+        Raises:
+          DataError: a key is still there.
+        """
         write_whole(self._left, b"this site has left; its keys are destroyed\n")
         for name in (_CURRENT, _NEXT, _OLD):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in (self.certificate, self.folder / REQUEST):
             path.unlink(missing_ok=True)
+        if still := [name for name in (_CURRENT, _NEXT, _OLD) if (self.folder / name).exists()]:
+            raise DataError(f"keys={', '.join(still)}: cannot be removed; remove them yourself: they act for this site")
 
     def _next(self) -> SiteKeys | None:
         return SiteKeys.load(self.folder / _NEXT) if (self.folder / _NEXT).exists() else None

@@ -1,6 +1,7 @@
 """The jobs that were offered to a site: kept for the owner to read, and to approve by their hash."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from protos.manifest import JobManifest
 from protos.signed_job import check_job
 from trust.files import make_private, write_whole
 
+MOST_UNAPPROVED = 100  # offers that are kept for an owner who has not looked
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job
 
 
@@ -38,7 +40,7 @@ class Jobs:
         self._folder = folder
 
     def keep(self, manifest: bytes, signature: bytes, digest: str) -> None:
-        """Keeps an offer; the same one again changes nothing.
+        """Keeps an offer; the same one again changes nothing, and the oldest of too many unapproved ones goes.
 
         Raises:
           DataError: no room on the disk.
@@ -47,6 +49,10 @@ class Jobs:
         make_private(place)
         write_whole(place / "signature.hex", signature.hex().encode())
         write_whole(place / "manifest.json", manifest)  # last: a folder without it is no offer
+        waiting = [name for name in self.names() if name not in self.approved()]
+        waiting.sort(key=lambda name: (name == digest, (self._folder / name / "manifest.json").stat().st_mtime_ns))
+        for name in waiting[:-MOST_UNAPPROVED]:
+            shutil.rmtree(self._folder / name)
 
     def approve(self, name: str, *, by: str, at: str) -> str:
         """Approves a job by its digest or the beginning of it, and returns the digest.

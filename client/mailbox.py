@@ -1,12 +1,12 @@
 """A site's mailbox: opens letters of its coordinator, each at most once, and signs the answers."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from errors import DataError, MalformedMessage, OffsiteError, ProtocolViolation
 from protos import codec, letters
+from trust import files
 from trust.identity import Identity
 
 Handler = Callable[[str, bytes], bytes]
@@ -70,16 +70,11 @@ class Mailbox:
             raise ProtocolViolation(
                 f"letter number={number}: {last} was opened already, and numbers only go up; it is a copy; drop it"
             )
-        partial = self._memory.with_name(self._memory.name + ".partial")
         try:
-            with partial.open("w", encoding="ascii") as file:
-                json.dump({"last": number}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._memory)
-        except OSError as error:
+            files.write_whole(self._memory, json.dumps({"last": number}).encode())
+        except DataError as error:  # told to the coordinator, who need not know our folders
             raise DataError(
-                f"state={self._memory.name}: cannot be written ({error.strerror}); free disk space"
+                f"state={self._memory.name}: cannot be written ({files.why(error)}); free disk space"
             ) from error
 
     def _last(self) -> int:
@@ -88,4 +83,6 @@ class Mailbox:
         try:
             return int(json.loads(self._memory.read_text(encoding="ascii"))["last"])
         except (ValueError, KeyError, TypeError) as error:
-            raise MalformedMessage(f"state={self._memory.name}: damaged; ask for a new epoch") from error
+            raise MalformedMessage(
+                f"state={self._memory.name}: damaged; sign a new epoch, then remove it: it is about the old one"
+            ) from error

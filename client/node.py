@@ -12,6 +12,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.run import RunNotRunningException
 
 from client.executor import Executor, Handler
+from client.preparation import fault
 from protos.flower_process import FlowerProcess
 from protos.guard import VARIABLE, new_secret
 
@@ -84,6 +85,7 @@ class Node:
         self._wait = BACKOFF_SECONDS[0]
         self._started = 0.0
         self._told = ""
+        self._faults: set[str] = set()  # each is told once
 
     def run(self) -> None:
         """Answers messages until told to stop, and starts the SuperNode again whenever it has ended."""
@@ -102,7 +104,12 @@ class Node:
         except (httpx.HTTPError, ObjectPullError, RuntimeError, RunNotRunningException) as error:
             # the SuperNode is starting, or the run of a coordinator that was killed is gone; both pass
             log.debug("no message could be answered (%s)", type(error).__name__)
-            return False
+        except Exception as error:  # what the other side sends must not end this site
+            if (reason := fault(error)) not in self._faults:
+                self._faults.add(reason)
+                self._note("message not understood", reason)
+                log.warning("a message could not be answered: %s", reason)
+        return False
 
     def _keep_alive(self) -> None:
         if self._process.running:

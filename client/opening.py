@@ -22,18 +22,16 @@ from client.mailbox import Mailbox
 from client.node import NodePlace
 from client.plan import plan_for
 from client.policy import GIGABYTE, Policy, permit
-from client.preparation import Means
+from client.preparation import Means, fault
 from client.service import Service, Standing
 from client.site import Site
-from client.workbench import Workbench, open_workbench
+from client.workbench import Workbench, encoded, open_workbench
 from emulator.verdict import Limits
-from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, lookup
+from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
 from secagg.journal import FileJournal, Journal
-from task.examples import Examples
-from task.tasks import TASKS
 
 log = logging.getLogger("offsite.client")
 ACCOUNTANT = "pld"
@@ -75,7 +73,6 @@ class Opened:
                 f"simulation_seed={settings.simulation_seed}: noise from a seed protects nobody, and policy.toml has "
                 "allow_seeded_noise=false; remove it from site.toml"
             )
-        state.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(
             state / f"ledger-{settings.dataset}.jsonl",
             dataset=settings.dataset,
@@ -105,6 +102,7 @@ class Opened:
                     installation.packages,
                     keys.sealing,
                     self._fetch,
+                    self.bench,
                     self.site,
                     most_bytes=self.policy.max_disk_gb * GIGABYTE,
                 ),
@@ -148,28 +146,12 @@ class Opened:
         except DataError as error:
             log.warning("%s: %s, and %s", kind, reason, error)
 
-    def site(self, manifest: JobManifest, package: Path) -> Site:
-        """Opens this site for a job, with its ledger and its journal.
+    def bench(self, manifest: JobManifest, package: Path) -> Workbench:
+        """Opens a job's emulator and writes down what the vetting measured; no record is read.
 
         Raises:
-          OffsiteError: the emulator is not trusted, the policy does not permit the job, or the data do not fit.
+          OffsiteError: the emulator is not trusted, or is another one.
         """
-        installation = self.installation
-        books = LedgerBooks(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
-        journal = FileJournal(installation.state / "journal.jsonl")
-        bench = self._bench(manifest, package)
-        try:
-            return self._site(manifest, bench, books, journal, record=installation.state / "rounds.jsonl")
-        except OffsiteError as error:  # whatever it says follows from the data
-            self.note("data do not fit", str(error))
-            log.warning("job %s: %s", manifest.digest().hex()[:12], error)
-            raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
-
-    def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
-        """Opens this site with the books, the journal and the record given; a dry run brings its own."""
-        return self._site(manifest, self._bench(manifest, package), books, journal, record=record)
-
-    def _bench(self, manifest: JobManifest, package: Path) -> Workbench:
         limits, seed = Limits.for_rank(self.policy.max_rank), secrets.randbits(62)
         bench = open_workbench(package, manifest, limits=limits, seed=seed)
         self.audit.record(
@@ -181,8 +163,49 @@ class Opened:
         )
         return bench
 
-    def _site(self, manifest: JobManifest, bench: Workbench, books: Books, journal: Journal, *, record: Path) -> Site:
-        examples = self.examples(manifest, bench.tokenizer)
+    def site(self, manifest: JobManifest, bench: Workbench) -> Site:
+        """Opens this site for a job that its owner approved, with its ledger and its journal.
+
+        Raises:
+          DataError: the data cannot be read now.
+          PolicyRefusal: the data do not fit. Neither says why, since a reason follows from the data.
+        """
+        installation = self.installation
+        books = LedgerBooks(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
+        journal = FileJournal(installation.state / "journal.jsonl")
+        try:
+            texts = self.texts()
+        except OffsiteError as error:
+            self._tell(manifest, "data cannot be read", str(error))
+            raise DataError("this site's data cannot be read now; its owner sees why in the site's log") from None
+        try:
+            return self._site(manifest, bench, texts, books, journal, record=installation.state / "rounds.jsonl")
+        except OffsiteError as error:
+            reason = str(error)
+        except Exception as error:  # where a program fails depends on what it read
+            reason = fault(error)
+        self._tell(manifest, "data do not fit", reason)
+        raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log")
+
+    def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
+        """Opens this site with the books, the journal and the record given; a dry run brings its own."""
+        return self._site(manifest, self.bench(manifest, package), self.texts(), books, journal, record=record)
+
+    def _tell(self, manifest: JobManifest, kind: str, reason: str) -> None:
+        self.note(kind, reason)
+        log.warning("job %s: %s", manifest.digest().hex()[:12], reason)
+
+    def _site(
+        self,
+        manifest: JobManifest,
+        bench: Workbench,
+        texts: list[str],
+        books: Books,
+        journal: Journal,
+        *,
+        record: Path,
+    ) -> Site:
+        examples = encoded(bench, manifest, texts)
         if len(examples) < self.policy.min_records:
             raise PolicyRefusal(
                 f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
@@ -193,6 +216,8 @@ class Opened:
                 f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
                 "add records, or raise it"
             )
+        if empty := int((examples.targets == 0).sum()):
+            log.warning("records=%d: %d have no token to predict, and add nothing", len(examples), empty)
         return Site(
             self.installation.settings.name,
             manifest=manifest,
@@ -207,12 +232,14 @@ class Opened:
             rounding=self._rounding(),
         )
 
-    def examples(self, manifest: JobManifest, tokenizer: object) -> Examples:
-        """Returns this site's records, as the job cuts them."""
+    def texts(self) -> list[str]:
+        """Returns this site's texts.
+
+        Raises:
+          DataError: they cannot be read.
+        """
         settings = self.installation.settings
-        texts = read(self.installation.data, reader=settings.reader or None, column=settings.column or None)
-        task = lookup(TASKS, manifest.task, "task")
-        return task.encode(tokenizer, texts, length=manifest.length, split=manifest.split)
+        return read(self.installation.data, reader=settings.reader or None, column=settings.column or None)
 
     def _noise(self, training: str) -> Randomness:
         settings = self.installation.settings
@@ -270,5 +297,5 @@ def limit_resources(policy: Policy) -> None:
         size = int(policy.max_memory_gb * 2**30)
         try:
             resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError) as error:
             raise DataError(f"max_memory_gb={policy.max_memory_gb}: the system refuses this limit ({error})") from error

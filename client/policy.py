@@ -25,6 +25,7 @@ min_cohort = 3             # fewest sites whose sum may be opened
 min_records = 100          # do not train on fewer records than this
 models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
 methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
+splits = ["truncate"]      # how records are cut: truncate, one of each text; blocks, as the tokenizer makes them
 metrics = []               # what may be told beside the masked update; nothing by default
 max_rank = 16              # largest inner width of an adapter
 hours = "any"              # local time in which training may begin, for example "20:00-06:00"
@@ -46,6 +47,7 @@ class Policy:
     min_records: int
     models: tuple[str, ...]
     methods: tuple[str, ...]
+    splits: tuple[str, ...]
     metrics: tuple[str, ...]
     max_rank: int
     hours: str
@@ -108,6 +110,7 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
         raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
     _listed("models", policy.models, manifest.model, manifest.emulator)
     _listed("methods", policy.methods, spec.method)
+    _listed("splits", policy.splits, manifest.split)
     for metric in manifest.metrics:
         _listed("metrics", policy.metrics, metric)
     _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)

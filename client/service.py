@@ -11,7 +11,7 @@ from client.audit import Audit
 from client.books import ledger_name
 from client.jobs import Jobs
 from client.policy import Policy, permit_now
-from client.preparation import READY, REFUSED, Means, Preparation, fault
+from client.preparation import FETCHING, OPENING, READY, REFUSED, Means, Preparation, fault
 from client.site import answer
 from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted
 from privacy.ledger import Ledger
@@ -113,6 +113,8 @@ class Service:
 
     def _round(self, stage: str, body: bytes) -> bytes:
         preparation = self._preparation
+        if stage == "train" and preparation is not None and not self._approved(preparation.manifest):
+            raise PolicyRefusal(f"job={preparation.manifest.digest().hex()[:12]}: its owner has not approved it")
         if preparation is None or preparation.site is None:
             raise ProtocolViolation(f"stage={stage!r}: no job is ready at this site; offer it first")
         asked = hashlib.sha256(body).digest()
@@ -120,8 +122,6 @@ class Service:
             return self._sent[stage][1]
         if stage == "train":
             permit_now(self._standing.policy, self._standing.clock())
-            if not self._approved(preparation.manifest):
-                raise PolicyRefusal(f"job={preparation.manifest.digest().hex()[:12]}: its owner has not approved it")
             self._sent.clear()
         reply = answer(preparation.site, stage, body)
         if stage in _RESENT and not isinstance(codec.decode(reply), codec.Refusal):
@@ -144,11 +144,7 @@ class Service:
             standing.jobs.keep(offer.manifest, offer.manifest_signature, digest)
             self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
         standing.permit(manifest, offer.package_bytes)
-        reply = self._prepare(offer, manifest)
-        if reply.state == REFUSED or self._approved(manifest):
-            return reply
-        # fetched and vetted meanwhile, so that the owner can try it before approving it
-        return self._reply(WAITING, f"the data owner has not approved job {digest[:12]} yet", reply.fetched)
+        return self._prepare(offer, manifest)
 
     def _approved(self, manifest: JobManifest) -> bool:
         """Says whether a job may train now; an approval that its owner took back does not count any more."""
@@ -156,21 +152,29 @@ class Service:
         return standing.policy.approval == "automatic" or manifest.digest().hex() in standing.jobs.approved()
 
     def _prepare(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
+        """Returns how far a job is: fetched and vetted unapproved, so that its owner can try it, and no further."""
         preparation = self._preparation
-        known = preparation is not None and preparation.manifest == manifest
-        if preparation is None or not known or preparation.state == REFUSED:
-            if preparation is not None and known:
-                if not preparation.final:
-                    self._preparation = None  # it is told once, and tried again with the next offer
-                return self._reply(preparation.state, preparation.detail)
+        stale = preparation is not None and preparation.state == REFUSED and preparation.package != offer.package
+        if preparation is None or preparation.manifest != manifest or stale:
             self._note("accepted", {"job": manifest.digest().hex()})
-            preparation = self._preparation = Preparation(offer, manifest, self._standing.means)
+            preparation = Preparation(offer, manifest, self._standing.means)
+            preparation.start(after=self._preparation)
+            self._preparation = preparation
             self._sent.clear()
-            preparation.start()
-            preparation.wait(0.2)
-        if preparation.state == READY:
+        if approved := self._approved(manifest):
+            preparation.approve()
+        preparation.wait(0.2)
+        if (state := preparation.state) == REFUSED:
+            if not preparation.final:
+                self._preparation = None  # it is told once, and tried again with the next offer
+            return self._reply(REFUSED, preparation.detail)
+        if not approved:
+            waits = f"the data owner has not approved job {manifest.digest().hex()[:12]} yet"
+            return self._reply(WAITING, waits, preparation.fetched)
+        if state == READY:
             self._note_once_ready(manifest)
-        return self._reply(preparation.state, preparation.detail, preparation.fetched)
+            return self._reply(READY, "", preparation.fetched)
+        return self._reply(FETCHING, "approved, its data are read" if state == OPENING else "", preparation.fetched)
 
     def _note_once_ready(self, manifest: JobManifest) -> None:
         job = manifest.digest().hex()
@@ -189,6 +193,8 @@ class Service:
                 standing.ledger.check_against(head.count, head.head)
 
     def _finish(self, notice: codec.Notice) -> codec.Notice:
+        if self._preparation is not None:
+            self._preparation.stop()
         self._preparation = None
         self._sent.clear()
         self._note("finished", {"reason": notice.reason})
@@ -216,8 +222,8 @@ def said(stage: str, reply: codec.Message) -> str:
             line = f"job refused: {kind}: {reason}; after a change here, start offsite client run again"
         case codec.Refusal(kind=kind, reason=reason):
             line = f"refused in stage {stage}: {kind}: {reason}"
-        case codec.OfferReply(state="fetching"):
-            line = "job offered: its package is fetched and vetted"
+        case codec.OfferReply(state="fetching", detail=detail):
+            line = f"job {detail or 'offered: its package is fetched and vetted'}"
         case codec.OfferReply(state=state, detail=detail):
             line = f"job {state}: {detail}" if detail else f"job {state}"
         case codec.MaskedReply():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from client.plan import SitePlan, round_terms
-from client.workbench import Workbench
+from client.workbench import Workbench, vocabulary_of
 from errors import RangeError
 from privacy.mechanism import Outcome, train
 from privacy.probe import choose_engine
@@ -58,8 +58,8 @@ def local_update(
 
     if not bench.engine:
         # On no private record: what a refusal says of a gradient would be told without noise.
-        vocabulary = bench.model.config.get_text_config().vocab_size
-        bench.engine = choose_engine(bench.model, losses, Examples.invented(vocabulary, examples.input_ids.shape[1]))
+        invented = Examples.invented(vocabulary_of(bench.model), examples.input_ids.shape[1])
+        bench.engine = choose_engine(bench.model, losses, invented)
     terms = round_terms(manifest, plan, bench.engine)
     outcome = train(bench.model, losses, examples.select, n=len(examples), terms=terms, randomness=randomness)
     update = bench.layout.read(bench.model) - start

@@ -1,5 +1,6 @@
 """The emulator with its adapter, opened from a verified package, ready to train on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from emulator import package
 from emulator.files import tokenizer_sha256
 from emulator.verdict import Limits, Vetting
 from emulator.vet import Slots, vet, vet_adapter
-from errors import DigestMismatch, RangeError, lookup
+from errors import DigestMismatch, RangeError, UnsupportedModel, lookup
 from protos.manifest import JobManifest
+from task.examples import Examples
 from task.spec import Task
 from task.tasks import TASKS
 
@@ -76,6 +78,8 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
         raise DigestMismatch(
             f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"
         )
+    tokenizer = task.load_tokenizer(folder)
+    _check_ids(tokenizer, vocabulary_of(model))
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     model = attach(model, manifest.adapter)
     narrow = vet_adapter(model, manifest.adapter, slots, limits)
@@ -85,4 +89,27 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
             f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
             "its recipe gives another adapter on this emulator; install the same release on both sides"
         )
-    return Workbench(model, task, layout, task.load_tokenizer(folder), (vetted, narrow), limits.adapter_peak)
+    return Workbench(model, task, layout, tokenizer, (vetted, narrow), limits.adapter_peak)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Returns the number of token ids that a model knows."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def encoded(bench: Workbench, manifest: JobManifest, texts: Sequence[str]) -> Examples:
+    """Returns texts as the records of a job; one of which its tokenizer makes nothing the model knows is empty."""
+    examples = bench.task.encode(bench.tokenizer, texts, length=manifest.length, split=manifest.split)
+    return examples.within(vocabulary_of(bench.model))
+
+
+def _check_ids(tokenizer: Any, vocabulary: int) -> None:
+    """Checks that a model knows every token, or it would fail on some records and tell by it which they are.
+
+    Raises:
+      UnsupportedModel: it does not.
+    """
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
+        raise UnsupportedModel(
+            f"token id={largest}: the emulator knows {vocabulary} tokens; its tokenizer belongs to another model"
+        )

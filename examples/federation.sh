@@ -20,6 +20,7 @@
 #   POLICY           file that every owner takes as policy.toml
 #   SIMULATION_SEED  noise from this seed, to repeat a run on invented data; it protects nobody, and the policy has to
 #                    permit it
+#   SPLIT            how texts become records; blocks, for folders of long texts
 #   LINK_PORT, DEPOT_PORT   where the coordinator listens; 8443 and 8444
 set -euo pipefail
 
@@ -30,6 +31,7 @@ fi
 mkdir -p "$(dirname "$1")"
 mkdir "$1"
 folder=$(realpath "$1") model=$(realpath "$2") public=$(realpath "$3") sites=$(realpath "$4")
+split=${SPLIT:-blocks}
 link=${LINK_PORT:-8443} depot=${DEPOT_PORT:-8444}
 mapfile -t entries < <(find "$sites" -mindepth 1 -maxdepth 1 ! -name '.*' | LC_ALL=C sort | head -n 3)
 if [[ ${#entries[@]} -ne 3 ]]; then
@@ -78,6 +80,7 @@ cat >"$folder/fed.toml" <<TOML
 model.path = '$model'
 data.public = '$public'
 coordinator.home = 'home'
+data.split = '$split'
 TOML
 if [[ -n ${JOB:-} ]]; then cat "$JOB" >>"$folder/fed.toml"; fi
 for name in "${names[@]}"; do
@@ -86,7 +89,8 @@ for name in "${names[@]}"; do
     cat "$POLICY" >"$policy"
   else
     permitted=$(basename "$model")
-    sed -i "s|^models = .*|models = ['$permitted']|; s|^methods = .*|methods = ['ffa_lora']|" "$policy"
+    sed -i "s|^models = .*|models = ['$permitted']|; s|^methods = .*|methods = ['ffa_lora']|
+      s|^splits = .*|splits = ['$split']|" "$policy"
   fi
   if [[ -n ${SIMULATION_SEED:-} ]]; then echo "simulation_seed = $SIMULATION_SEED" >>"$folder/$name/site.toml"; fi
 done

@@ -19,13 +19,14 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
       tokenizer: a Hugging Face tokenizer; its eos token, where there is one, ends each text.
       texts: one document or record each.
       length: tokens per example, >= 2.
-      split: "blocks" joins all texts and cuts consecutive blocks of exactly `length` tokens, dropping the remainder;
-        "truncate" makes one example of each text, cut or padded on the right, dropping texts of fewer than 2 tokens.
+      split: "blocks" joins all texts and cuts consecutive blocks of exactly `length` tokens, dropping the remainder, so
+        that the tokenizer has a say in how many there are; "truncate" makes one example of each text, cut or padded on
+        the right, whatever the tokenizer makes of it: a text of fewer than 2 tokens is an example without a target.
 
     Raises:
       ConfigError: the length is too small.
       UnknownName: no such split.
-      DataError: no example is left.
+      DataError: there is no example.
     """
     if length < SHORTEST:
         raise ConfigError(f"length={length} must be at least {SHORTEST} tokens; 128 is usual")
@@ -41,8 +42,17 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """Returns a text's token ids without special tokens; `verbose=False` since a long text is no mistake here."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Returns a text's token ids without special tokens, none where the tokenizer fails on it.
+
+    A tokenizer that comes from elsewhere must not say by a fault what it met in a record. `verbose=False` since a long
+    text is no mistake here.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:  # a panic of its Rust code is no Exception
+        return []
     return ids
 
 
@@ -57,7 +67,7 @@ def _blocks(documents: list[list[int]], end: list[int], length: int) -> list[lis
 
 
 def _truncate(documents: list[list[int]], end: list[int], length: int) -> list[list[int]]:
-    return [(tokens + end)[:length] for tokens in documents if len(tokens) >= SHORTEST]
+    return [(tokens + end)[:length] if len(tokens) >= SHORTEST else [] for tokens in documents]
 
 
 SPLITS: dict[str, Callable[[list[list[int]], list[int], int], list[list[int]]]] = {

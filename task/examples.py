@@ -35,6 +35,16 @@ class Examples:
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.input_ids.device).reshape(-1)
         return Examples(self.input_ids[rows], self.attention_mask[rows])
 
+    @property
+    def targets(self) -> torch.Tensor:
+        """Number of tokens of each row that are predicted, int64 (n,): all but its first."""
+        return self.attention_mask[:, 1:].sum(dim=1)
+
+    def within(self, vocabulary: int) -> "Examples":
+        """Returns the examples with those emptied that hold an id outside a vocabulary, on which a model would fail."""
+        fits = ((self.input_ids >= 0) & (self.input_ids < vocabulary)).all(dim=1, keepdim=True).long()
+        return Examples(self.input_ids * fits, self.attention_mask * fits)
+
     @classmethod
     def invented(cls, vocabulary: int, length: int) -> "Examples":
         """Returns two records that nobody wrote, one half as long as the other, to try a model on.

@@ -21,6 +21,7 @@ public = "data/public"
 sites_dir = "data/sites"
 owners = ["ash", "birch", "cedar", "elm"]
 length = 16
+split = "blocks"
 
 [emulator]
 first = 1

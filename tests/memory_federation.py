@@ -130,9 +130,9 @@ def policy_for(folder: Path, **changed: Any) -> Policy:
     path = folder / "policy.toml"
     path.write_text(Policy.template())
     permitted = replace(
-        Policy.read(path), models=("any",), methods=("any",), approval="automatic", epsilon_cap=60.0, delta_cap=1e-2
+        Policy.read(path), models=("any",), methods=("any",), splits=("any",), approval="automatic", epsilon_cap=60.0
     )
-    return replace(permitted, **changed)
+    return replace(permitted, **({"delta_cap": 1e-2} | changed))
 
 
 @dataclass
@@ -169,7 +169,8 @@ class RunningSite:
         if self.package is not None and not (packages / self.world.manifest.emulator).exists():
             packages.mkdir()
             (packages / self.world.manifest.emulator).symlink_to(self.package)
-        means = Means(packages, self.world.sealing[self.name], self.fetch or self._fetch, self._open)
+        sealing, fetch = self.world.sealing[self.name], self.fetch or self._fetch
+        means = Means(packages, sealing, fetch, lambda manifest, package: self.world.bench, self._open)
         self.refused: list[str] = []
         self.service = Service(
             Standing(
@@ -220,7 +221,7 @@ class RunningSite:
         on_bytes(size)
         return target
 
-    def _open(self, manifest: JobManifest, package: Path) -> Site:
+    def _open(self, manifest: JobManifest, bench: Workbench) -> Site:
         self.opened.append(manifest)
         world, name = self.world, self.name
         setting = next(site for site in world.run.config.sites if site.name == name)
@@ -228,7 +229,7 @@ class RunningSite:
         return Site(
             name,
             manifest=manifest,
-            bench=world.bench,
+            bench=bench,
             examples=examples,
             plan=plan_for(manifest, len(examples)),
             identity=world.identities[name],

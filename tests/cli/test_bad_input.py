@@ -56,6 +56,8 @@ def edited(world: Path, old: str, new: str) -> str:
         ('"elm"]', '"oak"]', ["oak"]),
         ("length = 16", "length = 16\ncolumn = 7", ["data.column=7"]),
         ("rounds = 2", "rounds = 0", ["training.rounds=0"]),
+        ("rounds = 2", "rounds = 999\nlocal_steps = 2000", ["local_steps=1998000", "at most 1000000"]),
+        ("length = 16", "length = 2000000", ["data.length=2000000", "at most 1048576"]),
         ("[aggregation]", "[aggregation]\nmomentum = 1.0", ["aggregation.momentum=1.0", "[0, 1)"]),
         ("[evaluation]", "[evaluation]\ntolerance = nan", ["evaluation.tolerance=nan", "finite"]),
         ("[training]", "[privacy]\nepsilon = inf\n[training]", ["privacy.epsilon=inf", "finite"]),

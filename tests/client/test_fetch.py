@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import random
 import signal
 import socket
@@ -15,12 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import client.fetch
+import coordinator.depot
 from client.fetch import DepotAddress, fetch
 from coordinator.depot import CHUNK, Depot, Tls
 from errors import DataError, DigestMismatch, Untrusted
+from protos import depot_pb2 as wire
+from protos import depot_pb2_grpc as stubs
 from trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
 
 NOW = datetime.now(UTC)
@@ -312,14 +317,66 @@ def test_a_file_changed_at_the_depot_is_refused(world: World, tmp_path: Path) ->
         assert list(tmp_path.glob("package*")) == []
 
 
-def test_a_changed_partial_is_removed_and_the_next_try_is_right(world: World, tmp_path: Path) -> None:
-    target = tmp_path / "package"
-    for wrong in (b"\0" * 1000, CONTENT + b"\0"):
-        partial(target).write_bytes(wrong)
-        with pytest.raises(DigestMismatch):
-            fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
-    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+@pytest.mark.parametrize("wrong", [b"\0" * 1000, CONTENT + b"\0", bytes(SIZE)], ids=["begun", "longer", "whole"])
+def test_after_a_damaged_partial_the_file_is_fetched_from_its_first_byte(
+    world: World, tmp_path: Path, wrong: bytes
+) -> None:
+    target, seen = tmp_path / "package", list[int]()
+    partial(target).write_bytes(wrong)
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=seen.append)
     assert target.read_bytes() == CONTENT
+    assert seen.count(0) == 1
+
+
+def test_it_begins_anew_once_and_no_more(world: World, tmp_path: Path) -> None:
+    (world.folder / DIGEST).write_bytes(bytes(SIZE))
+    seen: list[int] = []
+    partial(tmp_path / "package").write_bytes(CONTENT[:1000])
+    with pytest.raises(DigestMismatch, match="another file"):
+        fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=seen.append)
+    assert (seen.count(0), seen.count(SIZE)) == (1, 2)
+    assert list(tmp_path.glob("package*")) == []
+
+
+def test_a_depot_with_its_hands_full_is_waited_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another site has its one worker, and gives it back after a while."""
+    monkeypatch.setattr(coordinator.depot, "MOST_REQUESTS", 1)
+    small = Depot(world.folder, address="127.0.0.1:0", tls=world.tls, allowed=world.allowed)
+    world.wire.to = port = small.start()
+    credentials = grpc.ssl_channel_credentials(world.tls.ca, world.key, world.cert)
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials) as channel:
+        held = stubs.DepotStub(channel).Get(wire.GetRequest(sha256=DIGEST))
+        next(held)
+        with pytest.raises(DataError, match="Concurrent RPC limit exceeded!; no byte came for"):
+            fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore, patience=0.3)
+        threading.Timer(0.7, held.cancel).start()
+        fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore, patience=20)
+    small.stop()
+
+
+def test_a_name_that_is_taken_is_said_without_the_path(world: World, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    with pytest.raises(DataError, match="package=package: cannot be written") as caught:
+        fetch(world.address(), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_file_has_its_name_after_its_bytes_are_on_disk(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, synced = tmp_path / "package", list[tuple[int, bool]]()
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    fetch(world.address(), DIGEST, SIZE, target, on_bytes=ignore)
+    assert (target.stat().st_ino, False) in synced
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 1, 0])

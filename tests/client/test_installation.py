@@ -17,6 +17,7 @@ from client.policy import Policy
 from coordinator.provision import Home
 from errors import ConfigError, DataError, MalformedMessage, Untrusted
 from trust.federation import check_signatures
+from trust.files import alone
 from trust.identity import Identity
 from trust.keys import SiteKeys
 from trust.request import SiteRequest
@@ -310,6 +311,29 @@ def test_leaving_destroys_keys_and_keeps_the_owners_books(home, sites):
             call()
     with pytest.raises(Untrusted, match="has left"):
         again.join(home.welcome("north").read_bytes(), now=NOW, expected=None)
+
+
+def test_keys_that_stay_are_told(home, sites, monkeypatch):
+    joined(home, sites)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as on a disk that can only be read
+    with pytest.raises(DataError, match=r"keys=keys: cannot be removed"):
+        sites["north"].leave()
+
+
+def test_a_backup_without_its_empty_folders_opens(home, sites):
+    joined(home, sites)
+    for part in (sites["north"].state, sites["north"].packages):
+        part.rmdir()
+    again = Installation.open(sites["north"].folder)
+    assert stat.S_IMODE(again.state.stat().st_mode) == 0o700
+    with (
+        alone(again.state, "a client"),
+        pytest.raises(ConfigError, match="runs here already"),
+        alone(again.state, "two"),
+    ):
+        pass
+    with pytest.raises(DataError, match="cannot be opened"), alone(again.state / "nothing", "a client"):
+        pass
 
 
 @pytest.mark.parametrize(

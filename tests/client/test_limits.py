@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from client.opening import limit_resources
 from client.policy import UNPACKING, Policy
 from client.preparation import _make_way, fault
-from tests.memory_federation import RunningSite, World, make_world
+from errors import DataError
+from protos import codec
+from tests.faults.conftest import wait_for
+from tests.memory_federation import RunningSite, World, make_world, policy_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITED = """
@@ -46,6 +50,11 @@ def test_threads_and_memory_of_the_process_are_kept(tmp_path: Path) -> None:
     assert told.startswith("not enough memory for this job; raise max_memory_gb")
 
 
+def test_a_limit_that_no_system_has_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"max_memory_gb=1000000000000\.0: the system refuses"):
+        limit_resources(policy_for(tmp_path, max_memory_gb=1e12))
+
+
 def test_a_fault_tells_a_place_and_nothing_of_its_message() -> None:
     try:
         raise ValueError("a record's words")
@@ -63,14 +72,21 @@ def test_older_packages_make_way_and_no_more_than_needed(tmp_path: Path, most: i
         (tmp_path / name / "weights").write_bytes(bytes(1000))
         os.utime(tmp_path / name, (age, age))
     (tmp_path / "half.sealed.partial").write_bytes(bytes(5000))
-    _make_way(tmp_path, most)
+    _make_way(tmp_path, most, keep="half")
     assert "".join(sorted(path.name for path in tmp_path.iterdir() if path.is_dir())) == left
     assert (tmp_path / "half.sealed.partial").exists()
+    _make_way(tmp_path, max(most, 0), keep="other")
+    assert not (tmp_path / "half.sealed.partial").exists()  # of a job that came to nothing
 
 
 @pytest.fixture(scope="module")
 def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(fed, tmp_path_factory.mktemp("limits"))
+
+
+def refused(reply: codec.Message) -> codec.OfferReply | None:
+    assert isinstance(reply, codec.OfferReply)
+    return reply if reply.state == "refused" else None
 
 
 def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path: Path) -> None:
@@ -80,16 +96,11 @@ def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path
     packages.mkdir()
     plain = packages / f"{world.delivery.sha256.hex()}.plain"
     plain.symlink_to("/dev/full")  # every write to it finds no space left on the device
-    site.ask("offer", world.offer("ash"))
-    preparation = site.service._preparation
-    assert preparation is not None
-    preparation.wait(30)
-    assert preparation.state == "refused"
-    assert "cannot be written" in preparation.detail
-    assert "No space left on device" in preparation.detail
+    reply = wait_for(lambda: refused(site.ask("offer", world.offer("ash"))))
+    assert "cannot be written" in reply.detail
+    assert "No space left on device" in reply.detail
     assert [path.suffix for path in packages.iterdir()] == [".sealed"]
-    site.ask("offer", world.offer("ash"))  # tells the refusal once
-    site.ready()
+    site.ready()  # it was told once, and is tried again
 
 
 def test_three_times_a_package_is_what_unpacking_takes(world: World, tmp_path: Path) -> None:

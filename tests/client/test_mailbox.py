@@ -188,7 +188,7 @@ def test_every_truncation_of_the_memory_opens_no_letter(box: Box) -> None:
 
 def test_a_memory_that_cannot_be_written_opens_no_letter(box: Box) -> None:
     box.answer(letter(1))
-    partial = box.memory.with_name("letters.json.partial")
+    partial = box.memory.with_name(f".letters.json.{os.getpid()}.partial")
     partial.mkdir()
     box.refuses(letter(2), "letters.json: cannot be written")
     partial.rmdir()

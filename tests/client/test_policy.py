@@ -32,7 +32,7 @@ JOB = JobManifest(
     adapter=AdapterSpec("ffa_lora", rank=8, slots=("h.0",)),
     layout=Layout(("h.0.lora_B",), ((3, 8),)),
     length=32,
-    split="blocks",
+    split="truncate",
     rounds=2,
     local_steps=4,
     learning_rate=0.1,
@@ -83,6 +83,7 @@ def test_the_template_is_a_policy_that_permits_no_job(tmp_path: Path) -> None:
     """It explains every key, asks for each approval, and tells nothing beside the update."""
     policy = Policy.read(written(tmp_path))
     assert (policy.models, policy.methods, policy.metrics) == ((), (), ())
+    assert policy.splits == ("truncate",)  # the tokenizer has no say in how many records there are
     assert (policy.approval, policy.allow_seeded_noise) == ("manual", False)
     explained = set(re.findall(r"(?m)^(\w+) = .+ # \w+", Policy.template()))
     assert explained == {field.name for field in dataclasses.fields(Policy)} == set(tomllib.loads(Policy.template()))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cli.display import PlainDisplay
 from cli.run import Run, simulated_bench
@@ -16,6 +17,7 @@ from errors import TooFewSurvivors
 from protos import codec
 from protos.manifest import JobManifest
 from protos.terms import adapter_digest
+from task.examples import Examples
 
 
 @pytest.fixture
@@ -66,6 +68,19 @@ def test_what_was_not_agreed_is_refused(opened: tuple[JobManifest, dict[str, Sit
         assert "no secure aggregation is open" in refusal(site, stage, message)
     assert "takes TrainRequest" in refusal(site, "train", codec.TrainReply(1))
     assert "did you mean" in refusal(site, "trian", codec.TrainReply(1))
+
+
+def test_no_private_record_decides_whether_the_gradients_are_right(
+    opened: tuple[JobManifest, dict[str, Site], np.ndarray],
+) -> None:
+    """A site whose records have nothing to predict trains like any other: its update is noise."""
+    manifest, sites, start = opened
+    site = sites["ash"]
+    site._examples = Examples(site._examples.input_ids, torch.zeros_like(site._examples.attention_mask))
+    reply = codec.decode(answer(site, "train", codec.encode(codec.TrainRequest(manifest.digest(), 1, start))))
+    assert reply == codec.TrainReply(1)
+    assert site._pending is not None
+    assert site._pending.update.std() > 0
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "survivors", "unmask"])

@@ -108,6 +108,17 @@ def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(task, lo
 
 
 @each
+def test_an_example_without_a_target_has_no_loss_and_no_gradient(task, loaded):
+    model, words = loaded
+    model.requires_grad_(True)
+    empty = task.encode(words, [TEXTS[0], "", "a"], length=8, split="truncate")
+    assert len(empty) == 3
+    losses = task.losses(model, empty)
+    assert losses[1:].tolist() == [0.0, 0.0]
+    assert not gradient(model, losses[1:]).any()
+
+
+@each
 def test_token_losses_are_the_sums_behind_the_means(task, loaded):
     model, words = loaded
     batch = examples(task, words)
@@ -135,7 +146,7 @@ def test_bad_encodings_are_refused(task, loaded):
     with pytest.raises(ConfigError, match="length=1"):
         task.encode(words, TEXTS, length=1, split="blocks")
     with pytest.raises(DataError, match="examples=0"):
-        task.encode(words, ["", "a"], length=8, split="truncate")
+        task.encode(words, [], length=8, split="truncate")
     with pytest.raises(DataError, match="examples=0"):
         task.encode(words, ["a b"], length=64, split="blocks")
 

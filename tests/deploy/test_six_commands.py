@@ -115,7 +115,12 @@ def test_the_readme_shows_the_same_six() -> None:
 def test_same_bytes_as_the_memory_engine(fed: Path, tmp_path: Path) -> None:
     (tmp_path / "job").write_text(job_of(fed))
     permitted = policy(
-        models='["any"]', methods='["any"]', approval='"automatic"', delta_cap="0.01", allow_seeded_noise="true"
+        models='["any"]',
+        methods='["any"]',
+        splits='["blocks"]',
+        approval='"automatic"',
+        delta_cap="0.01",
+        allow_seeded_noise="true",
     )
     (tmp_path / "policy").write_text(permitted)
     given = {"JOB": str(tmp_path / "job"), "POLICY": str(tmp_path / "policy"), "SIMULATION_SEED": "1"}

@@ -22,6 +22,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 POLICY = {
     "models": '["any"]',
     "methods": '["any"]',
+    "splits": '["blocks"]',
     "approval": '"automatic"',
     "min_records": "10",
     "delta_cap": "0.01",

@@ -31,8 +31,53 @@ def test_without_an_eos_token_documents_follow_each_other():
 
 def test_truncate_keeps_one_example_a_text_padded_on_the_right():
     found = encode(Letters(0), ["abcdef", "ab", "a", "", "abcd"], length=4, split="truncate")
-    assert found.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert (found.input_ids * found.attention_mask).tolist() == [[1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 4]]
+    assert found.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [0] * 4, [0] * 4, [1, 1, 1, 1]]
+    assert found.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0], [0] * 4, [0] * 4, [1, 2, 3, 4]]
+    assert found.targets.tolist() == [3, 2, 0, 0, 3]
+
+
+class Spy(Letters):
+    """A tokenizer from elsewhere, which treats texts with a letter otherwise."""
+
+    def __init__(self, does):
+        super().__init__(0)
+        self.does = does
+
+    def __call__(self, text, **options):
+        return {"input_ids": self.does()} if "x" in text else super().__call__(text, **options)
+
+
+class Panic(BaseException):
+    """As pyo3 raises one for a panic in Rust."""
+
+
+def fails(error):
+    def does():
+        raise error
+
+    return does
+
+
+@pytest.mark.parametrize("does", [list, lambda: [7], fails(ValueError("x")), fails(Panic())])
+def test_a_tokenizer_has_no_say_in_how_many_examples_there_are(does):
+    found = encode(Spy(does), ["abc", "axc", "abd"], length=3, split="truncate")
+    assert found.targets.tolist() == [2, 0, 2]
+
+
+def test_a_tokenizer_that_leaves_nothing_still_gives_examples():
+    assert len(encode(Spy(list), ["x", "xx"], length=3, split="truncate")) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_what_is_not_about_a_text_is_not_swallowed(error):
+    with pytest.raises(type(error)):
+        encode(Spy(fails(error)), ["x"], length=3, split="truncate")
+
+
+def test_an_example_that_the_model_does_not_know_is_emptied():
+    found = encode(Letters(0), ["abc", "abz", "ab"], length=3, split="truncate").within(26)
+    assert found.input_ids.tolist() == [[1, 2, 3], [0, 0, 0], [1, 2, 0]]
+    assert found.targets.tolist() == [2, 0, 2]
 
 
 def test_ids_and_mask_are_int64_of_one_shape():

@@ -1,0 +1,41 @@
+"""A running site takes whatever comes from its SuperNode, and stays."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from google.protobuf.message import DecodeError
+
+from client.node import Node, NodePlace
+
+
+class Told:
+    """An executor to whose SuperNode something happens."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def step(self) -> bool:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [DecodeError("Mr Smith has flu"), IndexError("Mr Smith"), AttributeError("Smith")])
+def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Exception) -> None:
+    """It is told once, without a word of it."""
+    notes: list[tuple[str, str]] = []
+    node = Node(
+        NodePlace(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
+        lambda stage, body: b"",
+        note=lambda kind, reason: notes.append((kind, reason)),
+        stopping=lambda: True,
+    )
+    node._executor = cast(Any, Told(error))
+    assert not any(node._step() for _ in range(3))
+    ((kind, reason),) = notes
+    assert kind == "message not understood"
+    assert "test_node.py" in reason
+    assert "Smith" not in reason
+    node._executor = cast(Any, Told(httpx.ConnectError("refused")))
+    assert not node._step()  # a SuperNode that starts is no news
+    assert len(notes) == 1
