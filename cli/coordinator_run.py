@@ -34,7 +34,7 @@ def now() -> datetime:
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="federation file with a table [coordinator]")],
-    out: Annotated[Path | None, typer.Option(help="run folder; default: one for this file, in the home")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default: one for these settings, in the home")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
 ) -> None:
     """Run a job with the sites of the federation; the same command again goes on where it was."""
@@ -45,7 +45,8 @@ def run(
     from coordinator.config import read_config
     from coordinator.outcome import conclude
     from coordinator.provision import Home
-    from coordinator.service import Setting, run_folder, run_job
+    from coordinator.run_folder import run_folder
+    from coordinator.service import Setting, run_job
     from coordinator.status import Status
     from coordinator.store import Store
 
@@ -63,7 +64,7 @@ def run(
         setting = Setting(
             home=home,
             config=settings,
-            store=Store(run_folder(home, sha256, out)),
+            store=Store(run_folder(home, settings, out)),
             status=Status(home.folder / "status.json", now),
             texts=texts,
             nonce=lambda: secrets.token_bytes(32),

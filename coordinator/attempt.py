@@ -22,6 +22,7 @@ from trust.wire import Reader, Writer
 MAX_STAGE_BYTES = 1 << 40
 MAX_REPLY_BYTES = 1 << 30
 DIGEST_BYTES = 32
+PLAN = "plan.json"
 SPENDS = "masked"  # the stage in which updates leave their sites
 
 
@@ -67,16 +68,18 @@ class Attempts:
             self.close()
             plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
             self._folder.mkdir()
-            write_atomically(self._folder / "plan.json", _write_plan(plan))
+            write_atomically(self._folder / PLAN, _write_plan(plan))
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
     def close(self) -> None:
         """Forgets the open attempt, because its round is stored or given up."""
         if self._folder.exists():
+            # first: a kill in between must not leave a plan without the answers that its stages had
+            (self._folder / PLAN).unlink(missing_ok=True)
             shutil.rmtree(self._folder)
 
     def _left(self, number: int) -> RoundPlan | None:
-        path = self._folder / "plan.json"
+        path = self._folder / PLAN
         if not path.exists():
             return None
         plan = _read_plan(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from errors import ConfigError, DataError, nearest
+from protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class DataConfig:
     Attributes:
       public: file or folder of public text, for the gate, the clip and the acceptance test.
       length: tokens per record, the unit of privacy.
-      split: `blocks` cuts texts into full records, `truncate` makes one record of each text.
+      split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which are
+        not people's, and whose number the tokenizer decides.
       reader: name in `client.READERS`; empty picks by file name.
       column: column or key that holds the text; empty for the reader's default.
     """
 
     public: str
     length: int = 128
-    split: str = "blocks"
+    split: str = "truncate"
     reader: str = ""
     column: str = ""
 
@@ -157,6 +159,8 @@ class CoordinatorConfig:
       deadline: seconds that a site has for one stage of a round.
       patience: seconds to wait for sites to connect, be approved and fetch the package, counted from the last progress.
       attempts: how often a round that found too few sites is tried before the job stops.
+
+    All but the deadline, which stands in the signed manifest, may change while a job runs, see `run_folder`.
     """
 
     home: str
@@ -189,9 +193,11 @@ class FedConfig:
         _at_least("training.rounds", training.rounds, 1)
         _at_least("training.local_steps", training.local_steps, 1)
         _at_least("training.batch", training.batch, 1)
-        _at_least("training.physical_batch", training.physical_batch, 1)
+        _within("training.physical_batch", training.physical_batch, 1, MOST_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
-        _at_least("data.length", self.data.length, 2)
+        steps = (training.rounds + training.spare_rounds) * training.local_steps
+        _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MOST_STEPS)
+        _within("data.length", self.data.length, 2, MOST_TOKENS)
         _at_least("evaluation.examples", self.evaluation.examples, 1)
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
         _at_least("secagg.n_min", self.secagg.n_min, 3)
@@ -240,6 +246,12 @@ def _check_sites(names: list[str], config: FedConfig) -> None:
 def _at_least(name: str, value: float, lowest: float) -> None:
     if value < lowest:
         raise ConfigError(f"{name}={value}: must be at least {lowest}")
+
+
+def _within(name: str, value: float, lowest: float, highest: float) -> None:
+    _at_least(name, value, lowest)
+    if value > highest:
+        raise ConfigError(f"{name}={value}: must be at most {highest}; no site takes a larger job")
 
 
 def _above_zero(name: str, value: float) -> None:

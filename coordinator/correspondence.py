@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from coordinator.exchange import Exchange
+from coordinator.exchange import Exchange, cut
 from coordinator.numbers import Numbers
 from errors import OffsiteError, ProtocolViolation
 from protos import letters
@@ -65,7 +65,7 @@ class Correspondence:
             try:
                 bodies[site] = self._open(site, stage, number, data)
             except OffsiteError as error:
-                self._on_bad(site, str(error))
+                self._on_bad(site, cut(str(error)))
         return bodies
 
     def _open(self, site: str, stage: str, number: int, data: bytes) -> bytes:

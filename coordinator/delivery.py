@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from protos.manifest import JobManifest
 from protos.signed_job import package_context
 from trust import streaming
 from trust.federation import Federation
+from trust.files import put_in_place
 from trust.sealing import seal
 
+log = logging.getLogger("offsite.coordinator")
 KEY_BYTES = 32
 
 
@@ -36,6 +39,9 @@ class Delivery:
 def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Federation, facts: Path) -> Delivery:
     """Puts the package of a job into the depot and returns what its offers say; the same again after a restart.
 
+    Where the file or the facts are damaged, both are made anew, under another key and name. A site that had fetched a
+    part under the old name begins again with its next offer; the old file, if whole, stays for those who still fetch.
+
     Args:
       package: package folder.
       depot: folder of the depot; the file is named by its SHA-256.
@@ -46,19 +52,16 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
     Raises:
       DataError: no room on the disk.
     """
-    if facts.exists():
-        content = json.loads(facts.read_text(encoding="utf-8"))
-        if (depot / content["sha256"]).is_file():
-            sealed = {site: bytes.fromhex(box) for site, box in content["sealed"].items()}
-            return Delivery(bytes.fromhex(content["sha256"]), int(content["size"]), sealed)
+    if (known := _known(facts)) is not None and _is_whole(depot, known, federation):
+        return known
     depot.mkdir(parents=True, exist_ok=True)
     for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
         left.unlink()
     key = secrets.token_bytes(KEY_BYTES)
-    path = _encrypt(package, depot, key)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    path = path.rename(depot / digest.hex())
+    sealed_file = _encrypt(package, depot, key)
+    digest = _sha256(sealed_file)
+    path = depot / digest.hex()
+    put_in_place(sealed_file, path)
     context = package_context(manifest, digest)
     sealed = {
         member.site: seal(federation.suite, bytes.fromhex(member.sealing), key, context)
@@ -68,6 +71,36 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
     delivery = Delivery(digest, path.stat().st_size, sealed)
     write_atomically(facts, json.dumps({"sha256": digest.hex(), "size": delivery.size, "sealed": boxes}).encode())
     return delivery
+
+
+def _known(facts: Path) -> Delivery | None:
+    """Returns what an earlier start wrote down, None where that is nothing or damaged."""
+    try:
+        content = json.loads(facts.read_text(encoding="utf-8"))
+        sealed = {site: bytes.fromhex(box) for site, box in content["sealed"].items()}
+        return Delivery(bytes.fromhex(content["sha256"]), int(content["size"]), sealed)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("delivery=%r is damaged (%s); the package is encrypted anew", str(facts), type(error).__name__)
+        return None
+
+
+def _is_whole(depot: Path, delivery: Delivery, federation: Federation) -> bool:
+    """Says whether a file is what its facts say, for these sites; a torn one is removed and not offered again."""
+    path = depot / delivery.sha256.hex()
+    if not path.is_file() or delivery.sealed.keys() != {member.site for member in federation.members}:
+        return False
+    if path.stat().st_size == delivery.size and _sha256(path) == delivery.sha256:
+        return True
+    log.warning("package=%r is damaged; it is encrypted anew", str(path))
+    path.unlink()
+    return False
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _encrypt(package: Path, depot: Path, key: bytes) -> Path:

@@ -14,11 +14,15 @@ import grpc
 
 from errors import DataError, OffsiteError, Untrusted
 from protos import depot_pb2 as wire
-from protos import depot_pb2_grpc as stubs
+from protos.flower_process import allow_open_files
 
 log = logging.getLogger("offsite.coordinator")
 CHUNK, LEAST_CHUNK = 1 << 20, 1 << 10
+SERVICE = "offsite.depot.v1.Depot"
 WORKERS = 64  # each site that is fetching holds one
+MOST_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
+REQUEST_SECONDS = 10  # within which a site that begins a request says what it wants
+HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
 REQUEST_LIMIT = 4096
 STOP_SECONDS = 1.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -45,9 +49,14 @@ class Depot:
 
     def __init__(self, folder: Path, *, address: str, tls: Tls, allowed: Callable[[bytes], None]) -> None:
         self._address = address
-        options = [("grpc.max_receive_message_length", REQUEST_LIMIT), ("grpc.so_reuseport", 0)]
-        self._server = grpc.server(futures.ThreadPoolExecutor(WORKERS, "depot"), options=options)
-        stubs.add_DepotServicer_to_server(_Servicer(folder, allowed), self._server)
+        options = [
+            ("grpc.max_receive_message_length", REQUEST_LIMIT),
+            ("grpc.so_reuseport", 0),
+            ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+        ]
+        workers = futures.ThreadPoolExecutor(WORKERS, "depot")
+        self._server = grpc.server(workers, options=options, maximum_concurrent_rpcs=MOST_REQUESTS)
+        self._server.add_generic_rpc_handlers((_handlers(_Servicer(folder, allowed)),))
         self._credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.ca, require_client_auth=True)
 
     def start(self) -> int:
@@ -56,6 +65,7 @@ class Depot:
         Raises:
           DataError: the address is in use.
         """
+        allow_open_files()
         try:
             port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError as error:
@@ -68,18 +78,31 @@ class Depot:
         self._server.stop(STOP_SECONDS).wait()
 
 
-class _Servicer(stubs.DepotServicer):
+def _handlers(servicer: "_Servicer") -> grpc.GenericRpcHandler:
+    """Returns the service as `protos/depot.proto` has it, with its one request taken by hand.
+
+    gRPC's own way waits for the request in a worker before it asks who the peer is, and for ever: a site that was
+    revoked could hold them all.
+    """
+    describe = grpc.stream_unary_rpc_method_handler(
+        servicer.describe, wire.DescribeRequest.FromString, wire.Description.SerializeToString
+    )
+    get = grpc.stream_stream_rpc_method_handler(servicer.get, wire.GetRequest.FromString, wire.Chunk.SerializeToString)
+    return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Get": get})
+
+
+class _Servicer:
     def __init__(self, folder: Path, allowed: Callable[[bytes], None]) -> None:
         self._folder, self._allowed = folder, allowed
         self._streams: dict[tuple[bytes, str], Any] = {}
         self._lock = threading.Lock()
 
-    def Describe(self, request: Any, context: Any) -> Any:  # noqa: N802 - named by the service
-        path, _ = self._admit(request.sha256, context)
+    def describe(self, requests: Iterator[Any], context: Any) -> Any:
+        request, path, _ = self._admit(requests, context)
         return wire.Description(sha256=request.sha256, size=path.stat().st_size, chunk=CHUNK)
 
-    def Get(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802 - named by the service
-        path, peer = self._admit(request.sha256, context)
+    def get(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        request, path, peer = self._admit(requests, context)
         if request.offset > path.stat().st_size:
             context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset={request.offset}: beyond the end of the file")
         self._replace((peer, request.sha256), context)
@@ -90,8 +113,8 @@ class _Servicer(stubs.DepotServicer):
                 yield wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
                 offset += len(data)
 
-    def _admit(self, digest: str, context: Any) -> tuple[Path, bytes]:
-        """Returns the file of a permitted request, and the peer; a name is only ever 64 hexadecimal digits."""
+    def _admit(self, requests: Iterator[Any], context: Any) -> tuple[Any, Path, bytes]:
+        """Returns a permitted request, its file, and the peer; a name is only ever 64 hexadecimal digits."""
         peer = context.auth_context().get("x509_pem_cert", [b""])[0]
         try:
             self._allowed(peer)
@@ -100,9 +123,11 @@ class _Servicer(stubs.DepotServicer):
         except OffsiteError:
             log.exception("depot: its sites cannot be looked up")  # the peer is not told of our files
             context.abort(grpc.StatusCode.UNAVAILABLE, "the depot cannot look up its sites; its log says why")
+        request = _one(requests, context)
+        digest = request.sha256
         if not _DIGEST.fullmatch(digest) or not (path := self._folder / digest).is_file():
             context.abort(grpc.StatusCode.NOT_FOUND, "no such package; ask for the current offer")
-        return path, peer
+        return request, path, peer
 
     def _replace(self, key: tuple[bytes, str], context: Any) -> None:
         """Ends this peer's older transfer of the same file: after a partition it would hold its thread for ever."""
@@ -118,6 +143,18 @@ class _Servicer(stubs.DepotServicer):
         with self._lock:
             if self._streams.get(key) is context:
                 del self._streams[key]
+
+
+def _one(requests: Iterator[Any], context: Any) -> Any:
+    """Returns the request of a peer, which has some seconds to send it."""
+    watch = threading.Timer(REQUEST_SECONDS, context.cancel)
+    watch.start()
+    try:
+        return next(requests)
+    except StopIteration:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no request came")
+    finally:
+        watch.cancel()
 
 
 def _chunk(wanted: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from errors import DataError
 from task.examples import Examples
 from task.spec import Task
 
@@ -20,7 +21,13 @@ class Score:
 
 
 def score(task: Task, model: nn.Module, examples: Examples, *, batch: int) -> Score:
-    """Returns the score of a model, in chunks of `batch` examples so that memory stays small."""
+    """Returns the score of a model, in chunks of `batch` examples so that memory stays small.
+
+    Raises:
+      DataError: no example has a token to predict.
+    """
+    if not examples.targets.any():
+        raise DataError(f"records={len(examples)}: none has a token to predict; give longer texts")
     total, tokens = 0.0, 0
     for start in range(0, len(examples), batch):
         rows = np.arange(start, min(start + batch, len(examples)))

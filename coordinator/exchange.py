@@ -8,6 +8,7 @@ from errors import MalformedMessage
 from protos import codec
 
 M = TypeVar("M")
+MOST_TOLD = 500
 
 
 class Exchange(Protocol):
@@ -58,6 +59,15 @@ class Refused:
     reason: str
 
 
+def cut(text: str) -> str:
+    """Returns what another party wrote as one printable line of at most `MOST_TOLD` characters.
+
+    It goes to files, logs and terminals, which its writer must neither fill nor steer.
+    """
+    line = "".join(one if one.isprintable() else " " for one in text[:MOST_TOLD])
+    return line if len(text) <= MOST_TOLD else line[:-3] + "..."
+
+
 class Conversation:
     """An exchange with the codec in front: messages instead of bytes, traffic counted, refusals kept apart."""
 
@@ -92,5 +102,5 @@ class Conversation:
         return answers
 
     def drop(self, site: str, stage: str, reason: str) -> None:
-        """Notes that a site is out of this round."""
-        self.refused.append(Refused(site, stage, reason))
+        """Notes that a site is out of this round, and why; the reason may be the site's own words."""
+        self.refused.append(Refused(site, stage, cut(reason)))

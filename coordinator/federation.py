@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Federation:
         exchange: Exchange,
         on_round: Callable[[dict[str, Any]], None],
         cohort: Callable[[], tuple[str, ...]] | None = None,
+        farewell: Exchange | None = None,
     ) -> Progress:
         """Runs all rounds that are left and returns where the job stands.
 
@@ -67,6 +69,7 @@ class Federation:
           exchange: transport to the sites.
           on_round: told each whole round's line.
           cohort: gives the sites that are asked in the next round; all by default.
+          farewell: transport to the sites for what needs no answer and is not waited for long; `exchange` by default.
 
         Raises:
           TooFewSurvivors: a round had no sum, as often as it was tried; the run folder stands at the round before.
@@ -75,25 +78,26 @@ class Federation:
         manifest = self.job.manifest
         everyone = tuple(site for site, _ in manifest.roster)
         for number in range(progress.round + 1, manifest.rounds + 1):
-            progress, line = self._round(progress, number, exchange, cohort or (lambda: everyone))
+            open_attempt = partial(self.attempts.open, number, cohort or (lambda: everyone), exchange)
+            progress, line = self._round(progress, open_attempt, farewell or exchange)
             self.store.save(progress, line)
             self.attempts.close()
             on_round(line)
         return progress
 
     def _round(
-        self, progress: Progress, number: int, exchange: Exchange, cohort: Callable[[], tuple[str, ...]]
+        self, progress: Progress, open_attempt: Callable[[], Attempt], farewell: Exchange
     ) -> tuple[Progress, dict[str, Any]]:
         """Tries a round until it has a sum; the attempt that a crash left does not count as a try."""
         failed = 0
         while True:
-            attempt = self.attempts.open(number, cohort, exchange)
+            attempt = open_attempt()
             try:
                 return self.advance(progress, attempt)
             except TooFewSurvivors as error:
                 failed += not attempt.resumed
                 self.attempts.close()
-                tell_abort(exchange, attempt.plan.cohort, str(error))
+                tell_abort(farewell, attempt.plan.cohort, str(error))
                 if failed >= self.tries or self.attempts.count.spent >= self.job.manifest.releases:
                     raise
 
@@ -123,6 +127,7 @@ def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:
         "members": list(result.members),
         "threshold": result.threshold,
         "dropped": [{"site": r.site, "stage": r.stage, "reason": r.reason} for r in result.refused],
+        "faulty": list(result.faulty),
         "update_norm": float(np.linalg.norm(result.update)),
         "bytes_down": result.traffic.down,
         "bytes_up": result.traffic.up,

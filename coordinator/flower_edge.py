@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from coordinator.exchange import cut
 from errors import DataError, MalformedMessage
 from protos.flower import NAME_STAGE, pack, unpack
 
@@ -51,7 +52,7 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
             if reply.has_content():
                 _take(answers, name, reply.content)
             else:
-                log.warning("site %s: Flower says: %s", name, reply.error.reason)
+                log.warning("site %s: Flower says: %s", name, cut(reply.error.reason))
         time.sleep(POLL_SECONDS)
     return answers
 

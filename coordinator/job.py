@@ -119,6 +119,7 @@ def public_text(config: FedConfig, task: Task, tokenizer: Any, texts: list[str])
       DataError: too little public text.
     """
     examples = task.encode(tokenizer, texts, length=config.data.length, split=config.data.split)
+    examples = examples.select(torch.nonzero(examples.targets))  # the others have no gradient to measure
     needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
     if len(examples) < needed:
         raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public text")

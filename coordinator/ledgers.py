@@ -1,6 +1,7 @@
 """What the coordinator remembers of the sites' privacy ledgers, so that a site notices when its own was set back."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from protos.codec import LedgerHead
 from trust.countersign import countersign
 from trust.identity import Identity
 
+log = logging.getLogger("offsite.coordinator")
+MOST_LEDGERS = 64  # data sets of one site; it names them, so that without a limit it could fill the disk
+
 
 class Ledgers:
     """The newest head that each site told; it says how often a site has released, and nothing about its data.
+
+    Of a site with more than `MOST_LEDGERS` data sets, the first ones are kept.
 
     Args:
       path: file they are kept in.
@@ -24,6 +30,7 @@ class Ledgers:
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path, self._identity = path, identity
+        self._full: set[str] = set()
         try:
             self._heads: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         except ValueError as error:
@@ -35,9 +42,15 @@ class Ledgers:
         """Keeps what a site told, when it is newer; an older count never replaces a newer one."""
         if head is None:
             return
-        known = self._heads.setdefault(site, {}).get(head.ledger, {"count": 0})
+        ledgers = self._heads.setdefault(site, {})
+        if head.ledger not in ledgers and len(ledgers) >= MOST_LEDGERS:
+            if site not in self._full:
+                log.warning("site %s: has over %d ledgers; heads of further ones are not kept", site, MOST_LEDGERS)
+            self._full.add(site)
+            return
+        known = ledgers.get(head.ledger, {"count": 0})
         if head.count > known["count"]:
-            self._heads[site][head.ledger] = {"count": head.count, "head": head.head}
+            ledgers[head.ledger] = {"count": head.count, "head": head.head}
             write_atomically(self._path, json.dumps(self._heads, sort_keys=True).encode())
 
     def countersigned(self, site: str) -> tuple[LedgerHead, ...]:

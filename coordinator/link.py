@@ -36,19 +36,19 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 
+from coordinator.grid import GuardedGrid, Secret, retries
 from errors import ConfigError, DataError
+from protos.codec import MAX_BYTES
 from protos.flower import bundle
 from protos.flower_process import FlowerProcess
 from protos.guard import HEADER, VARIABLE, new_secret
 
 START_SECONDS = 60.0
-LOST_SECONDS = 20.0
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -76,58 +76,26 @@ class LinkPlace:
         return f"{'127.0.0.1' if self.bind == '0.0.0.0' else self.bind}:{self.port}"  # noqa: S104 - compared only
 
 
-class _Secret:
-    """Adds this machine's secret to a request, so that our guard lets it through."""
-
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
-
-    def intercept(self, context: Any, call_next: Any) -> Any:
-        context.request.headers[HEADER] = self._secret
-        return call_next(context)
-
-
-class _GuardedGrid(HttpGrid):
-    """Flower's grid with our secret on every request."""
-
-    def __init__(self, address: str, ca: bytes, *, token: str, secret: str) -> None:
-        super().__init__(address, root_certificates=ca, token=token)
-        self._secret = secret
-        self._retry_invoker.max_time = LOST_SECONDS  # Flower would try for ever, also where the SuperLink has died
-
-    def _connect(self) -> None:
-        self._client = RuntimeHttpClient.from_server_address(
-            server_address=self._addr,
-            insecure=False,
-            root_certificates=self._cert,
-            interceptors=[
-                self._tracing,
-                _Secret(self._secret),
-                RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
-                RuntimeTokenHttpInterceptor(token=self._token),
-            ],
-            retry_invoker=self._retry_invoker,
-        )
-
-
 class Link:
     """A running SuperLink with one open run; used as a context manager.
 
     Args:
       place: where it lives.
       nodes: site to its public node key, an OpenSSH line; nobody else is a node.
+      largest: bytes of the longest answer that an honest site gives.
 
     Raises:
       DataError: the SuperLink did not start.
     """
 
-    def __init__(self, place: LinkPlace, nodes: Mapping[str, str]) -> None:
+    def __init__(self, place: LinkPlace, nodes: Mapping[str, str], *, largest: int = MAX_BYTES) -> None:
+        self._largest = largest
         self._place, self._keys = place, {site: _pem(line) for site, line in nodes.items()}
         self._ca = place.ca.read_bytes()
         self._guard = new_secret(place.folder / "guard")
         self._exec_secret = new_secret(place.folder / "superexec").encode()
         self._heartbeat: HeartbeatSender | None = None
-        self._grid: _GuardedGrid | None = None
+        self._grid: GuardedGrid | None = None
         self._runtime: RuntimeHttpClient | None = None
         self.process = FlowerProcess(
             "coordinator.superlink",
@@ -159,23 +127,24 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Ends the run and the SuperLink."""
-        if self._runtime is not None and self.process.running:
+        """Ends the run and the SuperLink; one that is lost already leaves nothing behind in this process."""
+        if self._heartbeat is not None and self._heartbeat.is_running:
+            self._heartbeat.stop()
+        if self._runtime is not None:
             self._finish_run(self._runtime)
         if self._grid is not None:
             self._grid.close()
-        self._runtime = self._grid = None
+        self._heartbeat = self._runtime = self._grid = None
         self.process.stop()
 
     def _finish_run(self, runtime: RuntimeHttpClient) -> None:
-        if self._heartbeat is not None and self._heartbeat.is_running:
-            self._heartbeat.stop()
-        with contextlib.suppress(httpx.HTTPError):  # the run ends with its SuperLink anyway
-            runtime.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
+        if self.process.running:
+            with contextlib.suppress(httpx.HTTPError):  # the run ends with its SuperLink anyway
+                runtime.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
         runtime.close()
 
     @property
-    def grid(self) -> HttpGrid:
+    def grid(self) -> GuardedGrid:
         """Flower's grid of the open run.
 
         Raises:
@@ -215,7 +184,7 @@ class Link:
             self._place.local,
             insecure=False,
             root_certificates=self._ca,
-            interceptors=[_Secret(self._guard), RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
+            interceptors=[Secret(self._guard), RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
         )
         try:
             known = {
@@ -236,22 +205,22 @@ class Link:
         finally:
             control.close()
 
-    def _open_run(self) -> _GuardedGrid:
+    def _open_run(self) -> GuardedGrid:
         token = self._acquire()
-        self._runtime = self._client([RuntimeTokenHttpInterceptor(token)])
+        self._runtime = self._client([RuntimeTokenHttpInterceptor(token)], None)  # a heartbeat comes again by itself
         pulled = self._runtime.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
         TaskIdentity.node_id = pulled.context.node_id
         self._heartbeat = HeartbeatSender(_beat(self._runtime))
         self._heartbeat.start()
-        grid = _GuardedGrid(self._place.local, self._ca, token=token, secret=self._guard)
+        grid = GuardedGrid(self._place.local, self._ca, token=token, secret=self._guard, largest=self._largest)
         grid.set_run(Run.create_empty(run_id=pulled.run.run_id))
         return grid
 
     def _acquire(self) -> str:
         """Takes the task of the run that was just started; tasks of runs before a crash are left to expire."""
         auth = SuperExecAuthHttpInterceptor(master_secret=self._exec_secret, protected_methods=[_ACQUIRE])
-        client = self._client([auth])
+        client = self._client([auth], retries())
         until = time.monotonic() + START_SECONDS
         try:
             while time.monotonic() < until:
@@ -263,17 +232,17 @@ class Link:
             client.close()
         raise ConfigError("Flower's SuperLink gave no task for our run; is flwr 1.41 or 1.42 installed?")
 
-    def _client(self, interceptors: list[Any]) -> RuntimeHttpClient:
+    def _client(self, interceptors: list[Any], retries: RetryInvoker | None) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
             server_address=self._place.local,
             insecure=False,
             root_certificates=self._ca,
             interceptors=[
-                _Secret(self._guard),
+                Secret(self._guard),
                 RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
                 *interceptors,
             ],
-            retry_invoker=make_simple_http_retry_invoker(),
+            retry_invoker=retries,
         )
 
 

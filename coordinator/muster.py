@@ -4,15 +4,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from coordinator.exchange import Conversation, Exchange
+from coordinator.exchange import Conversation, Exchange, cut
 from coordinator.ledgers import Ledgers
 from coordinator.status import Status
-from errors import OffsiteError, TooFewSurvivors
+from errors import OffsiteError, TooFewSurvivors, Untrusted
 from protos import codec
 from trust.federation import Federation, check_signature
 
 POLL_SECONDS = 0.5
-READY = "ready"
+FETCHING, WAITING, READY, REFUSED, ABSENT = "fetching", "waiting", "ready", "refused", "absent"
+TOLD = (FETCHING, WAITING, READY, REFUSED)  # what a site may say of itself
+PIECE = 1 << 20  # bytes of the package that count as progress; a site could count single bytes for ever
+SILENT = "did not answer"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,35 @@ class Terms:
     patience: float
 
 
+@dataclass(frozen=True)
+class _Stand:
+    """Where one site stands: one of the five states, why, and the bytes of the package that are there."""
+
+    state: str
+    detail: str
+    fetched: int = 0
+
+
+class _Course:
+    """How far the sites have come in one wait; what goes back and forth, or up without end, does not count."""
+
+    def __init__(self) -> None:
+        self._states: set[tuple[str, str]] = set()
+        self._pieces: dict[str, int] = {}
+
+    def note(self, stands: Mapping[str, _Stand]) -> bool:
+        """Returns whether a site was never before in its state, or has a further piece of the package."""
+        moved = [self._note(site, stand) for site, stand in stands.items()]
+        return any(moved)
+
+    def _note(self, site: str, stand: _Stand) -> bool:
+        known, pieces = (site, stand.state) in self._states, stand.fetched // PIECE
+        further = pieces > self._pieces.get(site, 0)
+        self._states.add((site, stand.state))
+        self._pieces[site] = max(pieces, self._pieces.get(site, 0))
+        return further or not known
+
+
 class Muster:
     """Offers one job and keeps the sites' signatures and ledger heads.
 
@@ -42,6 +74,9 @@ class Muster:
       status: told who is where.
       keep: called with (site, signature) when a new signature came.
       unopened: why an answer could not be opened, by site; read and emptied here.
+      current: gives the epoch that holds now; the owners may sign another one while a job waits.
+      clock: gives seconds that only go up.
+      sleep: waits for so many seconds.
     """
 
     def __init__(
@@ -55,64 +90,85 @@ class Muster:
         status: Status,
         keep: Callable[[str, bytes], None],
         unopened: dict[str, str],
+        current: Callable[[], Federation],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange, self._federation, self._offer_for = exchange, federation, offer_for
         self._signatures, self._ledgers, self._status, self._keep = signatures, ledgers, status, keep
-        self._unopened = unopened
-        self._before: dict[str, tuple[str, int]] = {}
+        self._unopened, self._current = unopened, current
+        self._clock, self._sleep = clock, sleep
 
     def gather(self, terms: Terms) -> tuple[str, ...]:
         """Returns the ready sites once enough are, waiting as long as there is progress.
 
         Raises:
           TooFewSurvivors: nothing moved for the patience, and fewer are ready than a round needs.
+          Untrusted: sites are missing that have gone on to another epoch since the job was made.
         """
-        moved = time.monotonic()
+        course, moved = _Course(), self._clock()
         while True:
-            ready, progress = self._look()
+            stands = self._look()
+            ready = tuple(sorted(site for site, stand in stands.items() if stand.state == READY))
             if len(ready) >= terms.wanted:
                 return ready
-            moved = time.monotonic() if progress else moved
-            if time.monotonic() - moved > terms.patience:
+            if course.note(stands):
+                moved = self._clock()
+            if self._clock() - moved > terms.patience:
                 if len(ready) >= terms.fewest:
                     return ready
+                self._check_epoch()
                 raise TooFewSurvivors(
                     f"sites={len(ready)} ready, {terms.fewest} are needed: {self._status.reasons()}; nothing moved for "
                     f"{terms.patience:g} s; start the missing clients and run again"
                 )
-            time.sleep(POLL_SECONDS)
+            self._sleep(POLL_SECONDS)
 
-    def cohort(self) -> tuple[str, ...]:
-        """Returns who is ready now; asked before each round, so that a site that came back is in."""
-        return self._look()[0]
-
-    def _look(self) -> tuple[tuple[str, ...], bool]:
-        """Offers the job once, and returns who is ready and whether anything changed."""
+    def _look(self) -> dict[str, _Stand]:
+        """Offers the job once, and returns where each site stands."""
         sites = [member.site for member in self._federation.members]
         talk = Conversation(self._exchange)
         offers = {site: self._offer_for(site, self._signatures) for site in sites}
         answers = talk.ask("offer", offers, codec.OfferReply)
-        states = {refused.site: ("refused", 0, refused.reason) for refused in talk.refused}
-        for site, reply in answers.items():
-            states[site] = (reply.state, reply.fetched, reply.detail)
-            self._learn(site, reply)
-        for site, (state, fetched, detail) in states.items():
-            if why := self._unopened.pop(site, ""):
-                states[site] = (state, fetched, why)
-            elif detail == "did not answer":
-                states[site] = ("absent", fetched, detail)
-            self._status.site(site, states[site][0], states[site][2], fetched)
-        now = {site: (state, fetched) for site, (state, fetched, _) in states.items()}
-        progress, self._before = now != self._before, now
-        return tuple(sorted(site for site, (state, _, _) in states.items() if state == READY)), progress
+        if any(site not in self._signatures for site in sites):  # with all of them, the job runs on under its epoch
+            self._check_epoch()
+        stands = {one.site: self._without(one.site, one.reason) for one in talk.refused}
+        stands |= {site: self._told(site, reply, offers[site].package_bytes) for site, reply in answers.items()}
+        for site, stand in stands.items():
+            self._status.site(site, stand.state, stand.detail, stand.fetched)
+        return stands
 
-    def _learn(self, site: str, reply: codec.OfferReply) -> None:
+    def _check_epoch(self) -> None:
+        """Ends a wait for owners who are asked to sign another epoch by now, under which this job is none of theirs."""
+        now = self._current().epoch
+        if now != self._federation.epoch:
+            raise Untrusted(
+                f"epoch={now}: the owners' federation changed while this job of epoch {self._federation.epoch} was "
+                "waiting; start a new run with --out FOLDER"
+            )
+
+    def _without(self, site: str, reason: str) -> _Stand:
+        """Returns where a site stands that gave no answer to its offer, or one that could not be opened or read."""
+        if why := self._unopened.pop(site, ""):
+            return _Stand(REFUSED, cut(why))
+        return _Stand(ABSENT if reason == SILENT else REFUSED, reason)
+
+    def _told(self, site: str, reply: codec.OfferReply, package_bytes: int) -> _Stand:
+        """Returns where a site stands by its own words; it counts as ready only with its owner's signature."""
+        if why := self._learn(site, reply):
+            return _Stand(REFUSED, cut(why))
+        if reply.state not in TOLD:
+            return _Stand(REFUSED, "answered with a state that is none; install the coordinator's release there")
+        return _Stand(reply.state, cut(reply.detail), min(reply.fetched, package_bytes))
+
+    def _learn(self, site: str, reply: codec.OfferReply) -> str:
+        """Keeps what an answer proves, and returns why it proves nothing; empty when all is well."""
         if site not in self._signatures:
             try:
                 check_signature(self._federation, site, reply.owner_signature)
             except OffsiteError as error:
-                self._status.site(site, "refused", str(error), 0)
-                return
+                return str(error)
             self._signatures[site] = reply.owner_signature
             self._keep(site, reply.owner_signature)
         self._ledgers.learn(site, reply.ledger)
+        return ""

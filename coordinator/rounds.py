@@ -41,6 +41,7 @@ class RoundResult:
       members: sites whose updates are in the sum.
       threshold: members needed to open it.
       refused: sites that are not, with stage and reason.
+      faulty: sites whose released share did not fit those of the others; the sum was opened without it.
       traffic: bytes both ways.
       upload_bytes: bytes of one site's masked upload, the largest.
       payload_bytes: bytes of its plain 32-bit vector.
@@ -50,6 +51,7 @@ class RoundResult:
     members: tuple[str, ...]
     threshold: int
     refused: tuple[Refused, ...]
+    faulty: tuple[str, ...]
     traffic: Traffic
     upload_bytes: int
     payload_bytes: int
@@ -128,6 +130,7 @@ def run_round(
         members=total.members,
         threshold=terms.threshold,
         refused=tuple(talk.refused),
+        faulty=collector.faulty,
         traffic=talk.traffic,
         upload_bytes=upload_bytes,
         payload_bytes=4 * manifest.layout.size,

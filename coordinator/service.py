@@ -5,10 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
-
-import httpx
 
 from coordinator.attempt import Attempts
 from coordinator.config import CoordinatorConfig, FedConfig
@@ -18,12 +15,14 @@ from coordinator.depot import Depot, Tls
 from coordinator.exchange import Conversation, Exchange
 from coordinator.federation import Federation
 from coordinator.flower_edge import GridExchange
+from coordinator.grid import LOST, why_lost
 from coordinator.job import Job, Parties, prepare, reopen
 from coordinator.ledgers import Ledgers
 from coordinator.link import Link, LinkPlace
 from coordinator.muster import Muster, Terms
 from coordinator.numbers import Numbers
 from coordinator.provision import Home
+from coordinator.run_folder import check_settings, keep_settings
 from coordinator.status import Status
 from coordinator.store import Progress, Store, write_atomically
 from errors import ConfigError, DataError, Untrusted
@@ -35,7 +34,8 @@ from trust.certificates import certificate_key
 
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
-LINK_TRIES = 5
+UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: a masked entry; shares, signatures and whatever stands around
+LINK_TRIES = 5  # times in a row without a whole round
 ASKED = 2  # times that a connected site is asked for one stage
 
 
@@ -78,7 +78,7 @@ class Setting:
 
 
 def run_job(setting: Setting) -> tuple[Job, Progress]:
-    """Runs a job to its end, or on from where it stopped.
+    """Runs a job to its end, or on from where it stopped; one whose rounds are all whole needs no site any more.
 
     Returns:
       The job and where it stands.
@@ -89,6 +89,10 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
     setting.status.set("building")
     epoch = setting.home.federation()
     job = open_job(setting, epoch)
+    if (done := _done(setting.store, job.manifest)) is not None:
+        _attempts(setting).close()  # the last round's, where the kill came before it was closed
+        setting.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)
+        return job, done
     delivery = deliver(
         setting.store.package,
         setting.home.folder / "depot",
@@ -97,21 +101,48 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
         setting.store.folder / "delivery.json",
     )
     with _depot(setting.home, setting.now):
-        for tried in range(1, LINK_TRIES + 1):
-            try:
-                return job, _over_link(setting, job, epoch, delivery)
-            except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                setting.status.set("link lost", detail=type(error).__name__)
-                log.warning("Flower's SuperLink was lost (%s); start %d of %d", type(error).__name__, tried, LINK_TRIES)
-    where = setting.home.link / "superlink.log"
-    raise DataError(f"link: Flower's SuperLink was lost {LINK_TRIES} times; see {where}, then run again")
+        return job, _over_links(setting, job, epoch, delivery)
+
+
+def _done(store: Store, manifest: JobManifest) -> Progress | None:
+    """Returns where a job stands whose rounds are all whole, None for another."""
+    progress = store.load_state()
+    return progress if progress is not None and progress.round >= manifest.rounds else None
+
+
+def _over_links(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery) -> Progress:
+    """Runs the rounds over one link after the other, as long as there are whole rounds between their losses.
+
+    Raises:
+      DataError: a link was lost too often.
+    """
+    tried, before = 0, _rounds(setting.store)
+    while True:
+        try:
+            return _over_link(setting, job, epoch, delivery)
+        except LOST as error:
+            why, now = why_lost(error), _rounds(setting.store)
+            tried, before = (tried + 1 if now == before else 1), now
+            setting.status.set("link lost", detail=why, awaited=[])
+            log.warning("Flower's SuperLink was lost (%s); loss %d of %d", why, tried, LINK_TRIES)
+            if tried == LINK_TRIES:
+                where = setting.home.link / "superlink.log"
+                raise DataError(
+                    f"link: Flower's SuperLink was lost {LINK_TRIES} times without a whole round ({why}); see {where}, "
+                    "then run again"
+                ) from error
+
+
+def _rounds(store: Store) -> int:
+    return 0 if (progress := store.load_state()) is None else progress.round
 
 
 def open_job(setting: Setting, epoch: owners.Federation) -> Job:
     """Prepares the job, or opens the one that this run folder holds.
 
     Raises:
-      Untrusted: the owners signed another epoch since.
+      Untrusted: the owners signed another epoch since, and rounds are left that its sites would refuse.
+      ConfigError: the run began with other settings.
     """
     path = setting.store.folder / "job.json"
     if not path.exists():
@@ -126,12 +157,15 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
             on_step=setting.on_step,
         )
         setting.store.write_json("job_facts.json", job.facts())
+        keep_settings(setting.store, setting.config)
         write_atomically(path, job.manifest.to_bytes())  # last: from here on the job is this one
         return job
+    check_settings(setting.store, setting.config)
     manifest = JobManifest.from_bytes(path.read_bytes())
-    if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch):
+    if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch) and _done(setting.store, manifest) is None:
         raise Untrusted(
-            f"epoch={manifest.epoch}: this run was made under it, and the owners are at {epoch.epoch}; start a new run"
+            f"epoch={manifest.epoch}: this run was made under it, and the owners are at {epoch.epoch}; start a new run "
+            "with --out FOLDER"
         )
     setting.on_step("open the prepared job")
     facts = setting.store.read_json("job_facts.json")
@@ -141,7 +175,8 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
 def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery) -> Progress:
     nodes = {member.site: member.node for member in epoch.members}
     setting.on_step("start Flower's SuperLink")
-    with Link(link_place(setting.home), nodes) as link:
+    largest = UPLOAD_BYTES * job.manifest.layout.size + OTHER_BYTES
+    with Link(link_place(setting.home), nodes, largest=largest) as link:
         unopened: dict[str, str] = {}
         offers = _letters(setting, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
         ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
@@ -152,12 +187,13 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
         wanted = rules.sites or len(nodes)
         ready = muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
         exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status)
+        farewell = _letters(setting, epoch, link, FINISH_SECONDS)
         progress = _federation(setting, job, ledgers).run(
-            exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min)
+            exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min), farewell
         )
         setting.status.set("finishing", awaited=[])
-        farewell = Conversation(_letters(setting, epoch, link, FINISH_SECONDS))
-        farewell.ask("finish", dict.fromkeys(nodes, codec.Notice("finish", "all rounds are done")), codec.Notice)
+        notice = codec.Notice("finish", "all rounds are done")
+        Conversation(farewell).ask("finish", dict.fromkeys(nodes, notice), codec.Notice)
         return progress
 
 
@@ -246,14 +282,17 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Deli
         status=setting.status,
         keep=setting.home.add_signature,
         unopened=offers.unopened,
+        current=setting.home.federation,
     )
 
 
 def _federation(setting: Setting, job: Job, ledgers: Ledgers) -> Federation:
-    attempts = Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt"))
-    return Federation(
-        job, setting.config, setting.store, attempts, tries=setting.rules.attempts, on_ledger=ledgers.learn
-    )
+    tries = setting.rules.attempts
+    return Federation(job, setting.config, setting.store, _attempts(setting), tries=tries, on_ledger=ledgers.learn)
+
+
+def _attempts(setting: Setting) -> Attempts:
+    return Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt"))
 
 
 def link_place(home: Home) -> LinkPlace:
@@ -284,8 +323,3 @@ def _depot(home: Home, now: Callable[[], datetime]) -> Iterator[Depot]:
         yield depot
     finally:
         depot.stop()
-
-
-def run_folder(home: Home, config_sha256: str, out: Path | None) -> Path:
-    """Returns the folder of a run: the one asked for, or the one of this federation file in this home."""
-    return out if out is not None else home.runs / config_sha256[:12]

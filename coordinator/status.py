@@ -11,6 +11,8 @@ from coordinator.store import write_atomically
 from errors import DataError
 
 ENDED = ("finished", "stopped", "failed")
+PROCESSES = Path("/proc")
+_STARTED = 19  # place of the start time behind the name of the program, field 22 of proc_pid_stat(5)
 
 
 class Status:
@@ -23,7 +25,8 @@ class Status:
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         self._path, self._clock = path, clock
-        self._facts: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "sites": {}, "round": 0}
+        pid = os.getpid()
+        self._facts: dict[str, Any] = {"state": "starting", "pid": pid, "born": born(pid), "sites": {}, "round": 0}
 
     def set(self, state: str, **facts: Any) -> None:
         """Says what is being done; facts stay until they are set again, but after an end nothing is awaited."""
@@ -66,6 +69,40 @@ def read_status(path: Path) -> dict[str, Any]:
         raise DataError(
             f"status={str(path)!r}: no job was started here; `offsite coordinator run` starts one"
         ) from error
-    if facts["state"] not in ENDED and not Path(f"/proc/{facts['pid']}").exists():
+    if facts["state"] not in ENDED and not is_running(facts["pid"], facts.get("born", "")):
         facts |= {"state": "killed", "next": "run the same command again; it goes on where it was"}
     return facts
+
+
+def born(pid: int, processes: Path = PROCESSES) -> str:
+    """Returns the boot and the tick in which a process began; empty where that cannot be known.
+
+    After a restart of the machine or of a container, another process soon has the same number.
+    `deploy/healthcheck.py` has the same lines: it must run without what is installed here.
+    """
+    try:
+        boot = (processes / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        stat = (processes / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return f"{boot} {stat.rpartition(')')[2].split()[_STARTED]}"  # a program may have a bracket in its name
+
+
+def is_running(pid: int, birth: str, processes: Path = PROCESSES) -> bool:
+    """Says whether a process is still the one that was born then.
+
+    Args:
+      pid: its number.
+      birth: what `born` told; where that was nothing, the number alone decides.
+      processes: the folder of processes.
+    """
+    if not processes.is_dir():  # macOS has none, and tells of a process by its number only
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True  # another user's
+        return True
+    now = born(pid, processes)
+    return (processes / str(pid)).exists() and (not birth or not now or now == birth)

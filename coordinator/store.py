@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from coordinator.aggregate import ServerState
-from errors import DataError
+from errors import DataError, OffsiteError
+from trust.files import write_whole
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -21,19 +22,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
       DataError: the disk is full or the folder cannot be written; the old file stands.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
+        write_whole(path, content)
+    except OffsiteError as error:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"file={str(path)!r}: cannot be written ({error.strerror}); free disk space, then run again")
+def _unwritable(path: Path, error: Exception) -> DataError:
+    cause = error if isinstance(error, OSError) else error.__cause__
+    reason = cause.strerror if isinstance(cause, OSError) else error
+    return DataError(f"file={str(path)!r}: cannot be written ({reason}); free disk space, then run again")
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.partial"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
 
     @property
     def package(self) -> Path:

@@ -1,8 +1,10 @@
 """The SuperLink process: Flower's own program behind our guard; `python -m coordinator.superlink ARGUMENTS`."""
 
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
-from protos.flower_process import die_with_parent
+from protos.flower_process import allow_open_files, die_with_parent
 from protos.guard import Guard, secret_of_environment
 
 UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
@@ -13,10 +15,12 @@ PUBLIC = ("/v1/fleet/", "/health")
 def main() -> None:
     """Runs Flower's SuperLink; peers reach its fleet interface only."""
     die_with_parent()
+    allow_open_files()
     import flwr.supercore.corestate.sql_corestate as state
     import flwr.superlink.main as program
-    from flwr.superlink.cli.flower_superlink import flower_superlink
+    import uvicorn
 
+    command: Any = import_module("flwr.superlink.cli.flower_superlink")  # a function of this name hides it
     original, secret = program.create_app, secret_of_environment()
 
     def create_app(*arguments: Any, **named: Any) -> Any:
@@ -26,7 +30,13 @@ def main() -> None:
 
     program.create_app = create_app
     state.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_IDLE_SECONDS
-    flower_superlink()
+
+    def serve(**named: Any) -> None:
+        # its lines are of failed requests, in any number and with the path as a stranger wrote it
+        uvicorn.run(**(named | {"access_log": False}))
+
+    command.uvicorn = SimpleNamespace(run=serve)
+    command.flower_superlink()
 
 
 if __name__ == "__main__":

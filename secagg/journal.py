@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from errors import DataError, ProtocolViolation
+from trust.files import sync_folder
 
 
 class Journal(Protocol):
@@ -95,7 +96,7 @@ class FileJournal:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if new:
-                _sync_directory(self._path.parent)
+                sync_folder(self._path.parent)
             yield file
         finally:
             os.close(file)
@@ -116,7 +117,9 @@ class FileJournal:
                     case other:
                         raise ValueError(other)
         except (ValueError, ProtocolViolation) as error:
-            raise DataError(f"journal={self._path} is damaged; entries only go up; start a new epoch") from error
+            raise DataError(
+                f"journal={self._path} is damaged; sign a new epoch, then remove it: it is about the old one"
+            ) from error
         return memory
 
 
@@ -128,11 +131,3 @@ def _append(file: int, entry: list[object]) -> None:
         os.fsync(file)
     except OSError as error:
         raise DataError(f"journal cannot be written ({error.strerror}); free disk space, the round is lost") from error
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,6 +1,8 @@
 """An attempt at a round, killed in every stage: it goes on with the same masks, asks nothing twice, counts once."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import pytest
 from client.site import answer
 from coordinator.attempt import SPENDS, Attempt, Attempts
 from coordinator.correspondence import Correspondence
-from coordinator.exchange import MemoryExchange
+from coordinator.exchange import MOST_TOLD, MemoryExchange
 from coordinator.numbers import Numbers
 from coordinator.rounds import RoundPlan, RoundResult, run_round, tell_abort
 from errors import DataError, TooFewSurvivors
+from protos import codec
+from secagg import messages
+from secagg.member import Member
 from tests.memory_federation import RunningSite, World, letters_to, make_world, open_sites
 
 STAGES = ("train", "keys", "shares", "masked", "survivors", "unmask")
@@ -207,6 +212,28 @@ def test_killed_before_the_plan_was_on_disk_it_starts_afresh(tmp_path: Path, lef
     assert sorted(path.name for path in (tmp_path / "attempt").iterdir()) == ["plan.json"]
 
 
+def test_killed_while_an_attempt_is_forgotten_it_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that outlived its answers would ask the sites again, in stages that they think are behind them."""
+    first = attempts(tmp_path)
+    run_stages(first.open(1, everyone, Asked(echo)))
+
+    def killed(folder: Path) -> None:
+        (folder / "train.replies").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            first.close()
+    exchange = Asked(echo)
+    attempt = attempts(tmp_path, b"\2" * 32).open(1, everyone, exchange)
+    assert (attempt.resumed, attempt.plan.sequence) == (False, 1001)
+    run_stages(attempt)
+    assert exchange.stages == list(STAGES)
+
+
 def test_half_written_answers_of_a_kill_are_asked_for_again(tmp_path: Path) -> None:
     run_stages(attempts(tmp_path).open(1, everyone, Asked(echo)), until="keys")
     (tmp_path / "attempt" / "keys.replies.partial").write_bytes(b"\0\0")
@@ -218,7 +245,7 @@ def test_half_written_answers_of_a_kill_are_asked_for_again(tmp_path: Path) -> N
 def test_answers_that_cannot_be_kept_end_the_round(tmp_path: Path) -> None:
     """Going on without them would ask the sites again after a kill, in a stage that they think is behind them."""
     attempt = attempts(tmp_path).open(1, everyone, Asked(echo))
-    (tmp_path / "attempt" / "train.replies.partial").mkdir()
+    (tmp_path / "attempt" / f".train.replies.{os.getpid()}.partial").mkdir()
     with pytest.raises(DataError, match="cannot be written"):
         attempt.send("train", question("train"))
 
@@ -384,3 +411,37 @@ def test_a_changed_adapter_does_not_go_on_with_old_answers(world: World, tmp_pat
     with pytest.raises(DataError, match=r"train\.replies: not the answers of this round"):
         run_round(world.manifest, again.plan, other, again)
     assert asked.stages == []
+
+
+def test_a_site_whose_share_does_not_fit_is_named(
+    world: World, undisturbed: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its update is in the sum, which the others' shares open; the round's record says who released a wrong one."""
+    original = Member.unmask
+
+    def wrong(member: Member, signatures: list[messages.Signed]) -> messages.Signed:
+        message = original(member, signatures)
+        if message.sender != "ash":  # one of the first three, which are tried first
+            return message
+        released = messages.read_released(message.body)
+        body = messages.write_released({peer: (kind, share + 1) for peer, (kind, share) in released.items()})
+        return member._sign(messages.UNMASK, body)
+
+    monkeypatch.setattr(Member, "unmask", wrong)
+    sites = open_sites(world, tmp_path / "sites")
+    coordinator = Coordinator(world, tmp_path / "run", sites)
+    result = coordinator.run(coordinator.open()[0])
+    assert (result.members, result.refused, result.faulty) == (world.sites, (), ("ash",))
+    assert np.array_equal(result.update, undisturbed)
+
+
+def test_a_refusal_is_cut_before_it_is_recorded_and_told(world: World, tmp_path: Path) -> None:
+    sites = open_sites(world, tmp_path / "sites")
+    for site in list(sites.values())[:2]:
+        site.service.handle = lambda stage, body: codec.encode(codec.Refusal("x" * 10**6, "\x1b[2J" * 10**5))  # type: ignore[method-assign]
+        site.mailbox._handle = site.service.handle
+    coordinator = Coordinator(world, tmp_path / "run", sites)
+    with pytest.raises(TooFewSurvivors) as caught:
+        coordinator.run(coordinator.open()[0])
+    assert len(str(caught.value)) < 2 * MOST_TOLD
+    assert str(caught.value).isprintable()

@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from coordinator.exchange import MOST_TOLD
 from coordinator.flower_edge import _message, call
 from protos.flower import pack
 
@@ -61,3 +62,13 @@ def test_an_answer_that_is_none_costs_nobody_else_theirs(
     grid = Answering({1: content, 2: pack("offer", b"honest")})
     messages = {"elm": _message(1, "offer", b""), "ash": _message(2, "offer", b"")}
     assert call(cast(Grid, cast(Any, grid)), messages, 5.0) == {"ash": b"honest"}
+
+
+def test_what_flower_says_of_a_site_is_cut(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    grid = Answering({1: Error(code=0, reason="\x1b[2J" + "x" * 10**6)})
+    assert call(cast(Grid, cast(Any, grid)), {"elm": _message(1, "offer", b"")}, 5.0) == {}
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert len(said) < 2 * MOST_TOLD
+    assert said.isprintable()

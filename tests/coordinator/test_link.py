@@ -1,7 +1,11 @@
 """The contract that a Flower release has to pass at the coordinator: start, nodes, runs, guard, what a kill leaves."""
 
+import os
+import signal
 import ssl
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from flwr.common.constant import Status
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StopRunRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from coordinator.link import Link, LinkPlace, _Secret
+from coordinator.grid import LOST, LOST_SECONDS, Secret, retries, why_lost
+from coordinator.link import Link, LinkPlace
 from errors import ConfigError, DataError
 from tests.faults.conftest import free_ports, wait_for
 from trust.certificates import create_authority, issue_server, new_key
@@ -47,7 +52,7 @@ def asked(place: LinkPlace, ask: Callable[[ControlHttpClient], Any]) -> Any:
         insecure=False,
         root_certificates=place.ca.read_bytes(),
         interceptors=[
-            _Secret((place.folder / "guard").read_text()),
+            Secret((place.folder / "guard").read_text()),
             RuntimeVersionHttpInterceptor(component_name="flwr-cli"),
         ],
     )
@@ -108,3 +113,83 @@ def test_a_port_that_is_taken_is_said(place: LinkPlace, tmp_path: Path) -> None:
         second = dataclasses.replace(place, folder=tmp_path / "second")
         with pytest.raises(DataError, match=f"link=127.0.0.1:{place.port}: Flower's SuperLink did not start"):
             Link(second, keys(tmp_path, "ash")).__enter__()
+
+
+@pytest.fixture
+def interrupts() -> Iterator[list[int]]:
+    """Interrupts that this process is sent, which a coordinator takes for a person's."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
+    place: LinkPlace, tmp_path: Path, interrupts: list[int]
+) -> None:
+    """As after a minute's sleep of the machine: the run's token has expired with its heartbeats."""
+    with Link(place, keys(tmp_path, "ash")) as link:
+        (run,) = unfinished(place)
+        asked(place, lambda control: control.StopRun(StopRunRequest(run_id=run)))
+        began = time.monotonic()
+        with pytest.raises(LOST) as caught:
+            link.node_ids()
+        assert why_lost(caught.value) == "it ended our run; was this machine asleep for a minute"
+        assert link._heartbeat is not None
+        assert link._heartbeat.heartbeat_fn() is False
+        assert link.process.running
+    assert time.monotonic() - began < 10
+    assert interrupts == []
+    with Link(place, keys(tmp_path, "ash")) as again:
+        assert again.node_ids() == {}
+
+
+def test_a_superlink_that_died_leaves_no_heartbeat_behind(place: LinkPlace, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with Link(place, keys(tmp_path, "ash")) as link:
+        heartbeat = link._heartbeat
+        assert heartbeat is not None
+        assert heartbeat.is_running
+        os.kill(link.process.pid or 0, signal.SIGKILL)
+        wait_for(lambda: not link.process.running, 10)
+        assert heartbeat.heartbeat_fn() is False
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert not heartbeat.is_running
+    assert set(threading.enumerate()) <= before
+
+
+def answering(status: int) -> Callable[[], None]:
+    def call() -> None:
+        request = httpx.Request("POST", "https://127.0.0.1/v1/runtime/pull-messages")
+        httpx.Response(status, request=request, json={"detail": "no"}).raise_for_status()
+
+    return call
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 413, 500])
+def test_an_answer_that_stays_is_tried_once(status: int, interrupts: list[int]) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(status)
+        answering(status)()
+
+    with pytest.raises(LOST, match=str(status)) as caught:
+        retries().invoke(call)
+    assert why_lost(caught.value) in (
+        "it ended our run; was this machine asleep for a minute",
+        f"it answered {status}",
+    )
+    assert (calls, interrupts) == ([status], [])
+
+
+@pytest.mark.parametrize("call", [answering(503), lambda: (_ for _ in ()).throw(httpx.ConnectError("refused"))])
+def test_no_call_is_tried_for_ever(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("flwr.supercore.retry.retry_invoker.time.monotonic", lambda: now[0])
+    tried = retries()
+    tried.wait_function = lambda seconds: now.__setitem__(0, now[0] + seconds + 0.01)
+    with pytest.raises(LOST):
+        tried.invoke(call)
+    assert LOST_SECONDS <= now[0] < LOST_SECONDS + 1

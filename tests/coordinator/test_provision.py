@@ -159,7 +159,7 @@ def test_a_newer_request_renews_a_certificate_and_an_older_one_is_a_replay(home,
     home.approve(requests(keys), NOW)
     again = write_request(keys["north"], "north", now=LATER)
     assert home.approve([again], LATER).epoch == 1
-    assert certificates.days_left(welcome(home, "north").certificate, LATER) == 365
+    assert certificates.check_valid(welcome(home, "north").certificate, LATER, "it") == 365
     with pytest.raises(Untrusted, match="older than the approved"):
         home.approve(requests(keys, "north"), LATER)
 
@@ -173,7 +173,7 @@ def test_expiry_is_told_and_renewed(home, keys):
         home.check(NOW + timedelta(days=366))
     home.renew(late)
     assert home.check(late) == {"authority": 3310, "server": 365, "federation": 365}
-    assert certificates.days_left(welcome(home, "west").certificate, late) == 365
+    assert certificates.check_valid(welcome(home, "west").certificate, late, "it") == 365
 
 
 def test_signatures_are_of_this_epoch_and_of_members(home, keys):

@@ -272,7 +272,8 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
 
-    from coordinator.link import _ACQUIRE, _GuardedGrid, _Secret
+    from coordinator.grid import GuardedGrid, Secret
+    from coordinator.link import _ACQUIRE
     from protos.flower import pack
 
     marker, target, folder = tmp_path / "code-ran", target_of(ours), ours.home.link
@@ -282,12 +283,12 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
         target.address,
         insecure=False,
         root_certificates=target.ca,
-        interceptors=[_Secret(guard), RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
+        interceptors=[Secret(guard), RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
     )
     run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
     control.close()
     taker = target.runtime(
-        _Secret(guard), SuperExecAuthHttpInterceptor(master_secret=master, protected_methods=[_ACQUIRE])
+        Secret(guard), SuperExecAuthHttpInterceptor(master_secret=master, protected_methods=[_ACQUIRE])
     )
     answer = wait_for(
         lambda: (
@@ -298,12 +299,12 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
         20,
     )
     before = TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id
-    owner = target.runtime(_Secret(guard), RuntimeTokenHttpInterceptor(str(answer.token)))
+    owner = target.runtime(Secret(guard), RuntimeTokenHttpInterceptor(str(answer.token)))
     pulled = owner.PullTaskInput(PullTaskInputRequest())
     try:
         TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
         TaskIdentity.node_id = pulled.context.node_id
-        grid = _GuardedGrid(target.address, target.ca, token=str(answer.token), secret=guard)
+        grid = GuardedGrid(target.address, target.ca, token=str(answer.token), secret=guard)
         grid.set_run(Run.create_empty(run_id=run_id))
         node = ours.link.node_ids()["ash"]
         message = Message(content=pack("offer", b""), dst_node_id=node, message_type="train")

@@ -1,0 +1,33 @@
+"""The SuperLink that peers reach: a body that no honest site sends is refused, and no address or path is logged."""
+
+import ssl
+from pathlib import Path
+
+import httpx
+import pytest
+
+from coordinator.link import Link, LinkPlace
+from protos.guard import MOST_BODY_BYTES
+from tests.coordinator import test_link
+from tests.coordinator.test_link import keys
+
+pytestmark = pytest.mark.slow
+place = test_link.place
+
+
+def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: LinkPlace, tmp_path: Path) -> None:
+    context = ssl.create_default_context(cadata=place.ca.read_text())
+    log = place.folder / "superlink.log"
+    with Link(place, keys(tmp_path, "ash")), httpx.Client(verify=context, base_url=f"https://{place.local}") as peer:
+        before = log.read_text()
+        for path in ("/v1/fleet/push-object", "/v1/fleet/anything", "/docs/anything"):
+            assert peer.post(path, content=b"x").status_code in range(400, 500)
+        try:
+            status = peer.post("/v1/fleet/push-object", content=bytes(MOST_BODY_BYTES + 1)).status_code
+        except httpx.TransportError:  # answered and closed while it still sends
+            status = httpx.codes.REQUEST_ENTITY_TOO_LARGE
+        assert status == httpx.codes.REQUEST_ENTITY_TOO_LARGE
+        assert peer.get("/health").status_code == httpx.codes.OK
+        after = log.read_text()[len(before) :]
+        assert "anything" not in after
+        assert "127.0.0.1:" not in after

@@ -1,0 +1,50 @@
+"""What the coordinator keeps of the sites' ledgers: the newest heads, of a bounded number of ledgers for each site."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from coordinator.ledgers import MOST_LEDGERS, Ledgers
+from errors import DataError
+from protos.codec import LedgerHead
+from trust.countersign import check_countersigned
+from trust.identity import Identity
+
+IDENTITY = Identity.from_bytes(bytes(32))
+
+
+def head(ledger: int, count: int) -> LedgerHead:
+    return LedgerHead(f"{ledger:064x}", count, f"{count:064x}")
+
+
+def test_the_newest_head_is_kept_signed_and_found_again(tmp_path: Path) -> None:
+    ledgers = Ledgers(tmp_path / "ledgers.json", IDENTITY)
+    for count in (2, 5, 3):
+        ledgers.learn("ash", head(1, count))
+    ledgers.learn("ash", None)
+    for one in (ledgers, Ledgers(tmp_path / "ledgers.json", IDENTITY)):
+        (known,) = one.countersigned("ash")
+        assert (known.ledger, known.count, known.head) == (head(1, 5).ledger, 5, head(1, 5).head)
+        check_countersigned(IDENTITY.public, "ash", known.ledger, known.count, known.head, known.signature)
+        assert one.countersigned("birch") == ()
+
+
+def test_a_site_with_ever_new_ledgers_fills_no_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledgers = Ledgers(tmp_path / "ledgers.json", IDENTITY)
+    with caplog.at_level(logging.WARNING):
+        for number in range(3 * MOST_LEDGERS):
+            ledgers.learn("ash", head(number, 1))
+    assert len(caplog.records) == 1
+    ledgers.learn("ash", head(0, 7))
+    ledgers.learn("birch", head(999, 1))
+    again = Ledgers(tmp_path / "ledgers.json", IDENTITY)
+    assert [one.ledger for one in again.countersigned("ash")] == [head(n, 1).ledger for n in range(MOST_LEDGERS)]
+    assert again.countersigned("ash")[0].count == 7
+    assert len(again.countersigned("birch")) == 1
+
+
+def test_a_damaged_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "ledgers.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        Ledgers(tmp_path / "ledgers.json", IDENTITY)
