@@ -7,12 +7,14 @@ It reads files and /proc only, knows no secret, and loads nothing but the standa
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ENDED = ("stopped", "failed")
 ARGUMENTS = 3
+STARTED = 19  # place of the start time behind the name of the program, field 22 of proc_pid_stat(5)
 
 
 def coordinator(home: Path, processes: Path) -> str:
@@ -25,7 +27,31 @@ def coordinator(home: Path, processes: Path) -> str:
         return ""
     if facts["state"] in ENDED:
         return f"state={facts['state']}: {facts.get('detail', '')}"
-    return "" if (processes / str(facts["pid"])).exists() else "the job's process is gone"
+    return "" if _is_running(facts["pid"], facts.get("born", ""), processes) else "the job's process is gone"
+
+
+def _is_running(pid: int, birth: str, processes: Path) -> bool:
+    """Says whether a process is the one that wrote the status; by its number alone where that says no more."""
+    if not processes.is_dir():  # macOS
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True  # another user's
+        return True
+    now = _born(pid, processes)
+    return (processes / str(pid)).exists() and (not birth or not now or now == birth)
+
+
+def _born(pid: int, processes: Path) -> str:
+    """Returns what `coordinator.status.born` does: after a restart another process may have the number."""
+    try:
+        boot = (processes / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        stat = (processes / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return f"{boot} {stat.rpartition(')')[2].split()[STARTED]}"
 
 
 def client(site: Path, processes: Path) -> str:

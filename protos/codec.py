@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -10,6 +10,8 @@ from google.protobuf.message import DecodeError
 from errors import MalformedMessage
 from protos import round_pb2 as wire
 from protos.messages import (
+    LINE,
+    NAME,
     Announcement,
     KeysRequest,
     LedgerHead,
@@ -24,7 +26,10 @@ from protos.messages import (
     SignedBytes,
     TrainReply,
     TrainRequest,
+    one_line,
 )
+from trust import canonical
+from trust.federation import MOST_SITES
 
 __all__ = [
     "Announcement",
@@ -46,13 +51,19 @@ __all__ = [
     "encode",
     "encode_letter",
 ]
+T = TypeVar("T")
+K = TypeVar("K", wire.Refusal, wire.Notice)
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
+MOST = MOST_SITES  # entries of any list: one for each site at most
 
 
 def encode(message: Message) -> bytes:
-    """Writes a message as the bytes of a versioned envelope; the same message always gives the same bytes."""
+    """Writes a message as the bytes of a versioned envelope; the same message always gives the same bytes.
+
+    What people read of it is written by `one_line`, so that a reason of any length is a message and not a crash.
+    """
     name, write = _WRITERS[type(message)]
     envelope = wire.Envelope(version=VERSION)
     getattr(envelope, name).CopyFrom(write(message))
@@ -78,6 +89,8 @@ def decode_letter(data: bytes) -> Letter:
         raise MalformedMessage("message does not parse as a letter; was it cut off") from error
     _check_version(letter.version)
     names = (letter.sender, letter.recipient, letter.stage)
+    for name in names:  # they stand in audit logs and on terminals, also where nobody signed them
+        canonical.text(name, "letter name", limit=NAME)
     read = Letter(_digest(letter.federation), *names, letter.number, letter.body, letter.signature)
     if encode_letter(read) != data:
         raise MalformedMessage("letter is not in canonical form; was it altered on the way")
@@ -117,7 +130,7 @@ def _train_request(request: wire.TrainRequest) -> TrainRequest:
 
 def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
     nonce, adapter = _digest(keys.nonce), _digest(keys.adapter)
-    return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(keys.invited))
+    return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(_name(site) for site in _few(keys.invited)))
 
 
 def _masked_reply(reply: wire.MaskedReply) -> MaskedReply:
@@ -137,11 +150,18 @@ def _write_offer(message: Offer) -> wire.Offer:
 
 
 def _offer_reply(reply: wire.OfferReply) -> OfferReply:
-    where = (reply.state, reply.detail, reply.fetched)
-    return OfferReply(*where, reply.owner_signature, _optional_head(reply))
+    state, detail = _shown(reply.state, reply.detail, "offer reply")
+    return OfferReply(state, detail, reply.fetched, reply.owner_signature, _optional_head(reply))
+
+
+def _write_offer_reply(message: OfferReply) -> wire.OfferReply:
+    shown = {"state": one_line(message.state, NAME), "detail": one_line(message.detail)}
+    return wire.OfferReply(**(_fields(message) | shown | {"ledger": _write_head(message.ledger)}))
 
 
 def _head(head: wire.Countersigned) -> LedgerHead:
+    for digest in (head.ledger, head.head):
+        canonical.hexadecimal(digest, "ledger head", size=DIGEST_BYTES)
     return LedgerHead(head.ledger, head.count, head.head, head.signature)
 
 
@@ -157,11 +177,11 @@ def _offer(offer: wire.Offer) -> Offer:
     return Offer(
         manifest=offer.manifest,
         manifest_signature=offer.manifest_signature,
-        owners=tuple((one.site, one.signature) for one in offer.owners),
+        owners=tuple((_name(one.site), one.signature) for one in _few(offer.owners)),
         package=_digest(offer.package),
         package_bytes=offer.package_bytes,
         sealed_key=offer.sealed_key,
-        ledgers=tuple(_head(head) for head in offer.ledgers),
+        ledgers=tuple(_head(head) for head in _few(offer.ledgers)),
     )
 
 
@@ -182,11 +202,32 @@ def _check_version(version: int) -> None:
 
 
 def _batch(messages: Sequence[wire.Signed]) -> tuple[SignedBytes, ...]:
-    return tuple(SignedBytes(m.sender, m.body, m.signature) for m in messages)
+    return tuple(SignedBytes(_name(m.sender), m.body, m.signature) for m in _few(messages))
 
 
 def _signed(message: SignedBytes) -> wire.Signed:
     return wire.Signed(sender=message.sender, body=message.body, signature=message.signature)
+
+
+def _few(entries: Sequence[T]) -> Sequence[T]:
+    if len(entries) > MOST:
+        raise MalformedMessage(f"entries={len(entries)}: a list has at most {MOST}, one for each site; refuse it")
+    return entries
+
+
+def _name(name: str) -> str:
+    """Returns a site's name; which ones there are is known where it is looked up, and a simulation's may be any."""
+    if len(name) > NAME:
+        raise MalformedMessage(f"name_characters={len(name)}: a site's name has at most {NAME}; refuse it")
+    return name
+
+
+def _shown(name: str, text: str, what: str) -> tuple[str, str]:
+    return canonical.text(name, what, limit=NAME), canonical.text(text, what, limit=LINE)
+
+
+def _write_shown(kind: type[K], message: Refusal | Notice) -> K:
+    return kind(kind=one_line(message.kind, NAME), reason=one_line(message.reason))
 
 
 def _floats(vector: np.ndarray) -> bytes:
@@ -215,10 +256,10 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),
     MaskedReply: ("masked_reply", _write_masked_reply),
     Announcement: ("announcement", lambda m: wire.Announcement(body=m.body)),
-    Refusal: ("refusal", lambda m: wire.Refusal(kind=m.kind, reason=m.reason)),
+    Refusal: ("refusal", lambda m: _write_shown(wire.Refusal, m)),
     Offer: ("offer", _write_offer),
-    OfferReply: ("offer_reply", lambda m: wire.OfferReply(**(_fields(m) | {"ledger": _write_head(m.ledger)}))),
-    Notice: ("notice", lambda m: wire.Notice(kind=m.kind, reason=m.reason)),
+    OfferReply: ("offer_reply", _write_offer_reply),
+    Notice: ("notice", lambda m: _write_shown(wire.Notice, m)),
 }
 
 _READERS: dict[str | None, Callable[[Any], Message]] = {
@@ -228,8 +269,8 @@ _READERS: dict[str | None, Callable[[Any], Message]] = {
     "signed_batch": lambda m: SignedBatch(_batch(m.messages)),
     "masked_reply": _masked_reply,
     "announcement": lambda m: Announcement(m.body),
-    "refusal": lambda m: Refusal(m.kind, m.reason),
+    "refusal": lambda m: Refusal(*_shown(m.kind, m.reason, "refusal")),
     "offer": _offer,
     "offer_reply": _offer_reply,
-    "notice": lambda m: Notice(m.kind, m.reason),
+    "notice": lambda m: Notice(*_shown(m.kind, m.reason, "notice")),
 }

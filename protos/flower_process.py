@@ -1,8 +1,10 @@
 """A program of Flower's as a child process: quiet, logged to a file, and gone when its parent is."""
 
+import contextlib
 import ctypes
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ QUIET = {
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(1 << 20),
 }
 STOP_SECONDS = 2.0
+OPEN_FILES = 1 << 16
 LAST_BYTES = 1 << 14
 # How Flower 1.41 writes its log: what began, and what went wrong.
 _COLOUR, _STARTED = re.compile(r"\x1b\[[0-9;]*m"), "Started server process"
@@ -55,11 +58,6 @@ class FlowerProcess:
     def running(self) -> bool:
         """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def exit_code(self) -> int | None:
-        """Exit code of the ended process, None while it runs or before it started."""
-        return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
         """Starts the process; it is ended with its parent, also where that is killed."""
@@ -106,3 +104,16 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
         sys.exit("the parent process ended before this one had begun")
+
+
+def allow_open_files(most: int = OPEN_FILES) -> None:
+    """Lets this process and its children hold `most` connections and files, as far as its hard limit permits.
+
+    A shell's soft limit of 1024 is used up by strangers who connect and say nothing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own, and the old one is no error
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

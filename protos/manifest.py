@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from adapter.layout import Layout
 from adapter.spec import AdapterSpec
 from errors import ConfigError, MalformedMessage
+from protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
 from trust import canonical
 from trust.federation import MOST_SITES
 from trust.identity import KEY_BYTES
@@ -51,20 +52,22 @@ class JobManifest:
       tokenizer: SHA-256 over the tokenizer's files, hexadecimal.
       adapter: what is trained, and where.
       layout: names and shapes of the trained tensors, as `Layout.to_dict()`.
-      length: tokens in a record.
+      length: tokens in a record, at most `MOST_TOKENS`.
       split: how texts become records, `blocks` or `truncate`.
       rounds: training rounds in all.
-      local_steps: DP-SGD steps of a site per round.
+      local_steps: DP-SGD steps of a site per round; over all rounds and spare ones at most `MOST_STEPS`.
       learning_rate: of the sites' SGD.
       update_bound: largest absolute entry of an update; sets the step of the secure sum.
       privacy: the terms above.
-      physical_batch: records in one forward pass; changes memory and speed, not the result's privacy.
+      physical_batch: records in one forward pass, at most `MOST_PHYSICAL_BATCH`; changes memory and speed, not the
+        result's privacy.
       spare_rounds: rounds beyond `rounds` that the noise is planned for, to repeat some that were lost after an upload.
       model: name of the full model, for the data owner to know and to permit.
       release: version of offsite that wrote this.
       metrics: names of what sites are asked to tell beside their update; nothing by default.
       deadline: seconds that a site has to answer one stage of a round.
-      identifier: random, so that two jobs with the same terms are two jobs in the sites' ledgers.
+      identifier: 32 random bytes in hexadecimal, so that two jobs with the same terms are two jobs in the sites'
+        ledgers; empty in a simulation.
     """
 
     federation: str
@@ -153,13 +156,22 @@ def _check(manifest: JobManifest) -> None:
         canonical.text(getattr(manifest, name), f"job {name}", limit=1 << 10)
     for name in ("emulator", "base", "tokenizer"):
         canonical.hexadecimal(getattr(manifest, name), f"job {name}", size=DIGEST_BYTES)
-    canonical.hexadecimal(manifest.identifier, "job identifier")
+    canonical.hexadecimal(manifest.identifier, "job identifier", size=DIGEST_BYTES if manifest.identifier else 0)
     canonical.text(terms.accountant, "job accountant", limit=1 << 10)
     for name in (manifest.adapter.method, *manifest.adapter.slots, *manifest.adapter.targets, *manifest.metrics):
         canonical.text(name, "job adapter or metrics", limit=1 << 10)  # an owner reads them before approving
-    for name, lowest in (("epoch", 0), ("rounds", 1), ("local_steps", 1), ("length", 1), ("physical_batch", 1)):
-        canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=_MANY)
-    canonical.whole(manifest.spare_rounds, "job spare_rounds", lowest=0, highest=_MANY)
+    for name, lowest, highest in (
+        ("epoch", 0, _MANY),
+        ("rounds", 1, MOST_STEPS),
+        ("spare_rounds", 0, MOST_STEPS),
+        ("local_steps", 1, MOST_STEPS),
+        ("length", 1, MOST_TOKENS),
+        ("physical_batch", 1, MOST_PHYSICAL_BATCH),
+    ):
+        canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=highest)
+    canonical.whole(
+        manifest.steps, "job steps (rounds and spare rounds, times local_steps)", lowest=1, highest=MOST_STEPS
+    )
     canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MOST_SITES)
     canonical.whole(terms.batch, "job batch", lowest=1, highest=_MANY)
     if type(terms.private) is not bool or len(manifest.roster) > MOST_SITES or len(manifest.metrics) > MOST_SITES:

@@ -4,6 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NAME, LINE = 128, 1 << 10  # most characters of a name, and of what a person reads
+
+# Of a job: a site computes for as long as an approved one says, and these are far beyond any that ends.
+MOST_TOKENS, MOST_PHYSICAL_BATCH, MOST_STEPS = 1 << 20, 1 << 16, 10**6
+
+
+def one_line(text: str, most: int = LINE) -> str:
+    """Returns a text as it may travel and be shown: printable ASCII, `?` for the rest, cut at `most` characters."""
+    shown = "".join(one if " " <= one <= "~" else " " if one.isspace() else "?" for one in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -83,7 +94,7 @@ class Announcement:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A site's refusal: name of the error and one line without private data."""
+    """A site's refusal: name of the error and one line without private data; longer ones are cut as they leave."""
 
     kind: str
     reason: str

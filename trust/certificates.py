@@ -194,11 +194,6 @@ def check_dates(since: datetime, until: datetime, now: datetime, what: str) -> i
     return (until - now).days
 
 
-def days_left(pem: bytes, now: datetime) -> int:
-    """Returns the whole days until a certificate expires, below 0 afterwards."""
-    return (read_certificate(pem, "certificate").not_valid_after_utc - now).days
-
-
 def fingerprint(data: bytes) -> str:
     """Returns what two people compare over the telephone: SHA-256 as 16 groups of 4 hexadecimal digits."""
     digits = hashlib.sha256(data).hexdigest()

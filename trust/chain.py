@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import ConfigError, DataError
+from trust.files import sync_folder
 from trust.wire import Writer
 
 NOTHING = "0" * 64
@@ -102,7 +103,7 @@ class Chain:
         self._known = None
         try:
             if tail.end == 0:
-                _sync_directory(self.path.parent)
+                sync_folder(self.path.parent)
             os.ftruncate(file, tail.end)
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -234,11 +235,3 @@ def _undo(file: int, end: int) -> None:
     with suppress(OSError):
         os.ftruncate(file, end)
         os.fsync(file)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -19,8 +19,12 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
     Raises:
       ConfigError: another process holds it.
+      DataError: it cannot be opened.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DataError(f"folder={str(folder)!r}: cannot be opened ({error.strerror}); restore it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +68,7 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     except DataError:
         path.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
@@ -74,10 +78,51 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
       DataError: the disk is full or the folder cannot be written; the old file stands.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    write_new(partial, content, mode=mode)
-    partial.replace(path)
-    _sync(path.parent)
+    try:
+        partial.unlink(missing_ok=True)
+        write_new(partial, content, mode=mode)
+        put_in_place(partial, path)
+    except OSError as error:
+        raise DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room on the disk") from error
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a written file its name: its bytes are on disk before, so that a loss of power leaves no torn file there.
+
+    Raises:
+      DataError: the disk is full or the folder cannot be written; what had the name stands.
+    """
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DataError(
+            f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another"
+        ) from error
+
+
+def why(error: DataError) -> str:
+    """Returns the system's word for why a file could not be written, for a message that does not name its path."""
+    cause = error.__cause__
+    return str(cause.strerror) if isinstance(cause, OSError) else "it cannot"
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, so that a file that was made or renamed is found after a loss of power.
+
+    Raises:
+      OSError: the disk does not take them.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_private(path: Path) -> bytes:
@@ -114,11 +159,3 @@ def _fill(descriptor: int, path: Path, content: bytes) -> None:
             os.fsync(descriptor)
     except OSError as error:
         raise DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room on the disk") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from protos.flower_process import OPEN_FILES
+
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("north", "south", "west")
 QUIET = {
@@ -45,6 +47,11 @@ def test_one_coordinator_and_three_clients(compose: dict[str, Any]) -> None:
     assert set(services) == {"coordinator", *CLIENTS}
     assert services["coordinator"]["command"] == ["offsite", "coordinator", "run", "/home-volume/fed.toml"]
     assert all(services[one]["command"] == ["offsite", "client", "run", "/site"] for one in CLIENTS)
+
+
+def test_the_coordinator_may_hold_many_connections(compose: dict[str, Any]) -> None:
+    most = {"nofile": {"soft": OPEN_FILES, "hard": OPEN_FILES}}
+    assert compose["services"]["coordinator"]["ulimits"] == most
 
 
 def test_every_service_is_confined(service: dict[str, Any]) -> None:

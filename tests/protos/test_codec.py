@@ -1,5 +1,6 @@
 """Messages survive the wire, and nothing else does."""
 
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -9,13 +10,18 @@ from hypothesis import strategies as st
 
 from errors import MalformedMessage
 from protos import codec
+from protos.messages import LINE as LINE_CHARACTERS
+from protos.messages import one_line
+from trust.federation import MOST_SITES
 
 DIGEST = st.binary(min_size=32, max_size=32)
 NAME = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+LINE = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
+HEX = DIGEST.map(bytes.hex)
 COUNT = st.integers(0, 2**32 - 1)
 SIGNED = st.builds(codec.SignedBytes, NAME, st.binary(max_size=40), st.binary(max_size=64))
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=8).map(lambda v: np.array(v, dtype=np.float32))
-HEADS = st.builds(codec.LedgerHead, NAME, st.integers(0, 2**64 - 1), NAME, st.binary(max_size=64))
+HEADS = st.builds(codec.LedgerHead, HEX, st.integers(0, 2**64 - 1), HEX, st.binary(max_size=64))
 MAYBE_HEAD = st.none() | HEADS
 OWNERS = st.lists(st.tuples(NAME, st.binary(max_size=64)), max_size=3).map(tuple)
 LONG = st.integers(0, 2**64 - 1)
@@ -27,7 +33,7 @@ MESSAGES = st.one_of(
     st.builds(codec.SignedBatch, st.lists(SIGNED, max_size=3).map(tuple)),
     st.builds(codec.MaskedReply, SIGNED, WORDS, MAYBE_HEAD),
     st.builds(codec.Announcement, st.binary(max_size=40)),
-    st.builds(codec.Refusal, NAME, NAME),
+    st.builds(codec.Refusal, LINE, LINE),
     st.builds(
         codec.Offer,
         st.binary(max_size=40),
@@ -38,10 +44,10 @@ MESSAGES = st.one_of(
         st.binary(max_size=80),
         st.lists(HEADS, max_size=2).map(tuple),
     ),
-    st.builds(codec.OfferReply, NAME, NAME, LONG, st.binary(max_size=64), MAYBE_HEAD),
-    st.builds(codec.Notice, NAME, NAME),
+    st.builds(codec.OfferReply, LINE, LINE, LONG, st.binary(max_size=64), MAYBE_HEAD),
+    st.builds(codec.Notice, LINE, LINE),
 )
-LETTERS = st.builds(codec.Letter, DIGEST, NAME, NAME, NAME, LONG, st.binary(max_size=40), st.binary(max_size=64))
+LETTERS = st.builds(codec.Letter, DIGEST, LINE, LINE, LINE, LONG, st.binary(max_size=40), st.binary(max_size=64))
 
 
 def same(left: object, right: object) -> bool:
@@ -65,6 +71,7 @@ def test_a_letter_comes_back(letter: codec.Letter) -> None:
 
 
 HEAD = codec.LedgerHead("0a" * 32, 7, "0b" * 32, bytes(range(64)))
+OFFER = codec.Offer(b"{}", bytes(64), (("ash", b"a"), ("birch", b"b")), bytes(range(32)), 1 << 40, b"box", (HEAD, HEAD))
 EXAMPLES = [
     codec.TrainRequest(bytes(range(32)), 3, np.array([1.0, -2.5], dtype=np.float32)),
     codec.TrainReply(3),
@@ -74,7 +81,7 @@ EXAMPLES = [
     codec.Announcement(b"list"),
     codec.Refusal("RangeError", "why"),
     codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
-    codec.Offer(b"{}", bytes(64), (("ash", b"a"), ("birch", b"b")), bytes(range(32)), 1 << 40, b"box", (HEAD, HEAD)),
+    OFFER,
     codec.OfferReply("ready", "why", 1 << 33, bytes(64), HEAD),
     codec.OfferReply("waiting", "", 0, b"", None),
     codec.Notice("abort", "why"),
@@ -114,14 +121,93 @@ def test_noise_is_no_letter(data: bytes) -> None:
 
 
 def test_an_offer_of_a_package_without_a_whole_hash_is_refused() -> None:
-    offer = next(message for message in EXAMPLES if isinstance(message, codec.Offer))
     for short in (b"", bytes(31), bytes(33)):
         with pytest.raises(MalformedMessage, match=f"digest_bytes={len(short)}"):
-            codec.decode(codec.encode(replace(offer, package=short)))
+            codec.decode(codec.encode(replace(OFFER, package=short)))
+
+
+LONG_TEXTS = ["x" * (LINE_CHARACTERS + 1), "x" * (1 << 20), "a\nb", "\x1b[2J", "ümlaut", "\0", "\x7f", "\udcff"]
+SHOWN = {
+    "Refusal.kind": lambda text: codec.Refusal(text, "why"),
+    "Refusal.reason": lambda text: codec.Refusal("RangeError", text),
+    "Notice.kind": lambda text: codec.Notice(text, "why"),
+    "Notice.reason": lambda text: codec.Notice("abort", text),
+    "OfferReply.state": lambda text: codec.OfferReply(text, "why", 0, b""),
+    "OfferReply.detail": lambda text: codec.OfferReply("ready", text, 0, b""),
+}
+
+
+@pytest.mark.parametrize("where", SHOWN)
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=lambda text: ascii(text[:9]))
+def test_a_line_that_nobody_could_read_is_cut_by_its_writer(where: str, text: str) -> None:
+    kind, field = where.split(".")
+    message = codec.decode(codec.encode(SHOWN[where](text)))
+    shown = getattr(message, field)
+    assert type(message).__name__ == kind
+    assert re.fullmatch("[ -~]{1,1024}", shown)
+    assert codec.decode(codec.encode(message)) == message
+    assert [left == right for left, right in zip(shown, text, strict=False)].count(False) <= 3
+
+
+@pytest.mark.parametrize("where", SHOWN)
+@pytest.mark.parametrize("text", [text for text in LONG_TEXTS if text.isprintable() or ord(text[0]) < 128])
+def test_a_line_that_nobody_could_read_is_refused_by_its_reader(
+    where: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that writes as it likes: the same message without the cut."""
+    monkeypatch.setattr(codec, "one_line", lambda text, most=0: text)
+    data = codec.encode(SHOWN[where](text))
+    with pytest.raises(MalformedMessage, match="must be a printable ASCII text"):
+        codec.decode(data)
+
+
+def test_a_line_up_to_the_limit_is_left_as_it_is() -> None:
+    for size in (0, 1, LINE_CHARACTERS - 1, LINE_CHARACTERS):
+        assert codec.decode(codec.encode(codec.Refusal("A", "x" * size))) == codec.Refusal("A", "x" * size)
+    assert one_line("x" * 10, 8) == "xxxxx..."
+
+
+@pytest.mark.parametrize("wrong", ["", "0a" * 31, "0a" * 33, "0A" * 32, "xy" * 32, "ä" * 64])
+@pytest.mark.parametrize("field", ["ledger", "head"])
+def test_a_ledger_head_is_two_digests(field: str, wrong: str) -> None:
+    head = replace(HEAD, **{field: wrong})
+    masked = codec.MaskedReply(codec.SignedBytes("ash", b"", b""), np.array([5], dtype=np.uint32), head)
+    for message in (codec.OfferReply("ready", "", 0, b"", head), masked, replace(OFFER, ledgers=(HEAD, head))):
+        with pytest.raises(MalformedMessage, match="ledger head: must be lower-case hexadecimal of 32 bytes"):
+            codec.decode(codec.encode(message))
+
+
+LISTS = {
+    "messages": lambda count: codec.SignedBatch((codec.SignedBytes("ash", b"body", b"sig"),) * count),
+    "invited": lambda count: codec.KeysRequest(3, 9, bytes(32), bytes(32), ("ash",) * count),
+    "owners": lambda count: replace(OFFER, owners=(("ash", b"a"),) * count),
+    "ledgers": lambda count: replace(OFFER, ledgers=(HEAD,) * count),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_has_one_entry_for_each_site_at_most(kind: str) -> None:
+    assert same(codec.decode(codec.encode(LISTS[kind](MOST_SITES))), LISTS[kind](MOST_SITES))
+    with pytest.raises(MalformedMessage, match=f"entries={MOST_SITES + 1}"):
+        codec.decode(codec.encode(LISTS[kind](MOST_SITES + 1)))
+
+
+NAMED = {
+    "sender": lambda name: codec.SignedBatch((codec.SignedBytes(name, b"body", b"sig"),)),
+    "invited": lambda name: codec.KeysRequest(3, 9, bytes(32), bytes(32), (name,)),
+    "owner": lambda name: replace(OFFER, owners=((name, b"a"),)),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_name_without_end_is_refused(kind: str) -> None:
+    assert codec.decode(codec.encode(NAMED[kind]("ü" * 128))) == NAMED[kind]("ü" * 128)
+    with pytest.raises(MalformedMessage, match="name_characters=129"):
+        codec.decode(codec.encode(NAMED[kind]("x" * 129)))
 
 
 def test_a_ledger_head_that_is_not_there_is_none_and_not_an_empty_one() -> None:
-    empty = codec.LedgerHead("", 0, "")
+    empty = codec.LedgerHead("00" * 32, 0, "00" * 32)
     for head in (None, empty):
         message = codec.decode(codec.encode(codec.OfferReply("ready", "", 0, b"", head)))
         assert isinstance(message, codec.OfferReply)

@@ -1,7 +1,9 @@
 """The lock in front of Flower's programs: what answers without the secret, asked for in every spelling of a path."""
 
 import asyncio
+import contextlib
 import os
+import select
 import socket
 import stat
 import threading
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from flwr.app.message import array
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -20,7 +24,9 @@ from starlette.websockets import WebSocket
 
 from coordinator.superlink import PUBLIC
 from errors import ConfigError
-from protos.guard import HEADER, VARIABLE, Guard, new_secret, secret_of_environment
+from protos import codec
+from protos.flower import pack
+from protos.guard import HEADER, MOST_BODY_BYTES, VARIABLE, Guard, new_secret, secret_of_environment
 
 SECRET = "5ec4e7" * 10
 PRIVATE = ("/v1/control/start", "/flwr.proto.Runtime/AcquireTask", "/v1/serverappio/x", "/openapi.json", "/docs", "/")
@@ -121,14 +127,88 @@ def test_start_and_end_of_the_program_pass() -> None:
     assert reached == ["lifespan"]
 
 
+def body_of(*pieces: bytes, announced: bytes | None = None, path: str = "/v1/fleet/x", secret: bool = False) -> Any:
+    """What an application got of a body that came in pieces, its status, and how many pieces were asked for."""
+    got: list[Any] = []
+    sent: list[Any] = []
+    asked: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        whole = b""
+        while (message := await receive())["type"] == "http.request":
+            whole += message["body"]
+            if not message["more_body"]:
+                got.append(whole)
+                return
+        got.append(message["type"])
+
+    async def receive() -> Any:
+        if len(asked) == len(pieces):
+            return {"type": "http.disconnect"}
+        asked.append(pieces[len(asked)])
+        more = len(asked) < len(pieces) or pieces[-1] == b"cut"
+        return {"type": "http.request", "body": asked[-1], "more_body": more}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", announced)] * (announced is not None) + [HEALTH] * secret
+    scope = {"type": "http", "path": path, "headers": headers}
+    asyncio.run(Guard(app, SECRET, PUBLIC, most=10)(scope, receive, send))
+    return got, [message.get("status") for message in sent[:1]], len(asked)
+
+
+def test_a_body_up_to_the_limit_arrives_as_it_was_sent() -> None:
+    assert body_of(b"0123456789") == ([b"0123456789"], [], 1)
+    assert body_of(b"0123", b"", b"456789", announced=b"10") == ([b"0123456789"], [], 3)
+    assert body_of(b"") == ([b""], [], 1)
+
+
+@pytest.mark.parametrize("announced", [b"11", b"9" * 20, b"9" * 5000, b"0" * 5 + b"11"])
+def test_a_body_announced_beyond_the_limit_is_refused_unread(announced: bytes) -> None:
+    assert body_of(b"x", announced=announced) == ([], [413], 0)
+
+
+@pytest.mark.parametrize("announced", [None, b"3", b"-1", b"x"])
+def test_a_body_that_grows_beyond_the_limit_is_refused_there(announced: bytes | None) -> None:
+    assert body_of(b"01234", b"56789", b"!", b"never asked for", announced=announced) == ([], [413], 3)
+
+
+def test_a_peer_that_goes_away_left_no_body() -> None:
+    assert body_of(b"0123", b"cut") == (["http.disconnect"], [], 2)
+
+
+def test_this_machine_may_send_more() -> None:
+    assert body_of(b"x" * 50, announced=b"50", secret=True) == ([b"x" * 50], [], 1)
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 5 << 20])
+def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every object of a long message, and the list of the pieces of the longest that our codec reads."""
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", piece)
+    record = pack("masked", os.urandom(12 << 20))
+    objects = [one.deflate() for one in get_all_nested_objects(record).values()]
+    assert max(map(len, objects)) > piece
+    assert max(map(len, objects)) + 1000 < MOST_BODY_BYTES
+    names = get_object_tree(record).ByteSize() * (codec.MAX_BYTES // (12 << 20) + 1)
+    assert names < MOST_BODY_BYTES // 10
+
+
 class Program:
     """Routes as Flower has them, on a real port behind the guard; keeps the private paths that were reached."""
 
     def __init__(self) -> None:
         self.reached: list[str] = []
+        self.largest = 0
         routes = [
             Route("/health", self._public),
-            Mount("/v1/fleet", routes=[Route("/ping", self._public, methods=["GET", "POST"])]),
+            Mount(
+                "/v1/fleet",
+                routes=[
+                    Route("/ping", self._public, methods=["GET", "POST"]),
+                    Route("/size", self._size, methods=["POST"]),
+                ],
+            ),
             Route("/v1/control/start", self._private, methods=["GET", "POST"]),
             WebSocketRoute("/v1/control/stream", self._socket),
         ]
@@ -154,6 +234,22 @@ class Program:
                 answer += piece
         return int(answer.split()[1])
 
+    def sends(self, body: Iterator[bytes], *lines: str) -> tuple[int, int]:
+        """The status of a body sent in pieces until it is answered or cut off, and the bytes that were sent."""
+        head = ["POST /v1/fleet/size HTTP/1.1", "Host: x", *lines, "", ""]
+        moved, answer = 0, b""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+            wire.sendall("\r\n".join(head).encode())
+            with contextlib.suppress(ConnectionError):
+                for piece in body:
+                    if select.select([wire], [], [], 0)[0]:
+                        break
+                    wire.sendall(piece)
+                    moved += len(piece)
+            with contextlib.suppress(ConnectionError):
+                answer = wire.recv(4096)
+        return int(answer.split()[1]) if answer else 0, moved
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
@@ -161,6 +257,10 @@ class Program:
 
     async def _public(self, request: Request) -> PlainTextResponse:
         return PlainTextResponse("public")
+
+    async def _size(self, request: Request) -> PlainTextResponse:
+        self.largest = max(self.largest, len(await request.body()))
+        return PlainTextResponse("read")
 
     async def _private(self, request: Request) -> PlainTextResponse:
         self.reached.append(request.url.path)
@@ -223,6 +323,22 @@ def test_no_spelling_of_a_path_reaches_what_is_private(program: Program, target:
         assert program.raw(target, *lines) != 200
         assert program.raw(target, *lines, method="POST") != 200
     assert program.reached == []
+
+
+def test_over_http_a_body_without_end_is_cut_off(program: Program) -> None:
+    """A refused peer sees 413, or its connection gone while it still sends."""
+    piece = bytes(1 << 16)
+    chunked = (b"%x\r\n" % len(piece) + piece + b"\r\n" for _ in range(4096))
+    status, moved = program.sends(chunked, "Transfer-Encoding: chunked")
+    assert status in (0, 413)
+    assert moved < MOST_BODY_BYTES + (16 << 20)  # what lies in the buffers of both sockets
+    status, moved = program.sends((piece for _ in range(4096)), f"Content-Length: {4096 * len(piece)}")
+    assert status in (0, 413)
+    assert moved < 16 << 20
+    assert program.largest == 0
+    whole = iter([bytes(MOST_BODY_BYTES)])
+    assert program.sends(whole, f"Content-Length: {MOST_BODY_BYTES}", "Connection: close")[0] == 200
+    assert program.largest == MOST_BODY_BYTES
 
 
 def test_headers_that_a_peer_can_send_do_not_open_it(program: Program) -> None:

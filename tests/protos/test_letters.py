@@ -13,6 +13,8 @@ FEDERATION = bytes(range(32))
 TERMS = {"sender": "ash", "recipient": letters.COORDINATOR, "stage": "keys", "number": 7, "body": b"body"}
 LETTER = letters.write(IDENTITY, FEDERATION, **TERMS)
 
+NAME = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=128)
+
 
 def read(data: bytes, **changed: object) -> codec.Letter:
     expected: dict[str, object] = {"sender": "ash", "key": IDENTITY.public, "recipient": letters.COORDINATOR}
@@ -20,17 +22,25 @@ def read(data: bytes, **changed: object) -> codec.Letter:
 
 
 @settings(max_examples=60)
-@given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8), st.integers(0, 2**64 - 1), st.binary(max_size=99))
+@given(NAME, NAME, NAME, st.integers(0, 2**64 - 1), st.binary(max_size=99))
 def test_a_letter_says_what_was_written(sender: str, recipient: str, stage: str, number: int, body: bytes) -> None:
-    try:
-        data = letters.write(
-            IDENTITY, FEDERATION, sender=sender, recipient=recipient, stage=stage, number=number, body=body
-        )
-    except UnicodeEncodeError:  # a lone surrogate is no text
-        return
+    data = letters.write(
+        IDENTITY, FEDERATION, sender=sender, recipient=recipient, stage=stage, number=number, body=body
+    )
     letter = read(data, sender=sender, recipient=recipient)
     found = (letter.sender, letter.recipient, letter.stage, letter.number, letter.body)
     assert found == (sender, recipient, stage, number, body)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 129, "x" * (1 << 20), "a\nb", "\x1b[2J", "ümlaut", "\0"], ids=lambda n: ascii(n[:9])
+)
+@pytest.mark.parametrize("field", ["sender", "recipient", "stage"])
+def test_a_name_that_cannot_stand_in_a_log_is_refused_whoever_signed_it(field: str, name: str) -> None:
+    data = letters.write(IDENTITY, FEDERATION, **(TERMS | {field: name}))
+    with pytest.raises(MalformedMessage, match="letter name: must be a printable ASCII text of at most 128") as caught:
+        read(data, sender=name if field == "sender" else "ash")
+    assert name not in str(caught.value)
 
 
 def test_every_flipped_bit_is_refused() -> None:

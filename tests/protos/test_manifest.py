@@ -8,6 +8,7 @@ import pytest
 
 from errors import MalformedMessage
 from protos.manifest import JobManifest
+from protos.messages import MOST_STEPS
 from tests.client.test_policy import JOB as SHORT
 
 JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))
@@ -58,8 +59,17 @@ def test_every_field_counts(field: str) -> None:
         {"rounds": 1.0},
         {"rounds": "2"},
         {"rounds": 1 << 40},
+        {"rounds": MOST_STEPS + 1, "local_steps": 1},
+        {"rounds": MOST_STEPS // 8 + 1, "local_steps": 8},
+        {"rounds": 1, "spare_rounds": MOST_STEPS, "local_steps": 1},
+        {"rounds": 1, "spare_rounds": 1 << 31},
+        {"rounds": 1000, "spare_rounds": 1000, "local_steps": 501},
+        {"local_steps": MOST_STEPS},
         {"local_steps": -1},
         {"length": 0},
+        {"length": (1 << 20) + 1},
+        {"physical_batch": 0},
+        {"physical_batch": (1 << 16) + 1},
         {"spare_rounds": -1},
         {"n_min": 0},
         {"learning_rate": 0.0},
@@ -70,6 +80,10 @@ def test_every_field_counts(field: str) -> None:
         {"base": "B1" * 32},
         {"tokenizer": ""},
         {"identifier": "xyz"},
+        {"identifier": "0a"},
+        {"identifier": "0a" * 31},
+        {"identifier": "0a" * 33},
+        {"identifier": "0A" * 32},
         {"task": 1},
         {"model": "ümlaut"},
         {"model": "small\nprivacy    epsilon 0.1 for the whole job"},
@@ -96,6 +110,20 @@ def test_every_field_counts(field: str) -> None:
 def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(MalformedMessage):
         JobManifest.from_bytes(changed(**values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"identifier": ""},
+        {"identifier": "0a" * 32},
+        {"length": 1 << 20, "physical_batch": 1 << 16},
+        {"rounds": 1000, "spare_rounds": 1000, "local_steps": 500},
+        {"rounds": MOST_STEPS, "local_steps": 1},
+    ],
+)
+def test_the_largest_job_is_read(values: dict[str, Any]) -> None:
+    assert JobManifest.from_bytes(changed(**values)) == dataclasses.replace(JOB, **values)
 
 
 @pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])

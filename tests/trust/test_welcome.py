@@ -45,6 +45,7 @@ def test_only_the_coordinator_of_the_manifest_can_sign(small):
         ({"site": "../x"}, ConfigError),
         ({"host": "x" * 256}, MalformedMessage),
         ({"host": "hö"}, MalformedMessage),
+        ({"host": "x\x1b[2J"}, MalformedMessage),
         ({"link_port": 0}, MalformedMessage),
         ({"depot_port": 65536}, MalformedMessage),
         ({"depot_port": True}, MalformedMessage),
