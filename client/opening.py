@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
+from protos.messages import printable
 from secagg.journal import FileJournal, Journal
 
 log = logging.getLogger("offsite.client")
@@ -49,6 +50,7 @@ class Opened:
       ledger: of its data set.
       jobs: offers and approvals.
       clock: gives the time.
+      told: the last reason for which each job had no data.
     """
 
     installation: Installation
@@ -57,6 +59,7 @@ class Opened:
     ledger: Ledger
     jobs: Jobs
     clock: Clock
+    told: dict[bytes, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, installation: Installation, clock: Clock) -> "Opened":
@@ -90,6 +93,7 @@ class Opened:
         service = Service(
             Standing(
                 name=installation.settings.name,
+                folder=installation.folder,
                 dataset=installation.settings.dataset,
                 federation=federation,
                 signature=installation.sign(),
@@ -142,7 +146,7 @@ class Opened:
     def note(self, kind: str, reason: str) -> None:
         """Writes a line to the audit log; one that cannot be written is told, and nothing was released by it."""
         try:
-            self.audit.record(kind, now=self.clock(), reason=reason)
+            self.audit.record(kind, now=self.clock(), reason=printable(reason))
         except DataError as error:
             log.warning("%s: %s, and %s", kind, reason, error)
 
@@ -175,25 +179,26 @@ class Opened:
         journal = FileJournal(installation.state / "journal.jsonl")
         try:
             texts = self.texts()
-        except OffsiteError as error:
-            self._tell(manifest, "data cannot be read", str(error))
+        except Exception as error:  # where a program fails depends on what it reads
+            self._tell(manifest, "data cannot be read", error)
             raise DataError("this site's data cannot be read now; its owner sees why in the site's log") from None
         try:
             return self._site(manifest, bench, texts, books, journal, record=installation.state / "rounds.jsonl")
-        except OffsiteError as error:
-            reason = str(error)
-        except Exception as error:  # where a program fails depends on what it read
-            reason = fault(error)
-        self._tell(manifest, "data do not fit", reason)
-        raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log")
+        except Exception as error:
+            self._tell(manifest, "data do not fit", error)
+            raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
 
     def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
         """Opens this site with the books, the journal and the record given; a dry run brings its own."""
         return self._site(manifest, self.bench(manifest, package), self.texts(), books, journal, record=record)
 
-    def _tell(self, manifest: JobManifest, kind: str, reason: str) -> None:
-        self.note(kind, reason)
-        log.warning("job %s: %s", manifest.digest().hex()[:12], reason)
+    def _tell(self, manifest: JobManifest, kind: str, error: Exception) -> None:
+        """Tells the owner alone why a job's data are none, once for each reason."""
+        reason = printable(str(error) if isinstance(error, OffsiteError) else fault(error))
+        if self.told.get(manifest.digest()) != reason:
+            self.told[manifest.digest()] = reason
+            self.note(kind, reason)
+            log.warning("job %s: %s", manifest.digest().hex()[:12], reason)
 
     def _site(
         self,

@@ -27,6 +27,7 @@ models = []                # permitted base models by name (the coordinator's wo
 methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
 splits = ["truncate"]      # how records are cut: truncate, one of each text; blocks, as the tokenizer makes them
 metrics = []               # what may be told beside the masked update; nothing by default
+max_length = 4096          # most tokens of a record
 max_rank = 16              # largest inner width of an adapter
 hours = "any"              # local time in which training may begin, for example "20:00-06:00"
 max_threads = 0            # processor threads; 0 leaves it to the system
@@ -49,6 +50,7 @@ class Policy:
     methods: tuple[str, ...]
     splits: tuple[str, ...]
     metrics: tuple[str, ...]
+    max_length: int
     max_rank: int
     hours: str
     max_threads: int
@@ -59,7 +61,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Checks every range."""
-        for name, lowest in (("min_cohort", 3), ("min_records", 1), ("max_rank", 1), ("max_threads", 0)):
+        for name, lowest in (
+            ("min_cohort", 3),
+            ("min_records", 1),
+            ("max_length", 2),
+            ("max_rank", 1),
+            ("max_threads", 0),
+        ):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be at least {lowest}")
         for name in ("epsilon_cap", "max_disk_gb"):
@@ -114,6 +122,7 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
     for metric in manifest.metrics:
         _listed("metrics", policy.metrics, metric)
     _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)
+    _at_most("length", manifest.length, "max_length", policy.max_length)
     _at_most("rank", spec.rank, "max_rank", policy.max_rank)
     _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
     if manifest.n_min < policy.min_cohort:

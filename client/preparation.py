@@ -19,12 +19,16 @@ from emulator import archive
 from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError
 from protos.codec import Offer
 from protos.manifest import JobManifest
+from protos.messages import printable
 from protos.signed_job import package_context
 from trust import streaming
 from trust.sealing import SealingKey
 
 log = logging.getLogger("offsite.client")
 FETCHING, VETTED, OPENING, READY, REFUSED = "fetching", "vetted", "opening", "ready", "refused"
+NO_MEMORY = "not enough memory for this job; raise max_memory_gb in policy.toml, or ask for a smaller physical_batch"
+APPROVAL_SECONDS = 0.5  # between two looks at whether the owner has approved
+PAUSES = (1.0, 300.0)  # seconds before what may pass is tried again, doubling
 TRIES = 2  # a package that was damaged on the way or on the disk is fetched once more
 Fetch = Callable[[str, int, Path, Callable[[int], None]], Path]
 
@@ -51,88 +55,103 @@ class Means:
 
 
 class Preparation:
-    """One job on its way to being ready; asked for its state from another thread.
+    """One job on its way to being ready; run in a thread of its own and asked for its state from another.
 
-    A refusal is `final` where another try would end alike: disk and network may change, an emulator does not.
+    What may pass, as a full disk or data that are away, is tried again after a pause, from where it stood.
 
     Args:
       offer: what the coordinator offered.
       manifest: its manifest, permitted by the policy.
       means: what is worked with.
+      is_approved: says whether the owner lets it read the records; asked right before it does.
+
+    Attributes:
+      state: FETCHING, VETTED while it waits for its approval, OPENING, READY or REFUSED.
+      detail: why it is refused.
+      fetched: bytes of the package that are here.
+      opened: whether the records were read, so that what it says from then on may follow from them.
+      site: once it is ready.
     """
 
-    def __init__(self, offer: Offer, manifest: JobManifest, means: Means) -> None:
+    def __init__(self, offer: Offer, manifest: JobManifest, means: Means, is_approved: Callable[[], bool]) -> None:
         self.manifest, self.package = manifest, offer.package
-        self.state, self.detail, self.fetched = FETCHING, "", 0
-        self.final = False
+        self.state, self.detail, self.fetched, self.opened = FETCHING, "", 0, False
         self.site: Site | None = None
-        self._offer, self._means = offer, means
-        self._approved, self._settled, self._stopped = threading.Event(), threading.Event(), False
-        self._after: Preparation | None = None
-        self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
-
-    def start(self, *, after: "Preparation | None" = None) -> None:
-        """Begins, once an earlier one has ended: a machine has room for one model."""
-        self._after = after
-        if after is not None:
-            after.stop()
-        self._thread.start()
-
-    def approve(self) -> None:
-        """Lets it read the records, as soon as the emulator is vetted."""
-        if self.state == VETTED:
-            self._settled.clear()
-        self._approved.set()
+        self._offer, self._means, self._is_approved = offer, means, is_approved
+        self._bench: Workbench | None = None
+        self._stopped, self._settled = threading.Event(), threading.Event()
 
     def stop(self) -> None:
-        """Gives it up; its thread ends by itself at the next step."""
-        self._stopped = True
-        self._approved.set()
+        """Gives it up; `run` returns at the next step."""
+        self._stopped.set()
 
     def wait(self, seconds: float) -> None:
         """Waits until it is ready, refused, or waits for its approval, at most so long."""
         self._settled.wait(seconds)
 
-    def _run(self) -> None:
-        if self._after is not None:
-            self._after._thread.join()
-            self._after = None
+    def run(self) -> None:
+        """Works until the job is ready, refused for good, or given up."""
+        pause = PAUSES[0]
         try:
-            bench = self._vetted()
-            if not self._approved.is_set():
-                self.state = VETTED
-                self._settled.set()
-            self._approved.wait()
-            if self._stopped:
-                return
-            self.state = OPENING
-            self.site = self._means.open_site(self.manifest, bench)
-            self.state = READY
+            while not self._advanced():
+                self._stopped.wait(pause)
+                pause = min(2 * pause, PAUSES[1])
         except _GivenUp:
-            pass
+            self._bench = self.site = None
         except OffsiteError as error:
-            self._refuse(error, str(error), final=not isinstance(error, DataError))
-        except Exception as error:  # a bug must not leave the coordinator waiting for ever
+            self._refuse(error, str(error))
+        except BaseException as error:  # a bug must not leave the coordinator waiting for ever
             log.error("preparation failed: %s: %s", type(error).__name__, fault(error))
-            self._refuse(error, fault(error), final=False)
-        finally:
-            self._settled.set()
+            self._refuse(error, told(error))
 
-    def _refuse(self, error: Exception, reason: str, *, final: bool) -> None:
-        self.final = final
+    def _advanced(self) -> bool:
+        """Goes on from where it stands, and says whether it is ready; else it may be tried again."""
+        try:
+            self._go_on()
+            self._bench = self._bench or self._vetted()
+            self._wait_for_approval()
+            self._enter(OPENING)
+            self.opened = True
+            self.site = self._means.open_site(self.manifest, self._bench)
+        except DataError as error:
+            self._refuse(error, str(error))
+            return False
+        self._enter(READY)
+        self._settled.set()
+        return True
+
+    def _wait_for_approval(self) -> None:
+        while not self._is_approved():
+            self.state = VETTED
+            self._settled.set()
+            self._stopped.wait(APPROVAL_SECONDS)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise _GivenUp
+
+    def _enter(self, state: str) -> None:
+        """Goes to a state; one that was refused stays so until a further try has come to its end."""
+        if self.state != REFUSED or state == READY:
+            self.state = state
+
+    def _refuse(self, error: BaseException, reason: str) -> None:
         self.state, self.detail = REFUSED, f"{type(error).__name__}: {reason}"
+        self._settled.set()
 
     def _vetted(self) -> Workbench:
         """Returns the workbench of the job's package, fetched once more where what is here turns out to be damaged."""
         for left in reversed(range(TRIES)):
             folder = self._package()
+            self._go_on()
             try:
                 return self._means.open_bench(self.manifest, folder)
             except (DigestMismatch, MalformedMessage) as error:
                 _remove(folder)
                 if not left:
                     raise
-                log.warning("package %s is damaged and is fetched again: %s", folder.name[:12], error)
+                log.warning("package %s is damaged and is fetched again: %s", folder.name[:12], printable(str(error)))
         raise AssertionError("the last try returns or raises")
 
     def _package(self) -> Path:
@@ -167,21 +186,32 @@ class Preparation:
 
     def _moved(self, fetched: int) -> None:
         self.fetched = fetched
-        if self._stopped:
-            raise _GivenUp
+        self._go_on()
 
 
 class _GivenUp(Exception):
     """Another job came, or this one ended."""
 
 
-def fault(error: Exception) -> str:
-    """Returns what may be told of a fault that is not an `OffsiteError`: its message could quote a record."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return "not enough memory for this job; raise max_memory_gb in policy.toml, or ask for a smaller physical_batch"
+def fault(error: BaseException) -> str:
+    """Returns what the site's own log is told of a fault that is not an `OffsiteError`: never its message.
+
+    That could quote a record.
+    """
+    if _is_memory(error):
+        return NO_MEMORY
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
     return f"a fault in the site's program at {place}; see its log"
+
+
+def told(error: BaseException) -> str:
+    """Returns what the coordinator is told of such a fault: not where, since a record may decide where."""
+    return NO_MEMORY if _is_memory(error) else "a fault in the site's program; its owner sees where in the site's log"
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def _make_way(packages: Path, most_bytes: float, *, keep: str) -> None:

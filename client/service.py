@@ -1,22 +1,27 @@
 """What a site does with each stage of its coordinator: look at offers, take part in rounds, write down what leaves."""
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from client.audit import Audit
 from client.books import ledger_name
 from client.jobs import Jobs
 from client.policy import Policy, permit_now
-from client.preparation import FETCHING, OPENING, READY, REFUSED, Means, Preparation, fault
+from client.preparation import FETCHING, OPENING, READY, REFUSED, VETTED, Means, Preparation, fault, told
 from client.site import answer
-from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted
+from client.workshop import Workshop
+from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted, lookup
+from privacy.accountants import ACCOUNTANTS
 from privacy.ledger import Ledger
 from protos import codec
 from protos.manifest import JobManifest
+from protos.messages import printable
 from protos.signed_job import check_job
 from trust.countersign import check_countersigned
 from trust.federation import Federation, check_signatures
@@ -32,6 +37,7 @@ class Standing:
 
     Attributes:
       name: this site.
+      folder: the site's, which nobody else is told.
       dataset: name of its data set, as in the ledger.
       federation: the manifest that its owner signed.
       signature: that signature, 64 bytes.
@@ -46,6 +52,7 @@ class Standing:
     """
 
     name: str
+    folder: Path
     dataset: str
     federation: Federation
     signature: bytes
@@ -69,6 +76,7 @@ class Service:
     def __init__(self, standing: Standing) -> None:
         self._standing = standing
         self._preparation: Preparation | None = None
+        self._workshop = Workshop()
         self._sent: dict[str, tuple[bytes, bytes]] = {}
         self._ready = ""  # the job whose being ready was written down
         self._said: dict[str, str] = {}  # the last line of each stage, for the people at this machine
@@ -80,9 +88,12 @@ class Service:
         except OffsiteError as error:
             reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
         except Exception as error:  # a fault of ours must not leave the coordinator waiting
-            reply = codec.encode(codec.Refusal("Fault", fault(error)))
-            log.error("stage %s: %s: %s", stage, type(error).__name__, fault(error))
+            reply = codec.encode(codec.Refusal("Fault", told(error)))
+            log.error("stage %s: %s: %s", printable(stage), type(error).__name__, fault(error))
         message = codec.decode(reply)
+        if isinstance(message, codec.Refusal | codec.OfferReply):
+            message = self._outward(message)
+            reply = codec.encode(message)
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
             fields |= {"error": message.kind, "reason": message.reason}
@@ -90,6 +101,13 @@ class Service:
             self._note("answered", fields)
         self._say(stage, said(stage, message))
         return reply
+
+    def _outward(self, message: codec.Refusal | codec.OfferReply) -> codec.Refusal | codec.OfferReply:
+        """Returns an answer without the places of this machine."""
+        folder = str(self._standing.folder)
+        if isinstance(message, codec.Refusal):
+            return dataclasses.replace(message, reason=message.reason.replace(folder, "SITE"))
+        return dataclasses.replace(message, detail=message.detail.replace(folder, "SITE"))
 
     def _say(self, stage: str, line: str) -> None:
         """Says a line to the people at this machine, unless it was the last one of this stage in this round."""
@@ -154,19 +172,15 @@ class Service:
     def _prepare(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
         """Returns how far a job is: fetched and vetted unapproved, so that its owner can try it, and no further."""
         preparation = self._preparation
-        stale = preparation is not None and preparation.state == REFUSED and preparation.package != offer.package
-        if preparation is None or preparation.manifest != manifest or stale:
+        if preparation is None or preparation.manifest != manifest or _is_stale(preparation, offer):
             self._note("accepted", {"job": manifest.digest().hex()})
-            preparation = Preparation(offer, manifest, self._standing.means)
-            preparation.start(after=self._preparation)
+            preparation = Preparation(offer, manifest, self._standing.means, lambda: self._approved(manifest))
             self._preparation = preparation
+            self._workshop.take(preparation)
             self._sent.clear()
-        if approved := self._approved(manifest):
-            preparation.approve()
         preparation.wait(0.2)
-        if (state := preparation.state) == REFUSED:
-            if not preparation.final:
-                self._preparation = None  # it is told once, and tried again with the next offer
+        approved, state = self._approved(manifest), preparation.state
+        if state == REFUSED and (approved or not preparation.opened):
             return self._reply(REFUSED, preparation.detail)
         if not approved:
             waits = f"the data owner has not approved job {manifest.digest().hex()[:12]} yet"
@@ -174,7 +188,8 @@ class Service:
         if state == READY:
             self._note_once_ready(manifest)
             return self._reply(READY, "", preparation.fetched)
-        return self._reply(FETCHING, "approved, its data are read" if state == OPENING else "", preparation.fetched)
+        reads = state in (VETTED, OPENING)
+        return self._reply(FETCHING, "approved, its data are read" if reads else "", preparation.fetched)
 
     def _note_once_ready(self, manifest: JobManifest) -> None:
         job = manifest.digest().hex()
@@ -193,8 +208,7 @@ class Service:
                 standing.ledger.check_against(head.count, head.head)
 
     def _finish(self, notice: codec.Notice) -> codec.Notice:
-        if self._preparation is not None:
-            self._preparation.stop()
+        self._workshop.clear()
         self._preparation = None
         self._sent.clear()
         self._note("finished", {"reason": notice.reason})
@@ -237,6 +251,11 @@ def said(stage: str, reply: codec.Message) -> str:
     return line
 
 
+def _is_stale(preparation: Preparation, offer: codec.Offer) -> bool:
+    """Says whether a refusal was about another package; the coordinator makes one anew when its own is damaged."""
+    return preparation.state == REFUSED and preparation.package != offer.package
+
+
 def _check_terms(manifest: JobManifest, federation: Federation) -> None:
     """Checks that a job keeps to what every owner signed.
 
@@ -244,7 +263,9 @@ def _check_terms(manifest: JobManifest, federation: Federation) -> None:
       Untrusted: another federation, epoch or roster.
       PolicyRefusal: weaker terms than were signed.
       PrivacyRefusal: no privacy.
+      UnknownName: this release has no such accountant.
     """
+    lookup(ACCOUNTANTS, manifest.privacy.accountant, "job accountant")
     roster = tuple((member.site, member.identity) for member in federation.members)
     found = (manifest.federation, manifest.epoch, manifest.roster)
     if found != (federation.name, federation.epoch, roster):

@@ -1,6 +1,7 @@
 """A site's side of a round: one handler for each stage, bytes in, bytes out."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from secagg.member import Member
 from secagg.messages import Signed
 from task.examples import Examples
 from trust.identity import Identity
+
+log = logging.getLogger("offsite.client")
 
 
 class Site:
@@ -96,6 +99,8 @@ class Site:
             randomness=self._noise(self._training(request.round)),
         )
         self._write(request.round, trained)
+        if dropped := trained.outcome.dropped:
+            log.warning("round %d: %d drawn records added nothing: the model fails on them", request.round, dropped)
         self._last = request.round
         self._pending = _Pending((request.round, adapter), trained.update, event)
         self._member = None  # one that was opened for an earlier update holds that one

@@ -1,5 +1,6 @@
 """One round's training at a site: from the coordinator's adapter to this site's update."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +9,14 @@ from torch import nn
 
 from client.plan import SitePlan, round_terms
 from client.workbench import Workbench, vocabulary_of
-from errors import RangeError
+from errors import PrivacyRefusal
 from privacy.mechanism import Outcome, train
 from privacy.probe import choose_engine
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
 from task.examples import Examples
+
+log = logging.getLogger("offsite.client")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def local_update(
 
     Raises:
       PrivacyRefusal: no engine gives right per-example gradients for this model.
-      RangeError: the adapter is not one to train from, or the update is not finite.
+      RangeError: the adapter is not one to train from.
     """
     bench.put(start)
 
@@ -58,13 +61,23 @@ def local_update(
 
     if not bench.engine:
         # On no private record: what a refusal says of a gradient would be told without noise.
-        invented = Examples.invented(vocabulary_of(bench.model), examples.input_ids.shape[1])
+        invented = Examples.invented(vocabulary_of(bench.model), examples.input_ids.shape[1], seed=bench.seed)
         bench.engine = choose_engine(bench.model, losses, invented)
     terms = round_terms(manifest, plan, bench.engine)
-    outcome = train(bench.model, losses, examples.select, n=len(examples), terms=terms, randomness=randomness)
-    update = bench.layout.read(bench.model) - start
-    if not np.isfinite(update).all():
-        raise RangeError("update has entries that are not finite; lower the learning rate")
-    bound = manifest.update_bound
-    bounded = int(np.count_nonzero(np.abs(update) > bound))
-    return Trained(np.clip(update, -bound, bound).astype(np.float32), outcome, bounded, bench.engine)
+    try:
+        outcome = train(bench.model, losses, examples.select, n=len(examples), terms=terms, randomness=randomness)
+    except PrivacyRefusal as error:  # its words tell how many records were drawn
+        log.warning("training refused: %s", error)
+        raise PrivacyRefusal("the gradients cannot be told apart by record; the site's log says where") from None
+    update, bounded = within(bench.layout.read(bench.model) - start, manifest.update_bound)
+    return Trained(update, outcome, bounded, bench.engine)
+
+
+def within(update: np.ndarray, bound: float) -> tuple[np.ndarray, int]:
+    """Returns an update cut to a bound, float32, and how many entries were cut.
+
+    Whatever came out of the noise leaves, also where it overflowed: to refuse it would be an answer about the records
+    that nobody accounts for. A step that makes everything overflow spoils its own round.
+    """
+    cut = np.clip(np.nan_to_num(update, nan=0.0, posinf=bound, neginf=-bound), -bound, bound).astype(np.float32)
+    return cut, int(np.count_nonzero(~(np.abs(update) <= bound)))

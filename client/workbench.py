@@ -16,9 +16,11 @@ from emulator.verdict import Limits, Vetting
 from emulator.vet import Slots, vet, vet_adapter
 from errors import DigestMismatch, RangeError, UnsupportedModel, lookup
 from protos.manifest import JobManifest
+from task.encode import SPLITS
 from task.examples import Examples
 from task.spec import Task
 from task.tasks import TASKS
+from task.tokenizer import Tokenizer
 
 
 @dataclass
@@ -32,15 +34,17 @@ class Workbench:
       tokenizer: of the package.
       vetting: what was measured of the emulator and of the adapter before anything was trained on them.
       adapter_peak: largest absolute value of an adapter that is trained from.
+      seed: of what is drawn to try the model on; at a real site its own secret.
       engine: per-example gradient engine that passed the probe; empty until a site has probed.
     """
 
     model: Any
     task: Task
     layout: Layout
-    tokenizer: Any
+    tokenizer: Tokenizer
     vetting: tuple[Vetting, ...]
     adapter_peak: float
+    seed: int
     engine: str = ""
 
     def put(self, adapter: np.ndarray) -> None:
@@ -72,15 +76,16 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
       DigestMismatch: the package, or the adapter that the manifest's recipe gives on it, is another one.
     """
     task = lookup(TASKS, manifest.task, "task")
+    lookup(SPLITS, manifest.split, "split")
     model = package.load(folder, dtype=torch.float32, expected_digest=manifest.emulator)
     facts = package.read_manifest(folder, expected_digest=manifest.emulator)
     if (found := tokenizer_sha256(facts.files)) != manifest.tokenizer:
         raise DigestMismatch(
             f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"
         )
+    vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     tokenizer = task.load_tokenizer(folder)
     _check_ids(tokenizer, vocabulary_of(model))
-    vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     model = attach(model, manifest.adapter)
     narrow = vet_adapter(model, manifest.adapter, slots, limits)
     layout = Layout.of(model)
@@ -89,7 +94,7 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
             f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
             "its recipe gives another adapter on this emulator; install the same release on both sides"
         )
-    return Workbench(model, task, layout, tokenizer, (vetted, narrow), limits.adapter_peak)
+    return Workbench(model, task, layout, tokenizer, (vetted, narrow), limits.adapter_peak, seed)
 
 
 def vocabulary_of(model: Any) -> int:
@@ -103,13 +108,14 @@ def encoded(bench: Workbench, manifest: JobManifest, texts: Sequence[str]) -> Ex
     return examples.within(vocabulary_of(bench.model))
 
 
-def _check_ids(tokenizer: Any, vocabulary: int) -> None:
+def _check_ids(tokenizer: Tokenizer, vocabulary: int) -> None:
     """Checks that a model knows every token, or it would fail on some records and tell by it which they are.
 
     Raises:
       UnsupportedModel: it does not.
     """
-    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
+    if tokenizer.largest_id >= vocabulary:
         raise UnsupportedModel(
-            f"token id={largest}: the emulator knows {vocabulary} tokens; its tokenizer belongs to another model"
+            f"token id={tokenizer.largest_id}: the emulator knows {vocabulary} tokens; its tokenizer belongs to "
+            "another model"
         )

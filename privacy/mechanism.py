@@ -86,7 +86,7 @@ class Outcome:
       norm_median: median gradient norm before clipping; NaN without examples.
       batch_sizes: number of records drawn per step.
       clipped_fraction: share of gradients above the bound, 0 when not private.
-      dropped: examples left out because their loss or gradient was not finite.
+      dropped: examples left out because their loss or gradient was not finite, or the model failed on them.
     """
 
     event: Event | None
@@ -169,10 +169,35 @@ def _accumulate(
 ) -> list[float]:
     """Adds the clipped gradients of one logical batch to the optimizer's sum; returns the finite losses."""
     found: list[float] = []
-    for start in range(0, len(drawn), physical_batch):
-        rows = engine.per_example(losses_fn, select(drawn[start : start + physical_batch]))
+
+    def add(batch: Any) -> None:
+        rows = engine.per_example(losses_fn, batch)
         optimizer.signal_skip_step()  # Opacus then clips and adds up, and neither adds noise nor updates
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # frees the rows, keeps the sum
-        found += rows.losses
+        found.extend(rows.losses)
+
+    for start in range(0, len(drawn), physical_batch):
+        batch = select(drawn[start : start + physical_batch])
+        if _fails(add, batch):  # a model must not tell by a fault on which records it fails: those are left out
+            for row in range(len(batch)):
+                _fails(add, batch.select([row]))
     return found
+
+
+def _fails(add: Callable[[Any], None], batch: Any) -> bool:
+    """Adds a batch to the sum, and says whether the model failed on it; nothing of it is in the sum then.
+
+    Raises:
+      PrivacyRefusal: the engine cannot tell the examples apart.
+      MemoryError: there is too little memory, which no record decides.
+    """
+    try:
+        add(batch)
+    except (PrivacyRefusal, MemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        return True
+    return False

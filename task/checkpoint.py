@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from errors import DataError, UnsupportedModel
+from task.tokenizer import Tokenizer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -50,20 +51,15 @@ def load_causal(path: Path | str, *, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(path: Path | str) -> Any:
+def load_tokenizer(path: Path | str) -> Tokenizer:
     """Returns the tokenizer of a directory.
 
     Raises:
-      DataError: the directory has no tokenizer that transformers can read without the network.
+      DataError: the directory has no tokenizer.json, or it is damaged.
     """
     folder = Path(path)
     _check_folder(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise DataError(f"tokenizer={str(folder)!r} has no tokenizer.json; copy the model's tokenizer files there")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise DataError(f"tokenizer={str(folder)!r} cannot be read ({_line(error)}); save it again") from error
+    return Tokenizer.of(folder)
 
 
 def _check_folder(folder: Path) -> None:

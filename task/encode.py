@@ -16,7 +16,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
     """Returns texts as examples of one length.
 
     Args:
-      tokenizer: a Hugging Face tokenizer; its eos token, where there is one, ends each text.
+      tokenizer: a `task.tokenizer.Tokenizer`; its end-of-text token, where there is one, ends each text.
       texts: one document or record each.
       length: tokens per example, >= 2.
       split: "blocks" joins all texts and cuts consecutive blocks of exactly `length` tokens, dropping the remainder, so
@@ -31,29 +31,16 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
     if length < SHORTEST:
         raise ConfigError(f"length={length} must be at least {SHORTEST} tokens; 128 is usual")
     cut = lookup(SPLITS, split, "split")
-    rows = cut([_tokens(tokenizer, text) for text in texts], _end(tokenizer), length)
+    rows = cut(tokenizer.tokens(texts), _end(tokenizer), length)
     if not rows:
         raise DataError(f"examples=0 from {len(texts)} texts at length={length}; give more text or a smaller length")
     widths = [len(row) for row in rows]
     # The pad value is never a target and, being on the right, never seen by a causal model: any valid id will do.
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.long)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     mask = (torch.arange(length)[None, :] < torch.tensor(widths)[:, None]).long()
     return Examples(ids, mask)
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """Returns a text's token ids without special tokens, none where the tokenizer fails on it.
-
-    A tokenizer that comes from elsewhere must not say by a fault what it met in a record. `verbose=False` since a long
-    text is no mistake here.
-    """
-    try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException:  # a panic of its Rust code is no Exception
-        return []
-    return ids
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -175,6 +175,7 @@ class RunningSite:
         self.service = Service(
             Standing(
                 name=self.name,
+                folder=self.folder,
                 dataset=DATASET,
                 federation=self.world.federation,
                 signature=self.world.signatures[self.name],

@@ -89,6 +89,11 @@ def refused(reply: codec.Message) -> codec.OfferReply | None:
     return reply if reply.state == "refused" else None
 
 
+def ready(reply: codec.Message) -> bool:
+    assert isinstance(reply, codec.OfferReply)
+    return reply.state == "ready"
+
+
 def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path: Path) -> None:
     """The owner reads why, what was fetched is kept, and the next offer but one tries again."""
     site = RunningSite(world, "ash", tmp_path / "ash")
@@ -100,7 +105,7 @@ def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path
     assert "cannot be written" in reply.detail
     assert "No space left on device" in reply.detail
     assert [path.suffix for path in packages.iterdir()] == [".sealed"]
-    site.ready()  # it was told once, and is tried again
+    wait_for(lambda: ready(site.ask("offer", world.offer("ash"))))  # by itself
 
 
 def test_three_times_a_package_is_what_unpacking_takes(world: World, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,8 +33,7 @@ def offered(site: RunningSite, state: str = "ready") -> codec.OfferReply:
         assert isinstance(reply, codec.OfferReply), reply
         if reply.state == state:
             return reply
-        if site.service._preparation is not None:
-            site.service._preparation.wait(0.05)
+        time.sleep(0.01)
     raise AssertionError(reply)
 
 
@@ -133,12 +133,20 @@ def with_means(site: RunningSite, **means: Any) -> RunningSite:
     return site
 
 
-def test_what_may_pass_is_tried_again(world: World, tmp_path: Path) -> None:
-    site = RunningSite(world, "ash", tmp_path / "ash")
-    with_means(site, open_site=failing(DataError("disk is full"), 2, site._open, []))
-    for _ in range(2):
+def test_what_may_pass_is_tried_again_from_where_it_stood(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a pause, and without vetting again: the coordinator may ask as often as it likes."""
+    monkeypatch.setattr("client.preparation.PAUSES", (0.3, 300.0))
+    site, opened = RunningSite(world, "ash", tmp_path / "ash"), list[JobManifest]()
+    open_site = failing(DataError("disk is full"), 2, site._open, opened)
+    seen: list[JobManifest] = []
+    with_means(site, open_site=open_site, open_bench=failing(DataError(""), 0, lambda *_: world.bench, seen))
+    for _ in range(5):
         assert offered(site, "refused").detail == "DataError: disk is full"
     offered(site)
+    assert (len(opened), len(seen)) == (3, 1)
+    assert notes(site).count("accepted") == 1
 
 
 @pytest.mark.parametrize("error", [UnsupportedModel("a trap"), DigestMismatch("another")])
@@ -223,38 +231,69 @@ def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> 
 
 
 def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
-    """A newer job waits until the older one has let go of its memory; an older fetch is broken off."""
-    other = dataclasses.replace(world.manifest, model="another")
+    """However jobs come and end: an older fetch is broken off, and what only waited is never begun."""
+    jobs = [dataclasses.replace(world.manifest, model=f"model {number}") for number in range(6)]
     site = RunningSite(world, "ash", tmp_path / "ash")
-    running, most, calls = [0], [0], [0]
+    running, most, begun = [0], [0], list[str]()
 
-    def fetch(digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
+    def open_bench(manifest: JobManifest, _: Path) -> Any:
         running[0] += 1
-        calls[0] += 1
+        begun.append(manifest.model)
         most[0] = max(most[0], running[0])
-        try:
-            for part in range(1, 1000 if calls[0] == 1 else 2):
-                on_bytes(part)
-                time.sleep(0.01)
-            return site._fetch(digest, size, target, on_bytes)
-        finally:
-            running[0] -= 1
+        time.sleep(1.0)  # a vetting cannot be broken off
+        running[0] -= 1
+        return world.bench
 
-    with_means(site, fetch=fetch)
-    began = time.monotonic()
-    site.ask("offer", world.offer("ash"))
-    older = site.service._preparation
-    site.ask("offer", world.offer("ash", other))
-    newer = site.service._preparation
-    assert older is not None
-    assert newer is not None
-    newer.wait(8)
-    assert newer.state == "refused"  # its key was sealed for the first job
-    assert most == [1]
-    assert older.site is None
-    assert time.monotonic() - began < 8
-    site.ask("finish", codec.Notice("finish", "over"))
+    folder = tmp_path / "ash" / "packages" / world.manifest.emulator
+    folder.mkdir(parents=True)
+    with_means(site, open_bench=open_bench)
+    for number, job in enumerate(jobs):
+        site.ask("offer", world.offer("ash", job))
+        if number % 2:
+            site.ask("finish", codec.Notice("finish", "over"))
     site.ready()
+    assert most == [1]
+    assert len(begun) < len(jobs)
+    assert begun[-1] == world.manifest.model
+    assert [thread.name for thread in threading.enumerate()].count("preparation") == 0
+
+
+def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, tmp_path: Path) -> None:
+    """Also where it was there when the job came: the records are not read, and nothing that they would say goes out."""
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
+    vetting, digest = threading.Event(), world.manifest.digest().hex()
+
+    def open_bench(*_: Any) -> Any:
+        assert vetting.wait(10)
+        return world.bench
+
+    with_means(site, open_bench=open_bench)
+    offered(site, "waiting")
+    site.jobs.approve(digest, by="owner", at="now")
+    assert offered(site, "fetching")
+    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    vetting.set()
+    assert offered(site, "waiting")
+    time.sleep(1.0)
+    assert not site.opened
+
+
+def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: World, tmp_path: Path) -> None:
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
+    with_means(site, open_site=failing(PolicyRefusal("the data do not fit"), 1, site._open, []))
+    offered(site, "waiting")
+    digest = world.manifest.digest().hex()
+    site.jobs.approve(digest, by="owner", at="now")
+    assert offered(site, "refused").detail == "PolicyRefusal: the data do not fit"
+    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    assert "do not fit" not in offered(site, "waiting").detail
+
+
+def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
+    site = RunningSite(world, "ash", tmp_path / "ash")
+    where = site.folder / "packages" / "x"
+    with_means(site, open_bench=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
+    assert offered(site, "refused").detail == "UnsupportedModel: path='SITE/packages/x'"
 
 
 def test_offers_do_not_fill_the_disk(world: World, tmp_path: Path) -> None:

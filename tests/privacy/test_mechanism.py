@@ -160,6 +160,53 @@ def test_a_poisoned_example_leaves_no_trace(engine: str, poison: float) -> None:
         torch.testing.assert_close(moved, clean, rtol=1e-6, atol=1e-8)
 
 
+class Touchy(nn.Module):
+    """Fails in the forward pass, or in the backward pass, where a record has a value above 50."""
+
+    def __init__(self, backward: bool) -> None:
+        super().__init__()
+        self.backward = backward
+
+    def forward(self, values: Tensor) -> Tensor:
+        if bool((values > 50).any()):
+            if not self.backward:
+                raise RuntimeError("Mr Smith")
+            values = values.clone().requires_grad_(True)
+            values.register_hook(_raise)
+        return values
+
+
+def _raise(_: Tensor) -> None:
+    raise IndexError("Mr Smith")
+
+
+@pytest.mark.parametrize(("engine", "backward"), [("hooks", False), ("hooks", True), ("loop", False)])
+def test_an_example_on_which_the_model_fails_leaves_no_trace(engine: str, backward: bool) -> None:
+    """Nor do those beside it in its batch: the sum is that of all others, and the training ends like any other."""
+    rows, plan = data(12), terms(engine=engine, sample_rate=1.0)
+
+    def touchy() -> nn.Module:
+        model = network()
+        return nn.Sequential(nn.Sequential(Touchy(backward), model[0]), model[1], model[2])
+
+    clean, _ = run(rows, plan, silent(), touchy())
+    bad = Rows(torch.cat([rows.values[:5], torch.full((1, 5), 99.0), rows.values[5:]]))
+    moved, outcome = run(bad, plan, silent(), touchy())
+    assert outcome.dropped == 1
+    torch.testing.assert_close(moved, clean, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_told(error: Exception) -> None:
+    """No record decides it, and a site that left all of them out would send noise."""
+
+    def fails(model: nn.Module, rows: Rows) -> Tensor:
+        raise error
+
+    with pytest.raises(MemoryError):
+        train(network(), fails, data(4).select, 4, terms(sample_rate=1.0), silent())
+
+
 def test_the_event_is_what_was_done() -> None:
     _, outcome = run(data(), terms(steps=3), Randomness.from_os())
     assert outcome.event is not None

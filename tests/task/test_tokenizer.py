@@ -1,0 +1,128 @@
+"""A tokenizer from elsewhere: it gives the library's ids, and whatever its rules do ends in its own process."""
+
+import base64
+import json
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import task.tokenizer
+from errors import DataError
+from task.tokenizer import Tokenizer
+
+WORDS = {word: number for number, word in enumerate(["<end>", "<unk>", "the", "cat", "sat", "hiv", "Grüße"])}
+
+
+def library(**model: object) -> Library:
+    made = Library(models.WordLevel(WORDS, **({"unk_token": "<unk>"} | model)))  # type: ignore[arg-type]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+def of(made: Library) -> Tokenizer:
+    return Tokenizer(made.to_str().encode(), "<end>")
+
+
+def test_its_ids_are_those_of_transformers(tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=library(), eos_token="<end>").save_pretrained(tmp_path)
+    texts = ["the cat sat", "", "a\udcffb", "Grüße, the\x00 cat", "<end> the", "cat " * 10**5]
+    own, theirs = Tokenizer.of(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    assert own.tokens(texts[:2] + texts[3:]) == [
+        theirs(text, add_special_tokens=False)["input_ids"] for text in texts[:2] + texts[3:]
+    ]
+    assert own.eos_token_id == theirs.eos_token_id == 0
+    assert own.largest_id == 6
+    assert len(own.tokens(texts)) == len(texts)
+
+
+def test_padding_and_truncation_of_the_file_do_not_count() -> None:
+    made = library()
+    made.enable_truncation(1)
+    made.enable_padding(length=9)
+    assert of(made).tokens(["the cat sat"]) == [[2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["vocab", "vocab_file", "init_inputs", "extra_special_tokens", "auto_map"])
+def test_no_other_setting_is_looked_at(tmp_path: Path, name: str) -> None:
+    """transformers reads a file that such a key names, and the answer to an offer would tell what stands in it."""
+    PreTrainedTokenizerFast(tokenizer_object=library(), eos_token="<end>").save_pretrained(tmp_path)
+    secret = tmp_path / "records.txt"
+    secret.write_text("jane doe has hiv\n" * 50)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    value = {"init_inputs": [str(secret)], "extra_special_tokens": ["jane doe has hiv"]}.get(name, str(secret))
+    changed = settings | {"tokenizer_class": "BertTokenizer", name: value}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed))
+    found = Tokenizer.of(tmp_path)
+    assert (found.eos_token_id, found.largest_id) == (0, 6)
+
+
+def test_a_text_on_which_it_fails_has_no_ids() -> None:
+    made = Library(models.WordLevel({"the": 0}, unk_token="missing"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert of(made).tokens(["the", "the hiv", "the the"]) == [[0], [], [0, 0]]
+
+
+def test_a_text_that_kills_it_has_no_ids() -> None:
+    """Out of memory by two replacements: a new process takes the next text."""
+    made = library()
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Replace("hiv", "a" * 30_000), normalizers.Replace("a", "b" * 10**6)]
+    )
+    assert of(made).tokens(["the cat", "the hiv", "cat sit"])[1] == []
+    assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
+
+
+def test_a_text_that_takes_too_long_has_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task.tokenizer, "TEXT_SECONDS", 2.0)
+    made = library()
+    slow = [normalizers.Replace("hiv", "ab" * 3000)] + [normalizers.Replace("a", "aa")] * 12
+    made.normalizer = normalizers.Sequence(slow)
+    began = time.monotonic()
+    assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
+    monkeypatch.setattr(task.tokenizer, "WASTED_SECONDS", 1.0)
+    assert of(made).tokens(["hiv"] * 20 + ["the"]) == [[]] * 21  # given up after the first
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        library().to_str().replace("WordLevel", "Words").encode(),
+        json.dumps(
+            json.loads(library().to_str())
+            | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(3)).decode()}}
+        ).encode(),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line(content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """The last one panics."""
+    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(content, None)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("settings", ["{", "[" * 10**5, "\x00"])
+def test_damaged_settings_are_one_line(tmp_path: Path, settings: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(library().to_str())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(DataError, match=r"damaged tokenizer_config\.json"):
+        Tokenizer.of(tmp_path)
+
+
+def test_the_end_of_text_is_found_where_transformers_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(library().to_str())
+    assert Tokenizer.of(tmp_path).eos_token_id is None
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<end>", "lstrip": False}}))
+    assert Tokenizer.of(tmp_path).eos_token_id == 0
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "sat"}))
+    assert Tokenizer.of(tmp_path).eos_token_id == 4
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "nowhere"}))
+    assert Tokenizer.of(tmp_path).eos_token_id is None
