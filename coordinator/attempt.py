@@ -61,13 +61,17 @@ class Attempts:
             raise DataError(f"run={str(self._folder.parent)!r}: attempts.json is damaged; start a new run") from error
 
     def open(self, number: int, cohort: Callable[[], tuple[str, ...]], exchange: Exchange) -> "Attempt":
-        """Returns the attempt at a round that a killed process left, or else a new one."""
+        """Returns the attempt at a round that a killed process left, or else a new one.
+
+        Raises:
+          DataError: what was left is damaged, or a new one cannot be written.
+        """
         plan = self._left(number)
         resumed = plan is not None
         if plan is None:
             self.close()
             plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
-            self._folder.mkdir()
+            _make(self._folder)
             write_atomically(self._folder / PLAN, _write_plan(plan))
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
@@ -113,7 +117,7 @@ class Attempt:
             return _read(path, asked)
         if stage == SPENDS and not (mark := self._folder / "spent").exists():
             self._on_spend()
-            mark.touch()
+            write_atomically(mark, b"")
         replies = self._exchange.send(stage, payloads)
         writer = Writer().field(asked)
         for site, body in sorted(replies.items()):
@@ -121,6 +125,15 @@ class Attempt:
         content = writer.done()
         write_atomically(path, content + hashlib.sha256(content).digest())
         return replies
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise DataError(
+            f"folder={str(folder)!r}: cannot be made ({error.strerror}); free disk space, then run again"
+        ) from error
 
 
 def _write_plan(plan: RoundPlan) -> bytes:

@@ -50,11 +50,11 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
       facts: file that keeps what is returned.
 
     Raises:
-      DataError: no room on the disk.
+      DataError: no room on the disk, or the depot's folder cannot be made.
     """
     if (known := _known(facts)) is not None and _is_whole(depot, known, federation):
         return known
-    depot.mkdir(parents=True, exist_ok=True)
+    _make(depot)
     for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
         left.unlink()
     key = secrets.token_bytes(KEY_BYTES)
@@ -71,6 +71,13 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
     delivery = Delivery(digest, path.stat().st_size, sealed)
     write_atomically(facts, json.dumps({"sha256": digest.hex(), "size": delivery.size, "sealed": boxes}).encode())
     return delivery
+
+
+def _make(depot: Path) -> None:
+    try:
+        depot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"depot={str(depot)!r}: cannot be made ({error.strerror}); free disk space") from error
 
 
 def _known(facts: Path) -> Delivery | None:

@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ CHUNK, LEAST_CHUNK = 1 << 20, 1 << 10
 SERVICE = "offsite.depot.v1.Depot"
 WORKERS = 64  # each site that is fetching holds one
 MOST_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
+# Of one site: it fetches one file at a time, and what a broken connection left of earlier tries ends a little later.
+MOST_OF_ONE = 8
+BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MOST_REQUESTS`; a site that reads them tries again
 REQUEST_SECONDS = 10  # within which a site that begins a request says what it wants
 HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
 REQUEST_LIMIT = 4096
@@ -95,6 +99,7 @@ class _Servicer:
     def __init__(self, folder: Path, allowed: Callable[[bytes], None]) -> None:
         self._folder, self._allowed = folder, allowed
         self._streams: dict[tuple[bytes, str], Any] = {}
+        self._open: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
     def describe(self, requests: Iterator[Any], context: Any) -> Any:
@@ -123,11 +128,28 @@ class _Servicer:
         except OffsiteError:
             log.exception("depot: its sites cannot be looked up")  # the peer is not told of our files
             context.abort(grpc.StatusCode.UNAVAILABLE, "the depot cannot look up its sites; its log says why")
+        self._count(peer, context)
         request = _one(requests, context)
         digest = request.sha256
         if not _DIGEST.fullmatch(digest) or not (path := self._folder / digest).is_file():
             context.abort(grpc.StatusCode.NOT_FOUND, "no such package; ask for the current offer")
         return request, path, peer
+
+    def _count(self, peer: bytes, context: Any) -> None:
+        """Counts this peer's request until it is over, or ends it: one site must not hold what all have together."""
+        with self._lock:
+            full = self._open[peer] >= MOST_OF_ONE
+            self._open[peer] += not full
+        if full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: {MOST_OF_ONE} of one site; end others first")
+        if not context.add_callback(lambda: self._discount(peer)):
+            self._discount(peer)  # it is over already
+
+    def _discount(self, peer: bytes) -> None:
+        with self._lock:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
 
     def _replace(self, key: tuple[bytes, str], context: Any) -> None:
         """Ends this peer's older transfer of the same file: after a partition it would hold its thread for ever."""

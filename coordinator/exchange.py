@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 from errors import MalformedMessage
 from protos import codec
+from protos.messages import printable
 
 M = TypeVar("M")
 MOST_TOLD = 500
@@ -60,12 +61,8 @@ class Refused:
 
 
 def cut(text: str) -> str:
-    """Returns what another party wrote as one printable line of at most `MOST_TOLD` characters.
-
-    It goes to files, logs and terminals, which its writer must neither fill nor steer.
-    """
-    line = "".join(one if one.isprintable() else " " for one in text[:MOST_TOLD])
-    return line if len(text) <= MOST_TOLD else line[:-3] + "..."
+    """Returns what another party wrote as one printable line of at most `MOST_TOLD` characters."""
+    return printable(text, MOST_TOLD)
 
 
 class Conversation:

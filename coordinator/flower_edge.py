@@ -44,7 +44,9 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
     waiting = {one: name for one, name in zip(identifiers, messages, strict=True) if one is not None}
     answers: dict[str, bytes] = {}
     until = time.monotonic() + deadline
-    while waiting and time.monotonic() < until:
+    late = False
+    while waiting and not late:
+        late = time.monotonic() >= until  # what came until then is still taken
         for reply in grid.pull_messages(list(waiting)):
             name = waiting.pop(reply.metadata.reply_to_message_id, None)
             if name is None:
@@ -53,7 +55,8 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
                 _take(answers, name, reply.content)
             else:
                 log.warning("site %s: Flower says: %s", name, cut(reply.error.reason))
-        time.sleep(POLL_SECONDS)
+        if not late:
+            time.sleep(POLL_SECONDS)
     return answers
 
 

@@ -14,7 +14,7 @@ from trust.federation import Federation, check_signature
 POLL_SECONDS = 0.5
 FETCHING, WAITING, READY, REFUSED, ABSENT = "fetching", "waiting", "ready", "refused", "absent"
 TOLD = (FETCHING, WAITING, READY, REFUSED)  # what a site may say of itself
-PIECE = 1 << 20  # bytes of the package that count as progress; a site could count single bytes for ever
+PIECE, PIECES = 1 << 20, 64  # bytes of the package that count as progress; a site could count single bytes for ever
 SILENT = "did not answer"
 
 
@@ -35,11 +35,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class _Stand:
-    """Where one site stands: one of the five states, why, and the bytes of the package that are there."""
+    """Where one site stands: one of the five states, why, and the bytes and pieces of the package that are there."""
 
     state: str
     detail: str
     fetched: int = 0
+    pieces: int = 0
 
 
 class _Course:
@@ -55,10 +56,9 @@ class _Course:
         return any(moved)
 
     def _note(self, site: str, stand: _Stand) -> bool:
-        known, pieces = (site, stand.state) in self._states, stand.fetched // PIECE
-        further = pieces > self._pieces.get(site, 0)
+        known, further = (site, stand.state) in self._states, stand.pieces > self._pieces.get(site, 0)
         self._states.add((site, stand.state))
-        self._pieces[site] = max(pieces, self._pieces.get(site, 0))
+        self._pieces[site] = max(stand.pieces, self._pieces.get(site, 0))
         return further or not known
 
 
@@ -159,7 +159,8 @@ class Muster:
             return _Stand(REFUSED, cut(why))
         if reply.state not in TOLD:
             return _Stand(REFUSED, "answered with a state that is none; install the coordinator's release there")
-        return _Stand(reply.state, cut(reply.detail), min(reply.fetched, package_bytes))
+        fetched = min(reply.fetched, package_bytes)
+        return _Stand(reply.state, cut(reply.detail), fetched, fetched // max(PIECE, package_bytes // PIECES))
 
     def _learn(self, site: str, reply: codec.OfferReply) -> str:
         """Keeps what an answer proves, and returns why it proves nothing; empty when all is well."""

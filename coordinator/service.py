@@ -1,6 +1,7 @@
 """A job between organisations, from the federation file to the tuned adapter; killed at any moment, it goes on."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from trust.certificates import certificate_key
 
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
+FRESH_SECONDS = 60.0  # for which who is ready is taken as known
 UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: a masked entry; shares, signatures and whatever stands around
 LINK_TRIES = 5  # times in a row without a whole round
 ASKED = 2  # times that a connected site is asked for one stage
@@ -121,6 +123,8 @@ def _over_links(setting: Setting, job: Job, epoch: owners.Federation, delivery: 
         try:
             return _over_link(setting, job, epoch, delivery)
         except LOST as error:
+            if (done := _done(setting.store, job.manifest)) is not None:
+                return done  # only the farewell was lost
             why, now = why_lost(error), _rounds(setting.store)
             tried, before = (tried + 1 if now == before else 1), now
             setting.status.set("link lost", detail=why, awaited=[])
@@ -199,11 +203,12 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
 
 def _cohort(setting: Setting, muster: Muster, ready: tuple[str, ...], fewest: int) -> Callable[[], tuple[str, ...]]:
     """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
-    first = [ready]
+    first, began = [ready], time.monotonic()
 
     def cohort() -> tuple[str, ...]:
-        if first:
+        if first and time.monotonic() - began < FRESH_SECONDS:  # not after an attempt that was resumed before it
             return first.pop()
+        first.clear()
         setting.status.set("waiting for sites")
         return muster.gather(Terms(fewest, fewest, setting.rules.patience))
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from protos.flower_process import allow_open_files, die_with_parent
-from protos.guard import Guard, secret_of_environment
+from protos.guard import MOST_OBJECT_BYTES, Guard, Limits, secret_of_environment
 
 UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
 # What a SuperNode needs; everything else on this port starts runs, hands out tasks or describes itself.
 PUBLIC = ("/v1/fleet/", "/health")
+LIMITS = Limits(longer={"/v1/fleet/push-object": MOST_OBJECT_BYTES})
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
 
     def create_app(*arguments: Any, **named: Any) -> Any:
         app = original(*arguments, **named)
-        app.add_middleware(Guard, secret=secret, public=PUBLIC)
+        app.add_middleware(Guard, secret=secret, public=PUBLIC, limits=LIMITS)
         return app
 
     program.create_app = create_app

@@ -1,6 +1,7 @@
 """The files of a package and their hashes: what is copied in, and what is refused."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from emulator.manifest import CONFIG, MANIFEST, FileEntry
 from errors import ConfigError, DataError, DigestMismatch
+from trust.files import sync_folder
 
 # What transformers may read to build a tokenizer; nothing else is copied from the model's folder.
 TOKENIZER_FILES = (
@@ -53,6 +55,24 @@ def copy_tokenizer(source: Path | str | None, target: Path) -> None:
         raise DataError(f"tokenizer={str(source)!r} holds no tokenizer file; give the model's folder")
     for file in found:
         shutil.copyfile(file, target / file.name)
+
+
+def sync(folder: Path) -> None:
+    """Brings every file of a folder to the disk, and the names of the files and of the folder itself.
+
+    Raises:
+      DataError: the disk does not take them.
+    """
+    try:
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(folder)
+        sync_folder(folder.resolve().parent)
+    except OSError as error:
+        raise DataError(
+            f"package={str(folder)!r}: cannot be written ({error.strerror}); free disk space, then build again"
+        ) from error
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:

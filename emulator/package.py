@@ -18,6 +18,7 @@ from emulator.manifest import CONFIG, FORMAT, MANIFEST, WEIGHTS, Manifest
 from emulator.rebuild import config_text, empty_model, find_auto, tied_names
 from emulator.skip import Calibration, skipped
 from errors import DigestMismatch, MalformedMessage, UnsupportedModel, lookup
+from trust.files import write_whole
 
 MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -48,6 +49,7 @@ def build(
         model.
       ConfigError: the geometry, recipe, embedding or directory does not fit.
       UnknownName: the recipe names no compressor, or the geometry no tower.
+      DataError: the tokenizer's folder holds none, or the disk does not take the files.
     """
     target = files.prepare(Path(directory))
     text = config_text(model)
@@ -77,8 +79,10 @@ def build(
         files=files.entries(target),
         **_sizes(model, geometry, table, pieces),
     )
-    # Written last: a folder without a manifest is not a package.
-    (target / MANIFEST).write_bytes(manifest.to_bytes())
+    # Written last: a folder without a manifest is not a package. What it lists is on disk before, or a loss of power
+    # could leave torn weights under a whole manifest, and a job would be bound to them.
+    files.sync(target)
+    write_whole(target / MANIFEST, manifest.to_bytes())
     return manifest
 
 

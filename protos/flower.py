@@ -6,6 +6,9 @@ from functools import cache
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from errors import MalformedMessage
+from protos.messages import NAME
+
 SHORT_BYTES = 1 << 16
 NAME_STAGE = "name"  # asks a node which site it is; its bytes are the site's name
 
@@ -50,9 +53,15 @@ def pack(stage: str, body: bytes) -> RecordDict:
 
 
 def unpack(record: RecordDict) -> tuple[str, bytes]:
-    """Returns stage and bytes of a record."""
+    """Returns stage and bytes of a record.
+
+    Raises:
+      MalformedMessage: its stage has no name of one; what else is wrong raises what Flower raises.
+    """
     config = record.config_records["stage"]
     stage, short = str(config["name"]), config.get("body")
+    if len(stage) > NAME or not stage.isprintable():
+        raise MalformedMessage(f"stage of {len(stage)} characters: no stage has such a name")
     if isinstance(short, bytes):
         return stage, short
     return stage, record.array_records["body"]["flat"].numpy().tobytes()

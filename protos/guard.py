@@ -2,13 +2,17 @@
 
 Stock Flower 1.41 serves the interface that starts runs and hands out tasks on the port that data owners reach, and asks
 nobody who holds the CA certificate for more: such a peer can run code on every node. It also reads a request whole
-before it asks who sent it.
+before it asks who sent it, and writes into its log what a stranger calls the content.
 """
 
+import asyncio
 import hmac
 import os
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,52 @@ from errors import ConfigError
 
 HEADER = "x-offsite-secret"
 VARIABLE = "OFFSITE_GUARD"  # names the file that holds the secret; a secret itself would show in a process list
+# The longest request that carries no content lists the pieces of a message: 70 kB for 1 GiB. Flower writes each name
+# into its database under one lock, so that a list of 8 MiB would stop it for minutes.
+MOST_BODY_BYTES = 128 << 10
 # The largest body that an honest SuperNode sends is one piece of an array: 1 MiB by `protos.flower_process.QUIET`, and
-# 5 MiB by Flower's default. A longer message only has more pieces: their names, listed once, are 70 kB for 1 GiB.
-MOST_BODY_BYTES = 8 << 20
+# 5 MiB by Flower's default.
+MOST_OBJECT_BYTES = 8 << 20
+# Of all peers at once; a site uploads two pieces of 1 MiB at a time, and one that is told 503 comes back with its piece
+# (`_RETRYABLE_STATUS_CODES` in flwr/supercore/retry/http_retry.py).
+MOST_HELD_BYTES = 256 << 20
+READ_SECONDS = 60.0  # an upload that moved no piece for so long counts as dead: `coordinator.superlink`
+CONTENT = b"application/protobuf"  # of each request of Flower's client: `PROTOBUF_MEDIA_TYPE`
 _Message = MutableMapping[str, Any]
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What peers without the secret may send.
+
+    Attributes:
+      body: bytes of one body.
+      longer: bytes of one body on the paths that take more.
+      held: bytes of the bodies of all peers that are read or worked on at once.
+      seconds: within which a body is here whole.
+    """
+
+    body: int = MOST_BODY_BYTES
+    longer: Mapping[str, int] = field(default_factory=dict)
+    held: int = MOST_HELD_BYTES
+    seconds: float = READ_SECONDS
+
+    def of(self, path: str) -> int:
+        """Returns the bytes that a body on this path may have."""
+        return self.longer.get(path, self.body)
+
+
 class Guard:
-    """ASGI middleware: without the secret, 404 for what is not public, and 413 for a body that no honest peer sends.
+    """ASGI middleware: without the secret, 404 for what is not public, and an error for what no honest peer sends.
 
     Args:
       app: the guarded application.
       secret: of this machine; compared in constant time.
       public: paths that peers may reach; one that ends with a slash stands for all below it.
-      most: bytes of one body that a peer may send.
+      limits: of what peers send there.
     """
 
     def __init__(
@@ -40,9 +73,11 @@ class Guard:
         app: Callable[[_Scope, _Receive, _Send], Awaitable[None]],
         secret: str,
         public: tuple[str, ...],
-        most: int = MOST_BODY_BYTES,
+        limits: Limits | None = None,
     ):
-        self._app, self._secret, self._public, self._most = app, secret.encode(), public, most
+        self._app, self._secret, self._public = app, secret.encode(), public
+        self._limits = limits or Limits()
+        self._room = _Room(self._limits.held)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Passes a request on, or ends it."""
@@ -51,11 +86,29 @@ class Guard:
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif not self._is_public(scope["path"]):
-            await _end(send, 404)
-        elif _announced(scope) > self._most or (whole := await _read(receive, self._most)) is None:
-            await _end(send, 413)
+            await _end(send, HTTPStatus.NOT_FOUND)
+        elif scope["method"] == "POST" and _values(scope, "content-type") != [CONTENT]:
+            await _end(send, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        elif _announced(scope) > self._limits.of(scope["path"]):
+            await _end(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         else:
-            await self._app(scope, _after(whole, receive), send)
+            await self._pass_on(scope, receive, send)
+
+    async def _pass_on(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Reads a body and hands it to the application, which has the memory until it has answered."""
+        with self._room.share() as share:
+            first = await self._first(scope, receive, share)
+            if isinstance(first, HTTPStatus):
+                await _end(send, first)
+            else:
+                await self._app(scope, _after(first, receive), send)
+
+    async def _first(self, scope: _Scope, receive: _Receive, share: "_Share") -> _Message | HTTPStatus:
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                return await _read(receive, self._limits.of(scope["path"]), share)
+        except TimeoutError:
+            return HTTPStatus.REQUEST_TIMEOUT
 
     def _is_public(self, path: str) -> bool:
         return any(path.startswith(one) if one.endswith("/") else path == one for one in self._public)
@@ -63,6 +116,33 @@ class Guard:
     def _is_ours(self, scope: _Scope) -> bool:
         given = _values(scope, HEADER)
         return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
+
+
+class _Room:
+    """The memory that the bodies of all peers have together; what is only announced takes none of it."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    @contextmanager
+    def share(self) -> Iterator["_Share"]:
+        """Gives one request its share, and takes it back at the end."""
+        share = _Share(self)
+        try:
+            yield share
+        finally:
+            self.held -= share.held
+
+
+class _Share:
+    def __init__(self, room: _Room) -> None:
+        self._room, self.held = room, 0
+
+    def take(self, count: int) -> bool:
+        """Takes memory, and says whether there was room for it."""
+        self.held += count
+        self._room.held += count
+        return self._room.held <= self._room.most
 
 
 def _values(scope: _Scope, header: str) -> list[bytes]:
@@ -75,16 +155,19 @@ def _announced(scope: _Scope) -> int:
     return max((int(value[:20]) for value in _values(scope, "content-length") if value.isdigit()), default=0)
 
 
-async def _read(receive: _Receive, most: int) -> _Message | None:
-    """Returns the whole body as one message, or the peer's going away; None for a body beyond `most` bytes."""
+async def _read(receive: _Receive, most: int, share: _Share) -> _Message | HTTPStatus:
+    """Returns the whole body as one message, or the peer's going away; a status where it is too long or has no room."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return message
-        body += message.get("body", b"")
-        if len(body) > most:
-            return None
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > most:
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        if not share.take(len(piece)):
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        body += piece
         if not message.get("more_body", False):
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
@@ -99,10 +182,10 @@ def _after(first: _Message, receive: _Receive) -> _Receive:
     return next_message
 
 
-async def _end(send: _Send, status: int) -> None:
+async def _end(send: _Send, status: HTTPStatus) -> None:
     # closed, or the rest of a refused body would still be read
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -13,7 +13,7 @@ from trust import canonical
 from trust.federation import MOST_SITES
 from trust.identity import KEY_BYTES
 
-FORMAT, MAX_BYTES = 1, 1 << 24
+FORMAT, MAX_BYTES = 1, 1 << 20
 DIGEST_BYTES = 32
 _MANY = 1 << 31
 
@@ -165,7 +165,7 @@ def _check(manifest: JobManifest) -> None:
         ("rounds", 1, MOST_STEPS),
         ("spare_rounds", 0, MOST_STEPS),
         ("local_steps", 1, MOST_STEPS),
-        ("length", 1, MOST_TOKENS),
+        ("length", 2, MOST_TOKENS),
         ("physical_batch", 1, MOST_PHYSICAL_BATCH),
     ):
         canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=highest)

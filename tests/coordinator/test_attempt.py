@@ -1,5 +1,6 @@
 """An attempt at a round, killed in every stage: it goes on with the same masks, asks nothing twice, counts once."""
 
+import errno
 import json
 import os
 import shutil
@@ -240,6 +241,41 @@ def test_half_written_answers_of_a_kill_are_asked_for_again(tmp_path: Path) -> N
     exchange = Asked(echo)
     run_stages(attempts(tmp_path).open(1, nobody, exchange))
     assert exchange.stages == list(STAGES[1:])
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_said_where_an_attempt_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = attempts(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(DataError, match=r"^folder=.*No space left on device.*free disk space"):
+            run.open(1, everyone, Asked(echo))
+    assert run_stages(run.open(1, everyone, Asked(echo))).keys() == set(STAGES)
+
+
+def test_a_full_disk_is_said_where_an_attempt_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark is a file like the others: on disk before an update leaves, or the round ends."""
+    exchange = Asked(echo)
+    attempt = attempts(tmp_path).open(1, everyone, exchange)
+    run_stages(attempt, SPENDS)
+    mark, fsync = tmp_path / "attempt" / "spent", os.fsync
+
+    def fails(descriptor: int) -> None:
+        if ".spent." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            full()
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(DataError, match=r"spent.*No space left on device"):
+            attempt.send(SPENDS, question(SPENDS))
+    assert not mark.exists()
+    assert SPENDS not in exchange.stages
+    attempt.send(SPENDS, question(SPENDS))
+    assert mark.exists()
 
 
 def test_answers_that_cannot_be_kept_end_the_round(tmp_path: Path) -> None:

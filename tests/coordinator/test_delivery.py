@@ -1,6 +1,7 @@
 """The encrypted package: every site opens it, a restart hands out the same, and what a crash has torn is made anew."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from coordinator.delivery import Delivery, deliver
 from emulator.package import read_manifest
+from errors import DataError
 from protos.signed_job import package_context
 from tests.memory_federation import World, make_world
 from trust import streaming
@@ -123,6 +125,17 @@ def test_the_file_has_its_name_after_its_bytes_are_on_disk(place: Place, monkeyp
     name, inode = delivery.sha256.hex(), place.file(delivery).stat().st_ino
     assert any(one == inode and name not in names for one, names in synced)
     assert any(one == place.depot.stat().st_ino and name in names for one, names in synced)
+
+
+def test_a_depot_that_cannot_be_made_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(DataError, match=r"^depot=.*No space left on device.*free disk space"):
+            place.deliver()
+    place.check(place.deliver())
 
 
 def test_the_key_is_bound_to_the_job(place: Place) -> None:

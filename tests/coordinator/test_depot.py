@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,8 +17,9 @@ import grpc
 import psutil
 import pytest
 
+import client.fetch
 import coordinator.depot
-from coordinator.depot import CHUNK, MOST_REQUESTS, WORKERS, Depot, Tls
+from coordinator.depot import BUSY, CHUNK, MOST_OF_ONE, MOST_REQUESTS, WORKERS, Depot, Tls
 from errors import DataError, Untrusted
 from protos import depot_pb2 as wire
 from protos import depot_pb2_grpc as stubs
@@ -208,7 +209,8 @@ def test_abandoned_transfers_use_up_no_threads(world: World) -> None:
         streams = [stubs.DepotStub(channel).Get(request) for _ in range(WORKERS + 6)]
         assert b"".join(chunk.data for chunk in world.get(world.birch)) == CONTENT
         codes = [read_to_its_end(stream) for stream in streams]
-    assert codes.count(grpc.StatusCode.CANCELLED) >= len(streams) - 1  # of those that were begun at once, one is last
+    assert codes.count(grpc.StatusCode.OK) <= 1  # of those that were begun at once, one is last
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 def read_to_its_end(stream: Any) -> grpc.StatusCode:
@@ -281,6 +283,63 @@ def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch:
         assert [read_to_its_end(call) for call in revoked] == [grpc.StatusCode.PERMISSION_DENIED] * 5
     assert world.describe(world.birch).size == SIZE
     small.stop()
+
+
+def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
+    """More silent requests than the depot takes of all sites, and its neighbour is answered at once."""
+    with world.channel(world.ash) as channel:
+        calls = [silent(channel) for _ in range(MOST_REQUESTS + 20)]
+        began = time.monotonic()
+        while describes(world) != grpc.StatusCode.OK and time.monotonic() - began < 5:
+            time.sleep(0.05)
+        assert time.monotonic() - began < 5
+        with pytest.raises(grpc.RpcError) as caught:
+            world.describe(world.ash)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert client.fetch._passing(caught.value) == caught.value.details()  # it tries again
+        for call in calls:
+            call.cancel()  # type: ignore[attr-defined]
+    assert comes_in_again(world)
+
+
+def test_a_request_counts_until_it_ends_in_any_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered, refused, called off, given up as silent, cut off: none of them is held against the site."""
+    monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 1)
+    for _ in range(MOST_OF_ONE + 2):
+        assert retried(lambda: world.describe(world.ash)) == grpc.StatusCode.OK
+        assert retried(lambda: world.describe(world.ash, "f" * 64)) == grpc.StatusCode.NOT_FOUND
+        assert retried(lambda: world.get(world.ash, offset=SIZE + 1)) == grpc.StatusCode.OUT_OF_RANGE
+        assert retried(lambda: world.get(world.ash)) == grpc.StatusCode.OK
+    with world.channel(world.ash) as channel:
+        given_up = [silent(channel) for _ in range(MOST_OF_ONE)]
+        assert {read_to_its_end(call) for call in given_up} == {grpc.StatusCode.CANCELLED}
+    assert comes_in_again(world)
+    with world.channel(world.ash) as channel:
+        for _ in range(MOST_OF_ONE):
+            silent(channel)
+    assert comes_in_again(world)
+
+
+def test_the_words_for_a_full_hand_are_those_that_a_site_knows() -> None:
+    assert client.fetch._BUSY in BUSY
+
+
+def retried(call: Callable[[], object]) -> grpc.StatusCode:
+    """The end of a call that tries again as sites do; the server counts an ended one a moment longer than the peer."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            call()
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or time.monotonic() > until:
+                return error.code()  # type: ignore[no-any-return]
+            time.sleep(0.05)
+        else:
+            return grpc.StatusCode.OK
+
+
+def comes_in_again(world: World) -> bool:
+    return retried(lambda: world.describe(world.ash)) == grpc.StatusCode.OK
 
 
 def describes(world: World) -> grpc.StatusCode:

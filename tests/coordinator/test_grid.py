@@ -10,8 +10,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from coordinator.grid import LOST, GuardedGrid, check_size
 from errors import MalformedMessage
@@ -31,7 +33,8 @@ class SuperLink:
 
     def __init__(self) -> None:
         self.heads, self.trees, self.pieces = list[Any](), list[Any](), dict[str, bytes]()
-        self.status = 0
+        self.status, self.poisoned = 0, ""
+        self.late, self.pushed = set[str](), list[list[Any]]()
 
     def holds(self, content: RecordDict, question: str, says: str = "") -> dict[str, Any]:
         """Takes a site's answer to a question; within, it may say that it answers another."""
@@ -48,17 +51,29 @@ class SuperLink:
         return objects
 
     def PullMessages(self, request: Any) -> Any:
-        return SimpleNamespace(messages_list=self.heads, message_object_trees=self.trees)
+        wanted = list(request.message_ids)
+        if self.poisoned in wanted:
+            answered(500)
+        found = [place for place, head in enumerate(self.heads) if head.metadata.reply_to_message_id in wanted]
+        heads, trees = [self.heads[place] for place in found], [self.trees[place] for place in found]
+        for place in reversed(found):  # each is delivered once
+            del self.heads[place], self.trees[place]
+        return SimpleNamespace(messages_list=heads, message_object_trees=trees)
 
     def PullObject(self, request: Any) -> Any:
         if self.status:
-            http = httpx.Request("POST", "https://127.0.0.1/v1/runtime/pull-object")
-            httpx.Response(self.status, request=http).raise_for_status()
+            answered(self.status)
         found = self.pieces.get(request.object_id)
-        return SimpleNamespace(object_found=found is not None, object_available=True, object_content=found)
+        here = request.object_id not in self.late
+        return SimpleNamespace(object_found=found is not None, object_available=here, object_content=found)
 
     def ConfirmMessageReceived(self, request: Any) -> None:
         pass
+
+
+def answered(status: int) -> None:
+    http = httpx.Request("POST", "https://127.0.0.1/v1/runtime")
+    httpx.Response(status, request=http).raise_for_status()
 
 
 @pytest.fixture
@@ -74,11 +89,12 @@ def grid(link: SuperLink) -> GuardedGrid:
     return made
 
 
-def answers(grid: GuardedGrid) -> dict[str, bytes | str]:
+def answers(grid: GuardedGrid, *asked: str) -> dict[str, bytes | str]:
     """The answer to each question, or why it is none."""
+    asked = asked or ("q1", "bad", "good", "to elm", "to ash")
     return {
         one.metadata.reply_to_message_id: unpack(one.content)[1] if one.has_content() else one.error.reason
-        for one in grid.pull_messages([])
+        for one in grid.pull_messages(asked)
     }
 
 
@@ -166,6 +182,58 @@ def test_a_lost_link_is_told_from_a_bad_answer(link: SuperLink, grid: GuardedGri
     link.status = status
     if lost:
         with pytest.raises(LOST):
-            grid.pull_messages([])
+            grid.pull_messages(["q1"])
     else:
         assert f"({status})" in str(answers(grid)["q1"])
+
+
+def test_an_answer_on_its_way_keeps_nobody_waiting(link: SuperLink, grid: GuardedGrid) -> None:
+    """Nor is a piece of it fetched twice."""
+    body = np.random.default_rng(0).bytes(1 << 17)
+    link.late = set(list(link.holds(pack("masked", body), "bad"))[1:])
+    link.holds(pack("offer", b"honest"), "good")
+    pulled: list[str] = []
+    original = link.PullObject
+    link.PullObject = lambda request: (pulled.append(request.object_id), original(request))[1]  # type: ignore[method-assign]
+    assert answers(grid, "bad", "good") == {"good": b"honest"}
+    assert answers(grid, "bad") == {}
+    link.late.clear()
+    assert answers(grid, "bad") == {"bad": body}
+    assert all(pulled.count(piece) <= 3 for piece in pulled)
+    link.late = set(link.holds(pack("masked", body[::-1]), "bad"))
+    assert answers(grid, "bad") == {}
+    link.late.clear()
+    assert answers(grid, "good") == {}  # its question was given up
+    assert answers(grid, "bad") == {}
+
+
+def test_an_answer_on_which_the_superlink_fails_costs_its_site_alone(link: SuperLink, grid: GuardedGrid) -> None:
+    """A time to live that is no number makes every poll fail that names its question."""
+    link.holds(pack("offer", b"honest"), "good")
+    link.poisoned = "bad"
+    assert answers(grid, "bad", "good", "q1") == {"bad": "the SuperLink fails on its answer (500)", "good": b"honest"}
+
+
+def test_a_superlink_that_fails_on_everything_is_lost(link: SuperLink, grid: GuardedGrid) -> None:
+    link.PullMessages = lambda request: answered(500)  # type: ignore[method-assign]
+    with pytest.raises(LOST):
+        grid.pull_messages(["q1", "q2"])
+
+
+def test_a_site_that_takes_its_question_away_costs_nobody_theirs(
+    grid: GuardedGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can end the session in which its question is pushed; each question has one of its own."""
+    sessions: list[int] = []
+
+    def pushed(self: HttpGrid, run_id: int, messages: list[Message]) -> list[str]:
+        sessions.append(len(messages))
+        if messages[0].metadata.dst_node_id == 2:
+            raise ObjectPushError("piece", run_id, "session")
+        return [one.metadata.message_id for one in messages]
+
+    monkeypatch.setattr(HttpGrid, "_try_push_messages", pushed)
+    asked = [Message(content=pack("offer", b"x"), dst_node_id=node, message_type="train") for node in (1, 2, 3)]
+    names = grid.push_messages(asked)
+    assert [name is None for name in names] == [False, True, False]
+    assert sessions == [1, 1, 1]

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from coordinator.link import Link, LinkPlace
-from protos.guard import MOST_BODY_BYTES
+from protos.guard import CONTENT, MOST_BODY_BYTES, MOST_OBJECT_BYTES
 from tests.coordinator import test_link
 from tests.coordinator.test_link import keys
 
@@ -20,13 +20,17 @@ def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: LinkPlac
     log = place.folder / "superlink.log"
     with Link(place, keys(tmp_path, "ash")), httpx.Client(verify=context, base_url=f"https://{place.local}") as peer:
         before = log.read_text()
+        named = {"content-type": CONTENT.decode()}
         for path in ("/v1/fleet/push-object", "/v1/fleet/anything", "/docs/anything"):
             assert peer.post(path, content=b"x").status_code in range(400, 500)
-        try:
-            status = peer.post("/v1/fleet/push-object", content=bytes(MOST_BODY_BYTES + 1)).status_code
-        except httpx.TransportError:  # answered and closed while it still sends
-            status = httpx.codes.REQUEST_ENTITY_TOO_LARGE
-        assert status == httpx.codes.REQUEST_ENTITY_TOO_LARGE
+            assert peer.post(path, content=b"x", headers=named).status_code in range(400, 500)
+            assert peer.post(path, headers={"content-type": "anything"}).status_code in range(400, 500)
+        for path, most in (("push-object", MOST_OBJECT_BYTES), ("push-messages", MOST_BODY_BYTES)):
+            try:
+                status = peer.post(f"/v1/fleet/{path}", content=bytes(most + 1), headers=named).status_code
+            except httpx.TransportError:  # answered and closed while it still sends
+                status = httpx.codes.REQUEST_ENTITY_TOO_LARGE
+            assert status == httpx.codes.REQUEST_ENTITY_TOO_LARGE
         assert peer.get("/health").status_code == httpx.codes.OK
         after = log.read_text()[len(before) :]
         assert "anything" not in after

@@ -248,7 +248,8 @@ def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
-    lost = [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    lost = [0] * 4 + [1] * 4
+    assert job[0].manifest.rounds == 2
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], lost))
     assert service._over_links(opened, job[0], epoch, DELIVERY).round == job[0].manifest.rounds
 
@@ -257,7 +258,7 @@ def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
-    monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [1] + [2] * 6))
+    monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [0] * 2 + [1] * 6))
     with pytest.raises(DataError) as caught:
         service._over_links(opened, job[0], epoch, DELIVERY)
     assert str(caught.value) == (
@@ -265,6 +266,15 @@ def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
         f"for a minute); see {opened.home.link / 'superlink.log'}, then run again"
     )
     assert read_status(run / "status.json")["state"] == "link lost"
+
+
+def test_a_link_that_is_lost_in_the_farewell_is_not_missed(
+    folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rounds are whole: nobody is waited for again."""
+    opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
+    monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [2, 0]))
+    assert service._over_links(opened, job[0], epoch, DELIVERY).round == job[0].manifest.rounds
 
 
 # an end without a sum

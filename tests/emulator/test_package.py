@@ -1,5 +1,8 @@
 """build -> files -> load: bit for bit where it must be, refused where a byte is not the announced one."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -151,6 +154,35 @@ def test_tokenizer_files_are_part_of_the_package(llama, tmp_path):
         load(tmp_path / "p")
     with pytest.raises(DataError, match="holds no tokenizer file"):
         llama.build(tmp_path / "q", tokenizer=tmp_path)
+
+
+def test_a_manifest_has_its_name_after_what_it_lists_is_on_disk(llama, tmp_path, monkeypatch):
+    source, target, fsync, synced = tmp_path / "model", tmp_path / "new" / "p", os.fsync, []
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def watched(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, (target / MANIFEST).exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    manifest = llama.build(target, tokenizer=source)
+    for path in (*(target / name for name in manifest.files), target, target.parent):
+        assert (path.stat().st_ino, False) in synced, path
+    assert ((target / MANIFEST).stat().st_ino, False) in synced
+    assert synced[-1] == (target.stat().st_ino, True)
+    load(target, expected_digest=manifest.digest())
+
+
+def test_a_disk_that_does_not_take_a_package_leaves_none(llama, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"^package=.*No space left on device.*free disk space"):
+        llama.build(tmp_path / "p")
+    with pytest.raises(DataError, match=f"has no {MANIFEST}"):
+        load(tmp_path / "p")
 
 
 def test_auto_classes_are_named_once():

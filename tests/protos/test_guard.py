@@ -15,25 +15,48 @@ from typing import Any
 import pytest
 import uvicorn
 from flwr.app.message import array
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from coordinator.superlink import PUBLIC
+from coordinator.superlink import LIMITS, PUBLIC
 from errors import ConfigError
 from protos import codec
 from protos.flower import pack
-from protos.guard import HEADER, MOST_BODY_BYTES, VARIABLE, Guard, new_secret, secret_of_environment
+from protos.guard import (
+    CONTENT,
+    HEADER,
+    MOST_BODY_BYTES,
+    MOST_OBJECT_BYTES,
+    VARIABLE,
+    Guard,
+    Limits,
+    new_secret,
+    secret_of_environment,
+)
 
 SECRET = "5ec4e7" * 10
 PRIVATE = ("/v1/control/start", "/flwr.proto.Runtime/AcquireTask", "/v1/serverappio/x", "/openapi.json", "/docs", "/")
 HEALTH = (b"x-offsite-secret", SECRET.encode())
+PROTOBUF = (b"content-type", PROTOBUF_MEDIA_TYPE.encode())
 
 
-def ask(path: str, *headers: tuple[bytes, bytes], public: tuple[str, ...] = PUBLIC, kind: str = "http") -> Any:
+def ask(
+    path: str,
+    *headers: tuple[bytes, bytes],
+    public: tuple[str, ...] = PUBLIC,
+    kind: str = "http",
+    method: str = "GET",
+) -> Any:
     """What an application behind the guard was asked, and what was sent back, for one request."""
     reached: list[str] = []
     sent: list[Any] = []
@@ -47,7 +70,7 @@ def ask(path: str, *headers: tuple[bytes, bytes], public: tuple[str, ...] = PUBL
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": kind, "path": path, "raw_path": path.encode(), "headers": list(headers)}
+    scope = {"type": kind, "method": method, "path": path, "raw_path": path.encode(), "headers": list(headers)}
     asyncio.run(Guard(app, SECRET, public)(scope, receive, send))
     return reached, sent
 
@@ -74,6 +97,37 @@ def test_everything_else_is_not_there(path: str) -> None:
     assert sent[1]["body"] == b""
     assert ask(path, HEALTH)[0] == [path]
     assert ask("/health", public=())[0] == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        ("",),
+        ("text/plain",),
+        ("Application/Protobuf",),
+        ("application/protobuf; charset=x",),
+        ("application/x-protobuf",),
+        ("application/protobuf", "application/protobuf"),
+        ("words of a stranger", "application/protobuf"),
+    ],
+)
+def test_a_content_that_flowers_client_does_not_name_is_refused_unread(given: tuple[str, ...]) -> None:
+    """Flower would write what it is called into its log."""
+    headers = [(b"content-type", one.encode()) for one in given]
+    for path in ("/v1/fleet/push-object", "/health"):
+        reached, sent = ask(path, *headers, method="POST")
+        assert reached == []
+        assert sent[0]["status"] == 415
+        assert (b"connection", b"close") in sent[0]["headers"]
+    assert ask("/docs", *headers, method="POST")[1][0]["status"] == 404
+    assert ask("/docs", *headers, HEALTH, method="POST")[0] == ["/docs"]
+    assert ask("/health", *headers)[0] == ["/health"]
+
+
+def test_what_flowers_client_sends_is_let_in() -> None:
+    assert PROTOBUF_MEDIA_TYPE.encode() == CONTENT
+    assert ask("/v1/fleet/push-object", PROTOBUF, method="POST") == (["/v1/fleet/push-object"], [])
 
 
 WRONG = {
@@ -152,9 +206,10 @@ def body_of(*pieces: bytes, announced: bytes | None = None, path: str = "/v1/fle
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"content-length", announced)] * (announced is not None) + [HEALTH] * secret
-    scope = {"type": "http", "path": path, "headers": headers}
-    asyncio.run(Guard(app, SECRET, PUBLIC, most=10)(scope, receive, send))
+    headers = [PROTOBUF, *[(b"content-length", announced)] * (announced is not None), *[HEALTH] * secret]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    limits = Limits(body=10, longer={"/v1/fleet/long": 20})
+    asyncio.run(Guard(app, SECRET, PUBLIC, limits)(scope, receive, send))
     return got, [message.get("status") for message in sent[:1]], len(asked)
 
 
@@ -174,6 +229,82 @@ def test_a_body_that_grows_beyond_the_limit_is_refused_there(announced: bytes | 
     assert body_of(b"01234", b"56789", b"!", b"never asked for", announced=announced) == ([], [413], 3)
 
 
+@pytest.mark.parametrize("path", ["/v1/fleet/push-messages", "/v1/fleet/long/", "/v1/fleet//long", "/v1/fleet/Long"])
+def test_only_the_paths_that_are_named_take_a_longer_body(path: str) -> None:
+    assert body_of(b"x" * 20, path="/v1/fleet/long") == ([b"x" * 20], [], 1)
+    assert body_of(b"x" * 20, b"!", path="/v1/fleet/long") == ([], [413], 2)
+    assert body_of(b"x" * 11, path=path) == ([], [413], 1)
+    assert body_of(b"x", path=path, announced=b"11") == ([], [413], 0)
+
+
+class Crowd:
+    """Peers at one guard, each of whom sends its pieces when told to."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.served: list[bytes] = []
+        self.answer = asyncio.Event()
+        self._guard = Guard(self._app, SECRET, PUBLIC, limits)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.served.append((await receive())["body"])
+        await self.answer.wait()
+
+    def begin(self, *pieces: bytes, whole: bool = True) -> "asyncio.Task[list[int]]":
+        """A request whose statuses are returned; one that is not whole says nothing more."""
+        left, sent = list(pieces), []
+
+        async def receive() -> Any:
+            if not left:
+                await asyncio.Event().wait()
+            piece = left.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(left) or not whole}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def run() -> list[int]:
+            scope = {"type": "http", "method": "POST", "path": "/v1/fleet/x", "headers": [PROTOBUF]}
+            await self._guard(scope, receive, send)
+            return [message["status"] for message in sent if "status" in message]
+
+        return asyncio.create_task(run())
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    async def run() -> None:
+        crowd = Crowd(Limits(seconds=0.05))
+        assert await asyncio.wait_for(crowd.begin(b"0", b"1", whole=False), 10) == [408]
+        assert await asyncio.wait_for(crowd.begin(whole=False), 10) == [408]
+        assert crowd.served == []
+        slow = crowd.begin(b"whole")  # what is here may be worked on for as long as it takes
+        await asyncio.sleep(0.2)
+        assert not slow.done()
+        crowd.answer.set()
+        assert await slow == []
+        assert crowd.served == [b"whole"]
+
+    asyncio.run(run())
+
+
+def test_all_peers_together_take_only_so_much_memory() -> None:
+    async def run() -> None:
+        crowd = Crowd(Limits(body=10, held=20))
+        held = [crowd.begin(b"0123456789"), crowd.begin(b"01234", b"5678", whole=False)]
+        await asyncio.sleep(0.01)
+        assert await asyncio.wait_for(crowd.begin(b"0", b"12"), 10) == [503]
+        assert await asyncio.wait_for(crowd.begin(b"0", b"12", whole=False), 10) == [503]
+        held.append(crowd.begin(b"!"))
+        await asyncio.sleep(0.01)
+        assert crowd.served == [b"0123456789", b"!"]
+        held[1].cancel()  # as where a connection is lost
+        crowd.answer.set()
+        assert [await held[0], await held[2]] == [[], []]
+        assert await crowd.begin(b"0123456789") == []
+        assert await asyncio.gather(crowd.begin(b"a" * 10), crowd.begin(b"b" * 10)) == [[], []]
+
+    asyncio.run(run())
+
+
 def test_a_peer_that_goes_away_left_no_body() -> None:
     assert body_of(b"0123", b"cut") == (["http.disconnect"], [], 2)
 
@@ -184,14 +315,40 @@ def test_this_machine_may_send_more() -> None:
 
 @pytest.mark.parametrize("piece", [1 << 20, 5 << 20])
 def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every object of a long message, and the list of the pieces of the longest that our codec reads."""
+    """Every object of a long message."""
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", piece)
     record = pack("masked", os.urandom(12 << 20))
     objects = [one.deflate() for one in get_all_nested_objects(record).values()]
     assert max(map(len, objects)) > piece
-    assert max(map(len, objects)) + 1000 < MOST_BODY_BYTES
-    names = get_object_tree(record).ByteSize() * (codec.MAX_BYTES // (12 << 20) + 1)
-    assert names < MOST_BODY_BYTES // 10
+    assert max(map(len, objects)) + 1000 < LIMITS.of("/v1/fleet/push-object") == MOST_OBJECT_BYTES
+
+
+def test_every_other_request_of_an_honest_site_is_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest lists the pieces of the longest message that our codec reads."""
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)
+    tree = get_object_tree(pack("masked", os.urandom(12 << 20)))
+    pieces = next(one for one in nodes(tree) if len(one.children) >= 12)
+    more = codec.MAX_BYTES // (1 << 20) + 1 - len(pieces.children)
+    pieces.children.extend(ObjectTree(object_id=os.urandom(32).hex()) for _ in range(more))
+    node = Node(node_id=2**64 - 1)
+    message = Message(metadata=Metadata(run_id=2**64 - 1, message_id="f" * 64, reply_to_message_id="f" * 64))
+    longest = PushMessagesRequest(
+        node=node, messages_list=[message], message_object_trees=[tree], clientapp_runtime_list=[1.5]
+    ).ByteSize()
+    assert 60_000 < longest < LIMITS.of("/v1/fleet/push-messages") * 2 // 3
+    assert LIMITS.of("/v1/fleet/push-messages") == MOST_BODY_BYTES == 128 << 10
+    short = (
+        PullMessagesRequest(node=node),
+        ActivateNodeRequest(public_key=bytes(120), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
+        SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
+    )
+    assert max(one.ByteSize() for one in short) < 1000
+
+
+def nodes(tree: ObjectTree) -> Iterator[ObjectTree]:
+    yield tree
+    for child in tree.children:
+        yield from nodes(child)
 
 
 class Program:
@@ -207,13 +364,14 @@ class Program:
                 routes=[
                     Route("/ping", self._public, methods=["GET", "POST"]),
                     Route("/size", self._size, methods=["POST"]),
+                    Route("/push-object", self._size, methods=["POST"]),
                 ],
             ),
             Route("/v1/control/start", self._private, methods=["GET", "POST"]),
             WebSocketRoute("/v1/control/stream", self._socket),
         ]
         app = Starlette(routes=routes)
-        app.add_middleware(Guard, secret=SECRET, public=PUBLIC)
+        app.add_middleware(Guard, secret=SECRET, public=PUBLIC, limits=LIMITS)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", ws="none")
         self._server = uvicorn.Server(config)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -234,9 +392,10 @@ class Program:
                 answer += piece
         return int(answer.split()[1])
 
-    def sends(self, body: Iterator[bytes], *lines: str) -> tuple[int, int]:
+    def sends(self, body: Iterator[bytes], *lines: str, path: str = "push-object") -> tuple[int, int]:
         """The status of a body sent in pieces until it is answered or cut off, and the bytes that were sent."""
-        head = ["POST /v1/fleet/size HTTP/1.1", "Host: x", *lines, "", ""]
+        content = f"Content-Type: {PROTOBUF_MEDIA_TYPE}"
+        head = [f"POST /v1/fleet/{path} HTTP/1.1", "Host: x", content, *lines, "", ""]
         moved, answer = 0, b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
             wire.sendall("\r\n".join(head).encode())
@@ -331,14 +490,18 @@ def test_over_http_a_body_without_end_is_cut_off(program: Program) -> None:
     chunked = (b"%x\r\n" % len(piece) + piece + b"\r\n" for _ in range(4096))
     status, moved = program.sends(chunked, "Transfer-Encoding: chunked")
     assert status in (0, 413)
-    assert moved < MOST_BODY_BYTES + (16 << 20)  # what lies in the buffers of both sockets
+    assert moved < MOST_OBJECT_BYTES + (16 << 20)  # what lies in the buffers of both sockets
     status, moved = program.sends((piece for _ in range(4096)), f"Content-Length: {4096 * len(piece)}")
     assert status in (0, 413)
     assert moved < 16 << 20
     assert program.largest == 0
-    whole = iter([bytes(MOST_BODY_BYTES)])
-    assert program.sends(whole, f"Content-Length: {MOST_BODY_BYTES}", "Connection: close")[0] == 200
-    assert program.largest == MOST_BODY_BYTES
+    for path, most in (("size", MOST_BODY_BYTES), ("push-object", MOST_OBJECT_BYTES)):
+        whole = iter([bytes(most)])
+        lines = (f"Content-Length: {most}", "Connection: close")
+        assert program.sends(whole, *lines, path=path)[0] == 200
+        assert program.largest == most
+    lines = (f"Content-Length: {MOST_BODY_BYTES + 1}", "Connection: close")
+    assert program.sends(iter([]), *lines, path="size")[0] == 413
 
 
 def test_headers_that_a_peer_can_send_do_not_open_it(program: Program) -> None:
