@@ -79,6 +79,8 @@ def test_every_check_of_doctor() -> None:
         ("depot: pause", constants("client/fetch.py")["BACKOFF_SECONDS"]),
         ("site's heartbeat", [n * constants("client/supernode.py")["HEARTBEAT_SECONDS"] for n in (1, 2)]),
         ("site: SuperNode ended", constants("client/node.py")["BACKOFF_SECONDS"]),
+        ("site: disk, data", constants("client/preparation.py")["PAUSES"]),
+        ("site: a text", [constants("task/tokenizer.py")["TEXT_SECONDS"]]),
         ("site: longest pause", [constants("client/supernode.py")["RETRY_SECONDS"]]),
         ("depot: a request", [constants("coordinator/depot.py")[n] for n in ("REQUEST_SECONDS", "HANDSHAKE_SECONDS")]),
         ("coordinator: SuperLink", [constants("coordinator/link.py")["START_SECONDS"]]),
