@@ -38,21 +38,12 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from errors import MalformedMessage
 from protos.flower import bundle, pack, unpack
-from protos.guard import HEADER
+from protos.guard import Secret
 
 log = logging.getLogger("offsite.client")
 Handler = Callable[[str, bytes], bytes]
 PULL_SECONDS = 3.0
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-
-
-class _Secret:
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
-
-    def intercept(self, context: Any, call_next: Any) -> Any:
-        context.request.headers[HEADER] = self._secret
-        return call_next(context)
 
 
 class Executor:
@@ -171,7 +162,7 @@ class Executor:
         return RuntimeHttpClient(
             f"http://{self._address}",
             interceptors=[
-                _Secret(self._guard),
+                Secret(self._guard),
                 RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
                 *interceptors,
             ],

@@ -12,7 +12,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.run import RunNotRunningException
 
 from client.executor import Executor, Handler
-from client.preparation import fault
+from client.faults import fault
 from protos.flower_process import FlowerProcess
 from protos.guard import VARIABLE, new_secret
 

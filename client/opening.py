@@ -15,6 +15,7 @@ import numpy as np
 from client.audit import Audit
 from client.books import Books, LedgerBooks
 from client.data import read
+from client.faults import fault
 from client.fetch import DepotAddress, fetch
 from client.installation import Installation
 from client.jobs import Jobs
@@ -22,7 +23,7 @@ from client.mailbox import Mailbox
 from client.node import NodePlace
 from client.plan import plan_for
 from client.policy import GIGABYTE, Policy, permit
-from client.preparation import Means, fault
+from client.preparation import Means
 from client.service import Service, Standing
 from client.site import Site
 from client.workbench import Workbench, encoded, open_workbench

@@ -7,11 +7,11 @@ import logging
 import math
 import shutil
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.faults import fault, told
 from client.policy import UNPACKING
 from client.site import Site
 from client.workbench import Workbench
@@ -26,7 +26,6 @@ from trust.sealing import SealingKey
 
 log = logging.getLogger("offsite.client")
 FETCHING, VETTED, OPENING, READY, REFUSED = "fetching", "vetted", "opening", "ready", "refused"
-NO_MEMORY = "not enough memory for this job; raise max_memory_gb in policy.toml, or ask for a smaller physical_batch"
 APPROVAL_SECONDS = 0.5  # between two looks at whether the owner has approved
 PAUSES = (1.0, 300.0)  # seconds before what may pass is tried again, doubling
 TRIES = 2  # a package that was damaged on the way or on the disk is fetched once more
@@ -191,27 +190,6 @@ class Preparation:
 
 class _GivenUp(Exception):
     """Another job came, or this one ended."""
-
-
-def fault(error: BaseException) -> str:
-    """Returns what the site's own log is told of a fault that is not an `OffsiteError`: never its message.
-
-    That could quote a record.
-    """
-    if _is_memory(error):
-        return NO_MEMORY
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
-    return f"a fault in the site's program at {place}; see its log"
-
-
-def told(error: BaseException) -> str:
-    """Returns what the coordinator is told of such a fault: not where, since a record may decide where."""
-    return NO_MEMORY if _is_memory(error) else "a fault in the site's program; its owner sees where in the site's log"
-
-
-def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def _make_way(packages: Path, most_bytes: float, *, keep: str) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from client.audit import Audit
 from client.books import ledger_name
+from client.faults import fault, told
 from client.jobs import Jobs
 from client.policy import Policy, permit_now
-from client.preparation import FETCHING, OPENING, READY, REFUSED, VETTED, Means, Preparation, fault, told
+from client.preparation import FETCHING, OPENING, READY, REFUSED, VETTED, Means, Preparation
 from client.site import answer
 from client.workshop import Workshop
 from errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted, lookup

@@ -35,7 +35,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from errors import MalformedMessage
 from protos.codec import MAX_BYTES
-from protos.guard import HEADER
+from protos.guard import Secret
 
 log = logging.getLogger("offsite.coordinator")
 LOST_SECONDS = 20.0
@@ -43,18 +43,6 @@ LOST = (httpx.TransportError, httpx.HTTPStatusError)  # what a link raises that 
 PIECE, SPARE_PIECES = 1 << 20, 16  # Flower moves an answer in pieces of 1 to 5 MiB, and a few small ones around them
 _PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _ENDED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
-
-
-class Secret:
-    """Adds this machine's secret to a request, so that our guard lets it through."""
-
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
-
-    def intercept(self, context: Any, call_next: Any) -> Any:
-        """Passes a request on, with the secret."""
-        context.request.headers[HEADER] = self._secret
-        return call_next(context)
 
 
 class GuardedGrid(HttpGrid):

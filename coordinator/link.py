@@ -41,12 +41,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from coordinator.grid import GuardedGrid, Secret, retries
+from coordinator.grid import GuardedGrid, retries
 from errors import ConfigError, DataError
 from protos.codec import MAX_BYTES
 from protos.flower import bundle
 from protos.flower_process import FlowerProcess
-from protos.guard import HEADER, VARIABLE, new_secret
+from protos.guard import HEADER, VARIABLE, Secret, new_secret
 
 START_SECONDS = 60.0
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"

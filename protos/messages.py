@@ -5,22 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 
 NAME, LINE = 128, 1 << 10  # most characters of a name, and of what a person reads
-
-
 # Of a job: a site computes for as long as an approved one says, and these are far beyond any that ends.
 MOST_TOKENS, MOST_PHYSICAL_BATCH, MOST_STEPS = 1 << 20, 1 << 16, 10**6
 
 
-def one_line(text: str, most: int = LINE) -> str:
-    """Returns a text as it may travel and be shown: printable ASCII, `?` for the rest, cut at `most` characters."""
-    shown = "".join(one if " " <= one <= "~" else " " if one.isspace() else "?" for one in text[: most + 1])
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
-
-
 def printable(text: str, most: int = LINE) -> str:
-    """Returns what somebody else wrote as one line, in any script, that neither fills nor steers a screen."""
+    """Returns what somebody wrote as one line of at most `most` characters, which neither fills nor steers a screen."""
     line = "".join(one if one.isprintable() else " " for one in text[:most])
     return line if len(text) <= most else f"{line[:-3]}..."
+
+
+def one_line(text: str, most: int = LINE) -> str:
+    """Returns a text as it may travel: as `printable`, in ASCII, with `?` for every other character."""
+    return printable(text, most).encode("ascii", "replace").decode()
 
 
 @dataclass(frozen=True)

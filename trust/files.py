@@ -56,19 +56,12 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
       DataError: the disk is full or the folder cannot be written.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        _create(path, content, mode)
+        sync_folder(path.parent)
     except FileExistsError as error:
         raise ConfigError(f"path={str(path)!r} exists; keys are never overwritten; choose another folder") from error
     except OSError as error:
-        raise DataError(
-            f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another"
-        ) from error
-    try:
-        _fill(descriptor, path, content)
-    except DataError:
-        path.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        raise _unwritable(path, error) from error
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
@@ -80,10 +73,10 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)
-        write_new(partial, content, mode=mode)
-        put_in_place(partial, path)
+        _create(partial, content, mode)
+        _name(partial, path)
     except OSError as error:
-        raise DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room on the disk") from error
+        raise _unwritable(path, error) from error
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -98,12 +91,9 @@ def put_in_place(partial: Path, path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        partial.replace(path)
-        sync_folder(path.parent)
+        _name(partial, path)
     except OSError as error:
-        raise DataError(
-            f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another"
-        ) from error
+        raise _unwritable(path, error) from error
 
 
 def why(error: DataError) -> str:
@@ -151,11 +141,23 @@ def read(path: Path) -> bytes:
         raise DataError(f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised") from error
 
 
-def _fill(descriptor: int, path: Path, content: bytes) -> None:
+def _create(path: Path, content: bytes, mode: int) -> None:
+    """Writes a new file to the disk, or leaves none."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-    except OSError as error:
-        raise DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room on the disk") from error
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _name(partial: Path, path: Path) -> None:
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another")

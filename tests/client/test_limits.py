@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from client.faults import fault
 from client.opening import limit_resources
 from client.policy import UNPACKING, Policy
-from client.preparation import _make_way, fault
+from client.preparation import _make_way
 from errors import DataError
 from protos import codec
 from tests.faults.conftest import wait_for
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITED = """
 import sys, torch
 from dataclasses import replace
+from client.faults import fault
 from client.opening import limit_resources
 from client.policy import Policy
 from trust.settings import read_settings
@@ -30,7 +32,7 @@ small = torch.ones(2**20)
 try:
     large = torch.ones(2**29)
 except (MemoryError, RuntimeError) as error:
-    from client.preparation import fault
+    from client.faults import fault
     print(fault(error))
 """
 

@@ -88,7 +88,7 @@ def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog
         f"job waiting: the data owner has not approved job {digest[:12]} yet",
         "job ready",
         "round 1: trained",
-        "the coordinator gave the round up: '?[2J'",
+        "the coordinator gave the round up: ' [2J'",
     ]
 
 

@@ -98,6 +98,19 @@ def world(tmp_path: Path) -> Iterator[World]:
     depot.stop()
 
 
+@contextlib.contextmanager
+def served_anew(world: World) -> Iterator[None]:
+    """Another depot over the same folder, under the limits that hold now."""
+    depot = Depot(
+        world.folder, address="127.0.0.1:0", tls=Tls(world.ca.certificate, *world.server), allowed=world.allowed
+    )
+    world.port = depot.start()
+    try:
+        yield
+    finally:
+        depot.stop()
+
+
 def refused(call: object, *arguments: object, **named: object) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as caught:
         call(*arguments, **named)  # type: ignore[operator]
@@ -252,10 +265,7 @@ def silent(channel: grpc.Channel) -> object:
 def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator.depot, "WORKERS", 1)
     monkeypatch.setattr(coordinator.depot, "MOST_REQUESTS", 3)
-    tls = Tls(world.ca.certificate, *world.server)
-    small = Depot(world.folder, address="127.0.0.1:0", tls=tls, allowed=world.allowed)
-    world.port = small.start()
-    with world.channel(world.ash) as channel:
+    with served_anew(world), world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(3)]
         until = time.monotonic() + 10
         while (code := describes(world)) != grpc.StatusCode.RESOURCE_EXHAUSTED and time.monotonic() < until:
@@ -263,26 +273,21 @@ def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monke
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
         for call in calls:
             call.cancel()  # type: ignore[attr-defined]
-    assert world.describe(world.birch).size == SIZE
-    small.stop()
+        assert world.describe(world.birch).size == SIZE
 
 
 def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was revoked is told so at once, a member is given up after some seconds."""
     monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(coordinator.depot, "WORKERS", 2)
-    tls = Tls(world.ca.certificate, *world.server)
-    small = Depot(world.folder, address="127.0.0.1:0", tls=tls, allowed=world.allowed)
-    world.port = small.start()
-    with world.channel(world.ash) as channel:
+    with served_anew(world), world.channel(world.ash) as channel:
         members = [silent(channel) for _ in range(2)]
         assert [read_to_its_end(call) for call in members] == [grpc.StatusCode.CANCELLED] * 2
         monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 60)
         world.members.discard(certificate_key(world.ash[0]))
         revoked = [silent(channel) for _ in range(5)]
         assert [read_to_its_end(call) for call in revoked] == [grpc.StatusCode.PERMISSION_DENIED] * 5
-    assert world.describe(world.birch).size == SIZE
-    small.stop()
+        assert world.describe(world.birch).size == SIZE
 
 
 def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:

@@ -17,9 +17,10 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StopRunReq
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from coordinator.grid import LOST, LOST_SECONDS, Secret, retries, why_lost
+from coordinator.grid import LOST, LOST_SECONDS, retries, why_lost
 from coordinator.link import Link, LinkPlace
 from errors import ConfigError, DataError
+from protos.guard import Secret
 from tests.faults.conftest import free_ports, wait_for
 from trust.certificates import create_authority, issue_server, new_key
 from trust.keys import SiteKeys

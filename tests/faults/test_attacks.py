@@ -272,9 +272,10 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
 
-    from coordinator.grid import GuardedGrid, Secret
+    from coordinator.grid import GuardedGrid
     from coordinator.link import _ACQUIRE
     from protos.flower import pack
+    from protos.guard import Secret
 
     marker, target, folder = tmp_path / "code-ran", target_of(ours), ours.home.link
     guard, master = (folder / "guard").read_text(), (folder / "superexec").read_bytes()
