@@ -28,6 +28,7 @@ class EmulatorConfig:
     Attributes:
       first: blocks kept verbatim at the input side; they are slots.
       last: blocks kept verbatim at the output side; they are slots.
+      shape: "sandwich", adapters in the verbatim blocks, or "parallel", adapters in all of them.
       compress: compressors of the middle, in order, each `name:argument`.
       embedding: storage of the embedding tables: verbatim, int8 or int4.
       gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
@@ -35,6 +36,7 @@ class EmulatorConfig:
 
     first: int = 2
     last: int = 2
+    shape: str = "sandwich"
     compress: tuple[str, ...] = ("int4:64",)
     embedding: str = "int8"
     gate: float = 0.6

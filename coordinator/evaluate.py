@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from errors import DataError
@@ -42,7 +43,11 @@ def spread(examples: Examples, count: int, *, offset: int = 0, stride: int = 1) 
 
     Two calls with the same stride and different offsets never share an example.
     """
-    eligible = np.arange(offset, len(examples), stride)
+    return examples.select(spread_rows(np.arange(offset, len(examples), stride), count))
+
+
+def spread_rows(eligible: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Returns at most `count` of some rows, evenly spaced."""
     if len(eligible) > count:
         eligible = eligible[np.linspace(0, len(eligible) - 1, count).astype(int)]
-    return examples.select(eligible)
+    return eligible

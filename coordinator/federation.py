@@ -16,7 +16,7 @@ from coordinator.exchange import Exchange
 from coordinator.job import Job
 from coordinator.rounds import OnLedger, RoundResult, run_round, tell_abort
 from coordinator.store import Progress, Store
-from emulator.plug import accept, plug
+from emulator.plug import plug, take
 from errors import TooFewSurvivors, lookup
 
 
@@ -107,17 +107,25 @@ class Federation:
         result = run_round(self.job.manifest, attempt.plan, progress.server.adapter, attempt, self.on_ledger)
         rule = self.config.aggregation
         rates = Rates(rule.learning_rate, rule.momentum)
-        candidate = lookup(AGGREGATORS, rule.rule, "rule")(progress.server, result.update, rates)
-        loss = self.public_loss(candidate.adapter)
-        verdict = accept(progress.public_loss, loss, self.config.evaluation.tolerance)
+        aggregate = lookup(AGGREGATORS, rule.rule, "rule")
+
+        def candidate(scale: float) -> ServerState:
+            return aggregate(progress.server, result.update * scale, rates)
+
+        scale, loss, verdict = take(
+            progress.public_loss,
+            lambda scale: self.public_loss(candidate(scale).adapter),
+            self.config.evaluation.tolerance,
+        )
         line = _line(number, result, time.monotonic() - began) | {
             "accepted": verdict.accepted,
             "reason": verdict.reason,
+            "scale": scale,
             "public_loss": loss if np.isfinite(loss) else None,
         }
         if verdict.accepted:
             # compared with the best so far, so that many small steps down are not taken over one by one
-            return Progress(candidate, number, min(loss, progress.public_loss)), line
+            return Progress(candidate(scale), number, min(loss, progress.public_loss)), line
         return Progress(progress.server, number, progress.public_loss), line
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +17,14 @@ from adapter.methods import METHODS, attach
 from adapter.spec import AdapterSpec
 from coordinator.aggregate import AGGREGATORS
 from coordinator.config import FedConfig
-from coordinator.evaluate import Score, score, spread
+from coordinator.evaluate import Score, score, spread, spread_rows
 from emulator import package
+from emulator.calibrate import PublicExamples
 from emulator.fidelity import check_gate, gradient_cosine
 from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
 from emulator.manifest import Manifest
+from emulator.middle import Calibration
 from errors import DataError, DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
 from privacy.clip import median_norm
@@ -32,6 +34,7 @@ from task.examples import Examples
 from task.spec import Task
 from task.tasks import TASKS
 
+CALIBRATION_EXAMPLES = 64
 GATE_EXAMPLES = 8
 CLIP_EXAMPLES = 16
 # An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
@@ -60,8 +63,15 @@ class Parties:
 
 @dataclass(frozen=True)
 class PublicText:
-    """Public examples by purpose; no example serves two, so that nothing is tested on what it was tuned on."""
+    """Public examples by purpose: even ones tune, odd ones test, so that nothing is tested on what it was tuned on.
 
+    Attributes:
+      calibration: what compressors are fitted to.
+      tune: for the gate and the clip.
+      test: for every score.
+    """
+
+    calibration: Examples
     tune: Examples
     test: Examples
 
@@ -123,8 +133,12 @@ def public_text(config: FedConfig, task: Task, tokenizer: Any, texts: list[str])
     needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
     if len(examples) < needed:
         raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public text")
+    tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
+    others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
     return PublicText(
-        tune=spread(examples, max(CLIP_EXAMPLES, GATE_EXAMPLES), offset=0, stride=2),
+        # Where there is no more text than the tests need, a fit and the gate look at the same.
+        calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
+        tune=examples.select(tune),
         test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
     )
 
@@ -156,7 +170,7 @@ def prepare(
     tokenizer = task.load_tokenizer(config.model.path)
     public = public_text(config, task, tokenizer, texts)
     full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
-    geometry = Geometry.of(full, config.emulator.first, config.emulator.last)
+    geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
     spec = AdapterSpec(
         method=config.adapter.method,
         rank=config.adapter.rank,
@@ -172,7 +186,8 @@ def prepare(
     emulator = package.load(folder, dtype=torch.float32, expected_digest=facts.digest())
 
     on_step("gate: compare gradients through emulator and full model")
-    cosine = gradient_cosine(full, emulator, spec, lambda model: _chunks(task, model, public.tune, GATE_EXAMPLES))
+    gate = PublicExamples(task, public.tune, gradients=GATE_EXAMPLES)
+    cosine = gradient_cosine(full, emulator, spec, gate.losses)
     check_gate(cosine, config.emulator.gate)
 
     on_step("score full model and emulator on public text")
@@ -229,25 +244,17 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _build(config: FedConfig, full: Any, geometry: Geometry, task: Task, public: PublicText, folder: Path) -> Manifest:
-    def calibrate(model: nn.Module) -> None:
-        score(task, model, public.tune, batch=config.training.physical_batch)
-
+    fitted = PublicExamples(task, public.calibration, config.training.physical_batch)
+    compared = PublicExamples(task, public.tune, gradients=GATE_EXAMPLES)
     return package.build(
         full,
         geometry,
         config.emulator.compress,
         config.emulator.embedding,
-        calibrate,
+        Calibration(fitted.run, compared.losses),
         folder,
         tokenizer=Path(config.model.path),
     )
-
-
-def _chunks(task: Task, model: nn.Module, examples: Examples, count: int) -> Iterator[torch.Tensor]:
-    """Yields the mean loss over the examples in pieces of two, whose sum is the mean."""
-    for start in range(0, count, 2):
-        rows = list(range(start, min(start + 2, count)))
-        yield task.losses(model, examples.select(rows)).sum() / count
 
 
 def _median_norm(task: Task, model: nn.Module, examples: Examples, batch: int) -> float:

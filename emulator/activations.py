@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapter.targets import is_linear
+from emulator import diffusion
 from emulator.manifest import Manifest
 from emulator.structure import slot_paths
 from emulator.traps import SMALLEST, few, participation
@@ -22,6 +23,7 @@ from emulator.verdict import Check, Limits
 from errors import UnsupportedModel
 
 EXAMPLES, LENGTH = 8, 32
+WITHOUT_LOGITS = ("encoder", "diffusion")  # kinds whose outputs are no scores of labels
 Inputs = dict[str, Tensor]
 
 
@@ -35,20 +37,26 @@ class Pass:
 
 
 def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
-    """Returns 8 random inputs of the kind a model takes: up to 32 tokens, never a special one, or an image of noise.
+    """Returns 8 random inputs of the kinds a model takes: up to 32 ordinary tokens, an image of noise, or both.
 
     Raises:
       UnsupportedModel: it takes something else.
     """
+    if diffusion.is_diffusion(model):
+        return diffusion.random_inputs(model, generator, EXAMPLES)
     kind = getattr(model, "main_input_name", "")
-    if kind == "input_ids":
+    if kind == "pixel_values":
+        return {kind: _images(model.config, generator)}
+    if kind != "input_ids":
+        raise UnsupportedModel(
+            f"main_input_name={kind!r}: vetting knows no random input of this kind; use another model"
+        )
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
         names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
         return {name: _tokens(model.config, generator) for name in names}
-    if kind == "pixel_values":
-        config = model.config
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        return {kind: torch.randn(EXAMPLES, config.num_channels, *size, generator=generator)}
-    raise UnsupportedModel(f"main_input_name={kind!r}: vetting knows no random input of this kind; use another model")
+    pixels = _images(vision, generator)
+    return {"input_ids": _beside_images(model, _tokens(model.config, generator), pixels), "pixel_values": pixels}
 
 
 def activation_checks(
@@ -64,12 +72,11 @@ def activation_checks(
     output, seen = _run(model, inputs, blocks)
     yield from _block_checks(seen, limits)
     yield from _output_checks(output, limits)
-    if "pixel_values" not in inputs:
-        yield from _context_checks(model, inputs, tower[-1], limits)
+    yield from _context_checks(model, inputs, tower, limits)
     yield from gradient_checks(
-        _passes(model, inputs, slots, generator, logits=manifest.auto != "encoder"),
+        _passes(model, inputs, slots, generator, logits=manifest.auto not in WITHOUT_LOGITS),
         limits,
-        everywhere=output.dim() == 3,
+        everywhere=output.dim() >= 3,
     )
 
 
@@ -152,15 +159,27 @@ def _output_checks(output: Tensor, limits: Limits) -> Iterator[Check]:
         yield Check("sureness", "output", sure, limits.sureness, "it is sure of noise, and its gradients are one-hot")
 
 
-def _context_checks(model: nn.Module, inputs: Inputs, last: str, limits: Limits) -> Iterator[Check]:
-    """Changes the first half of the tokens: what stands for the unchanged half must move."""
-    half = {name: ids.shape[1] // 2 for name, ids in inputs.items()}
-    other = {name: torch.cat([ids.flip(0)[:, : half[name]], ids[:, half[name] :]], 1) for name, ids in inputs.items()}
-    (before, after) = (_run(model, ids, (last,))[1][last][1] for ids in (inputs, other))
-    kept = before.shape[1] // 2
-    moved = (after - before)[:, kept:].norm(dim=-1) / before[:, kept:].norm(dim=-1).clamp_min(1e-30)
+def _context_checks(model: nn.Module, inputs: Inputs, tower: tuple[str, ...], limits: Limits) -> Iterator[Check]:
+    """Changes the first half of the tokens: what stands for the unchanged half must move.
+
+    It is not asked of images. Where they come beside tokens, what enters the tower tells whether tokens reach it.
+    """
+    tokens = {name: ids for name, ids in inputs.items() if name.endswith("input_ids")}
+    half = {name: ids.shape[1] // 2 for name, ids in tokens.items()}
+    other = {name: torch.cat([ids.flip(0)[:, : half[name]], ids[:, half[name] :]], 1) for name, ids in tokens.items()}
+    if not tokens:
+        return
+    ends = (tower[0], tower[-1])
+    before, after = (_run(model, {**inputs, **changed}, ends)[1] for changed in (tokens, other))
+    if len(tokens) < len(inputs) and torch.equal(before[ends[0]][0], after[ends[0]][0]):
+        return
+    left, right = before[ends[1]][1], after[ends[1]][1]
+    kept = left.shape[1] // 2
+    moved = (right - left)[:, kept:].norm(dim=-1) / left[:, kept:].norm(dim=-1).clamp_min(1e-30)
     value = float(moved.amax(1).median())
-    yield Check("least_context", last, value, limits.least_context, "tokens do not mix: each stands alone", least=True)
+    yield Check(
+        "least_context", ends[1], value, limits.least_context, "tokens do not mix: each stands alone", least=True
+    )
 
 
 def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -233,9 +252,24 @@ def _watching(layers: dict[str, nn.Module], caught: dict[str, tuple[Tensor, Tens
             handle.remove()
 
 
+@contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
+    """Takes back what transformers hooks in for good when hidden states are first asked for, as LLaVA does."""
+    before = {module: (set(module._forward_hooks), set(vars(module))) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, (hooks, names) in before.items():
+            for key in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[key]
+            for name in vars(module).keys() - names:
+                delattr(module, name)
+
+
 def _call(model: Any, inputs: Inputs) -> Tensor:
     try:
-        output: Tensor = model(**inputs)[0]
+        with _no_trace(model):
+            output: Tensor = model(**inputs)[0]
     except Exception as error:  # a configuration from outside may fail in any way; none of them is trained on
         raise UnsupportedModel(
             f"vetting model={type(model).__name__}: it does not run on random input ({type(error).__name__}: "
@@ -254,3 +288,37 @@ def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     if len(ordinary) < 2:
         raise UnsupportedModel(f"vocab_size={text.vocab_size}: fewer than two ordinary tokens; use another model")
     return ordinary[torch.randint(len(ordinary), (EXAMPLES, length), generator=generator)]
+
+
+def _images(config: Any, generator: torch.Generator) -> Tensor:
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if size is None or channels is None:
+        raise UnsupportedModel(f"image_size={size} num_channels={channels}: vetting needs both; use another model")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.randn(EXAMPLES, channels, height, width, generator=generator)
+
+
+def _beside_images(model: Any, ids: Tensor, pixels: Tensor) -> Tensor:
+    """Returns the tokens with one placeholder for each feature of an image in their midst, or with an end where due.
+
+    In the midst, so that the first half has tokens to change and the second has others that must notice.
+    """
+    text = model.config.get_text_config()
+    holder = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    if holder is None:  # two towers side by side: that of texts is read at their end
+        end = getattr(text, "eos_token_id", None)
+        if isinstance(end, int) and 0 <= end < text.vocab_size:
+            ids[:, -1] = end
+        return ids
+    try:
+        with torch.no_grad(), _no_trace(model):
+            found = model.get_image_features(pixel_values=pixels[:1])
+        features: Tensor = getattr(found, "pooler_output", found)[0]
+        count = features.shape[-2]
+    except Exception as error:  # families whose images come in tiles or grids, and hostile configurations
+        raise UnsupportedModel(
+            f"vetting model={type(model).__name__}: it gives no features for a plain image ({type(error).__name__}); "
+            "use a model that takes input_ids and pixel_values alone"
+        ) from error
+    half = ids.shape[1] // 2
+    return torch.cat([ids[:, :half], torch.full((EXAMPLES, count), holder), ids[:, half:]], 1)

@@ -1,7 +1,7 @@
 """The gate before any site trains: do the slots' gradients through the emulator point where the full model's do."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from adapter.layout import Layout
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
+from emulator.middle import Losses
 from errors import ConfigError, DigestMismatch, RangeError
 
-# The mean loss on public examples, whole or in chunks that are summed; each chunk's graph is freed before the next.
-Losses = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 PUBLIC_SEED = 20
 PERTURBATION = 1e-3
 

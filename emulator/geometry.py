@@ -1,4 +1,4 @@
-"""Which blocks of a tower are slots' blocks, shipped verbatim, and which are the middle."""
+"""Which blocks of a tower carry adapters, which are shipped verbatim, and which are the middle."""
 
 from dataclasses import dataclass
 
@@ -7,47 +7,65 @@ from torch import nn
 from emulator.towers import Tower, find_towers, main_tower
 from errors import ConfigError, lookup
 
+SANDWICH, PARALLEL = "sandwich", "parallel"
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """The first and last blocks of one tower carry adapters; what lies between may be compressed.
+    """The first and last blocks of one tower are shipped verbatim; what lies between may be compressed.
+
+    In a sandwich the ends are the slots: the middle can be anything. In a parallel emulator every block is a slot, so
+    each keeps its shapes and stays in its place.
 
     Attributes:
       tower: module path of the tower.
-      first: number of slots' blocks at its input end, >= 0.
-      last: number of slots' blocks at its output end, >= 0; first + last >= 1.
+      first: number of verbatim blocks at its input end, >= 0.
+      last: number of verbatim blocks at its output end, >= 0.
+      shape: "sandwich", where first + last >= 1, or "parallel".
 
     Raises:
-      ConfigError: a count is negative, or both are 0.
+      ConfigError: a count is negative, no block would carry an adapter, or the shape is not known.
     """
 
     tower: str
     first: int = 2
     last: int = 2
+    shape: str = SANDWICH
 
     def __post_init__(self) -> None:
-        if self.first < 0 or self.last < 0 or self.first + self.last < 1:
+        if self.shape not in (SANDWICH, PARALLEL):
+            raise ConfigError(f"shape={self.shape!r} is neither {SANDWICH} nor {PARALLEL}; choose one")
+        least = 1 if self.shape == SANDWICH else 0
+        if self.first < 0 or self.last < 0 or self.first + self.last < least:
             raise ConfigError(
                 f"first={self.first} last={self.last}: neither may be negative and one must be at least 1, "
                 "or no block carries an adapter; set first=2 last=2"
             )
 
     @classmethod
-    def of(cls, model: nn.Module, first: int = 2, last: int = 2) -> "Geometry":
+    def of(cls, model: nn.Module, first: int = 2, last: int = 2, shape: str = SANDWICH) -> "Geometry":
         """Returns the geometry over the model's main tower."""
-        return cls(main_tower(model).path, first, last)
+        return cls(main_tower(model).path, first, last, shape)
+
+    def blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns the module paths of all blocks of the tower; see `middle` for what is raised."""
+        return self._tower(model).blocks
 
     def slots(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of the slots' blocks, in order; see `middle` for what is raised."""
+        """Returns the module paths of the blocks that carry adapters, in order; see `middle` for what is raised."""
+        return self.blocks(model) if self.shape == PARALLEL else self.ends(model)
+
+    def ends(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns the module paths of the blocks that are shipped verbatim, in order; see `middle` for what raises."""
         blocks = self._tower(model).blocks
         return blocks[: self.first] + blocks[len(blocks) - self.last :]
 
     def middle(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of the blocks between the slots' blocks, in order; at least one.
+        """Returns the module paths of the blocks between the verbatim ones, in order; at least one.
 
         Raises:
           UnknownName: the model has no tower of that path.
-          ConfigError: the slots' blocks cover the whole tower.
+          ConfigError: the verbatim blocks cover the whole tower.
         """
         blocks = self._tower(model).blocks
         return blocks[self.first : len(blocks) - self.last]

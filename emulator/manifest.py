@@ -12,7 +12,7 @@ from errors import MalformedMessage
 
 V = TypeVar("V")
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "emulator.safetensors", "config.json"
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -43,6 +43,8 @@ class Manifest:
       recipe: the compressors applied, in order.
       embedding: the setting for input embedding and head.
       skipped: blocks left out, by path, each with the form in which it hands its input on.
+      shared: blocks that run on another's weights, by path, to that one's path.
+      parts: modules that stand where the configuration gives others, by path, each as its word, see `emulator.parts`.
       storage: how each stored tensor lies in the file ("bf16", "int4:64", ...), by name.
       tied: names of tensors that are the same as an earlier one, to that one's name.
       tensors: SHA-256 of each stored piece's bytes, by stored name.
@@ -51,6 +53,8 @@ class Manifest:
       middle_full_bytes: 2 bytes for each parameter of the middle of the full model.
       slot_bytes, embedding_bytes, middle_bytes, other_bytes: payload shipped, by where it belongs.
       verbatim_bytes: 2 bytes for each parameter that is shipped bit for bit.
+      middle_macs, middle_full_macs: multiply-adds for each position in the dense layers of the middle, in the emulator
+        and in the full model.
     """
 
     format: int
@@ -60,6 +64,8 @@ class Manifest:
     recipe: tuple[str, ...]
     embedding: str
     skipped: dict[str, tuple[str, ...]]
+    shared: dict[str, str]
+    parts: dict[str, str]
     storage: dict[str, str]
     tied: dict[str, str]
     tensors: dict[str, str]
@@ -71,6 +77,8 @@ class Manifest:
     middle_bytes: int
     other_bytes: int
     verbatim_bytes: int
+    middle_macs: int
+    middle_full_macs: int
 
     @property
     def shipped_bytes(self) -> int:
@@ -91,6 +99,11 @@ class Manifest:
     def middle_ratio(self) -> float:
         """Bytes shipped of the middle over its 16-bit bytes; 1 is verbatim, 0 is nothing."""
         return self.middle_bytes / self.middle_full_bytes
+
+    @property
+    def compute_ratio(self) -> float:
+        """Multiply-adds of the emulator's middle over the full model's; 1 where neither has dense layers."""
+        return self.middle_macs / self.middle_full_macs if self.middle_full_macs else 1.0
 
     @property
     def verbatim(self) -> float:
@@ -119,7 +132,7 @@ class Manifest:
         document = _keys("manifest", values, tuple(field.name for field in fields(cls)))
         if document["format"] != FORMAT:
             raise MalformedMessage(f"format={document['format']!r} is not {FORMAT}; update offsite on the older side")
-        numbers = {name: _count(name, document[name]) for name in document if name.endswith("_bytes")}
+        numbers = {name: _count(name, document[name]) for name in document if name.endswith(("_bytes", "_macs"))}
         if not (numbers["full_bytes"] and numbers["middle_full_bytes"]):
             raise MalformedMessage("full_bytes=0 or middle_full_bytes=0: a model has parameters; build again")
         return cls(
@@ -130,6 +143,8 @@ class Manifest:
             recipe=_texts("recipe", document["recipe"]),
             embedding=_text("embedding", document["embedding"]),
             skipped=_table("skipped", document["skipped"], _texts),
+            shared=_table("shared", document["shared"], _text),
+            parts=_table("parts", document["parts"], _text),
             storage=_table("storage", document["storage"], _text),
             tied=_table("tied", document["tied"], _text),
             tensors=_table("tensors", document["tensors"], _hash),
@@ -191,9 +206,9 @@ def _table(name: str, value: object, read: Callable[[str, object], V]) -> dict[s
 
 
 def _geometry(value: object) -> Geometry:
-    entries = _keys("geometry", value, ("tower", "first", "last"))
+    entries = _keys("geometry", value, ("tower", "first", "last", "shape"))
     first, last = (_count(name, entries[name]) for name in ("first", "last"))
-    return Geometry(_text("tower", entries["tower"]), first, last)
+    return Geometry(_text("tower", entries["tower"]), first, last, _text("shape", entries["shape"]))
 
 
 def _files(value: object) -> dict[str, FileEntry]:

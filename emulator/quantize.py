@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from errors import ConfigError, RangeError
 
-BITS = (4, 8)
+BITS = (3, 4, 8)
+LANES = {3: (8, 3), 4: (2, 1), 8: (1, 1)}  # codes that lie together, in how many bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Quantised:
     """A tensor as codes; `rows` below is the tensor's first dimension and `columns` the product of the others.
 
     Attributes:
-      codes: uint8; with 8 bits (rows * columns,), with 4 bits two per byte (ceil(rows * columns / 2),).
+      codes: uint8; with 8 bits (rows * columns,), with 4 bits two per byte (ceil(rows * columns / 2),), with 3 bits
+        eight in three bytes (3 * ceil(rows * columns / 8),).
       scales: fp16 (rows, ceil(columns / group)), >= 0.
       minima: fp16, as `scales`.
     """
@@ -37,7 +39,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> Quantised:
 
     Args:
       weight: (rows, ...) finite, within +-65504; any floating dtype. All but the first dimension are one row of inputs.
-      bits: 4 or 8.
+      bits: 3, 4 or 8.
       group: inputs that share a scale, >= 2; the last group of a row may be smaller.
 
     Raises:
@@ -51,13 +53,13 @@ def quantize(weight: Tensor, bits: int, group: int) -> Quantised:
     # Repeating the last input fills the last group without moving its smallest or largest member.
     padding = flat[:, -1:].expand(rows, groups * group - columns)
     grouped = torch.cat([flat, padding], dim=1).reshape(rows, groups, group)
-    minima, scales = _grid(grouped, 2**bits - 1)
+    minima, scales = grid(grouped, 2**bits - 1)
     if not (torch.isfinite(minima).all() and torch.isfinite(scales).all()):
         raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
     step = scales.float().unsqueeze(-1)
     steps = (grouped - minima.float().unsqueeze(-1)) / torch.where(step == 0, 1.0, step)
     codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8).reshape(rows, groups * group)[:, :columns].reshape(-1)
-    return Quantised(pack(codes) if bits == 4 else codes.contiguous(), scales, minima)
+    return Quantised(pack(codes, bits), scales, minima)
 
 
 def dequantize(quantised: Quantised, shape: tuple[int, ...], bits: int, group: int) -> Tensor:
@@ -70,38 +72,55 @@ def dequantize(quantised: Quantised, shape: tuple[int, ...], bits: int, group: i
     _check(bits, group)
     rows, columns = shape[0], prod(shape[1:])
     groups, count = ceil(columns / group), rows * columns
-    expected = ((count if bits == 8 else ceil(count / 2),), (rows, groups), (rows, groups))
+    expected = ((packed_bytes(count, bits),), (rows, groups), (rows, groups))
     pieces = (quantised.codes, quantised.scales, quantised.minima)
     if tuple(tuple(piece.shape) for piece in pieces) != expected or not _dtypes_fit(quantised):
         raise RangeError(f"shape={shape}: the stored codes, scales and minima do not belong to it; build again")
-    flat = (unpack(quantised.codes, count) if bits == 4 else quantised.codes).reshape(rows, columns)
+    flat = unpack(quantised.codes, count, bits).reshape(rows, columns)
     grouped = functional.pad(flat, (0, groups * group - columns)).reshape(rows, groups, group)
     weight = grouped.float() * quantised.scales.float().unsqueeze(-1) + quantised.minima.float().unsqueeze(-1)
     return weight.reshape(rows, groups * group)[:, :columns].reshape(shape)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Returns 4-bit codes two per byte, the earlier in the low half; an odd count ends with a zero half.
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Returns codes without the bits that are always 0, the earlier codes in the lower bits.
 
     Args:
-      codes: uint8 (count,), each 0..15.
+      codes: uint8 (count,), each below 2**bits.
+      bits: 8: as they are; 4: two in a byte; 3: eight in three bytes; what is missing at the end is 0.
     """
-    even = torch.cat([codes, codes.new_zeros(codes.numel() % 2)]).reshape(-1, 2)
-    return even[:, 0] | (even[:, 1] << 4)
+    if bits == 8:
+        return codes.contiguous()
+    together, size = LANES[bits]
+    full = torch.cat([codes, codes.new_zeros(-codes.numel() % together)]).reshape(-1, together).to(torch.int32)
+    word = sum((full[:, i] << (bits * i) for i in range(together)), torch.zeros_like(full[:, 0]))
+    return torch.stack([(word >> (8 * i) & 255).to(torch.uint8) for i in range(size)], dim=1).reshape(-1)
 
 
-def unpack(packed: Tensor, count: int) -> Tensor:
-    """Returns the first `count` 4-bit codes of uint8 (ceil(count / 2),), the inverse of `pack`."""
-    return torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:count]
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Returns the first `count` codes, uint8, the inverse of `pack`."""
+    if bits == 8:
+        return packed
+    together, size = LANES[bits]
+    full = packed.reshape(-1, size).to(torch.int32)
+    word = sum((full[:, i] << (8 * i) for i in range(size)), torch.zeros_like(full[:, 0]))
+    codes = [(word >> (bits * i) & (2**bits - 1)).to(torch.uint8) for i in range(together)]
+    return torch.stack(codes, dim=1).reshape(-1)[:count]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Returns how many bytes `pack` makes of `count` codes."""
+    together, size = LANES[bits]
+    return ceil(count / together) * size
 
 
 def stored_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
     """Returns the bytes a quantised tensor takes: codes, scales and minima."""
     rows, columns = shape[0], prod(shape[1:])
-    return ceil(rows * columns * bits / 8) + 2 * 2 * rows * ceil(columns / group)
+    return packed_bytes(rows * columns, bits) + 2 * 2 * rows * ceil(columns / group)
 
 
-def _grid(grouped: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def grid(grouped: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Returns fp16 (minima, scales) of (rows, groups, group) such that minimum..minimum + levels * scale covers it."""
     low, high = (extreme.to(torch.float64) for extreme in (grouped.amin(-1), grouped.amax(-1)))
     minima = low.to(torch.float16)
@@ -119,5 +138,5 @@ def _dtypes_fit(quantised: Quantised) -> bool:
 def _check(bits: int, group: int) -> None:
     if bits not in BITS or group < 2:
         raise ConfigError(
-            f"bits={bits} group={group}: bits must be 4 or 8 and group at least 2; use int4:64 or int8:64"
+            f"bits={bits} group={group}: bits must be 3, 4 or 8 and group at least 2; use int4:64 or int8:64"
         )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
-from errors import MalformedMessage, UnsupportedModel, lookup
+from emulator import diffusion
+from errors import DataError, MalformedMessage, UnsupportedModel, lookup
 
 # A package names its kind of model by one of these keys; nothing is ever imported by a name from a file.
 AUTO: dict[str, Any] = {
@@ -35,6 +38,7 @@ AUTO: dict[str, Any] = {
     "image_classification": AutoModelForImageClassification,
     "image_text": AutoModelForImageTextToText,
     "encoder": AutoModel,
+    "diffusion": diffusion.AutoDiffusion,
 }
 # Keys of a configuration that make transformers fetch or run something (remote code, kernels, quantisers), or that
 # tell where the owner keeps the model.
@@ -47,19 +51,62 @@ MOST_ENTRIES = 1 << 26  # the longest positions are some ten millions, the large
 
 
 def config_text(model: nn.Module) -> str:
-    """Returns the configuration of a transformers model as JSON, without anything that names code or a path.
+    """Returns the configuration of a model as JSON, without anything that names code or a path.
 
     Raises:
-      UnsupportedModel: the model has no transformers configuration, or is quantised already.
+      UnsupportedModel: the model has none of transformers or diffusers, or is quantised already.
     """
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_diff_dict") or getattr(config, "quantization_config", None) is not None:
+    known = diffusion.is_diffusion(model) or hasattr(config, "to_diff_dict")
+    if not known or getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"model={type(model).__name__}: it needs a transformers configuration and plain weights; load it from a "
             "Hugging Face folder with safetensors weights, not quantised"
         )
-    document = json.loads(config.to_json_string(use_diff=True))
-    return json.dumps(_without_unsafe(document), indent=2, sort_keys=True) + "\n"
+    if diffusion.is_diffusion(model):
+        return _text(diffusion.to_document(model))
+    return _text(json.loads(config.to_json_string(use_diff=True)))
+
+
+def own_config_text(folder: Path) -> str:
+    """Returns the configuration of a model's own folder, as `config_text` does for a loaded model.
+
+    Raises:
+      DataError: there is none, or it is not readable.
+      UnsupportedModel: it is of an unknown model type, or quantised.
+    """
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if diffusion.CLASS in document:
+            raise UnsupportedModel(
+                f"model={str(folder)!r}: a model of diffusers uses parts of its blocks from outside, so it is not read "
+                "block by block; load it with from_pretrained and build from that"
+            )
+        config = CONFIG_MAPPING[document["model_type"]].from_dict(_without_unsafe(document))
+    except (OSError, ValueError) as error:
+        raise DataError(f"path={str(path)!r}: cannot be read ({error}); give a model folder") from error
+    except (KeyError, TypeError) as error:
+        raise UnsupportedModel(f"path={str(path)!r}: no model_type that transformers knows; update it") from error
+    if "quantization_config" in document:
+        raise UnsupportedModel(f"model={str(folder)!r} is quantised; build from the plain weights")
+    config.architectures = document.get("architectures")
+    return _text(json.loads(config.to_json_string(use_diff=True)))
+
+
+def kind_of(text: str) -> str:
+    """Returns the key of `AUTO` under which transformers knows the class that a configuration names.
+
+    Raises:
+      UnsupportedModel: it names none of them.
+    """
+    config = _parse_config(text)
+    wanted = (config.architectures or [""])[0]
+    for auto, kind in AUTO.items():
+        known = kind._model_mapping.get(type(config), ())
+        if wanted in [one.__name__ for one in (known if isinstance(known, tuple) else (known,))]:
+            return auto
+    raise UnsupportedModel(f"architectures={config.architectures!r}: not one of {', '.join(AUTO)}; use another model")
 
 
 def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
@@ -81,8 +128,9 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
     config = _parse_config(text)
     with no_init_weights(), _at_most(MOST_MODULES):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()  # the context above turns tying off together with initialisation
-    model.config.use_cache = False
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()  # the context above turns tying off together with initialisation
+        model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
 
@@ -102,7 +150,7 @@ def find_auto(model: nn.Module, text: str, dtype: torch.dtype) -> tuple[str, nn.
             _check_same(model, empty)
             return auto, empty
     raise UnsupportedModel(
-        f"model={type(model).__name__}: no transformers auto class builds it from its configuration; "
+        f"model={type(model).__name__}: no auto class builds it from its configuration; "
         f"load it through one of {', '.join(AUTO)}"
     )
 
@@ -150,6 +198,9 @@ def _parse_config(text: str) -> Any:
         raise MalformedMessage(f"config.json: not JSON ({error}); build the package again") from error
     if not isinstance(document, dict) or document != _without_unsafe(document):
         raise MalformedMessage(f"config.json: none of {', '.join(UNSAFE)} may stand in it; refuse this package")
+    if diffusion.CLASS in document:
+        _check_numbers(document)
+        return diffusion.parse(document)
     if document.get("model_type") not in CONFIG_MAPPING:
         raise MalformedMessage(
             f"model_type={document.get('model_type')!r} is not known to the installed transformers; update it"
@@ -188,6 +239,10 @@ def _check_numbers(value: Any, key: str = "") -> None:
             _check_numbers(item, key)
     elif type(value) is int and abs(value) > MOST_ENTRIES and not any(part in key for part in _HARMLESS):
         raise MalformedMessage(f"config {key}={value}: no honest model has over {MOST_ENTRIES}; refuse this package")
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(_without_unsafe(document), indent=2, sort_keys=True) + "\n"
 
 
 def _without_unsafe(value: Any) -> Any:

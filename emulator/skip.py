@@ -5,33 +5,16 @@ Taking a block out of its list would shift every later name and index (and, in t
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from errors import ConfigError, MalformedMessage, UnsupportedModel
+from emulator.parts import PATCH
+from errors import MalformedMessage, UnsupportedModel
 
 # How a block hands its result on: ("tensor",), or ("tuple", ...) with one word per member, see `output_form`.
 Form = tuple[str, ...]
-Calibration = Callable[[nn.Module], object]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one block did on public examples.
-
-    Attributes:
-      form: how it hands its result on.
-      influence: mean over positions of 1 - cosine(input, output), in 0..2. Block Influence, Men et al. 2024
-        (ShortGPT), equation 1.
-    """
-
-    form: Form
-    influence: float
 
 
 def output_form(block: nn.Module, arguments: Mapping[str, Any], output: Any) -> Form:
@@ -66,7 +49,8 @@ def output_form(block: nn.Module, arguments: Mapping[str, Any], output: Any) -> 
 def skipped(block: nn.Module, form: Form) -> nn.Module:
     """Returns a block of a subclass of the given block's class, without parameters, that returns its input in `form`.
 
-    Plain attributes (a layer's index or attention type, which the model around it may read) are carried over.
+    Plain attributes (a layer's index or attention type, which the model around it may read) are carried over. A module
+    that is set as its `patch` later maps the input before it is returned.
 
     Raises:
       MalformedMessage: the form is not one `output_form` returns.
@@ -76,7 +60,7 @@ def skipped(block: nn.Module, form: Form) -> nn.Module:
     signature = inspect.signature(kind.forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _in_form(form, _bind(signature, self, args, kwargs))
+        return in_form(form, bind(signature, self, args, kwargs), self._modules.get(PATCH))
 
     empty: Any = type(f"Skipped{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
     twin: nn.Module = empty.__new__(empty)  # without the class's own __init__, which would make parameters
@@ -88,54 +72,7 @@ def skipped(block: nn.Module, form: Form) -> nn.Module:
     return twin.train(block.training)
 
 
-def observe(model: nn.Module, blocks: tuple[str, ...], calibration: Calibration | None) -> dict[str, Observation]:
-    """Returns what each block did while `calibration` ran the model on public examples.
-
-    Args:
-      model: left as it was.
-      blocks: module paths.
-      calibration: calls the model with public examples only; its result is ignored, no gradient is kept.
-
-    Raises:
-      ConfigError: no calibration was given.
-      UnsupportedModel: a block was not called, or cannot be skipped.
-    """
-    if calibration is None:
-        raise ConfigError("calibration=None: skipping blocks needs public examples to run; give public text")
-    seen: dict[str, list[tuple[Form, Tensor]]] = {path: [] for path in blocks}
-    handles = [_watch(model.get_submodule(path), seen[path]) for path in blocks]
-    try:
-        with torch.no_grad():
-            calibration(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: _summary(path, calls) for path, calls in seen.items()}
-
-
-def _watch(block: nn.Module, calls: list[tuple[Form, Tensor]]) -> Any:
-    signature = inspect.signature(type(block).forward)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        arguments = _bind(signature, module, args, kwargs)
-        form = output_form(module, arguments, output)
-        before, after = next(iter(arguments.values())), output if isinstance(output, Tensor) else output[0]
-        calls.append((form, 1 - functional.cosine_similarity(before.double(), after.double(), dim=-1).flatten()))
-
-    return block.register_forward_hook(hook, with_kwargs=True)
-
-
-def _summary(path: str, calls: list[tuple[Form, Tensor]]) -> Observation:
-    forms = {form for form, _ in calls}
-    if len(forms) != 1:
-        raise UnsupportedModel(
-            f"block={path}: it was called in {len(forms)} ways on the public examples, 1 is needed to skip it; "
-            "use int8 or int4 instead of skip"
-        )
-    return Observation(forms.pop(), float(torch.cat([influence for _, influence in calls]).mean()))
-
-
-def _bind(
+def bind(
     signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the arguments of one call by name, hidden states first, `**kwargs` spread out."""
@@ -147,8 +84,10 @@ def _bind(
     return bound
 
 
-def _in_form(form: Form, arguments: dict[str, Any]) -> Any:
+def in_form(form: Form, arguments: dict[str, Any], patch: nn.Module | None) -> Any:
+    """Returns the hidden states of one call, mapped by a patch where there is one, in a block's own form."""
     hidden = next(iter(arguments.values()))
+    hidden = hidden if patch is None else patch(hidden)
     if form == ("tensor",):
         return hidden
     rest = (arguments.get(word.removeprefix("echo:")) if word.startswith("echo:") else None for word in form[2:])

@@ -1,4 +1,4 @@
-"""How one tensor lies in the package: as it is, or as codes; each way has a name that stands in the manifest."""
+"""How one tensor lies in the package: as it is, as codes, or without its zeros; the way's name is in the manifest."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
-BITS = {"int8": 8, "int4": 4}
-PIECES = ("codes", "scales", "minima")
+BITS = {"int8": 8, "int4": 4, "int3": 3}
+SPARSE = "sparse"
+CODES, ZEROS = ("codes", "scales", "minima"), ("places", "values")
 
 
 def verbatim(tensor: Tensor) -> str:
@@ -39,31 +40,52 @@ def verbatim(tensor: Tensor) -> str:
 
 
 def parse(storage: str) -> tuple[int, int] | None:
-    """Returns (bits, group) of a quantised storage such as "int4:64", or None for a verbatim one such as "bf16".
+    """Returns (bits, group) of a quantised storage such as "int4:64", or None for any other.
 
     Raises:
-      MalformedMessage: it is neither.
+      MalformedMessage: it is no storage.
     """
-    if storage in DTYPES:
+    if storage in DTYPES or storage == SPARSE:
         return None
     name, _, group = storage.partition(":")
     if name not in BITS or not group.isascii() or not group.isdecimal() or not 2 <= int(group) < 2**20:
-        raise MalformedMessage(f"storage={storage!r} is not known; known: {', '.join(DTYPES)}, int8:GROUP, int4:GROUP")
+        known = ", ".join((*DTYPES, SPARSE, *(f"{bits}:GROUP" for bits in BITS)))
+        raise MalformedMessage(f"storage={storage!r} is not known; known: {known}")
     return BITS[name], int(group)
+
+
+def is_verbatim(storage: str) -> bool:
+    """Whether a storage keeps every bit of a tensor of its dtype."""
+    parse(storage)
+    return storage in DTYPES
 
 
 def names(name: str, storage: str) -> tuple[str, ...]:
     """Returns the names under which a tensor's pieces lie in the safetensors file."""
-    return (name,) if parse(storage) is None else tuple(f"{name}#{piece}" for piece in PIECES)
+    if is_verbatim(storage):
+        return (name,)
+    return tuple(f"{name}#{piece}" for piece in (ZEROS if storage == SPARSE else CODES))
 
 
-def encode(name: str, tensor: Tensor, storage: str) -> dict[str, Tensor]:
-    """Returns the pieces of a tensor under their stored names, on the CPU and contiguous."""
+def encode(name: str, tensor: Tensor, storage: str, chosen: Quantised | None = None) -> dict[str, Tensor]:
+    """Returns the pieces of a tensor under their stored names, on the CPU and contiguous.
+
+    Args:
+      name: of the tensor.
+      tensor: any shape; of two dimensions and more where it becomes codes.
+      storage: how it is stored.
+      chosen: its codes, where a compressor has chosen them; else they are rounded to nearest.
+
+    Raises:
+      UnsupportedModel: a value does not fit the storage.
+    """
     quantisation = parse(storage)
     if quantisation is None:
-        return {name: tensor.detach().to("cpu", DTYPES[storage]).contiguous()}
+        tensor = tensor.detach().cpu()
+        pieces = _without_zeros(name, tensor) if storage == SPARSE else (tensor.to(DTYPES[storage]).contiguous(),)
+        return dict(zip(names(name, storage), pieces, strict=True))
     try:
-        quantised = quantize(tensor.cpu(), *quantisation)
+        quantised = chosen or quantize(tensor.cpu(), *quantisation)
     except RangeError as error:
         raise UnsupportedModel(f"tensor={name}: {error}") from error
     return dict(zip(names(name, storage), (quantised.codes, quantised.scales, quantised.minima), strict=True))
@@ -76,12 +98,42 @@ def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int,
       RangeError: a piece has another shape or dtype, or a value is not finite.
     """
     quantisation = parse(storage)
-    if quantisation is None:
-        tensor = pieces[name]
+    ordered = [pieces[piece] for piece in names(name, storage)]
+    if quantisation is not None:
+        tensor = dequantize(Quantised(*ordered), shape, *quantisation)
+    elif storage == SPARSE:
+        tensor = _with_zeros(name, ordered, shape)
+    else:
+        tensor = ordered[0]
         if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[storage]:
             raise RangeError(f"tensor={name}: stored {tuple(tensor.shape)}, the model has {shape}; build again")
-    else:
-        tensor = dequantize(Quantised(*(pieces[piece] for piece in names(name, storage))), shape, *quantisation)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise RangeError(f"tensor={name}: a value is not finite; refuse this package and ask for another")
     return tensor
+
+
+def _without_zeros(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (one bit for each entry that is not zero, uint8; their values, fp16)."""
+    flat = tensor.reshape(-1)
+    places = flat != 0
+    values = flat[places].to(torch.float16)
+    if not torch.isfinite(values).all():
+        raise UnsupportedModel(f"tensor={name}: a value does not fit fp16; take prune from the recipe")
+    padded = torch.cat([places, places.new_zeros(-places.numel() % 8)]).reshape(-1, 8).to(torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.int64).to(torch.uint8), values
+
+
+def _with_zeros(name: str, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    bits, values = pieces
+    count = 1
+    for length in shape:
+        count *= length
+    fits = bits.dtype == torch.uint8 and values.dtype == torch.float16 and bits.shape == ((count + 7) // 8,)
+    if not fits or values.dim() != 1:
+        raise RangeError(f"tensor={name}: the stored places and values do not belong to {shape}; build again")
+    places = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)[:count].bool()
+    if int(places.sum()) != len(values):
+        raise RangeError(f"tensor={name}: {len(values)} values for {int(places.sum())} places; build again")
+    flat = torch.zeros(count)
+    flat[places] = values.float()
+    return flat.reshape(shape)

@@ -8,26 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from emulator import files
-from emulator.geometry import Geometry
+from emulator import files, skip
+from emulator.geometry import PARALLEL, Geometry
 from emulator.manifest import CONFIG, WEIGHTS, Manifest
 from emulator.rebuild import empty_model
+from emulator.surgery import operate
 from emulator.towers import find_towers
 from errors import UnsupportedModel
 
 PLAIN_FILES = frozenset((WEIGHTS, CONFIG, *files.TOKENIZER_FILES))
 _CURVED = """
     gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu
-    gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu
+    gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu gelu-approximate geglu geglu-approximate swiglu
 """
 _ACTIVATION_KEYS = """
     hidden_act activation activation_function hidden_activation feed_forward_proj dense_act_fn classifier_activation
-    mlp_hidden_act act_fn
+    mlp_hidden_act act_fn activation_fn
 """
 _HOOKS = """
     _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks _load_state_dict_pre_hooks
     _state_dict_pre_hooks _load_state_dict_post_hooks
 """
+SKIP = skip.__name__
 ACTIVATIONS = frozenset(_CURVED.split())
 ACTIVATION_KEYS, HOOKS = tuple(_ACTIVATION_KEYS.split()), tuple(_HOOKS.split())
 # (part of a key, lowest, highest) of numbers in a configuration; the first part that fits counts.
@@ -59,12 +61,13 @@ def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple
     check_files(folder, manifest)
     check_numbers(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     expected = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, _dtype(model))
-    gone = tuple(f"{path}." for path in manifest.skipped)
-    _check_modules(model, expected, manifest, gone)
+    # Towers are found before: blocks that were left out or narrowed are no longer like their neighbours.
+    blocks = tuple(path for tower in find_towers(expected) for path in tower.blocks)
+    operate(expected, manifest, _dtype(model))
+    _check_modules(model, expected)
     _check_plain(model)
-    _check_tensors(model, expected, gone)
-    # Towers are found in the rebuilt model: blocks that were left out have another class than their neighbours.
-    return tuple(path for tower in find_towers(expected) for path in tower.blocks if path not in manifest.skipped)
+    _check_tensors(model, expected)
+    return tuple(path for path in blocks if path not in manifest.skipped)
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -102,6 +105,8 @@ def check_numbers(value: Any, key: str = "") -> None:
 def slot_paths(model: nn.Module, geometry: Geometry) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns (slots' blocks, all blocks) of a geometry's tower by path, also where an adapter was attached."""
     names = [f"{geometry.tower}.{name}" for name, _ in model.get_submodule(geometry.tower).named_children()]
+    if geometry.shape == PARALLEL:
+        return tuple(names), tuple(names)
     return tuple(names[: geometry.first] + names[len(names) - geometry.last :]), tuple(names)
 
 
@@ -115,22 +120,16 @@ def _check_number(key: str, value: float) -> None:
             return
 
 
-def _check_modules(model: nn.Module, expected: nn.Module, manifest: Manifest, gone: tuple[str, ...]) -> None:
-    middle = manifest.geometry.middle(expected)
-    if wrong := sorted(set(manifest.skipped) - set(middle)):
-        _refuse("skipped", wrong[0], "only blocks of the middle may be left out")
+def _check_modules(model: nn.Module, expected: nn.Module) -> None:
     found = dict(model.named_modules(remove_duplicate=False))
     wanted = dict(expected.named_modules(remove_duplicate=False))
-    wanted = {path: module for path, module in wanted.items() if not (gone and path.startswith(gone))}
     if different := sorted(found.keys() ^ wanted.keys()):
         _refuse("module", different[0], "it is missing, or stands there beside what the configuration gives")
     for path, module in found.items():
         kind, honest = type(module), type(wanted[path])
-        if path in manifest.skipped:
-            left_out = kind.__module__ == "emulator.skip" and kind.__bases__ == (honest,)
-            if not left_out or next(module.parameters(), None) is not None:
-                _refuse("skipped", path, "a block that is left out must return its input and own nothing")
-        elif kind is not honest:
+        # Each block that is left out has a class made for it; what counts is where it was made and what it stands for.
+        left_out = honest.__module__ == SKIP and kind.__module__ == SKIP and kind.__bases__ == honest.__bases__
+        if kind is not honest and not left_out:
             _refuse("module", f"{path} ({kind.__name__})", f"its class must be {honest.__name__}")
 
 
@@ -147,11 +146,13 @@ def _check_plain(model: nn.Module) -> None:
             _refuse("parameter", name, "nothing is trainable before the adapter is attached")
 
 
-def _check_tensors(model: nn.Module, expected: nn.Module, gone: tuple[str, ...]) -> None:
+def _check_tensors(model: nn.Module, expected: nn.Module) -> None:
     """Compares names, shapes and dtypes; buffers that no file stores must be the computed ones."""
     stored = model.state_dict().keys()
-    mine, theirs = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (model, expected))
-    theirs = {name: tensor for name, tensor in theirs.items() if not (gone and name.startswith(gone))}
+    mine, theirs = (
+        dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)])
+        for m in (model, expected)
+    )
     if different := sorted(mine.keys() ^ theirs.keys()):
         _refuse("tensor", different[0], "the configuration gives another set of tensors")
     for name, tensor in mine.items():

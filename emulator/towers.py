@@ -67,6 +67,20 @@ def main_tower(model: nn.Module) -> Tower:
     return max(reversed(towers), key=lambda tower: _size(model.get_submodule(tower.path)))
 
 
+def token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Returns the embeddings by which tokens enter a model, as far as it tells; of models side by side, each one's.
+
+    A model that only joins others (CLIP) has none of its own, and transformers raises where it is asked for it.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        return []
+    try:
+        return [getter()]
+    except (AttributeError, NotImplementedError):
+        return [one for part in model.children() for one in token_embeddings(part) if isinstance(one, nn.Embedding)]
+
+
 def _alike(blocks: list[nn.Module]) -> bool:
     if len(blocks) < 2 or len({type(block) for block in blocks}) > 1:
         return False

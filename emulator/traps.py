@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter.targets import is_linear, is_norm
+from emulator.towers import token_embeddings
 from emulator.verdict import Check, Limits
 
 # Statistics of shape need some rows and columns; below this only magnitudes are checked.
@@ -164,9 +165,8 @@ def _is_table(name: str, module: nn.Module) -> bool:
 
 
 def _token_tables(model: nn.Module) -> set[int]:
-    getter = getattr(model, "get_input_embeddings", None)
-    table = getattr(getter(), "weight", None) if getter else None
-    return {id(table)} if isinstance(table, nn.Parameter) else set()
+    tables = (getattr(one, "weight", None) for one in token_embeddings(model))
+    return {id(table) for table in tables if isinstance(table, nn.Parameter)}
 
 
 def _sample(view: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,22 +1,40 @@
 """Causal language modelling: predict each next token."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from task import checkpoint
+from task import checkpoint, head
 from task.encode import encode
 from task.examples import Examples
 
+log = logging.getLogger("offsite.task")
+
 
 class CausalLM:
-    """The task of any causal language model of transformers."""
+    """The task of any causal language model of transformers.
+
+    Args:
+      chunk: tokens whose logits exist at once where the model allows it, >= 1; None holds those of a whole batch.
+    """
 
     name = "causal_lm"
+
+    def __init__(self, chunk: int | None = head.CHUNK) -> None:
+        self._chunk = chunk
+        # What was found of a model, and what was last logged of it; both go with the model.
+        self._tried: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type["CausalLM"], tuple[int | None]]:
+        # A worker of another process meets models of its own.
+        return CausalLM, (self._chunk,)
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
         """Returns the model of a directory; see `task.checkpoint.load_causal`."""
@@ -34,24 +52,62 @@ class CausalLM:
         """Returns each example's mean negative log-likelihood per target token, nats, float32 (B,), differentiable.
 
         The mean is over that example's own targets, so no example weighs on another. `outputs.loss` of transformers is
-        a mean over all tokens of the batch, from which no per-example gradient follows.
+        a mean over all tokens of the batch, from which no per-example gradient follows. Differentiable once where
+        `obstacle` finds nothing.
         """
-        sums, counts = _sums(model, examples)
-        return sums / counts.clamp(min=1)
+        sums, counts = self._sums(model, examples)
+        return (sums / counts.clamp(min=1)).float()
 
     def token_losses(self, model: nn.Module, examples: Examples) -> tuple[float, int]:
         """Returns the sum of negative log-likelihoods in nats over all targets, and their count, without gradients."""
         with torch.no_grad():
-            sums, counts = _sums(model, examples)
+            sums, counts = self._sums(model, examples)
         return float(sums.double().sum()), int(counts.sum())
 
+    def obstacle(self, model: nn.Module, device: torch.device | str = "cpu") -> str:
+        """Returns why the losses of a model need the logits of a whole batch at once, or "" where they do not.
 
-def _sums(model: nn.Module, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns per example the sum of its targets' losses, float32 (B,), and their number, int64 (B,).
+        What the model does with its logits is tried out once, on invented tokens; whether its head is trained is asked
+        every time.
 
-    The model gets no attention mask: padding is on the right, where causal attention never looks from a valid token,
-    and a mask would make transformers branch on its values, which `torch.func` cannot follow.
-    """
+        Args:
+          model: any causal language model.
+          device: of its inputs.
+        """
+        if self._chunk is None:
+            return "chunk=None"
+        if found := head.obstacle(model):
+            return found
+        if model not in self._tried:
+            self._tried[model] = head.aftermath(model, torch.device(device))
+        return self._tried[model]
+
+    def _sums(self, model: nn.Module, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns per example the sum of its targets' losses, (B,), and their number, int64 (B,).
+
+        The model gets no attention mask: padding is on the right, where causal attention never looks from a valid
+        token, and a mask would make transformers branch on its values, which `torch.func` cannot follow.
+        """
+        obstacle = self.obstacle(model, examples.input_ids.device)
+        if self._told.get(model, "") != obstacle:
+            self._told[model] = obstacle
+            log.info("logits of a whole batch are held at once: %s", obstacle or "no longer")
+        if obstacle or self._chunk is None:
+            return _whole(model, examples), examples.targets
+        return _by_chunks(model, examples, self._chunk), examples.targets
+
+
+def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor:
+    """Returns the sums of a model whose logits are its frozen head's output; the head sees nothing but targets."""
+    last = head.head_of(model)
+    keep = examples.attention_mask[:, 1:].bool()
+    hidden = head.hidden_states(model, examples.input_ids)[:, :-1][keep]
+    losses = head.TokenLosses.apply(hidden, examples.input_ids[:, 1:][keep], last.weight, last.bias, chunk)
+    return losses.new_zeros(keep.shape).masked_scatter(keep, losses).sum(dim=-1)
+
+
+def _whole(model: nn.Module, examples: Examples) -> torch.Tensor:
+    """Returns the sums of any model, from its logits."""
     logits = model(input_ids=examples.input_ids).logits
     valid = examples.attention_mask[:, 1:]
     # One example at a time: a slice of one row is a view, and float32 copies of half-precision logits stay small.
@@ -59,9 +115,9 @@ def _sums(model: nn.Module, examples: Examples) -> tuple[torch.Tensor, torch.Ten
         (_token_losses(row[:-1], ids[1:]) * keep).sum()
         for row, ids, keep in zip(logits, examples.input_ids, valid, strict=True)
     ]
-    return torch.stack(sums) if sums else logits.new_zeros(0, dtype=torch.float32), valid.sum(dim=-1)
+    return torch.stack(sums) if sums else logits.new_zeros(0, dtype=head.wide(logits.dtype))
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    losses: torch.Tensor = functional.cross_entropy(logits.float(), targets, reduction="none")
+    losses: torch.Tensor = functional.cross_entropy(logits.to(head.wide(logits.dtype)), targets, reduction="none")
     return losses

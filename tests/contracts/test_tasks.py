@@ -5,7 +5,15 @@ import socket
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from errors import ConfigError, DataError, UnknownName
 from task.examples import Examples
@@ -39,7 +47,14 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-TINY = {"causal_lm": [llama, gpt2]}  # task -> makers of a tiny random model
+def gemma2():
+    """Caps its logits after the head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=97, pad_token_id=0)
+    return Gemma2ForCausalLM(config)
+
+
+TINY = {"causal_lm": [llama, gpt2, gemma2]}  # task -> makers of a tiny random model
 each = pytest.mark.parametrize(("task", "make"), [(TASKS[name], make) for name in TASKS for make in TINY[name]])
 
 
@@ -64,7 +79,18 @@ def examples(task, words, split="truncate"):
 def gradient(model, losses):
     model.zero_grad()
     losses.sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def train(model, part):
+    """Makes everything trainable, or as an adapter does it, only what lies between the tables of words."""
+    model.requires_grad_(True)
+    if part == "inside":
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+
+
+parts = pytest.mark.parametrize("part", ["everything", "inside"])
 
 
 @each
@@ -96,10 +122,11 @@ def test_no_example_touches_another(task, loaded):
     assert torch.allclose(task.losses(model, batch.select([2, 0, 1])), together[[2, 0, 1]], rtol=1e-5)
 
 
+@parts
 @each
-def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(task, loaded):
+def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(task, loaded, part):
     model, words = loaded
-    model.requires_grad_(True)
+    train(model, part)
     batch = examples(task, words)
     for index in range(3):
         together = gradient(model, task.losses(model, batch)[index])
@@ -107,10 +134,11 @@ def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(task, lo
         assert (together - alone).norm() < 1e-5 * alone.norm()
 
 
+@parts
 @each
-def test_an_example_without_a_target_has_no_loss_and_no_gradient(task, loaded):
+def test_an_example_without_a_target_has_no_loss_and_no_gradient(task, loaded, part):
     model, words = loaded
-    model.requires_grad_(True)
+    train(model, part)
     empty = task.encode(words, [TEXTS[0], "", "a"], length=8, split="truncate")
     assert len(empty) == 3
     losses = task.losses(model, empty)

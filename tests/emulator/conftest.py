@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 from emulator.geometry import Geometry
+from emulator.middle import Calibration
 from emulator.package import build
 
 VOCABULARY = 61
@@ -17,6 +18,8 @@ IDS = (torch.arange(22).reshape(2, 11) * 7) % VOCABULARY
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 LAYERS = {"num_hidden_layers": 6}
 CAUSAL = {**TEXT, **LAYERS, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+IMAGE_TOKEN = 60  # not in IDS
 CAUSAL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -33,9 +36,15 @@ class Family:
     def calibrate(self, model: Any) -> None:
         model(**self.inputs)
 
+    def losses(self, model: Any) -> torch.Tensor:
+        output = model(**self.inputs)[0]
+        return (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).mean()
+
     def build(self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any) -> Any:
         geometry = Geometry.of(self.model, 2, 1)
-        return build(self.model, geometry, recipe, embedding, self.calibrate, directory, **more)
+        return build(
+            self.model, geometry, recipe, embedding, Calibration(self.calibrate, self.losses), directory, **more
+        )
 
 
 def _causal(config: Any) -> Any:
@@ -56,8 +65,28 @@ def _bart() -> Any:
 
 
 def _vit() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    return hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=4, **sizes, **LAYERS))
+    return hf.ViTForImageClassification(hf.ViTConfig(**VISION, **LAYERS))
+
+
+def _clip() -> Any:
+    text = {**TEXT, "num_hidden_layers": 5, "max_position_embeddings": 64, "eos_token_id": IMAGE_TOKEN}
+    vision = {**VISION, "num_hidden_layers": 6}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+
+
+def _llava() -> Any:
+    vision = {"model_type": "clip_vision_model", **VISION, "num_hidden_layers": 5}
+    config = hf.LlavaConfig(
+        text_config={"model_type": "llama", **CAUSAL}, vision_config=vision, image_token_index=IMAGE_TOKEN
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _dit() -> Any:
+    diffusers = pytest.importorskip("diffusers", reason="needs the optional extra: pip install 'offsite[diffusion]'")
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=6, sample_size=8, num_embeds_ada_norm=10
+    )
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
@@ -84,12 +113,30 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "t5": _t5,
     "bart": _bart,
     "vit": _vit,
+    "bloom": lambda: _causal(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=6, n_head=4)),
+    "qwen2": lambda: _causal(hf.Qwen2Config(**CAUSAL)),
+    "phi": lambda: _causal(hf.PhiConfig(**CAUSAL)),
+    "falcon": lambda: _causal(
+        hf.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, eos_token_id=2, **LAYERS)
+    ),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**TEXT, **LAYERS)),
+    "clip": _clip,
+    "llava": _llava,
+    "dit": _dit,
 }
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)}
+    pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+    kind = getattr(model, "main_input_name", "hidden_states")
+    if kind == "hidden_states":
+        noisy = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
+        return {kind: noisy, "timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 9])}
+    if kind == "pixel_values":
+        return {kind: pixels}
+    if hasattr(model.config, "vision_config"):
+        places = torch.full((2, 16 if hasattr(model.config, "image_token_id") else 1), IMAGE_TOKEN)
+        return {"input_ids": torch.cat([IDS[:, :5], places, IDS[:, 5:]], 1), "pixel_values": pixels}
     extra = {"decoder_input_ids": IDS[:, :7]} if model.config.is_encoder_decoder else {}
     return {"input_ids": IDS, **extra}
 
@@ -105,7 +152,8 @@ def make_family(name: str, dtype: torch.dtype = torch.float32) -> Family:
             torch.set_default_dtype(previous)
         for parameter in model.parameters():  # norms and biases start at 1 and 0, which would hide a lost tensor
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.config.use_cache = False
+    if isinstance(model, hf.PreTrainedModel):
+        model.config.use_cache = False
     return Family(name, model, _inputs(model))
 
 

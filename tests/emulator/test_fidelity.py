@@ -10,6 +10,7 @@ from adapter.methods import METHODS, attach
 from adapter.spec import AdapterSpec
 from emulator.fidelity import check_gate, gradient_cosine, visiting
 from emulator.geometry import Geometry
+from emulator.middle import Calibration
 from emulator.package import build, load
 from errors import ConfigError, DigestMismatch, RangeError, UnsupportedModel
 
@@ -34,7 +35,7 @@ def spec(llama):
 def emulate(llama, tmp_path):
     def emulator(*recipe, embedding="verbatim"):
         directory = tmp_path / "-".join(("p", *recipe)).replace(":", "_")
-        build(llama.model, Geometry.of(llama.model, 1, 1), recipe, embedding, llama.calibrate, directory)
+        build(llama.model, Geometry.of(llama.model, 1, 1), recipe, embedding, Calibration(llama.calibrate), directory)
         return load(directory)
 
     return emulator

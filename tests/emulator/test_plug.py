@@ -10,6 +10,7 @@ from adapter.layout import Layout
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
 from emulator.geometry import Geometry
+from emulator.middle import Calibration
 from emulator.package import build, load
 from emulator.plug import accept, plug
 from errors import ConfigError, DigestMismatch, RangeError
@@ -21,7 +22,8 @@ def spec(llama):
 
 
 def test_plugged_in_equals_written_by_name(llama, spec, tmp_path):
-    build(llama.model, Geometry.of(llama.model, 2, 1), ("skip_uniform:1",), "int8", llama.calibrate, tmp_path / "p")
+    geometry = Geometry.of(llama.model, 2, 1)
+    build(llama.model, geometry, ("skip_uniform:1",), "int8", Calibration(llama.calibrate), tmp_path / "p")
     emulator = attach(load(tmp_path / "p"), spec)
     full = attach(copy.deepcopy(llama.model), spec)
     vector = np.random.default_rng(0).normal(size=Layout.of(emulator).size).astype(np.float32)

@@ -29,7 +29,7 @@ def slowly(weight, bits, group):
     return torch.tensor(result, dtype=torch.float64).reshape(weight.shape)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("group", [2, 32, 64])
 def test_error_is_at_most_half_a_scale(shape, bits, group):
@@ -47,7 +47,7 @@ def test_error_is_at_most_half_a_scale(shape, bits, group):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("shape", [(2, 130), (4, 65), (2, 3, 5)])
 def test_every_code_is_the_nearest_point_of_the_grid(shape, bits):
     weight = random(shape, seed=3)
@@ -72,23 +72,34 @@ def test_bound_holds_for_any_numbers(values, bits):
 
 def test_packing_is_exact_for_every_byte():
     everything = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pack(unpack(everything, 512)), everything)
+    assert torch.equal(pack(unpack(everything, 512, 4), 4), everything)
     pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8).reshape(-1)
-    assert torch.equal(unpack(pack(pairs), 512), pairs)
-    assert [int(byte) for byte in pack(pairs)] == [low | high << 4 for low in range(16) for high in range(16)]
+    assert torch.equal(unpack(pack(pairs, 4), 512, 4), pairs)
+    assert [int(byte) for byte in pack(pairs, 4)] == [low | high << 4 for low in range(16) for high in range(16)]
+
+
+def test_three_bits_are_eight_codes_in_three_bytes():
+    codes = [5, 0, 7, 1, 2, 6, 3, 4]
+    number = sum(code << (3 * i) for i, code in enumerate(codes))
+    assert bytes(pack(torch.tensor(codes, dtype=torch.uint8), 3).tolist()) == number.to_bytes(3, "little")
+    for count in (0, 1, 7, 8, 9, 64, 65):
+        some = torch.arange(count, dtype=torch.uint8) % 8
+        packed = pack(some, 3)
+        assert packed.numel() == 3 * ((count + 7) // 8)
+        assert torch.equal(unpack(packed, count, 3), some)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 65])
 def test_odd_counts_end_with_a_zero_half(count):
     codes = torch.arange(count, dtype=torch.uint8) % 16
-    packed = pack(codes)
+    packed = pack(codes, 4)
     assert packed.numel() == (count + 1) // 2
-    assert torch.equal(unpack(packed, count), codes)
+    assert torch.equal(unpack(packed, count, 4), codes)
     if count % 2:
         assert int(packed[-1]) >> 4 == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 0.1, -0.3, 1e-9, -1e-9, 6e4])
 def test_constant_groups(bits, value):
     weight = torch.full((2, 70), value)
@@ -126,7 +137,7 @@ def test_what_does_not_fit_is_refused(bad):
         quantize(weight, 4, 4)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 64), (16, 64), (4, 1), (4, 0), (8, -2)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (16, 64), (4, 1), (4, 0), (8, -2)])
 def test_unknown_bits_or_group(bits, group):
     with pytest.raises(ConfigError, match=f"bits={bits} group={group}"):
         quantize(random((2, 8)), bits, group)

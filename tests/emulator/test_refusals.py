@@ -86,7 +86,7 @@ def first_key(values, ending=""):
     [
         (lambda v: v.update(surprise=1), MalformedMessage, "surprise"),
         (lambda v: v.pop("tied"), MalformedMessage, "tied"),
-        (lambda v: v.update(format=2), MalformedMessage, "format=2"),
+        (lambda v: v.update(format=1), MalformedMessage, "format=1"),
         (lambda v: v.update(full_bytes=-1), MalformedMessage, "full_bytes=-1"),
         (lambda v: v.update(full_bytes=True), MalformedMessage, "full_bytes=True"),
         (lambda v: v.update(full_bytes=0), MalformedMessage, "full_bytes=0"),

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from emulator.geometry import Geometry
-from emulator.skip import observe, output_form, skipped
-from emulator.towers import main_tower
-from errors import ConfigError, MalformedMessage, UnsupportedModel
+from emulator.skip import output_form, skipped
+from emulator.source import MemorySource
+from emulator.stream import begin
+from errors import MalformedMessage, UnsupportedModel
 
 
 class Residual(nn.Module):
@@ -45,9 +46,9 @@ def by_hand(model, paths, inputs):
 def test_skipping_equals_a_hook_that_returns_the_input(family):
     middle = Geometry.of(family.model, 2, 1).middle(family.model)
     expected = by_hand(family.model, middle, family.inputs)
-    seen = observe(family.model, middle, family.calibrate)
+    forms = begin(MemorySource(family.model), middle, (), family.calibrate).forms
     for path in middle:
-        family.model.set_submodule(path, skipped(family.model.get_submodule(path), seen[path].form))
+        family.model.set_submodule(path, skipped(family.model.get_submodule(path), forms[path]))
     assert torch.equal(family.run(family.model), expected)
 
 
@@ -61,27 +62,6 @@ def test_a_skipped_block_keeps_class_and_attributes_and_has_no_parameters(llama)
     hidden = torch.randn(1, 3, 32)
     assert twin(hidden) is hidden
     assert copy.deepcopy(twin)(hidden_states=hidden) is hidden
-
-
-def test_observing_leaves_no_trace(llama):
-    before = llama.run(llama.model)
-    observe(llama.model, main_tower(llama.model).blocks, llama.calibrate)
-    assert all(not module._forward_hooks for module in llama.model.modules())
-    assert torch.equal(llama.run(llama.model), before)
-
-
-def test_influence_is_one_minus_cosine():
-    turns = [0.0, 0.3, 1.2, 3.0]
-    model = nn.Sequential(*(Residual(turn) for turn in turns))
-    seen = observe(model, ("0", "1", "2", "3"), lambda m: m(torch.randn(5, 7, 2)))
-    for path, turn in enumerate(turns):
-        assert seen[str(path)].influence == pytest.approx(1 - torch.cos(torch.tensor(turn)).item(), abs=1e-5)
-
-
-def test_calls_are_weighted_by_their_positions():
-    model = nn.Sequential(Residual(0.5))
-    seen = observe(model, ("0",), lambda m: [m(torch.randn(1, n, 2)) for n in (1, 9)])
-    assert seen["0"].influence == pytest.approx(1 - torch.cos(torch.tensor(0.5)).item(), abs=1e-5)
 
 
 def test_forms():
@@ -115,11 +95,3 @@ def test_echo_returns_the_argument_wherever_it_came_from():
 def test_unknown_forms_are_refused(form):
     with pytest.raises(MalformedMessage, match="form="):
         skipped(Residual(0.1), form)
-
-
-def test_calibration_that_is_missing_or_misses_a_block():
-    model = nn.Sequential(Residual(0.1), Residual(0.2))
-    with pytest.raises(ConfigError, match="calibration=None"):
-        observe(model, ("0",), None)
-    with pytest.raises(UnsupportedModel, match="block=1: it was called in 0 ways"):
-        observe(model, ("0", "1"), lambda m: m[0](torch.ones(1, 2)))

@@ -22,6 +22,15 @@ MAIN = {
     "modernbert": "model.layers",
     "t5": "decoder.block",
     "bart": "model.decoder.layers",
+    "vit": "vit.layers",
+    "bloom": "transformer.h",
+    "qwen2": "model.layers",
+    "phi": "model.layers",
+    "falcon": "transformer.h",
+    "roberta": "roberta.encoder.layer",
+    "clip": "vision_model.encoder.layers",
+    "llava": "model.language_model.layers",
+    "dit": "transformer_blocks",
 }
 
 

@@ -15,12 +15,15 @@ from torch import nn
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
 from emulator.activations import Pass, gradient_checks
+from emulator.geometry import Geometry
 from emulator.manifest import CONFIG
-from emulator.package import load, read_manifest
-from emulator.structure import check_structure
+from emulator.package import build, load, read_manifest
+from emulator.rebuild import config_text, empty_model
+from emulator.source import ShardSource
+from emulator.structure import check_numbers, check_structure
 from emulator.verdict import Check, Limits, passed, report
 from emulator.vet import Slots, vet, vet_adapter
-from errors import UnsupportedModel
+from errors import MalformedMessage, UnsupportedModel
 from tests.emulator.conftest import BUILDERS, Family
 
 RECIPES: tuple[tuple[str, ...], ...] = ((), ("int4:16",), ("skip_uniform:0.34", "int8:16"))
@@ -34,7 +37,7 @@ def vetted(folder: Path, model: nn.Module | None = None, seed: int = 1) -> Any:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_honest_emulators_pass(make: Callable[..., Family], name: str, recipe: tuple[str, ...], tmp_path: Path) -> None:
-    """45 of them: 15 families, each as it is, quantised, and with blocks left out."""
+    """69 of them: 23 families, each as it is, quantised, and with blocks left out."""
     make(name).build(tmp_path / "p", recipe)
     found = vetted(tmp_path / "p")
     assert found.measured > 50
@@ -45,13 +48,88 @@ def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> 
     """Two thirds of its words never occurred in training, so their embeddings are alike."""
     from transformers import AutoModelForCausalLM
 
-    from emulator.geometry import Geometry
-    from emulator.package import build
-
     full = AutoModelForCausalLM.from_pretrained(fed.parent / "model").eval()
     build(full, Geometry.of(full, 1, 1), ("int4:32",), "int8", None, tmp_path / "p")
     for seed in range(8):
         vetted(tmp_path / "p", seed=seed)
+
+
+# images beside words, and a model of diffusers
+
+
+def with_slots_in(family: Family, tower: str, folder: Path) -> Path:
+    build(family.model, Geometry(tower, 2, 1), (), "verbatim", None, folder)
+    return folder
+
+
+@pytest.mark.parametrize("tower", ["text_model.encoder.layers", "vision_model.encoder.layers"])
+def test_both_towers_of_a_pair_pass(make: Callable[..., Family], tower: str, tmp_path: Path) -> None:
+    found = vetted(with_slots_in(make("clip"), tower, tmp_path / "p"))
+    assert ("least_context" in {check.name for check in found.checks}) == tower.startswith("text")
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "layers"),
+    [
+        ("llava", "model.language_model.layers", ("v_proj", "o_proj")),
+        ("clip", "text_model.encoder.layers", ("v_proj", "out_proj")),
+    ],
+)
+def test_words_that_do_not_mix_are_refused_beside_images_too(
+    make: Callable[..., Family], name: str, tower: str, layers: tuple[str, ...], tmp_path: Path
+) -> None:
+    family = make(name)
+    with torch.no_grad():
+        for block in family.model.get_submodule(tower):
+            for layer in layers:
+                block.self_attn.get_submodule(layer).weight.mul_(1e-3)
+    with pytest.raises(UnsupportedModel, match="vetting least_context"):
+        vetted(with_slots_in(family, tower, tmp_path / "p"))
+
+
+def test_a_tower_that_the_output_does_not_wholly_read_is_refused(make: Callable[..., Family], tmp_path: Path) -> None:
+    """LLaVA takes what enters the last block of its images, so an adapter in that block would learn nothing."""
+    with pytest.raises(UnsupportedModel, match=r"dead_gradients=1 at model\.vision_tower"):
+        vetted(with_slots_in(make("llava"), "model.vision_tower.encoder.layers", tmp_path / "p"))
+
+
+def rebuilt(document: dict[str, Any]) -> nn.Module:
+    check_numbers(document)
+    return empty_model(json.dumps(document), "diffusion", torch.float32)
+
+
+DIFFUSION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"_class_name": "UNet2DModel"}, UnsupportedModel, "of diffusers only DiTTransformer2DModel"),
+    ({"sample_size": 1 << 20}, MalformedMessage, "positions"),
+    ({"patch_size": 0}, MalformedMessage, "at least 1"),
+    ({"sample_size": True}, MalformedMessage, "at least 1"),
+    ({"num_layers": [6]}, MalformedMessage, "one plain value"),
+    ({"num_layers": "six"}, MalformedMessage, "DiTTransformer2DModel refuses it"),
+    ({"norm_type": "layer_norm"}, MalformedMessage, "DiTTransformer2DModel refuses it"),
+    ({"num_embeds_ada_norm": 1 << 40}, MalformedMessage, "no honest model has over"),
+    ({"processor": "evil"}, MalformedMessage, "no such argument"),
+    ({"_name_or_path": "/home/owner"}, MalformedMessage, "none of auto_map"),
+    ({"dropout": 0.99}, UnsupportedModel, "config dropout"),
+    ({"norm_eps": 1e6}, UnsupportedModel, "config norm_eps"),
+    ({"activation_fn": "linear"}, UnsupportedModel, "config activation_fn"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"), DIFFUSION, ids=lambda one: "-".join(one) if type(one) is dict else ""
+)
+def test_a_configuration_of_diffusers_is_read_with_the_same_care(
+    make: Callable[..., Family], change: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    document = json.loads(config_text(make("dit").model)) | change
+    with pytest.raises(error, match=match):
+        rebuilt(document)
+
+
+def test_a_folder_of_diffusers_is_not_read_block_by_block(make: Callable[..., Family], tmp_path: Path) -> None:
+    make("dit").model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UnsupportedModel, match="load it with from_pretrained"):
+        ShardSource(tmp_path / "m", torch.float32)
 
 
 # traps in the weights
@@ -308,7 +386,7 @@ def test_a_slots_block_that_is_left_out_is_refused(honest: tuple[Path, Any]) -> 
     folder, model = honest
     manifest = read_manifest(folder)
     lied = dataclasses.replace(manifest, skipped=manifest.skipped | {"model.layers.0": ("tensor",)})
-    with pytest.raises(UnsupportedModel, match="only blocks of the middle"):
+    with pytest.raises(MalformedMessage, match="not a block of the middle"):
         vet(folder, model, lied, Limits(), seed=1)
 
 
@@ -382,6 +460,13 @@ def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.layers.0.self_attn.v_proj.weight"}
+
+
+def test_hooks_of_transformers_do_not_stay(make: Callable[..., Family], tmp_path: Path) -> None:
+    """LLaVA asks for hidden states, for which transformers hooks itself in for good: a second vetting would refuse."""
+    make("llava").build(tmp_path / "p")
+    model = load(tmp_path / "p")
+    assert vetted(tmp_path / "p", model).to_dict() == vetted(tmp_path / "p", model).to_dict()
 
 
 # what a layer's inputs and gradients show by themselves

@@ -1,0 +1,130 @@
+"""The emulator bench's table and plot, and how the gate's numbers rank with what really came through."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import spearmanr
+
+RESAMPLES = 2000
+
+
+def write_report(out: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes report.json, report.md and report.png from the lines of a run."""
+    emulators = {line["name"]: line for line in lines if line["key"].startswith("emulator|")}
+    cases = [line for line in lines if line["key"].startswith("case|")]
+    rows = [_row(emulator, [c for c in cases if c["name"] == name]) for name, emulator in emulators.items()]
+    rows = [row for row in rows if row["cases"]]
+    document = {"rows": rows, "predictor": _predictors(emulators, cases), "harm": _harm(cases)}
+    (out / "report.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(_markdown(document), encoding="utf-8")
+    _plot(out / "report.png", rows)
+
+
+def transfer(cases: Sequence[dict[str, Any]], what: str = "plug_in") -> float:
+    """Returns G over cases: means of the losses first, the ratio after, so that a small gain cannot blow it up."""
+    zero, tuned, found = (float(np.mean([case[name] for case in cases])) for name in ("zero_shot", "slot_tuned", what))
+    return (zero - found) / (zero - tuned)
+
+
+def interval(cases: Sequence[dict[str, Any]], what: str = "plug_in") -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of G over cases."""
+    rng = np.random.default_rng(0)
+    draws = [transfer([cases[i] for i in rng.integers(0, len(cases), len(cases))], what) for _ in range(RESAMPLES)]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _row(emulator: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {name: emulator.get(name) for name in ("name", "shape", "recipe", "cosine", "public", "cpu_seconds")}
+    row |= {name: emulator[name] for name in ("middle_ratio", "compute_ratio", "verbatim")}
+    row["size"] = emulator["bytes"] / emulator["full_bytes"]
+    row["cases"] = len(cases)
+    if not cases:
+        return row
+    row |= {"G": transfer(cases), "interval": interval(cases), "worst": min(transfer([case]) for case in cases)}
+    row |= {"taken": transfer(cases, "taken"), "L": transfer(cases, "emulator_tuned")}
+    if all("corrected" in case for case in cases):
+        row["corrected"] = transfer(cases, "corrected")
+    row["relearned"] = {}
+    for tokens in sorted({t for case in cases for t in case.get("relearned", {})}, key=int):
+        some = [{**case, "found": case["relearned"][tokens]} for case in cases if tokens in case.get("relearned", {})]
+        row["relearned"][tokens] = transfer(some, "found")
+    return row
+
+
+def _predictors(emulators: dict[str, dict[str, Any]], cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns Spearman's rank correlation of each number known before with G, over emulators, within each domain."""
+    found: dict[str, Any] = {}
+    for name, sign in (("cosine", 1), ("public_loss", -1), ("public", 1)):
+        by_domain = {}
+        for domain in sorted({case["domain"] for case in cases}):
+            pairs = [
+                (sign * emulator[name], transfer(some))
+                for key, emulator in emulators.items()
+                if name in emulator and (some := [c for c in cases if c["name"] == key and c["domain"] == domain])
+            ]
+            if len(pairs) >= 4:
+                by_domain[domain] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+        found[name] = by_domain
+    return found
+
+
+def _harm(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns how often the model came out worse than untrained by over half a per cent, as it came and as taken."""
+    worse = {
+        what: [case["key"] for case in cases if case[what] > 1.005 * case["zero_shot"]] for what in ("plug_in", "taken")
+    }
+    return {"cases": len(cases), **worse}
+
+
+def _markdown(document: dict[str, Any]) -> str:
+    head = (
+        "| emulator | of the model | middle | compute | cosine | G | 95 % | worst | taken | L | relearned | CPU s |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    rows = "".join(_line(row) for row in sorted(document["rows"], key=lambda row: row["G"]))
+    ranks = "\n".join(
+        f"- {name}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in by_domain.items())
+        for name, by_domain in document["predictor"].items()
+    )
+    harm = document["harm"]
+    return (
+        f"# Emulators of SmolLM2-135M\n\n{head}{rows}\nRank correlation with G (Spearman):\n\n{ranks}\n\n"
+        f"Worse than untrained by over 0.5 %: {len(harm['plug_in'])} of {harm['cases']} as they came, "
+        f"{len(harm['taken'])} as the coordinator takes them.\n"
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    relearned = ", ".join(f"{int(tokens) // 1000}k {value:.2f}" for tokens, value in row["relearned"].items()) or "-"
+    corrected = f" (corrected {row['corrected']:.2f})" if "corrected" in row else ""
+    seconds = f"{row['cpu_seconds']:.0f}" if row["cpu_seconds"] else "-"
+    return (
+        f"| {row['name']} | {row['size']:.3f} | {row['middle_ratio']:.3f} | {row['compute_ratio']:.2f} | "
+        f"{row['cosine']:.2f} | {row['G']:.3f}{corrected} | {low:.2f} to {high:.2f} | {row['worst']:.2f} | "
+        f"{row['taken']:.2f} | {row['L']:.2f} | {relearned} | {seconds} |\n"
+    )
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draws transfer over leak, the mark as large as the emulator: what is wanted is at the upper left."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for row in rows:
+        leak = max([row["L"], *row["relearned"].values()])
+        axes.scatter(max(leak, -6), row["G"], s=30 + 600 * row["size"], alpha=0.5, color="#3465a4")
+        axes.annotate(row["name"], (max(leak, -6), row["G"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("largest leak L, relearning included (cut at -6)")
+    axes.set_ylabel("transfer G")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

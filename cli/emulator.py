@@ -1,0 +1,264 @@
+"""`offsite emulator …`: an emulator is built, looked at, compared and vetted."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from emulator.builder import Built, Order
+    from emulator.manifest import Manifest
+    from emulator.source import Source
+
+app = typer.Typer(
+    name="emulator",
+    help="The stand-in that is shipped in place of the model.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+UNITS = {"": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
+Package = Annotated[Path, typer.Argument(help="folder of a package")]
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="the model's folder, with safetensors")],
+    out: Annotated[Path, typer.Option(help="package folder to write; must be empty")],
+    calibration: Annotated[Path, typer.Option(help="public text of your own: a file, or a folder of text files")],
+    shape: Annotated[str, typer.Option(help="sandwich, parallel or auto")] = "sandwich",
+    recipe: Annotated[str, typer.Option(help="compressors in order, for example 'narrow:0.34 gptq4:64'")] = "",
+    max_bytes: Annotated[str, typer.Option(help="largest weights file, for example 80MB")] = "",
+    max_memory: Annotated[str, typer.Option(help="most memory of its weights at a site, for example 300MB")] = "",
+    max_flops: Annotated[
+        float | None, typer.Option(help="share of the middle's multiply-adds, for example 0.5")
+    ] = None,
+    max_leak: Annotated[float | None, typer.Option(help="largest leak in a rehearsal, relearning included")] = None,
+    first: Annotated[int, typer.Option(help="blocks shipped unchanged at the input side")] = 2,
+    last: Annotated[int, typer.Option(help="blocks shipped unchanged at the output side")] = 2,
+    embedding: Annotated[str, typer.Option(help="storage of the word tables: verbatim, int8 or int4")] = "int8",
+    method: Annotated[str, typer.Option(help="adapter method that will be trained")] = "lora",
+    rank: Annotated[int, typer.Option(help="of the adapter")] = 8,
+    gate: Annotated[float, typer.Option(help="least cosine of the adapter's gradients, in [-1, 1]")] = 0.3,
+    sequences: Annotated[int, typer.Option(help="public sequences that compressors look at")] = 64,
+    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 128,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="train and plug in on public text; takes minutes")
+    ] = False,
+    relearn: Annotated[str, typer.Option(help="tokens an attacker relearns on in a rehearsal")] = "10000",
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Build an emulator of a model within limits, and refuse one that would not serve."""
+    from adapter.spec import AdapterSpec
+    from emulator.builder import Order
+    from emulator.cost import Limits
+
+    order = Order(
+        first=first,
+        last=last,
+        shape=shape,
+        recipe=tuple(recipe.split()),
+        limits=Limits(_size("max_bytes", max_bytes), _size("max_memory", max_memory), max_flops, max_leak),
+        embedding=embedding,
+        adapter=AdapterSpec(method=method, rank=rank, alpha=2.0 * rank),
+        gate=gate,
+        rehearse=rehearse,
+        relearn=tuple(_whole("relearn", part) for part in relearn.split(",") if part),
+    )
+    built = _build(model, calibration, out, order, sequences, length)
+    report = out.with_name(f"{out.name}.report.json")
+    report.write_text(json.dumps(built.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    typer.echo(json.dumps(built.to_dict(), allow_nan=False) if as_json else _summary(built, out, report))
+
+
+@app.command()
+def inspect(package: Package) -> None:
+    """Show what a package holds, after every byte of it was checked."""
+    from emulator import files
+    from emulator.package import read_manifest
+
+    manifest = read_manifest(package)
+    files.check(package, manifest.files)
+    typer.echo("\n".join(_facts(manifest)))
+
+
+@app.command()
+def compare(packages: Annotated[list[Path], typer.Argument(help="folders of packages")]) -> None:
+    """Show packages side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from emulator.package import read_manifest
+
+    table = Table(box=None, pad_edge=False)
+    for name in (
+        "package",
+        "recipe",
+        "MB",
+        "of the model",
+        "middle's bytes",
+        "compute",
+        "verbatim",
+        "cosine",
+        "G",
+        "leak",
+    ):
+        table.add_column(name, overflow="fold")
+    for package in packages:
+        manifest, report = read_manifest(package), _report(package)
+        rehearsal = report.get("rehearsal") or {}
+        table.add_row(
+            package.name,
+            " ".join(manifest.recipe) or "whole",
+            f"{manifest.shipped_bytes / 1e6:.1f}",
+            f"{manifest.shipped_bytes / manifest.full_bytes:.3f}",
+            f"{manifest.middle_ratio:.3f}",
+            f"{manifest.compute_ratio:.2f}",
+            f"{manifest.verbatim:.3f}",
+            _number(report.get("gradient_cosine")),
+            _number(rehearsal.get("transfer")),
+            _number(rehearsal.get("worst_leak")),
+        )
+    Console(width=160 if not Console().is_terminal else None).print(table)
+
+
+@app.command()
+def vet(
+    package: Package,
+    seed: Annotated[int | None, typer.Option(help="of what is drawn; default: the system's randomness")] = None,
+) -> None:
+    """Check a package for traps, as a site does before it trains."""
+    import secrets
+
+    import torch
+
+    from emulator.package import load, read_manifest
+    from emulator.verdict import Limits
+    from emulator.vet import vet as vetted
+
+    manifest = read_manifest(package)
+    model = load(package, dtype=torch.float32, expected_digest=manifest.digest())
+    drawn = secrets.randbits(62) if seed is None else seed
+    report = vetted(package, model, manifest, Limits(), seed=drawn)
+    for check in report.checks:
+        typer.echo(f"{check.name:16} {check.value:10.4g}  limit {check.limit:<8g} {check.where}")
+    typer.echo(f"no known trap in {package}: {report.measured} numbers measured")
+
+
+def _build(model: Path, calibration: Path, out: Path, order: "Order", sequences: int, length: int) -> "Built":
+    from transformers.utils.logging import disable_progress_bar
+
+    from client.data import read
+    from coordinator.evaluate import spread
+    from emulator.builder import Builder, Public
+    from emulator.calibrate import PublicExamples
+    from emulator.rehearse import Text
+    from task.tasks import TASKS
+
+    disable_progress_bar()
+    task = TASKS["causal_lm"]
+    _step(f"read {calibration}")
+    examples = task.encode(
+        task.load_tokenizer(model), read(calibration, reader=None, column=None), length=length, split="blocks"
+    )
+    needed = sequences + 4 * 8
+    if len(examples) < needed:
+        raise DataError(
+            f"calibration={str(calibration)!r}: {len(examples)} sequences of {length} tokens, {needed} are needed; "
+            "give more public text, or smaller --sequences or --length"
+        )
+    # Every fifth one each, so that no sequence is both learnt from and tested on.
+    parts = [
+        PublicExamples(task, spread(examples, count, offset=i, stride=5))
+        for i, count in enumerate((sequences, 16, 128, 32, 1024))
+    ]
+    public = Public(parts[0], parts[1], Text(train=parts[2], test=parts[3], attack=parts[4]))
+    return Builder(_source(model), order, public, model, _step).build(out)
+
+
+def _source(model: Path) -> "Source":
+    """Reads the model block by block where its checkpoint allows it, and says so where it does not."""
+    import torch
+
+    from emulator.source import MemorySource, ShardSource
+    from errors import UnsupportedModel
+    from task.tasks import TASKS
+
+    try:
+        return ShardSource(model, torch.float32)
+    except UnsupportedModel as error:
+        _step(f"the whole model is loaded: {error}")
+        return MemorySource(TASKS["causal_lm"].load(model, dtype=torch.float32))
+
+
+def _summary(built: "Built", out: Path, report: Path) -> str:
+    lines = []
+    if built.candidates:
+        lines += ["candidates:", f"  {'MB':>7} {'compute':>8} {'cosine':>7}  fits  recipe"]
+        lines += [
+            f"  {one.cost.bytes / 1e6:7.1f} {one.flops:8.2f} {1 - one.damage:7.3f}  {'yes' if one.fits else 'no ':4}  "
+            f"{' '.join(one.recipe)}"
+            for one in built.candidates
+        ]
+    lines += [f"package: {out}", *_facts(built.manifest)]
+    lines.append(f"gradient cosine: {built.cosine:.3f}")
+    lines.append(
+        f"public loss: full model {built.losses['full']:.3f}, emulator {built.losses['emulator']:.3f} nats per token"
+    )
+    last = list(built.similarity.values())[-1]
+    lines.append(f"similarity of what leaves the last block: {last:.3f}")
+    if (found := built.rehearsal) is not None:
+        leaks = ", ".join(f"{found.relearned_leak(tokens):.2f} after {tokens} tokens" for tokens in found.relearned)
+        lines.append(
+            f"rehearsal on public text: transfer {found.transfer:.2f}, leak {found.leak:.2f}, relearned {leaks}"
+        )
+    return "\n".join([*lines, f"report: {report}"])
+
+
+def _facts(manifest: "Manifest") -> list[str]:
+    geometry = manifest.geometry
+    return [
+        f"emulator: {manifest.digest()[:16]}…, {geometry.shape}, {geometry.first} + {geometry.last} blocks unchanged",
+        f"recipe: {' '.join(manifest.recipe) or 'whole'}; word tables {manifest.embedding}",
+        f"bytes: {manifest.shipped_bytes / 1e6:.1f} MB, {manifest.shipped_bytes / manifest.full_bytes:.3f} of it "
+        f"in 16 bits; middle {manifest.middle_ratio:.3f}",
+        f"compute of the middle: {manifest.compute_ratio:.2f} of the model's; {len(manifest.skipped)} blocks left out, "
+        f"{len(manifest.shared)} shared",
+        f"unchanged weights: {manifest.verbatim:.3f} of the model's parameters are shipped bit for bit",
+    ]
+
+
+def _report(package: Path) -> dict[str, Any]:
+    """Returns the report that was written beside a package, or an empty one."""
+    path = package.with_name(f"{package.name}.report.json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "-"
+
+
+def _size(name: str, text: str) -> int | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS:
+        raise ConfigError(f"{name}={text!r} is no size; write 80MB or 1.5GB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _whole(name: str, text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdecimal() and 0 < int(text) < 10**9):
+        raise ConfigError(f"{name}={text!r} is no number of tokens; write 10000 or 10000,100000")
+    return int(text)
+
+
+def _step(text: str) -> None:
+    typer.echo(text, err=True)

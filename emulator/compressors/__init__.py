@@ -1,0 +1,108 @@
+"""The one table of compressors, and how a recipe of them is applied."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from emulator.compressors.distill import distill
+from emulator.compressors.gptq import gptq3, gptq4, gptq8
+from emulator.compressors.integers import int3, int4, int8
+from emulator.compressors.lowrank import lowrank
+from emulator.compressors.narrow import narrow
+from emulator.compressors.patch import patch
+from emulator.compressors.prune import prune, prune_2_4
+from emulator.compressors.refit import refit
+from emulator.compressors.share import share
+from emulator.compressors.skips import skip, skip_gradient, skip_importance, skip_uniform
+from emulator.draft import Span, Station, spans
+from emulator.middle import Middle
+from emulator.plan import Plan
+from emulator.recipe import Step
+from errors import ConfigError, lookup
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """One way to make the middle smaller.
+
+    Attributes:
+      select: decides which blocks stay; all of these come first, in the recipe's order.
+      rewrite: changes one stretch, in the recipe's order, when what reaches it in the emulator is known.
+      public: whether it needs public examples.
+    """
+
+    select: Callable[[Plan, Middle, Step], Plan] | None = None
+    rewrite: Callable[[Station, str], None] | None = None
+    public: bool = True
+
+
+COMPRESSORS: dict[str, Compressor] = {
+    "skip": Compressor(select=skip),
+    "skip_uniform": Compressor(select=skip_uniform),
+    "skip_importance": Compressor(select=skip_importance),
+    "skip_gradient": Compressor(select=skip_gradient),
+    "share": Compressor(select=share),
+    "refit": Compressor(rewrite=refit),
+    "patch": Compressor(rewrite=patch),
+    "narrow": Compressor(rewrite=narrow),
+    "lowrank": Compressor(rewrite=lowrank),
+    "distill": Compressor(rewrite=distill),
+    "prune": Compressor(rewrite=prune),
+    "prune_2_4": Compressor(rewrite=prune_2_4),
+    "int8": Compressor(rewrite=int8, public=False),
+    "int4": Compressor(rewrite=int4, public=False),
+    "int3": Compressor(rewrite=int3, public=False),
+    "gptq8": Compressor(rewrite=gptq8),
+    "gptq4": Compressor(rewrite=gptq4),
+    "gptq3": Compressor(rewrite=gptq3),
+}
+
+
+def steps_of(recipe: tuple[str, ...]) -> list[tuple[Step, Compressor]]:
+    """Returns the steps of a recipe, each beside its compressor.
+
+    Raises:
+      UnknownName: a compressor is not in `COMPRESSORS`.
+      ConfigError: a step's places cannot be read.
+    """
+    steps = [Step.parse(text) for text in recipe]
+    return [(step, lookup(COMPRESSORS, step.name, "compressor")) for step in steps]
+
+
+def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
+    """Returns which blocks a recipe leaves in; the empty recipe keeps all.
+
+    Raises:
+      UnknownName: a compressor is not in `COMPRESSORS`.
+      ConfigError: an argument is out of range, or a place is not in the middle.
+    """
+    plan = Plan.whole(middle)
+    for step, compressor in steps_of(recipe):
+        _check_places(middle, step)
+        if compressor.select is not None:
+            plan = compressor.select(plan, middle, step)
+    return plan
+
+
+def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[Span]:
+    """Yields the stretches of the middle in order, compressed.
+
+    Raises:
+      ConfigError: an argument is out of range.
+      UnsupportedModel: a compressor does not fit the model's structure.
+    """
+    steps = steps_of(recipe)
+    public = any(compressor.public and compressor.rewrite for _, compressor in steps)
+    for station in spans(middle, plan, public=public):
+        places = {middle.place(path) for path in station.span.stretch.paths}
+        for step, compressor in steps:
+            if compressor.rewrite is not None and (step.places is None or step.places & places):
+                compressor.rewrite(station, step.argument)
+        yield station.span
+
+
+def _check_places(middle: Middle, step: Step) -> None:
+    known = {middle.place(path) for path in middle.blocks}
+    if step.places is not None and (wrong := sorted(step.places - known)):
+        raise ConfigError(
+            f"step={str(step)!r}: place {wrong[0]} is not in the middle, which is {min(known)}-{max(known)}; correct it"
+        )

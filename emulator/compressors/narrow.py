@@ -1,0 +1,50 @@
+"""Structured width pruning: a feed-forward network keeps some of its channels, and its last layer is fitted again."""
+
+from math import ceil
+
+from torch import Tensor, nn
+
+from emulator.compressors.arguments import fraction
+from emulator.compressors.pairs import pairs_of
+from emulator.compressors.refit import refit_layer
+from emulator.draft import Station
+from emulator.fit import position_weights, ridge, rows
+from emulator.geometry import PARALLEL
+from emulator.parts import dense_like, weight_of
+from errors import ConfigError
+
+STRENGTH = 1e-3
+
+
+def narrow(station: Station, argument: str) -> None:
+    """Keeps a fraction of the channels of each feed-forward network: those that write most into the hidden states.
+
+    What the others wrote is taken over by the last layer, as far as the kept channels tell it, in closed form.
+    """
+    share = fraction("narrow", argument, "the fraction of channels kept")
+    if station.middle.geometry.shape == PARALLEL:
+        raise ConfigError(
+            f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which keeps "
+            "them, or shape sandwich"
+        )
+    for pair in pairs_of(station):
+        down = station.span.module(pair.down)
+        inputs = station.observe({pair.down: down})[pair.down]
+        weights = position_weights(rows(station.target))
+        energy = (weights.unsqueeze(-1) * inputs.square()).mean(0) * weight_of(down).square().sum(0)
+        kept = energy.topk(max(1, ceil(share * len(energy)))).indices.sort().values
+        for path in pair.ups:
+            up = station.span.module(path)
+            station.span.replace(path, dense_like(up, weight_of(up)[kept], _kept_bias(up, kept)))
+        # Two starts: the kept columns as they are, and those that best give what this layer gave before.
+        columns, bias = weight_of(down)[:, kept], getattr(down, "bias", None)
+        lost = inputs @ weight_of(down).T - inputs[:, kept] @ columns.T
+        change, shift = ridge(inputs[:, kept], lost, weights, STRENGTH)
+        station.span.replace(pair.down, dense_like(down, columns, bias))
+        local = (columns + change, shift if bias is None else bias + shift)
+        refit_layer(station, pair.down, [(columns, bias), local])
+
+
+def _kept_bias(layer: nn.Module, kept: Tensor) -> Tensor | None:
+    bias = getattr(layer, "bias", None)
+    return None if bias is None else bias[kept]

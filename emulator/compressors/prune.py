@@ -1,0 +1,52 @@
+"""Set the weights to zero that matter least for what enters a layer: two of each four, or a fraction of a row."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from emulator.compressors.arguments import fraction, no_argument
+from emulator.draft import Station
+from emulator.parts import weight_of
+from emulator.storage import SPARSE
+
+
+def prune(station: Station, argument: str) -> None:
+    """Sets a fraction, at most a half, of each output's weights to zero: those of least |weight| x input norm.
+
+    Sun et al. 2024 (Wanda), equation 1.
+    """
+    share = fraction("prune", argument, "the fraction of zeros", Fraction(1, 2))
+    _prune(station, lambda score: _least(score, int(share * score.shape[1])))
+
+
+def prune_2_4(station: Station, argument: str) -> None:
+    """Sets two of each four consecutive weights of an output to zero, by the same measure."""
+    no_argument("prune_2_4", argument)
+    _prune(station, _two_of_four)
+
+
+def _prune(station: Station, zeros: Callable[[Tensor], Tensor]) -> None:
+    layers = station.span.layers()
+    for path, inputs in station.observe(layers).items():
+        weight = weight_of(layers[path])
+        score = weight.abs() * inputs.square().mean(0).sqrt()
+        weight.data[zeros(score)] = 0.0
+        name = f"{path}.weight"
+        station.span.storage[name] = SPARSE
+        station.span.pieces.pop(name, None)
+        station.span.changed.add(name)
+
+
+def _least(score: Tensor, count: int) -> Tensor:
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, score.topk(count, dim=1, largest=False).indices, value=True)
+
+
+def _two_of_four(score: Tensor) -> Tensor:
+    columns = score.shape[1] // 4 * 4
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    fours = score[:, :columns].reshape(-1, 4)
+    mask[:, :columns] = _least(fours, 2).reshape(len(score), columns)
+    return mask

@@ -1,0 +1,48 @@
+"""Let alike neighbours run on one block's weights: depth and compute stay, bytes fall."""
+
+from itertools import pairwise
+
+from emulator.compressors.arguments import fraction
+from emulator.geometry import PARALLEL
+from emulator.middle import Middle
+from emulator.plan import Plan
+from emulator.recipe import Step
+from errors import ConfigError, UnsupportedModel
+
+
+def share(plan: Plan, middle: Middle, step: Step) -> Plan:
+    """Gives a fraction of the kept blocks the weights of a neighbour: the two whose results differ least merge first.
+
+    Zhang et al. 2023 (CRaSh), section 3: neighbours are clustered by the likeness of their results, and one block
+    of each cluster stands for all of it. Unlike there, the clusters come from public text and not from the task's.
+    """
+    part = fraction("share", step.argument, "the fraction that shares")
+    if middle.geometry.shape == PARALLEL:
+        raise ConfigError(
+            f"share={step.argument!r}: blocks of a parallel emulator keep their own weights; use gptq4 or lowrank"
+        )
+    blocks = [
+        path
+        for path in plan.kept
+        if path in middle.skippable and (step.places is None or middle.place(path) in step.places)
+    ]
+    count = min(len(blocks) - 1, max(1, round(part * len(blocks))))
+    if count < 1:
+        raise UnsupportedModel(f"share={step.argument!r}: fewer than two alike blocks are kept; leave it out")
+    clusters = [[path] for path in blocks]
+    for _ in range(count):
+        costs = [_apart(middle, left, right) for left, right in pairwise(clusters)]
+        nearest = costs.index(min(costs))
+        clusters[nearest : nearest + 2] = [clusters[nearest] + clusters[nearest + 1]]
+    return plan.share({path: _owner(cluster) for cluster in clusters for path in cluster if path != _owner(cluster)})
+
+
+def _apart(middle: Middle, left: list[str], right: list[str]) -> float:
+    """Returns how far the hidden states move from the end of the left cluster to the end of the right one."""
+    return sum(middle.influences[path] for path in right) + 1e-3 * (len(left) + len(right))
+
+
+def _owner(cluster: list[str]) -> str:
+    # The first of the cluster, not its middle: a stretch is made when all before it are, and takes the weights of one
+    # that is there already.
+    return cluster[0]

@@ -1,0 +1,76 @@
+"""Leave blocks out: those of a list, evenly spaced ones, or those that matter least by one of two measures."""
+
+import heapq
+
+from emulator.compressors.arguments import fraction
+from emulator.geometry import PARALLEL
+from emulator.gradients import SlotGradients
+from emulator.middle import Middle
+from emulator.plan import Plan
+from emulator.recipe import Step
+from errors import ConfigError, UnsupportedModel
+
+
+def skip(plan: Plan, middle: Middle, step: Step) -> Plan:
+    """Leaves the blocks of the step's places out."""
+    if step.places is None or step.argument:
+        raise ConfigError(f"skip={str(step)!r}: it needs places and nothing else; write skip@5,7-9")
+    _check_shape(middle, step)
+    chosen = [path for path in middle.blocks if middle.place(path) in step.places]
+    middle.check_skippable("skip", chosen)
+    return plan.skip(chosen)
+
+
+def skip_uniform(plan: Plan, middle: Middle, step: Step) -> Plan:
+    """Leaves out the middle of each of N equal stretches: evenly spaced, and no end twice as thin as the other."""
+    candidates, count = _candidates(plan, middle, step)
+    return plan.skip(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
+
+
+def skip_importance(plan: Plan, middle: Middle, step: Step) -> Plan:
+    """Leaves out the blocks of least Block Influence (Men et al. 2024, ShortGPT)."""
+    candidates, count = _candidates(plan, middle, step)
+    return plan.skip(sorted(candidates, key=lambda path: middle.influences[path])[:count])
+
+
+def skip_gradient(plan: Plan, middle: Middle, step: Step) -> Plan:
+    """Leaves out, one by one, the block whose absence turns the slots' gradients least.
+
+    The principle is GradOT's (ACL 2025). After each choice only the block that would be next is measured again, until
+    one keeps its place: damages nearly add up, so few of them change the order.
+    """
+    candidates, count = _candidates(plan, middle, step)
+    gradients = SlotGradients(middle)
+    queue = [(gradients.damage((*plan.skipped, path)), 0, path) for path in candidates]
+    heapq.heapify(queue)
+    chosen: list[str] = []
+    while len(chosen) < count:
+        damage, seen, path = heapq.heappop(queue)
+        if seen != len(chosen):
+            damage = gradients.damage((*plan.skipped, *chosen, path))
+            heapq.heappush(queue, (damage, len(chosen), path))
+        else:
+            chosen.append(path)
+    return plan.skip(chosen)
+
+
+def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]:
+    """Returns the blocks that may still be left out, and how many of them a fraction of the kept middle is."""
+    _check_shape(middle, step)
+    share = fraction(step.name, step.argument, "the fraction skipped")
+    kept = [path for path in plan.kept if step.places is None or middle.place(path) in step.places]
+    candidates = [path for path in kept if path in middle.skippable]
+    count = min(len(candidates), max(1, round(share * len(kept))))
+    if not candidates:
+        raise UnsupportedModel(
+            f"{step.name}={step.argument!r}: no block of the middle is left to skip; take it from the recipe"
+        )
+    return candidates, count
+
+
+def _check_shape(middle: Middle, step: Step) -> None:
+    if middle.geometry.shape == PARALLEL:
+        raise ConfigError(
+            f"{step.name}={step.argument!r}: in a parallel emulator every block carries an adapter and none is left "
+            "out; use gptq4, lowrank or int8, or shape sandwich"
+        )

@@ -1,0 +1,218 @@
+"""A recipe for given limits: each block goes down a ladder of actions, the step that turns the gradients least first.
+
+The measure is the slots' gradient through the emulator against the one through the full model, on public text; the
+order is by what is lost for what is saved, measured again before each step is taken (the principle is GradOT's).
+"""
+
+import copy
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from emulator.compressors import steps_of
+from emulator.cost import Cost, Limits, dtype_of, full_macs, outside_cost, span_cost
+from emulator.draft import Span, Station, spans
+from emulator.geometry import PARALLEL, SANDWICH
+from emulator.gradients import SlotGradients
+from emulator.middle import Middle
+from emulator.plan import Plan, Stretch
+from emulator.recipe import Step
+from emulator.skip import skipped
+from errors import ConfigError
+
+SKIP, REFIT = "skip", "refit"
+# From dear to cheap. Widths and bits are those between which measurements on real models found a difference.
+LADDERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    SANDWICH: (
+        ("gptq8:128",),
+        ("gptq4:64",),
+        ("narrow:0.5", "gptq4:64"),
+        ("narrow:0.34", "gptq4:64"),
+        ("narrow:0.2", "gptq4:64"),
+        (SKIP,),
+    ),
+    PARALLEL: (("gptq8:128",), ("gptq4:64",), ("gptq4:128",), ("gptq3:64",), ("gptq3:128",)),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An emulator that was considered.
+
+    Attributes:
+      recipe: how it is made.
+      cost: of the whole emulator.
+      flops: multiply-adds of its middle over the full model's.
+      damage: 1 - cosine of the slots' gradients, with every block compressed by itself; 0 for the full model.
+      fits: whether it keeps to the limits on bytes, memory and compute.
+    """
+
+    recipe: tuple[str, ...]
+    cost: Cost
+    flops: float
+    damage: float
+    fits: bool
+
+
+@dataclass
+class _Rung:
+    """One block under one action."""
+
+    cost: Cost
+    block: nn.Module
+
+
+@dataclass
+class Search:
+    """The state of one search.
+
+    Attributes:
+      middle: of the model, with public examples and losses.
+      limits: on bytes, memory and compute.
+      embedding: storage of the embedding tables.
+      on_step: told what is being done.
+    """
+
+    middle: Middle
+    limits: Limits
+    embedding: str
+    on_step: Callable[[str], None] = lambda text: None
+    _rungs: dict[str, list[_Rung]] = field(default_factory=dict)
+    _at: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> list[Candidate]:
+        """Returns the candidates in the order in which they were found; the last one fits.
+
+        Raises:
+          ConfigError: the limits cannot be met, however far each block is compressed.
+        """
+        ladder = LADDERS[self.middle.geometry.shape]
+        self._outside = outside_cost(self.middle, self.embedding)
+        self._full_macs = full_macs(self.middle)
+        self.on_step(f"try {len(ladder)} actions on each of {len(self.middle.blocks)} blocks")
+        self._prepare(ladder)
+        self._check_possible()
+        self._gradients = SlotGradients(self.middle)
+        found = [self._candidate(self._gradients.damage_of(self._stand_ins()))]
+        for level in range(1, len(ladder)):
+            found.append(self._uniform(level))
+        found.append(self._descend())
+        return found
+
+    def _prepare(self, ladder: tuple[tuple[str, ...], ...]) -> None:
+        """Compresses each block by itself, as if what reaches it and what it must give were the full model's."""
+        model = self.middle.source.model
+        dtype = dtype_of(model)
+        for station in spans(self.middle, Plan.whole(self.middle), public=True):
+            path = str(station.span.stretch.head)
+            rungs = []
+            for action in ladder:
+                if action == (SKIP,):
+                    if path not in self.middle.skippable:
+                        continue
+                    block = skipped(model.get_submodule(path), self.middle.stream.forms[path])
+                    rungs.append(_Rung(Cost(), block))
+                else:
+                    span = _copy(station, action)
+                    rungs.append(_Rung(span_cost(span, dtype), span.blocks[path].to(dtype)))
+            self._rungs[path] = rungs
+            self._at[path] = 0
+
+    def _descend(self) -> Candidate:
+        """Takes single steps until every limit is kept."""
+        self._at = dict.fromkeys(self._at, 0)
+        damage = self._gradients.damage_of(self._stand_ins())
+        queue: list[tuple[float, int, str]] = [(0.0, -1, path) for path in self._rungs]
+        taken = 0
+        while excess := self._excess():
+            if not queue:
+                break
+            _, seen, path = heapq.heappop(queue)
+            saved = self._saved(path, excess)
+            if saved is None:
+                continue
+            if seen != taken:
+                after = self._gradients.damage_of({**self._stand_ins(), path: self._next(path).block})
+                heapq.heappush(queue, (max(after - damage, 0.0) / saved, taken, path))
+                continue
+            self._at[path] += 1
+            taken += 1
+            damage = self._gradients.damage_of(self._stand_ins())
+            heapq.heappush(queue, (0.0, -1, path))
+            self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
+        return self._candidate(damage)
+
+    def _uniform(self, level: int) -> Candidate:
+        """Returns the candidate in which each block is as far down as the others, for the table."""
+        for path, rungs in self._rungs.items():
+            self._at[path] = min(level, len(rungs) - 1)
+        return self._candidate(self._gradients.damage_of(self._stand_ins()))
+
+    def _saved(self, path: str, excess: dict[str, float]) -> float | None:
+        """Returns how much of what is too much the next step of a block saves; None where there is none."""
+        if self._at[path] + 1 >= len(self._rungs[path]):
+            return None
+        saving = self._rungs[path][self._at[path]].cost - self._next(path).cost
+        share = sum(min(getattr(saving, name) / over, 1.0) for name, over in excess.items())
+        return share if share > 0 else 1e-9
+
+    def _next(self, path: str) -> _Rung:
+        return self._rungs[path][self._at[path] + 1]
+
+    def _stand_ins(self) -> dict[str, nn.Module]:
+        return {path: rungs[self._at[path]].block for path, rungs in self._rungs.items()}
+
+    def _cost(self) -> Cost:
+        return sum((rungs[self._at[path]].cost for path, rungs in self._rungs.items()), self._outside)
+
+    def _excess(self) -> dict[str, float]:
+        return self.limits.excess(self._cost(), self._full_macs)
+
+    def _candidate(self, damage: float) -> Candidate:
+        cost = self._cost()
+        flops = cost.macs / self._full_macs if self._full_macs else 1.0
+        return Candidate(self._recipe(), cost, flops, damage, not self._excess())
+
+    def _recipe(self) -> tuple[str, ...]:
+        """Returns the actions of all blocks as one recipe: what selects first, then what rewrites."""
+        ladder = LADDERS[self.middle.geometry.shape]
+        places: dict[str, set[int]] = {}
+        for path, at in self._at.items():
+            for text in ladder[at]:
+                places.setdefault(text, set()).add(self.middle.place(path))
+        if SKIP in places:
+            # What stays does the work of what is gone, as far as it can.
+            places[REFIT] = {place for text, some in places.items() if text != SKIP for place in some}
+        steps = [Step.parse(text) for text in sorted(places, key=_rank) if places[text]]
+        return tuple(str(Step(s.name, s.argument, frozenset(places[str(s)]))) for s in steps)
+
+    def _check_possible(self) -> None:
+        self._at = {path: len(rungs) - 1 for path, rungs in self._rungs.items()}
+        if excess := self._excess():
+            cost = self._cost()
+            raise ConfigError(
+                f"max_{next(iter(excess))}: the smallest emulator has {cost.bytes / 1e6:.1f} MB, "
+                f"{cost.parameters / 1e6:.1f} MB in memory and {cost.macs / max(self._full_macs, 1):.2f} of the "
+                "middle's compute; raise the limit, or ship fewer blocks verbatim"
+            )
+
+
+def _rank(text: str) -> tuple[int, str]:
+    """Returns the order of steps: what selects, what changes a block, what fits it again, what rounds it."""
+    if text in (SKIP, REFIT):
+        return (0 if text == SKIP else 2), text
+    return (3 if text.startswith(("gptq", "int")) else 1), text
+
+
+def _copy(station: Station, action: tuple[str, ...]) -> Span:
+    """Returns the stretch of one block under an action, made from a copy."""
+    head = station.span.stretch.head
+    span = Span(Stretch(head, (), None), {path: copy.deepcopy(block) for path, block in station.span.blocks.items()})
+    trial = Station(station.middle, span, station.inputs, station.target)
+    for step, compressor in steps_of(action):
+        if compressor.rewrite is None:
+            raise ConfigError(f"action={step}: a ladder may hold skip and rewriting compressors only; correct it")
+        compressor.rewrite(trial, step.argument)
+    return span

@@ -1,0 +1,216 @@
+"""Each closed form against its definition, a brute-force optimum or a second, slow way."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from emulator import storage
+from emulator.compressors import apply, make_plan
+from emulator.compressors.gptq import quantize_rows, second_moments
+from emulator.compressors.lowrank import _factors
+from emulator.fit import position_weights, ridge, rows
+from emulator.geometry import Geometry
+from emulator.middle import Calibration, Middle
+from emulator.parts import Patch
+from emulator.quantize import dequantize, quantize
+from emulator.source import MemorySource
+from errors import ConfigError, RangeError
+from tests.emulator.conftest import CAUSAL, _causal
+
+IDS = torch.arange(320).reshape(20, 16) * 11 % 61
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return _causal(hf.LlamaConfig(**CAUSAL, use_cache=False)).eval().requires_grad_(False)
+
+
+def middle_of(model, first=2, last=1):
+    return Middle(MemorySource(model), Geometry.of(model, first, last), Calibration(lambda m: m(input_ids=IDS)))
+
+
+def leaving(model, place):
+    """What leaves a block in an ordinary call."""
+    seen = []
+    handle = model.model.layers[place].register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=IDS)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+def emulated(model, recipe):
+    middle = middle_of(model)
+    for span in apply(middle, recipe, make_plan(middle, recipe)):
+        for path, block in span.blocks.items():
+            model.set_submodule(path, block)
+    return model
+
+
+def test_ridge_is_weighted_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(200, 6, generator=generator), torch.randn(200, 3, generator=generator)
+    y = x @ torch.randn(6, 3, generator=generator) + 2 + noise
+    w = torch.rand(200, generator=generator) + 0.1
+    matrix, bias = ridge(x, y, w, 1e-12)
+    root = w.sqrt().unsqueeze(1).double()
+    design = torch.cat([x.double(), torch.ones(200, 1, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(root * design, root * y.double()).solution
+    torch.testing.assert_close(torch.cat([matrix.T, bias.unsqueeze(0)]), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loud_position_counts_no_more_than_the_others():
+    target = torch.ones(4, 8)
+    target[0] *= 1000
+    weights = position_weights(target)
+    assert float(weights[0] * target[0].square().mean()) == pytest.approx(float(weights[1]), rel=1e-5)
+
+
+def test_a_patch_is_the_best_linear_map(model):
+    entering, leaving_both = leaving(model, 2), leaving(model, 4)
+    weights = position_weights(leaving_both).sqrt().unsqueeze(1)
+    emulator = emulated(model, ("skip@3-4", "patch"))
+    patch = emulator.model.layers[3].patch
+    assert isinstance(patch, Patch)
+    mine = (weights * (patch(entering) - leaving_both)).square().sum()
+    design = torch.cat([entering, torch.ones(len(entering), 1)], dim=1)
+    solution = torch.linalg.lstsq((weights * design).double(), (weights * leaving_both).double()).solution
+    best = (weights * (design.double() @ solution - leaving_both)).square().sum()
+    nothing = (weights * (entering - leaving_both)).square().sum()
+    assert best <= mine < 1.01 * best < nothing
+
+
+def test_refit_brings_a_stretch_nearer_to_its_target(model):
+    target = leaving(model, 4)
+    weights = position_weights(target).unsqueeze(1)
+
+    def error(emulator):
+        return float((weights * (leaving(emulator, 4) - target).square()).mean())
+
+    plain = error(emulated(copy.deepcopy(model), ("skip@4",)))
+    assert error(emulated(copy.deepcopy(model), ("skip@4", "refit"))) < 0.9 * plain
+
+
+def test_distillation_brings_a_stretch_nearer_and_never_further(model):
+    target = leaving(model, 4)
+    weights = position_weights(target).unsqueeze(1)
+
+    def error(*recipe):
+        emulator = emulated(copy.deepcopy(model), recipe)
+        assert not any(parameter.requires_grad for parameter in emulator.parameters())
+        return float((weights * (leaving(emulator, 4) - target).square()).mean())
+
+    plain = error("skip@4")
+    assert error("skip@4", "distill:60") < 0.95 * plain
+    assert error("skip@4", "distill:1") <= plain
+
+
+def test_refit_behind_a_patch_is_refused(model):
+    with pytest.raises(ConfigError, match="write patch last"):
+        emulated(model, ("skip@4", "patch", "refit"))
+
+
+def test_narrowing_loses_nothing_where_channels_are_copies(model):
+    for layer in model.model.layers:
+        half = layer.mlp.gate_proj.weight.shape[0] // 2
+        for name in ("gate_proj", "up_proj"):
+            weight = getattr(layer.mlp, name).weight
+            weight[half:] = weight[:half]
+    expected = leaving(model, 5)
+    emulator = emulated(model, ("narrow:0.75",))
+    assert emulator.model.layers[2].mlp.gate_proj.out_features == 36
+    torch.testing.assert_close(leaving(emulator, 5), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_low_rank_is_the_best_of_its_rank_on_what_enters():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(500, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    inputs = inputs / inputs.square().mean(1, keepdim=True).sqrt()  # so that every position counts alike
+    weight = torch.randn(9, 12, generator=generator)
+    up, down = _factors(weight, inputs, 4)
+    outputs = inputs @ weight.T
+    mine = (inputs @ (up @ down).T - outputs).square().sum()
+    best = torch.linalg.svdvals(outputs)[4:].square().sum()  # Eckart-Young: no map of rank 4 does better
+    left, values, right = torch.linalg.svd(weight)
+    blind = (inputs @ (left[:, :4] * values[:4] @ right[:4]).T - outputs).square().sum()
+    assert best * 0.999 <= mine <= best * 1.01 < blind
+
+
+def slowly(weight, moments, bits, length):
+    """GPTQ by its definition: after each input the rest is moved by the optimal brain surgeon's formula."""
+    rest, codes = weight.double().clone(), []
+    inverse = torch.linalg.inv(moments)
+    for i in range(weight.shape[1]):
+        if i % length == 0:
+            quantised = quantize(rest[:, i : i + length].float(), bits, length)
+            low, step = quantised.minima[:, 0].double(), quantised.scales[:, 0].double()
+        code = ((rest[:, i] - low) / step).round().clamp(0, 2**bits - 1)
+        codes.append(code)
+        error = (rest[:, i] - (low + step * code)) / inverse[i, i]
+        rest -= torch.outer(error, inverse[i])
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return torch.stack(codes, dim=1)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_equals_its_definition_and_beats_rounding(bits):
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    moments = second_moments(inputs)
+    found = quantize_rows(weight, moments, bits, 8)
+    mine = dequantize(found, (10, 24), bits, 8)
+    rounded = dequantize(quantize(weight, bits, 8), (10, 24), bits, 8)
+    low, step = (one.repeat_interleave(8, dim=1).float() for one in (found.minima, found.scales))
+    codes = ((mine - low) / step).round()
+    assert (codes == slowly(weight, moments, bits, 8)).float().mean() > 0.97  # ties and grids in other precisions
+    scaled = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+
+    def damage(other):
+        return (scaled @ (other - weight).T).square().sum()
+
+    assert damage(mine) < 0.8 * damage(rounded)
+
+
+def test_gptq_without_correlations_is_rounding():
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    moments = torch.diag(torch.rand(16, dtype=torch.float64) + 0.5)
+    for turned in (False, True):
+        mine = quantize_rows(weight, moments, 4, 8, turned=turned)
+        other = quantize(weight.T.contiguous() if turned else weight, 4, 8)
+        assert torch.equal(mine.codes, other.codes)
+        assert torch.equal(mine.scales, other.scales)
+
+
+def test_two_of_each_four_are_zero_and_the_larger_ones_stay(model):
+    before = model.model.layers[3].mlp.up_proj.weight.clone()
+    weight = emulated(model, ("prune_2_4",)).model.layers[3].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    kept = weight != 0
+    assert torch.equal(weight[kept], before[kept])
+
+
+def test_sparse_storage_is_exact_and_checked():
+    tensor = torch.tensor([[0.0, 1.5, -2.0], [0.0, 0.0, 4.0], [8.0, 0.0, 0.25]])
+    pieces = storage.encode("t", tensor, storage.SPARSE)
+    assert pieces["t#places"].tolist() == [0b01100110, 0b1]
+    assert torch.equal(storage.decode("t", storage.SPARSE, pieces, (3, 3)), tensor)
+    with pytest.raises(RangeError, match="do not belong"):
+        storage.decode("t", storage.SPARSE, pieces, (3, 9))
+    with pytest.raises(RangeError, match="values for"):
+        storage.decode("t", storage.SPARSE, pieces | {"t#values": torch.ones(3, dtype=torch.float16)}, (3, 3))
+
+
+def test_shared_blocks_run_on_one_set_of_weights(model):
+    emulator = emulated(model, ("share:1",))
+    layers = emulator.model.layers
+    assert layers[3].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
+    assert layers[4].self_attn.q_proj.weight is layers[2].self_attn.q_proj.weight
+    assert layers[3].self_attn.layer_idx == 3
+    assert isinstance(layers[3], nn.Module)
+    assert len(rows([torch.ones(2, 3, 4)])) == 6
