@@ -9,6 +9,7 @@ import torch
 
 from cli import main as command
 from emulator.package import load, read_manifest
+from tests.conftest import sentence
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -64,8 +65,15 @@ def test_limits_are_searched_for_and_kept(build: Run, tmp_path: Path, shape: str
         assert manifest.compute_ratio <= 0.7
 
 
-def test_a_rehearsal_measures_transfer_and_leak(build: Run, tmp_path: Path) -> None:
-    code, out, err = build("--recipe", "gptq8:16", "--rehearse", "--relearn", "100,400", "--method", "lora")
+@pytest.fixture
+def other(tmp_path: Path) -> tuple[str, str]:
+    """Text of another kind than the model was trained on: an adapter can gain on it."""
+    (tmp_path / "other.txt").write_text(sentence("other", 16 * 300))
+    return "--calibration", str(tmp_path / "other.txt")
+
+
+def test_a_rehearsal_measures_transfer_and_leak(build: Run, other: tuple[str, str], tmp_path: Path) -> None:
+    code, out, err = build("--recipe", "gptq8:16", "--rehearse", "--relearn", "100,400", *other)
     assert code == 0, err
     assert "rehearsal on public text: transfer" in out
     found = json.loads((tmp_path / "p.report.json").read_text())["rehearsal"]
@@ -74,8 +82,8 @@ def test_a_rehearsal_measures_transfer_and_leak(build: Run, tmp_path: Path) -> N
     assert set(found["relearned_leak"]) == {"100", "400"}
 
 
-def test_what_gives_too_much_away_is_not_shipped(build: Run, tmp_path: Path) -> None:
-    code, out, err = build("--recipe", "gptq8:16", "--max-leak", "0.2", "--relearn", "100")
+def test_what_gives_too_much_away_is_not_shipped(build: Run, other: tuple[str, str], tmp_path: Path) -> None:
+    code, out, err = build("--recipe", "gptq8:16", "--max-leak", "0.2", "--relearn", "100", *other)
     assert (code, out) == (2, "")
     assert "offsite: max_leak=0.2: this emulator gives away" in err
     assert not (tmp_path / "p").exists()
