@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from emulator.compressors.center import center
 from emulator.compressors.distill import distill
 from emulator.compressors.gptq import gptq3, gptq4, gptq8
 from emulator.compressors.integers import int3, int4, int8
@@ -45,6 +46,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "patch": Compressor(rewrite=patch),
     "narrow": Compressor(rewrite=narrow),
     "lowrank": Compressor(rewrite=lowrank),
+    "center": Compressor(rewrite=center),
     "distill": Compressor(rewrite=distill),
     "prune": Compressor(rewrite=prune),
     "prune_2_4": Compressor(rewrite=prune_2_4),

@@ -41,6 +41,7 @@ CASES = {
     "patch": Case(("skip@3,5", "patch"), NONE, compute=True),
     "narrow": Case(("narrow:0.5",), SHARE, compute=True),
     "lowrank": Case(("lowrank:0.5",), SHARE, compute=True, parallel=True),
+    "center": Case(("gptq4:16", "center"), NONE, parallel=True),
     "distill": Case(("skip@3,5", "distill:4", "int8:16"), ("", "0", "-1", "x", "1.5"), compute=True),
     "prune": Case(("prune:0.5",), (*SHARE, "0.51"), parallel=True),
     "prune_2_4": Case(("prune_2_4",), NONE, parallel=True),

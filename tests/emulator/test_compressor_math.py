@@ -110,6 +110,19 @@ def test_distillation_brings_a_stretch_nearer_and_never_further(model):
     assert error("skip@4", "distill:1") <= plain
 
 
+def test_centering_takes_the_mean_error_away_and_leaves_the_codes(model):
+    target = leaving(model, 4)
+    weights = position_weights(target).unsqueeze(1)
+
+    def apart(emulator):
+        error = leaving(emulator, 4) - target
+        return (weights * error).sum(0) / weights.sum()
+
+    plain, centred = (emulated(copy.deepcopy(model), recipe) for recipe in (("int3:16",), ("int3:16", "center")))
+    assert apart(centred).norm() < 1e-2 * apart(plain).norm()
+    assert torch.equal(plain.model.layers[2].mlp.down_proj.weight, centred.model.layers[2].mlp.down_proj.weight)
+
+
 def test_refit_behind_a_patch_is_refused(model):
     with pytest.raises(ConfigError, match="write patch last"):
         emulated(model, ("skip@4", "patch", "refit"))

@@ -1,0 +1,210 @@
+"""What a training step costs a site on an emulator, over LoRA on all blocks of the full model, same batch.
+
+`python -m bench.emulator_cost --packages PACKAGE...` runs each case in processes of its own, in turn, and prints JSON:
+peak resident memory and CPU seconds of one step. The peer is what people do without us: PEFT LoRA on every dense layer
+of the full model, transformers' own loss, Adam, float32. `--billion` takes random weights in the shape of a model of
+1.1 billion parameters, for memory and time only.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = Path.home() / ".cache/offsite/models/smollm2-135m-instruct"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BILLION = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """Takes steps of PEFT's LoRA on the full model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from task.tasks import TASKS
+
+    model: Any = TASKS["causal_lm"].load(folder, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS)))
+    ids = _ids(model.config.vocab_size, batch, length)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    return _timed(step, steps)
+
+
+def site(package: Path, batch: int, length: int, steps: int, *, private: bool) -> dict[str, Any]:
+    """Takes steps of a site on an emulator, with per-example gradients where it trains privately."""
+    import torch
+
+    from adapter.methods import attach
+    from adapter.spec import AdapterSpec
+    from emulator.package import load, read_manifest
+    from emulator.structure import slot_paths
+    from privacy.batches import trainable
+    from privacy.engines import ENGINES
+    from task.examples import Examples
+    from task.tasks import TASKS
+
+    task, manifest = TASKS["causal_lm"], read_manifest(package)
+    model = load(package, dtype=torch.float32)
+    slots, _ = slot_paths(model, manifest.geometry)
+    model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots))
+    ids = _ids(model.config.vocab_size, batch, length)
+    examples = Examples(ids, torch.ones_like(ids))
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        task.losses(model, examples).mean().backward()
+        optimizer.step()
+
+    if not private:
+        return _timed(plain, steps)
+    with ENGINES["hooks"](model) as engine:
+
+        def clipped() -> None:
+            engine.per_example(task.losses, examples)
+            rows = [parameter.grad_sample.flatten(1) for parameter in parameters]
+            norms = torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
+            scale = (1.0 / norms.clamp_min(1e-9)).clamp(max=1.0)
+            for parameter, row in zip(parameters, rows, strict=True):
+                summed = (scale.unsqueeze(1) * row).sum(0) + torch.randn(row.shape[1])
+                parameter.grad = summed.reshape(parameter.shape) / len(ids)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad_sample = None
+
+        return _timed(clipped, steps)
+
+
+def _ids(vocabulary: int, batch: int, length: int) -> Any:
+    import torch
+
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def _timed(step: Any, steps: int) -> dict[str, Any]:
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.process_time()
+        step()
+        seconds.append(time.process_time() - began)
+    peak = next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("VmHWM")
+    )
+    return {"cpu_seconds": round(statistics.median(seconds[1:]), 3), "peak_mb": round(peak)}
+
+
+def billion(folder: Path, recipe: tuple[str, ...]) -> tuple[Path, Path]:
+    """Writes a model of 1.1 billion random weights and its emulator, read from shards; returns both folders."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from emulator.geometry import Geometry
+    from emulator.middle import Calibration
+    from emulator.package import build
+    from emulator.source import ShardSource
+
+    model, package = folder / "model", folder / "package"
+    torch.manual_seed(0)
+    config = LlamaConfig(**BILLION)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model, max_shard_size="500MB")
+    source = ShardSource(model, torch.bfloat16)
+    ids = _ids(32000, 4, 64)
+    build(source, Geometry.of(source.model, 1, 1), recipe, "int4", Calibration(lambda m: m(input_ids=ids)), package)
+    return model, package
+
+
+def fresh(arguments: argparse.Namespace, way: str, package: Path) -> dict[str, Any]:
+    """Runs one case in a process of its own."""
+    command = [sys.executable, "-m", "bench.emulator_cost", "--model", str(arguments.model), "--packages", str(package)]
+    sizes = ["--batch", str(arguments.batch), "--length", str(arguments.length), "--steps", str(arguments.steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *sizes, "--way", way], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the peer and each package, with and without privacy, in turn; ratios are over the peer of the same run."""
+    from emulator.package import read_manifest
+
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(arguments.repeats):
+        for package in arguments.packages:
+            for way in ("peer", "plain", "private"):
+                name = "peer" if way == "peer" else f"{package.name}|{way}"
+                runs.setdefault(name, []).append(fresh(arguments, way, package))
+    seconds = {name: statistics.median(run["cpu_seconds"] for run in of) for name, of in runs.items()}
+    peaks = {name: max(run["peak_mb"] for run in of) for name, of in runs.items()}
+    sizes = {}
+    for package in arguments.packages:
+        manifest = read_manifest(package)
+        sizes[package.name] = {
+            "shipped": manifest.shipped_bytes / manifest.full_bytes,
+            "compute": manifest.compute_ratio,
+        }
+    return {
+        "tokens": [arguments.batch, arguments.length],
+        "load_before": round(os.getloadavg()[0], 2),
+        "cpu_seconds": seconds,
+        "peak_mb": peaks,
+        "faster": {name: round(seconds["peer"] / value, 2) for name, value in seconds.items() if name != "peer"},
+        "smaller": {name: round(peaks["peer"] / value, 2) for name, value in peaks.items() if name != "peer"},
+        "packages": sizes,
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Measures and prints JSON, or takes the steps of one case."""
+    parser = argparse.ArgumentParser(description="a site's training step over LoRA on the full model")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--packages", type=Path, nargs="*", default=[])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--billion", nargs="*", help="recipe of the emulator of a model with 1.1 billion weights")
+    parser.add_argument("--way", choices=("peer", "plain", "private"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = (arguments.batch, arguments.length, arguments.steps)
+    if arguments.way == "peer":
+        print(json.dumps(peer(arguments.model, *sizes)))
+    elif arguments.way is not None:
+        print(json.dumps(site(arguments.packages[0], *sizes, private=arguments.way == "private")))
+    elif arguments.billion is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.model, package = billion(Path(folder), tuple(arguments.billion))
+            arguments.packages = [package]
+            print(json.dumps(measure(arguments), indent=1))
+    else:
+        print(json.dumps(measure(arguments), indent=1))
+
+
+if __name__ == "__main__":
+    main()
