@@ -42,6 +42,8 @@ class Middle:
         usual = usual_signature(modules)
         # A block with a tensor of its own (T5's relative positions) serves the others: it is never left out.
         self.alone = tuple(path for path, m in zip(self.tower, modules, strict=True) if signature(m) != usual)
+        # Where the feed-forward networks are in a block, by the block's layers; found by trial, once for alike blocks.
+        self.pairs: dict[tuple[str, ...], list[tuple[tuple[tuple[str, int], ...], str]]] = {}
         self.skippable = tuple(path for path in self.blocks if path not in self.alone)
 
     def place(self, path: str) -> int:

@@ -2,6 +2,7 @@
 
 from math import ceil
 
+import torch
 from torch import Tensor, nn
 
 from emulator.compressors.arguments import fraction
@@ -33,9 +34,10 @@ def narrow(station: Station, argument: str) -> None:
         weights = position_weights(rows(station.target))
         energy = (weights.unsqueeze(-1) * inputs.square()).mean(0) * weight_of(down).square().sum(0)
         kept = energy.topk(max(1, ceil(share * len(energy)))).indices.sort().values
-        for path in pair.ups:
+        for path, times in pair.ups:
             up = station.span.module(path)
-            station.span.replace(path, dense_like(up, weight_of(up)[kept], _kept_bias(up, kept)))
+            rows_kept = torch.cat([kept + part * len(energy) for part in range(times)])
+            station.span.replace(path, dense_like(up, weight_of(up)[rows_kept], _kept_bias(up, rows_kept)))
         # Two starts: the kept columns as they are, and those that best give what this layer gave before.
         columns, bias = weight_of(down)[:, kept], getattr(down, "bias", None)
         lost = inputs @ weight_of(down).T - inputs[:, kept] @ columns.T

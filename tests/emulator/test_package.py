@@ -11,7 +11,7 @@ from emulator.geometry import Geometry
 from emulator.manifest import CONFIG, MANIFEST, WEIGHTS, Manifest
 from emulator.package import load, read_manifest
 from emulator.rebuild import AUTO
-from errors import DataError, DigestMismatch
+from errors import DataError, DigestMismatch, UnsupportedModel
 
 
 def test_identity_emulator_is_the_model_bit_for_bit(family, tmp_path):
@@ -46,6 +46,29 @@ def test_every_family_runs_with_skips_and_codes(family, tmp_path):
     names = {name for name, _ in family.model.named_modules()}
     assert {name for name, _ in emulator.named_modules()} < names
     assert manifest.middle_ratio < 0.5
+
+
+FITTED = {
+    "patched": ("skip_importance:0.34", "refit", "patch", "gptq4:16"),
+    "thin": ("lowrank:0.7", "int8:16"),
+    "narrow": ("narrow:0.5", "gptq4:16", "center"),
+    "shared": ("share:0.5", "prune_2_4"),
+}
+# What a family cannot do, and why: a mixture's experts are one stacked tensor, so it has no pair of dense layers.
+REFUSED = {("mixtral", "patched"), ("mixtral", "narrow")}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_every_family_runs_with_what_is_fitted_to_its_examples(family, name, tmp_path):
+    if (family.name, name) in REFUSED:
+        with pytest.raises(UnsupportedModel, match="no feed-forward network of dense layers"):
+            family.build(tmp_path / "p", FITTED[name])
+        return
+    manifest = family.build(tmp_path / "p", FITTED[name])
+    emulator = load(tmp_path / "p")
+    assert torch.isfinite(family.run(emulator)).all()
+    assert not torch.equal(family.run(emulator), family.run(family.model))
+    assert manifest.middle_ratio < 1
 
 
 def test_one_dimensional_tensors_of_the_middle_stay(family, tmp_path):
