@@ -43,6 +43,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "whole": ("sandwich", ()),
     "int4": ("sandwich", ("int4:128",)),
     "gptq4": ("sandwich", ("gptq4:128",)),
+    "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
     "gptq3": ("sandwich", ("gptq3:64",)),
     "importance 50 %": ("sandwich", ("skip_importance:0.5",)),
     "importance 50 % + refit": ("sandwich", ("skip_importance:0.5", "refit")),
