@@ -4,15 +4,13 @@ An adapter trained on a parallel emulator partly makes good for what compression
 model nothing is broken there, and that part does harm. For low-rank adapters it is known in closed form.
 """
 
-from collections.abc import Callable
-
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from adapter.layout import Layout
+from emulator.parts import weight_of
 
-STRENGTHS = (0.0, 0.5, 1.0)
 LIMIT = 1.0
 
 
@@ -39,13 +37,6 @@ def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts]) if changes else vector
 
 
-def best(candidates: list[Tensor], loss: Callable[[Tensor], float]) -> tuple[Tensor, float]:
-    """Returns the candidate of least public loss and that loss; the first of equals, so put the plainest first."""
-    losses = [loss(candidate) for candidate in candidates]
-    index = losses.index(min(losses))
-    return candidates[index], losses[index]
-
-
 def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -> dict[str, Tensor]:
     found = {}
     for name in layer.lora_B:
@@ -58,9 +49,7 @@ def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -
 
 
 def _matrix(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)  # noqa: S101 - adapters of this kind sit on dense layers only
-    return (weight if isinstance(layer, nn.Linear) else weight.T).detach().float()
+    return weight_of(layer).detach().float()
 
 
 def _plain(path: str) -> str:

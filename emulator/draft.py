@@ -7,7 +7,6 @@ by the next.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from emulator.parts import PATCH, make, word_of
 from emulator.plan import Plan, Stretch
 from emulator.quantize import Quantised, dequantize
 from emulator.skip import skipped
-from emulator.storage import parse
 from emulator.stream import Hidden, Stream, bare, private
 from emulator.surgery import mirror
 
@@ -83,15 +81,13 @@ class Span:
             for name in [name for name in table if name.startswith(f"{path}.")]:
                 del table[name]
 
-    def store(self, name: str, how: str, quantised: Quantised) -> None:
+    def store(self, name: str, bits: int, group: int, quantised: Quantised) -> None:
         """Takes codes for a tensor, and their values into the stretch, so that what follows sees them."""
-        bits_group = parse(how)
-        assert bits_group is not None, how  # noqa: S101 - a compressor that stores codes names a quantised storage
         path, _, leaf = name.rpartition(".")
         parameter = getattr(self.module(path), leaf)
         with torch.no_grad():
-            parameter.copy_(dequantize(quantised, tuple(parameter.shape), *bits_group))
-        self.storage[name], self.pieces[name] = how, quantised
+            parameter.copy_(dequantize(quantised, tuple(parameter.shape), bits, group))
+        self.storage[name], self.pieces[name] = f"int{bits}:{group}", quantised
         self.changed.add(name)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -126,31 +122,20 @@ class Station:
     Attributes:
       middle: of the model.
       span: to be changed.
+      inputs: what enters the stretch in the emulator, float32 (examples, positions, width), one for each call; empty
+        where no compressor of the recipe looks at examples.
+      target: what leaves the stretch in the full model, as `inputs`.
     """
 
     middle: Middle
     span: Span
-    _inputs: Hidden | None
-    _target: Hidden | None
+    inputs: Hidden
+    target: Hidden
 
     @property
     def stream(self) -> Stream:
         """The public examples."""
         return self.middle.stream
-
-    @cached_property
-    def inputs(self) -> Hidden:
-        """What enters the stretch in the emulator: float32 (examples, positions, width), one for each call."""
-        if self._inputs is None:
-            return self.stream.inputs  # says that public examples are needed
-        return self._inputs
-
-    @cached_property
-    def target(self) -> Hidden:
-        """What leaves the stretch in the full model, as `inputs`."""
-        if self._target is None:
-            return self.stream.inputs
-        return self._target
 
     def outputs(self) -> Hidden:
         """Returns what leaves the stretch in the emulator, as it is now."""
@@ -207,7 +192,7 @@ def spans(middle: Middle, plan: Plan, *, public: bool) -> Iterator[Station]:
         if stretch.owner and stretch.head:
             share_parts(blocks[stretch.head], made[stretch.owner])
             mirror(blocks[stretch.head], made[stretch.owner], stretch.head)
-        station = Station(middle, Span(stretch, blocks), emulated, teacher)
+        station = Station(middle, Span(stretch, blocks), emulated or [], teacher or [])
         yield station
         if stretch.head and stretch.head in plan.shared.values():
             made[stretch.head] = blocks[stretch.head]

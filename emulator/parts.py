@@ -123,6 +123,16 @@ def weight_of(layer: Any) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
+def output_rows(layer: Any) -> Tensor:
+    """Returns the parameter whose rows are a layer's outputs, as a view that can be written."""
+    return layer.up.data if isinstance(layer, LowRank) else weight_of(layer).data
+
+
+def input_columns(layer: Any) -> Tensor:
+    """Returns the parameter whose columns are a layer's inputs, as a view that can be written."""
+    return layer.down.data if isinstance(layer, LowRank) else weight_of(layer).data
+
+
 def dense_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Returns a dense layer of the kind of `layer`, GPT-2's transposed one or the usual, with other values.
 

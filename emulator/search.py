@@ -124,23 +124,23 @@ class Search:
         """Takes single steps until every limit is kept."""
         self._at = dict.fromkeys(self._at, 0)
         damage = self._gradients.damage_of(self._stand_ins())
-        queue: list[tuple[float, int, str]] = [(0.0, -1, path) for path in self._rungs]
+        queue: list[tuple[float, int, str, float]] = [(0.0, -1, path, damage) for path in self._rungs]
         taken = 0
         while excess := self._excess():
             if not queue:
                 break
-            _, seen, path = heapq.heappop(queue)
+            _, seen, path, after = heapq.heappop(queue)
             saved = self._saved(path, excess)
             if saved is None:
                 continue
             if seen != taken:
                 after = self._gradients.damage_of({**self._stand_ins(), path: self._next(path).block})
-                heapq.heappush(queue, (max(after - damage, 0.0) / saved, taken, path))
+                heapq.heappush(queue, (max(after - damage, 0.0) / saved, taken, path, after))
                 continue
             self._at[path] += 1
             taken += 1
-            damage = self._gradients.damage_of(self._stand_ins())
-            heapq.heappush(queue, (0.0, -1, path))
+            damage = after
+            heapq.heappush(queue, (0.0, -1, path, damage))
             self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
         return self._candidate(damage)
 

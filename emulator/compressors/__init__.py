@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from emulator.compressors.center import center
 from emulator.compressors.distill import distill
-from emulator.compressors.gptq import gptq3, gptq4, gptq8
-from emulator.compressors.integers import int3, int4, int8
+from emulator.compressors.gptq import gptq
+from emulator.compressors.integers import rounded
 from emulator.compressors.lowrank import lowrank
 from emulator.compressors.narrow import narrow
 from emulator.compressors.patch import patch
@@ -50,12 +51,12 @@ COMPRESSORS: dict[str, Compressor] = {
     "distill": Compressor(rewrite=distill),
     "prune": Compressor(rewrite=prune),
     "prune_2_4": Compressor(rewrite=prune_2_4),
-    "int8": Compressor(rewrite=int8, public=False),
-    "int4": Compressor(rewrite=int4, public=False),
-    "int3": Compressor(rewrite=int3, public=False),
-    "gptq8": Compressor(rewrite=gptq8),
-    "gptq4": Compressor(rewrite=gptq4),
-    "gptq3": Compressor(rewrite=gptq3),
+    "int8": Compressor(rewrite=partial(rounded, 8), public=False),
+    "int4": Compressor(rewrite=partial(rounded, 4), public=False),
+    "int3": Compressor(rewrite=partial(rounded, 3), public=False),
+    "gptq8": Compressor(rewrite=partial(gptq, 8)),
+    "gptq4": Compressor(rewrite=partial(gptq, 4)),
+    "gptq3": Compressor(rewrite=partial(gptq, 3)),
 }
 
 

@@ -1,12 +1,13 @@
 """Closed-form healing that costs some bytes: the mean of what leaves a stretch becomes the full model's."""
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from emulator.compressors.arguments import no_argument
 from emulator.compressors.pairs import pairs_of
 from emulator.draft import Station
 from emulator.fit import position_weights, rows
-from emulator.parts import dense_like, weight_of
 
 
 def center(station: Station, argument: str) -> None:
@@ -24,21 +25,15 @@ def center(station: Station, argument: str) -> None:
     weights = position_weights(target).unsqueeze(-1)
     error = target - rows(station.outputs())
     shift = (weights * error).sum(0) / weights.sum()
-    layer = station.span.module(path)
-    bias = getattr(layer, "bias", None)
-    _swap(station, path, dense_like(layer, weight_of(layer), shift if bias is None else bias + shift))
+    layer: Any = station.span.module(path)
+    before = getattr(layer, "bias", None)
+    _set_bias(station, path, shift if before is None else before + shift)
     if (weights * (target - rows(station.outputs())).square()).sum() > (weights * error.square()).sum():
-        _swap(station, path, layer)
+        _set_bias(station, path, before)
 
 
-def _swap(station: Station, path: str, layer: nn.Module) -> None:
-    """Puts a layer of the same weight in the place of another, and leaves the storage of the weight as it is."""
-    name, span = f"{path}.weight", station.span
-    storage, pieces, changed = span.storage.get(name), span.pieces.get(name), name in span.changed
-    span.replace(path, layer)
-    if storage is not None:
-        span.storage[name] = storage
-    if pieces is not None:
-        span.pieces[name] = pieces
-    if not changed:
-        span.changed.discard(name)
+def _set_bias(station: Station, path: str, bias: Tensor | None) -> None:
+    """Gives a layer another bias, or none, and leaves its weight and the storage of it as they are."""
+    layer: Any = station.span.module(path)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+    station.span.changed.add(f"{path}.bias")

@@ -14,28 +14,12 @@ from emulator.quantize import Quantised, grid, pack, quantize
 DAMPING = 0.01
 
 
-def gptq8(station: Station, argument: str) -> None:
-    """Takes 8 bits for a weight."""
-    _gptq("gptq8", 8, station, argument)
-
-
-def gptq4(station: Station, argument: str) -> None:
-    """Takes 4 bits for a weight."""
-    _gptq("gptq4", 4, station, argument)
-
-
-def gptq3(station: Station, argument: str) -> None:
-    """Takes 3 bits for a weight."""
-    _gptq("gptq3", 3, station, argument)
-
-
-def _gptq(name: str, bits: int, station: Station, argument: str) -> None:
-    """Frantar et al. 2023 (GPTQ), algorithm 1, on the inputs that arrive in the emulator.
+def gptq(bits: int, station: Station, argument: str) -> None:
+    """Takes so many bits for a weight; Frantar et al. 2023 (GPTQ), algorithm 1, on what arrives in the emulator.
 
     Matrices that are no dense layer, and the factors of low-rank ones, are rounded to nearest.
     """
-    length = group(name, argument)
-    how = f"int{bits}:{length}"
+    length = group(f"gptq{bits}", argument)
     layers = {path: m for path, m in station.span.layers().items() if not isinstance(m, LowRank)}
     seen = station.observe(layers)
     done: set[str] = set()
@@ -45,11 +29,11 @@ def _gptq(name: str, bits: int, station: Station, argument: str) -> None:
         if worth(tuple(weight.shape), bits, length):
             turned = isinstance(layers[path], Conv1D)
             quantised = quantize_rows(weight, second_moments(inputs), bits, length, turned=turned)
-            station.span.store(parameter, how, quantised)
+            station.span.store(parameter, bits, length, quantised)
         done.add(parameter)
     for parameter, matrix in station.span.matrices().items():
         if parameter not in done and worth(tuple(matrix.shape), bits, length):
-            station.span.store(parameter, how, quantize(matrix, bits, length))
+            station.span.store(parameter, bits, length, quantize(matrix, bits, length))
 
 
 def second_moments(inputs: Tensor) -> Tensor:

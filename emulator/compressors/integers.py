@@ -8,31 +8,17 @@ from emulator.quantize import quantize, stored_bytes
 from errors import RangeError, UnsupportedModel
 
 
-def int8(station: Station, argument: str) -> None:
-    """Rounds to 8 bits."""
-    _round("int8", 8, station, argument)
-
-
-def int4(station: Station, argument: str) -> None:
-    """Rounds to 4 bits."""
-    _round("int4", 4, station, argument)
-
-
-def int3(station: Station, argument: str) -> None:
-    """Rounds to 3 bits."""
-    _round("int3", 3, station, argument)
-
-
 def worth(shape: tuple[int, ...], bits: int, length: int) -> bool:
     """Returns whether codes, scales and minima are smaller than the 16-bit tensor; they are not for very short rows."""
     return stored_bytes(shape, bits, length) < 2 * prod(shape)
 
 
-def _round(name: str, bits: int, station: Station, argument: str) -> None:
-    length = group(name, argument)
+def rounded(bits: int, station: Station, argument: str) -> None:
+    """Rounds every matrix to so many bits."""
+    length = group(f"int{bits}", argument)
     for path, weight in station.span.matrices().items():
         if worth(tuple(weight.shape), bits, length):
             try:
-                station.span.store(path, f"int{bits}:{length}", quantize(weight, bits, length))
+                station.span.store(path, bits, length, quantize(weight, bits, length))
             except RangeError as error:
                 raise UnsupportedModel(f"tensor={path}: {error}") from error

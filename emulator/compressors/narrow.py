@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from emulator.compressors.arguments import fraction
-from emulator.compressors.pairs import pairs_of
+from emulator.compressors.pairs import check_dense, pairs_of
 from emulator.compressors.refit import refit_layer
 from emulator.draft import Station
 from emulator.fit import position_weights, ridge, rows
@@ -28,7 +28,9 @@ def narrow(station: Station, argument: str) -> None:
             f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which keeps "
             "them, or shape sandwich"
         )
-    for pair in pairs_of(station):
+    pairs = pairs_of(station)
+    check_dense("narrow", station, pairs)
+    for pair in pairs:
         down = station.span.module(pair.down)
         inputs = station.observe({pair.down: down})[pair.down]
         weights = position_weights(rows(station.target))

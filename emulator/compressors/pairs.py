@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from emulator.draft import Station
-from emulator.parts import weight_of, word_of
-from errors import UnsupportedModel
+from emulator.parts import LowRank, input_columns, output_rows, weight_of, word_of
+from errors import ConfigError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ def pairs_of(station: Station) -> list[Pair]:
     return [Pair(tuple((head + up, times) for up, times in ups), head + down) for ups, down in known[key]]
 
 
+def check_dense(name: str, station: Station, pairs: list[Pair]) -> None:
+    """Refuses to fit a layer that is two thin ones already: as one dense layer it would be larger again.
+
+    Raises:
+      ConfigError: naming the order that works.
+    """
+    paths = {path for pair in pairs for path in (pair.down, *(up for up, _ in pair.ups))}
+    if any(isinstance(station.span.module(path), LowRank) for path in paths):
+        raise ConfigError(f"{name} after lowrank: the thin layers would become dense again; write {name} first")
+
+
 def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> Pair | None:
     """Tries which layers' rows move one column of what `down` reads, and whether the channels have no order.
 
@@ -88,9 +99,9 @@ def _reached(station: Station, up: nn.Module, down: nn.Module, before: Tensor, r
 @contextmanager
 def _turned(layers: dict[str, nn.Module], ups: tuple[tuple[str, int], ...], down: str) -> Iterator[None]:
     """Within it the channels of a network stand in reversed order."""
-    tables = [weight_of(layers[down]).data.T]
+    tables = [input_columns(layers[down]).T]
     for path, times in ups:
-        own = [weight_of(layers[path]).data]
+        own = [output_rows(layers[path])]
         if (bias := getattr(layers[path], "bias", None)) is not None:
             own.append(bias.data)
         tables += [part for table in own for part in table.chunk(times)]
@@ -106,8 +117,7 @@ def _turned(layers: dict[str, nn.Module], ups: tuple[tuple[str, int], ...], down
 
 def _entering(station: Station, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns what enters a layer, (positions, in), and what leaves its block, both of the first call."""
-    head = station.span.stretch.head
-    assert head is not None  # noqa: S101 - a stretch with layers has a block that runs
+    head = str(station.span.stretch.head)
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
     try:
@@ -121,7 +131,7 @@ def _entering(station: Station, layer: nn.Module) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _moved(layer: nn.Module, channel: int) -> Iterator[None]:
     """Within it one row of a layer's weight is another."""
-    row = weight_of(layer).data[channel]
+    row = output_rows(layer)[channel]
     saved = row.clone()
     row.mul_(2).add_(0.5)
     try:

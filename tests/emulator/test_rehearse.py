@@ -12,7 +12,7 @@ from adapter.layout import Layout
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
 from emulator.calibrate import PublicExamples
-from emulator.correct import best, repaired
+from emulator.correct import repaired
 from emulator.plug import take
 from emulator.rehearse import Lesson, Text, reference, rehearse
 from errors import RangeError
@@ -129,11 +129,6 @@ def test_no_strength_is_no_change(full, lesson):
     tuned = attach(copy.deepcopy(full), lesson.spec)
     layout = Layout.of(tuned)
     assert torch.equal(repaired(tuned, noisy(full, 0.1), 0.0), torch.from_numpy(layout.read(tuned)))
-
-
-def test_the_first_of_equals_is_best():
-    chosen, loss = best([torch.tensor(3.0), torch.tensor(-1.0), torch.tensor(1.0)], lambda one: float(one.abs()))
-    assert (float(chosen), loss) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,7 @@ from emulator.source import MemorySource
 from emulator.stream import begin, influence, private
 from emulator.towers import main_tower
 from errors import ConfigError, UnsupportedModel
-
-
-class Turn(nn.Module):
-    """Turns each position by an angle: its influence is known in closed form."""
-
-    def __init__(self, turn):
-        super().__init__()
-        self.turn = nn.Parameter(torch.tensor(turn))
-
-    def forward(self, hidden, extra=None):
-        cosine, sine = torch.cos(self.turn), torch.sin(self.turn)
-        x, y = hidden[..., :1], hidden[..., 1:]
-        return torch.cat([cosine * x - sine * y, sine * x + cosine * y], dim=-1)
+from tests.emulator.test_skip import Residual
 
 
 def middle_of(family):
@@ -67,7 +55,7 @@ def test_streaming_leaves_no_trace(family):
 def test_influence_is_one_minus_cosine():
     for turn in (0.0, 0.3, 1.2, 3.0):
         hidden = [torch.randn(5, 7, 2)]
-        after = [Turn(turn)(states).detach() for states in hidden]
+        after = [Residual(turn)(states).detach() for states in hidden]
         assert influence(hidden, after) == pytest.approx(1 - torch.cos(torch.tensor(turn)).item(), abs=1e-5)
 
 
@@ -88,7 +76,7 @@ def test_several_calls_are_kept_apart(llama):
 
 
 def test_examples_that_are_missing_or_miss_a_block():
-    model = nn.Sequential(Turn(0.1), Turn(0.2))
+    model = nn.Sequential(Residual(0.1), Residual(0.2))
     with pytest.raises(ConfigError, match="calibration=None"):
         begin(MemorySource(model), ("0", "1"), (), None)
     with pytest.raises(UnsupportedModel, match="block=1: the public examples never call it"):
