@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 RESAMPLES = 2000
 
 
-def write_report(out: Path, lines: list[dict[str, Any]]) -> None:
+def write_report(out: Path, title: str, lines: list[dict[str, Any]]) -> None:
     """Writes report.json, report.md and report.png from the lines of a run."""
     emulators = {line["name"]: line for line in lines if line["key"].startswith("emulator|")}
     cases = [line for line in lines if line["key"].startswith("case|")]
@@ -23,7 +23,7 @@ def write_report(out: Path, lines: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["cases"]]
     document = {"rows": rows, "predictor": _predictors(emulators, cases), "harm": _harm(cases)}
     (out / "report.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(_markdown(document), encoding="utf-8")
+    (out / "report.md").write_text(_markdown(title, document), encoding="utf-8")
     _plot(out / "report.png", rows)
 
 
@@ -84,7 +84,7 @@ def _harm(cases: list[dict[str, Any]]) -> dict[str, Any]:
     return {"cases": len(cases), **worse}
 
 
-def _markdown(document: dict[str, Any]) -> str:
+def _markdown(title: str, document: dict[str, Any]) -> str:
     head = (
         "| emulator | of the model | middle | compute | cosine | G | 95 % | worst | taken | L | relearned | CPU s |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
@@ -96,7 +96,7 @@ def _markdown(document: dict[str, Any]) -> str:
     )
     harm = document["harm"]
     return (
-        f"# Emulators of SmolLM2-135M\n\n{head}{rows}\nRank correlation with G (Spearman):\n\n{ranks}\n\n"
+        f"# Emulators of {title}\n\n{head}{rows}\nRank correlation with G (Spearman):\n\n{ranks}\n\n"
         f"Worse than untrained by over 0.5 %: {len(harm['plug_in'])} of {harm['cases']} as they came, "
         f"{len(harm['taken'])} as the coordinator takes them.\n"
     )

@@ -24,6 +24,7 @@ from errors import ConfigError
 
 AUTO = "auto"
 RELEARN = (10_000,)
+SKETCH, SKETCH_GRADIENTS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,15 @@ class Public:
     text: Text
 
     def functions(self) -> Calibration:
-        """Returns what compressors and searches call."""
+        """Returns what compressors call."""
         return Calibration(self.calibration.run, self.gate.losses)
+
+    def sketch(self) -> Calibration:
+        """Returns what a search calls, hundreds of times: a few of the same examples, enough to rank by."""
+        few = self.calibration.examples.select(range(min(SKETCH, len(self.calibration.examples))))
+        return Calibration(
+            replace(self.calibration, examples=few).run, replace(self.gate, gradients=SKETCH_GRADIENTS).losses
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ class Builder:
         found: list[tuple[Geometry, Candidate]] = []
         for geometry in geometries:
             self.on_step(f"search a {geometry.shape} emulator")
-            middle = Middle(self.source, geometry, self.public.functions())
+            middle = Middle(self.source, geometry, self.public.sketch())
             found += [(geometry, one) for one in Search(middle, order.limits, order.embedding, self.on_step).run()]
         considered = [one for _, one in found]
         fitting = sorted((pair for pair in found if pair[1].fits), key=lambda pair: pair[1].damage)

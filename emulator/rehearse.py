@@ -165,7 +165,7 @@ def rehearse(
     with visiting(full, lesson.spec) as model:
         plug(model, layout, correct(torch.from_numpy(vector)).numpy())
         plug_in = text.test.loss(model)
-    relearned = {tokens: _relearned(emulator, lesson, text, tokens) for tokens in relearn}
+    relearned = {tokens: relearned_loss(emulator, lesson, text, tokens) for tokens in relearn}
     return Rehearsal(known.zero_shot, zero_shot, known.slot_tuned, tuned, plug_in, relearned)
 
 
@@ -175,8 +175,15 @@ def train(model: nn.Module, lesson: Lesson, examples: PublicExamples) -> None:
     _fit(model, trained, lesson, examples, lesson.steps, lesson.learning_rate)
 
 
-def _relearned(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int) -> float:
-    """Tunes every weight of a copy on the attacker's text, then the adapter on the site's, and scores it."""
+def relearned_loss(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int) -> float:
+    """Returns the loss of a copy of an emulator, nats per token, after an attack: all weights, then the adapter.
+
+    Args:
+      emulator: as it was shipped; left as it was.
+      lesson: how the adapter is trained.
+      text: the weights are tuned on its `attack`, the adapter on its `train`.
+      tokens: how many the weights are tuned on.
+    """
     stolen = copy.deepcopy(emulator)
     parameters = [parameter.requires_grad_(True) for parameter in stolen.parameters()]
     length = text.attack.examples.input_ids.shape[1]

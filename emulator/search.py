@@ -6,8 +6,9 @@ order is by what is lost for what is saved, measured again before each step is t
 
 import copy
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import nn
 
@@ -35,6 +36,9 @@ LADDERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     PARALLEL: (("gptq8:128",), ("gptq4:64",), ("gptq4:128",), ("gptq3:64",), ("gptq3:128",)),
 }
+# A step's price is measured again where more than so many others were taken since: they hardly move it.
+FRESH = 3
+REPORT = 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class Candidate:
     flops: float
     damage: float
     fits: bool
+
+
+@dataclass(order=True)
+class _Offer:
+    """The next step of one block.
+
+    Attributes:
+      rank: damage for what is saved; the least is taken first.
+      path: of the block.
+      price: the damage that it adds.
+      seen: how many steps had been taken when it was measured; None where it was not.
+    """
+
+    rank: float
+    path: str
+    price: float = field(default=0.0, compare=False)
+    seen: int | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -95,9 +116,8 @@ class Search:
         self._prepare(ladder)
         self._check_possible()
         self._gradients = SlotGradients(self.middle)
-        found = [self._candidate(self._gradients.damage_of(self._stand_ins()))]
-        for level in range(1, len(ladder)):
-            found.append(self._uniform(level))
+        found = [self._uniform(0)]
+        found += [self._uniform(level) for level in range(1, len(ladder))]
         found.append(self._descend())
         return found
 
@@ -123,32 +143,36 @@ class Search:
     def _descend(self) -> Candidate:
         """Takes single steps until every limit is kept."""
         self._at = dict.fromkeys(self._at, 0)
-        damage = self._gradients.damage_of(self._stand_ins())
-        queue: list[tuple[float, int, str, float]] = [(0.0, -1, path, damage) for path in self._rungs]
+        damage = self._damage()
+        queue = [_Offer(0.0, path) for path in self._rungs]
         taken = 0
-        while excess := self._excess():
-            if not queue:
-                break
-            _, seen, path, after = heapq.heappop(queue)
-            saved = self._saved(path, excess)
+        while queue and (excess := self._excess()):
+            offer = heapq.heappop(queue)
+            saved = self._saved(offer.path, excess)
             if saved is None:
                 continue
-            if seen != taken:
-                after = self._gradients.damage_of({**self._stand_ins(), path: self._next(path).block})
-                heapq.heappush(queue, (max(after - damage, 0.0) / saved, taken, path, after))
+            if offer.seen is None or taken - offer.seen > FRESH:
+                price = max(self._damage({offer.path: self._next(offer.path).block}) - damage, 0.0)
+                heapq.heappush(queue, _Offer(price / saved, offer.path, price, taken))
                 continue
-            self._at[path] += 1
+            self._at[offer.path] += 1
             taken += 1
-            damage = after
-            heapq.heappush(queue, (0.0, -1, path, damage))
-            self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
-        return self._candidate(damage)
+            damage += offer.price
+            heapq.heappush(queue, _Offer(0.0, offer.path))
+            if taken % REPORT == 0:
+                damage = self._damage()
+                self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
+        return self._candidate(self._damage())
 
     def _uniform(self, level: int) -> Candidate:
         """Returns the candidate in which each block is as far down as the others, for the table."""
         for path, rungs in self._rungs.items():
             self._at[path] = min(level, len(rungs) - 1)
-        return self._candidate(self._gradients.damage_of(self._stand_ins()))
+        return self._candidate(self._damage())
+
+    def _damage(self, others: Mapping[str, nn.Module] = MappingProxyType({})) -> float:
+        """Returns the damage of the present state, with others in the place of some blocks."""
+        return self._gradients.damage_of({**self._stand_ins(), **others})
 
     def _saved(self, path: str, excess: dict[str, float]) -> float | None:
         """Returns how much of what is too much the next step of a block saves; None where there is none."""

@@ -1,7 +1,10 @@
 """Quantisation that looks at what enters: each rounding error is passed on to the weights that can make good for it."""
 
+from math import ceil
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from emulator.compressors.arguments import group
@@ -10,12 +13,17 @@ from emulator.draft import Station
 from emulator.fit import position_weights
 from emulator.parts import LowRank, weight_of
 from emulator.quantize import Quantised, grid, pack, quantize
+from errors import RangeError
 
 DAMPING = 0.01
+BLOCK = 128  # inputs whose errors are passed on together to those behind
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the grid that covers a whole group
 
 
 def gptq(bits: int, station: Station, argument: str) -> None:
     """Takes so many bits for a weight; Frantar et al. 2023 (GPTQ), algorithm 1, on what arrives in the emulator.
+
+    Grids are fixed before and inputs taken in the order of their size ("act-order" in the authors' code).
 
     Matrices that are no dense layer, and the factors of low-rank ones, are rounded to nearest.
     """
@@ -49,52 +57,79 @@ def second_moments(inputs: Tensor) -> Tensor:
 def quantize_rows(weight: Tensor, moments: Tensor, bits: int, length: int, *, turned: bool = False) -> Quantised:
     """Returns codes of a matrix (out, in) such that the layer's output on its inputs changes least.
 
+    The grids are chosen first, for the least weighted error of rounding to nearest, so that inputs may then be taken in
+    the order of their size: the largest are rounded while all others can still make good for them.
+
     Args:
       weight: (out, in), finite.
       moments: (in, in) of the inputs, positive definite.
       bits: 3, 4 or 8.
       length: weights that share a scale.
       turned: the tensor is stored as (in, out), so that a group runs over outputs and not over inputs.
+
+    Raises:
+      RangeError: a weight is not finite, or a group does not fit fp16.
     """
-    rest = weight.detach().double().clone()
-    columns = rest.shape[1]
-    # The upper triangle U with U^T U = inverse: row i of it passes the error of input i on to the inputs behind it.
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).to(rest)
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
-    scales, minima = [], []
-    block = length if not turned else 1
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        low, scale = _grids(rest[:, start:stop], bits, length, turned=turned)
-        minima.append(low)
-        scales.append(scale)
-        errors = torch.empty(len(rest), stop - start, dtype=torch.float64)
-        for i in range(start, stop):
-            column = rest[:, i]
-            step, bottom = (_spread(one, length, len(rest), turned=turned) for one in (scale, low))
-            code = ((column - bottom) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
-            codes[:, i] = code.to(torch.uint8)
-            error = (column - (code * step + bottom)) / inverse[i, i]
-            errors[:, i - start] = error
-            rest[:, i + 1 : stop] -= torch.outer(error, inverse[i, i + 1 : stop])
-        rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    stacked = (torch.stack(one, dim=0 if turned else 1) for one in (scales, minima))
+    matrix = weight.detach().float()
+    sizes = moments.diagonal().float()
+    stored = matrix.T if turned else matrix
+    minima, scales = _grids(stored, sizes.unsqueeze(1) if turned else sizes, bits, length)
+    low, step = (one.float().repeat_interleave(length, dim=1)[:, : stored.shape[1]] for one in (minima, scales))
+    if turned:
+        low, step = low.T, step.T
+    order = sizes.argsort(descending=True, stable=True)
+    codes = torch.empty(matrix.shape, dtype=torch.uint8)
+    codes[:, order] = _rounded(matrix[:, order], low[:, order], step[:, order], _passed_on(moments, order), bits)
     flat = (codes.T if turned else codes).contiguous().reshape(-1)
-    scale_table, minimum_table = stacked
-    return Quantised(pack(flat, bits), scale_table.contiguous(), minimum_table.contiguous())
+    return Quantised(pack(flat, bits), scales, minima)
 
 
-def _grids(part: Tensor, bits: int, length: int, *, turned: bool) -> tuple[Tensor, Tensor]:
-    """Returns fp16 (minima, scales): one for each output of one group of inputs, or for each group of outputs."""
-    if not turned:
-        minima, scales = grid(part.float().unsqueeze(1), 2**bits - 1)
-        return minima[:, 0], scales[:, 0]
-    row = part[:, 0].float()
-    padding = row[-1:].expand(-len(row) % length)
-    minima, scales = grid(torch.cat([row, padding]).reshape(1, -1, length), 2**bits - 1)
-    return minima[0], scales[0]
+def _rounded(rest: Tensor, low: Tensor, step: Tensor, passed: Tensor, bits: int) -> Tensor:
+    """Returns the code of each weight, rounded from the first input to the last; `rest` is used up."""
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    columns = rest.shape[1]
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.empty(len(rest), stop - start)
+        for i in range(start, stop):
+            code = _nearest(rest[:, i], low[:, i], step[:, i], bits)
+            codes[:, i] = code.to(torch.uint8)
+            errors[:, i - start] = (rest[:, i] - (code * step[:, i] + low[:, i])) / passed[i, i]
+            rest[:, i + 1 : stop] -= torch.outer(errors[:, i - start], passed[i, i + 1 : stop])
+        rest[:, stop:] -= errors @ passed[start:stop, stop:]
+    return codes
 
 
-def _spread(values: Tensor, length: int, rows: int, *, turned: bool) -> Tensor:
-    values = values.double()
-    return values.repeat_interleave(length)[:rows] if turned else values
+def _passed_on(moments: Tensor, order: Tensor) -> Tensor:
+    """Returns the upper triangle U with U^T U = inverse: its row i passes the error of input i on to those behind."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _grids(stored: Tensor, sizes: Tensor, bits: int, length: int) -> tuple[Tensor, Tensor]:
+    """Returns fp16 (minima, scales), each (rows, groups): of several narrower grids the one of least weighted error."""
+    rows, columns = stored.shape
+    groups = ceil(columns / length)
+    padding = (0, groups * length - columns)
+    # The last weight repeated widens no grid, and with size 0 it counts for none.
+    filled = torch.cat([stored, stored[:, -1:].expand(rows, padding[1])], dim=1).reshape(rows, groups, length)
+    weights = functional.pad(sizes.expand(rows, columns), padding).reshape(rows, groups, length)
+    middle = (filled.amax(-1, keepdim=True) + filled.amin(-1, keepdim=True)) / 2
+    best = torch.full((rows, groups), torch.inf)
+    minima, scales = (torch.zeros(rows, groups, dtype=torch.float16) for _ in range(2))
+    for share in SHARES:
+        low, step = grid(middle + share * (filled - middle), 2**bits - 1)
+        wide_low, wide_step = low.float().unsqueeze(-1), step.float().unsqueeze(-1)
+        back = _nearest(filled, wide_low, wide_step, bits) * wide_step + wide_low
+        error = (weights * (filled - back).square()).sum(-1)
+        better = error < best
+        best, minima, scales = (
+            torch.where(better, new, old) for new, old in ((error, best), (low, minima), (step, scales))
+        )
+    if torch.isinf(best).any():
+        raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
+    return minima, scales
+
+
+def _nearest(values: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+    return ((values - low) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)

