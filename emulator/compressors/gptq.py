@@ -1,5 +1,6 @@
 """Quantisation that looks at what enters: each rounding error is passed on to the weights that can make good for it."""
 
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -16,7 +17,7 @@ from emulator.quantize import Quantised, grid, pack, quantize
 from errors import RangeError
 
 DAMPING = 0.01
-BLOCK = 128  # inputs whose errors are passed on together to those behind
+BLOCK = 64  # inputs whose errors are passed on together to those behind
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the grid that covers a whole group
 
 
@@ -31,13 +32,17 @@ def gptq(bits: int, station: Station, argument: str) -> None:
     layers = {path: m for path, m in station.span.layers().items() if not isinstance(m, LowRank)}
     seen = station.observe(layers)
     done: set[str] = set()
+    known: list[tuple[Tensor, Entering]] = []  # layers side by side see the same
     for path, inputs in seen.items():
         weight = weight_of(layers[path])
         parameter = f"{path}.weight"
         if worth(tuple(weight.shape), bits, length):
             turned = isinstance(layers[path], Conv1D)
-            quantised = quantize_rows(weight, second_moments(inputs), bits, length, turned=turned)
-            station.span.store(parameter, bits, length, quantised)
+            entering = next((one for same, one in known if torch.equal(same, inputs)), None)
+            if entering is None:
+                entering = Entering.of(second_moments(inputs))
+                known.append((inputs, entering))
+            station.span.store(parameter, bits, length, quantize_rows(weight, entering, bits, length, turned=turned))
         done.add(parameter)
     for parameter, matrix in station.span.matrices().items():
         if parameter not in done and worth(tuple(matrix.shape), bits, length):
@@ -54,7 +59,30 @@ def second_moments(inputs: Tensor) -> Tensor:
     return moments
 
 
-def quantize_rows(weight: Tensor, moments: Tensor, bits: int, length: int, *, turned: bool = False) -> Quantised:
+@dataclass(frozen=True)
+class Entering:
+    """What enters a layer, as rounding needs it.
+
+    Attributes:
+      sizes: second moment of each input, float32 (in,).
+      order: of the inputs, the largest first.
+      passed: upper triangle U (in, in) with U^T U = inverse of the moments in that order: its row i passes the error of
+        input i on to those behind.
+    """
+
+    sizes: Tensor
+    order: Tensor
+    passed: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "Entering":
+        """Takes second moments (in, in), positive definite, float64."""
+        order = moments.diagonal().argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
+        return cls(moments.diagonal().float(), order, torch.linalg.cholesky(inverse, upper=True).float())
+
+
+def quantize_rows(weight: Tensor, entering: Entering, bits: int, length: int, *, turned: bool = False) -> Quantised:
     """Returns codes of a matrix (out, in) such that the layer's output on its inputs changes least.
 
     The grids are chosen first, for the least weighted error of rounding to nearest, so that inputs may then be taken in
@@ -62,7 +90,7 @@ def quantize_rows(weight: Tensor, moments: Tensor, bits: int, length: int, *, tu
 
     Args:
       weight: (out, in), finite.
-      moments: (in, in) of the inputs, positive definite.
+      entering: of the inputs.
       bits: 3, 4 or 8.
       length: weights that share a scale.
       turned: the tensor is stored as (in, out), so that a group runs over outputs and not over inputs.
@@ -71,39 +99,33 @@ def quantize_rows(weight: Tensor, moments: Tensor, bits: int, length: int, *, tu
       RangeError: a weight is not finite, or a group does not fit fp16.
     """
     matrix = weight.detach().float()
-    sizes = moments.diagonal().float()
     stored = matrix.T if turned else matrix
-    minima, scales = _grids(stored, sizes.unsqueeze(1) if turned else sizes, bits, length)
+    minima, scales = _grids(stored, entering.sizes.unsqueeze(1) if turned else entering.sizes, bits, length)
     low, step = (one.float().repeat_interleave(length, dim=1)[:, : stored.shape[1]] for one in (minima, scales))
-    if turned:
-        low, step = low.T, step.T
-    order = sizes.argsort(descending=True, stable=True)
-    codes = torch.empty(matrix.shape, dtype=torch.uint8)
-    codes[:, order] = _rounded(matrix[:, order], low[:, order], step[:, order], _passed_on(moments, order), bits)
-    flat = (codes.T if turned else codes).contiguous().reshape(-1)
+    order = entering.order
+    rest, bottom, steps = ((one if turned else one.T)[order] for one in (stored, low, step))
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    codes[order] = _rounded(rest, bottom, steps, entering.passed, bits)
+    flat = (codes if turned else codes.T).contiguous().reshape(-1)
     return Quantised(pack(flat, bits), scales, minima)
 
 
 def _rounded(rest: Tensor, low: Tensor, step: Tensor, passed: Tensor, bits: int) -> Tensor:
-    """Returns the code of each weight, rounded from the first input to the last; `rest` is used up."""
+    """Returns the code of each weight of (in, out), rounded from the first input to the last; `rest` is used up."""
     codes = torch.empty(rest.shape, dtype=torch.uint8)
-    columns = rest.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = torch.empty(len(rest), stop - start)
-        for i in range(start, stop):
-            code = _nearest(rest[:, i], low[:, i], step[:, i], bits)
-            codes[:, i] = code.to(torch.uint8)
-            errors[:, i - start] = (rest[:, i] - (code * step[:, i] + low[:, i])) / passed[i, i]
-            rest[:, i + 1 : stop] -= torch.outer(errors[:, i - start], passed[i, i + 1 : stop])
-        rest[:, stop:] -= errors @ passed[start:stop, stop:]
+    steps_in = torch.where(step == 0, 0.0, 1 / step)
+    for start in range(0, len(rest), BLOCK):
+        block = rest[start : start + BLOCK]
+        errors = torch.empty_like(block)
+        for i, row in enumerate(block, start):
+            code = row.sub(low[i]).mul_(steps_in[i]).round_().clamp_(0, 2**bits - 1)
+            codes[i] = code
+            errors[i - start] = row.sub(code.mul_(step[i]).add_(low[i])).div_(passed[i, i])
+            behind = i + 1 - start
+            block[behind:].addr_(passed[i, i + 1 : i + 1 + len(block) - behind], errors[i - start], alpha=-1)
+        stop = start + len(block)
+        rest[stop:] -= passed[start:stop, stop:].T @ errors
     return codes
-
-
-def _passed_on(moments: Tensor, order: Tensor) -> Tensor:
-    """Returns the upper triangle U with U^T U = inverse: its row i passes the error of input i on to those behind."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _grids(stored: Tensor, sizes: Tensor, bits: int, length: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from emulator import storage
 from emulator.compressors import apply, make_plan
-from emulator.compressors.gptq import quantize_rows, second_moments
+from emulator.compressors.gptq import Entering, quantize_rows, second_moments
 from emulator.compressors.lowrank import _factors
 from emulator.fit import position_weights, ridge, rows
 from emulator.geometry import Geometry
@@ -182,7 +182,7 @@ def test_gptq_equals_its_definition_and_beats_rounding(bits, turned):
     def back(codes):
         return as_stored(dequantize(codes, tuple(as_stored(weight).shape), bits, 8))
 
-    found = quantize_rows(weight, moments, bits, 8, turned=turned)
+    found = quantize_rows(weight, Entering.of(moments), bits, 8, turned=turned)
     mine, rounded = back(found), back(quantize(as_stored(weight), bits, 8))
     low, step = (as_stored(one.repeat_interleave(8, dim=1).double()) for one in (found.minima, found.scales))
     codes = ((mine - low) / step).round()
@@ -202,7 +202,7 @@ def test_gptq_without_correlations_is_rounding_on_a_grid_that_is_no_worse():
     moments[3, 3] = moments[4, 4] = 1e-3
     for turned in (False, True):
         stored = weight.T.contiguous() if turned else weight
-        mine, covering = quantize_rows(weight, moments, 4, 8, turned=turned), quantize(stored, 4, 8)
+        mine, covering = quantize_rows(weight, Entering.of(moments), 4, 8, turned=turned), quantize(stored, 4, 8)
         values = dequantize(mine, tuple(stored.shape), 4, 8)
         low, steps = (
             one.float().repeat_interleave(8, dim=1)[:, : stored.shape[1]] for one in (mine.minima, mine.scales)
