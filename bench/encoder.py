@@ -60,6 +60,10 @@ class HiddenWords:
             sums, counts = self._sums(model, examples)
         return float(sums.double().sum()), int(counts.sum())
 
+    def run(self, model: nn.Module, examples: Examples) -> None:
+        """Calls a model once."""
+        self.token_losses(model, examples)
+
     def _sums(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
         ids = examples.input_ids
         places = hidden_places(ids)

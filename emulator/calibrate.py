@@ -30,7 +30,7 @@ class PublicExamples:
     def run(self, model: nn.Module) -> None:
         """Calls a model with all examples, for what its blocks do with them."""
         for batch in self._batches(len(self.examples), self.batch):
-            self.task.token_losses(model, batch)
+            self.task.run(model, batch)
 
     def losses(self, model: nn.Module) -> Iterator[torch.Tensor]:
         """Yields the mean loss over the first `gradients` examples in pieces of two, whose sum is the mean."""

@@ -7,7 +7,7 @@ order is by what is lost for what is saved, measured again before each step is t
 import copy
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -24,17 +24,46 @@ from emulator.skip import skipped
 from errors import ConfigError
 
 SKIP, REFIT = "skip", "refit"
-# From dear to cheap. Widths and bits are those between which measurements on real models found a difference.
-LADDERS: dict[str, tuple[tuple[str, ...], ...]] = {
-    SANDWICH: (
-        ("gptq8:128",),
-        ("gptq4:64",),
-        ("narrow:0.5", "gptq4:64"),
-        ("narrow:0.34", "gptq4:64"),
-        ("narrow:0.2", "gptq4:64"),
-        (SKIP,),
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What may be done to one block: a width and a storage, each from dear to cheap; left out, it needs no storage.
+
+    Widths and bits are those between which measurements on real models found a difference.
+    """
+
+    widths: tuple[tuple[str, ...], ...]
+    storages: tuple[tuple[str, ...], ...]
+
+    def states(self) -> list["State"]:
+        """Returns every state, the dearest first."""
+        return [(i, j) for i, width in enumerate(self.widths) for j in range(self._storages(width))]
+
+    def below(self, state: "State") -> list["State"]:
+        """Returns the states one step down."""
+        i, j = state
+        narrower = [(i + 1, min(j, self._storages(self.widths[i + 1]) - 1))] if i + 1 < len(self.widths) else []
+        return narrower + ([(i, j + 1)] if j + 1 < self._storages(self.widths[i]) else [])
+
+    def actions(self, state: "State") -> tuple[str, ...]:
+        """Returns the compressors of a state, in order."""
+        width = self.widths[state[0]]
+        return width if width == (SKIP,) else (*width, *self.storages[state[1]])
+
+    def _storages(self, width: tuple[str, ...]) -> int:
+        return 1 if width == (SKIP,) else len(self.storages)
+
+
+State = tuple[int, int]
+LADDERS = {
+    SANDWICH: Ladder(
+        widths=((), ("narrow:0.5",), ("narrow:0.34",), ("narrow:0.2",), (SKIP,)),
+        storages=(("int8:128",), ("gptq4:64",)),
     ),
-    PARALLEL: (("gptq8:128",), ("gptq4:64",), ("gptq4:128",), ("gptq3:64",), ("gptq3:128",)),
+    PARALLEL: Ladder(
+        widths=((),), storages=(("int8:128",), ("gptq4:64",), ("gptq4:128",), ("gptq3:64",), ("gptq3:128",))
+    ),
 }
 # A step's price is measured again where more than so many others were taken since: they hardly move it.
 FRESH = 3
@@ -67,19 +96,22 @@ class _Offer:
     Attributes:
       rank: damage for what is saved; the least is taken first.
       path: of the block.
+      start, end: before the step and after it.
       price: the damage that it adds.
       seen: how many steps had been taken when it was measured; None where it was not.
     """
 
     rank: float
     path: str
+    start: State
+    end: State
     price: float = field(default=0.0, compare=False)
     seen: int | None = field(default=None, compare=False)
 
 
 @dataclass
 class _Rung:
-    """One block under one action."""
+    """One block in one state."""
 
     cost: Cost
     block: nn.Module
@@ -100,8 +132,8 @@ class Search:
     limits: Limits
     embedding: str
     on_step: Callable[[str], None] = lambda text: None
-    _rungs: dict[str, list[_Rung]] = field(default_factory=dict)
-    _at: dict[str, int] = field(default_factory=dict)
+    _rungs: dict[str, dict[State, _Rung]] = field(default_factory=dict)
+    _at: dict[str, State] = field(default_factory=dict)
 
     def run(self) -> list[Candidate]:
         """Returns the candidates in the order in which they were found; the last one fits.
@@ -109,84 +141,82 @@ class Search:
         Raises:
           ConfigError: the limits cannot be met, however far each block is compressed.
         """
-        ladder = LADDERS[self.middle.geometry.shape]
+        self._ladder = LADDERS[self.middle.geometry.shape]
         self._outside = outside_cost(self.middle, self.embedding)
         self._full_macs = full_macs(self.middle)
-        self.on_step(f"try {len(ladder)} actions on each of {len(self.middle.blocks)} blocks")
-        self._prepare(ladder)
+        states = self._ladder.states()
+        self.on_step(f"try {len(states)} actions on each of {len(self.middle.blocks)} blocks")
+        self._prepare()
         self._check_possible()
         self._gradients = SlotGradients(self.middle)
-        found = [self._uniform(0)]
-        found += [self._uniform(level) for level in range(1, len(ladder))]
+        found = [self._uniform(state) for state in states]
         found.append(self._descend())
         return found
 
-    def _prepare(self, ladder: tuple[tuple[str, ...], ...]) -> None:
+    def _prepare(self) -> None:
         """Compresses each block by itself, as if what reaches it and what it must give were the full model's."""
-        model = self.middle.source.model
+        model, ladder = self.middle.source.model, self._ladder
         dtype = dtype_of(model)
         for station in spans(self.middle, Plan.whole(self.middle), public=True):
             path = str(station.span.stretch.head)
-            rungs = []
-            for action in ladder:
-                if action == (SKIP,):
-                    if path not in self.middle.skippable:
-                        continue
-                    block = skipped(model.get_submodule(path), self.middle.stream.forms[path])
-                    rungs.append(_Rung(Cost(), block))
-                else:
-                    span = _copy(station, action)
-                    rungs.append(_Rung(span_cost(span, dtype), span.blocks[path].to(dtype)))
-            self._rungs[path] = rungs
-            self._at[path] = 0
+            rungs = self._rungs[path] = {}
+            for i, width in enumerate(ladder.widths):
+                if width == (SKIP,):
+                    if path in self.middle.skippable:
+                        form = self.middle.stream.forms[path]
+                        rungs[i, 0] = _Rung(Cost(), skipped(model.get_submodule(path), form))
+                    continue
+                narrowed = _copy(station, width)
+                for j, storage in enumerate(ladder.storages):
+                    span = _copy(narrowed, storage).span
+                    rungs[i, j] = _Rung(span_cost(span, dtype), span.blocks[path].to(dtype))
 
     def _descend(self) -> Candidate:
         """Takes single steps until every limit is kept."""
-        self._at = dict.fromkeys(self._at, 0)
+        self._at = dict.fromkeys(self._rungs, (0, 0))
         damage = self._damage()
-        queue = [_Offer(0.0, path) for path in self._rungs]
+        queue: list[_Offer] = []
+        for path in self._rungs:
+            self._offer(queue, path)
         taken = 0
         while queue and (excess := self._excess()):
             offer = heapq.heappop(queue)
-            saved = self._saved(offer.path, excess)
-            if saved is None:
+            saved = self._saved(offer, excess)
+            if offer.start != self._at[offer.path] or saved <= 0:
                 continue
             if offer.seen is None or taken - offer.seen > FRESH:
-                price = max(self._damage({offer.path: self._next(offer.path).block}) - damage, 0.0)
-                heapq.heappush(queue, _Offer(price / saved, offer.path, price, taken))
+                price = max(self._damage({offer.path: self._rungs[offer.path][offer.end].block}) - damage, 0.0)
+                heapq.heappush(queue, replace(offer, rank=price / saved, price=price, seen=taken))
                 continue
-            self._at[offer.path] += 1
+            self._at[offer.path] = offer.end
+            self._offer(queue, offer.path)
             taken += 1
             damage += offer.price
-            heapq.heappush(queue, _Offer(0.0, offer.path))
             if taken % REPORT == 0:
                 damage = self._damage()
                 self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
         return self._candidate(self._damage())
 
-    def _uniform(self, level: int) -> Candidate:
-        """Returns the candidate in which each block is as far down as the others, for the table."""
-        for path, rungs in self._rungs.items():
-            self._at[path] = min(level, len(rungs) - 1)
+    def _offer(self, queue: list[_Offer], path: str) -> None:
+        """Puts the next steps of a block into the queue, to be measured when they come to its head."""
+        for state in self._ladder.below(self._at[path]):
+            if state in self._rungs[path]:
+                heapq.heappush(queue, _Offer(0.0, path, self._at[path], state))
+
+    def _uniform(self, state: State) -> Candidate:
+        """Returns the candidate in which each block is in one state, as far as it can be, for the table."""
+        self._at = {path: state if state in rungs else max(rungs) for path, rungs in self._rungs.items()}
         return self._candidate(self._damage())
 
     def _damage(self, others: Mapping[str, nn.Module] = MappingProxyType({})) -> float:
         """Returns the damage of the present state, with others in the place of some blocks."""
-        return self._gradients.damage_of({**self._stand_ins(), **others})
+        blocks = {path: rungs[self._at[path]].block for path, rungs in self._rungs.items()}
+        return self._gradients.damage_of({**blocks, **others})
 
-    def _saved(self, path: str, excess: dict[str, float]) -> float | None:
-        """Returns how much of what is too much the next step of a block saves; None where there is none."""
-        if self._at[path] + 1 >= len(self._rungs[path]):
-            return None
-        saving = self._rungs[path][self._at[path]].cost - self._next(path).cost
-        share = sum(min(getattr(saving, name) / over, 1.0) for name, over in excess.items())
-        return share if share > 0 else 1e-9
-
-    def _next(self, path: str) -> _Rung:
-        return self._rungs[path][self._at[path] + 1]
-
-    def _stand_ins(self) -> dict[str, nn.Module]:
-        return {path: rungs[self._at[path]].block for path, rungs in self._rungs.items()}
+    def _saved(self, offer: _Offer, excess: dict[str, float]) -> float:
+        """Returns how much of what is too much a step saves, summed over the limits; 0 for a step that is no help."""
+        saving = self._rungs[offer.path][offer.start].cost - self._rungs[offer.path][offer.end].cost
+        return sum(min(getattr(saving, name) / over, 1.0) for name, over in excess.items())
 
     def _cost(self) -> Cost:
         return sum((rungs[self._at[path]].cost for path, rungs in self._rungs.items()), self._outside)
@@ -201,10 +231,9 @@ class Search:
 
     def _recipe(self) -> tuple[str, ...]:
         """Returns the actions of all blocks as one recipe: what selects first, then what rewrites."""
-        ladder = LADDERS[self.middle.geometry.shape]
         places: dict[str, set[int]] = {}
         for path, at in self._at.items():
-            for text in ladder[at]:
+            for text in self._ladder.actions(at):
                 places.setdefault(text, set()).add(self.middle.place(path))
         if SKIP in places:
             # What stays does the work of what is gone, as far as it can.
@@ -213,7 +242,7 @@ class Search:
         return tuple(str(Step(s.name, s.argument, frozenset(places[str(s)]))) for s in steps)
 
     def _check_possible(self) -> None:
-        self._at = {path: len(rungs) - 1 for path, rungs in self._rungs.items()}
+        self._at = {path: max(rungs) for path, rungs in self._rungs.items()}
         if excess := self._excess():
             cost = self._cost()
             raise ConfigError(
@@ -230,13 +259,14 @@ def _rank(text: str) -> tuple[int, str]:
     return (3 if text.startswith(("gptq", "int")) else 1), text
 
 
-def _copy(station: Station, action: tuple[str, ...]) -> Span:
+def _copy(station: Station, action: tuple[str, ...]) -> Station:
     """Returns the stretch of one block under an action, made from a copy."""
-    head = station.span.stretch.head
-    span = Span(Stretch(head, (), None), {path: copy.deepcopy(block) for path, block in station.span.blocks.items()})
+    old = station.span
+    blocks = {path: copy.deepcopy(block) for path, block in old.blocks.items()}
+    span = Span(Stretch(old.stretch.head, (), None), blocks, dict(old.storage), dict(old.pieces), set(old.changed))
     trial = Station(station.middle, span, station.inputs, station.target)
     for step, compressor in steps_of(action):
         if compressor.rewrite is None:
             raise ConfigError(f"action={step}: a ladder may hold skip and rewriting compressors only; correct it")
         compressor.rewrite(trial, step.argument)
-    return span
+    return trial

@@ -64,6 +64,10 @@ class CausalLM:
             sums, counts = self._sums(model, examples)
         return float(sums.double().sum()), int(counts.sum())
 
+    def run(self, model: nn.Module, examples: Examples) -> None:
+        """Calls a model once with examples, for what its blocks do with them; see `task.head.run`."""
+        head.run(model, examples.input_ids)
+
     def obstacle(self, model: nn.Module, device: torch.device | str = "cpu") -> str:
         """Returns why the losses of a model need the logits of a whole batch at once, or "" where they do not.
 

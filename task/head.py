@@ -119,6 +119,27 @@ def obstacle(model: nn.Module) -> str:
     return ""
 
 
+def run(model: nn.Module, ids: torch.Tensor) -> None:
+    """Calls a model once on tokens, for what its blocks do with them; its head gets one position of each example.
+
+    Args:
+      model: any causal language model.
+      ids: int64 (B, T).
+    """
+    head = head_of(model)
+
+    def enter(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][..., -1:, :], *args[1:])
+
+    handle = head.register_forward_pre_hook(enter) if isinstance(head, nn.Module) else None
+    try:
+        with torch.no_grad():
+            model(input_ids=ids)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def aftermath(model: nn.Module, device: torch.device) -> str:
     """Returns why a model's logits are more than its head's output, or "" where they are exactly that.
 

@@ -29,3 +29,6 @@ class Task(Protocol):
 
     def token_losses(self, model: nn.Module, examples: Examples) -> tuple[float, int]:
         """Returns the sum of token losses in nats and their count, for evaluation."""
+
+    def run(self, model: nn.Module, examples: Examples) -> None:
+        """Calls a model exactly once with examples, without gradients, for what its blocks do with them."""

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adapter.targets import is_linear
 from privacy.batches import trainable
 from privacy.engines import ENGINES
 from task.causal_lm import CausalLM
@@ -161,3 +162,18 @@ def test_an_engine_sees_each_example_alone_from_the_first_call(engine):
     assert task.obstacle(model) == ""
     for row in range(3):
         assert close(found[row], gradient(model, PLAIN.losses(model, batch().select([row]))), 1e-5)
+
+
+@pytest.mark.parametrize("family", CHUNKED)
+def test_a_run_calls_each_block_once_and_no_more_than_one_position_of_the_head(family):
+    """Compressors take every call that they see for public examples: one more, to find out something, would be one."""
+    model, calls, sizes = build(family), [], []
+    task = CausalLM()
+    examples = batch()
+    for name, module in model.named_modules():
+        if is_linear(module):
+            module.register_forward_hook(lambda _, args, out, name=name: calls.append((name, args[0].shape[:-1])))
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: sizes.append(out.numel()))
+    task.run(model, examples)
+    assert len({name for name, _ in calls}) == len(calls) > 2
+    assert sizes == [len(examples) * model.get_output_embeddings().weight.shape[0]]

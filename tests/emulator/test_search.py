@@ -1,0 +1,64 @@
+"""The search against every combination there is, on a model small enough to try them all."""
+
+import itertools
+
+import pytest
+import torch
+import transformers as hf
+
+from emulator.calibrate import PublicExamples
+from emulator.cost import Limits
+from emulator.geometry import Geometry
+from emulator.middle import Calibration, Middle
+from emulator.search import LADDERS, Search
+from emulator.source import MemorySource
+from errors import ConfigError
+from task.examples import Examples
+from task.tasks import TASKS
+from tests.emulator.conftest import CAUSAL, _causal
+
+IDS = (torch.arange(8 * 16).reshape(8, 16) * 7 + torch.arange(8).unsqueeze(1)) % 61
+
+
+@pytest.fixture
+def middle():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = _causal(hf.LlamaConfig(**CAUSAL, use_cache=False)).eval().requires_grad_(False)
+    public = PublicExamples(TASKS["causal_lm"], Examples(IDS, torch.ones_like(IDS)))
+    source = MemorySource(model)
+    return Middle(source, Geometry.of(model, 2, 1), Calibration(public.run, public.losses))
+
+
+def every_choice(search):
+    """Yields (damage, fits) of every combination of rungs."""
+    paths = list(search._rungs)
+    for levels in itertools.product(*(search._rungs[path] for path in paths)):
+        search._at = dict(zip(paths, levels, strict=True))
+        if not search._excess():
+            yield search._damage()
+
+
+@pytest.mark.parametrize("flops", [0.4, 0.75])
+def test_a_search_comes_near_the_best_of_all_combinations(middle, flops):
+    search = Search(middle, Limits(flops=flops), "verbatim")
+    found = search.run()
+    chosen = found[-1]
+    assert chosen.fits
+    assert chosen.flops <= flops
+    damages = sorted(every_choice(search))
+    # Not the best of all, but of the best tenth, and better than every block brought equally far down.
+    assert chosen.damage <= damages[len(damages) // 10]
+    assert chosen.damage <= min(one.damage for one in found if one.fits) + 1e-6
+
+
+def test_the_last_candidate_is_what_its_recipe_says(middle):
+    found = Search(middle, Limits(flops=0.75), "verbatim").run()
+    assert len(found) == 1 + len(LADDERS["sandwich"].states())
+    assert found[0].damage < 0.01  # all blocks at the top of the ladder
+    assert [one.fits for one in found][:2] == [False, False]
+
+
+def test_limits_that_nothing_meets_are_refused(middle):
+    with pytest.raises(ConfigError, match="max_bytes: the smallest emulator has"):
+        Search(middle, Limits(bytes=100), "verbatim").run()
