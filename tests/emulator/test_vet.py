@@ -33,6 +33,8 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     ("skip_uniform:0.34", "patch", "gptq4:16"),
     ("lowrank:0.7", "center"),
     ("share:0.5", "int8:16"),
+    ("prune:0.5",),
+    ("prune_2_4",),
 )
 # A mixture's experts are one stacked tensor: there is no pair of dense layers to narrow or to centre.
 WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center"))}
