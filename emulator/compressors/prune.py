@@ -11,9 +11,8 @@ from emulator.draft import Station
 from emulator.parts import weight_of
 from emulator.storage import SPARSE
 
-
-# Of each input's weights this part stays, however quiet the input. A column that is left with few entries hands single
-# ones on, as a trap does, and a site's vetting refuses it; it gives away more of the model, too, than a full one.
+# One in so many of each input's weights stays, however quiet the input: a column that is left with few entries hands
+# single ones on, as a trap does, and a site's vetting refuses it.
 STAYS = 4
 
 
