@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from emulator.cotangents import cotangent_moments
 from emulator.geometry import Geometry
 from emulator.source import Source
 from emulator.stream import Hidden, Run, Stream, begin, influence, private
@@ -66,6 +67,15 @@ class Middle:
         if self.calibration is None or self.calibration.losses is None:
             raise ConfigError("calibration=None: this compressor needs losses on public examples; give public text")
         return self.calibration.losses
+
+    @cached_property
+    def cotangents(self) -> dict[str, Tensor]:
+        """Second moments (width, width) of the public loss' gradients at the output of each block of the middle.
+
+        Raises:
+          ConfigError: no losses were given.
+        """
+        return cotangent_moments(self.source, self.blocks, self.losses)
 
     @cached_property
     def influences(self) -> dict[str, float]:

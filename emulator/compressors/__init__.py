@@ -6,6 +6,7 @@ from functools import partial
 
 from emulator.compressors.center import center
 from emulator.compressors.distill import distill
+from emulator.compressors.elevate import elevate
 from emulator.compressors.gptq import gptq
 from emulator.compressors.integers import rounded
 from emulator.compressors.lowrank import lowrank
@@ -49,6 +50,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "lowrank": Compressor(rewrite=lowrank),
     "center": Compressor(rewrite=center),
     "distill": Compressor(rewrite=distill),
+    "elevate": Compressor(rewrite=elevate),
     "prune": Compressor(rewrite=prune),
     "prune_2_4": Compressor(rewrite=prune_2_4),
     "int8": Compressor(rewrite=partial(rounded, 8), public=False),

@@ -43,6 +43,7 @@ CASES = {
     "lowrank": Case(("lowrank:0.5",), SHARE, compute=True, parallel=True),
     "center": Case(("gptq4:16", "center"), NONE, parallel=True),
     "distill": Case(("skip@3,5", "distill:4", "int8:16"), ("", "0", "-1", "x", "1.5"), compute=True),
+    "elevate": Case(("elevate:0.3", "int8:16"), SHARE),
     "prune": Case(("prune:0.5",), (*SHARE, "0.51"), parallel=True),
     "prune_2_4": Case(("prune_2_4",), NONE, parallel=True),
     "int8": Case(("int8:16",), GROUP, parallel=True),
@@ -59,6 +60,7 @@ MIXES = (
     ("skip@4", "narrow:0.5", "patch", "gptq4:16"),
     ("lowrank:0.6", "int8:16"),
     ("prune_2_4", "int4:16"),
+    ("elevate:0.3@3-5", "gptq4:16", "center"),
     ("int4:16@2-3", "gptq3:16@4", "int8:16@5"),
 )
 IDS = torch.arange(48).reshape(4, 12) * 5 % 53

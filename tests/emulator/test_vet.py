@@ -33,9 +33,12 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     ("skip_uniform:0.34", "patch", "gptq4:16"),
     ("lowrank:0.7", "center"),
     ("share:0.5", "int8:16"),
+    ("prune:0.5",),
+    ("prune_2_4",),
+    ("elevate:0.3", "int8:16"),
 )
-# A mixture's experts are one stacked tensor: there is no pair of dense layers to narrow or to centre.
-WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center"))}
+# A mixture's experts are one stacked tensor: there is no pair of dense layers to narrow, centre or elevate.
+WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center")), ("mixtral", ("elevate:0.3", "int8:16"))}
 
 
 def vetted(folder: Path, model: nn.Module | None = None, seed: int = 1) -> Any:
