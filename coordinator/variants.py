@@ -136,8 +136,8 @@ class Workplace:
         """
         pairs = [self._measured(full, kind, facts) for kind, facts in zip(self.kinds, packages, strict=True)]
         # One clip holds for all, since it stands in the manifest and bounds every update. It is the largest of the
-        # medians: one that is small for an emulator would cut most gradients of its sites, and their records would
-        # hardly count in the mean; one that is large for the others costs them noise, which stays in proportion.
+        # medians: one that is too small for an emulator would cut most gradients of its sites, so that their records
+        # count less in the mean than those of the others; one that is too large costs the others some more noise.
         return tuple(emulator for emulator, _ in pairs), max(clip for _, clip in pairs)
 
     def _measured(self, full: Any, kind: Kind, facts: Manifest) -> tuple[Emulator, float]:

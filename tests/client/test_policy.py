@@ -187,6 +187,13 @@ def test_an_emulator_is_permitted_by_its_digest_and_by_any(wide: Policy) -> None
             permit(dataclasses.replace(wide, models=models), JOB, now=NOON, **ROOM)
 
 
+def test_a_digest_permits_the_emulator_that_this_site_gets(wide: Policy) -> None:
+    job, permitted = changed(emulators=(("west", "e2" * 32),)), dataclasses.replace(wide, models=("e2" * 32,))
+    permit(permitted, job, now=NOON, **ROOM | {"site": "west"})
+    with pytest.raises(PolicyRefusal, match="models permits"):
+        permit(permitted, job, now=NOON, **ROOM)
+
+
 def test_a_job_cannot_call_itself_any(wide: Policy) -> None:
     with pytest.raises(PolicyRefusal, match="model='any'"):
         permit(wide, changed(model="any"), now=NOON, **ROOM)
