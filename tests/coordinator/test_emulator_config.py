@@ -1,6 +1,7 @@
 """Who gets which emulator by the federation file, and every way in which it does not say so."""
 
 import itertools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,6 @@ def test_fewer_sites_by_option_leave_the_others_out_of_variants(sites: str, expe
 
 def test_a_run_folder_keeps_the_variants() -> None:
     once = config("[[emulator.variants]]\nsites = ['elm']\ncompress = ['int3']")
-    again = parse_config(once.to_dict(), Path("elsewhere"))
+    again = parse_config(json.loads(json.dumps(once.to_dict())), Path("elsewhere"))
     assert again.emulator == once.emulator
     assert (again.emulator.variants[0].embedding, again.emulator.variants[0].gate) == (None, None)
