@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ def open_site(folder: str, name: str) -> Site:
 
 
 def flower_engine(
-    run: Run, manifest: JobManifest, benches: Any, display: Any, rounds: Callable[[Exchange], Progress]
+    run: Run,
+    manifest: JobManifest,
+    benches: Mapping[str, Workbench],
+    display: Any,
+    rounds: Callable[[Exchange], Progress],
 ) -> Progress:
     """Runs the rounds over Flower's simulation runtime.
 

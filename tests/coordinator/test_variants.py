@@ -101,7 +101,9 @@ def test_a_gate_that_is_missed_names_the_sites(world: World, varied: Path, tmp_p
     with pytest.raises(ConfigError, match=r"^emulator of sites=birch, elm: gradient_cosine=0\.\d\d: below the floor"):
         make(config, tmp_path / "run", world.run)
     config = changed(varied, "gate = 0.1", "gate = 0.99999")  # of [emulator], which a variant takes over
-    with pytest.raises(ConfigError, match=r"^emulator of sites=ash, cedar: gradient_cosine=[01]\.\d\d: below the floor"):
+    with pytest.raises(
+        ConfigError, match=r"^emulator of sites=ash, cedar: gradient_cosine=[01]\.\d\d: below the floor"
+    ):
         make(config, tmp_path / "run", world.run)
 
 
