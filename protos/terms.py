@@ -33,9 +33,8 @@ def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:
         round=request.sequence,
         nonce=request.nonce,
         manifest=hashlib.sha256(json.dumps(manifest.roster).encode()).digest(),
-        emulator=bytes.fromhex(
-            manifest.emulator
-        ),  # those of single sites are in `config`, which is all of the manifest
+        # That of all sites that get no other; who gets which other one is in `config`, which covers the whole manifest.
+        emulator=bytes.fromhex(manifest.emulator),
         adapter=request.adapter,
         config=manifest.digest(),
         roster=tuple((site, bytes.fromhex(lookup(roster, site, "site"))) for site in request.invited),

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cli.display import PlainDisplay
+from cli.run import Run, with_options
+from cli.simulate import Options, memory_engine, simulate
+from coordinator.config import read_config
 from protos.manifest import JobManifest
 from tests.faults.conftest import Federation, offsite
 
@@ -36,9 +40,11 @@ def test_two_emulators_in_one_federation(varied_federation: Federation, varied: 
         entries = [
             json.loads(line) for line in (federation.site(site) / "state" / "audit.jsonl").read_text().splitlines()
         ]
-        assert [entry["emulator"] for entry in entries if entry["kind"] == "vetted"] == [own]
+        assert [entry["fields"]["emulator"] for entry in entries if entry["kind"] == "vetted"] == [own]
 
-    offsite("simulate", str(varied), "--sites", "3", "--rounds", "1", "--out", str(tmp_path / "memory"))
+    settings, sha256 = read_config(varied)
+    memory = Run.create(with_options(settings, seed=None, rounds=1, sites=3), sha256, tmp_path / "memory")
+    simulate(memory, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
     weights = Path("adapter") / "adapter_model.safetensors"
     assert (run / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
     text = (run / "report.md").read_text()
