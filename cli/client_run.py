@@ -95,20 +95,30 @@ def inspect(
             typer.echo(f"{digest}  {'approved' if digest in approved else 'not approved'}")
         return
     found = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
-    facts = json.loads(found.manifest.to_bytes())
+    facts, own = json.loads(found.manifest.to_bytes()), found.manifest.emulator_of(installation.settings.name)
     if as_json:
-        typer.echo(json.dumps({"job": found.digest, "approved": found.approved, "manifest": facts}))
+        told = {"job": found.digest, "approved": found.approved, "emulator": own, "manifest": facts}
+        typer.echo(json.dumps(told))
         return
-    typer.echo("\n".join(_lines(found.digest, found.approved, facts)))
+    lines = _lines(found.digest, found.approved, facts, own)
+    if others := {digest: sites for digest, sites in found.manifest.shipped().items() if digest != own}:
+        lines.insert(2, f"others     {_others(others)}")
+    typer.echo("\n".join(lines))
 
 
-def _lines(digest: str, approved: bool, facts: dict[str, Any]) -> list[str]:
+def _others(others: dict[str, tuple[str, ...]]) -> str:
+    """Says in one sentence which sites get another emulator than this one."""
+    told = ", ".join(f"{' and '.join(sites)} {digest[:16]}…" for digest, sites in others.items())
+    return f"other sites train on other emulators than this one: {told}"
+
+
+def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) -> list[str]:
     privacy, adapter, layout = facts["privacy"], facts["adapter"], facts["layout"]
     parameters = sum(_size(shape) for shape in layout["shapes"])
     return [
         f"job        {digest}  ({'approved' if approved else 'not approved'})",
         f"model      {facts['model']} ({facts['base'][:16]}…), task {facts['task']}, "
-        f"emulator {facts['emulator'][:16]}…, tokenizer {facts['tokenizer'][:16]}…",
+        f"emulator {emulator[:16]}…, tokenizer {facts['tokenizer'][:16]}…",
         f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
@@ -176,7 +186,7 @@ def dry_run(folder: Place, job: Annotated[str, typer.Argument(help="digits of an
     opened = Opened.of(installation, now)
     limit_resources(opened.policy)
     found = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
-    package = installation.packages / found.manifest.emulator
+    package = installation.packages / found.manifest.emulator_of(installation.settings.name)
     if not package.is_dir():
         raise DataError(f"job={found.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
     with tempfile.TemporaryDirectory() as scratch:

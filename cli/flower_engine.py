@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from client.site import Site
 from client.workbench import Workbench
 from coordinator.exchange import Exchange
@@ -18,7 +18,7 @@ from protos.manifest import JobManifest
 STAGE_DEADLINE = 3600.0
 
 _SITES: dict[tuple[str, str], Site] = {}
-_BENCHES: dict[str, Workbench] = {}
+_BENCHES: dict[str, dict[str, Workbench]] = {}
 
 
 def open_site(folder: str, name: str) -> Site:
@@ -29,13 +29,17 @@ def open_site(folder: str, name: str) -> Site:
         if manifest is None:
             raise ConfigError(f"run={folder!r}: no prepared job; start the run again")
         if folder not in _BENCHES:
-            _BENCHES[folder] = simulated_bench(run, manifest)
-        _SITES[folder, name] = run.site(name, manifest, _BENCHES[folder])
+            _BENCHES[folder] = simulated_benches(run, manifest)
+        _SITES[folder, name] = run.site(name, manifest, _BENCHES[folder][name])
     return _SITES[folder, name]
 
 
 def flower_engine(
-    run: Run, manifest: JobManifest, bench: Workbench, display: Any, rounds: Callable[[Exchange], Progress]
+    run: Run,
+    manifest: JobManifest,
+    benches: Mapping[str, Workbench],
+    display: Any,
+    rounds: Callable[[Exchange], Progress],
 ) -> Progress:
     """Runs the rounds over Flower's simulation runtime.
 

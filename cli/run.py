@@ -14,6 +14,7 @@ from client.site import Site
 from client.workbench import Workbench, encoded, open_workbench
 from coordinator.config import FedConfig, parse_config
 from coordinator.store import Store, write_atomically
+from coordinator.variants import folders
 from emulator.verdict import Limits
 from errors import ConfigError, DataError, lookup
 from privacy.randomness import Randomness
@@ -130,10 +131,16 @@ class Run:
         return list({line["round"]: line for line in lines}.values())
 
 
-def simulated_bench(run: Run, manifest: JobManifest) -> Workbench:
-    """Opens the emulator as a site does, for owners who permit the rank that is asked for."""
-    limits = Limits.for_rank(2 * manifest.adapter.rank)
-    return open_workbench(run.store.package, manifest, limits=limits, seed=run.config.seed)
+def simulated_benches(run: Run, manifest: JobManifest) -> dict[str, Workbench]:
+    """Opens each site's emulator as a site does, for owners who permit the rank that is asked for.
+
+    Sites of one emulator share it, since each writes its adapter before it trains.
+    """
+    limits, opened = Limits.for_rank(2 * manifest.adapter.rank), dict[str, Workbench]()
+    for digest, folder in folders(run.store, manifest).items():
+        bench = open_workbench(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed)
+        opened |= dict.fromkeys(manifest.shipped()[digest], bench)
+    return opened
 
 
 def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sites: int | None) -> FedConfig:
@@ -145,11 +152,13 @@ def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sit
     if sites is not None and sites > len(config.sites):
         raise ConfigError(f"sites={sites}: the file names {len(config.sites)}; add sites to it or ask for fewer")
     training = config.training if rounds is None else dataclasses.replace(config.training, rounds=rounds)
+    kept = config.sites if sites is None else config.sites[: max(sites, 0)]
     return dataclasses.replace(
         config,
         training=training,
         seed=config.seed if seed is None else seed,
-        sites=config.sites if sites is None else config.sites[: max(sites, 0)],
+        sites=kept,
+        emulator=config.emulator if sites is None else config.emulator.only([site.name for site in kept]),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from adapter.export import export
 from adapter.methods import METHODS
 from cli.meter import Meter
 from cli.prepare import sha256_file
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from client.plan import SitePlan, plan_for
 from client.site import answer
 from client.workbench import Workbench
@@ -52,14 +52,15 @@ class Display(Protocol):
         """Shows a finished round."""
 
 
-Engine = Callable[[Run, JobManifest, Workbench, Display, Callable[[Exchange], Progress]], Progress]
+Benches = Mapping[str, Workbench]  # each site's
+Engine = Callable[[Run, JobManifest, Benches, Display, Callable[[Exchange], Progress]], Progress]
 
 
 def memory_engine(
-    run: Run, manifest: JobManifest, bench: Workbench, display: Display, rounds: Callable[[Exchange], Progress]
+    run: Run, manifest: JobManifest, benches: Benches, display: Display, rounds: Callable[[Exchange], Progress]
 ) -> Progress:
-    """Runs the rounds with all sites in this process; they share one loaded emulator."""
-    sites = {name: run.site(name, manifest, bench) for name, _ in manifest.roster}
+    """Runs the rounds with all sites in this process; those of one emulator share it."""
+    sites = {name: run.site(name, manifest, bench) for name, bench in sorted(benches.items())}
     return rounds(MemoryExchange({name: partial(answer, site) for name, site in sites.items()}, display.call))
 
 
@@ -92,14 +93,15 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
     meter, display = Meter(), options.display
     with meter.phase("build"):
         job = _job(run, display)
-        bench = simulated_bench(run, job.manifest)
+        benches = simulated_benches(run, job.manifest)
+        bench = benches[job.emulator.sites[0]]
         plans = _plans(run, job, bench)
     federation = _federation(run, job)
     with meter.phase("train") as phase:
         progress = options.engine(
             run,
             job.manifest,
-            bench,
+            benches,
             display,
             lambda exchange: federation.run(exchange, lambda line: display.round(line, job.manifest.rounds)),
         )
@@ -111,7 +113,7 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
         quality = _quality(run, job, bench, progress)
     plug(job.full, job.layout, progress.server.adapter)
     export(job.full, job.manifest.adapter, run.store.adapter, base=Path(run.config.model.path).name)
-    meter.phases["build"].bytes_down = job.emulator.package_bytes * len(plans)
+    meter.phases["build"].bytes_down = sum(one.facts.package_bytes * len(one.sites) for one in job.emulators)
     report = _report(run, job, options, progress, plans, quality, meter)
     write_report(run.store.folder, report)
     return report
@@ -122,11 +124,11 @@ def _job(run: Run, display: Display) -> Job:
     if (manifest := run.job()) is not None:
         display.step("open the prepared job")
         facts = run.store.read_json("job_facts.json")
-        return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), folder=run.store.package)
+        return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), store=run.store)
     texts = run.texts(run.config.data.public)
     setting = run.config.secagg
     parties = Parties(setting.federation, 1, run.roster(), setting.n_min)
-    job = prepare(run.config, texts=texts, federation=parties, folder=run.store.new_package(), on_step=display.step)
+    job = prepare(run.config, texts=texts, federation=parties, store=run.store, on_step=display.step)
     run.save_job(job.manifest, job.facts())
     return job
 
@@ -146,13 +148,13 @@ def _federation(run: Run, job: Job) -> Federation:
 
 
 def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[str, Any]:
-    """Scores full model and emulator, before and after, on held-out private and on public text."""
+    """Scores full model and the default emulator, before and after, on held-out private and on public text."""
     start, tuned = job.start, progress.server.adapter
     private = _heldout(run, bench)
     batch = job.manifest.physical_batch
     numbers: dict[str, dict[str, Score]] = {
         "private": {},
-        "public": {"full_zero_shot": job.zero_shot["full"], "emulator_zero_shot": job.zero_shot["emulator"]},
+        "public": {"full_zero_shot": job.zero_shot, "emulator_zero_shot": job.emulator.public},
     }
 
     def measure(name: str, model: Any, adapter: np.ndarray, examples: Examples, kind: str) -> None:
@@ -223,21 +225,16 @@ def _report(
 
 
 def _emulator_facts(run: Run, job: Job) -> dict[str, Any]:
-    facts, config = job.emulator, run.config.emulator
-    return {
-        "shipped_bytes": facts.shipped_bytes,
-        "package_bytes": facts.package_bytes,
+    facts, config = job.emulator.facts, run.config.emulator
+    return job.emulator.report() | {
         "full_bytes": facts.full_bytes,
         "slot_bytes": facts.slot_bytes,
         "embedding_bytes": facts.embedding_bytes,
         "middle_bytes": facts.middle_bytes,
         "middle_ratio": facts.middle_ratio,
         "verbatim_share": facts.verbatim,
-        "gradient_cosine": job.cosine,
         "gate": config.gate,
-        "recipe": list(facts.recipe),
-        "embedding": facts.embedding,
-        "sha256": facts.digest(),
+        "variants": [one.report() for one in job.emulators[1:]],
     }
 
 

@@ -104,6 +104,7 @@ class Opened:
                 ledger=self.ledger,
                 audit=self.audit,
                 means=Means(
+                    installation.settings.name,
                     installation.packages,
                     keys.sealing,
                     self._fetch,
@@ -158,12 +159,13 @@ class Opened:
           OffsiteError: the emulator is not trusted, or is another one.
         """
         limits, seed = Limits.for_rank(self.policy.max_rank), secrets.randbits(62)
-        bench = open_workbench(package, manifest, limits=limits, seed=seed)
+        emulator = manifest.emulator_of(self.installation.settings.name)
+        bench = open_workbench(package, manifest, emulator=emulator, limits=limits, seed=seed)
         self.audit.record(
             "vetted",
             now=self.clock(),
             job=manifest.digest().hex(),
-            emulator=manifest.emulator,
+            emulator=emulator,
             checks=[one.to_dict() for one in bench.vetting],
         )
         return bench
@@ -274,6 +276,7 @@ class Opened:
         permit(
             self.policy,
             manifest,
+            site=self.installation.settings.name,
             now=self.clock(),
             free_disk=shutil.disk_usage(self.installation.folder).free,
             package_bytes=package_bytes,

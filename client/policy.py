@@ -100,12 +100,15 @@ class Policy:
         return _TEMPLATE
 
 
-def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk: int, package_bytes: int) -> None:
+def permit(
+    policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, free_disk: int, package_bytes: int
+) -> None:
     """Checks a job against the policy, before anything of it is fetched.
 
     Args:
       policy: the owner's.
       manifest: the job.
+      site: this site's name, by which the job says which emulator it gets.
       now: local or aware time, for the permitted hours.
       free_disk: bytes.
       package_bytes: of the encrypted package.
@@ -116,7 +119,7 @@ def permit(policy: Policy, manifest: "JobManifest", *, now: datetime, free_disk:
     terms, spec = manifest.privacy, manifest.adapter
     if not terms.private:
         raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
-    _listed("models", policy.models, manifest.model, manifest.emulator)
+    _listed("models", policy.models, manifest.model, manifest.emulator_of(site))
     _listed("methods", policy.methods, spec.method)
     _listed("splits", policy.splits, manifest.split)
     for metric in manifest.metrics:

@@ -37,6 +37,7 @@ class Means:
     """What a preparation works with.
 
     Attributes:
+      site: this site's name.
       packages: folder of packages.
       sealing: this site's key.
       fetch: (SHA-256, bytes, file, told the bytes that are here) -> file; resumes.
@@ -45,6 +46,7 @@ class Means:
       most_bytes: room for all packages together.
     """
 
+    site: str
     packages: Path
     sealing: SealingKey
     fetch: Fetch
@@ -156,7 +158,8 @@ class Preparation:
     def _package(self) -> Path:
         """Returns the folder of the package; one that is here already is used, and checked when it is loaded."""
         offer, means = self._offer, self._means
-        folder = means.packages / self.manifest.emulator
+        emulator = self.manifest.emulator_of(means.site)
+        folder = means.packages / emulator
         if folder.is_dir():
             self.fetched = offer.package_bytes
             return folder
@@ -165,13 +168,13 @@ class Preparation:
         _make_way(means.packages, means.most_bytes - UNPACKING * offer.package_bytes, keep=digest)
         sealed = means.fetch(digest, offer.package_bytes, means.packages / f"{digest}.sealed", self._moved)
         key = means.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
-        plain, partial = means.packages / f"{digest}.plain", means.packages / f"{self.manifest.emulator}.partial"
+        plain, partial = means.packages / f"{digest}.plain", means.packages / f"{emulator}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with sealed.open("rb") as source, plain.open("wb") as target:
                 streaming.decrypt(source, target, key)
             with plain.open("rb") as source:
-                archive.read(source, partial, expected_digest=self.manifest.emulator)
+                archive.read(source, partial, expected_digest=emulator)
             partial.rename(folder)
         except OSError as error:
             raise DataError(

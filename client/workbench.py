@@ -62,12 +62,13 @@ class Workbench:
         self.layout.write(self.model, adapter)
 
 
-def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed: int) -> Workbench:
-    """Loads the emulator package that the manifest names, and vets it and its adapter.
+def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int) -> Workbench:
+    """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
     Args:
       folder: the package.
       manifest: the job.
+      emulator: SHA-256 of the package, hexadecimal: `JobManifest.emulator_of` the site.
       limits: of the vetting.
       seed: of what the vetting draws; at a real site its own secret.
 
@@ -77,8 +78,8 @@ def open_workbench(folder: Path, manifest: JobManifest, *, limits: Limits, seed:
     """
     task = lookup(TASKS, manifest.task, "task")
     lookup(SPLITS, manifest.split, "split")
-    model = package.load(folder, dtype=torch.float32, expected_digest=manifest.emulator)
-    facts = package.read_manifest(folder, expected_digest=manifest.emulator)
+    model = package.load(folder, dtype=torch.float32, expected_digest=emulator)
+    facts = package.read_manifest(folder, expected_digest=emulator)
     if (found := tokenizer_sha256(facts.files)) != manifest.tokenizer:
         raise DigestMismatch(
             f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"

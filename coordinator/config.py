@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from coordinator.emulator_config import EmulatorConfig, check_emulator
 from errors import ConfigError, DataError, nearest
 from protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
 
@@ -19,27 +20,6 @@ class ModelConfig:
 
     path: str
     task: str = "causal_lm"
-
-
-@dataclass(frozen=True)
-class EmulatorConfig:
-    """How the emulator is made.
-
-    Attributes:
-      first: blocks kept verbatim at the input side; they are slots.
-      last: blocks kept verbatim at the output side; they are slots.
-      shape: "sandwich", adapters in the verbatim blocks, or "parallel", adapters in all of them.
-      compress: compressors of the middle, in order, each `name:argument`.
-      embedding: storage of the embedding tables: verbatim, int8 or int4.
-      gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
-    """
-
-    first: int = 2
-    last: int = 2
-    shape: str = "sandwich"
-    compress: tuple[str, ...] = ("int4:64",)
-    embedding: str = "int8"
-    gate: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -210,8 +190,7 @@ class FedConfig:
             raise ConfigError(f"aggregation.momentum={self.aggregation.momentum}: must lie in [0, 1); 0.9 is usual")
         if not (0 <= self.evaluation.tolerance < math.inf):
             raise ConfigError(f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0")
-        if not -1 <= self.emulator.gate <= 1:
-            raise ConfigError(f"emulator.gate={self.emulator.gate}: a cosine lies in [-1, 1]; 0.6 is the default")
+        check_emulator(self.emulator)
         if not (0 < privacy.epsilon < math.inf):
             raise ConfigError(
                 f"privacy.epsilon={privacy.epsilon}: must be finite and above 0, smaller is more private; "
@@ -225,6 +204,8 @@ class FedConfig:
             _above_zero("coordinator.deadline", self.coordinator.deadline)
             _above_zero("coordinator.patience", self.coordinator.patience)
         _check_sites([site.name for site in self.sites], self)
+        if self.coordinator is None:  # the members of a real federation are known when its job is prepared
+            self.emulator.kinds([site.name for site in self.sites])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, as they would stand in the file."""

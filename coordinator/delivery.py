@@ -1,13 +1,15 @@
-"""A job's package, made ready to hand out: one stream, encrypted once, its key sealed to each site."""
+"""A job's packages, ready to hand out: each one stream, encrypted once, its key sealed to the sites that get it."""
 
 import hashlib
 import json
 import logging
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.store import write_atomically
+from coordinator.store import Store, write_atomically
+from coordinator.variants import folders
 from emulator import archive
 from errors import DataError
 from protos.manifest import JobManifest
@@ -28,7 +30,7 @@ class Delivery:
     Attributes:
       sha256: of the encrypted file, 32 bytes.
       size: its bytes.
-      sealed: the key, sealed to each site.
+      sealed: the key, sealed to each site that gets the package.
     """
 
     sha256: bytes
@@ -36,8 +38,32 @@ class Delivery:
     sealed: dict[str, bytes]
 
 
-def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Federation, facts: Path) -> Delivery:
-    """Puts the package of a job into the depot and returns what its offers say; the same again after a restart.
+def deliver_all(store: Store, depot: Path, manifest: JobManifest, federation: Federation) -> dict[str, Delivery]:
+    """Puts every package of a job into the depot and returns each site's own, which no other emulator's site can open.
+
+    Args:
+      store: run folder, with the packages; what is returned is kept there too.
+      depot: folder of the depot.
+      manifest: the job.
+      federation: whose members they are sealed to.
+
+    Raises:
+      DataError: no room on the disk, or the depot's folder cannot be made.
+    """
+    found: dict[str, Delivery] = {}
+    places = folders(store, manifest)
+    for digest, sites in manifest.shipped().items():
+        package = places[digest]
+        name = "delivery" if digest == manifest.emulator else f"delivery-{package.name}"
+        facts = store.folder / f"{name}.json"
+        found |= dict.fromkeys(sites, deliver(package, depot, manifest, federation, facts, sites=sites))
+    return found
+
+
+def deliver(
+    package: Path, depot: Path, manifest: JobManifest, federation: Federation, facts: Path, *, sites: Collection[str]
+) -> Delivery:
+    """Puts a package of a job into the depot and returns what its offers say; the same again after a restart.
 
     Where the file or the facts are damaged, both are made anew, under another key and name. A site that had fetched a
     part under the old name begins again with its next offer; the old file, if whole, stays for those who still fetch.
@@ -46,13 +72,14 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
       package: package folder.
       depot: folder of the depot; the file is named by its SHA-256.
       manifest: the job.
-      federation: whose members it is sealed to.
+      federation: whose members get it.
       facts: file that keeps what is returned.
+      sites: those of them that it is sealed to.
 
     Raises:
       DataError: no room on the disk, or the depot's folder cannot be made.
     """
-    if (known := _known(facts)) is not None and _is_whole(depot, known, federation):
+    if (known := _known(facts)) is not None and _is_whole(depot, known, sites):
         return known
     _make(depot)
     for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
@@ -66,6 +93,7 @@ def deliver(package: Path, depot: Path, manifest: JobManifest, federation: Feder
     sealed = {
         member.site: seal(federation.suite, bytes.fromhex(member.sealing), key, context)
         for member in federation.members
+        if member.site in sites
     }
     boxes = {site: box.hex() for site, box in sealed.items()}
     delivery = Delivery(digest, path.stat().st_size, sealed)
@@ -93,10 +121,10 @@ def _known(facts: Path) -> Delivery | None:
         return None
 
 
-def _is_whole(depot: Path, delivery: Delivery, federation: Federation) -> bool:
+def _is_whole(depot: Path, delivery: Delivery, sites: Collection[str]) -> bool:
     """Says whether a file is what its facts say, for these sites; a torn one is removed and not offered again."""
     path = depot / delivery.sha256.hex()
-    if not path.is_file() or delivery.sealed.keys() != {member.site for member in federation.members}:
+    if not path.is_file() or delivery.sealed.keys() != set(sites):
         return False
     if path.stat().st_size == delivery.size and _sha256(path) == delivery.sha256:
         return True

@@ -1,4 +1,4 @@
-"""From a configuration to a job: full model, emulator package, gate, clip, manifest; public text only."""
+"""From a configuration to a job: full model, emulator packages, gate, clip, manifest; public text only."""
 
 import dataclasses
 import json
@@ -10,33 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from adapter.layout import Layout
 from adapter.methods import METHODS, attach
 from adapter.spec import AdapterSpec
 from coordinator.aggregate import AGGREGATORS
 from coordinator.config import FedConfig
-from coordinator.evaluate import Score, score, spread, spread_rows
-from emulator import package
-from emulator.calibrate import PublicExamples
-from emulator.fidelity import check_gate, gradient_cosine
+from coordinator.emulator_config import Kind
+from coordinator.evaluate import Score, score
+from coordinator.public_text import PublicText, public_text
+from coordinator.store import Store
+from coordinator.variants import Emulator, Workplace, reopened
+from emulator.compressors import steps_of
 from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
-from emulator.manifest import Manifest
-from emulator.middle import Calibration
-from errors import DataError, DigestMismatch, lookup
+from errors import DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
-from privacy.clip import median_norm
-from privacy.probe import choose_engine
 from protos.manifest import JobManifest, PrivacyTerms
-from task.examples import Examples
 from task.spec import Task
 from task.tasks import TASKS
 
-CALIBRATION_EXAMPLES = 64
-GATE_EXAMPLES = 8
-CLIP_EXAMPLES = 16
 # An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
 # factors leave ample room; an entry beyond is cut at the site, where it is counted.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
@@ -62,85 +55,55 @@ class Parties:
 
 
 @dataclass(frozen=True)
-class PublicText:
-    """Public examples by purpose: even ones tune, odd ones test, so that nothing is tested on what it was tuned on.
-
-    Attributes:
-      calibration: what compressors are fitted to.
-      tune: for the gate and the clip.
-      test: for every score.
-    """
-
-    calibration: Examples
-    tune: Examples
-    test: Examples
-
-
-@dataclass(frozen=True)
 class Job:
     """A prepared job at the coordinator.
 
     Attributes:
       manifest: what the sites get.
-      emulator: manifest of the package.
-      cosine: gradient cosine of the gate.
+      emulators: what was shipped, the default first.
       full: full model with the adapter attached, at its start.
       layout: of the adapter.
       task: of the job.
       public: public examples.
-      zero_shot: scores of full model and emulator on public text before any training.
+      zero_shot: score of the full model on public text before any training.
       start: initial adapter, float32 (d,).
     """
 
     manifest: JobManifest
-    emulator: Manifest
-    cosine: float
+    emulators: tuple[Emulator, ...]
     full: Any
     layout: Layout
     task: Task
     public: PublicText
-    zero_shot: Mapping[str, Score]
+    zero_shot: Score
     start: np.ndarray
+
+    @property
+    def emulator(self) -> Emulator:
+        """The one that every site gets for which the federation file names no other."""
+        return self.emulators[0]
 
     def facts(self) -> dict[str, Any]:
         """Returns what `reopen` needs beside the manifest."""
         return {
-            "gradient_cosine": self.cosine,
-            "zero_shot": {name: dataclasses.asdict(one) for name, one in self.zero_shot.items()},
+            "zero_shot": dataclasses.asdict(self.zero_shot),
+            "emulators": [one.to_dict() for one in self.emulators],
         }
 
 
-def check_names(config: FedConfig) -> None:
+def check_names(config: FedConfig, kinds: tuple[Kind, ...]) -> None:
     """Looks every name of the configuration up before the first slow step.
 
     Raises:
       UnknownName: a table has no such entry.
+      ConfigError: a step of a recipe cannot be read.
     """
+    for kind in kinds:
+        steps_of(kind.compress)
     lookup(TASKS, config.model.task, "model.task")
     lookup(METHODS, config.adapter.method, "adapter.method")
     lookup(AGGREGATORS, config.aggregation.rule, "aggregation.rule")
     lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
-
-
-def public_text(config: FedConfig, task: Task, tokenizer: Any, texts: list[str]) -> PublicText:
-    """Returns the public examples: even ones tune, odd ones test.
-
-    Raises:
-      DataError: too little public text.
-    """
-    examples = task.encode(tokenizer, texts, length=config.data.length, split=config.data.split)
-    examples = examples.select(torch.nonzero(examples.targets))  # the others have no gradient to measure
-    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
-    if len(examples) < needed:
-        raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public text")
-    tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
-    others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
-    return PublicText(
-        # Where there is no more text than the tests need, a fit and the gate look at the same.
-        calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
-        tune=examples.select(tune),
-        test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
-    )
 
 
 def prepare(
@@ -148,7 +111,7 @@ def prepare(
     *,
     texts: list[str],
     federation: Parties,
-    folder: Path,
+    store: Store,
     on_step: Callable[[str], None],
 ) -> Job:
     """Builds everything that the coordinator does alone.
@@ -157,14 +120,15 @@ def prepare(
       config: the federation file.
       texts: public texts.
       federation: who takes part.
-      folder: where the emulator package goes; must be empty or absent.
+      store: run folder, where the emulator packages go; those that a killed build left are removed.
       on_step: told what is being done.
 
     Raises:
-      ConfigError: the emulator is below the gate, or a setting does not fit the model.
+      ConfigError: an emulator is below its gate, is for a site that is not there, or does not fit the model.
       UnsupportedModel, DataError: the model cannot be used; see `task` and `emulator`.
     """
-    check_names(config)
+    kinds = config.emulator.kinds([site for site, _ in federation.roster])
+    check_names(config, kinds)
     task = lookup(TASKS, config.model.task, "model.task")
     on_step("load the full model")
     tokenizer = task.load_tokenizer(config.model.path)
@@ -180,57 +144,43 @@ def prepare(
         seed=config.seed,
     )
 
-    on_step("build the emulator package")
-    facts = _build(config, full, geometry, task, public, folder)
+    workplace = Workplace(config, kinds, task, public, geometry, spec, store, on_step)
+    packages = workplace.build(full)
     full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
-    emulator = package.load(folder, dtype=torch.float32, expected_digest=facts.digest())
-
-    on_step("gate: compare gradients through emulator and full model")
-    gate = PublicExamples(task, public.tune, gradients=GATE_EXAMPLES)
-    cosine = gradient_cosine(full, emulator, spec, gate.losses)
-    check_gate(cosine, config.emulator.gate)
-
-    on_step("score full model and emulator on public text")
-    batch = config.training.physical_batch
-    zero_shot = {
-        "full": score(task, full, public.test, batch=batch),
-        "emulator": score(task, emulator, public.test, batch=batch),
-    }
-
-    on_step("measure gradient norms on public text")
-    clip = config.privacy.max_grad_norm or _median_norm(task, attach(emulator, spec), public.tune, batch)
+    on_step("score the full model on public text")
+    zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
+    emulators, clip = workplace.measure(full, packages)
     full = attach(full, spec)
     layout = Layout.of(full)
-    manifest = _manifest(config, federation, facts, spec, layout, clip)
-    return Job(manifest, facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
+    manifest = _manifest(config, federation, emulators, spec, layout, clip)
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full))
 
 
 def reopen(
-    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, texts: list[str], folder: Path
+    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, texts: list[str], store: Store
 ) -> Job:
     """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
 
     Raises:
-      DigestMismatch: the package in `folder`, or the model, is not the one of the manifest.
+      DigestMismatch: a package in the run folder, or the model, is not the one of the manifest.
     """
     task = lookup(TASKS, manifest.task, "task")
     public = public_text(config, task, task.load_tokenizer(config.model.path), texts)
-    package_facts = package.read_manifest(folder)
+    emulators = reopened(store, manifest, facts["emulators"])
     full = attach(task.load(config.model.path, dtype=torch.float32), manifest.adapter)
     layout = Layout.of(full)
     for what, found, expected in (
         ("model", model_sha256(Path(config.model.path)), manifest.base),
-        ("emulator", package_facts.digest(), manifest.emulator),
+        *(("emulator", one.facts.digest(), manifest.emulator_of(one.sites[0])) for one in emulators),
         ("layout", layout.digest().hex(), manifest.layout.digest().hex()),
     ):
         if found != expected:
             raise DigestMismatch(
-                f"{what}={found[:16]}: run {str(folder.parent)!r} began with {expected[:16]}; put that one back, or "
+                f"{what}={found[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that one back, or "
                 "start a new run"
             )
-    zero_shot = {name: Score(**one) for name, one in facts["zero_shot"].items()}
-    cosine = float(facts["gradient_cosine"])
-    return Job(manifest, package_facts, cosine, full, layout, task, public, zero_shot, layout.read(full))
+    zero_shot = Score(**facts["zero_shot"])
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -243,33 +193,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
-def _build(config: FedConfig, full: Any, geometry: Geometry, task: Task, public: PublicText, folder: Path) -> Manifest:
-    fitted = PublicExamples(task, public.calibration, config.training.physical_batch)
-    compared = PublicExamples(task, public.tune, gradients=GATE_EXAMPLES)
-    return package.build(
-        full,
-        geometry,
-        config.emulator.compress,
-        config.emulator.embedding,
-        Calibration(fitted.run, compared.losses),
-        folder,
-        tokenizer=Path(config.model.path),
-    )
-
-
-def _median_norm(task: Task, model: nn.Module, examples: Examples, batch: int) -> float:
-    engine = choose_engine(model, task.losses, examples.select([0, 1]))
-    batches = [
-        examples.select(list(range(start, min(start + batch, len(examples)))))
-        for start in range(0, len(examples), batch)
-    ]
-    return median_norm(model, task.losses, batches, engine)
-
-
 def _manifest(
     config: FedConfig,
     federation: Parties,
-    facts: Manifest,
+    emulators: tuple[Emulator, ...],
     spec: AdapterSpec,
     layout: Layout,
     clip: float,
@@ -282,9 +209,9 @@ def _manifest(
         roster=federation.roster,
         n_min=federation.n_min,
         task=config.model.task,
-        emulator=facts.digest(),
+        emulator=emulators[0].facts.digest(),
         base=model_sha256(Path(config.model.path)),
-        tokenizer=tokenizer_sha256(facts.files),
+        tokenizer=tokenizer_sha256(emulators[0].facts.files),
         adapter=spec,
         layout=layout,
         length=config.data.length,
@@ -300,4 +227,5 @@ def _manifest(
         release=version("offsite"),
         identifier=federation.job,
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
+        emulators=tuple(sorted((site, one.facts.digest()) for one in emulators[1:] for site in one.sites)),
     )

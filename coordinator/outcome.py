@@ -1,6 +1,7 @@
 """The end of a job between organisations: the adapter, and a report of what the coordinator knows."""
 
 import dataclasses
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, prog
     export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
     report = _report(config_sha256, store, job, progress) | {
         "public": {
-            "full_zero_shot": dataclasses.asdict(job.zero_shot["full"]),
-            "emulator_zero_shot": dataclasses.asdict(job.zero_shot["emulator"]),
+            "full_zero_shot": dataclasses.asdict(job.zero_shot),
+            "emulator_zero_shot": dataclasses.asdict(job.emulator.public),
             "plug_in": dataclasses.asdict(after),
         }
     }
@@ -54,9 +55,8 @@ def _report(config_sha256: str, store: Store, job: Job, progress: Progress) -> d
             "dropped": [one | {"round": line["round"]} for line in lines for one in line["dropped"]],
         },
         "emulator": {
-            "sha256": job.emulator.digest(),
-            "package_bytes": job.emulator.package_bytes,
-            "gradient_cosine": job.cosine,
+            **job.emulator.report(),
+            "variants": [one.report() for one in job.emulators[1:]],
         },
         "adapter": {"method": manifest.adapter.method, "rank": manifest.adapter.rank, "parameters": job.layout.size},
         "provenance": {
@@ -90,7 +90,21 @@ def _text(report: dict[str, Any], store: Store) -> str:
             "|---|---|---|---|---|",
             *table,
             "",
+            *_emulators(report["emulator"]),
             f"adapter: {store.adapter}",
             "",
         ]
     )
+
+
+def _emulators(default: Mapping[str, Any]) -> list[str]:
+    """Returns the table of who got which emulator; nothing where all got the same."""
+    if not default["variants"]:
+        return []
+    rows = [
+        f"| {', '.join(one['sites'])} | {', '.join(one['recipe']) or 'none'} | {one['embedding']} | "
+        f"{one['package_bytes']} | {one['gradient_cosine']:.3f} | {one['public_loss']:.4f} | {one['sha256'][:16]} |"
+        for one in (default, *default["variants"])
+    ]
+    head = "| sites | compression | word tables | package bytes | gradient cosine | public loss | SHA-256 |"
+    return ["Not all sites got the same emulator; each was told who got which.", "", head, "|---" * 7 + "|", *rows, ""]

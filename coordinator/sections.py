@@ -179,6 +179,31 @@ def emulator(emulator: Mapping[str, Any]) -> Section:
     return Section("Emulator", (text,), ("fact", "value"), rows)
 
 
+def emulators(emulator: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Returns the section on which site got which emulator; none where all got the same."""
+    if not emulator.get("variants"):
+        return ()
+    rows = tuple(
+        (
+            ", ".join(map(str, one["sites"])),
+            size(one["package_bytes"]),
+            ", then ".join(map(str, one["recipe"])) or "none",
+            str(one["embedding"]),
+            number(one["gradient_cosine"]),
+            number(one["public_loss"]),
+            str(one["sha256"])[:16],
+        )
+        for one in (emulator, *emulator["variants"])
+    )
+    text = (
+        "Not all sites got the same emulator. Geometry and adapter are the same for all, so that their updates can be "
+        "added. What is said of the emulator elsewhere in this report is said of the first one here; public loss is "
+        "the emulator's before any training. Every site was told who got which."
+    )
+    head = ("sites", "package", "compression", "word tables", "gradient cosine", "public loss", "SHA-256")
+    return (Section("Emulators of the sites", (text,), head, rows),)
+
+
 def adapter(adapter: Mapping[str, Any]) -> Section:
     """Returns the section on what was trained."""
     mean = "exact" if adapter["exact_mean"] else "not exact"

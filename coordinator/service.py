@@ -11,7 +11,7 @@ from typing import Any
 from coordinator.attempt import Attempts
 from coordinator.config import CoordinatorConfig, FedConfig
 from coordinator.correspondence import Correspondence
-from coordinator.delivery import Delivery, deliver
+from coordinator.delivery import Delivery, deliver_all
 from coordinator.depot import Depot, Tls
 from coordinator.exchange import Conversation, Exchange
 from coordinator.federation import Federation
@@ -39,6 +39,7 @@ FRESH_SECONDS = 60.0  # for which who is ready is taken as known
 UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: a masked entry; shares, signatures and whatever stands around
 LINK_TRIES = 5  # times in a row without a whole round
 ASKED = 2  # times that a connected site is asked for one stage
+Deliveries = Mapping[str, Delivery]  # each site's
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,9 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
         _attempts(setting).close()  # the last round's, where the kill came before it was closed
         setting.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)
         return job, done
-    delivery = deliver(
-        setting.store.package,
-        setting.home.folder / "depot",
-        job.manifest,
-        epoch,
-        setting.store.folder / "delivery.json",
-    )
+    deliveries = deliver_all(setting.store, setting.home.folder / "depot", job.manifest, epoch)
     with _depot(setting.home, setting.now):
-        return job, _over_links(setting, job, epoch, delivery)
+        return job, _over_links(setting, job, epoch, deliveries)
 
 
 def _done(store: Store, manifest: JobManifest) -> Progress | None:
@@ -112,7 +107,7 @@ def _done(store: Store, manifest: JobManifest) -> Progress | None:
     return progress if progress is not None and progress.round >= manifest.rounds else None
 
 
-def _over_links(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery) -> Progress:
+def _over_links(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries) -> Progress:
     """Runs the rounds over one link after the other, as long as there are whole rounds between their losses.
 
     Raises:
@@ -121,7 +116,7 @@ def _over_links(setting: Setting, job: Job, epoch: owners.Federation, delivery: 
     tried, before = 0, _rounds(setting.store)
     while True:
         try:
-            return _over_link(setting, job, epoch, delivery)
+            return _over_link(setting, job, epoch, deliveries)
         except LOST as error:
             if (done := _done(setting.store, job.manifest)) is not None:
                 return done  # only the farewell was lost
@@ -157,7 +152,7 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
             setting.config,
             texts=setting.texts,
             federation=parties,
-            folder=setting.store.new_package(),
+            store=setting.store,
             on_step=setting.on_step,
         )
         setting.store.write_json("job_facts.json", job.facts())
@@ -173,10 +168,10 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
         )
     setting.on_step("open the prepared job")
     facts = setting.store.read_json("job_facts.json")
-    return reopen(setting.config, manifest, facts, texts=setting.texts, folder=setting.store.package)
+    return reopen(setting.config, manifest, facts, texts=setting.texts, store=setting.store)
 
 
-def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery) -> Progress:
+def _over_link(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries) -> Progress:
     nodes = {member.site: member.node for member in epoch.members}
     setting.on_step("start Flower's SuperLink")
     largest = UPLOAD_BYTES * job.manifest.layout.size + OTHER_BYTES
@@ -184,7 +179,7 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, delivery: D
         unopened: dict[str, str] = {}
         offers = _letters(setting, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
         ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
-        muster = _muster(setting, job, epoch, delivery, Offers(offers, ledgers, unopened))
+        muster = _muster(setting, job, epoch, deliveries, Offers(offers, ledgers, unopened))
         setting.on_step("wait for the sites")
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
@@ -263,7 +258,7 @@ class Offers:
     unopened: dict[str, str]
 
 
-def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Delivery, offers: Offers) -> Muster:
+def _muster(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries, offers: Offers) -> Muster:
     manifest = job.manifest.to_bytes()
     signature = sign_job(setting.home.identity, manifest)
 
@@ -272,9 +267,9 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, delivery: Deli
             manifest=manifest,
             manifest_signature=signature,
             owners=tuple(sorted(signatures.items())),
-            package=delivery.sha256,
-            package_bytes=delivery.size,
-            sealed_key=delivery.sealed[site],
+            package=deliveries[site].sha256,
+            package_bytes=deliveries[site].size,
+            sealed_key=deliveries[site].sealed[site],
             ledgers=offers.ledgers.countersigned(site),
         )
 

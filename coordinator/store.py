@@ -67,10 +67,14 @@ class Store:
         """Folder of the emulator package."""
         return self.folder / "package"
 
-    def new_package(self) -> Path:
-        """Returns the folder for a package that is built now, without what a killed build left there."""
-        shutil.rmtree(self.package, ignore_errors=True)
-        return self.package
+    def package_of(self, name: str) -> Path:
+        """Returns the folder of an emulator's package, named by the first of its sites; the default has no name."""
+        return self.folder / "packages" / name if name else self.package
+
+    def clear_packages(self) -> None:
+        """Removes what a killed build left of the packages that are built now."""
+        for folder in (self.package, self.folder / "packages"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def adapter(self) -> Path:

@@ -32,6 +32,7 @@ def summarise(report: Report) -> Summary:
             sections.privacy(report),
             sections.secagg(report),
             sections.emulator(report["emulator"]),
+            *sections.emulators(report["emulator"]),
             sections.adapter(report["adapter"]),
             sections.cost(report["cost"]),
             sections.provenance(report),
@@ -49,8 +50,7 @@ def _answer(report: Report) -> tuple[str, ...]:
         f"against {number(before['loss'])} before, a gain of {number(gain)} nats per token (perplexity "
         f"{number(after['perplexity'], 1)} against {number(before['perplexity'], 1)}).",
         _privacy_line(privacy, report["finished_rounds"]),
-        f"The sites were given an emulator of {size(emulator['shipped_bytes'])} instead of the full model's "
-        f"{size(emulator['full_bytes'])} ({percent(emulator['shipped_bytes'] / emulator['full_bytes'])}).",
+        _shipped_line(emulator),
     ]
     if not privacy["private"]:
         lines.insert(0, lines.pop(1))
@@ -60,6 +60,16 @@ def _answer(report: Report) -> tuple[str, ...]:
             "The numbers hold for a federation with these settings; nothing was hidden from the person who ran it."
         )
     return tuple(lines)
+
+
+def _shipped_line(emulator: Mapping[str, Any]) -> str:
+    full, sizes = emulator["full_bytes"], [one["shipped_bytes"] for one in (emulator, *emulator.get("variants", ()))]
+    if len(sizes) == 1:
+        what, shares = f"an emulator of {size(sizes[0])}", percent(sizes[0] / full)
+    else:
+        what = f"{len(sizes)} emulators, of {size(min(sizes))} to {size(max(sizes))},"
+        shares = f"{percent(min(sizes) / full)} to {percent(max(sizes) / full)}"
+    return f"The sites were given {what} instead of the full model's {size(full)} ({shares})."
 
 
 def _privacy_line(privacy: Mapping[str, Any], rounds: int) -> str:

@@ -13,7 +13,7 @@ from trust import canonical
 from trust.federation import MOST_SITES
 from trust.identity import KEY_BYTES
 
-FORMAT, MAX_BYTES = 1, 1 << 20
+FORMAT, MAX_BYTES = 2, 1 << 20
 DIGEST_BYTES = 32
 _MANY = 1 << 31
 
@@ -47,7 +47,7 @@ class JobManifest:
       roster: (site, Ed25519 public key in hexadecimal), sorted by site.
       n_min: smallest number of sites whose sum may be opened.
       task: name in `task.TASKS`.
-      emulator: SHA-256 of the emulator package's manifest, hexadecimal.
+      emulator: SHA-256 of the emulator package's manifest, hexadecimal; of all sites that are not in `emulators`.
       base: SHA-256 over the full model's configuration and weights, hexadecimal; only the coordinator can check it.
       tokenizer: SHA-256 over the tokenizer's files, hexadecimal.
       adapter: what is trained, and where.
@@ -68,6 +68,8 @@ class JobManifest:
       deadline: seconds that a site has to answer one stage of a round.
       identifier: 32 random bytes in hexadecimal, so that two jobs with the same terms are two jobs in the sites'
         ledgers; empty in a simulation.
+      emulators: (site, SHA-256 of its package's manifest) of the sites that get another emulator, sorted by site. It
+        stands here for everybody to see, so that nobody can be given one of his own unseen.
     """
 
     federation: str
@@ -94,6 +96,18 @@ class JobManifest:
     metrics: tuple[str, ...] = ()
     deadline: float = 3600.0
     identifier: str = ""
+    emulators: tuple[tuple[str, str], ...] = ()
+
+    def emulator_of(self, site: str) -> str:
+        """Returns the SHA-256 of the package that a site gets, hexadecimal."""
+        return dict(self.emulators).get(site, self.emulator)
+
+    def shipped(self) -> dict[str, tuple[str, ...]]:
+        """Returns whom each emulator is for, by its SHA-256: `emulator` first, then by the first of their sites."""
+        sites: dict[str, list[str]] = {self.emulator: []}
+        for site, _ in self.roster:
+            sites.setdefault(self.emulator_of(site), []).append(site)
+        return {digest: tuple(names) for digest, names in sites.items()}
 
     @property
     def releases(self) -> int:
@@ -135,6 +149,7 @@ class JobManifest:
             if content.pop("format") != FORMAT:
                 raise MalformedMessage("job manifest has another format; install the same release on both sides")
             content["roster"] = tuple((str(site), str(key)) for site, key in content["roster"])
+            content["emulators"] = tuple((str(site), str(digest)) for site, digest in content["emulators"])
             content["metrics"] = tuple(str(name) for name in content["metrics"])
             content["adapter"] = AdapterSpec.from_dict(content["adapter"])
             content["layout"] = Layout.from_dict(content["layout"])
@@ -183,3 +198,17 @@ def _check(manifest: JobManifest) -> None:
     for site, key in manifest.roster:
         canonical.text(site, "job roster", limit=1 << 10)
         canonical.hexadecimal(key, "job roster", size=KEY_BYTES)
+    _check_emulators(manifest)
+
+
+def _check_emulators(manifest: JobManifest) -> None:
+    """Checks that what is said of other emulators is said in one way: each site once, and `emulator` is somebody's."""
+    sites, roster = [site for site, _ in manifest.emulators], {site for site, _ in manifest.roster}
+    if sites != sorted(set(sites)) or not roster.issuperset(sites) or (sites and len(sites) == len(roster)):
+        raise MalformedMessage(
+            "job emulators: must name sites of the roster, sorted, each once and not all of them; refuse the job"
+        )
+    for _, digest in manifest.emulators:
+        canonical.hexadecimal(digest, "job emulators", size=DIGEST_BYTES)
+        if digest == manifest.emulator:
+            raise MalformedMessage("job emulators: must differ from the one that all others get; refuse the job")

@@ -33,6 +33,7 @@ def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:
         round=request.sequence,
         nonce=request.nonce,
         manifest=hashlib.sha256(json.dumps(manifest.roster).encode()).digest(),
+        # That of all sites that get no other; who gets which other one is in `config`, which covers the whole manifest.
         emulator=bytes.fromhex(manifest.emulator),
         adapter=request.adapter,
         config=manifest.digest(),

@@ -41,6 +41,13 @@ examples = 8
 public_examples = 8
 """
 
+VARIANT = """
+[[emulator.variants]]
+sites = ["birch", "elm"]
+compress = ["skip@2", "int8:32"]
+embedding = "int4:32"
+"""
+
 
 def sentence(seed: str, count: int) -> str:
     """Returns `count` words, from a vocabulary that depends on the seed."""
@@ -104,3 +111,13 @@ def make_world(folder: Path) -> Path:
 def fed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The federation file of the tiny world; tests must not write into its folder."""
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def varied(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same federation, in which two of the owners get another emulator."""
+    folder = tmp_path_factory.mktemp("varied")
+    for name in ("model", "data"):
+        (folder / name).symlink_to(fed.parent / name)
+    (folder / "fed.toml").write_text(fed.read_text().replace("[training]", f"{VARIANT}\n[training]"))
+    return folder / "fed.toml"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cli.display import PlainDisplay
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from cli.simulate import _job
 from client.audit import Audit
 from client.books import LedgerBooks
@@ -25,7 +25,7 @@ from client.service import Service, Standing
 from client.site import Site
 from client.workbench import Workbench
 from coordinator.config import read_config
-from coordinator.delivery import Delivery, deliver
+from coordinator.delivery import Delivery, deliver_all
 from coordinator.exchange import MemoryExchange
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
@@ -47,17 +47,27 @@ class World:
 
     run: Run
     manifest: JobManifest
-    bench: Workbench
+    benches: dict[str, Workbench]
     coordinator: Identity
     identities: dict[str, Identity]
     sealing: dict[str, SealingKey]
     federation: Federation
     depot: Path
-    delivery: Delivery
+    deliveries: dict[str, Delivery]
 
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(sorted(self.identities))
+
+    @property
+    def bench(self) -> Workbench:
+        """The one that all sites share where the job has one emulator."""
+        return self.benches[self.sites[0]]
+
+    @property
+    def delivery(self) -> Delivery:
+        """That of all sites where the job has one emulator."""
+        return self.deliveries[self.sites[0]]
 
     @cached_property
     def start(self) -> np.ndarray:
@@ -75,9 +85,9 @@ class World:
             manifest=content,
             manifest_signature=sign_job(self.coordinator, content),
             owners=tuple(sorted(self.signatures.items())),
-            package=self.delivery.sha256,
-            package_bytes=self.delivery.size,
-            sealed_key=self.delivery.sealed[site],
+            package=self.deliveries[site].sha256,
+            package_bytes=self.deliveries[site].size,
+            sealed_key=self.deliveries[site].sealed[site],
         )
         return replace(offer, **changed)
 
@@ -120,9 +130,9 @@ def make_world(fed: Path, folder: Path) -> World:
         max_epsilon=manifest.privacy.epsilon,
         sealing={name: key.public.hex() for name, key in sealing.items()},
     )
-    delivery = deliver(run.store.package, folder / "depot", manifest, federation, folder / "delivery.json")
-    bench = simulated_bench(run, manifest)
-    return World(run, manifest, bench, coordinator, identities, sealing, federation, folder / "depot", delivery)
+    deliveries = deliver_all(run.store, folder / "depot", manifest, federation)
+    benches = simulated_benches(run, manifest)
+    return World(run, manifest, benches, coordinator, identities, sealing, federation, folder / "depot", deliveries)
 
 
 def policy_for(folder: Path, **changed: Any) -> Policy:
@@ -166,11 +176,13 @@ class RunningSite:
             accountant=self.accountant,
         )
         packages = self.folder / "packages"
-        if self.package is not None and not (packages / self.world.manifest.emulator).exists():
+        emulator = self.world.manifest.emulator_of(self.name)
+        if self.package is not None and not (packages / emulator).exists():
             packages.mkdir()
-            (packages / self.world.manifest.emulator).symlink_to(self.package)
+            (packages / emulator).symlink_to(self.package)
         sealing, fetch = self.world.sealing[self.name], self.fetch or self._fetch
-        means = Means(packages, sealing, fetch, lambda manifest, package: self.world.bench, self._open)
+        bench = self.world.benches[self.name]
+        means = Means(self.name, packages, sealing, fetch, lambda manifest, package: bench, self._open)
         self.refused: list[str] = []
         self.service = Service(
             Standing(
@@ -215,7 +227,7 @@ class RunningSite:
         raise AssertionError("the site did not become ready")
 
     def _permit(self, manifest: JobManifest, package_bytes: int) -> None:
-        permit(self.rules, manifest, now=NOW, free_disk=2**40, package_bytes=package_bytes)
+        permit(self.rules, manifest, site=self.name, now=NOW, free_disk=2**40, package_bytes=package_bytes)
 
     def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
         shutil.copyfile(self.world.depot / digest, target)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from adapter.layout import Layout
 from adapter.methods import attach
 from cli.display import PlainDisplay
-from cli.run import Run, simulated_bench, with_options
+from cli.run import Run, simulated_benches, with_options
 from cli.simulate import Options, memory_engine, simulate
 from client.site import answer
 from client.train import local_update
@@ -108,7 +108,7 @@ def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, dict[str, Any]
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = simulated_bench(run, manifest)
+    bench = simulated_benches(run, manifest)["ash"]
     names = [name for name, _ in manifest.roster]
     adapter = bench.layout.read(bench.model)
     first = second = np.zeros(adapter.size)
@@ -193,8 +193,8 @@ def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
 def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path) -> None:
     """One of four sites fails after training; the sum of the other three must be what a plain sum of three gives."""
 
-    def one_falls_silent(run: Run, manifest: Any, bench: Any, display: Any, rounds: Any) -> Any:
-        sites = {name: run.site(name, manifest, bench) for name, _ in manifest.roster}
+    def one_falls_silent(run: Run, manifest: Any, benches: Any, display: Any, rounds: Any) -> Any:
+        sites = {name: run.site(name, manifest, benches[name]) for name, _ in manifest.roster}
         calls = {name: partial(answer, site) for name, site in sites.items()}
 
         def silent(stage: str, body: bytes) -> bytes:
@@ -209,7 +209,7 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = simulated_bench(run, manifest)
+    bench = simulated_benches(run, manifest)["ash"]
     start = bench.layout.read(bench.model)
     total = np.zeros(start.size, dtype=np.uint32)
     for name in ("ash", "birch", "cedar"):

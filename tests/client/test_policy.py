@@ -42,7 +42,7 @@ JOB = JobManifest(
     model="smol",
     metrics=("loss",),
 )
-ROOM = {"free_disk": 100 * GIGABYTE, "package_bytes": GIGABYTE}
+ROOM: dict[str, Any] = {"site": "east", "free_disk": 100 * GIGABYTE, "package_bytes": GIGABYTE}
 
 
 def written(folder: Path, **changed: Any) -> Path:
@@ -148,7 +148,7 @@ def test_a_policy_that_cannot_be_read_permits_nothing(tmp_path: Path) -> None:
 
 
 def test_a_job_at_every_limit_is_permitted(wide: Policy) -> None:
-    permit(wide, JOB, now=NOON, free_disk=3 * GIGABYTE, package_bytes=GIGABYTE)
+    permit(wide, JOB, site="east", now=NOON, free_disk=3 * GIGABYTE, package_bytes=GIGABYTE)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_each_rule_says_no_by_itself(wide: Policy, job: JobManifest, words: str)
 
 def test_a_package_must_fit_the_cap_and_the_disk(wide: Policy) -> None:
     with pytest.raises(PolicyRefusal, match=r"disk_gb=3\.00293: policy\.toml has max_disk_gb=3"):
-        permit(wide, JOB, now=NOON, free_disk=100 * GIGABYTE, package_bytes=GIGABYTE + 2**20)
+        permit(wide, JOB, site="east", now=NOON, free_disk=100 * GIGABYTE, package_bytes=GIGABYTE + 2**20)
     with pytest.raises(PolicyRefusal, match=r"free_disk=3\.00 GiB: the package needs 3\.00"):
-        permit(wide, JOB, now=NOON, free_disk=3 * GIGABYTE - 1, package_bytes=GIGABYTE)
+        permit(wide, JOB, site="east", now=NOON, free_disk=3 * GIGABYTE - 1, package_bytes=GIGABYTE)
 
 
 def test_an_emulator_is_permitted_by_its_digest_and_by_any(wide: Policy) -> None:
@@ -185,6 +185,13 @@ def test_an_emulator_is_permitted_by_its_digest_and_by_any(wide: Policy) -> None
     for models in ((), ("e1" * 31,), ("Smol",), ("smo",)):
         with pytest.raises(PolicyRefusal, match="models permits"):
             permit(dataclasses.replace(wide, models=models), JOB, now=NOON, **ROOM)
+
+
+def test_a_digest_permits_the_emulator_that_this_site_gets(wide: Policy) -> None:
+    job, permitted = changed(emulators=(("west", "e2" * 32),)), dataclasses.replace(wide, models=("e2" * 32,))
+    permit(permitted, job, now=NOON, **ROOM | {"site": "west"})
+    with pytest.raises(PolicyRefusal, match="models permits"):
+        permit(permitted, job, now=NOON, **ROOM)
 
 
 def test_a_job_cannot_call_itself_any(wide: Policy) -> None:

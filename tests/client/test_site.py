@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cli.display import PlainDisplay
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from cli.simulate import _job
 from client.site import Site, answer
 from coordinator.config import read_config
@@ -26,7 +26,7 @@ def opened(fed: Path, tmp_path: Path) -> tuple[JobManifest, dict[str, Site], np.
     settings, sha256 = read_config(fed)
     run = Run.create(settings, sha256, tmp_path / "run")
     job = _job(run, PlainDisplay())
-    bench = simulated_bench(run, job.manifest)
+    bench = simulated_benches(run, job.manifest)["ash"]
     sites = {name: run.site(name, job.manifest, bench) for name, _ in job.manifest.roster}
     return job.manifest, sites, bench.layout.read(bench.model)
 

@@ -30,8 +30,9 @@ class Place:
         self.world, self.depot, self.facts = world, folder / "depot", folder / "delivery.json"
 
     def deliver(self) -> Delivery:
-        run = self.world.run
-        return deliver(run.store.package, self.depot, self.world.manifest, self.world.federation, self.facts)
+        world = self.world
+        folder = world.run.store.package
+        return deliver(folder, self.depot, world.manifest, world.federation, self.facts, sites=world.sites)
 
     def file(self, delivery: Delivery) -> Path:
         return self.depot / delivery.sha256.hex()

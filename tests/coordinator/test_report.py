@@ -208,6 +208,33 @@ def test_markdown_shows_the_four_numbers_of_both_texts(tmp_path: Path) -> None:
         )
 
 
+def test_who_got_which_emulator_is_said_where_they_differ(tmp_path: Path) -> None:
+    report = sample()
+    one = {"sites": list(SITES[:3]), "sha256": "ab" * 32, "package_bytes": 99_000_000, "public_loss": 4.377}
+    other = {
+        "sites": [SITES[3]],
+        "sha256": "cd" * 32,
+        "shipped_bytes": 51_200_000,
+        "package_bytes": 52_300_000,
+        "recipe": ["skip_uniform:0.5", "int4:64"],
+        "embedding": "int4",
+        "gradient_cosine": 0.713,
+        "public_loss": 4.902,
+    }
+    assert "Emulators of the sites" not in written(tmp_path, report)["report.md"]
+    report["emulator"] |= one | {"variants": [other]}
+    files = written(tmp_path, report)
+    section = files["report.md"].split("## Emulators of the sites")[1].split("## ")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "0." in line]
+    assert cells == [
+        [", ".join(SITES[:3]), "99.0 MB", "int4:64", "int8", "0.842", "4.377", "ab" * 8],
+        [SITES[3], "52.3 MB", "skip\\_uniform:0.5, then int4:64", "int4", "0.713", "4.902", "cd" * 8],
+    ]
+    assert "2 emulators, of 51.2 MB to 98.1 MB, instead of" in files["report.md"].split("## ")[0]
+    assert "Emulators of the sites" in " ".join(Page(files["report.html"]).words)
+    assert strict(files["report.json"])["emulator"]["variants"] == [other]
+
+
 def test_the_answer_comes_first(tmp_path: Path) -> None:
     text = written(tmp_path, sample())["report.md"]
     head = text.split("\n## ")[0]

@@ -33,7 +33,7 @@ from trust.request import write_request
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SITES = ("ash", "birch", "cedar")
-DELIVERY = Delivery(bytes(32), 1, {})
+DELIVERIES = dict.fromkeys(SITES, Delivery(bytes(32), 1, {}))
 HOME = '[coordinator]\nhome = "home"\npatience = 0.1\n'
 
 
@@ -251,7 +251,7 @@ def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
     lost = [0] * 4 + [1] * 4
     assert job[0].manifest.rounds == 2
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], lost))
-    assert service._over_links(opened, job[0], epoch, DELIVERY).round == job[0].manifest.rounds
+    assert service._over_links(opened, job[0], epoch, DELIVERIES).round == job[0].manifest.rounds
 
 
 def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
@@ -260,7 +260,7 @@ def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
     opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [0] * 2 + [1] * 6))
     with pytest.raises(DataError) as caught:
-        service._over_links(opened, job[0], epoch, DELIVERY)
+        service._over_links(opened, job[0], epoch, DELIVERIES)
     assert str(caught.value) == (
         "link: Flower's SuperLink was lost 5 times without a whole round (it ended our run; was this machine asleep "
         f"for a minute); see {opened.home.link / 'superlink.log'}, then run again"
@@ -274,7 +274,7 @@ def test_a_link_that_is_lost_in_the_farewell_is_not_missed(
     """All rounds are whole: nobody is waited for again."""
     opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [2, 0]))
-    assert service._over_links(opened, job[0], epoch, DELIVERY).round == job[0].manifest.rounds
+    assert service._over_links(opened, job[0], epoch, DELIVERIES).round == job[0].manifest.rounds
 
 
 # an end without a sum

@@ -94,7 +94,8 @@ class HostileCoordinator:
     def ready(self, patience: float = 90.0) -> tuple[str, ...]:
         """Offers the job until every site is ready."""
         offers = Offers(self.correspondence(), self.ledgers, {})
-        muster = _muster(self.setting, self.job, self.epoch, self.delivery, offers)
+        deliveries = {member.site: self.delivery for member in self.epoch.members}
+        muster = _muster(self.setting, self.job, self.epoch, deliveries, offers)
         everyone = len(self.epoch.members)
         return muster.gather(Terms(everyone, everyone, patience))
 
@@ -177,7 +178,8 @@ class HostileCoordinator:
 
     def deliver(self, package: Path, manifest: JobManifest) -> Delivery:
         facts = self.setting.store.folder / f"delivery-{manifest.digest().hex()[:12]}.json"
-        return deliver(package, self.home.folder / "depot", manifest, self.epoch, facts)
+        sites = [member.site for member in self.epoch.members]
+        return deliver(package, self.home.folder / "depot", manifest, self.epoch, facts, sites=sites)
 
     def deliver_stream(self, stream: bytes, manifest: JobManifest) -> Delivery:
         """Puts any bytes into the depot as the package of a job."""

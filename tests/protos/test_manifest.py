@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from errors import MalformedMessage
+from protos.codec import KeysRequest
 from protos.manifest import JobManifest
 from protos.messages import MOST_STEPS
+from protos.terms import terms_of
 from tests.client.test_policy import JOB as SHORT
 
 JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))
@@ -96,13 +98,27 @@ def test_every_field_counts(field: str) -> None:
         {"roster": [["east", "aa" * 32]] * 1001},
         {"metrics": ["x"] * 1001},
         {"metrics": "loss"},
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
         {"surplus": 1},
         {"privacy": {"private": True}},
         {"privacy": dataclasses.asdict(JOB.privacy) | {"epsilon": "8"}},
         {"privacy": dataclasses.asdict(JOB.privacy) | {"batch": 0}},
         {"privacy": dataclasses.asdict(JOB.privacy) | {"private": 1}},
         {"privacy": dataclasses.asdict(JOB.privacy) | {"max_grad_norm": -1.0}},
+        {"emulators": [["north", "e2" * 32], ["east", "e2" * 32]]},
+        {"emulators": [["east", "e2" * 32], ["east", "e2" * 32]]},
+        {"emulators": [["east", "e2" * 32], ["east", "e3" * 32]]},
+        {"emulators": [["south", "e2" * 32]]},
+        {"emulators": [["east", "e1" * 32]]},
+        {"emulators": [["east", "E2" * 32]]},
+        {"emulators": [["east", "e2" * 31]]},
+        {"emulators": [["east", ""]]},
+        {"emulators": [["east"]]},
+        {"emulators": [["east", "e2" * 32, ""]]},
+        {"emulators": [[1, "e2" * 32]]},
+        {"emulators": {"east": "e2" * 32}},
+        {"emulators": [[site, "e2" * 32] for site, _ in JOB.roster]},
         {"layout": {"names": ["a"], "shapes": [[0]]}},
         {"adapter": JOB.adapter.to_dict() | {"rank": 0}},
     ],
@@ -120,6 +136,7 @@ def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
         {"length": 1 << 20, "physical_batch": 1 << 16},
         {"rounds": 1000, "spare_rounds": 1000, "local_steps": 500},
         {"rounds": MOST_STEPS, "local_steps": 1},
+        {"emulators": (("east", "e2" * 32), ("west", "e3" * 32))},
     ],
 )
 def test_the_largest_job_is_read(values: dict[str, Any]) -> None:
@@ -144,3 +161,23 @@ def test_a_manifest_of_any_length_is_not_read() -> None:
         JobManifest.from_bytes(b"[" * (1 << 25))
     with pytest.raises(MalformedMessage, match="does not parse"):
         JobManifest.from_bytes(b"[" * 100_000)
+
+
+def test_everybody_reads_who_gets_which_emulator() -> None:
+    """One job for all, so that nobody gets an emulator of which the others do not know."""
+    job = JobManifest.from_bytes(changed(emulators=[["east", "f2" * 32], ["west", "02" * 32]]))
+    assert [job.emulator_of(site) for site in ("east", "north", "west")] == ["f2" * 32, "e1" * 32, "02" * 32]
+    assert list(job.shipped().items()) == [
+        ("e1" * 32, ("north",)),
+        ("f2" * 32, ("east",)),
+        ("02" * 32, ("west",)),
+    ]
+    assert JOB.shipped() == {"e1" * 32: ("east", "north", "west")}
+    assert job.digest() != JOB.digest()
+
+
+def test_a_site_with_an_emulator_of_its_own_has_no_sum_with_sites_that_were_not_told() -> None:
+    job = dataclasses.replace(JOB, emulators=(("east", "e2" * 32),))
+    request = KeysRequest(1, 1, bytes(32), bytes(32), tuple(site for site, _ in JOB.roster))
+    assert terms_of(job, request).t0() != terms_of(JOB, request).t0()
+    assert terms_of(job, request).t0() == terms_of(dataclasses.replace(job), request).t0()

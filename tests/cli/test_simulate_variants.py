@@ -1,0 +1,135 @@
+"""Two emulators in one round: the adapter is what each site's own emulator and a plain sum give."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cli.display import PlainDisplay
+from cli.run import Run, with_options
+from cli.simulate import Options, memory_engine, simulate
+from client.plan import plan_for
+from client.train import local_update
+from client.workbench import Workbench, open_workbench
+from coordinator.config import read_config
+from emulator import package
+from emulator.calibrate import PublicExamples
+from emulator.geometry import Geometry
+from emulator.middle import Calibration
+from emulator.verdict import Limits
+from privacy.randomness import Randomness
+from protos.manifest import JobManifest
+from secagg import ring
+from task.tasks import TASKS
+
+OTHERS = ("birch", "elm")
+
+
+@pytest.fixture(scope="module")
+def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, dict[str, Any]]:
+    """One round under the plain mean, of which all is taken over."""
+    fed = varied.with_name("mean.toml")
+    text = varied.read_text().replace("[aggregation]", '[aggregation]\nrule = "mean"')
+    fed.write_text(text.replace("[evaluation]", "[evaluation]\ntolerance = 100.0"))
+    settings, sha256 = read_config(fed)
+    settings = with_options(settings, seed=None, rounds=1, sites=None)
+    run = Run.create(settings, sha256, tmp_path_factory.mktemp("runs") / "mean")
+    report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
+    assert [line["scale"] for line in report["rounds"]] == [1.0]
+    manifest = run.job()
+    assert manifest is not None
+    return run, manifest, report
+
+
+def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) -> str:
+    """An emulator of the run's model, built without the job's own way; returns its digest."""
+    task = TASKS["causal_lm"]
+    full = task.load(run.config.model.path, dtype=torch.float32)
+    texts = run.texts(run.config.data.public)
+    examples = task.encode(task.load_tokenizer(run.config.model.path), texts, length=16, split="blocks")
+    public = PublicExamples(task, examples, 8)
+    calibration = Calibration(public.run, public.losses)  # which these recipes do not look at
+    geometry = Geometry.of(full, 1, 1, "sandwich")
+    model = Path(run.config.model.path)
+    return package.build(full, geometry, recipe, embedding, calibration, folder, tokenizer=model).digest()
+
+
+def trained(run: Run, manifest: JobManifest, name: str, bench: Workbench) -> np.ndarray:
+    """The update of one site's first round on an emulator."""
+    train = next(site.train for site in run.config.sites if site.name == name)
+    examples = run.examples(train, bench.tokenizer)
+    start = bench.layout.read(bench.model).copy()
+    update = local_update(
+        bench,
+        start,
+        examples,
+        manifest=manifest,
+        plan=plan_for(manifest, len(examples)),
+        randomness=Randomness.for_simulation(1, "noise", name, "1"),
+    ).update
+    bench.put(start)
+    return update
+
+
+def test_the_round_is_the_mean_of_updates_from_two_emulators(
+    finished: tuple[Run, JobManifest, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Both emulators are built here, each site trains alone, and the sum is taken in the open."""
+    run, manifest, _ = finished
+    digests = [
+        built(run, tmp_path / "first", recipe=("int4:32",), embedding="int8"),
+        built(run, tmp_path / "other", recipe=("skip@2", "int8:32"), embedding="int4:32"),
+    ]
+    assert digests == [manifest.emulator_of("ash"), manifest.emulator_of("birch")]
+    limits = Limits.for_rank(2 * manifest.adapter.rank)
+
+    @cache
+    def bench(other: bool) -> Workbench:
+        folder = tmp_path / ("other" if other else "first")
+        return open_workbench(folder, manifest, emulator=digests[other], limits=limits, seed=1)
+
+    names = [site for site, _ in manifest.roster]
+    start = bench(False).layout.read(bench(False).model).copy()
+    updates = {name: trained(run, manifest, name, bench(name in OTHERS)) for name in names}
+    total, clip = np.zeros(start.size, dtype=np.uint32), manifest.update_bound
+    for name, update in updates.items():
+        draw = Randomness.for_simulation(1, "rounding", name, "1").uniform
+        total += ring.encode(update, clip=clip, members=4, randomness=draw)
+    state = run.store.load_state()
+    assert state is not None
+    expected = (start + ring.decode(total, clip=clip, members=4, summed=4) / 4).astype(np.float32)
+    np.testing.assert_array_equal(state.server.adapter, expected)
+    moved, mean = state.server.adapter - start, np.mean(list(updates.values()), axis=0)
+    np.testing.assert_allclose(moved, mean, atol=1e-4 * float(np.abs(mean).max()))
+    # with the first emulator at every site it is another mean: the check above sees which one a site trained on
+    same = np.mean([trained(run, manifest, name, bench(False)) for name in names], axis=0)
+    assert float(np.abs(same - mean).max()) > 1e-2 * float(np.abs(mean).max())
+
+
+def test_the_report_says_who_got_which(finished: tuple[Run, JobManifest, dict[str, Any]]) -> None:
+    run, manifest, report = finished
+    emulator = report["emulator"]
+    (other,) = emulator["variants"]
+    assert (emulator["sites"], other["sites"]) == (["ash", "cedar"], ["birch", "elm"])
+    assert (emulator["sha256"], other["sha256"]) == (manifest.emulator_of("ash"), manifest.emulator_of("elm"))
+    assert other["package_bytes"] != emulator["package_bytes"]
+    assert report["cost"]["build"]["bytes_down"] == 2 * (other["package_bytes"] + emulator["package_bytes"])
+    text = (run.store.folder / "report.md").read_text()
+    section = text.split("## Emulators of the sites")[1].split("\n## ")[0]
+    assert rows_of(section) == [("ash, cedar", manifest.emulator[:16]), ("birch, elm", other["sha256"][:16])]
+    written = json.loads((run.store.folder / "report.json").read_text())
+    assert written["emulator"]["variants"] == [other]
+
+
+def rows_of(section: str) -> list[tuple[str, str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    return [(row[0], row[-1]) for row in rows[2:]]
+
+
+def test_every_member_is_in_the_sum(finished: tuple[Run, JobManifest, dict[str, Any]]) -> None:
+    assert finished[2]["secagg"]["members"] == ["ash", "birch", "cedar", "elm"]
+    assert finished[2]["secagg"]["dropped"] == []

@@ -1,0 +1,61 @@
+"""Sites with different emulators, over real processes: each gets its own; the adapter is the memory engine's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.display import PlainDisplay
+from cli.run import Run, with_options
+from cli.simulate import Options, memory_engine, simulate
+from coordinator.config import read_config
+from protos.manifest import JobManifest
+from tests.faults.conftest import Federation, offsite
+
+
+@pytest.fixture(scope="module")
+def varied_federation(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    made = Federation(tmp_path_factory.mktemp("federation"), varied)
+    made.start_sites()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def test_two_emulators_in_one_federation(varied_federation: Federation, varied: Path, tmp_path: Path) -> None:
+    federation = varied_federation
+    job = federation.job("varied", rounds=1, sites='["birch"]')
+    job.write_text(job.read_text().replace("= 60.0", "= 300.0"))  # three trainings at once on a machine that is busy
+    federation.start_coordinator(job)
+    assert federation.finish(480.0) == 0, federation.log("coordinator")
+    run = federation.run(job)
+    manifest = JobManifest.from_bytes((run / "job.json").read_bytes())
+    assert [site for site, _ in manifest.emulators] == ["birch"]
+
+    for site in federation.sites:
+        own = manifest.emulator_of(site)
+        assert [path.name for path in (federation.site(site) / "packages").iterdir()] == [own]
+        entries = [
+            json.loads(line) for line in (federation.site(site) / "state" / "audit.jsonl").read_text().splitlines()
+        ]
+        assert [entry["fields"]["emulator"] for entry in entries if entry["kind"] == "vetted"] == [own]
+
+    settings, sha256 = read_config(varied)
+    memory = Run.create(with_options(settings, seed=None, rounds=1, sites=3), sha256, tmp_path / "memory")
+    simulate(memory, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
+    weights = Path("adapter") / "adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
+    text = (run / "report.md").read_text()
+    assert f"| {manifest.emulator_of('birch')[:16]} |" in text
+    assert "| ash, cedar |" in text
+
+    digest = manifest.digest().hex()
+    shown = {site: offsite("client", "inspect", str(federation.site(site)), digest) for site in federation.sites}
+    assert f"other emulators than this one: birch {manifest.emulator_of('birch')[:16]}" in shown["ash"]
+    assert f"other emulators than this one: ash and cedar {manifest.emulator[:16]}" in shown["birch"]
+    assert f"emulator {manifest.emulator_of('birch')[:16]}" in shown["birch"]
+    told = json.loads(offsite("client", "inspect", str(federation.site("birch")), digest, "--json"))
+    assert told["emulator"] == manifest.emulator_of("birch") != manifest.emulator
+    offsite("client", "dry-run", str(federation.site("birch")), digest)
