@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,11 @@ from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.exchange import Exchange
 from coordinator.job import Job
+from coordinator.plugging import PlugIn, corrected, plainly
 from coordinator.rounds import OnLedger, RoundResult, run_round, tell_abort
+from coordinator.shipped import Shipped
 from coordinator.store import Progress, Store
+from emulator.correct import correctable
 from emulator.plug import plug, take
 from errors import TooFewSurvivors, lookup
 
@@ -45,6 +48,19 @@ class Federation:
         job = self.job
         plug(job.full, job.layout, adapter)
         return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
+
+    @cached_property
+    def shipped(self) -> Shipped:
+        """The emulator that the sites have; loaded where something asks for it."""
+        manifest = self.job.manifest
+        return Shipped.open(self.store.package, manifest.emulator, manifest.adapter)
+
+    def plug_in(self, adapter: np.ndarray) -> PlugIn:
+        """Returns what of an adapter that was tuned on the emulator is best plugged into the full model."""
+        job, plain = self.job, plainly(adapter, self.public_loss)
+        if not correctable(job.emulator.geometry, job.manifest.adapter.method):
+            return plain
+        return corrected(plain, job.full, job.layout, self.shipped.model, self.public_loss)
 
     def start(self) -> Progress:
         """Returns the resume point, or the state before the first round, which it stores."""
@@ -109,24 +125,27 @@ class Federation:
         rates = Rates(rule.learning_rate, rule.momentum)
         aggregate = lookup(AGGREGATORS, rule.rule, "rule")
 
-        def candidate(scale: float) -> ServerState:
-            return aggregate(progress.server, result.update * scale, rates)
+        tried: dict[float, tuple[ServerState, PlugIn]] = {}
 
-        scale, loss, verdict = take(
-            progress.public_loss,
-            lambda scale: self.public_loss(candidate(scale).adapter),
-            self.config.evaluation.tolerance,
-        )
+        def loss_at(scale: float) -> float:
+            server = aggregate(progress.server, result.update * scale, rates)
+            tried[scale] = server, self.plug_in(server.adapter)
+            return tried[scale][1].loss
+
+        scale, loss, verdict = take(progress.public_loss, loss_at, self.config.evaluation.tolerance)
+        server, plugged = tried[scale]
         line = _line(number, result, time.monotonic() - began) | {
             "accepted": verdict.accepted,
             "reason": verdict.reason,
             "scale": scale,
+            "correction": plugged.correction,
             "public_loss": loss if np.isfinite(loss) else None,
         }
-        if verdict.accepted:
-            # compared with the best so far, so that many small steps down are not taken over one by one
-            return Progress(candidate(scale), number, min(loss, progress.public_loss)), line
-        return Progress(progress.server, number, progress.public_loss), line
+        if not verdict.accepted:
+            return replace(progress, round=number), line
+        # compared with the best so far, so that many small steps down are not taken over one by one
+        best = min(loss, progress.public_loss)
+        return Progress(server, number, best, plugged.correction, plugged.corrected), line
 
 
 def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:

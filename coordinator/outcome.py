@@ -17,7 +17,7 @@ PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "flwr", "crypt
 
 def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
     """Writes the adapter and the report, and returns the report."""
-    plug(job.full, job.layout, progress.server.adapter)
+    plug(job.full, job.layout, progress.plugged)
     after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
     export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
     report = _report(config_sha256, store, job, progress) | {

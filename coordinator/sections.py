@@ -92,11 +92,22 @@ def rounds(report: Report) -> Section:
             "is tried in the full model on public text, and taken over only if the loss there is no worse than the "
             "last one's, within a tolerance. Update length is how far the sites' mean moved the adapter.",
             *refused,
+            *_corrected(report),
         ),
         ("round", "taken over", "public loss", "update length", "sites", "seconds", "to sites", "from sites"),
         rows,
         "rounds" if rows else "",
         numbers=True,
+    )
+
+
+def _corrected(report: Report) -> tuple[str, ...]:
+    found = [str(line["round"]) for line in report["rounds"] if line["accepted"] and line.get("correction")]
+    if not found:
+        return ()
+    return (
+        f"In round {', '.join(found)} what the adapter had learnt to repair in the emulator was taken out, wholly "
+        "or by half, before it was plugged in: the full model was better so on public text.",
     )
 
 

@@ -42,11 +42,20 @@ class Progress:
       server: adapter and running means; the last accepted ones.
       round: rounds done, 0 before the first.
       public_loss: the best of the accepted adapters, nats per token.
+      correction: strength with which the accepted adapter was corrected for plug-in, 0 for not at all.
+      corrected: the adapter as it was plugged in, float32 (d,), where that is not the server's.
     """
 
     server: ServerState
     round: int
     public_loss: float
+    correction: float = 0.0
+    corrected: np.ndarray | None = None
+
+    @property
+    def plugged(self) -> np.ndarray:
+        """The adapter of the full model; the sites go on from `server.adapter`, which belongs to the emulator."""
+        return self.server.adapter if self.corrected is None else self.corrected
 
 
 class Store:
@@ -112,7 +121,14 @@ class Store:
         """Writes the resume point."""
         server = progress.server
         arrays = {"adapter": server.adapter, "first": server.first, "second": server.second}
-        facts = {"round": progress.round, "public_loss": progress.public_loss, "server_rounds": server.rounds}
+        if progress.corrected is not None:
+            arrays["corrected"] = progress.corrected
+        facts = {
+            "round": progress.round,
+            "public_loss": progress.public_loss,
+            "server_rounds": server.rounds,
+            "correction": progress.correction,
+        }
         write_atomically(self.folder / "state.safetensors", save(arrays, metadata={"facts": json.dumps(facts)}))
 
     def load_state(self) -> Progress | None:
@@ -127,11 +143,12 @@ class Store:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads(file.metadata()["facts"])
-                arrays = {name: np.array(file.get_tensor(name)) for name in ("adapter", "first", "second")}
+                arrays = {name: np.array(file.get_tensor(name)) for name in set(file.keys())}
+            server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
+            numbers = int(facts["round"]), float(facts["public_loss"]), float(facts["correction"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"run={str(self.folder)!r}: state.safetensors is damaged; start a new run") from error
-        server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
-        return Progress(server, int(facts["round"]), float(facts["public_loss"]))
+        return Progress(server, *numbers, arrays.get("corrected"))
 
     def rounds(self) -> list[dict[str, Any]]:
         """Returns the lines of all whole rounds, in order."""
