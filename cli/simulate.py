@@ -160,7 +160,9 @@ def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[s
         numbers[kind][name] = score(job.task, model, examples, batch=batch)
 
     measure("full_zero_shot", job.full, start, private, "private")
+    bench.refresh(())
     measure("emulator_zero_shot", bench.model, start, private, "private")
+    bench.refresh(progress.refresh)
     tuned_models = (("emulator_tuned", bench.model, progress.server.adapter), ("plug_in", job.full, progress.plugged))
     for name, model, tuned in tuned_models:
         measure(name, model, tuned, private, "private")

@@ -82,14 +82,20 @@ class Site:
             raise ProtocolViolation(
                 f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
             )
+        if request.refresh and not 0 < self._manifest.refresh < request.round:
+            raise ProtocolViolation(
+                f"round={request.round} refresh tensors={len(request.refresh)}: the job says "
+                f"refresh={self._manifest.refresh}, so the emulator's biases do not move before this round; refuse it"
+            )
         if request.round < self._last:
             raise ProtocolViolation(f"round={request.round}: round {self._last} was trained already; rounds only go up")
-        adapter = adapter_digest(request.adapter)
+        adapter = adapter_digest(request.adapter, request.refresh)
         if self._pending is not None and self._pending.of == (request.round, adapter):
             return codec.TrainReply(request.round)  # asked again after a crash over there; nothing of it has left
         self._left = self._left if request.round == self._last else 0
         event = self._event()
         self._books.check(event)
+        self._bench.refresh(request.refresh)
         trained = local_update(
             self._bench,
             request.adapter.astype(np.float32),
@@ -109,6 +115,7 @@ class Site:
     def rehearse(self) -> dict[str, Any]:
         """Trains the first round from the adapter's start and keeps nothing of it; returns what happened."""
         start = self._bench.layout.read(self._bench.model)
+        self._bench.refresh(())
         trained = local_update(
             self._bench,
             start,
@@ -205,7 +212,7 @@ class Site:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A trained update that has not left: (round, digest of the adapter it started from), update, what it spends."""
+    """A trained update that has not left: (round, digest of what it started from), update, what it spends."""
 
     of: tuple[int, bytes]
     update: np.ndarray

@@ -32,6 +32,7 @@ class EmulatorConfig:
       compress: compressors of the middle, in order, each `name:argument`.
       embedding: storage of the embedding tables: verbatim, int8 or int4.
       gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
+      refresh: after how many rounds the middle's biases are aligned anew; 0 is never.
     """
 
     first: int = 2
@@ -40,6 +41,7 @@ class EmulatorConfig:
     compress: tuple[str, ...] = ("int4:64",)
     embedding: str = "int8"
     gate: float = 0.6
+    refresh: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class FedConfig:
         _at_least("training.rounds", training.rounds, 1)
         _at_least("training.local_steps", training.local_steps, 1)
         _at_least("training.batch", training.batch, 1)
+        _within("emulator.refresh", self.emulator.refresh, 0, MOST_STEPS)
         _within("training.physical_batch", training.physical_batch, 1, MOST_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
         steps = (training.rounds + training.spare_rounds) * training.local_steps

@@ -25,6 +25,7 @@ from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
 from emulator.manifest import Manifest
 from emulator.middle import Calibration
+from emulator.refreshable import Frame, Refreshable
 from errors import DataError, DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
 from privacy.clip import median_norm
@@ -184,6 +185,8 @@ def prepare(
     facts = _build(config, full, geometry, task, public, folder)
     full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
     emulator = package.load(folder, dtype=torch.float32, expected_digest=facts.digest())
+    if every := config.emulator.refresh:
+        Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)
 
     on_step("gate: compare gradients through emulator and full model")
     gate = PublicExamples(task, public.tune, gradients=GATE_EXAMPLES)
@@ -300,4 +303,5 @@ def _manifest(
         release=version("offsite"),
         identifier=federation.job,
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
+        refresh=config.emulator.refresh,
     )

@@ -9,6 +9,7 @@ from adapter.export import export
 from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.job import Job
+from coordinator.sections import refreshes
 from coordinator.store import Progress, Store, write_atomically
 from emulator.plug import plug
 
@@ -90,6 +91,7 @@ def _text(report: dict[str, Any], store: Store) -> str:
             "|---|---|---|---|---|",
             *table,
             "",
+            *(line for sentence in refreshes(lines) for line in (sentence, "")),
             f"adapter: {store.adapter}",
             "",
         ]

@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from coordinator.aggregate import ServerState
+from emulator.refreshable import WIRE, Refresh
 from errors import DataError, OffsiteError
 from trust.files import write_whole
+
+BIAS = "refresh/"  # before the name of an emulator's bias
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -44,6 +47,7 @@ class Progress:
       public_loss: the best of the accepted adapters, nats per token.
       correction: strength with which the accepted adapter was corrected for plug-in, 0 for not at all.
       corrected: the adapter as it was plugged in, float32 (d,), where that is not the server's.
+      refresh: the emulator's biases as they go with the next round.
     """
 
     server: ServerState
@@ -51,6 +55,7 @@ class Progress:
     public_loss: float
     correction: float = 0.0
     corrected: np.ndarray | None = None
+    refresh: Refresh = ()
 
     @property
     def plugged(self) -> np.ndarray:
@@ -123,6 +128,7 @@ class Store:
         arrays = {"adapter": server.adapter, "first": server.first, "second": server.second}
         if progress.corrected is not None:
             arrays["corrected"] = progress.corrected
+        arrays |= {BIAS + name: np.frombuffer(values, WIRE) for name, values in progress.refresh}
         facts = {
             "round": progress.round,
             "public_loss": progress.public_loss,
@@ -148,7 +154,9 @@ class Store:
             numbers = int(facts["round"]), float(facts["public_loss"]), float(facts["correction"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"run={str(self.folder)!r}: state.safetensors is damaged; start a new run") from error
-        return Progress(server, *numbers, arrays.get("corrected"))
+        moved = sorted(name for name in arrays if name.startswith(BIAS))
+        refresh = tuple((name.removeprefix(BIAS), arrays[name].astype(WIRE).tobytes()) for name in moved)
+        return Progress(server, *numbers, arrays.get("corrected"), refresh)
 
     def rounds(self) -> list[dict[str, Any]]:
         """Returns the lines of all whole rounds, in order."""
