@@ -13,6 +13,7 @@ from client.books import Books, Release
 from client.plan import SitePlan, round_terms
 from client.train import Trained, local_update
 from client.workbench import Workbench
+from emulator.refreshable import size_of
 from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
 from privacy.events import Event
 from privacy.randomness import Randomness
@@ -104,7 +105,7 @@ class Site:
             plan=self.plan,
             randomness=self._noise(self._training(request.round)),
         )
-        self._write(request.round, trained)
+        self._write(self._line(request.round, trained) | {"refresh_bytes": size_of(request.refresh)})
         if dropped := trained.outcome.dropped:
             log.warning("round %d: %d drawn records added nothing: the model fails on them", request.round, dropped)
         self._last = request.round
@@ -199,8 +200,7 @@ class Site:
             "steps": self._manifest.local_steps,
         }
 
-    def _write(self, number: int, trained: Trained) -> None:
-        line = self._line(number, trained)
+    def _write(self, line: dict[str, Any]) -> None:
         try:
             with self._record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -1,6 +1,7 @@
 """The emulator at the coordinator, as its sites have it: adapters are corrected by it, and its biases refreshed."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class Shipped:
         self.biases.put(moved)
         after = self._loss()
         kept = after < before and self._would_pass(moved)
-        return moved if kept else progress.refresh, {"refreshed": kept, "emulator_loss": [before, after]}
+        losses = [loss if math.isfinite(loss) else None for loss in (before, after)]
+        return moved if kept else progress.refresh, {"refreshed": kept, "emulator_loss": losses}
 
     def _would_pass(self, moved: Refresh) -> bool:
         """Whether a site would train on it: one that all sites refuse would end the job."""
