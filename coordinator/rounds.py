@@ -66,7 +66,6 @@ def run_round(
     adapter: np.ndarray,
     exchange: Exchange,
     on_ledger: OnLedger = lambda site, head: None,
-    *,
     refresh: tuple[tuple[str, bytes], ...] = (),
 ) -> RoundResult:
     """Runs one round over an exchange.
