@@ -119,6 +119,7 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) ->
         f"job        {digest}  ({'approved' if approved else 'not approved'})",
         f"model      {facts['model']} ({facts['base'][:16]}…), task {facts['task']}, "
         f"emulator {emulator[:16]}…, tokenizer {facts['tokenizer'][:16]}…",
+        f"refresh    {_refresh(facts['refresh'])}",
         f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
@@ -130,6 +131,16 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) ->
         f"leaves     one masked update a round; metrics: {', '.join(facts['metrics']) or 'none'}",
         f"next       offsite client approve DIR {digest[:12]}",
     ]
+
+
+def _refresh(every: int) -> str:
+    """Says whether the emulator stays what was vetted when its owner approved the job."""
+    if not every:
+        return "never: the emulator stays as it is fetched"
+    return (
+        f"after every {every} rounds the biases at the ends of the emulator's middle blocks may move, and nothing else "
+        "of it; they are vetted before anything is trained on them"
+    )
 
 
 def _size(shape: list[int]) -> int:

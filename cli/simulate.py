@@ -111,7 +111,7 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
     display.step("score on held-out text")
     with meter.phase("evaluate"):
         quality = _quality(run, job, bench, progress)
-    plug(job.full, job.layout, progress.server.adapter)
+    plug(job.full, job.layout, progress.plugged)
     export(job.full, job.manifest.adapter, run.store.adapter, base=Path(run.config.model.path).name)
     meter.phases["build"].bytes_down = sum(one.facts.package_bytes * len(one.sites) for one in job.emulators)
     report = _report(run, job, options, progress, plans, quality, meter)
@@ -149,7 +149,7 @@ def _federation(run: Run, job: Job) -> Federation:
 
 def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[str, Any]:
     """Scores full model and the default emulator, before and after, on held-out private and on public text."""
-    start, tuned = job.start, progress.server.adapter
+    start = job.start
     private = _heldout(run, bench)
     batch = job.manifest.physical_batch
     numbers: dict[str, dict[str, Score]] = {
@@ -162,8 +162,11 @@ def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[s
         numbers[kind][name] = score(job.task, model, examples, batch=batch)
 
     measure("full_zero_shot", job.full, start, private, "private")
+    bench.refresh(())
     measure("emulator_zero_shot", bench.model, start, private, "private")
-    for name, model in (("emulator_tuned", bench.model), ("plug_in", job.full)):
+    bench.refresh(progress.refresh)
+    tuned_models = (("emulator_tuned", bench.model, progress.server.adapter), ("plug_in", job.full, progress.plugged))
+    for name, model, tuned in tuned_models:
         measure(name, model, tuned, private, "private")
         measure(name, model, tuned, job.public.test, "public")
     scores = {kind: {k: dataclasses.asdict(v) for k, v in found.items()} for kind, found in numbers.items()}

@@ -13,6 +13,7 @@ from client.books import Books, Release
 from client.plan import SitePlan, round_terms
 from client.train import Trained, local_update
 from client.workbench import Workbench
+from emulator.refreshable import size_of
 from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
 from privacy.events import Event
 from privacy.randomness import Randomness
@@ -82,14 +83,20 @@ class Site:
             raise ProtocolViolation(
                 f"round={request.round}: the job has rounds 1..{self._manifest.rounds}; noise was planned for no more"
             )
+        if request.refresh and not 0 < self._manifest.refresh < request.round:
+            raise ProtocolViolation(
+                f"round={request.round} refresh tensors={len(request.refresh)}: the job says "
+                f"refresh={self._manifest.refresh}, so the emulator's biases do not move before this round; refuse it"
+            )
         if request.round < self._last:
             raise ProtocolViolation(f"round={request.round}: round {self._last} was trained already; rounds only go up")
-        adapter = adapter_digest(request.adapter)
+        adapter = adapter_digest(request.adapter, request.refresh)
         if self._pending is not None and self._pending.of == (request.round, adapter):
             return codec.TrainReply(request.round)  # asked again after a crash over there; nothing of it has left
         self._left = self._left if request.round == self._last else 0
         event = self._event()
         self._books.check(event)
+        self._bench.refresh(request.refresh)
         trained = local_update(
             self._bench,
             request.adapter.astype(np.float32),
@@ -98,7 +105,7 @@ class Site:
             plan=self.plan,
             randomness=self._noise(self._training(request.round)),
         )
-        self._write(request.round, trained)
+        self._write(self._line(request.round, trained) | {"refresh_bytes": size_of(request.refresh)})
         if dropped := trained.outcome.dropped:
             log.warning("round %d: %d drawn records added nothing: the model fails on them", request.round, dropped)
         self._last = request.round
@@ -109,6 +116,7 @@ class Site:
     def rehearse(self) -> dict[str, Any]:
         """Trains the first round from the adapter's start and keeps nothing of it; returns what happened."""
         start = self._bench.layout.read(self._bench.model)
+        self._bench.refresh(())
         trained = local_update(
             self._bench,
             start,
@@ -192,8 +200,7 @@ class Site:
             "steps": self._manifest.local_steps,
         }
 
-    def _write(self, number: int, trained: Trained) -> None:
-        line = self._line(number, trained)
+    def _write(self, line: dict[str, Any]) -> None:
         try:
             with self._record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -205,7 +212,7 @@ class Site:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A trained update that has not left: (round, digest of the adapter it started from), update, what it spends."""
+    """A trained update that has not left: (round, digest of what it started from), update, what it spends."""
 
     of: tuple[int, bytes]
     update: np.ndarray

@@ -1,7 +1,7 @@
 """The emulator with its adapter, opened from a verified package, ready to train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from adapter.layout import Layout
 from adapter.methods import attach
 from emulator import package
 from emulator.files import tokenizer_sha256
+from emulator.refresh import plain_of
+from emulator.refreshable import Frame, Refresh, Refreshable
 from emulator.verdict import Limits, Vetting
-from emulator.vet import Slots, vet, vet_adapter
-from errors import DigestMismatch, RangeError, UnsupportedModel, lookup
+from emulator.vet import Slots, vet, vet_adapter, vet_refresh
+from errors import DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from protos.manifest import JobManifest
 from task.encode import SPLITS
 from task.examples import Examples
@@ -33,7 +35,10 @@ class Workbench:
       layout: order of the adapter's parameters.
       tokenizer: of the package.
       vetting: what was measured of the emulator and of the adapter before anything was trained on them.
-      adapter_peak: largest absolute value of an adapter that is trained from.
+      limits: of the vetting.
+      frame: of the package.
+      biases: of the emulator, as far as they may move between rounds.
+      start: adapter as it was attached, float32 (d,).
       seed: of what is drawn to try the model on; at a real site its own secret.
       engine: per-example gradient engine that passed the probe; empty until a site has probed.
     """
@@ -43,9 +48,13 @@ class Workbench:
     layout: Layout
     tokenizer: Tokenizer
     vetting: tuple[Vetting, ...]
-    adapter_peak: float
+    limits: Limits
+    frame: Frame
+    biases: Refreshable
+    start: np.ndarray
     seed: int
     engine: str = ""
+    _vetted: Refresh = field(default=(), init=False)
 
     def put(self, adapter: np.ndarray) -> None:
         """Writes an adapter, float32 (d,), into the emulator.
@@ -54,12 +63,33 @@ class Workbench:
           RangeError: wrong length, a value that is not finite, or one so large that it drowns all others.
         """
         peak = float(np.abs(adapter).max(initial=0.0))
-        if peak > self.adapter_peak:
+        if peak > self.limits.adapter_peak:
             raise RangeError(
-                f"adapter peak={peak:.4g}: at most {self.adapter_peak:g} is trained from, or one value drowns all "
-                "others; ask the coordinator what happened to its adapter"
+                f"adapter peak={peak:.4g}: at most {self.limits.adapter_peak:g} is trained from, or one value drowns "
+                "all others; ask the coordinator what happened to its adapter"
             )
         self.layout.write(self.model, adapter)
+
+    def refresh(self, refresh: Refresh) -> None:
+        """Puts biases that moved in place, the shipped ones for (), and vets the emulator where they are new to it.
+
+        Raises:
+          MalformedMessage, RangeError: they are not exactly those that may move, or not finite.
+          UnsupportedModel: the vetting found a known trap. In any case the shipped ones stand afterwards.
+        """
+        self.biases.put(())
+        if not refresh:
+            return
+        try:
+            moved = self.biases.read(refresh)
+            self.biases.put(refresh)
+            if refresh != self._vetted:
+                self.put(self.start)
+                vet_refresh(plain_of(self.model), self.frame, moved, self.limits, seed=self.seed)
+                self._vetted = refresh
+        except OffsiteError:
+            self.biases.put(())
+            raise
 
 
 def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int) -> Workbench:
@@ -84,6 +114,8 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
         raise DigestMismatch(
             f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"
         )
+    frame = Frame.of(folder, facts)
+    biases = Refreshable.of(model, facts, frame)
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     tokenizer = task.load_tokenizer(folder)
     _check_ids(tokenizer, vocabulary_of(model))
@@ -95,7 +127,18 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
             f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
             "its recipe gives another adapter on this emulator; install the same release on both sides"
         )
-    return Workbench(model, task, layout, tokenizer, (vetted, narrow), limits.adapter_peak, seed)
+    return Workbench(
+        model,
+        task,
+        layout,
+        tokenizer,
+        (vetted, narrow),
+        limits,
+        frame,
+        biases,
+        layout.read(model),
+        seed,
+    )
 
 
 def vocabulary_of(model: Any) -> int:

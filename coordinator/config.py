@@ -175,6 +175,7 @@ class FedConfig:
         _at_least("training.rounds", training.rounds, 1)
         _at_least("training.local_steps", training.local_steps, 1)
         _at_least("training.batch", training.batch, 1)
+        _within("emulator.refresh", self.emulator.refresh, 0, MOST_STEPS)
         _within("training.physical_batch", training.physical_batch, 1, MOST_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
         steps = (training.rounds + training.spare_rounds) * training.local_steps

@@ -57,6 +57,7 @@ class EmulatorConfig:
       compress: compressors of the middle, in order, each `name:argument`.
       embedding: storage of the embedding tables: verbatim, int8 or int4.
       gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
+      refresh: after how many rounds the middle's biases are aligned anew; 0 is never.
       variants: other emulators for some sites.
     """
 
@@ -66,6 +67,7 @@ class EmulatorConfig:
     compress: tuple[str, ...] = ("int4:64",)
     embedding: str = "int8"
     gate: float = 0.6
+    refresh: int = 0
     variants: tuple[VariantConfig, ...] = ()
 
     def kinds(self, sites: Collection[str]) -> tuple[Kind, ...]:
@@ -118,8 +120,13 @@ def check_emulator(emulator: EmulatorConfig) -> None:
     """Checks what can be checked without knowing the sites.
 
     Raises:
-      ConfigError: a gate is no cosine, or a variant is for nobody, or a site is in two.
+      ConfigError: a gate is no cosine, a variant is for nobody or a site in two, or there is a refresh beside them.
     """
+    if emulator.refresh and emulator.variants:
+        raise ConfigError(
+            f"emulator.refresh={emulator.refresh}: only one emulator can be aligned to what all sites tuned; set it to "
+            "0, or leave emulator.variants out"
+        )
     _check_gate("emulator.gate", emulator.gate)
     taken: set[str] = set()
     for place, variant in enumerate(emulator.variants):

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,13 @@ from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.exchange import Exchange
 from coordinator.job import Job
+from coordinator.plugging import PlugIn, corrected, plainly
 from coordinator.rounds import OnLedger, RoundResult, run_round, tell_abort
+from coordinator.shipped import Shipped
 from coordinator.store import Progress, Store
+from emulator.correct import correctable
 from emulator.plug import plug, take
+from emulator.refreshable import size_of
 from errors import TooFewSurvivors, lookup
 
 
@@ -45,6 +49,20 @@ class Federation:
         job = self.job
         plug(job.full, job.layout, adapter)
         return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
+
+    @cached_property
+    def shipped(self) -> Shipped:
+        """The emulator that the sites have; loaded where something asks for it."""
+        return Shipped.open(self.store.package, self.job)
+
+    def plug_in(self, adapter: np.ndarray) -> PlugIn:
+        """Returns what of an adapter that was tuned on the emulator is best plugged into the full model."""
+        job, plain = self.job, plainly(adapter, self.public_loss)
+        # What an adapter learnt to repair is known where it was tuned on one emulator, and not on several.
+        one = len(job.emulators) == 1
+        if not one or not correctable(job.emulator.facts.geometry, job.manifest.adapter.method):
+            return plain
+        return corrected(plain, job.full, job.layout, self.shipped.model, self.public_loss)
 
     def start(self) -> Progress:
         """Returns the resume point, or the state before the first round, which it stores."""
@@ -102,31 +120,52 @@ class Federation:
                     raise
 
     def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
-        """Runs one attempt at a round and its acceptance test; nothing is stored."""
+        """Runs one attempt at a round, its acceptance test, and what is due after it; nothing is stored."""
         began, number = time.monotonic(), attempt.plan.number
-        result = run_round(self.job.manifest, attempt.plan, progress.server.adapter, attempt, self.on_ledger)
+        manifest, server = self.job.manifest, progress.server
+        result = run_round(manifest, attempt.plan, server.adapter, attempt, self.on_ledger, refresh=progress.refresh)
+        after, judged = self._judge(replace(progress, round=number), result.update)
+        line = _line(number, result, time.monotonic() - began) | judged
+        if manifest.refresh:
+            carried = size_of(progress.refresh)
+            line |= {"refresh_bytes": carried, "refresh_share": carried / self.job.emulator.facts.package_bytes}
+        if judged["accepted"] and self._refresh_due(number):
+            refresh, facts = self.shipped.refreshed(after)
+            return replace(after, refresh=refresh), line | facts
+        return after, line
+
+    def _judge(self, progress: Progress, update: np.ndarray) -> tuple[Progress, dict[str, Any]]:
+        """Returns where the job stands after as much of an update as does no harm, and what is said of it."""
         rule = self.config.aggregation
         rates = Rates(rule.learning_rate, rule.momentum)
         aggregate = lookup(AGGREGATORS, rule.rule, "rule")
+        tried: dict[float, tuple[ServerState, PlugIn]] = {}
 
-        def candidate(scale: float) -> ServerState:
-            return aggregate(progress.server, result.update * scale, rates)
+        def loss_at(scale: float) -> float:
+            server = aggregate(progress.server, update * scale, rates)
+            tried[scale] = server, self.plug_in(server.adapter)
+            return tried[scale][1].loss
 
-        scale, loss, verdict = take(
-            progress.public_loss,
-            lambda scale: self.public_loss(candidate(scale).adapter),
-            self.config.evaluation.tolerance,
-        )
-        line = _line(number, result, time.monotonic() - began) | {
+        scale, loss, verdict = take(progress.public_loss, loss_at, self.config.evaluation.tolerance)
+        server, plugged = tried[scale]
+        facts = {
             "accepted": verdict.accepted,
             "reason": verdict.reason,
             "scale": scale,
+            "correction": plugged.correction,
             "public_loss": loss if np.isfinite(loss) else None,
         }
-        if verdict.accepted:
-            # compared with the best so far, so that many small steps down are not taken over one by one
-            return Progress(candidate(scale), number, min(loss, progress.public_loss)), line
-        return Progress(progress.server, number, progress.public_loss), line
+        if not verdict.accepted:
+            return progress, facts
+        # compared with the best so far, so that many small steps down are not taken over one by one
+        best = min(loss, progress.public_loss)
+        plugged_in = replace(progress, correction=plugged.correction, corrected=plugged.corrected)
+        return replace(plugged_in, server=server, public_loss=best), facts
+
+    def _refresh_due(self, number: int) -> bool:
+        """Whether the emulator is refreshed after a round; after the last nobody trains on it."""
+        every = self.job.manifest.refresh
+        return every > 0 and number % every == 0 and number < self.job.manifest.rounds
 
 
 def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:

@@ -228,4 +228,5 @@ def _manifest(
         identifier=federation.job,
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
         emulators=tuple(sorted((site, one.facts.digest()) for one in emulators[1:] for site in one.sites)),
+        refresh=config.emulator.refresh,
     )

@@ -10,6 +10,7 @@ from adapter.export import export
 from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.job import Job
+from coordinator.sections import refreshes
 from coordinator.store import Progress, Store, write_atomically
 from emulator.plug import plug
 
@@ -18,7 +19,7 @@ PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "flwr", "crypt
 
 def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
     """Writes the adapter and the report, and returns the report."""
-    plug(job.full, job.layout, progress.server.adapter)
+    plug(job.full, job.layout, progress.plugged)
     after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
     export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
     report = _report(config_sha256, store, job, progress) | {
@@ -91,6 +92,7 @@ def _text(report: dict[str, Any], store: Store) -> str:
             *table,
             "",
             *_emulators(report["emulator"]),
+            *(line for sentence in refreshes(lines) for line in (sentence, "")),
             f"adapter: {store.adapter}",
             "",
         ]

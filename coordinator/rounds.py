@@ -66,6 +66,7 @@ def run_round(
     adapter: np.ndarray,
     exchange: Exchange,
     on_ledger: OnLedger = lambda site, head: None,
+    refresh: tuple[tuple[str, bytes], ...] = (),
 ) -> RoundResult:
     """Runs one round over an exchange.
 
@@ -76,6 +77,7 @@ def run_round(
       exchange: the transport.
       on_ledger: told the newest entry of a site's privacy ledger, None where it keeps none, as soon as its upload is
         here and whatever becomes of the round.
+      refresh: the emulator's biases that moved since the package was shipped, see `codec.TrainRequest`.
 
     Raises:
       TooFewSurvivors: fewer sites than the threshold got through; no sum exists and no update was learnt.
@@ -83,14 +85,13 @@ def run_round(
     talk = Conversation(exchange)
 
     # 1 train: sites train on emulator + adapter and keep their update
-    request = codec.TrainRequest(manifest.digest(), plan.number, adapter)
+    request = codec.TrainRequest(manifest.digest(), plan.number, adapter, refresh)
     ready = talk.ask("train", dict.fromkeys(plan.cohort, request), codec.TrainReply)
     _enough(ready, manifest.n_min, talk, "train")
 
     # 2 keys: late roster, only those who finished are invited
-    opening = codec.KeysRequest(
-        plan.number, plan.sequence, plan.nonce, adapter_digest(adapter), invited=tuple(sorted(ready))
-    )
+    start = adapter_digest(adapter, refresh)
+    opening = codec.KeysRequest(plan.number, plan.sequence, plan.nonce, start, invited=tuple(sorted(ready)))
     terms = terms_of(manifest, opening)
     collector = Collector(terms)
     keys = talk.ask("keys", dict.fromkeys(ready, opening), codec.SignedBatch)

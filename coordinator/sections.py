@@ -1,6 +1,6 @@
 """The sections of a run report: sentences and tables of rounded numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,41 @@ def rounds(report: Report) -> Section:
             "is tried in the full model on public text, and taken over only if the loss there is no worse than the "
             "last one's, within a tolerance. Update length is how far the sites' mean moved the adapter.",
             *refused,
+            *_corrected(report),
+            *refreshes(report["rounds"]),
         ),
         ("round", "taken over", "public loss", "update length", "sites", "seconds", "to sites", "from sites"),
         rows,
         "rounds" if rows else "",
         numbers=True,
+    )
+
+
+def _corrected(report: Report) -> tuple[str, ...]:
+    found = [str(line["round"]) for line in report["rounds"] if line["accepted"] and line.get("correction")]
+    if not found:
+        return ()
+    return (
+        f"In round {', '.join(found)} what the adapter had learnt to repair in the emulator was taken out, wholly "
+        "or by half, before it was plugged in: the full model was better so on public text.",
+    )
+
+
+def refreshes(lines: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Returns a sentence on what became of the emulator between rounds; none for a job without refreshes."""
+    tried = [line for line in lines if "refreshed" in line]
+    kept = [line for line in tried if line["refreshed"]]
+    if not tried:
+        return ()
+    if not kept:
+        return (f"The emulator was to be refreshed {len(tried)} times; it was no better by any, and stayed as it was.",)
+    before, after = (number(sum(line["emulator_loss"][i] for line in kept) / len(kept), 4) for i in (0, 1))
+    most = max(lines, key=lambda line: int(line["refresh_bytes"]))
+    return (
+        f"The emulator was refreshed after round {', '.join(str(line['round']) for line in kept)}: biases of its "
+        f"middle moved, by which its loss with the adapter went from {before} to {after} on public text in the mean. "
+        f"With each later round a site got {size(most['refresh_bytes'])} of them, {short(100 * most['refresh_share'])} "
+        "% of the package.",
     )
 
 

@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from coordinator.aggregate import ServerState
+from emulator.refreshable import WIRE, Refresh
 from errors import DataError, OffsiteError
 from trust.files import write_whole
+
+BIAS = "refresh/"  # before the name of an emulator's bias
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -42,11 +45,22 @@ class Progress:
       server: adapter and running means; the last accepted ones.
       round: rounds done, 0 before the first.
       public_loss: the best of the accepted adapters, nats per token.
+      correction: strength with which the accepted adapter was corrected for plug-in, 0 for not at all.
+      corrected: the adapter as it was plugged in, float32 (d,), where that is not the server's.
+      refresh: the emulator's biases as they go with the next round.
     """
 
     server: ServerState
     round: int
     public_loss: float
+    correction: float = 0.0
+    corrected: np.ndarray | None = None
+    refresh: Refresh = ()
+
+    @property
+    def plugged(self) -> np.ndarray:
+        """The adapter of the full model; the sites go on from `server.adapter`, which belongs to the emulator."""
+        return self.server.adapter if self.corrected is None else self.corrected
 
 
 class Store:
@@ -116,7 +130,15 @@ class Store:
         """Writes the resume point."""
         server = progress.server
         arrays = {"adapter": server.adapter, "first": server.first, "second": server.second}
-        facts = {"round": progress.round, "public_loss": progress.public_loss, "server_rounds": server.rounds}
+        if progress.corrected is not None:
+            arrays["corrected"] = progress.corrected
+        arrays |= {BIAS + name: np.frombuffer(values, WIRE) for name, values in progress.refresh}
+        facts = {
+            "round": progress.round,
+            "public_loss": progress.public_loss,
+            "server_rounds": server.rounds,
+            "correction": progress.correction,
+        }
         write_atomically(self.folder / "state.safetensors", save(arrays, metadata={"facts": json.dumps(facts)}))
 
     def load_state(self) -> Progress | None:
@@ -131,11 +153,14 @@ class Store:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads(file.metadata()["facts"])
-                arrays = {name: np.array(file.get_tensor(name)) for name in ("adapter", "first", "second")}
+                arrays = {name: np.array(file.get_tensor(name)) for name in set(file.keys())}
+            server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
+            numbers = int(facts["round"]), float(facts["public_loss"]), float(facts["correction"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"run={str(self.folder)!r}: state.safetensors is damaged; start a new run") from error
-        server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
-        return Progress(server, int(facts["round"]), float(facts["public_loss"]))
+        moved = sorted(name for name in arrays if name.startswith(BIAS))
+        refresh = tuple((name.removeprefix(BIAS), arrays[name].astype(WIRE).tobytes()) for name in moved)
+        return Progress(server, *numbers, arrays.get("corrected"), refresh)
 
     def rounds(self) -> list[dict[str, Any]]:
         """Returns the lines of all whole rounds, in order."""

@@ -23,6 +23,7 @@ from emulator.fidelity import check_gate, gradient_cosine
 from emulator.geometry import Geometry
 from emulator.manifest import Manifest
 from emulator.middle import Calibration
+from emulator.refreshable import Frame, Refreshable
 from errors import OffsiteError
 from privacy.clip import median_norm
 from privacy.probe import choose_engine
@@ -144,6 +145,8 @@ class Workplace:
         folder, batch = self._folder(kind), self.config.training.physical_batch
         with self._named(kind, "gate: compare gradients through emulator and full model"):
             emulator = package.load(folder, dtype=torch.float32, expected_digest=facts.digest())
+            if every := self.config.emulator.refresh:
+                Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)
             gate = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)
             cosine = gradient_cosine(full, emulator, self.spec, gate.losses)  # compares the adapters' layouts too
             check_gate(cosine, kind.gate)

@@ -80,6 +80,17 @@ def activation_checks(
     )
 
 
+def forward_checks(
+    model: nn.Module, blocks: tuple[str, ...], tower: tuple[str, ...], limits: Limits, generator: torch.Generator
+) -> Iterator[Check]:
+    """Yields those of the checks that need no gradient; they hold for a model with an adapter at its start, too."""
+    inputs = random_inputs(model, generator)
+    output, seen = _run(model, inputs, blocks)
+    yield from _block_checks(seen, limits)
+    yield from _output_checks(output, limits)
+    yield from _context_checks(model, inputs, tower, limits)
+
+
 def gradient_checks(passes: list[Pass], limits: Limits, *, everywhere: bool) -> Iterator[Check]:
     """Yields the checks of the slots' layers: how much of a gradient one token makes up, and how mixed inputs are."""
     if not passes:

@@ -9,9 +9,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from adapter.layout import Layout
+from emulator.geometry import PARALLEL, Geometry
 from emulator.parts import weight_of
 
 LIMIT = 1.0
+STRENGTHS = (0.0, 0.5, 1.0)
+LOW_RANK = ("lora", "ffa_lora")  # methods whose correction is known in closed form
+
+
+def correctable(geometry: Geometry, method: str) -> bool:
+    """Whether adapters sit in layers that compression broke, and are of a kind that can be corrected."""
+    return geometry.shape == PARALLEL and method in LOW_RANK
 
 
 def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
@@ -23,16 +31,17 @@ def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
 
     Args:
       full: the full model with the tuned low-rank adapter in it, float32; left as it was.
-      emulator: the loaded package before any adapter, float32.
+      emulator: the loaded package, float32, with or without an adapter.
       strength: 0 changes nothing, 1 is the whole correction.
     """
     layout = Layout.of(full)
     vector = torch.from_numpy(layout.read(full))
     named = dict(full.named_parameters())
     changes: dict[str, Tensor] = {}
+    emulated = {_plain(path): module for path, module in emulator.named_modules()}
     for path, layer in full.named_modules():
         if isinstance(layer, LoraLayer):
-            changes |= _change(path, layer, emulator.get_submodule(_plain(path)), strength)
+            changes |= _change(path, layer, emulated[_plain(path)], strength)
     parts = [named[name].detach() + changes.get(name, 0.0) for name in layout.names]
     return torch.cat([part.reshape(-1) for part in parts]) if changes else vector
 
@@ -41,7 +50,7 @@ def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -
     found = {}
     for name in layer.lora_B:
         up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
-        apart = _matrix(layer.get_base_layer()) - _matrix(emulated)
+        apart = _matrix(layer) - _matrix(emulated)
         step = apart @ torch.linalg.pinv(down) / layer.scaling[name]
         room = LIMIT * up.norm() / step.norm().clamp_min(1e-30)
         found[f"{path}.lora_B.{name}.weight"] = -strength * step * room.clamp(max=1.0)
@@ -49,7 +58,8 @@ def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -
 
 
 def _matrix(layer: nn.Module) -> Tensor:
-    return weight_of(layer).detach().float()
+    plain = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return weight_of(plain).detach().float()
 
 
 def _plain(path: str) -> str:

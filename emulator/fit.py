@@ -1,4 +1,4 @@
-"""Weighted ridge regression, and the weights that make every position count alike."""
+"""Weighted ridge regression, the bias that takes a mean error away, and the weights that make positions count alike."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,27 @@ def position_weights(target: Tensor) -> Tensor:
     them through a norm: an error counts by its share of the row, not by its size.
     """
     return 1 / target.square().mean(-1).clamp_min(1e-9)
+
+
+def weighted_error(target: Tensor, outputs: Tensor) -> Tensor:
+    """Returns the sum over positions of the weighted square error of (positions, width), a scalar."""
+    return (position_weights(target).unsqueeze(-1) * (target - outputs).square()).sum()
+
+
+def centred(bias: Tensor | None, target: Tensor, outputs: Tensor) -> Tensor:
+    """Returns the bias (width,) with which the weighted mean of what leaves a stretch is the target's.
+
+    Exact where the layer's output is added to what leaves, as a block's last layer's is (Nagel et al. 2019, section
+    4.2).
+
+    Args:
+      bias: as it is, None for zeros.
+      target: what should leave the stretch, (positions, width).
+      outputs: what leaves it with this bias, (positions, width).
+    """
+    weights = position_weights(target).unsqueeze(-1)
+    shift = (weights * (target - outputs)).sum(0) / weights.sum()
+    return shift if bias is None else bias + shift
 
 
 def ridge(inputs: Tensor, outputs: Tensor, weights: Tensor, strength: float) -> tuple[Tensor, Tensor]:

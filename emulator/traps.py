@@ -5,7 +5,7 @@ Fed; Zhao et al. 2024, LOKI); identity, permutation and one-hot maps that hand a
 Decepticons; PEFTLeak 2025); amplified rows that latch one example (Feng and Tramer 2024, Privacy Backdoors).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ def weight_checks(model: nn.Module, limits: Limits, generator: torch.Generator) 
     for name, module in model.named_modules():
         if is_norm(module):
             yield from _gain_checks(name, module, limits, generator)
+
+
+def bias_checks(biases: Mapping[str, Tensor], limits: Limits) -> Iterator[Check]:
+    """Yields the checks of vectors by their names, as `weight_checks` does for those of a model."""
+    for name, bias in biases.items():
+        yield from _magnitudes(name, bias, limits, table=False)
 
 
 def participation(rows: Tensor) -> Tensor:

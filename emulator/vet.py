@@ -3,19 +3,20 @@
 Known traps are found, not every possible one: what an update can say about a record is bounded by clip and noise alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapter.layout import Layout
 from adapter.spec import AdapterSpec
-from emulator.activations import activation_checks
+from emulator.activations import activation_checks, forward_checks
 from emulator.manifest import Manifest
+from emulator.refreshable import Frame
 from emulator.structure import check_structure, slot_paths
-from emulator.traps import weight_checks
+from emulator.traps import bias_checks, weight_checks
 from emulator.verdict import Check, Limits, Vetting, passed, report
 
 
@@ -80,6 +81,30 @@ def vet_adapter(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limit
       UnsupportedModel: as for `vet`.
     """
     return report(passed(_adapter_checks(model, spec, slots, limits)))
+
+
+def vet_refresh(model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], limits: Limits, *, seed: int) -> Vetting:
+    """Returns the report on an emulator whose biases moved: their size, and that its blocks still mix and tell apart.
+
+    What only a gradient shows was looked at when the package was vetted, and hangs on its matrices.
+
+    Args:
+      model: the emulator under its own names, with the moved biases in it and the adapter at its start.
+      frame: of the package.
+      biases: the moved values, by name.
+      limits: the bounds.
+      seed: of the inputs that are drawn; the site's own secret.
+
+    Raises:
+      UnsupportedModel: as for `vet`.
+    """
+
+    def checks() -> Iterator[Check]:
+        yield from bias_checks(biases, limits)
+        running = tuple(path for path in frame.tower if path not in frame.gone)
+        yield from forward_checks(model, running, frame.tower, limits, torch.Generator().manual_seed(seed))
+
+    return report(passed(checks()))
 
 
 def _adapter_checks(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits) -> Iterator[Check]:

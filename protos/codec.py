@@ -11,6 +11,8 @@ from errors import MalformedMessage
 from protos import round_pb2 as wire
 from protos.messages import (
     LINE,
+    MOST_BIASES,
+    MOST_REFRESH_BYTES,
     NAME,
     Announcement,
     KeysRequest,
@@ -125,7 +127,25 @@ def _content(envelope: wire.Envelope) -> Message:
 
 
 def _train_request(request: wire.TrainRequest) -> TrainRequest:
-    return TrainRequest(_digest(request.job), request.round, _vector(request.adapter, "<f4"))
+    return TrainRequest(_digest(request.job), request.round, _vector(request.adapter, "<f4"), _refresh(request.refresh))
+
+
+def _write_train_request(message: TrainRequest) -> wire.TrainRequest:
+    moved = [wire.Bias(name=name, values=values) for name, values in message.refresh]
+    return wire.TrainRequest(job=message.job, round=message.round, adapter=_floats(message.adapter), refresh=moved)
+
+
+def _refresh(moved: Sequence[wire.Bias]) -> tuple[tuple[str, bytes], ...]:
+    """Reads moved biases; whether they are those that may move is known to who has the emulator."""
+    size = sum(len(one.values) for one in moved)
+    if len(moved) > MOST_BIASES or size > MOST_REFRESH_BYTES:
+        raise MalformedMessage(
+            f"refresh tensors={len(moved)} bytes={size}: at most {MOST_BIASES} and {MOST_REFRESH_BYTES}; refuse it"
+        )
+    names = [canonical.text(one.name, "refresh tensor", limit=LINE) for one in moved]
+    if names != sorted(set(names)):
+        raise MalformedMessage("refresh: its tensors are not in the order of their names, each once; refuse it")
+    return tuple((one.name, one.values) for one in moved)
 
 
 def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
@@ -247,10 +267,7 @@ def _digest(data: bytes) -> bytes:
 
 
 _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    TrainRequest: (
-        "train_request",
-        lambda m: wire.TrainRequest(job=m.job, round=m.round, adapter=_floats(m.adapter)),
-    ),
+    TrainRequest: ("train_request", _write_train_request),
     TrainReply: ("train_reply", lambda m: wire.TrainReply(round=m.round)),
     KeysRequest: ("keys_request", lambda m: wire.KeysRequest(**_fields(m))),
     SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),

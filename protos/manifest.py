@@ -66,6 +66,7 @@ class JobManifest:
       release: version of offsite that wrote this.
       metrics: names of what sites are asked to tell beside their update; nothing by default.
       deadline: seconds that a site has to answer one stage of a round.
+      refresh: after how many rounds biases of the emulator may move, as a training request says; 0 is never.
       identifier: 32 random bytes in hexadecimal, so that two jobs with the same terms are two jobs in the sites'
         ledgers; empty in a simulation.
       emulators: (site, SHA-256 of its package's manifest) of the sites that get another emulator, sorted by site. It
@@ -96,6 +97,7 @@ class JobManifest:
     metrics: tuple[str, ...] = ()
     deadline: float = 3600.0
     identifier: str = ""
+    refresh: int = 0
     emulators: tuple[tuple[str, str], ...] = ()
 
     def emulator_of(self, site: str) -> str:
@@ -180,6 +182,7 @@ def _check(manifest: JobManifest) -> None:
         ("rounds", 1, MOST_STEPS),
         ("spare_rounds", 0, MOST_STEPS),
         ("local_steps", 1, MOST_STEPS),
+        ("refresh", 0, MOST_STEPS),
         ("length", 2, MOST_TOKENS),
         ("physical_batch", 1, MOST_PHYSICAL_BATCH),
     ):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NAME, LINE = 128, 1 << 10  # most characters of a name, and of what a person reads
+# Of a refresh: a bias for each block of the deepest towers, and bytes that no honest one comes near.
+MOST_BIASES, MOST_REFRESH_BYTES = 1 << 10, 1 << 24
 # Of a job: a site computes for as long as an approved one says, and these are far beyond any that ends.
 MOST_TOKENS, MOST_PHYSICAL_BATCH, MOST_STEPS = 1 << 20, 1 << 16, 10**6
 
@@ -22,11 +24,19 @@ def one_line(text: str, most: int = LINE) -> str:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Asks a site to train from an adapter: job digest (32 bytes), round from 1, float32 vector of shape (d,)."""
+    """Asks a site to train from an adapter.
+
+    Attributes:
+      job: digest of the job, 32 bytes.
+      round: from 1.
+      adapter: float32 (d,).
+      refresh: the emulator's biases that moved, (name, float16 little endian), by name; empty where none did.
+    """
 
     job: bytes
     round: int
     adapter: np.ndarray
+    refresh: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)

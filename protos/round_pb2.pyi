@@ -113,14 +113,24 @@ class Notice(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("job", "round", "adapter")
+    __slots__ = ("job", "round", "adapter", "refresh")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_FIELD_NUMBER: _ClassVar[int]
     job: bytes
     round: int
     adapter: bytes
-    def __init__(self, job: _Optional[bytes] = ..., round: _Optional[int] = ..., adapter: _Optional[bytes] = ...) -> None: ...
+    refresh: _containers.RepeatedCompositeFieldContainer[Bias]
+    def __init__(self, job: _Optional[bytes] = ..., round: _Optional[int] = ..., adapter: _Optional[bytes] = ..., refresh: _Optional[_Iterable[_Union[Bias, _Mapping]]] = ...) -> None: ...
+
+class Bias(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: bytes
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class TrainReply(_message.Message):
     __slots__ = ("round",)

@@ -9,11 +9,27 @@ from errors import lookup
 from protos.codec import KeysRequest
 from protos.manifest import JobManifest
 from secagg.terms import Terms
+from trust.wire import Writer
+
+_REFRESHED = "offsite refreshed start"
 
 
-def adapter_digest(vector: np.ndarray) -> bytes:
-    """Returns the SHA-256 of an adapter vector as little-endian float32, 32 bytes."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
+def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = ()) -> bytes:
+    """Returns the SHA-256 of what a training starts from, 32 bytes.
+
+    It is part of the terms that every member signs, so sites that trained on different refreshes have no common sum.
+
+    Args:
+      vector: the adapter, hashed as little-endian float32.
+      refresh: the emulator's biases that moved; where none did, the adapter is all there is.
+    """
+    adapter = hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
+    if not refresh:
+        return adapter
+    writer = Writer().text(_REFRESHED).field(adapter)
+    for name, values in refresh:
+        writer.text(name).field(values)
+    return hashlib.sha256(writer.done()).digest()
 
 
 def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from emulator.compressors.arguments import no_argument
 from emulator.compressors.pairs import pairs_of
 from emulator.draft import Station
-from emulator.fit import position_weights, rows
+from emulator.fit import centred, rows, weighted_error
 
 
 def center(station: Station, argument: str) -> None:
@@ -21,14 +21,11 @@ def center(station: Station, argument: str) -> None:
     if not pairs:
         return
     path = pairs[-1].down
-    target = rows(station.target)
-    weights = position_weights(target).unsqueeze(-1)
-    error = target - rows(station.outputs())
-    shift = (weights * error).sum(0) / weights.sum()
+    target, outputs = rows(station.target), rows(station.outputs())
     layer: Any = station.span.module(path)
     before = getattr(layer, "bias", None)
-    _set_bias(station, path, shift if before is None else before + shift)
-    if (weights * (target - rows(station.outputs())).square()).sum() > (weights * error.square()).sum():
+    _set_bias(station, path, centred(before, target, outputs))
+    if weighted_error(target, rows(station.outputs())) > weighted_error(target, outputs):
         _set_bias(station, path, before)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from errors import MalformedMessage
 from protos import codec
 from protos.messages import LINE as LINE_CHARACTERS
-from protos.messages import one_line
+from protos.messages import MOST_BIASES, MOST_REFRESH_BYTES, one_line
 from trust.federation import MOST_SITES
 
 DIGEST = st.binary(min_size=32, max_size=32)
@@ -26,8 +26,9 @@ MAYBE_HEAD = st.none() | HEADS
 OWNERS = st.lists(st.tuples(NAME, st.binary(max_size=64)), max_size=3).map(tuple)
 LONG = st.integers(0, 2**64 - 1)
 WORDS = st.lists(st.integers(0, 2**32 - 1), max_size=8).map(lambda v: np.array(v, dtype=np.uint32))
+MOVED = st.dictionaries(LINE, st.binary(max_size=8), max_size=3).map(lambda moved: tuple(sorted(moved.items())))
 MESSAGES = st.one_of(
-    st.builds(codec.TrainRequest, DIGEST, COUNT, FLOATS),
+    st.builds(codec.TrainRequest, DIGEST, COUNT, FLOATS, MOVED),
     st.builds(codec.TrainReply, COUNT),
     st.builds(codec.KeysRequest, COUNT, st.integers(0, 2**64 - 1), DIGEST, DIGEST, st.lists(NAME).map(tuple)),
     st.builds(codec.SignedBatch, st.lists(SIGNED, max_size=3).map(tuple)),
@@ -74,6 +75,7 @@ HEAD = codec.LedgerHead("0a" * 32, 7, "0b" * 32, bytes(range(64)))
 OFFER = codec.Offer(b"{}", bytes(64), (("ash", b"a"), ("birch", b"b")), bytes(range(32)), 1 << 40, b"box", (HEAD, HEAD))
 EXAMPLES = [
     codec.TrainRequest(bytes(range(32)), 3, np.array([1.0, -2.5], dtype=np.float32)),
+    codec.TrainRequest(bytes(32), 2, np.array([1.0], dtype=np.float32), (("a.bias", b"\0\1"), ("b.bias", b"\2\3"))),
     codec.TrainReply(3),
     codec.KeysRequest(3, 9, bytes(32), bytes(range(32)), ("ash", "birch")),
     codec.SignedBatch((codec.SignedBytes("ash", b"body", b"sig"),)),
@@ -190,6 +192,22 @@ def test_a_list_has_one_entry_for_each_site_at_most(kind: str) -> None:
     assert same(codec.decode(codec.encode(LISTS[kind](MOST_SITES))), LISTS[kind](MOST_SITES))
     with pytest.raises(MalformedMessage, match=f"entries={MOST_SITES + 1}"):
         codec.decode(codec.encode(LISTS[kind](MOST_SITES + 1)))
+
+
+MOVES = {
+    "order": (("b", b"12"), ("a", b"12")),
+    "twice": (("a", b"12"), ("a", b"12")),
+    "screen": (("a\x1b[2J", b"12"),),
+    "long name": (("a" * (LINE_CHARACTERS + 1), b"12"),),
+    "many": tuple((f"{i:05}", b"12") for i in range(MOST_BIASES + 1)),
+    "large": (("a", bytes(MOST_REFRESH_BYTES // 2)), ("b", bytes(MOST_REFRESH_BYTES // 2 + 1))),
+}
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_moved_biases_are_few_small_and_in_order(kind: str) -> None:
+    with pytest.raises(MalformedMessage, match="refresh"):
+        codec.decode(codec.encode(codec.TrainRequest(bytes(32), 2, np.zeros(1, np.float32), MOVES[kind])))
 
 
 NAMED = {

@@ -1,0 +1,191 @@
+"""Between rounds the emulator is aligned anew: kept where it is better, the same after a restart, and small."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cli.display import PlainDisplay
+from cli.run import Run, simulated_bench
+from cli.simulate import _job, simulate
+from client.train import local_update
+from coordinator.aggregate import AGGREGATORS, Rates, ServerState
+from coordinator.sections import refreshes
+from coordinator.shipped import Shipped
+from coordinator.store import Progress
+from emulator.refresh import plain_of
+from emulator.refreshable import size_of
+from errors import ConfigError
+from privacy.randomness import Randomness
+from secagg import ring
+from tests.cli.test_simulate import StopAfter, open_run, options, weights
+
+ALIGNED = """compress = ["int3:32", "center"]
+gate = -1.0
+refresh = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def refreshing(fed: Path) -> Path:
+    """The federation file of the tiny world, with a coarse emulator that is refreshed after every round."""
+    path = fed.parent / "refreshing.toml"
+    path.write_text(fed.read_text().replace('compress = ["int4:32"]\ngate = 0.1\n', ALIGNED))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(refreshing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    run = open_run(refreshing, tmp_path_factory.mktemp("runs") / "refreshed", rounds=3)
+    return run, simulate(run, options())
+
+
+def progress_of(run: Run) -> Progress:
+    progress = run.store.load_state()
+    assert progress is not None
+    return progress
+
+
+def test_a_line_tells_what_a_refresh_weighs_and_does(finished: tuple[Run, dict[str, Any]]) -> None:
+    run, report = finished
+    first, second, third = run.store.rounds()
+    assert first["refreshed"]
+    assert first["emulator_loss"][1] < first["emulator_loss"][0]
+    assert first["refresh_bytes"] == 0  # what it brought goes with the next round
+    for line in (second, third):
+        assert 0 < line["refresh_bytes"] <= 0.02 * report["emulator"]["package_bytes"]
+        assert line["refresh_share"] == line["refresh_bytes"] / report["emulator"]["package_bytes"]
+        assert line["bytes_down"] > first["bytes_down"] + 4 * line["refresh_bytes"]
+    assert "refreshed" not in third  # nobody trains on it any more
+    assert third["refresh_bytes"] == size_of(progress_of(run).refresh)
+    (sentence,) = refreshes(report["rounds"])
+    assert sentence in (run.store.folder / "report.md").read_text()
+
+
+def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path) -> None:
+    """A plain loop over them, on an emulator whose biases were written by hand, gives the second adapter."""
+    run = open_run(refreshing, tmp_path / "run", rounds=2)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(run, options(StopAfter(1)))
+    before = progress_of(run)
+    simulate(Run.open(run.store.folder), options())
+    manifest = run.job()
+    assert manifest is not None
+    assert before.refresh
+    bench = simulated_bench(run, manifest)
+    shipped = copy.deepcopy(plain_of(bench.model).state_dict())
+    with torch.no_grad():
+        for name, values in before.refresh:
+            parameter = plain_of(bench.model).get_parameter(name)
+            parameter.copy_(torch.from_numpy(np.frombuffer(values, np.float16).astype(np.float32)))
+            assert not torch.equal(parameter, shipped[name])
+    total = np.zeros(before.server.adapter.size, dtype=np.uint32)
+    for name, _ in manifest.roster:
+        setting = next(site for site in run.config.sites if site.name == name)
+        trained = local_update(
+            bench,
+            before.server.adapter,
+            run.examples(setting.train, bench.tokenizer),
+            manifest=manifest,
+            plan=run.site(name, manifest, bench).plan,
+            randomness=Randomness.for_simulation(1, "noise", name, "2"),
+        )
+        draw = Randomness.for_simulation(1, "rounding", name, "2").uniform
+        total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
+    mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=4) / 4
+    after, scale = progress_of(run), run.store.rounds()[1]["scale"]
+    expected = AGGREGATORS["fedadam"](before.server, mean * scale, Rates(0.02, 0.9)).adapter
+    np.testing.assert_array_equal(after.server.adapter, expected)
+
+
+class StopAt(PlainDisplay):
+    """Presses Ctrl-C in the middle of a round."""
+
+    def __init__(self, stage: str, calls: int) -> None:
+        super().__init__()
+        self._stage, self._left = stage, calls
+
+    def call(self, stage: str, site: str) -> None:
+        self._left -= stage == self._stage
+        if self._left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "stop", [StopAfter(1), StopAt("train", 6), StopAt("masked", 5)], ids=["between", "training", "masked"]
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    refreshing: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]], stop: PlainDisplay
+) -> None:
+    run = open_run(refreshing, tmp_path / "stopped", rounds=3)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(run, options(stop))
+    again = Run.open(tmp_path / "stopped")
+    simulate(again, options())
+    assert weights(again) == weights(finished[0])
+    state = "state.safetensors"
+    assert (again.store.folder / state).read_bytes() == (finished[0].store.folder / state).read_bytes()
+    for mine, theirs in zip(again.store.rounds(), finished[0].store.rounds(), strict=True):
+        for key in ("refresh_bytes", "refreshed", "emulator_loss", "public_loss", "accepted", "correction"):
+            assert mine.get(key) == theirs.get(key), key
+
+
+@pytest.fixture
+def shipped(refreshing: Path, tmp_path: Path) -> Shipped:
+    run = open_run(refreshing, tmp_path / "prepared", rounds=3)
+    return Shipped.open(run.store.package, _job(run, PlainDisplay()))
+
+
+def started(shipped: Shipped, **more: Any) -> Progress:
+    return Progress(ServerState.start(shipped.job.start), 1, 1.0, **more)
+
+
+def test_an_emulator_that_was_led_astray_is_led_back(shipped: Shipped) -> None:
+    """The public loss must fall: every bias was pushed off by a whole unit, and only a refresh can take that back."""
+    shipped.biases.put(())
+    near = shipped._loss()
+    for bias in shipped.biases.tensors.values():
+        bias.data += torch.randn(bias.shape, generator=torch.Generator().manual_seed(2))
+    progress = started(shipped, refresh=shipped.biases.values())
+    moved, facts = shipped.refreshed(progress)
+    before, after = facts["emulator_loss"]
+    assert facts["refreshed"]
+    assert moved != progress.refresh
+    assert after < before - 0.5 * (before - near)
+    assert shipped.refreshed(progress) == (moved, facts)
+
+
+def test_a_refresh_that_does_harm_is_not_kept(shipped: Shipped) -> None:
+    """The same, fitted to text that is one word over and over: the loss on real text rises."""
+    shipped.biases.put(())
+    two = shipped.job.public.calibration.select([0, 1])
+    dull = dataclasses.replace(two, input_ids=torch.full_like(two.input_ids, 5))
+    public = dataclasses.replace(shipped.job.public, calibration=dull)
+    other = dataclasses.replace(shipped, job=dataclasses.replace(shipped.job, public=public))
+    progress = started(shipped)
+    kept, facts = other.refreshed(progress)
+    assert facts["emulator_loss"][1] > facts["emulator_loss"][0]
+    assert not facts["refreshed"]
+    assert kept == ()
+    said = refreshes([{"round": 1, "refresh_bytes": 0, "refresh_share": 0.0, **facts}])
+    assert said == ("The emulator was to be refreshed 1 times; it was no better by any, and stayed as it was.",)
+
+
+def test_a_recipe_without_a_bias_promises_no_refresh(fed: Path, tmp_path: Path) -> None:
+    path = fed.parent / "unmoved.toml"
+    path.write_text(fed.read_text().replace("gate = 0.1", "gate = 0.1\nrefresh = 1"))
+    with pytest.raises(ConfigError, match=r'emulator.refresh=1: .* add "center" behind the quantiser, or set'):
+        simulate(open_run(path, tmp_path / "run"), options())
+
+
+def test_without_refreshes_nothing_is_said_of_them(fed: Path, tmp_path: Path) -> None:
+    run = open_run(fed, tmp_path / "plain", rounds=1)
+    report = simulate(run, options())
+    assert refreshes(report["rounds"]) == ()
+    assert progress_of(run).refresh == ()
+    assert "refresh" not in json.dumps(report["rounds"])
