@@ -119,3 +119,14 @@ def test_a_run_folder_keeps_the_variants() -> None:
     again = parse_config(json.loads(json.dumps(once.to_dict())), Path("elsewhere"))
     assert again.emulator == once.emulator
     assert (again.emulator.variants[0].embedding, again.emulator.variants[0].gate) == (None, None)
+
+
+def test_a_refresh_beside_variants_is_refused() -> None:
+    text = """
+    refresh = 2
+    [[emulator.variants]]
+    sites = ["ash"]
+    compress = ["int8"]
+    """
+    with pytest.raises(ConfigError, match=r"emulator.refresh=2: only one emulator .* leave emulator.variants out"):
+        config(text)
