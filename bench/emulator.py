@@ -40,6 +40,7 @@ class Bench:
     out: Path
     lines: dict[str, dict[str, Any]]
     relearn: tuple[int, ...]
+    rehearsed: bool = False
     _public: float | None = None
 
     def measure(self, names: list[str], domains: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
@@ -87,13 +88,14 @@ class Bench:
         """Returns what is known before any site trains: the gate's cosine, the emulator's loss, a rehearsal's G."""
         subject = self.subject
         plan, text = subject.lesson(shape, 0), subject.public_text
-        return {
+        found = {
             "cosine": gradient_cosine(subject.model, emulator, plan.spec, subject.gate.losses),
             "public_loss": text.test.loss(emulator),
-            "public": rehearse(
-                subject.model, emulator, plan, text, self._reference(shape, "public", text, plan)
-            ).transfer,
         }
+        if self.rehearsed:
+            known = self._reference(shape, "public", text, plan)
+            found["public"] = rehearse(subject.model, emulator, plan, text, known).transfer
+        return found
 
     def _reference(self, shape: str, domain: str, text: Text, plan: Lesson) -> Reference:
         key = f"reference|{shape}|{domain}|{plan.seed}"
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of recipes; all by default")
     parser.add_argument("--domains", nargs="*", default=list(DOMAINS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--rehearse", action="store_true", help="also rehearse each emulator on public text")
     parser.add_argument("--relearn", nargs="*", type=int, default=[10_000])
     arguments = parser.parse_args()
     kind, out = KINDS[arguments.model], arguments.out / arguments.model
@@ -186,7 +189,7 @@ def main() -> None:
     results = out / "results.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     lines = {line["key"]: line for line in known}
-    bench = Bench(Subject.open(kind, arguments.cache), out, lines, tuple(arguments.relearn))
+    bench = Bench(Subject.open(kind, arguments.cache), out, lines, tuple(arguments.relearn), arguments.rehearse)
     for line in bench.measure(arguments.only or list(kind.recipes), arguments.domains, arguments.seeds):
         if lines.get(line["key"]) != line:
             lines[line["key"]] = line

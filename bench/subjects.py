@@ -144,5 +144,5 @@ MINILM: Recipes = {
 }
 KINDS = {
     "smollm2": Kind("SmolLM2-135M", _smollm, TASKS["causal_lm"], 2, 128, LAYERS, 4, 1e-3, SMOLLM),
-    "minilm": Kind("MiniLM-L6", _minilm, HiddenWords(), 1, 64, ("query", "value", "dense"), 16, 1e-3, MINILM),
+    "minilm": Kind("MiniLM-L6", _minilm, HiddenWords(), 1, 64, ("query", "value", "dense"), 8, 1e-3, MINILM),
 }

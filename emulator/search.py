@@ -66,7 +66,7 @@ LADDERS = {
     ),
 }
 # A step's price is measured again where more than so many others were taken since: they hardly move it.
-FRESH = 3
+FRESH = 8
 REPORT = 8
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cli.client_run import _lines
 from cli.display import PlainDisplay
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from cli.simulate import _job
 from client.site import Site, answer
 from client.workbench import Workbench
@@ -63,7 +63,7 @@ def bench(run: Run) -> Workbench:
     """The emulator of all sites; each writes what it trains on before it trains."""
     manifest = run.job()
     assert manifest is not None
-    return simulated_bench(run, manifest)
+    return simulated_benches(run, manifest)["ash"]
 
 
 @pytest.fixture
@@ -173,10 +173,10 @@ def test_sites_with_different_refreshes_have_no_sum(world: World) -> None:
 
 def test_an_owner_reads_that_biases_may_move(world: World) -> None:
     facts = json.loads(world.manifest.to_bytes())
-    said = "\n".join(_lines("0" * 64, approved=False, facts=facts))
+    said = "\n".join(_lines("0" * 64, approved=False, facts=facts, emulator=facts["emulator"]))
     assert "refresh    after every 1 rounds the biases at the ends of the emulator's middle blocks may move" in said
     assert "never: the emulator stays as it is fetched" in "\n".join(
-        _lines("0" * 64, approved=False, facts=facts | {"refresh": 0})
+        _lines("0" * 64, approved=False, facts=facts | {"refresh": 0}, emulator=facts["emulator"])
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli.display import PlainDisplay
-from cli.run import Run, simulated_bench
+from cli.run import Run, simulated_benches
 from cli.simulate import _job, simulate
 from client.train import local_update
 from coordinator.aggregate import AGGREGATORS, Rates, ServerState
@@ -25,7 +25,7 @@ from privacy.randomness import Randomness
 from secagg import ring
 from tests.cli.test_simulate import StopAfter, open_run, options, weights
 
-ALIGNED = """compress = ["int3:32", "center"]
+ALIGNED = """compress = ["lowrank:0.25", "center"]
 gate = -1.0
 refresh = 1
 """
@@ -77,7 +77,7 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
     manifest = run.job()
     assert manifest is not None
     assert before.refresh
-    bench = simulated_bench(run, manifest)
+    bench = simulated_benches(run, manifest)["ash"]
     shipped = copy.deepcopy(plain_of(bench.model).state_dict())
     with torch.no_grad():
         for name, values in before.refresh:
