@@ -1,7 +1,7 @@
-"""A recipe for given limits: each block goes down a ladder of actions, the step that turns the gradients least first.
+"""A recipe for given limits: each block becomes narrower, is stored in fewer bits or goes, least damage first.
 
 The measure is the slots' gradient through the emulator against the one through the full model, on public text; the
-order is by what is lost for what is saved, measured again before each step is taken (the principle is GradOT's).
+order is by what is lost for what is saved, measured again where others were taken since (the principle is GradOT's).
 """
 
 import copy
