@@ -25,7 +25,7 @@ def middle():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model = _causal(hf.LlamaConfig(**CAUSAL, use_cache=False)).eval().requires_grad_(False)
-    public = PublicExamples(TASKS["causal_lm"], Examples(IDS, torch.ones_like(IDS)))
+    public = PublicExamples(TASKS["causal_lm"], Examples(IDS, torch.ones_like(IDS)), gradients=2)
     source = MemorySource(model)
     return Middle(source, Geometry.of(model, 2, 1), Calibration(public.run, public.losses))
 
