@@ -63,7 +63,7 @@ class Bench:
         manifest = package.read_manifest(folder)
         emulator = package.load(folder, dtype=torch.float32)
         if "cosine" not in known:
-            known |= self._judged(shape, emulator)
+            known = known | self._judged(shape, emulator)
         return emulator, {
             "key": key,
             "name": name,
