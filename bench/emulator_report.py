@@ -93,6 +93,7 @@ def _markdown(title: str, document: dict[str, Any]) -> str:
     ranks = "\n".join(
         f"- {name}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in by_domain.items())
         for name, by_domain in document["predictor"].items()
+        if by_domain
     )
     harm = document["harm"]
     return (
@@ -117,10 +118,12 @@ def _line(row: dict[str, Any]) -> str:
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws transfer over leak, the mark as large as the emulator: what is wanted is at the upper left."""
     figure, axes = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        leak = max([row["L"], *row["relearned"].values()])
-        axes.scatter(max(leak, -6), row["G"], s=30 + 600 * row["size"], alpha=0.5, color="#3465a4")
-        axes.annotate(row["name"], (max(leak, -6), row["G"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    for place, row in enumerate(sorted(rows, key=lambda row: row["G"])):
+        leak = max(-6, row["L"], *row["relearned"].values())
+        axes.scatter(leak, row["G"], s=20 + 200 * row["size"], alpha=0.5, color="#3465a4")
+        # Alike emulators lie close together: names to the left and to the right in turn.
+        side, x = ("left", 8) if place % 2 else ("right", -8)
+        axes.annotate(row["name"], (leak, row["G"]), fontsize=7, xytext=(x, -2), textcoords="offset points", ha=side)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("largest leak L, relearning included (cut at -6)")
