@@ -9,6 +9,7 @@ nothing was chosen on the others. Results are kept line by line, so a stopped ru
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Bench:
     def _build(self, shape: str, recipe: tuple[str, ...], folder: Path) -> dict[str, Any]:
         subject = self.subject
         calibration = Calibration(subject.public.run, subject.gate.losses)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped in the middle
         began, cpu = time.perf_counter(), time.process_time()
         package.build(MemorySource(subject.model), subject.geometry(shape), recipe, "int8", calibration, folder)
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
