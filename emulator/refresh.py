@@ -37,8 +37,8 @@ def refreshed(full: nn.Module, emulator: nn.Module, frame: Frame, biases: Refres
       emulator: with the adapter that was tuned on it, float32; its biases are those of the last refresh.
       frame: of the package.
       biases: of the emulator.
-      run: calls a model with public examples. A task tries a model that it meets first on other input: both must have
-        been scored before, so that the two streams are of the same calls.
+      run: calls a model with public examples, the same ones each time and with nothing else between them, so that the
+        two streams are of the same calls.
 
     Raises:
       UnsupportedModel: the public examples never call a block.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emulator.compressors.arguments import fraction
-from emulator.compressors.pairs import check_dense, pairs_of
+from emulator.compressors.pairs import dense_pairs
 from emulator.draft import Station
 from emulator.fit import position_weights, rows
 from emulator.geometry import PARALLEL
@@ -37,10 +37,8 @@ def elevate(station: Station, argument: str) -> None:
             f"elevate={argument!r}: in a parallel emulator the adapter sits in the layer that would lose directions, "
             "and its own gradient turns; use shape sandwich"
         )
-    pairs = pairs_of(station)
-    check_dense("elevate", station, pairs)
     head = str(station.span.stretch.head)
-    for pair in pairs:
+    for pair in dense_pairs("elevate", station):
         layer = station.span.module(pair.down)
         inputs = station.observe({pair.down: layer})[pair.down]
         weights = position_weights(rows(station.inputs))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from emulator.compressors.arguments import fraction
-from emulator.compressors.pairs import check_dense, pairs_of
+from emulator.compressors.pairs import dense_pairs
 from emulator.compressors.refit import refit_layer
 from emulator.draft import Station
 from emulator.fit import position_weights, ridge, rows
@@ -28,9 +28,7 @@ def narrow(station: Station, argument: str) -> None:
             f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which keeps "
             "them, or shape sandwich"
         )
-    pairs = pairs_of(station)
-    check_dense("narrow", station, pairs)
-    for pair in pairs:
+    for pair in dense_pairs("narrow", station):
         down = station.span.module(pair.down)
         inputs = station.observe({pair.down: down})[pair.down]
         weights = position_weights(rows(station.target))

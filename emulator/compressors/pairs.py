@@ -51,15 +51,18 @@ def pairs_of(station: Station) -> list[Pair]:
     return [Pair(tuple((head + up, times) for up, times in ups), head + down) for ups, down in known[key]]
 
 
-def check_dense(name: str, station: Station, pairs: list[Pair]) -> None:
-    """Refuses to fit a layer that is two thin ones already: as one dense layer it would be larger again.
+def dense_pairs(name: str, station: Station) -> list[Pair]:
+    """Returns `pairs_of` for a compressor that fits their layers; one that is two thin ones already would grow again.
 
     Raises:
-      ConfigError: naming the order that works.
+      ConfigError: a layer is of low rank already; names the order that works.
+      UnsupportedModel: as for `pairs_of`.
     """
+    pairs = pairs_of(station)
     paths = {path for pair in pairs for path in (pair.down, *(up for up, _ in pair.ups))}
     if any(isinstance(station.span.module(path), LowRank) for path in paths):
         raise ConfigError(f"{name} after lowrank: the thin layers would become dense again; write {name} first")
+    return pairs
 
 
 def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> Pair | None:

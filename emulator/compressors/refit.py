@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from emulator.compressors.arguments import no_argument
-from emulator.compressors.pairs import check_dense, pairs_of
+from emulator.compressors.pairs import dense_pairs
 from emulator.draft import Station
 from emulator.fit import position_weights, ridge, rows
 from emulator.parts import PATCH, dense_like, weight_of
@@ -20,9 +20,7 @@ def refit(station: Station, argument: str) -> None:
     that reached it.
     """
     no_argument("refit", argument)
-    pairs = pairs_of(station)
-    check_dense("refit", station, pairs)
-    for pair in pairs:
+    for pair in dense_pairs("refit", station):
         layer = station.span.module(pair.down)
         refit_layer(station, pair.down, [_values(layer)])
 
