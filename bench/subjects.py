@@ -124,7 +124,7 @@ SMOLLM: Recipes = {
     "int4": ("sandwich", ("int4:128",)),
     "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
     "gptq3": ("sandwich", ("gptq3:64",)),
-    "parallel gptq4": ("parallel", ("gptq4:128", "center")),
+    "parallel gptq4": ("parallel", ("gptq4:32/6", "center")),
 }
 MINILM: Recipes = {
     "none": ("sandwich", ("skip_uniform:1",)),

@@ -34,6 +34,7 @@ max_threads = 0            # processor threads; 0 leaves it to the system
 max_memory_gb = 0.0        # memory of the site's process; 0 leaves it to the system
 max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
 approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
+allow_variants = false     # true lets other sites of a job train on other emulators than this one
 allow_seeded_noise = false # true only for tests on invented data: the noise then protects nobody
 """
 
@@ -57,6 +58,7 @@ class Policy:
     max_memory_gb: float
     max_disk_gb: float
     approval: str
+    allow_variants: bool
     allow_seeded_noise: bool
 
     def __post_init__(self) -> None:
@@ -120,6 +122,11 @@ def permit(
     if not terms.private:
         raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
     _listed("models", policy.models, manifest.model, manifest.emulator_of(site))
+    if manifest.emulators and not policy.allow_variants:
+        raise PolicyRefusal(
+            f"emulators={len(set(dict(manifest.emulators).values())) + 1}: this job gives other sites another emulator "
+            "than this one, policy.toml has allow_variants=false; ask the coordinator why, or let the owner set it true"
+        )
     _listed("methods", policy.methods, spec.method)
     _listed("splits", policy.splits, manifest.split)
     for metric in manifest.metrics:

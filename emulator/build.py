@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from adapter.targets import is_linear
 from emulator import files, storage
 from emulator.compressors import apply, make_plan
-from emulator.compressors.arguments import group
-from emulator.compressors.integers import worth
+from emulator.compressors.arguments import scheme
 from emulator.draft import Span
 from emulator.geometry import Geometry
 from emulator.manifest import CONFIG, FORMAT, MANIFEST, WEIGHTS, Manifest
@@ -104,7 +103,7 @@ def embedding_storage(model: nn.Module, setting: str) -> dict[str, str]:
 
     Args:
       model: a model with `get_input_embeddings` and `get_output_embeddings`, where it has such tables.
-      setting: "verbatim", or "int8" or "int4" with an optional group, for example "int8:64".
+      setting: "verbatim", or "int8" or "int4" with an optional group, for example "int8:64" or "int4:32/6".
 
     Raises:
       ConfigError: the setting is none of these.
@@ -114,9 +113,9 @@ def embedding_storage(model: nn.Module, setting: str) -> dict[str, str]:
     name, _, argument = setting.partition(":")
     if name not in ("int8", "int4"):
         raise ConfigError(f"embedding={setting!r} is not verbatim, int8 or int4; use embedding='int8'")
-    length = group(name, argument)
+    chosen = scheme("int", int(name[3:]), argument)
     shapes = {path: tuple(model.get_parameter(path).shape) for path in embedding_names(model)}
-    return {path: f"{name}:{length}" for path, shape in shapes.items() if worth(shape, int(name[3:]), length)}
+    return {path: str(chosen) for path, shape in shapes.items() if chosen.worth(shape)}
 
 
 def embedding_names(model: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from emulator.build import embedding_storage, macs
 from emulator.draft import Span
 from emulator.middle import Middle
-from emulator.quantize import stored_bytes
 from emulator.storage import SPARSE, parse
 from errors import ConfigError
 
@@ -93,7 +92,7 @@ def outside_cost(middle: Middle, embedding: str) -> Cost:
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
             how = parse(chosen[name]) if name in chosen else None
-            size = stored_bytes(tuple(parameter.shape), *how) if how else parameter.numel() * parameter.itemsize
+            size = how.stored_bytes(tuple(parameter.shape)) if how else parameter.numel() * parameter.itemsize
             total += Cost(size, 0, FLOAT32 * parameter.numel())
     return total
 
@@ -107,9 +106,9 @@ def _bytes(span: Span, name: str, tensor: Tensor, dtype: torch.dtype) -> int:
     how = span.storage.get(name)
     if how == SPARSE:
         return int(2 * (tensor != 0).sum()) + (tensor.numel() + 7) // 8
-    quantisation = parse(how) if how else None
-    if quantisation:
-        return stored_bytes(tuple(tensor.shape), *quantisation)
+    scheme = parse(how) if how else None
+    if scheme:
+        return scheme.stored_bytes(tuple(tensor.shape))
     return tensor.numel() * (2 if name in span.changed else dtype.itemsize)
 
 

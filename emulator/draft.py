@@ -18,6 +18,7 @@ from emulator.middle import Middle
 from emulator.parts import PATCH, make, word_of
 from emulator.plan import Plan, Stretch
 from emulator.quantize import Quantised, dequantize
+from emulator.scheme import Scheme
 from emulator.skip import skipped
 from emulator.stream import Hidden, Stream, bare, private
 from emulator.surgery import mirror
@@ -81,13 +82,13 @@ class Span:
             for name in [name for name in table if name.startswith(f"{path}.")]:
                 del table[name]
 
-    def store(self, name: str, bits: int, group: int, quantised: Quantised) -> None:
+    def store(self, name: str, scheme: Scheme, quantised: Quantised) -> None:
         """Takes codes for a tensor, and their values into the stretch, so that what follows sees them."""
         path, _, leaf = name.rpartition(".")
         parameter = getattr(self.module(path), leaf)
         with torch.no_grad():
-            parameter.copy_(dequantize(quantised, tuple(parameter.shape), bits, group))
-        self.storage[name], self.pieces[name] = f"int{bits}:{group}", quantised
+            parameter.copy_(dequantize(quantised, tuple(parameter.shape), scheme))
+        self.storage[name], self.pieces[name] = str(scheme), quantised
         self.changed.add(name)
 
     def trainable(self) -> dict[str, nn.Parameter]:

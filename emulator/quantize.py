@@ -1,8 +1,9 @@
 """Group-wise asymmetric weight quantisation: pure functions between a tensor and small integer codes.
 
-A weight becomes `minimum + scale * code` with one fp16 minimum and one fp16 scale per group of consecutive inputs:
-4 bits and a group of 64 cost 4 + 32/64 = 4.5 bits per weight. The minimum is rounded down and the scale up, so that
-no weight lies outside its group's grid and every error is at most half a scale.
+A weight becomes `minimum + scale * code` with one minimum and one scale per group of consecutive inputs, fp16 or fine:
+4 bits and a group of 64 cost 4 + 32/64 = 4.5 bits per weight; with fine grids a group of 32 costs 4 + 12/32 and 32 bits
+for each row. Minima are rounded down and scales up, so that no weight lies outside its group's grid and every error is
+at most half a scale.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from errors import ConfigError, RangeError
+from emulator.packing import pack, packed_bytes, unpack
+from emulator.scheme import FINE_BITS, Scheme
+from errors import RangeError
 
-BITS = (3, 4, 8)
-LANES = {3: (8, 3), 4: (2, 1), 8: (1, 1)}  # codes that lie together, in how many bytes
+HALF = torch.float16
+FINEST = 2**FINE_BITS - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the points of each group lie; `rows` is a tensor's first dimension.
+
+    Attributes:
+      minima: the lowest points, float32 (rows, groups).
+      scales: the distances between neighbours, >= 0, float32 (rows, groups).
+      fine: their codes, where they are multiples of something; None where they are fp16.
+    """
+
+    minima: Tensor
+    scales: Tensor
+    fine: "Fine | None" = None
+
+
+@dataclass(frozen=True)
+class Fine:
+    """Scales and minima as multiples of two numbers for each row: scale = span 0 * code, minimum = -span 1 * code.
+
+    Attributes:
+      scales, minima: codes, uint8 (rows, groups), each below 64.
+      spans: fp16 (rows, 2), >= 0.
+    """
+
+    scales: Tensor
+    minima: Tensor
+    spans: Tensor
+
+    def grid(self) -> Grid:
+        """Returns the grid; a 6-bit multiple of an fp16 number is exact in float32."""
+        step, drop = (one.float().unsqueeze(-1) for one in self.spans.unbind(-1))
+        return Grid(-drop * self.minima.float(), step * self.scales.float(), self)
 
 
 @dataclass(frozen=True)
@@ -23,120 +60,133 @@ class Quantised:
     """A tensor as codes; `rows` below is the tensor's first dimension and `columns` the product of the others.
 
     Attributes:
-      codes: uint8; with 8 bits (rows * columns,), with 4 bits two per byte (ceil(rows * columns / 2),), with 3 bits
-        eight in three bytes (3 * ceil(rows * columns / 8),).
-      scales: fp16 (rows, ceil(columns / group)), >= 0.
-      minima: fp16, as `scales`.
+      codes: uint8, the packed codes of (rows * columns,).
+      scales: fp16 (rows, ceil(columns / group)), >= 0; of a fine scheme their packed 6-bit codes, uint8.
+      minima: as `scales`, of any sign.
+      spans: of a fine scheme, what these are multiples of, fp16 (rows, 2); else None.
     """
 
     codes: Tensor
     scales: Tensor
     minima: Tensor
+    spans: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, grid: Grid, bits: int) -> "Quantised":
+        """Packs codes (rows * columns,) on a grid."""
+        packed, fine = pack(codes, bits), grid.fine
+        if fine is None:
+            return cls(packed, grid.scales.to(torch.float16), grid.minima.to(torch.float16))
+        scales, minima = (pack(one.reshape(-1), FINE_BITS) for one in (fine.scales, fine.minima))
+        return cls(packed, scales, minima, fine.spans)
+
+    @property
+    def pieces(self) -> tuple[Tensor, ...]:
+        """What is stored, in the order of the scheme's names."""
+        return tuple(one for one in (self.codes, self.scales, self.minima, self.spans) if one is not None)
+
+    def grid(self, shape: tuple[int, ...], scheme: Scheme) -> Grid:
+        """Returns the grid of the tensor of a shape.
+
+        Raises:
+          RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
+        """
+        rows, groups = shape[0], ceil(prod(shape[1:]) / scheme.group)
+        self._check(shape, scheme, rows, groups)
+        if self.spans is None:
+            return Grid(self.minima.float(), self.scales.float())
+        scales, minima = (unpack(one, rows * groups, FINE_BITS).reshape(rows, -1) for one in (self.scales, self.minima))
+        return Fine(scales, minima, self.spans).grid()
+
+    def _check(self, shape: tuple[int, ...], scheme: Scheme, rows: int, groups: int) -> None:
+        sides = ((packed_bytes(rows * groups, FINE_BITS),), torch.uint8) if scheme.fine else ((rows, groups), HALF)
+        expected = [((packed_bytes(prod(shape), scheme.bits),), torch.uint8), sides, sides]
+        expected += [((rows, 2), HALF)] if scheme.fine else []
+        if [(tuple(piece.shape), piece.dtype) for piece in self.pieces] != expected:
+            raise RangeError(f"shape={shape}: the stored codes, scales and minima do not belong to it; build again")
 
 
-def quantize(weight: Tensor, bits: int, group: int) -> Quantised:
+def quantize(weight: Tensor, scheme: Scheme) -> Quantised:
     """Returns the codes of a floating-point tensor of at least two dimensions.
 
     Args:
       weight: (rows, ...) finite, within +-65504; any floating dtype. All but the first dimension are one row of inputs.
-      bits: 3, 4 or 8.
-      group: inputs that share a scale, >= 2; the last group of a row may be smaller.
+      scheme: the last group of a row may be smaller than its group.
 
     Raises:
-      ConfigError: bits or group out of range.
       RangeError: a weight is not finite, or a group does not fit fp16.
     """
-    _check(bits, group)
     rows, columns = weight.shape[0], prod(weight.shape[1:])
-    groups = ceil(columns / group)
     flat = weight.detach().reshape(rows, columns).to(torch.float32)
-    # Repeating the last input fills the last group without moving its smallest or largest member.
-    padding = flat[:, -1:].expand(rows, groups * group - columns)
-    grouped = torch.cat([flat, padding], dim=1).reshape(rows, groups, group)
-    minima, scales = grid(grouped, 2**bits - 1)
-    if not (torch.isfinite(minima).all() and torch.isfinite(scales).all()):
-        raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
-    step = scales.float().unsqueeze(-1)
-    steps = (grouped - minima.float().unsqueeze(-1)) / torch.where(step == 0, 1.0, step)
-    codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8).reshape(rows, groups * group)[:, :columns].reshape(-1)
-    return Quantised(pack(codes, bits), scales, minima)
+    groups = grouped(flat, scheme.group)
+    grid = covering(groups, scheme)
+    codes = nearest(groups, grid, scheme.bits).to(torch.uint8)
+    return Quantised.of(codes.reshape(rows, -1)[:, :columns].reshape(-1), grid, scheme.bits)
 
 
-def dequantize(quantised: Quantised, shape: tuple[int, ...], bits: int, group: int) -> Tensor:
+def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
     """Returns the fp32 tensor of a shape; exact in every step but one fp32 addition, so equal on every machine.
 
     Raises:
-      ConfigError: bits or group out of range.
       RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
     """
-    _check(bits, group)
+    grid = quantised.grid(shape, scheme)
     rows, columns = shape[0], prod(shape[1:])
-    groups, count = ceil(columns / group), rows * columns
-    expected = ((packed_bytes(count, bits),), (rows, groups), (rows, groups))
-    pieces = (quantised.codes, quantised.scales, quantised.minima)
-    if tuple(tuple(piece.shape) for piece in pieces) != expected or not _dtypes_fit(quantised):
-        raise RangeError(f"shape={shape}: the stored codes, scales and minima do not belong to it; build again")
-    flat = unpack(quantised.codes, count, bits).reshape(rows, columns)
-    grouped = functional.pad(flat, (0, groups * group - columns)).reshape(rows, groups, group)
-    weight = grouped.float() * quantised.scales.float().unsqueeze(-1) + quantised.minima.float().unsqueeze(-1)
-    return weight.reshape(rows, groups * group)[:, :columns].reshape(shape)
+    flat = unpack(quantised.codes, rows * columns, scheme.bits).reshape(rows, columns)
+    filled = functional.pad(flat, (0, grid.scales.shape[1] * scheme.group - columns))
+    codes = filled.reshape(rows, -1, scheme.group).float()
+    weight = codes * grid.scales.unsqueeze(-1) + grid.minima.unsqueeze(-1)
+    return weight.reshape(rows, -1)[:, :columns].reshape(shape)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Returns codes without the bits that are always 0, the earlier codes in the lower bits.
+def grouped(flat: Tensor, group: int) -> Tensor:
+    """Returns (rows, columns) as (rows, groups, group), the last input repeated: that moves no smallest or largest."""
+    rows, columns = flat.shape
+    groups = ceil(columns / group)
+    return torch.cat([flat, flat[:, -1:].expand(rows, groups * group - columns)], dim=1).reshape(rows, groups, group)
 
-    Args:
-      codes: uint8 (count,), each below 2**bits.
-      bits: 8: as they are; 4: two in a byte; 3: eight in three bytes; what is missing at the end is 0.
+
+def nearest(groups: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Returns the codes, float32, of the points nearest to (rows, groups, group)."""
+    low, step = grid.minima.unsqueeze(-1), grid.scales.unsqueeze(-1)
+    return ((groups - low) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
+
+
+def covering(groups: Tensor, scheme: Scheme) -> Grid:
+    """Returns the grid such that minimum..minimum + levels * scale covers each group of (rows, groups, group).
+
+    Raises:
+      RangeError: a weight is not finite, or a group does not fit fp16.
     """
-    if bits == 8:
-        return codes.contiguous()
-    together, size = LANES[bits]
-    full = torch.cat([codes, codes.new_zeros(-codes.numel() % together)]).reshape(-1, together).to(torch.int32)
-    word = sum((full[:, i] << (bits * i) for i in range(together)), torch.zeros_like(full[:, 0]))
-    return torch.stack([(word >> (8 * i) & 255).to(torch.uint8) for i in range(size)], dim=1).reshape(-1)
+    low, high = (extreme.to(torch.float64) for extreme in (groups.amin(-1), groups.amax(-1)))
+    levels = 2**scheme.bits - 1
+    if scheme.fine:
+        grid = _fine(low, high, levels)
+    else:
+        minima = half(low, -torch.inf).double()
+        grid = Grid(minima.float(), half((high - minima) / levels, torch.inf).float())
+    if not (torch.isfinite(grid.minima).all() and torch.isfinite(grid.scales).all()):
+        raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
+    return grid
 
 
-def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """Returns the first `count` codes, uint8, the inverse of `pack`."""
-    if bits == 8:
-        return packed
-    together, size = LANES[bits]
-    full = packed.reshape(-1, size).to(torch.int32)
-    word = sum((full[:, i] << (8 * i) for i in range(size)), torch.zeros_like(full[:, 0]))
-    codes = [(word >> (bits * i) & (2**bits - 1)).to(torch.uint8) for i in range(together)]
-    return torch.stack(codes, dim=1).reshape(-1)[:count]
+def half(values: Tensor, direction: float) -> Tensor:
+    """Returns fp16 values, those that fp16 does not hold rounded towards -inf or inf; float64 values."""
+    rounded = values.to(HALF)
+    wrong = rounded.double() > values if direction < 0 else rounded.double() < values
+    return torch.where(wrong, torch.nextafter(rounded, torch.full_like(rounded, direction)), rounded)
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Returns how many bytes `pack` makes of `count` codes."""
-    together, size = LANES[bits]
-    return ceil(count / together) * size
+def _fine(low: Tensor, high: Tensor, levels: int) -> Grid:
+    """Returns the fine grid that covers low..high, float64 (rows, groups); it always holds 0."""
+    drop = half((-low).clamp_min(0).amax(-1, keepdim=True) / FINEST, torch.inf)
+    minima = _multiples((-low).clamp_min(0), drop)
+    wanted = (high.clamp_min(0) + drop.double() * minima) / levels
+    step = half(wanted.amax(-1, keepdim=True) / FINEST, torch.inf)
+    scales = _multiples(wanted, step)
+    return Fine(scales.to(torch.uint8), minima.to(torch.uint8), torch.cat([step, drop], dim=-1)).grid()
 
 
-def stored_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
-    """Returns the bytes a quantised tensor takes: codes, scales and minima."""
-    rows, columns = shape[0], prod(shape[1:])
-    return packed_bytes(rows * columns, bits) + 2 * 2 * rows * ceil(columns / group)
-
-
-def grid(grouped: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Returns fp16 (minima, scales) of (rows, groups, group) such that minimum..minimum + levels * scale covers it."""
-    low, high = (extreme.to(torch.float64) for extreme in (grouped.amin(-1), grouped.amax(-1)))
-    minima = low.to(torch.float16)
-    minima = torch.where(minima.double() > low, torch.nextafter(minima, torch.full_like(minima, -torch.inf)), minima)
-    scales = ((high - minima.double()) / levels).to(torch.float16)
-    short = minima.double() + levels * scales.double() < high
-    return minima, torch.where(short, torch.nextafter(scales, torch.full_like(scales, torch.inf)), scales)
-
-
-def _dtypes_fit(quantised: Quantised) -> bool:
-    halves = {quantised.scales.dtype, quantised.minima.dtype}
-    return quantised.codes.dtype == torch.uint8 and halves == {torch.float16}
-
-
-def _check(bits: int, group: int) -> None:
-    if bits not in BITS or group < 2:
-        raise ConfigError(
-            f"bits={bits} group={group}: bits must be 3, 4 or 8 and group at least 2; use int4:64 or int8:64"
-        )
+def _multiples(values: Tensor, unit: Tensor) -> Tensor:
+    """Returns the least multiples of a unit >= values, float64 (rows, groups), at most 63."""
+    return (values / torch.where(unit == 0, 1.0, unit.double())).ceil().clamp(0, FINEST)

@@ -63,7 +63,7 @@ LADDERS = {
         storages=(("int8:128",), ("gptq4:64",)),
     ),
     PARALLEL: Ladder(
-        widths=((),), storages=(("int8:128",), ("gptq4:64",), ("gptq4:128",), ("gptq3:64",), ("gptq3:128",))
+        widths=((),), storages=(("int8:128",), ("gptq4:32/6",), ("gptq4:128",), ("gptq3:32/6",), ("gptq3:128",))
     ),
 }
 # A step's price is measured again where more than so many others were taken since. That is a compromise: on a model of

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from emulator.quantize import Quantised, dequantize, quantize
+from emulator.scheme import BITS, Scheme
 from errors import MalformedMessage, RangeError, UnsupportedModel
 
 DTYPES: dict[str, torch.dtype] = {
@@ -16,9 +17,8 @@ DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
-BITS = {"int8": 8, "int4": 4, "int3": 3}
 SPARSE = "sparse"
-CODES, ZEROS = ("codes", "scales", "minima"), ("places", "values")
+ZEROS = ("places", "values")
 
 
 def verbatim(tensor: Tensor) -> str:
@@ -39,19 +39,20 @@ def verbatim(tensor: Tensor) -> str:
     return names[tensor.dtype]
 
 
-def parse(storage: str) -> tuple[int, int] | None:
-    """Returns (bits, group) of a quantised storage such as "int4:64", or None for any other.
+def parse(storage: str) -> Scheme | None:
+    """Returns the scheme of a quantised storage such as "int4:64", or None for any other.
 
     Raises:
       MalformedMessage: it is no storage.
     """
     if storage in DTYPES or storage == SPARSE:
         return None
-    name, _, group = storage.partition(":")
-    if name not in BITS or not group.isascii() or not group.isdecimal() or not 2 <= int(group) < 2**20:
-        known = ", ".join((*DTYPES, SPARSE, *(f"{bits}:GROUP" for bits in BITS)))
+    name, _, argument = storage.partition(":")
+    scheme = Scheme.of(name, argument)
+    if scheme is None:
+        known = ", ".join((*DTYPES, SPARSE, *(f"int{bits}:GROUP" for bits in BITS)))
         raise MalformedMessage(f"storage={storage!r} is not known; known: {known}")
-    return BITS[name], int(group)
+    return scheme
 
 
 def is_verbatim(storage: str) -> bool:
@@ -64,7 +65,8 @@ def names(name: str, storage: str) -> tuple[str, ...]:
     """Returns the names under which a tensor's pieces lie in the safetensors file."""
     if is_verbatim(storage):
         return (name,)
-    return tuple(f"{name}#{piece}" for piece in (ZEROS if storage == SPARSE else CODES))
+    scheme = parse(storage)
+    return tuple(f"{name}#{piece}" for piece in (scheme.pieces if scheme else ZEROS))
 
 
 def encode(name: str, tensor: Tensor, storage: str, chosen: Quantised | None = None) -> dict[str, Tensor]:
@@ -79,16 +81,16 @@ def encode(name: str, tensor: Tensor, storage: str, chosen: Quantised | None = N
     Raises:
       UnsupportedModel: a value does not fit the storage.
     """
-    quantisation = parse(storage)
-    if quantisation is None:
+    scheme = parse(storage)
+    if scheme is None:
         tensor = tensor.detach().cpu()
         pieces = _without_zeros(name, tensor) if storage == SPARSE else (tensor.to(DTYPES[storage]).contiguous(),)
         return dict(zip(names(name, storage), pieces, strict=True))
     try:
-        quantised = chosen or quantize(tensor.cpu(), *quantisation)
+        quantised = chosen or quantize(tensor.cpu(), scheme)
     except RangeError as error:
         raise UnsupportedModel(f"tensor={name}: {error}") from error
-    return dict(zip(names(name, storage), (quantised.codes, quantised.scales, quantised.minima), strict=True))
+    return dict(zip(names(name, storage), quantised.pieces, strict=True))
 
 
 def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -97,10 +99,10 @@ def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int,
     Raises:
       RangeError: a piece has another shape or dtype, or a value is not finite.
     """
-    quantisation = parse(storage)
+    scheme = parse(storage)
     ordered = [pieces[piece] for piece in names(name, storage)]
-    if quantisation is not None:
-        tensor = dequantize(Quantised(*ordered), shape, *quantisation)
+    if scheme is not None:
+        tensor = dequantize(Quantised(*ordered), shape, scheme)
     elif storage == SPARSE:
         tensor = _with_zeros(name, ordered, shape)
     else:

@@ -140,7 +140,13 @@ def policy_for(folder: Path, **changed: Any) -> Policy:
     path = folder / "policy.toml"
     path.write_text(Policy.template())
     permitted = replace(
-        Policy.read(path), models=("any",), methods=("any",), splits=("any",), approval="automatic", epsilon_cap=60.0
+        Policy.read(path),
+        models=("any",),
+        methods=("any",),
+        splits=("any",),
+        approval="automatic",
+        epsilon_cap=60.0,
+        allow_variants=True,
     )
     return replace(permitted, **({"delta_cap": 1e-2} | changed))
 

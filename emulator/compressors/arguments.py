@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+from emulator.scheme import FINE, Scheme
 from errors import ConfigError
 
 DEFAULT_GROUP = 64
@@ -45,10 +46,17 @@ def whole(name: str, argument: str, what: str, low: int, high: int) -> int:
     return int(argument)
 
 
-def group(name: str, argument: str) -> int:
-    """Returns the group of a quantiser, 64 where none is given.
+def scheme(name: str, bits: int, argument: str) -> Scheme:
+    """Returns how a quantiser of so many bits stores: groups of 64 where nothing is given.
+
+    Args:
+      name: of the quantiser, without its bits.
+      bits: 3, 4 or 8.
+      argument: "64", or "32/6" for fine scales.
 
     Raises:
-      ConfigError: it is not a whole number in 2..4096.
+      ConfigError: the group is not a whole number in 2..4096, or fine scales are none for so many bits.
     """
-    return whole(name, argument, "the group", 2, 4096) if argument else DEFAULT_GROUP
+    length = argument.removesuffix(FINE)
+    group = whole(f"{name}{bits}", length, "the group", 2, 4096) if argument else DEFAULT_GROUP
+    return Scheme(bits, group, fine=argument.endswith(FINE))

@@ -1,20 +1,19 @@
 """Quantisation that looks at what enters: each rounding error is passed on to the weights that can make good for it."""
 
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from emulator.compressors.arguments import group
-from emulator.compressors.integers import worth
+from emulator.compressors.arguments import scheme
 from emulator.draft import Station
 from emulator.fit import position_weights
 from emulator.parts import LowRank, weight_of
-from emulator.quantize import Quantised, grid, pack, quantize
-from errors import RangeError
+from emulator.quantize import FINEST, HALF, Fine, Grid, Quantised, covering, grouped, nearest, quantize
+from emulator.scheme import Scheme
 
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors are passed on together to those behind
@@ -28,7 +27,7 @@ def gptq(bits: int, station: Station, argument: str) -> None:
 
     Matrices that are no dense layer, and the factors of low-rank ones, are rounded to nearest.
     """
-    length = group(f"gptq{bits}", argument)
+    chosen = scheme("gptq", bits, argument)
     layers = {path: m for path, m in station.span.layers().items() if not isinstance(m, LowRank)}
     seen = station.observe(layers)
     done: set[str] = set()
@@ -36,17 +35,17 @@ def gptq(bits: int, station: Station, argument: str) -> None:
     for path, inputs in seen.items():
         weight = weight_of(layers[path])
         parameter = f"{path}.weight"
-        if worth(tuple(weight.shape), bits, length):
+        if chosen.worth(tuple(weight.shape)):
             turned = isinstance(layers[path], Conv1D)
             entering = next((one for same, one in known if torch.equal(same, inputs)), None)
             if entering is None:
                 entering = Entering.of(second_moments(inputs))
                 known.append((inputs, entering))
-            station.span.store(parameter, bits, length, quantize_rows(weight, entering, bits, length, turned=turned))
+            station.span.store(parameter, chosen, quantize_rows(weight, entering, chosen, turned=turned))
         done.add(parameter)
     for parameter, matrix in station.span.matrices().items():
-        if parameter not in done and worth(tuple(matrix.shape), bits, length):
-            station.span.store(parameter, bits, length, quantize(matrix, bits, length))
+        if parameter not in done and chosen.worth(tuple(matrix.shape)):
+            station.span.store(parameter, chosen, quantize(matrix, chosen))
 
 
 def second_moments(inputs: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class Entering:
         return cls(moments.diagonal().float(), order, torch.linalg.cholesky(inverse, upper=True).float())
 
 
-def quantize_rows(weight: Tensor, entering: Entering, bits: int, length: int, *, turned: bool = False) -> Quantised:
+def quantize_rows(weight: Tensor, entering: Entering, scheme: Scheme, *, turned: bool = False) -> Quantised:
     """Returns codes of a matrix (out, in) such that the layer's output on its inputs changes least.
 
     The grids are chosen first, for the least weighted error of rounding to nearest, so that inputs may then be taken in
@@ -91,8 +90,7 @@ def quantize_rows(weight: Tensor, entering: Entering, bits: int, length: int, *,
     Args:
       weight: (out, in), finite.
       entering: of the inputs.
-      bits: 3, 4 or 8.
-      length: weights that share a scale.
+      scheme: bits and group.
       turned: the tensor is stored as (in, out), so that a group runs over outputs and not over inputs.
 
     Raises:
@@ -100,14 +98,14 @@ def quantize_rows(weight: Tensor, entering: Entering, bits: int, length: int, *,
     """
     matrix = weight.detach().float()
     stored = matrix.T if turned else matrix
-    minima, scales = _grids(stored, entering.sizes.unsqueeze(1) if turned else entering.sizes, bits, length)
-    low, step = (one.float().repeat_interleave(length, dim=1)[:, : stored.shape[1]] for one in (minima, scales))
+    grid = _grid(stored, entering.sizes.unsqueeze(1) if turned else entering.sizes, scheme)
+    low, step = (one.repeat_interleave(scheme.group, dim=1)[:, : stored.shape[1]] for one in (grid.minima, grid.scales))
     order = entering.order
     rest, bottom, steps = ((one if turned else one.T)[order] for one in (stored, low, step))
     codes = torch.empty(rest.shape, dtype=torch.uint8)
-    codes[order] = _rounded(rest, bottom, steps, entering.passed, bits)
+    codes[order] = _rounded(rest, bottom, steps, entering.passed, scheme.bits)
     flat = (codes if turned else codes.T).contiguous().reshape(-1)
-    return Quantised(pack(flat, bits), scales, minima)
+    return Quantised.of(flat, grid, scheme.bits)
 
 
 def _rounded(rest: Tensor, low: Tensor, step: Tensor, passed: Tensor, bits: int) -> Tensor:
@@ -128,30 +126,51 @@ def _rounded(rest: Tensor, low: Tensor, step: Tensor, passed: Tensor, bits: int)
     return codes
 
 
-def _grids(stored: Tensor, sizes: Tensor, bits: int, length: int) -> tuple[Tensor, Tensor]:
-    """Returns fp16 (minima, scales), each (rows, groups): of several narrower grids the one of least weighted error."""
+def _grid(stored: Tensor, sizes: Tensor, scheme: Scheme) -> Grid:
+    """Returns of several grids the one of least weighted error for each group."""
     rows, columns = stored.shape
-    groups = ceil(columns / length)
-    padding = (0, groups * length - columns)
-    # The last weight repeated widens no grid, and with size 0 it counts for none.
-    filled = torch.cat([stored, stored[:, -1:].expand(rows, padding[1])], dim=1).reshape(rows, groups, length)
-    weights = functional.pad(sizes.expand(rows, columns), padding).reshape(rows, groups, length)
-    middle = (filled.amax(-1, keepdim=True) + filled.amin(-1, keepdim=True)) / 2
-    best = torch.full((rows, groups), torch.inf)
-    minima, scales = (torch.zeros(rows, groups, dtype=torch.float16) for _ in range(2))
+    groups = grouped(stored, scheme.group)
+    padding = (0, groups.shape[1] * scheme.group - columns)  # weights that are none count for nothing
+    choice = _Choice(groups, functional.pad(sizes.expand(rows, columns), padding).reshape(groups.shape), scheme.bits)
+    middle = (groups.amax(-1, keepdim=True) + groups.amin(-1, keepdim=True)) / 2
     for share in SHARES:
-        low, step = grid(middle + share * (filled - middle), 2**bits - 1)
-        wide_low, wide_step = low.float().unsqueeze(-1), step.float().unsqueeze(-1)
-        back = _nearest(filled, wide_low, wide_step, bits) * wide_step + wide_low
-        error = (weights * (filled - back).square()).sum(-1)
-        better = error < best
-        best, minima, scales = (
-            torch.where(better, new, old) for new, old in ((error, best), (low, minima), (step, scales))
-        )
-    if torch.isinf(best).any():
-        raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
-    return minima, scales
+        choice.offer(covering(middle + share * (groups - middle), replace(scheme, fine=False)))
+    return _snapped(choice) if scheme.fine else choice.best
 
 
-def _nearest(values: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
-    return ((values - low) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
+class _Choice:
+    """The best grid of those that were offered, group by group."""
+
+    def __init__(self, groups: Tensor, weights: Tensor, bits: int) -> None:
+        """Takes weights and how much each error counts, both (rows, groups, group)."""
+        self.groups, self.weights, self.bits = groups, weights, bits
+        self.error = torch.full(groups.shape[:2], torch.inf)
+        self.best = Grid(torch.zeros_like(self.error), torch.zeros_like(self.error))
+
+    def offer(self, grid: Grid) -> None:
+        """Takes a grid where its weighted square error is less."""
+        back = nearest(self.groups, grid, self.bits) * grid.scales.unsqueeze(-1) + grid.minima.unsqueeze(-1)
+        error = (self.weights * (self.groups - back).square()).sum(-1)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        pairs = ((grid.minima, self.best.minima), (grid.scales, self.best.scales))
+        self.best = Grid(*(torch.where(better, new, old) for new, old in pairs))
+
+
+def _snapped(plain: _Choice) -> Grid:
+    """Returns the fine grid of least error around a plain one: each code is the nearest or one of its neighbours."""
+    wanted = (plain.best.scales, (-plain.best.minima).clamp_min(0))
+    spans = torch.stack([one.amax(-1) / FINEST for one in wanted], dim=-1).to(HALF)
+    scales, minima = (
+        (one / torch.where(span == 0, 1.0, span.float()).unsqueeze(-1)).round()
+        for one, span in zip(wanted, spans.unbind(-1), strict=True)
+    )
+    choice = _Choice(plain.groups, plain.weights, plain.bits)
+    for up, down in product((0, -1, 1), repeat=2):
+        choice.offer(_fine(scales + up, minima + down, spans))
+    step, drop = (torch.where(span == 0, 1.0, span.float()).unsqueeze(-1) for span in spans.unbind(-1))
+    return _fine((choice.best.scales / step).round(), (-choice.best.minima / drop).round(), spans)
+
+
+def _fine(scales: Tensor, minima: Tensor, spans: Tensor) -> Grid:
+    return Fine(scales.clamp(0, FINEST).to(torch.uint8), minima.clamp(0, FINEST).to(torch.uint8), spans).grid()

@@ -84,7 +84,7 @@ def test_the_template_is_a_policy_that_permits_no_job(tmp_path: Path) -> None:
     policy = Policy.read(written(tmp_path))
     assert (policy.models, policy.methods, policy.metrics) == ((), (), ())
     assert policy.splits == ("truncate",)  # the tokenizer has no say in how many records there are
-    assert (policy.approval, policy.allow_seeded_noise) == ("manual", False)
+    assert (policy.approval, policy.allow_variants, policy.allow_seeded_noise) == ("manual", False, False)
     explained = set(re.findall(r"(?m)^(\w+) = .+ # \w+", Policy.template()))
     assert explained == {field.name for field in dataclasses.fields(Policy)} == set(tomllib.loads(Policy.template()))
     with pytest.raises(PolicyRefusal, match=r"model='smol': policy\.toml models permits none"):
@@ -122,6 +122,7 @@ def test_nothing_is_permitted_by_being_forgotten(tmp_path: Path, key: str) -> No
         ("models", "[1]", "type str"),
         ("approval", '"none"', "manual, automatic"),
         ("approval", "false", "type str"),
+        ("allow_variants", "1", "type bool"),
         ("allow_seeded_noise", "0", "type bool"),
         ("hours", '"8-18"', "like '20:00-06:00'"),
         ("hours", '"24:00-06:00"', "like '20:00-06:00'"),
@@ -188,10 +189,20 @@ def test_an_emulator_is_permitted_by_its_digest_and_by_any(wide: Policy) -> None
 
 
 def test_a_digest_permits_the_emulator_that_this_site_gets(wide: Policy) -> None:
-    job, permitted = changed(emulators=(("west", "e2" * 32),)), dataclasses.replace(wide, models=("e2" * 32,))
+    job = changed(emulators=(("west", "e2" * 32),))
+    permitted = dataclasses.replace(wide, models=("e2" * 32,), allow_variants=True)
     permit(permitted, job, now=NOON, **ROOM | {"site": "west"})
     with pytest.raises(PolicyRefusal, match="models permits"):
         permit(permitted, job, now=NOON, **ROOM)
+
+
+@pytest.mark.parametrize("site", ["east", "west"])
+def test_other_emulators_at_other_sites_need_the_owners_word(wide: Policy, site: str) -> None:
+    """Both the site that is alone with its emulator and those beside it are asked."""
+    job = changed(emulators=(("west", "e2" * 32),))
+    with pytest.raises(PolicyRefusal, match=r"emulators=2: .*allow_variants=false"):
+        permit(wide, job, now=NOON, **ROOM | {"site": site})
+    permit(dataclasses.replace(wide, allow_variants=True), job, now=NOON, **ROOM | {"site": site})
 
 
 def test_a_job_cannot_call_itself_any(wide: Policy) -> None:

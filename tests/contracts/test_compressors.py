@@ -29,7 +29,7 @@ class Case:
 
 
 SHARE = ("", "0", "-0.1", "1.01", "x", "nan", "1/0")
-GROUP = ("0", "1", "-4", "x", "4097", "1.5", "²")
+GROUP = ("0", "1", "-4", "x", "4097", "1.5", "²", "32/8", "/6")
 NONE = ("1", "x")
 CASES = {
     "skip": Case(("skip@3,5",), ("", "1"), compute=True),
@@ -61,6 +61,8 @@ MIXES = (
     ("lowrank:0.6", "int8:16"),
     ("prune_2_4", "int4:16"),
     ("elevate:0.3@3-5", "gptq4:16", "center"),
+    ("narrow:0.5", "gptq4:16/6@2-4", "gptq3:16/6@5", "center"),
+    ("lowrank:0.5", "int4:16/6", "center"),
     ("int4:16@2-3", "gptq3:16@4", "int8:16@5"),
 )
 IDS = torch.arange(48).reshape(4, 12) * 5 % 53

@@ -15,7 +15,8 @@ from emulator.fit import position_weights, ridge, rows
 from emulator.geometry import Geometry
 from emulator.middle import Calibration, Middle
 from emulator.parts import Patch
-from emulator.quantize import dequantize, quantize
+from emulator.quantize import Fine, Quantised, dequantize, quantize
+from emulator.scheme import Scheme
 from emulator.source import MemorySource
 from errors import ConfigError, RangeError
 from tests.emulator.conftest import CAUSAL, _causal
@@ -169,8 +170,8 @@ def slowly(weight, moments, low, step, bits):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_equals_its_definition_and_beats_rounding(bits, turned):
+@pytest.mark.parametrize("scheme", [Scheme(3, 8), Scheme(4, 8), Scheme(4, 8, fine=True)], ids=str)
+def test_gptq_equals_its_definition_and_beats_rounding(scheme, turned):
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     weight = torch.randn(16, 24, generator=generator)
@@ -180,13 +181,14 @@ def test_gptq_equals_its_definition_and_beats_rounding(bits, turned):
         return matrix.T.contiguous() if turned else matrix
 
     def back(codes):
-        return as_stored(dequantize(codes, tuple(as_stored(weight).shape), bits, 8))
+        return as_stored(dequantize(codes, tuple(as_stored(weight).shape), scheme))
 
-    found = quantize_rows(weight, Entering.of(moments), bits, 8, turned=turned)
-    mine, rounded = back(found), back(quantize(as_stored(weight), bits, 8))
-    low, step = (as_stored(one.repeat_interleave(8, dim=1).double()) for one in (found.minima, found.scales))
+    found = quantize_rows(weight, Entering.of(moments), scheme, turned=turned)
+    mine, rounded = back(found), back(quantize(as_stored(weight), scheme))
+    grid = found.grid(tuple(as_stored(weight).shape), scheme)
+    low, step = (as_stored(one.repeat_interleave(8, dim=1).double()) for one in (grid.minima, grid.scales))
     codes = ((mine - low) / step).round()
-    assert (codes == slowly(weight, moments, low, step, bits)).double().mean() > 0.97  # ties in other precisions
+    assert (codes == slowly(weight, moments, low, step, scheme.bits)).double().mean() > 0.97  # ties in other precisions
     scaled = inputs / inputs.square().mean(1, keepdim=True).sqrt()
 
     def damage(other):
@@ -200,10 +202,11 @@ def test_gptq_without_correlations_is_rounding_on_a_grid_that_is_no_worse():
     weight[0, 3], weight[0, 4] = 6.0, -6.0  # worth cutting where they hardly enter
     moments = torch.diag(torch.rand(16, dtype=torch.float64) + 0.5)
     moments[3, 3] = moments[4, 4] = 1e-3
+    scheme = Scheme(4, 8)
     for turned in (False, True):
         stored = weight.T.contiguous() if turned else weight
-        mine, covering = quantize_rows(weight, Entering.of(moments), 4, 8, turned=turned), quantize(stored, 4, 8)
-        values = dequantize(mine, tuple(stored.shape), 4, 8)
+        mine, covering = quantize_rows(weight, Entering.of(moments), scheme, turned=turned), quantize(stored, scheme)
+        values = dequantize(mine, tuple(stored.shape), scheme)
         low, steps = (
             one.float().repeat_interleave(8, dim=1)[:, : stored.shape[1]] for one in (mine.minima, mine.scales)
         )
@@ -214,8 +217,29 @@ def test_gptq_without_correlations_is_rounding_on_a_grid_that_is_no_worse():
         def error(other, turned=turned, weights=weights):
             return (weights * ((other.T if turned else other) - weight).square()).sum()
 
-        assert error(values) <= error(dequantize(covering, tuple(stored.shape), 4, 8))
+        assert error(values) <= error(dequantize(covering, tuple(stored.shape), scheme))
         assert turned or mine.scales[0, 0] < covering.scales[0, 0]
+
+
+def test_fine_grids_find_again_what_was_made_on_one():
+    """A matrix that lies on a fine grid comes back exactly, and any other with less error than covering grids give."""
+    generator = torch.Generator().manual_seed(7)
+    scheme, entering = Scheme(4, 8, fine=True), Entering.of(torch.eye(24, dtype=torch.float64))
+    codes = torch.randint(0, 16, (16, 24), generator=generator, dtype=torch.uint8)
+    codes.reshape(16, 3, 8)[..., :2] = torch.tensor([0, 15], dtype=torch.uint8)  # each group uses its whole grid
+    fine = Fine(
+        torch.randint(20, 64, (16, 3), generator=generator, dtype=torch.uint8),
+        torch.randint(20, 64, (16, 3), generator=generator, dtype=torch.uint8),
+        torch.tensor([0.25, 0.5]).expand(16, 2).to(torch.float16).contiguous(),
+    )
+    fine.scales[:, 0], fine.minima[:, 0] = 63, 63  # the largest of a row tells what the others are multiples of
+    stored = Quantised.of(codes.reshape(-1), fine.grid(), 4)
+    weight = dequantize(stored, (16, 24), scheme)
+    assert torch.equal(dequantize(quantize_rows(weight, entering, scheme), (16, 24), scheme), weight)
+    other = torch.randn(16, 24, generator=generator)
+    mine, covering = quantize_rows(other, entering, scheme), quantize(other, scheme)
+    mine, covering = (dequantize(one, (16, 24), scheme) for one in (mine, covering))
+    assert (mine - other).square().sum() < (covering - other).square().sum()
 
 
 def test_two_of_each_four_are_zero_and_the_larger_ones_stay(model):

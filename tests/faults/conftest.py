@@ -27,6 +27,7 @@ POLICY = {
     "min_records": "10",
     "delta_cap": "0.01",
     "epsilon_cap": "1000.0",
+    "allow_variants": "true",
     "allow_seeded_noise": "true",
 }
 
