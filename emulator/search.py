@@ -6,6 +6,7 @@ order is by what is lost for what is saved, measured again where others were tak
 
 import copy
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -152,7 +153,7 @@ class Search:
         self._check_possible()
         self._gradients = SlotGradients(self.middle)
         found = [self._uniform(state) for state in states]
-        found.append(self._descend())
+        found.append(self._descend(self._start(states)))
         return found
 
     def _prepare(self) -> None:
@@ -173,9 +174,24 @@ class Search:
                     span = _copy(narrowed, storage).span
                     rungs[i, j] = _Rung(span_cost(span, dtype), span.blocks[path].to(dtype))
 
-    def _descend(self) -> Candidate:
+    def _start(self, states: list[State]) -> dict[str, State]:
+        """Returns the uniform state, brought as near to the limits as one that does not keep them can be.
+
+        From there a few steps are left, and over a few prices add up. Over the fifty from the top of the ladder they do
+        not: on a model of 30 blocks that descent ended far below the uniform state of the same cost.
+        """
+        near: tuple[float, dict[str, State]] = (math.inf, dict.fromkeys(self._rungs, (0, 0)))
+        for state in states:
+            self._spread(state)
+            cost, excess = self._cost(), self._excess()
+            over = sum(value / getattr(cost, name) for name, value in excess.items())
+            if excess and over < near[0]:
+                near = over, self._at
+        return near[1]
+
+    def _descend(self, start: dict[str, State]) -> Candidate:
         """Takes single steps until every limit is kept."""
-        self._at = dict.fromkeys(self._rungs, (0, 0))
+        self._at = dict(start)
         damage = self._damage()
         queue: list[_Offer] = []
         for path in self._rungs:
@@ -207,8 +223,12 @@ class Search:
 
     def _uniform(self, state: State) -> Candidate:
         """Returns the candidate in which each block is in one state, as far as it can be, for the table."""
-        self._at = {path: state if state in rungs else max(rungs) for path, rungs in self._rungs.items()}
+        self._spread(state)
         return self._candidate(self._damage())
+
+    def _spread(self, state: State) -> None:
+        """Puts each block into one state, as far as it can be."""
+        self._at = {path: state if state in rungs else max(rungs) for path, rungs in self._rungs.items()}
 
     def _damage(self, others: Mapping[str, nn.Module] = MappingProxyType({})) -> float:
         """Returns the damage of the present state, with others in the place of some blocks."""
