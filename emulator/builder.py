@@ -24,7 +24,7 @@ from errors import ConfigError
 
 AUTO = "auto"
 RELEARN = (10_000,)
-SKETCH, SKETCH_GRADIENTS = 16, 4
+SKETCH, SKETCH_GRADIENTS = 32, 4
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from emulator.build import embedding_storage, macs
 from emulator.draft import Span
 from emulator.middle import Middle
-from emulator.storage import SPARSE, parse
+from emulator.storage import DTYPES, SPARSE, parse, verbatim
 from errors import ConfigError
 
 FLOAT32 = 4
@@ -72,14 +72,14 @@ class Limits:
         return {name: float(value) for name, value in found.items() if value > 0}
 
 
-def span_cost(span: Span, dtype: torch.dtype) -> Cost:
-    """Returns the cost of one stretch, whose unchanged tensors are stored in the model's dtype."""
+def span_cost(span: Span) -> Cost:
+    """Returns the cost of one stretch; its unchanged tensors are stored in the narrowest dtype that holds them."""
     total = Cost()
     for path, block in span.blocks.items():
         own = path != span.stretch.head or span.stretch.owner is None
         total += Cost(0, macs(block), 0)
         for name, tensor in block.state_dict(prefix=f"{path}.").items():
-            total += Cost(_bytes(span, name, tensor, dtype) if own else 0, 0, FLOAT32 * tensor.numel() if own else 0)
+            total += Cost(_bytes(span, name, tensor) if own else 0, 0, FLOAT32 * tensor.numel() if own else 0)
     return total
 
 
@@ -92,7 +92,7 @@ def outside_cost(middle: Middle, embedding: str) -> Cost:
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
             how = parse(chosen[name]) if name in chosen else None
-            size = how.stored_bytes(tuple(parameter.shape)) if how else parameter.numel() * parameter.itemsize
+            size = how.stored_bytes(tuple(parameter.shape)) if how else _verbatim_bytes(parameter)
             total += Cost(size, 0, FLOAT32 * parameter.numel())
     return total
 
@@ -102,14 +102,18 @@ def full_macs(middle: Middle) -> int:
     return sum(macs(middle.source.model.get_submodule(path)) for path in middle.blocks)
 
 
-def _bytes(span: Span, name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+def _bytes(span: Span, name: str, tensor: Tensor) -> int:
     how = span.storage.get(name)
     if how == SPARSE:
         return int(2 * (tensor != 0).sum()) + (tensor.numel() + 7) // 8
     scheme = parse(how) if how else None
     if scheme:
         return scheme.stored_bytes(tuple(tensor.shape))
-    return tensor.numel() * (2 if name in span.changed else dtype.itemsize)
+    return 2 * tensor.numel() if name in span.changed else _verbatim_bytes(tensor)
+
+
+def _verbatim_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * DTYPES[verbatim(tensor)].itemsize
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

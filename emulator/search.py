@@ -1,7 +1,8 @@
 """A recipe for given limits: each block becomes narrower, is stored in fewer bits or goes, least damage first.
 
 The measure is the slots' gradient through the emulator against the one through the full model, on public text; the
-order is by what is lost for what is saved, measured again where others were taken since (the principle is GradOT's).
+order is by what is lost for what is saved, and a step is taken only as it was measured in the present state (the
+principle is GradOT's).
 """
 
 import copy
@@ -67,9 +68,6 @@ LADDERS = {
         widths=((),), storages=(("int8:128",), ("gptq4:32/6",), ("gptq4:128",), ("gptq3:32/6",), ("gptq3:128",))
     ),
 }
-# A step's price is measured again where more than so many others were taken since. That is a compromise: on a model of
-# 30 blocks prices hold for the first half of the steps, and the last ones cost more than was thought.
-FRESH = 8
 REPORT = 8
 
 
@@ -100,15 +98,15 @@ class _Offer:
       rank: damage for what is saved; the least is taken first.
       path: of the block.
       start, end: before the step and after it.
-      price: the damage that it adds.
-      seen: how many steps had been taken when it was measured; None where it was not.
+      after: the damage with it, as it was measured last.
+      seen: how many steps had been taken then; None where it was not.
     """
 
     rank: float
     path: str
     start: State
     end: State
-    price: float = field(default=0.0, compare=False)
+    after: float = field(default=0.0, compare=False)
     seen: int | None = field(default=None, compare=False)
 
 
@@ -172,7 +170,7 @@ class Search:
                 narrowed = _copy(station, width)
                 for j, storage in enumerate(ladder.storages):
                     span = _copy(narrowed, storage).span
-                    rungs[i, j] = _Rung(span_cost(span, dtype), span.blocks[path].to(dtype))
+                    rungs[i, j] = _Rung(span_cost(span), span.blocks[path].to(dtype))
 
     def _start(self, states: list[State]) -> dict[str, State]:
         """Returns the uniform state, brought as near to the limits as one that does not keep them can be.
@@ -202,18 +200,18 @@ class Search:
             saved = self._saved(offer, excess)
             if offer.start != self._at[offer.path] or saved <= 0:
                 continue
-            if offer.seen is None or taken - offer.seen > FRESH:
-                price = max(self._damage({offer.path: self._rungs[offer.path][offer.end].block}) - damage, 0.0)
-                heapq.heappush(queue, replace(offer, rank=price / saved, price=price, seen=taken))
+            if offer.seen != taken:
+                after = self._damage({offer.path: self._rungs[offer.path][offer.end].block})
+                rank = max(after - damage, 0.0) / saved
+                heapq.heappush(queue, replace(offer, rank=rank, after=after, seen=taken))
                 continue
             self._at[offer.path] = offer.end
             self._offer(queue, offer.path)
             taken += 1
-            damage += offer.price
+            damage = offer.after
             if taken % REPORT == 0:
-                damage = self._damage()
                 self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
-        return self._candidate(self._damage())
+        return self._candidate(damage)
 
     def _offer(self, queue: list[_Offer], path: str) -> None:
         """Puts the next steps of a block into the queue, to be measured when they come to its head."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
+from emulator.build import build
 from emulator.calibrate import PublicExamples
 from emulator.cost import Limits
 from emulator.geometry import Geometry
@@ -57,6 +58,20 @@ def test_the_last_candidate_is_what_its_recipe_says(middle):
     assert len(found) == 1 + len(LADDERS["sandwich"].states())
     assert found[0].damage < 0.01  # all blocks at the top of the ladder
     assert [one.fits for one in found][:2] == [False, False]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_bytes_of_a_candidate_are_those_of_its_package(middle, tmp_path, rounded):
+    """A bf16 checkpoint is shipped as bf16, also where it was loaded as float32."""
+    model = middle.source.model
+    if rounded:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16).float()
+    for one in Search(middle, Limits(flops=0.75), "int8").run()[::3]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        manifest = build(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
+        built = manifest.slot_bytes + manifest.embedding_bytes + manifest.middle_bytes + manifest.other_bytes
+        assert built == one.cost.bytes
 
 
 def test_limits_that_nothing_meets_are_refused(middle):
