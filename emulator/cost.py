@@ -87,13 +87,20 @@ def outside_cost(middle: Middle, embedding: str) -> Cost:
     """Returns the cost of everything but the middle."""
     model = middle.source.model
     chosen = embedding_storage(model, embedding)
-    inside = tuple(f"{path}." for path in middle.blocks)
+    tower = tuple(f"{path}." for path in middle.tower)
+    total = _parameters_cost({n: p for n, p in model.named_parameters() if not n.startswith(tower)}, chosen)
+    for path in middle.geometry.ends(model):
+        with middle.source.open(path) as block:
+            total += _parameters_cost(dict(block.named_parameters(prefix=path)), chosen)
+    return total
+
+
+def _parameters_cost(parameters: dict[str, nn.Parameter], chosen: dict[str, str]) -> Cost:
     total = Cost()
-    for name, parameter in model.named_parameters():
-        if not name.startswith(inside):
-            how = parse(chosen[name]) if name in chosen else None
-            size = how.stored_bytes(tuple(parameter.shape)) if how else _verbatim_bytes(parameter)
-            total += Cost(size, 0, FLOAT32 * parameter.numel())
+    for name, parameter in parameters.items():
+        scheme = parse(chosen[name]) if name in chosen else None
+        size = scheme.stored_bytes(tuple(parameter.shape)) if scheme else _verbatim_bytes(parameter)
+        total += Cost(size, 0, FLOAT32 * parameter.numel())
     return total
 
 

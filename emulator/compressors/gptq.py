@@ -17,6 +17,7 @@ from emulator.scheme import Scheme
 
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors are passed on together to those behind
+SMALLEST = 2.0**-24  # that fp16 holds: with it as a unit, weights however small come back as more than zeros
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the grid that covers a whole group
 
 
@@ -160,16 +161,13 @@ class _Choice:
 def _snapped(plain: _Choice) -> Grid:
     """Returns the fine grid of least error around a plain one: each code is the nearest or one of its neighbours."""
     wanted = (plain.best.scales, (-plain.best.minima).clamp_min(0))
-    spans = torch.stack([one.amax(-1) / FINEST for one in wanted], dim=-1).to(HALF)
-    scales, minima = (
-        (one / torch.where(span == 0, 1.0, span.float()).unsqueeze(-1)).round()
-        for one, span in zip(wanted, spans.unbind(-1), strict=True)
-    )
+    spans = torch.stack([one.amax(-1) / FINEST for one in wanted], dim=-1).to(HALF).clamp_min(SMALLEST)
+    units = [span.float().unsqueeze(-1) for span in spans.unbind(-1)]
+    scales, minima = ((one / unit).round() for one, unit in zip(wanted, units, strict=True))
     choice = _Choice(plain.groups, plain.weights, plain.bits)
     for up, down in product((0, -1, 1), repeat=2):
         choice.offer(_fine(scales + up, minima + down, spans))
-    step, drop = (torch.where(span == 0, 1.0, span.float()).unsqueeze(-1) for span in spans.unbind(-1))
-    return _fine((choice.best.scales / step).round(), (-choice.best.minima / drop).round(), spans)
+    return _fine((choice.best.scales / units[0]).round(), (-choice.best.minima / units[1]).round(), spans)
 
 
 def _fine(scales: Tensor, minima: Tensor, spans: Tensor) -> Grid:

@@ -242,6 +242,17 @@ def test_fine_grids_find_again_what_was_made_on_one():
     assert (mine - other).square().sum() < (covering - other).square().sum()
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1.0, 3e3])
+def test_fine_grids_hold_weights_of_any_size(size):
+    """Rows of zeros, too."""
+    scheme, entering = Scheme(4, 8, fine=True), Entering.of(torch.eye(16, dtype=torch.float64))
+    weight = size * torch.randn(4, 16, generator=torch.Generator().manual_seed(8))
+    weight[2] = 0
+    found = dequantize(quantize_rows(weight, entering, scheme), (4, 16), scheme)
+    assert (found - weight).norm() < 0.2 * weight.norm()
+    assert not found[2].any()
+
+
 def test_two_of_each_four_are_zero_and_the_larger_ones_stay(model):
     before = model.model.layers[3].mlp.up_proj.weight.clone()
     weight = emulated(model, ("prune_2_4",)).model.layers[3].mlp.up_proj.weight

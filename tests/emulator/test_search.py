@@ -12,7 +12,7 @@ from emulator.cost import Limits
 from emulator.geometry import Geometry
 from emulator.middle import Calibration, Middle
 from emulator.search import LADDERS, Search
-from emulator.source import MemorySource
+from emulator.source import MemorySource, ShardSource
 from errors import ConfigError
 from task.examples import Examples
 from task.tasks import TASKS
@@ -67,7 +67,11 @@ def test_bytes_of_a_candidate_are_those_of_its_package(middle, tmp_path, rounded
     if rounded:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16).float()
-    for one in Search(middle, Limits(flops=0.75), "int8").run()[::3]:
+    model.save_pretrained(tmp_path / "model")
+    shards = Middle(ShardSource(tmp_path / "model", torch.float32), middle.geometry, middle.calibration)
+    found = Search(middle, Limits(flops=0.75), "int8").run()
+    assert [one.cost for one in Search(shards, Limits(flops=0.75), "int8").run()] == [one.cost for one in found]
+    for one in found[::3]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         manifest = build(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
         built = manifest.slot_bytes + manifest.embedding_bytes + manifest.middle_bytes + manifest.other_bytes
