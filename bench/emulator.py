@@ -20,7 +20,7 @@ import torch
 
 from adapter.layout import Layout
 from bench.emulator_report import write_report
-from bench.subjects import DOMAINS, KINDS, Subject
+from bench.subjects import DOMAINS, KINDS, Recipe, Subject
 from emulator import package
 from emulator.correct import repaired
 from emulator.fidelity import gradient_cosine, visiting
@@ -47,29 +47,29 @@ class Bench:
     def measure(self, names: list[str], domains: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
         """Yields one line for each emulator, then for each emulator, domain and seed."""
         for name in names:
-            shape, recipe = self.subject.kind.recipes[name]
-            emulator, facts = self._emulator(name, shape, recipe)
+            recipe = self.subject.kind.recipes[name]
+            emulator, facts = self._emulator(name, recipe)
             yield facts
             for domain in domains:
                 for seed in seeds:
-                    yield self._case(name, shape, emulator, domain, seed)
+                    yield self._case(name, recipe.shape, emulator, domain, seed)
 
-    def _emulator(self, name: str, shape: str, recipe: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    def _emulator(self, name: str, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         """Builds a package, or opens the one of an earlier run, and holds it against the gate."""
         folder = self.out / "packages" / name.replace(" ", "_").replace("/", "-").replace("%", "pc")
         key = f"emulator|{name}"
         known = self.lines.get(key, {})
         if not (folder / "manifest.json").is_file():
-            known = self._build(shape, recipe, folder)
+            known = self._build(recipe, folder)
         manifest = package.read_manifest(folder)
         emulator = package.load(folder, dtype=torch.float32)
         if "cosine" not in known:
-            known = known | self._judged(shape, emulator)
+            known = known | self._judged(recipe.shape, emulator)
         return emulator, {
             "key": key,
             "name": name,
-            "shape": shape,
-            "recipe": list(recipe),
+            "shape": recipe.shape,
+            "recipe": list(recipe.steps),
             "bytes": manifest.shipped_bytes,
             "full_bytes": manifest.full_bytes,
             "middle_ratio": manifest.middle_ratio,
@@ -78,12 +78,13 @@ class Bench:
             **known,
         }
 
-    def _build(self, shape: str, recipe: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    def _build(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         subject = self.subject
         calibration = Calibration(subject.public.run, subject.gate.losses)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped in the middle
         began, cpu = time.perf_counter(), time.process_time()
-        package.build(MemorySource(subject.model), subject.geometry(shape), recipe, "int8", calibration, folder)
+        geometry = subject.geometry(recipe.shape, recipe.ends)
+        package.build(MemorySource(subject.model), geometry, recipe.steps, recipe.embedding, calibration, folder)
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
 
     def _judged(self, shape: str, emulator: Any) -> dict[str, Any]:

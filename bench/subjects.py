@@ -17,10 +17,29 @@ from emulator.rehearse import Lesson, Text
 from task.tasks import TASKS
 
 DOMAINS = ("abraham-lincoln", "andrew-jackson", "ronald-reagan")
-Recipes = dict[str, tuple[str, tuple[str, ...]]]
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PUBLIC_PARTS = (64, 16, 128, 32, 1024)  # for fits, gate, adapters, scores and an attacker; no example serves two
 HEAD_EXAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One emulator of the bench.
+
+    Attributes:
+      shape: "sandwich" or "parallel".
+      steps: compressors, in order.
+      embedding: storage of the word tables.
+      ends: blocks that are shipped verbatim at each end; None is the kind's slots.
+    """
+
+    shape: str
+    steps: tuple[str, ...]
+    embedding: str = "int8"
+    ends: int | None = None
+
+
+Recipes = dict[str, Recipe]
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class Kind:
       length: tokens in an example.
       targets: layers that carry adapters.
       batch, rate: of the adapter's training with Adam.
-      recipes: by name, (shape, recipe).
+      recipes: by name.
     """
 
     title: str
@@ -73,9 +92,10 @@ class Subject:
         model = kind.task.load(folder, dtype=torch.float32)
         return cls(kind, model, folder, fit, gate, Text(*rest), cache / "data" / "sites")
 
-    def geometry(self, shape: str) -> Geometry:
+    def geometry(self, shape: str, ends: int | None = None) -> Geometry:
         """Returns which blocks carry adapters."""
-        return Geometry.of(self.model, self.kind.ends, self.kind.ends, shape)
+        count = self.kind.ends if ends is None else ends
+        return Geometry.of(self.model, count, count, shape)
 
     def lesson(self, shape: str, seed: int) -> Lesson:
         """Returns how the adapter is trained: LoRA of rank 8 on every dense layer of the slots, Adam, no privacy."""
@@ -112,35 +132,42 @@ def _minilm(cache: Path) -> Path:
 
 # The first two are bad on purpose.
 SMOLLM: Recipes = {
-    "none": ("sandwich", ("skip_uniform:1",)),
-    "uniform 50 %": ("sandwich", ("skip_uniform:0.5",)),
-    "importance 50 %": ("sandwich", ("skip_importance:0.5",)),
-    "importance 50 % + refit": ("sandwich", ("skip_importance:0.5", "refit")),
-    "low rank 50 %": ("sandwich", ("lowrank:0.5",)),
-    "narrow 1/2": ("sandwich", ("narrow:0.5",)),
-    "narrow 1/3": ("sandwich", ("narrow:0.3333",)),
-    "narrow 1/3 + gptq4": ("sandwich", ("narrow:0.3333", "gptq4:128", "center")),
-    "narrow 1/8 + gptq4": ("sandwich", ("narrow:0.125", "gptq4:128")),
-    "int4": ("sandwich", ("int4:128",)),
-    "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
-    "gptq3": ("sandwich", ("gptq3:64",)),
-    "parallel gptq4": ("parallel", ("gptq4:32/6", "center")),
+    "none": Recipe("sandwich", ("skip_uniform:1",)),
+    "uniform 50 %": Recipe("sandwich", ("skip_uniform:0.5",)),
+    "importance 50 %": Recipe("sandwich", ("skip_importance:0.5",)),
+    "importance 50 % + refit": Recipe("sandwich", ("skip_importance:0.5", "refit")),
+    "low rank 50 %": Recipe("sandwich", ("lowrank:0.5",)),
+    "narrow 1/2": Recipe("sandwich", ("narrow:0.5",)),
+    "narrow 1/3": Recipe("sandwich", ("narrow:0.3333",)),
+    "narrow 1/3 + gptq4": Recipe("sandwich", ("narrow:0.3333", "gptq4:128", "center")),
+    "narrow 1/8 + gptq4": Recipe("sandwich", ("narrow:0.125", "gptq4:128")),
+    "int4": Recipe("sandwich", ("int4:128",)),
+    "gptq4 + center": Recipe("sandwich", ("gptq4:128", "center")),
+    "gptq3": Recipe("sandwich", ("gptq3:64",)),
+    "parallel gptq4": Recipe("parallel", ("gptq4:32/6", "center")),
+    # The smallest: no block verbatim, three bits for all blocks but those whose absence harms most, and the outermost.
+    "parallel 3-4 bits": Recipe(
+        "parallel",
+        ("gptq4:32/6@0-2,8,11,24,28-29", "gptq3:32/6@3-7,9-10,12-23,25-27", "center"),
+        embedding="int4:32/6",
+        ends=0,
+    ),
 }
 MINILM: Recipes = {
-    "none": ("sandwich", ("skip_uniform:1",)),
-    "uniform 50 %": ("sandwich", ("skip_uniform:0.5",)),
-    "importance 50 %": ("sandwich", ("skip_importance:0.5",)),
-    "importance 25 % + refit": ("sandwich", ("skip_importance:0.25", "refit")),
-    "low rank 50 %": ("sandwich", ("lowrank:0.5",)),
-    "low rank 25 %": ("sandwich", ("lowrank:0.25",)),
-    "narrow 1/2": ("sandwich", ("narrow:0.5",)),
-    "narrow 1/4": ("sandwich", ("narrow:0.25",)),
-    "narrow 1/16": ("sandwich", ("narrow:0.0625",)),
-    "prune 50 %": ("sandwich", ("prune:0.5",)),
-    "int4": ("sandwich", ("int4:128",)),
-    "int3": ("sandwich", ("int3:128",)),
-    "gptq4 + center": ("sandwich", ("gptq4:128", "center")),
-    "gptq3": ("sandwich", ("gptq3:64",)),
+    "none": Recipe("sandwich", ("skip_uniform:1",)),
+    "uniform 50 %": Recipe("sandwich", ("skip_uniform:0.5",)),
+    "importance 50 %": Recipe("sandwich", ("skip_importance:0.5",)),
+    "importance 25 % + refit": Recipe("sandwich", ("skip_importance:0.25", "refit")),
+    "low rank 50 %": Recipe("sandwich", ("lowrank:0.5",)),
+    "low rank 25 %": Recipe("sandwich", ("lowrank:0.25",)),
+    "narrow 1/2": Recipe("sandwich", ("narrow:0.5",)),
+    "narrow 1/4": Recipe("sandwich", ("narrow:0.25",)),
+    "narrow 1/16": Recipe("sandwich", ("narrow:0.0625",)),
+    "prune 50 %": Recipe("sandwich", ("prune:0.5",)),
+    "int4": Recipe("sandwich", ("int4:128",)),
+    "int3": Recipe("sandwich", ("int3:128",)),
+    "gptq4 + center": Recipe("sandwich", ("gptq4:128", "center")),
+    "gptq3": Recipe("sandwich", ("gptq3:64",)),
 }
 KINDS = {
     "smollm2": Kind("SmolLM2-135M", _smollm, TASKS["causal_lm"], 2, 128, LAYERS, 4, 1e-3, SMOLLM),
