@@ -31,7 +31,7 @@ def build(
     calibration: Annotated[Path, typer.Option(help="public text of your own: a file, or a folder of text files")],
     shape: Annotated[str, typer.Option(help="sandwich, parallel or auto")] = "sandwich",
     recipe: Annotated[str, typer.Option(help="compressors in order, for example 'narrow:0.34 gptq4:64'")] = "",
-    max_bytes: Annotated[str, typer.Option(help="largest weights file, for example 80MB")] = "",
+    max_bytes: Annotated[str, typer.Option(help="most bytes of the shipped weights, for example 80MB")] = "",
     max_memory: Annotated[str, typer.Option(help="most memory of its weights at a site, for example 300MB")] = "",
     max_flops: Annotated[
         float | None, typer.Option(help="share of the middle's multiply-adds, for example 0.5")

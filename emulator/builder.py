@@ -245,10 +245,8 @@ class _TooLeaky(ConfigError):
 
 def _check_limits(manifest: Manifest, limits: Limits) -> None:
     """Holds a finished package against its limits, whose estimate came before."""
-    cost = Cost(manifest.shipped_bytes, manifest.middle_macs, 0)
-    # Names and shapes of a safetensors file take some kilobytes that no tensor has.
-    room = replace(limits, bytes=None if limits.bytes is None else limits.bytes + (1 << 16), memory=None)
-    if excess := room.excess(cost, manifest.middle_full_macs):
+    cost = Cost(manifest.payload_bytes, manifest.middle_macs, 0)
+    if excess := replace(limits, memory=None).excess(cost, manifest.middle_full_macs):
         name = next(iter(excess))
         raise ConfigError(
             f"max_{name}: the package exceeds it by {excess[name]:.3g}; raise the limit or change the recipe"

@@ -42,7 +42,7 @@ class Limits:
     """What an emulator may cost; None is no limit.
 
     Attributes:
-      bytes: of the weights file.
+      bytes: of all tensors that are shipped.
       memory: bytes of the emulator's weights in float32, which a site holds while it trains.
       flops: multiply-adds of the middle over the full model's, in (0, 1].
       leak: the largest leak, relearning included, see `emulator.rehearse`.

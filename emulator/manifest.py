@@ -86,6 +86,11 @@ class Manifest:
         return self.files[WEIGHTS].bytes
 
     @property
+    def payload_bytes(self) -> int:
+        """Size of all tensors; in their file stand their names, too, some hundred bytes for each."""
+        return self.slot_bytes + self.embedding_bytes + self.middle_bytes + self.other_bytes
+
+    @property
     def package_bytes(self) -> int:
         """Size on disk of all files but the manifest: weights, configuration, tokenizer."""
         return sum(entry.bytes for entry in self.files.values())

@@ -175,8 +175,8 @@ class Search:
     def _start(self, states: list[State]) -> dict[str, State]:
         """Returns the uniform state, brought as near to the limits as one that does not keep them can be.
 
-        From there a few steps are left, and over a few prices add up. Over the fifty from the top of the ladder they do
-        not: on a model of 30 blocks that descent ended far below the uniform state of the same cost.
+        From there a few steps are left, where there are fifty from the top of the ladder, each with its measurements.
+        On a model of 30 blocks that descent, with prices up to eight steps old, ended far below the uniform states.
         """
         near: tuple[float, dict[str, State]] = (math.inf, dict.fromkeys(self._rungs, (0, 0)))
         for state in states:

@@ -63,9 +63,9 @@ def is_verbatim(storage: str) -> bool:
 
 def names(name: str, storage: str) -> tuple[str, ...]:
     """Returns the names under which a tensor's pieces lie in the safetensors file."""
-    if is_verbatim(storage):
-        return (name,)
     scheme = parse(storage)
+    if scheme is None and storage != SPARSE:
+        return (name,)
     return tuple(f"{name}#{piece}" for piece in (scheme.pieces if scheme else ZEROS))
 
 

@@ -14,6 +14,7 @@ from emulator.fit import position_weights
 from emulator.parts import LowRank, weight_of
 from emulator.quantize import FINEST, HALF, Fine, Grid, Quantised, covering, grouped, nearest, quantize
 from emulator.scheme import Scheme
+from errors import RangeError
 
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors are passed on together to those behind
@@ -136,6 +137,8 @@ def _grid(stored: Tensor, sizes: Tensor, scheme: Scheme) -> Grid:
     middle = (groups.amax(-1, keepdim=True) + groups.amin(-1, keepdim=True)) / 2
     for share in SHARES:
         choice.offer(covering(middle + share * (groups - middle), replace(scheme, fine=False)))
+    if torch.isinf(choice.error).any():
+        raise RangeError("a weight or what enters its layer is too large to be rounded; ship the layer verbatim")
     return _snapped(choice) if scheme.fine else choice.best
 
 

@@ -1,6 +1,7 @@
 """Each closed form against its definition, a brute-force optimum or a second, slow way."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,6 +241,20 @@ def test_fine_grids_find_again_what_was_made_on_one():
     mine, covering = quantize_rows(other, entering, scheme), quantize(other, scheme)
     mine, covering = (dequantize(one, (16, 24), scheme) for one in (mine, covering))
     assert (mine - other).square().sum() < (covering - other).square().sum()
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 8), Scheme(4, 8, fine=True)], ids=str)
+@pytest.mark.parametrize("where", ["weight", "sizes"])
+def test_what_cannot_be_rounded_is_refused(scheme, where):
+    """Never zeros in its place."""
+    entering, weight = Entering.of(torch.eye(16, dtype=torch.float64)), torch.ones(4, 16)
+    weight[1, ::2] = -1
+    if where == "weight":
+        weight[1, 3] = torch.inf
+    else:
+        entering = replace(entering, sizes=torch.full((16,), torch.inf))
+    with pytest.raises(RangeError, match="verbatim"):
+        quantize_rows(weight + 0.3 * torch.arange(16), entering, scheme)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1.0, 3e3])

@@ -74,8 +74,7 @@ def test_bytes_of_a_candidate_are_those_of_its_package(middle, tmp_path, rounded
     for one in found[::3]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         manifest = build(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
-        built = manifest.slot_bytes + manifest.embedding_bytes + manifest.middle_bytes + manifest.other_bytes
-        assert built == one.cost.bytes
+        assert manifest.payload_bytes == one.cost.bytes
 
 
 def test_limits_that_nothing_meets_are_refused(middle):
