@@ -79,20 +79,15 @@ def site(package: Path, batch: int, length: int, steps: int, *, private: bool) -
 
     if not private:
         return _timed(plain, steps)
-    with ENGINES["hooks"](model) as engine:
+    with ENGINES["bookkeeping"](model) as engine:
 
         def clipped() -> None:
-            engine.per_example(task.losses, examples)
-            rows = [parameter.grad_sample.flatten(1) for parameter in parameters]
-            norms = torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
-            scale = (1.0 / norms.clamp_min(1e-9)).clamp(max=1.0)
-            for parameter, row in zip(parameters, rows, strict=True):
-                summed = (scale.unsqueeze(1) * row).sum(0) + torch.randn(row.shape[1])
-                parameter.grad = summed.reshape(parameter.shape) / len(ids)
+            engine.add(task.losses, examples, lambda norms, _: (1.0 / norms).clamp(max=1.0))
+            for parameter in parameters:
+                summed = parameter.__dict__.pop("summed_grad")
+                parameter.grad = ((summed + torch.randn(summed.shape)) / len(ids)).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for parameter in parameters:
-                parameter.grad_sample = None
 
         return _timed(clipped, steps)
 

@@ -28,7 +28,6 @@ def step(folder: Path, blocks: tuple[int, ...] | None, chunk: int | None, steps:
 
     from adapter.methods import attach
     from adapter.spec import AdapterSpec
-    from privacy.batches import trainable
     from privacy.engines import ENGINES
     from task.causal_lm import CausalLM
     from task.examples import Examples
@@ -44,12 +43,12 @@ def step(folder: Path, blocks: tuple[int, ...] | None, chunk: int | None, steps:
     if chunk is not None and (found := task.obstacle(model)):
         raise RuntimeError(f"obstacle={found!r}: this model cannot be done by chunks")
     before, seconds = _status("VmRSS"), []
-    with ENGINES["hooks"](model) as engine:
+    with ENGINES["bookkeeping"](model) as engine:
         for _ in range(steps + 1):
             began = time.process_time()
-            rows = engine.per_example(task.losses, examples)
+            rows = engine.add(task.losses, examples, lambda norms, _: (1.0 / norms).clamp(max=1.0))
             seconds.append(time.process_time() - began)
-        norm = sum(float(p.grad_sample.double().square().sum()) for p in trainable(model).values()) ** 0.5
+        norm = sum(norm**2 for norm in rows.norms) ** 0.5
     return {
         "cpu_seconds": round(statistics.median(seconds[1:]), 3),
         "peak_mb": round(_status("VmHWM")),

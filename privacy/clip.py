@@ -5,15 +5,14 @@ import statistics
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import ConfigError, lookup
-from privacy.batches import Batch, Losses, trainable
+from privacy.batches import Batch, Losses
 from privacy.engines import ENGINES
-from privacy.optimizer import example_norms
 
 
-def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], engine: str = "hooks") -> float:
+def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], engine: str = "bookkeeping") -> float:
     """Returns the median gradient norm of single examples, the default `max_grad_norm`.
 
     Clipping bounds differ by orders of magnitude between models and adapters, and one far above the norms drowns the
@@ -31,10 +30,12 @@ def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], e
     norms: list[float] = []
     with lookup(ENGINES, engine, "engine")(model) as opened:
         for batch in batches:
-            opened.per_example(losses_fn, batch)
-            found = example_norms([parameter.grad_sample for parameter in trainable(model).values()])
-            norms += found[torch.isfinite(found)].tolist()
+            norms += opened.add(losses_fn, batch, _nothing).norms
     median = statistics.median(norms) if norms else math.nan
     if not median > 0:
         raise ConfigError(f"median gradient norm={median} of {len(norms)} public examples must be > 0; add public text")
     return median
+
+
+def _nothing(norms: Tensor, positions: tuple[int, ...]) -> Tensor:
+    return torch.zeros_like(norms)

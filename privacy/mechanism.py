@@ -12,9 +12,10 @@ from torch import nn
 from errors import ConfigError, PrivacyRefusal, lookup
 from privacy.accountants import check_noise
 from privacy.batches import Losses, trainable
-from privacy.engines import ENGINES, Engine, no_rows
+from privacy.engines import ENGINES
 from privacy.events import Event, check_sample_rate, check_steps
 from privacy.optimizer import NoisyMeanOptimizer
+from privacy.per_example import Engine
 from privacy.randomness import Randomness
 from privacy.sampler import poisson
 
@@ -42,7 +43,7 @@ class Terms:
     steps: int
     learning_rate: float
     physical_batch: int = 8
-    engine: str = "hooks"
+    engine: str = "bookkeeping"
     private: bool = True
 
     def __post_init__(self) -> None:
@@ -131,8 +132,7 @@ def train(
         for _ in range(terms.steps):
             drawn = poisson(n, terms.sample_rate, randomness)
             found = _accumulate(model, losses_fn, select, drawn, terms.physical_batch, engine, optimizer)
-            no_rows(model)  # the step itself: noise and update, the same whether or not there were examples
-            optimizer.step()
+            optimizer.step()  # noise and update, the same whether or not there were examples
             optimizer.zero_grad(set_to_none=True)
             sizes.append(len(drawn))
             losses.append(float(np.mean(found)) if found else math.nan)
@@ -143,7 +143,7 @@ def train(
         norm_median=optimizer.median_norm,
         batch_sizes=tuple(sizes),
         clipped_fraction=optimizer.clipped / max(len(optimizer.norms), 1),
-        dropped=unseen + optimizer.dropped,
+        dropped=unseen,
     )
 
 
@@ -171,10 +171,8 @@ def _accumulate(
     found: list[float] = []
 
     def add(batch: Any) -> None:
-        rows = engine.per_example(losses_fn, batch)
-        optimizer.signal_skip_step()  # Opacus then clips and adds up, and neither adds noise nor updates
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # frees the rows, keeps the sum
+        rows = engine.add(losses_fn, batch, optimizer.weigh)
+        optimizer.seen(rows.norms)
         found.extend(rows.losses)
 
     for start in range(0, len(drawn), physical_batch):

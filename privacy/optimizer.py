@@ -1,11 +1,11 @@
-"""Clip, add up, add noise: Opacus' optimizer with our arithmetic and our noise."""
+"""Clip, add noise, step: Opacus' optimizer with our arithmetic and our noise."""
 
-import math
 import statistics
 from typing import Any
 
 import torch
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import DPOptimizerFastGradientClipping
+from torch import Tensor
 
 from privacy.randomness import Randomness
 
@@ -13,31 +13,16 @@ from privacy.randomness import Randomness
 CLIP_MARGIN = 1e-4
 
 
-def example_norms(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Returns the Euclidean norm of each example's whole gradient, float64 (B,).
-
-    Args:
-      rows: one tensor (B, *shape) per parameter. In float64 the square of no float32 number overflows.
-    """
-    squares = [_by_example(row).square().sum(1) for row in rows]
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum(0).sqrt()
-
-
-def _by_example(rows: torch.Tensor) -> torch.Tensor:
-    """Returns (B, numel) float64; B may be 0 and a parameter may be a scalar, so -1 would not do."""
-    return rows.detach().double().reshape(rows.shape[0], math.prod(rows.shape[1:]))
-
-
-class NoisyMeanOptimizer(DPOptimizer):
+class NoisyMeanOptimizer(DPOptimizerFastGradientClipping):
     """Takes steps along (sum of clipped gradients + noise) / expected batch size.
 
-    Norms, clipping, sum and noise are float64. An example whose gradient is not finite is left out of the sum, and
-    the noise is the same as if it had never been there. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1.
+    The sum is an engine's, which asks `weigh` for each example's factor; it, the noise and the division are float64.
+    An example that no engine asks about is not in the sum, and the noise is the same as if it had never been there.
+    Abadi et al. 2016 (arXiv 1607.00133), algorithm 1.
 
     Attributes:
       norms: gradient norms of the examples seen, before clipping; private, for diagnosis only.
       clipped: how many of them were above the bound.
-      dropped: how many examples had a gradient that is not finite.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, randomness: Randomness, private: bool, **kwargs: Any):
@@ -46,27 +31,28 @@ class NoisyMeanOptimizer(DPOptimizer):
         self._private = private
         self.norms: list[float] = []
         self.clipped = 0
-        self.dropped = 0
 
     @property
     def median_norm(self) -> float:
         """The median of the norms, or NaN when no example has been seen."""
         return statistics.median(self.norms) if self.norms else float("nan")
 
-    def clip_and_accumulate(self) -> None:
-        """Adds the clipped gradients of one physical batch to `p.summed_grad`, float64."""
-        norms = example_norms(self.grad_samples)
-        finite = torch.nonzero(torch.isfinite(norms)).flatten()  # an index, since 0 * NaN is NaN
-        norms = norms[finite]
+    def weigh(self, norms: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Returns the factors that clip gradients of these norms, float64 (b,), 1 for all where nothing is private."""
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
-        coefficients = (bound / norms).clamp(max=1.0) if self._private else torch.ones_like(norms)
+        return (bound / norms).clamp(max=1.0) if self._private else torch.ones_like(norms)
+
+    def seen(self, norms: tuple[float, ...]) -> None:
+        """Counts examples that are in the sum now."""
+        self.norms += norms
+        if self._private:
+            self.clipped += sum(norm > self.max_grad_norm * (1 - CLIP_MARGIN) for norm in norms)
+
+    def accumulate(self) -> None:
+        """Puts a sum of zero where no example was, so that the step is noise alone."""
         for parameter in self.params:
-            rows = parameter.grad_sample[finite.to(parameter.device)].detach().double()
-            total = torch.tensordot(coefficients.to(parameter.device), rows, dims=1)
-            parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
-        self.norms += norms.tolist()
-        self.clipped += int((coefficients < 1).sum())
-        self.dropped += len(self.grad_samples[0]) - len(finite)
+            if parameter.summed_grad is None:
+                parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
 
     def add_noise(self) -> None:
         """Sets `p.grad` to the sum plus noise of standard deviation noise_multiplier * max_grad_norm."""

@@ -1,22 +1,26 @@
 """The check before the first private record: are the engine's gradients really one example's own?"""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from errors import ConfigError, PrivacyRefusal, lookup
+from errors import ConfigError, OffsiteError, PrivacyRefusal, lookup
 from privacy.batches import Batch, Losses, trainable
-from privacy.engines import ENGINES, checked_losses
+from privacy.engines import ENGINES
+from privacy.per_example import Engine, checked_losses, line_of
+
+log = logging.getLogger("offsite.privacy")
 
 # Half precision rounds differently in a batch of one and in a batch of two.
 TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 TOLERANCE = 1e-4
 PERTURBATION = 0.02
 
-Gradients = dict[str, torch.Tensor]
+Gradients = dict[str, Tensor]
 
 
 def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> None:
@@ -37,7 +41,26 @@ def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> Non
       PrivacyRefusal: dropout is active, a parameter is unused, examples depend on each other, running a batch changes
         the model's buffers, or the engine is not exact.
     """
-    opened = lookup(ENGINES, engine, "engine")
+    lookup(ENGINES, engine, "engine")
+    _first_exact(model, losses_fn, batch, (engine,))
+
+
+def choose_engine(model: nn.Module, losses_fn: Losses, batch: Batch) -> str:
+    """Returns the first engine of `privacy.engines.ENGINES` that is exact for this model: the loop, if no other is.
+
+    Args:
+      model: as for `probe`.
+      losses_fn: as for `probe`.
+      batch: as for `probe`.
+
+    Raises:
+      ConfigError: the batch has fewer than two examples.
+      PrivacyRefusal: no engine is exact; the message is about the last, to which least can happen.
+    """
+    return _first_exact(model, losses_fn, batch, tuple(ENGINES))
+
+
+def _first_exact(model: nn.Module, losses_fn: Losses, batch: Batch, engines: Sequence[str]) -> str:
     if len(batch) < 2:
         raise ConfigError(f"probe examples={len(batch)} must be at least 2; give it more public text")
     if not trainable(model):
@@ -49,32 +72,44 @@ def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> Non
         _refuse_silence(references)
         _refuse_randomness(references[0], _reference(model, losses_fn, batch, 0), tolerance)
         _refuse_coupling(model, losses_fn, batch, references, tolerance)
-        with opened(model) as per_example_engine:
-            rows = per_example_engine.per_example(losses_fn, batch)
-            if len(rows.kept) != len(batch):
-                raise PrivacyRefusal("probe losses are not finite; check the model and the public examples")
-            found = {name: parameter.grad_sample.detach() for name, parameter in trainable(model).items()}
-        _refuse_inexact(found, references, tolerance, engine)
+        for engine in engines[:-1]:
+            try:
+                _check(model, losses_fn, batch, references, engine)
+            except PrivacyRefusal as refusal:
+                log.info("engine %s does not fit: %s", engine, refusal)
+            else:
+                return engine
+        _check(model, losses_fn, batch, references, engines[-1])
+        return engines[-1]
 
 
-def choose_engine(model: nn.Module, losses_fn: Losses, batch: Batch) -> str:
-    """Returns "hooks" where Opacus' hooks are exact for this model, and else "loop".
+def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], engine: str) -> None:
+    """Raises PrivacyRefusal where an engine's gradients are not the references', or it fails."""
+    try:
+        with ENGINES[engine](model) as opened:
+            found = [single_gradient(model, losses_fn, batch, opened, row) for row in range(len(batch))]
+    except (OffsiteError, MemoryError):
+        raise
+    except Exception as error:  # whatever an engine meets in a model that it was not made for
+        raise PrivacyRefusal(f"engine={engine!r} fails: {line_of(error)}; use engine='loop'") from error
+    _refuse_inexact(found, references, _tolerance(model), engine)
 
-    Args:
-      model: as for `probe`.
-      losses_fn: as for `probe`.
-      batch: as for `probe`.
+
+def single_gradient(model: nn.Module, losses_fn: Losses, batch: Batch, opened: Engine, row: int) -> Gradients:
+    """Returns what an open engine takes for one example's gradient, with the others beside it in the batch.
 
     Raises:
-      ConfigError: the batch has fewer than two examples.
-      PrivacyRefusal: neither engine is exact; the message is about the loop, to which least can happen.
+      PrivacyRefusal: a loss or gradient of the batch is not finite.
     """
-    try:
-        probe(model, losses_fn, batch, "hooks")
-    except PrivacyRefusal:
-        probe(model, losses_fn, batch, "loop")
-        return "loop"
-    return "hooks"
+    for parameter in trainable(model).values():
+        parameter.__dict__.pop("summed_grad", None)
+
+    def alone(norms: Tensor, positions: tuple[int, ...]) -> Tensor:
+        return torch.tensor([float(position == row) for position in positions], dtype=torch.float64)
+
+    if len(opened.add(losses_fn, batch, alone).kept) != len(batch):
+        raise PrivacyRefusal("probe losses are not finite; check the model and the public examples")
+    return {name: parameter.__dict__.pop("summed_grad") for name, parameter in trainable(model).items()}
 
 
 def _refuse_dropout(model: nn.Module) -> None:
@@ -91,7 +126,7 @@ def _reference(model: nn.Module, losses_fn: Losses, batch: Batch, row: int) -> G
     return _gradient(checked_losses(losses_fn, model, batch.select([row]))[0], model)
 
 
-def _gradient(loss: torch.Tensor, model: nn.Module) -> Gradients:
+def _gradient(loss: Tensor, model: nn.Module) -> Gradients:
     parameters = trainable(model)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
     unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
@@ -133,12 +168,12 @@ def _refuse_coupling(
             )
 
 
-def _refuse_inexact(found: Gradients, references: Sequence[Gradients], tolerance: float, engine: str) -> None:
+def _refuse_inexact(found: Sequence[Gradients], references: Sequence[Gradients], tolerance: float, engine: str) -> None:
     for row, reference in enumerate(references):
         for name, right in reference.items():
             # The second term: a parameter whose true gradient is 0, as of a key's bias, has nothing but rounding.
             allowed = tolerance * (float(right.double().norm()) + _norm(reference) / 100)
-            error = float((found[name][row].double() - right.double()).norm())
+            error = float((found[row][name].double() - right.double()).norm())
             if not error <= allowed:
                 raise PrivacyRefusal(
                     f"engine={engine!r}: gradient of {name!r} for example {row} is off by {error:.1e}, must be below "

@@ -1,94 +1,98 @@
-"""Every adapter method: the engine's per-example gradients against batches of one, and those against torch.func."""
+"""Every adapter method on every family it is for: an engine gives each example's own gradient, or says it cannot."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch.func import functional_call, grad
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tests.families import LABELS, TOWERS, inputs, spec_for, tiny
+from torch import Tensor, nn
 
 from adapter.methods import METHODS, attach
-from adapter.spec import AdapterSpec
-from errors import UnsupportedModel
+from errors import PrivacyRefusal, UnsupportedModel
 from privacy.batches import trainable
 from privacy.engines import ENGINES
-from privacy.probe import choose_engine
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from privacy.probe import choose_engine, single_gradient
 
-TASK = CausalLM()
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
 
-def llama() -> tuple[Any, tuple[str, ...]]:
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
-    )
-    return LlamaForCausalLM(config), ("model.layers.0", "model.layers.3")
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a model's forward pass, with labels."""
+
+    values: dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Any) -> "Inputs":
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        return Inputs({name: value[rows] for name, value in self.values.items()}, self.labels[rows])
 
 
-def gpt2() -> tuple[Any, tuple[str, ...]]:
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=32)
-    return GPT2LMHeadModel(config), ("transformer.h.0", "transformer.h.3")
+def losses(model: nn.Module, batch: Inputs) -> Tensor:
+    found = model(**batch.values).logits
+    if found.ndim == 2:
+        return nn.functional.cross_entropy(found, batch.labels, reduction="none")
+    words = batch.values["input_ids"]
+    return nn.functional.cross_entropy(found[:, :-1].transpose(1, 2), words[:, 1:], reduction="none").mean(1)
 
 
-FAMILIES = {"llama": llama, "gpt2": gpt2}
+def examples(family: str, dtype: torch.dtype) -> Inputs:
+    return Inputs(inputs(family, dtype), LABELS)
 
 
-def adapted(family: str, method: str) -> Any:
-    torch.manual_seed(0)
-    model, slots = FAMILIES[family]()
-    model.eval().requires_grad_(False)
+def adapted(method: str, family: str) -> Any:
+    """Returns a model in float64 whose adapter is off its start, where some gradients would be zero."""
     try:
-        model = attach(model, AdapterSpec(method=method, slots=slots))
-    except UnsupportedModel as refusal:
-        pytest.skip(f"{method} is refused on {family}: {refusal}")
+        model = attach(tiny(family), spec_for(method, family))
+    except UnsupportedModel:
+        return None
+    model = model.double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(model).values():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
-def examples() -> Examples:
-    ids = torch.randint(0, 97, (4, 10), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0  # a short record among full ones
-    return Examples(ids, mask)
+def brute_force(model: nn.Module, batch: Inputs) -> Tensor:
+    """Returns each example's gradient by plain autograd on that example alone, (B, d)."""
+    rows = []
+    for row in range(len(batch)):
+        parts = torch.autograd.grad(losses(model, batch.select([row]))[0], list(trainable(model).values()))
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
 
 
-def by_function(model: Any, batch: Examples) -> list[torch.Tensor]:
-    """Returns per-example gradients by torch.func.grad of a functional call, one example at a time, in float64."""
-    model = model.double().eval()
-    names = list(trainable(model))
-    values = {name: dict(model.named_parameters())[name].detach() for name in names}
-
-    class Fixed(torch.nn.Module):
-        def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-            super().__init__()
-            self.weights = weights
-
-        def forward(self, **inputs: Any) -> Any:
-            return functional_call(model, self.weights, (), inputs)
-
-    rows = [
-        grad(lambda weights, i=i: TASK.losses(Fixed(weights), batch.select([i])).sum())(values)
-        for i in range(len(batch))
-    ]
-    return [torch.stack([row[name] for row in rows]) for name in names]
+def by_engine(model: nn.Module, batch: Inputs, engine: str) -> Tensor:
+    with ENGINES[engine](model) as opened:
+        found = [single_gradient(model, losses, batch, opened, row) for row in range(len(batch))]
+    return torch.stack([torch.cat([part.flatten() for part in row.values()]) for row in found])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TOWERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_per_example(family: str, method: str) -> None:
-    model, batch = adapted(family, method), examples()
-    chosen = choose_engine(model, TASK.losses, batch)
-    expected: list[torch.Tensor] = []
-    for engine in dict.fromkeys(("loop", chosen)):
-        with ENGINES[engine](model) as opened:
-            rows = opened.per_example(TASK.losses, batch)
-            found = [parameter.grad_sample.clone() for parameter in trainable(model).values()]
-        assert rows.kept == (0, 1, 2, 3)
-        expected = expected or by_function(adapted(family, method), batch)
-        scale = torch.cat([e.flatten(1) for e in expected], 1).norm(dim=1)
-        error = torch.cat([(f - e).flatten(1) for f, e in zip(found, expected, strict=True)], 1).norm(dim=1)
-        assert float((error / scale).max()) < 2e-5, engine
+def test_gradients_are_per_example(method: str, family: str) -> None:
+    model = adapted(method, family)
+    if model is None:
+        return  # tests/contracts/test_methods.py holds which are refused, and why
+    batch = examples(family, torch.float64)
+    right = brute_force(model, batch)
+    chosen = choose_engine(model, losses, batch)
+    exact = []
+    for engine in ENGINES:
+        try:
+            found = by_engine(model, batch, engine)
+        except (PrivacyRefusal, NotImplementedError, RuntimeError, AttributeError, TypeError, ValueError, IndexError):
+            assert engine != chosen
+            continue
+        error = float(((found - right).norm(dim=1) / right.norm(dim=1)).max())
+        if engine != "hooks":  # Opacus is silently wrong for some; then the probe must not have taken it
+            assert error < 1e-6, engine
+        if error < 1e-6:
+            exact.append(engine)
+    assert chosen in exact
+    assert "loop" in exact

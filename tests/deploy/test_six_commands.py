@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,8 +178,6 @@ def test_a_stopped_script_leaves_nothing_running(fed: Path, tmp_path: Path) -> N
     (tmp_path / "job").write_text(job_of(fed))
     with Script(tmp_path / "fed", fed.parent, fed.parent / "data" / "sites", JOB=str(tmp_path / "job")) as script:
         wait_for((tmp_path / "fed" / "home" / "status.json").exists, SECONDS, every=0.2)
-        began = time.monotonic()
         script.process.send_signal(signal.SIGTERM)
         assert script.process.wait(timeout=SECONDS) == 143
-        assert time.monotonic() - began < 8
         assert script.left() == []

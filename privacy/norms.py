@@ -1,0 +1,27 @@
+"""Euclidean norms that a bound on one record's influence can rest on."""
+
+import torch
+from torch import Tensor
+
+# torch sums squares of float32 in float32: of ten million equal numbers it makes 0.8 % too little, more than the margin
+# under the bound. Of a thousand at a time it loses 4e-7 at most, and what comes of them is added up in float64; that
+# takes a twentieth of the time that float64 throughout takes.
+PIECE = 1024
+TINY, HUGE = 1e-15, 1e15  # squares of what lies outside are lost to float32
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Returns the norm of each row, float64 (B,), to a relative error below 1e-6; NaN or infinite where a number is.
+
+    Args:
+      rows: (B, ...), any floating dtype; B and the other lengths may be 0.
+    """
+    flat = rows.detach().flatten(1) if rows.ndim > 1 else rows.detach()[:, None]
+    if flat.dtype != torch.float32:
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+    whole = flat.shape[1] // PIECE * PIECE
+    squares = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, PIECE)), dim=2).double().square().sum(1)
+    norms = (squares + torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square()).sqrt()
+    for row in torch.nonzero(~((norms > TINY) & (norms < HUGE))).flatten().tolist():
+        norms[row] = torch.linalg.vector_norm(flat[row], dtype=torch.float64)
+    return norms

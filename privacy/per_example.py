@@ -1,0 +1,96 @@
+"""One gradient per example: what every engine does with a batch, and what it tells of it.
+
+An engine is opened on a model for the length of one training, and leaves no trace on it when closed:
+
+    with ENGINES["bookkeeping"](model) as engine:
+        rows = engine.add(losses_fn, batch, weigh)  # p.summed_grad += sum over examples of factor * gradient
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from errors import PrivacyRefusal
+from privacy.batches import Batch, Losses
+
+Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""(gradient norms float64 (b,), all finite; positions in the batch) -> factors float64 (b,)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which examples of a batch have a part in the sum; private, all fields.
+
+    Attributes:
+      kept: positions in the batch, ascending; an example whose loss or gradient is not finite has no part.
+      losses: their losses, in the same order.
+      norms: Euclidean norms of their whole gradients.
+    """
+
+    kept: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+
+
+class Engine(Protocol):
+    """One way to get one gradient per example."""
+
+    def add(self, losses_fn: Losses, batch: Batch, weigh: Weigh) -> Rows:
+        """Adds each example's gradient times its factor to `p.summed_grad`, float64, of every trainable parameter.
+
+        All of a batch is added, or, where this raises, nothing of it. `weigh` sees finite norms only: an example whose
+        loss or gradient is NaN or infinite leaves no trace in the sum.
+
+        Raises:
+          PrivacyRefusal: the gradients cannot be told apart by example.
+        """
+        ...
+
+
+def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the losses of a batch, (B,).
+
+    Raises:
+      PrivacyRefusal: they are not one number per example.
+    """
+    losses = losses_fn(model, batch)
+    if tuple(losses.shape) != (len(batch),):
+        raise PrivacyRefusal(
+            f"losses shape={tuple(losses.shape)} must be one loss per example, ({len(batch)},); "
+            "return the mean over each example's own targets"
+        )
+    return losses
+
+
+def finite_losses(forward: Callable[[Any], Tensor], batch: Batch) -> tuple[Tensor, list[int]] | None:
+    """Returns the losses of the examples that have a finite one, with their positions; None where none has.
+
+    The model runs again without the others: a NaN must not meet them in the backward pass, where 0 * NaN is NaN.
+
+    Args:
+      forward: batch -> losses (B,), starting from nothing each time.
+      batch: of examples.
+    """
+    kept = list(range(len(batch)))
+    while kept:
+        losses = forward(batch)
+        finite = torch.isfinite(losses.detach()).tolist()
+        if all(finite):
+            return losses, kept
+        batch = batch.select([row for row, good in enumerate(finite) if good])
+        kept = [position for position, good in zip(kept, finite, strict=True) if good]
+    return None
+
+
+def add_to_sum(parameter: nn.Parameter, total: Tensor) -> None:
+    """Adds one batch's weighted sum to `parameter.summed_grad`, in float64."""
+    held = parameter.__dict__.get("summed_grad")
+    parameter.summed_grad = total.double() if held is None else held.add_(total)
+
+
+def line_of(error: Exception) -> str:
+    """Returns the first line of a foreign exception, short."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

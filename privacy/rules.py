@@ -1,0 +1,151 @@
+"""How a module's per-example gradients follow from what went in and what gradient came back."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+
+from errors import PrivacyRefusal
+from privacy.captured import Captured, Pair
+from privacy.tap import Call
+
+Rule = Callable[[nn.Module, str, Call, list[Tensor], Captured], None]
+"""(module, its path, call, gradients of its outputs, where the result goes)."""
+
+NORMS = ("LayerNorm", "RMSNorm", "CastNorm", "NormChange")
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """Returns the closed-form rule of a module, or None where there is none; subclasses with another forward have none.
+
+    Norms over the last dimension are told by their class' name, as nothing else tells them from those over others; the
+    start-up probe compares what the rule gives.
+    """
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return linear
+    if forward is Conv1D.forward:
+        return transposed
+    own = dict(module.named_parameters(recurse=False))
+    vectors = set(own) <= {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
+    named = type(module).__name__.endswith(NORMS)
+    return norm if named and vectors and not any(module.children()) else None
+
+
+def linear(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+    """A dense layer, y = x W^T + b: example i's gradient of W is sum over positions t of g_it x_it^T."""
+    _dense(module, path, call, gradients, captured, transpose=False)
+
+
+def transposed(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+    """GPT-2's Conv1D, y = x W + b."""
+    _dense(module, path, call, gradients, captured, transpose=True)
+
+
+def _dense(
+    module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured, *, transpose: bool
+) -> None:
+    inputs, gradient = _by_position(path, call, gradients, captured.size)
+    weight, bias = _trainable(module, "weight"), _trainable(module, "bias")
+    if bias is not None:
+        captured.put(bias, gradient.to(bias).sum(1))
+    if weight is not None:
+        inputs, gradient = inputs.to(weight), gradient.to(weight)
+        captured.put_pair(weight, Pair(inputs, gradient) if transpose else Pair(gradient, inputs))
+
+
+def norm(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+    """A norm, y = n(x) * (c + w) + b for any normalisation n: n(x) is what one more w adds to y."""
+    inputs, gradient = _by_position(path, call, gradients, captured.size)
+    weight, bias = _trainable(module, "weight"), _trainable(module, "bias")
+    if bias is not None:
+        captured.put(bias, gradient.to(bias).sum(1))
+    if weight is not None:
+        with torch.no_grad():
+            zero = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+            one = zero | {"weight": torch.ones_like(weight)}
+            normal = functional_call(module, one, (inputs,)) - functional_call(module, zero, (inputs,))
+        captured.put(weight, (gradient.to(weight) * normal.to(weight)).sum(1))
+
+
+def recomputed(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+    """Any module: the gradient of its outputs' product with what came back, one example at a time through it alone.
+
+    By `vmap` over the examples where torch can, and else by a loop over them.
+
+    Raises:
+      PrivacyRefusal: a tensor that goes in or comes out has neither one entry per example nor one for all.
+    """
+    size = captured.size
+    for tensor in (*call.inputs, *gradients):
+        if tensor.ndim == 0 or tensor.shape[0] not in (1, size):
+            raise _leading(path, tuple(tensor.shape), size)
+    if any(gradient.shape[0] != size for gradient in gradients):
+        raise _leading(path, tuple(gradients[0].shape), size)
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    mapped = [tensor.shape[0] == size for tensor in call.inputs]
+
+    def product(values: dict[str, Tensor], inputs: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> Tensor:
+        one = [tensor[None] if each else tensor for tensor, each in zip(inputs, mapped, strict=True)]
+        args, kwargs = call.arguments(one)
+        output = functional_call(module, values, args, kwargs)
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if _floating(leaf)]
+        return torch.stack([(leaf[0] * g).sum() for leaf, g in zip(leaves, back, strict=True)]).sum()
+
+    in_dims = (None, tuple(0 if each else None for each in mapped), 0)
+    try:
+        rows = vmap(grad(product), in_dims=in_dims)(parameters, call.inputs, tuple(gradients))
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        rows = _looped(product, parameters, call, mapped, gradients)
+    for name, parameter in module.named_parameters():
+        if name in rows:
+            captured.put(parameter, rows[name].detach())
+
+
+def _looped(
+    product: Callable[..., Tensor],
+    parameters: dict[str, Tensor],
+    call: Call,
+    mapped: list[bool],
+    gradients: list[Tensor],
+) -> dict[str, Tensor]:
+    """The same by ordinary autograd, for modules that branch on values or have functions that `vmap` does not know."""
+    found: list[tuple[Tensor, ...]] = []
+    with torch.enable_grad():
+        leaves = {name: value.clone().requires_grad_(True) for name, value in parameters.items()}
+        for row in range(gradients[0].shape[0]):
+            inputs = tuple(t[row] if each else t for t, each in zip(call.inputs, mapped, strict=True))
+            loss = product(leaves, inputs, tuple(gradient[row] for gradient in gradients))
+            parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            found.append(
+                tuple(torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), parts, strict=True))
+            )
+    return {name: torch.stack(column) for name, column in zip(leaves, zip(*found, strict=True), strict=True)}
+
+
+def _floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _trainable(module: nn.Module, name: str) -> nn.Parameter | None:
+    parameter = module._parameters.get(name)
+    return parameter if parameter is not None and parameter.requires_grad else None
+
+
+def _by_position(path: str, call: Call, gradients: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """Returns input and gradient as (B, T, features), T the product of whatever lies between."""
+    inputs, gradient = call.inputs[0], gradients[0]
+    for tensor in (inputs, gradient):
+        if tensor.ndim < 2 or tensor.shape[0] != size:
+            raise _leading(path, tuple(tensor.shape), size)
+    return inputs.reshape(size, -1, inputs.shape[-1]), gradient.reshape(size, -1, gradient.shape[-1])
+
+
+def _leading(path: str, shape: tuple[int, ...], size: int) -> PrivacyRefusal:
+    return PrivacyRefusal(
+        f"module={path!r} works on shape={shape}, its first length must be the {size} examples of the batch; "
+        "use engine='loop'"
+    )
