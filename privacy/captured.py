@@ -105,12 +105,12 @@ class Captured:
 
     def _weighted(self, parameter: nn.Parameter, factors: Tensor, finite: Tensor | None) -> Tensor:
         rows, pair = self.rows.get(id(parameter)), self.pairs.get(id(parameter))
-        total = torch.zeros_like(parameter)
+        parts = []
         if rows is not None:
             chosen = rows if finite is None else rows[finite.to(rows.device)]
-            total = torch.tensordot(factors.to(chosen), chosen, dims=1)
+            parts.append(torch.tensordot(factors.to(chosen), chosen, dims=1))
         if pair is not None:
             outer, inner = (t if finite is None else t[finite.to(t.device)] for t in (pair.outer, pair.inner))
             outer = outer * factors.to(outer)[:, None, None]
-            total = total + outer.flatten(0, 1).T @ inner.flatten(0, 1)
-        return total
+            parts.append(outer.flatten(0, 1).T @ inner.flatten(0, 1))
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(parameter)

@@ -177,13 +177,13 @@ def _accumulate(
 
     for start in range(0, len(drawn), physical_batch):
         batch = select(drawn[start : start + physical_batch])
-        if _fails(add, batch):  # a model must not tell by a fault on which records it fails: those are left out
+        if fails(add, batch):  # a model must not tell by a fault on which records it fails: those are left out
             for row in range(len(batch)):
-                _fails(add, batch.select([row]))
+                fails(add, batch.select([row]))
     return found
 
 
-def _fails(add: Callable[[Any], None], batch: Any) -> bool:
+def fails(add: Callable[[Any], None], batch: Any) -> bool:
     """Adds a batch to the sum, and says whether the model failed on it; nothing of it is in the sum then.
 
     Raises:

@@ -57,12 +57,12 @@ class NoisyMeanOptimizer(DPOptimizerFastGradientClipping):
     def add_noise(self) -> None:
         """Sets `p.grad` to the sum plus noise of standard deviation noise_multiplier * max_grad_norm."""
         for parameter in self.params:
-            total = parameter.summed_grad
+            total = parameter.summed_grad  # changed in place: it is this step's own
             if self._private:
                 scale = self.noise_multiplier * self.max_grad_norm
-                noise = torch.from_numpy(self._randomness.normal(parameter.numel())) * scale
-                total = total + noise.view(parameter.shape).to(parameter.device)
-            parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
+                noise = torch.from_numpy(self._randomness.normal(parameter.numel())).mul_(scale)
+                total.add_(noise.view(parameter.shape).to(parameter.device))
+            parameter.grad = total.div_(self.expected_batch_size).to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Does nothing: `add_noise` has divided, before the sum is rounded to the parameter's dtype."""

@@ -1,9 +1,11 @@
 """The source of every random number that a privacy guarantee rests on."""
 
 import hashlib
+import math
 import os
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 
@@ -44,8 +46,11 @@ class Randomness:
     def uniform(self, n: int) -> np.ndarray:
         """Returns n independent numbers in the open interval (0, 1), float64 (n,), on a grid of 2**-52."""
         words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
-        # The half step keeps 0 out, of which Box-Muller takes a logarithm.
-        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        numbers = (words >> np.uint64(12)).astype(np.float64)
+        # The half step keeps 0 out, of which Box-Muller takes a logarithm. In place: millions are drawn for a step.
+        numbers += 0.5
+        numbers *= 2.0**-52
+        return numbers
 
     def normal(self, n: int) -> np.ndarray:
         """Returns n independent standard normal numbers, float64 (n,).
@@ -53,6 +58,10 @@ class Randomness:
         Box and Muller 1958. The grid of the uniforms bounds them by 8.6, beyond which lie 1e-17 of all.
         """
         half = (n + 1) // 2
-        radius = np.sqrt(-2 * np.log(self.uniform(half)))
-        angle = 2 * np.pi * self.uniform(half)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
+        # torch's functions of float64 take half of numpy's time where the processor has no AVX-512
+        radius = torch.from_numpy(self.uniform(half)).log_().mul_(-2).sqrt_()
+        angle = torch.from_numpy(self.uniform(half)).mul_(2 * math.pi)
+        numbers = torch.empty(2 * half, dtype=torch.float64)
+        torch.mul(torch.cos(angle), radius, out=numbers[:half])
+        torch.mul(angle.sin_(), radius, out=numbers[half:])
+        return numbers[:n].numpy()

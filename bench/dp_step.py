@@ -1,0 +1,249 @@
+"""One private training step against a plain one: ours, Opacus' four ways, and one example at a time; time and memory.
+
+`python -m bench.dp_step` runs every way in one process, in turn, one thread, process time, and then each in a process
+of its own for its peak of memory. Each step is whole: forward, backward, clip, noise, update, per-example mean losses.
+`--model FOLDER` takes a causal language model from there; else a random Llama of 23 million parameters.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+BATCH, LENGTH, CLIP, NOISE = 8, 128, 1.0, 1.0
+ADAPTERS = ("lora", "blocks")
+WAYS = ("plain", "bookkeeping", "slot", "loop", "hooks", "functorch", "ghost")
+PEERS = ("hooks", "functorch", "ghost")  # stock Opacus, its own optimizer and noise
+BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # most time, most memory, of the plain step's
+Step = Callable[[], None]
+
+
+def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
+    """Returns a model that trains LoRA on its ends' dense layers or these blocks whole, its task and its examples."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from adapter.methods import attach
+    from adapter.spec import AdapterSpec
+    from task.causal_lm import CausalLM
+    from task.examples import Examples
+
+    task = CausalLM()
+    torch.manual_seed(0)
+    if folder:
+        model: Any = task.load(folder, dtype=torch.float32)
+    else:
+        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, use_cache=False)).eval()
+    model.requires_grad_(False)
+    count = len(model.model.layers)
+    slots = tuple(f"model.layers.{index}" for index in (0, 1, count - 2, count - 1))
+    if adapter == "lora":
+        dense = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=dense, slots=slots))
+    else:
+        for slot in slots:
+            model.get_submodule(slot).requires_grad_(True)
+    ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    return model, task, Examples(ids, torch.ones_like(ids))
+
+
+def plain(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
+    """Returns a step without clipping and noise."""
+    import torch
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        task.losses(model, examples).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(engine: str) -> Callable[..., Step]:
+    """Returns what makes a step of one of our engines, with our optimizer and noise of the operating system."""
+
+    def make(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
+        import torch
+
+        from privacy.batches import trainable
+        from privacy.engines import ENGINES
+        from privacy.optimizer import NoisyMeanOptimizer
+        from privacy.randomness import Randomness
+
+        optimizer = NoisyMeanOptimizer(
+            torch.optim.SGD(list(trainable(model).values()), lr=1e-4),
+            randomness=Randomness.from_os(),
+            private=True,
+            noise_multiplier=NOISE,
+            max_grad_norm=CLIP,
+            expected_batch_size=BATCH,
+        )
+        opened = stack.enter_context(ENGINES[engine](model))
+
+        def step() -> None:
+            opened.add(task.losses, examples, optimizer.weigh)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    return make
+
+
+def opacus(way: str) -> Callable[..., Step]:
+    """Returns what makes a step of stock Opacus."""
+
+    def make(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
+        import torch
+        from opacus.grad_sample import GradSampleHooks
+        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
+        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+        inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        facts = {"noise_multiplier": NOISE, "max_grad_norm": CLIP, "expected_batch_size": BATCH}
+        modes = [(module, module.training) for module in model.modules()]
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        model.train()
+        if way == "ghost":
+            ghost = GradSampleHooksFastGradientClipping(model, max_grad_norm=CLIP)
+            stack.callback(ghost.cleanup)
+            private: Any = DPOptimizerFastGradientClipping(inner, **facts)
+
+            def step() -> None:
+                DPTensorFastGradientClipping(ghost, private, task.losses(model, examples)).backward()
+                private.step()
+                private.zero_grad(set_to_none=True)
+
+            return step
+        hooks = GradSampleHooks(model, force_functorch=way == "functorch")
+        stack.callback(hooks.cleanup)
+        private = DPOptimizer(inner, **facts)
+
+        def step() -> None:
+            task.losses(model, examples).mean().backward()
+            private.step()
+            private.zero_grad(set_to_none=True)
+
+        return step
+
+    return make
+
+
+def maker(way: str) -> Callable[..., Step]:
+    """Returns what makes a way's step."""
+    if way == "plain":
+        return plain
+    return opacus(way) if way in PEERS else ours(way)
+
+
+def times(folder: str, adapter: str, rounds: int) -> dict[str, list[float]]:
+    """Returns process seconds of each way's steps, the ways in turn in every round; the first round warms up."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, task, examples = subject(folder, adapter)
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds + 1):
+        for way in WAYS:
+            with ExitStack() as stack:
+                step = maker(way)(model, task, examples, stack)
+                began = time.process_time()
+                step()
+                found[way].append(time.process_time() - began)
+            model.zero_grad(set_to_none=True)
+    return {way: seconds[1:] for way, seconds in found.items()}
+
+
+def peak(folder: str, adapter: str, way: str) -> dict[str, float]:
+    """Returns the peak of memory of three steps of one way, and what the model took before, in MB."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, task, examples = subject(folder, adapter)
+    before = _status("VmRSS")
+    with ExitStack() as stack:
+        step = maker(way)(model, task, examples, stack)
+        for _ in range(3):
+            step()
+    return {"before_mb": round(before), "peak_mb": round(_status("VmHWM"))}
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def fresh(*arguments: str) -> Any:
+    """Runs this program with other arguments in a process of its own and returns what it printed, read as JSON."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "bench.dp_step", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: str, rounds: int) -> dict[str, Any]:
+    """Returns for each adapter the ways' times and peaks over the plain step's, and whether the bars are met."""
+    result: dict[str, Any] = {"tokens": [BATCH, LENGTH], "load_before": round(os.getloadavg()[0], 2)}
+    for adapter in ADAPTERS:
+        seconds = fresh("--adapter", adapter, "--model", folder, "--rounds", str(rounds))
+        ratios = {
+            way: round(statistics.median(mine / base for mine, base in zip(of, seconds["plain"], strict=True)), 3)
+            for way, of in seconds.items()
+        }
+        peaks = {way: fresh("--adapter", adapter, "--model", folder, "--way", way) for way in WAYS}
+        rise = {way: of["peak_mb"] / peaks["plain"]["peak_mb"] for way, of in peaks.items()}
+        most_time, most_memory = BARS[adapter]
+        result[adapter] = {
+            "plain_seconds": round(statistics.median(seconds["plain"]), 3),
+            "time": ratios,
+            "peak_mb": {way: of["peak_mb"] for way, of in peaks.items()},
+            "peak": {way: round(value, 3) for way, value in rise.items()},
+            "bars_met": {
+                "time": ratios["bookkeeping"] <= most_time,
+                "memory": most_memory is None or rise["bookkeeping"] <= most_memory,
+                "never_slower_than_opacus": ratios["bookkeeping"] <= min(ratios[peer] for peer in PEERS),
+            },
+        }
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures and prints JSON, or takes the steps of one case."""
+    parser = argparse.ArgumentParser(description="a private training step against a plain one")
+    parser.add_argument("--model", default="", help="folder of a causal language model")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--adapter", choices=ADAPTERS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.way is not None:
+        print(json.dumps(peak(args.model, args.adapter, args.way)))
+        return 0
+    if args.adapter is not None:
+        print(json.dumps(times(args.model, args.adapter, args.rounds)))
+        return 0
+    result = measure(args.model, args.rounds)
+    print(text := json.dumps(result, indent=1))
+    if args.out is not None:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    return 0 if all(all(result[adapter]["bars_met"].values()) for adapter in ADAPTERS) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
