@@ -28,6 +28,8 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """Returns the first `count` codes, uint8, the inverse of `pack`."""
     if bits == 8:
         return packed
+    if bits == 4:  # as below, in a quarter of the time: the weights of most emulators are widened so at every step
+        return torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:count]
     together, size = LANES[bits]
     full = packed.reshape(-1, size).to(torch.int32)
     word = sum((full[:, i] << (8 * i) for i in range(size)), torch.zeros_like(full[:, 0]))

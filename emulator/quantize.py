@@ -133,10 +133,11 @@ def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> 
     grid = quantised.grid(shape, scheme)
     rows, columns = shape[0], prod(shape[1:])
     flat = unpack(quantised.codes, rows * columns, scheme.bits).reshape(rows, columns)
-    filled = functional.pad(flat, (0, grid.scales.shape[1] * scheme.group - columns))
-    codes = filled.reshape(rows, -1, scheme.group).float()
-    weight = codes * grid.scales.unsqueeze(-1) + grid.minima.unsqueeze(-1)
-    return weight.reshape(rows, -1)[:, :columns].reshape(shape)
+    missing = grid.scales.shape[1] * scheme.group - columns
+    filled = functional.pad(flat, (0, missing)) if missing else flat
+    weight = filled.reshape(rows, -1, scheme.group).float()
+    weight = weight.mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1)).reshape(rows, -1)
+    return weight[:, :columns].reshape(shape)
 
 
 def grouped(flat: Tensor, group: int) -> Tensor:
