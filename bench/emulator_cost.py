@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path.home() / ".cache/offsite/models/smollm2-135m-instruct"
+WAYS = ("peer", "plain", "private", "held")  # held: private, with frozen layers as the package stores them
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BILLION = {
     "vocab_size": 32000,
@@ -50,12 +51,22 @@ def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
     return _timed(step, steps)
 
 
-def site(package: Path, batch: int, length: int, steps: int, *, private: bool) -> dict[str, Any]:
-    """Takes steps of a site on an emulator, with per-example gradients where it trains privately."""
+def site(package: Path, batch: int, length: int, steps: int, *, private: bool, held: bool) -> dict[str, Any]:
+    """Takes steps of a site on an emulator, with per-example gradients where it trains privately.
+
+    Args:
+      package: the emulator.
+      batch: records.
+      length: tokens of each.
+      steps: how many.
+      private: whether gradients are per example, clipped and noised.
+      held: whether frozen layers stay as the package stores them.
+    """
     import torch
 
     from adapter.methods import attach
     from adapter.spec import AdapterSpec
+    from emulator.held import hold
     from emulator.package import load, read_manifest
     from emulator.structure import slot_paths
     from privacy.batches import trainable
@@ -66,6 +77,8 @@ def site(package: Path, batch: int, length: int, steps: int, *, private: bool) -
     task, manifest = TASKS["causal_lm"], read_manifest(package)
     model = load(package, dtype=torch.float32)
     slots, _ = slot_paths(model, manifest.geometry)
+    if held:
+        hold(model, package, manifest)
     model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots))
     ids = _ids(model.config.vocab_size, batch, length)
     examples = Examples(ids, torch.ones_like(ids))
@@ -145,13 +158,13 @@ def fresh(arguments: argparse.Namespace, way: str, package: Path) -> dict[str, A
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the peer and each package, with and without privacy, in turn; ratios are over the peer of the same run."""
+    """Runs the peer and each package, in each of the ways, in turn; ratios are over the peer of the same run."""
     from emulator.package import read_manifest
 
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.repeats):
         for package in arguments.packages:
-            for way in ("peer", "plain", "private"):
+            for way in WAYS:
                 name = "peer" if way == "peer" else f"{package.name}|{way}"
                 runs.setdefault(name, []).append(fresh(arguments, way, package))
     seconds = {name: statistics.median(run["cpu_seconds"] for run in of) for name, of in runs.items()}
@@ -185,13 +198,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--billion", nargs="*", help="recipe of the emulator of a model with 1.1 billion weights")
-    parser.add_argument("--way", choices=("peer", "plain", "private"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = (arguments.batch, arguments.length, arguments.steps)
     if arguments.way == "peer":
         print(json.dumps(peer(arguments.model, *sizes)))
     elif arguments.way is not None:
-        print(json.dumps(site(arguments.packages[0], *sizes, private=arguments.way == "private")))
+        print(
+            json.dumps(
+                site(arguments.packages[0], *sizes, private=arguments.way != "plain", held=arguments.way == "held")
+            )
+        )
     elif arguments.billion is not None:
         with tempfile.TemporaryDirectory() as folder:
             arguments.model, package = billion(Path(folder), tuple(arguments.billion))
