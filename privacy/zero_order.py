@@ -61,18 +61,29 @@ class Directions:
         return bits.astype(np.float64) * 2 - 1
 
 
+def travelled(coefficients: NDArray[Any], directions: Directions, size: int) -> NDArray[np.float64]:
+    """Returns how far an adapter moved in all, float64 (size,).
+
+    Args:
+      coefficients: along each direction, in order, real (steps * per_step,).
+      directions: of that training.
+      size: d, of the adapter.
+    """
+    moved = np.zeros(size)
+    for index, coefficient in enumerate(coefficients):
+        moved += float(coefficient) * directions.draw(index, size)
+    return moved
+
+
 def replay(start: NDArray[np.float32], coefficients: NDArray[Any], directions: Directions) -> NDArray[np.float32]:
     """Returns an adapter after all steps of a training, from the numbers that left; bit for bit what the site has.
 
     Args:
       start: adapter before, float32 (d,).
-      coefficients: how far it moved along each direction, in order, real (steps * per_step,).
+      coefficients: as for `travelled`.
       directions: of that training.
     """
-    adapter = start.astype(np.float64)
-    for index, coefficient in enumerate(coefficients):
-        adapter += float(coefficient) * directions.draw(index, adapter.size)
-    return adapter.astype(np.float32)
+    return (start + travelled(coefficients, directions, start.size)).astype(np.float32)
 
 
 def train(
@@ -161,11 +172,11 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
 
 
 class _Walk:
-    """A model's adapter on its way along directions, in float64 beside the model."""
+    """A model's adapter on its way along directions; how far it is from its start is float64, beside the model."""
 
     def __init__(self, model: nn.Module, directions: Directions) -> None:
         self._model, self._directions, self._layout = model, directions, Layout.of(model)
-        self._adapter = self._layout.read(model).astype(np.float64)
+        self._start, self._sum = self._layout.read(model), np.zeros(self._layout.size)
         self.moved: list[np.float32] = []
 
     def slopes(self, losses_fn: Losses, examples: list[Any], step: int) -> tuple[NDArray[np.float64], list[float]]:
@@ -174,8 +185,8 @@ class _Walk:
         rows, means = np.zeros((len(examples), count)), np.zeros(len(examples))
         for k in range(count):
             direction = self._direction(step, k) * spacing
-            above = self._losses(losses_fn, examples, self._adapter + direction)
-            below = self._losses(losses_fn, examples, self._adapter - direction)
+            above = self._losses(losses_fn, examples, self._start + (self._sum + direction))
+            below = self._losses(losses_fn, examples, self._start + (self._sum - direction))
             rows[:, k] = (above - below) / (2 * spacing)
             means += (above + below) / (2 * count)
         finite = np.isfinite(rows).all(axis=1)
@@ -184,12 +195,12 @@ class _Walk:
     def move(self, step: int, along: NDArray[np.float64]) -> None:
         """Moves the adapter along the step's directions, by what float32 keeps of the numbers, which is what leaves."""
         for k, coefficient in enumerate(along.astype(np.float32)):
-            self._adapter += float(coefficient) * self._direction(step, k)
+            self._sum += float(coefficient) * self._direction(step, k)
             self.moved.append(coefficient)
 
     def settle(self) -> None:
         """Writes the adapter into the model as `replay` gives it."""
-        self._write(self._adapter)
+        self._write(self._start + self._sum)
 
     def _direction(self, step: int, k: int) -> NDArray[np.float64]:
         return self._directions.draw(step * self._directions.per_step + k, self._layout.size)
