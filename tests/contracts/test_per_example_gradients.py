@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import LABELS, TOWERS, inputs, spec_for, tiny
 from torch import Tensor, nn
 
 from adapter.methods import METHODS, attach
 from errors import PrivacyRefusal, UnsupportedModel
 from privacy.batches import trainable
 from privacy.engines import ENGINES
+from privacy.optimizer import CLIP_MARGIN
 from privacy.probe import choose_engine, single_gradient
+from tests.families import LABELS, TOWERS, inputs, spec_for, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
@@ -96,3 +97,21 @@ def test_gradients_are_per_example(method: str, family: str) -> None:
             exact.append(engine)
     assert chosen in exact
     assert "loop" in exact
+    assert most_moved(model.float(), examples(family, torch.float32), chosen) <= 1 + 1e-6
+
+
+def most_moved(model: nn.Module, batch: Inputs, engine: str) -> float:
+    """Returns by how much one example moves the clipped sum at most, as a share of the bound, which clips most of them.
+
+    By brute force: the sum with and without each example, noise off, in the float32 that a site trains in.
+    """
+    bound = float(brute_force(model, batch).double().norm(dim=1).median()) / 2
+
+    def total(part: Inputs) -> Tensor:
+        with ENGINES[engine](model) as opened:
+            opened.add(losses, part, lambda norms, _: (bound * (1 - CLIP_MARGIN) / norms).clamp(max=1.0))
+            return torch.cat([parameter.summed_grad.flatten() for parameter in trainable(model).values()])
+
+    whole = total(batch)
+    rest = [total(batch.select([i for i in range(len(batch)) if i != row])) for row in range(len(batch))]
+    return max(float((whole - one).norm()) for one in rest) / bound
