@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter.inject import ADAPTER, quiet_norms, refuse_second
+from adapter.head import wants_head
+from adapter.inject import ADAPTER, quiet, refuse_second
 from adapter.layout import Layout
 from adapter.methods import METHODS, attach
 from adapter.spec import AdapterSpec
@@ -27,7 +28,8 @@ def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: 
     """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
 
     Methods of peft are in its own format, frozen factors included, so that `PeftModel.from_pretrained(full, directory)`
-    needs nothing else. Our own methods have a config with the key `offsite_method`; `load` reads both.
+    needs nothing else. Our own methods, and any with a trained head, have a config with the key `offsite_method`;
+    `load` reads both.
 
     Args:
       model: what `attach` returned.
@@ -37,13 +39,18 @@ def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: 
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    if lookup(METHODS, spec.method, "method").peft:
+    if in_peft_format(spec):
         config, tensors = _peft_form(model, spec, base)
     else:
         config, tensors = _own_form(model, spec, base)
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def in_peft_format(spec: AdapterSpec) -> bool:
+    """Whether the export of an adapter loads with `PeftModel.from_pretrained`: peft's without a trained head."""
+    return lookup(METHODS, spec.method, "method").peft and not wants_head(spec.options)
 
 
 def load(model: nn.Module, directory: Path | str) -> nn.Module:
@@ -106,7 +113,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _load_peft(model: nn.Module, folder: Path, tensors: dict[str, Any]) -> Any:
     device = str(next(model.parameters()).device)
     try:
-        with torch.random.fork_rng(devices=[]), quiet_norms():
+        with torch.random.fork_rng(devices=[]), quiet():
             loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=device)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UnsupportedModel(

@@ -29,24 +29,38 @@ def task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
+# What peft warns of though it is as meant: norm tuning of every norm there is, and a bias beside a layer without one.
+AS_MEANT = ("Unsupported layer type", "Detected that the base layer has no bias term")
+
+
 @contextmanager
-def quiet_norms() -> Iterator[None]:
-    """Silences the warning that peft's norm tuning gives for every norm there is, its own targets."""
+def quiet() -> Iterator[None]:
+    """Silences peft's warnings of what is as meant."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type", category=UserWarning)
+        for message in AS_MEANT:
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 
-def inject(model: nn.Module, config: PeftConfig) -> Any:
+def inject(model: nn.Module, config: PeftConfig, *, seed: int = 0) -> Any:
     """Returns peft's wrapper of the model, with its layers at exactly the config's target modules.
 
-    peft draws initial values from the global generator, whose state is put back afterwards. From 20 names on it also
+    peft draws initial values from the global generator, in the order of the model's modules, so that they depend on the
+    seed alone whatever lies between the slots; the generator's state is put back afterwards. From 20 names on it also
     shortens the list of targets to suffixes, which would mean more modules in a full model than in an emulator whose
     middle is skipped: the full names are written back.
+
+    Raises:
+      UnsupportedModel: peft does not take one of the modules, or tunes others than were named.
     """
     targets = set(config.target_modules)
-    with torch.random.fork_rng(devices=[]), quiet_norms():
-        wrapped = get_peft_model(model, config, ADAPTER)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.random.default_generator.manual_seed(seed)
+        try:
+            wrapped = get_peft_model(model, config, ADAPTER)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UnsupportedModel(f"peft refuses a target: {reason}; choose other targets or options") from error
     wrapped.peft_config[ADAPTER].target_modules = targets
     tuned = {name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)}
     if tuned != targets:

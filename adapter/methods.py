@@ -1,18 +1,23 @@
 """The table of adapter methods."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from adapter.bottleneck import attach_bottleneck
+from adapter import blocks, fed_sb, head, masked, soft_prompt
+from adapter.bottleneck import attach_bottleneck, attach_houlsby, attach_parallel
 from adapter.inject import refuse_second
 from adapter.lora import attach_ffa_lora, attach_lora
 from adapter.miss import attach_miss
+from adapter.options import Option, resolve
+from adapter.refused import REFUSED
 from adapter.scaling import attach_ia3
 from adapter.selective import attach_bitfit, attach_norm
 from adapter.spec import AdapterSpec
-from errors import lookup
+from adapter.tuner_table import TUNERS
+from adapter.tuners import MOVED, SAME
+from errors import UnsupportedModel, lookup
 
 Attach = Callable[[nn.Module, AdapterSpec], nn.Module]
 
@@ -27,6 +32,10 @@ class Method:
       exact_mean: whether the mean of uploaded parameters has the mean of their effects on the weights.
       peft: whether the export is in Hugging Face PEFT's format.
       why: why the mean is exact, or is not; a sentence for the report.
+      options: the scalars of its own; every method also takes `adapter.head.HEAD`.
+      start: how the output with the new adapter compares with the plain model's: `adapter.tuners.SAME`, bit-identical,
+        `ROUNDED`, but for the last digits of the dtype, or `MOVED`.
+      shared: whether the slots share their parameters, which then have names of the first.
     """
 
     name: str
@@ -34,31 +43,89 @@ class Method:
     exact_mean: bool
     peft: bool
     why: str
+    options: tuple[Option, ...] = ()
+    start: str = SAME
+    shared: bool = False
 
 
-_TABLE = (
+_LINES = "two trained layers with a non-linear function between are not linear"
+_OWN = (
     Method("lora", attach_lora, False, True, "the product of two means is not the mean of products B A"),
     Method("ffa_lora", attach_ffa_lora, True, True, "A is frozen and common, so the effect B A is linear in B"),
+    Method("fed_sb", fed_sb.attach_fed_sb, True, False, "A and B are frozen, so the effect B R A is linear in R"),
     Method("ia3", attach_ia3, True, True, "each weight is multiplied by a scale, so the effect is linear in it"),
     Method("miss", attach_miss, True, True, "the block is added to the weights, so the effect is linear in it"),
     Method("bitfit", attach_bitfit, True, False, "biases are added, so the effect is linear in them"),
     Method("norm", attach_norm, True, True, "norm weights multiply and biases add, so the effect is linear in them"),
-    Method("bottleneck", attach_bottleneck, False, False, "two trained layers with a GELU between are not linear"),
-)
-METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+    Method(
+        "masked", masked.attach_masked, True, False, "values are added to weights at fixed places, so it is linear",
+        masked.OPTIONS,
+    ),
+    Method("blocks", blocks.attach_blocks, True, False, "changes are added to the weights themselves, so it is linear"),
+    Method("head", head.attach_head, True, False, "a change is added to the head's weight, so the effect is linear"),
+    Method("bottleneck", attach_bottleneck, False, False, _LINES),
+    Method("houlsby", attach_houlsby, False, False, _LINES),
+    Method("parallel", attach_parallel, False, False, _LINES),
+    Method(
+        "soft_prompt", soft_prompt.attach_soft_prompt, False, False, "attention reads the tokens through a softmax",
+        soft_prompt.OPTIONS, MOVED,
+    ),
+)  # fmt: skip
+_PEFT = (Method(t.name, t.attach, t.exact_mean, True, t.why, t.options, t.start, t.shared) for t in TUNERS)
+METHODS: dict[str, Method] = {method.name: method for method in (*_OWN, *_PEFT)}
+
+
+def known(spec: AdapterSpec) -> Method:
+    """Returns the method of a spec after a check of its options, before any model is loaded.
+
+    Raises:
+      UnknownName: no such method.
+      UnsupportedModel: the method is known and not offered; the message says why.
+      ConfigError: an option is none of the method's, or its value is not of the type or range.
+    """
+    if spec.method in REFUSED:
+        raise UnsupportedModel(f"method={spec.method!r} is not offered: {REFUSED[spec.method]}")
+    method = lookup(METHODS, spec.method, "method")
+    resolve(spec.options, (*method.options, head.HEAD), spec.method)
+    return method
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     """Adds the adapter of a spec to a model, in place, and returns the model to use from now on.
 
     Afterwards `requires_grad` is True exactly for the adapter's parameters, which are float32 whatever the base is;
-    they depend on nothing but the spec and the slots' shapes, and the output is bit-identical to the plain model's.
+    they depend on nothing but the spec and the weights and shapes of `places`. The output compares with the plain
+    model's as the method's `start` says.
 
     Raises:
       UnknownName: no such method.
-      UnsupportedModel: the slots lack what the method tunes, or the model carries an adapter already.
+      UnsupportedModel: the method is not offered, the slots lack what it tunes, or the model carries an adapter.
       ConfigError: a value of the spec does not fit the method.
     """
-    method = lookup(METHODS, spec.method, "method")
+    method = known(spec)
     refuse_second(model)
-    return method.attach(model, spec)
+    if not head.wants_head(spec.options) or spec.method == "head":
+        return method.attach(model, _without_head(spec))
+    path = head.head_path(model)
+    wrapped = method.attach(model, _without_head(spec))
+    head.add_head(model, path)  # the wrapper holds the same modules
+    return wrapped
+
+
+def places(model: nn.Module, spec: AdapterSpec) -> tuple[str, ...]:
+    """Returns the paths of the modules that `attach` adds something to or inside of: the slots, perhaps the head.
+
+    Args:
+      model: before the adapter is attached.
+      spec: of the adapter.
+
+    Raises:
+      UnsupportedModel: the head is asked for, and the model has none.
+    """
+    if spec.method == "head":
+        return (head.head_path(model),)
+    return (*spec.slots, head.head_path(model)) if head.wants_head(spec.options) else spec.slots
+
+
+def _without_head(spec: AdapterSpec) -> AdapterSpec:
+    return replace(spec, options=tuple(option for option in spec.options if option[0] != head.HEAD.name))

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from adapter.options import Options, Scalar
 from errors import ConfigError, nearest
+
+MOST_OPTIONS = 16
+LONGEST_OPTION = 64  # characters of an option's name, and of a word as its value
 
 
 @dataclass(frozen=True)
@@ -14,11 +18,13 @@ class AdapterSpec:
 
     Attributes:
       method: a key of `adapter.methods.METHODS`.
-      rank: inner width of lora, ffa_lora, miss and bottleneck, >= 1; the others ignore it.
-      alpha: lora and ffa_lora scale their effect by alpha / rank, > 0; the others ignore it.
+      rank: inner width of the methods that have one, >= 1; the others ignore it.
+      alpha: the methods that have a scale multiply their effect by alpha / rank, > 0; the others ignore it.
       targets: leaf module names inside a slot ("q_proj"); () = the method's default for the model.
       slots: paths of the blocks that carry the adapter, for example "model.layers.0".
       seed: public seed of every random initial value, 0 <= seed < 2**63.
+      options: (name, value) of the method's own scalars, sorted by name, each once; `adapter.methods.METHODS` lists
+        what each method takes. Scalars only: the spec comes over the network, and no path or code may ride on it.
     """
 
     method: str = "ffa_lora"
@@ -27,6 +33,7 @@ class AdapterSpec:
     targets: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
     seed: int = 0
+    options: Options = ()
 
     def __post_init__(self) -> None:
         """Refuses values that no method could use."""
@@ -41,10 +48,12 @@ class AdapterSpec:
                 raise ConfigError(f"{name}={values!r} must be a tuple of non-empty names; write one name per element")
             if len(set(values)) != len(values):
                 raise ConfigError(f"{name}={values!r} names an element twice; remove one")
+        _check_options(self.options)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the JSON form: tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Returns the JSON form: tuples become lists, options an object."""
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return lists | {"options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "AdapterSpec":
@@ -66,7 +75,30 @@ class AdapterSpec:
             targets=tuple(_typed(values, "targets", list, tuple)),
             slots=tuple(_typed(values, "slots", list, tuple)),
             seed=_typed(values, "seed", int),
+            options=tuple(sorted(_typed(values, "options", dict).items())),
         )
+
+
+def _check_options(options: Options) -> None:
+    """Refuses options that are not scalars by name in order; `adapter.methods.known` asks whether the method has them.
+
+    Raises:
+      ConfigError: they are not.
+    """
+    if len(options) > MOST_OPTIONS:
+        raise ConfigError(f"options={len(options)}, at most {MOST_OPTIONS} are read; no method has more")
+    names = [name for name, _ in options]
+    if not all(isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_OPTION for name in names):
+        raise ConfigError("options: each name must be letters, digits and _; take them from `offsite methods`")
+    if names != sorted(set(names)):
+        raise ConfigError(f"options={names} must be sorted by name, each once; sort them")
+    for name, value in options:
+        if not isinstance(value, Scalar):
+            raise ConfigError(f"option {name}={type(value).__name__} must be a number, a word, true or false")
+        if isinstance(value, str) and not (value.isidentifier() and len(value) <= LONGEST_OPTION):
+            raise ConfigError(f"option {name}: a word must be letters, digits and _; no option takes a path")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"option {name}={value} must be finite; choose another")
 
 
 def _typed(values: Mapping[str, object], key: str, *kinds: type) -> Any:

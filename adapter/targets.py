@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +12,8 @@ from adapter.spec import AdapterSpec
 from errors import ConfigError, UnsupportedModel, nearest
 
 Found = dict[str, nn.Module]
+# Queries and values, by the names there are, where no table of peft's knows a model.
+ATTENTION = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "c_attn", "query_key_value", "Wqkv", "qkv")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -66,7 +69,7 @@ def matches(name: str, targets: Sequence[str]) -> bool:
 
 
 def choose(candidates: Found, spec: AdapterSpec, defaults: Sequence[str]) -> Found:
-    """Returns the candidates that the spec's targets, or else the method's defaults, mean.
+    """Returns the candidates that the spec's targets mean, or else the method's defaults, or else attention's layers.
 
     Raises:
       UnsupportedModel: a target matches nothing in the slots; the message lists or nears the leaf names there are.
@@ -75,12 +78,12 @@ def choose(candidates: Found, spec: AdapterSpec, defaults: Sequence[str]) -> Fou
     for target in spec.targets:
         if not any(matches(name, [target]) for name in candidates):
             raise UnsupportedModel(f"target={target!r} is no module in the slots; {nearest(target, leaves)}")
-    found = {name: module for name, module in candidates.items() if matches(name, spec.targets or defaults)}
-    if not found:
-        raise UnsupportedModel(
-            f"method={spec.method!r} has no default targets for this model; set targets from: {', '.join(leaves)}"
-        )
-    return found
+    for meant in (spec.targets,) if spec.targets else (defaults, ATTENTION):
+        if found := {name: module for name, module in candidates.items() if matches(name, meant)}:
+            return found
+    raise UnsupportedModel(
+        f"method={spec.method!r} has no default targets for this model; set targets from: {', '.join(leaves)}"
+    )
 
 
 def hidden_size(block: nn.Module) -> int:
@@ -99,3 +102,52 @@ def hidden_size(block: nn.Module) -> int:
     if not sizes:
         raise UnsupportedModel("dense layers=0 in a slot's block, its width is unknown; choose another method")
     return sizes.most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Where the two sublayers of a block begin and end, as paths inside the block.
+
+    Attributes:
+      attention: last dense layer of attention; it writes hidden states.
+      reader: first dense layer of the feed-forward part; it reads hidden states.
+      writer: last dense layer of the feed-forward part; it writes hidden states.
+    """
+
+    attention: str
+    reader: str
+    writer: str
+
+
+def sublayers(block: nn.Module) -> Sublayers:
+    """Returns the sublayers of a transformer block, by structure.
+
+    A sublayer ends at the last dense layer of a direct child of the block that writes the block's width; there have to
+    be two, attention's first. Behind it, the feed-forward part begins at the first dense layer that reads that width.
+
+    Raises:
+      UnsupportedModel: the block is built in another way.
+    """
+    if any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in block.modules()):
+        raise UnsupportedModel(
+            f"a {type(block).__name__} holds a list of layers, as of experts, must be attention and feed-forward; "
+            "take method 'bottleneck'"
+        )
+    width = hidden_size(block)
+    dense = [(name, *lengths(module)) for name, module in block.named_modules() if is_linear(module)]
+    last = {name.partition(".")[0]: (name, writes) for name, _, writes in dense}
+    ends = [name for name, writes in last.values() if writes == width]
+    if len(ends) != 2:
+        raise UnsupportedModel(
+            f"sublayers={len(ends)} of a {type(block).__name__} write its width {width}, must be attention and "
+            "feed-forward; take method 'bottleneck'"
+        )
+    names = [name for name, _, _ in dense]
+    behind = dense[names.index(ends[0]) + 1 :]
+    return Sublayers(ends[0], next(name for name, reads, _ in behind if reads == width), ends[1])
+
+
+def lengths(module: nn.Module) -> tuple[int, int]:
+    """Returns how many features a dense layer reads and writes."""
+    first, second = (int(length) for length in module.weight.shape)
+    return (second, first) if isinstance(module, nn.Linear) else (first, second)

@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 from adapter.spec import AdapterSpec
 from errors import ConfigError
 
+OPTION = st.one_of(
+    st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.just("road_2")
+)
+OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_0-9]{0,9}", fullmatch=True), OPTION, max_size=5)
 NAMES = st.lists(st.text(min_size=1, max_size=8), max_size=4, unique=True).map(tuple)
 
 
@@ -19,9 +23,10 @@ NAMES = st.lists(st.text(min_size=1, max_size=8), max_size=4, unique=True).map(t
     targets=NAMES,
     slots=NAMES,
     seed=st.integers(0, 2**63 - 1),
+    options=OPTIONS.map(lambda values: tuple(sorted(values.items()))),
 )
-def test_a_spec_comes_back_from_json(rank, alpha, targets, slots, seed):
-    spec = AdapterSpec("lora", rank, alpha, targets, slots, seed)
+def test_a_spec_comes_back_from_json(rank, alpha, targets, slots, seed, options):
+    spec = AdapterSpec("lora", rank, alpha, targets, slots, seed, options)
     assert AdapterSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -37,6 +42,16 @@ def test_a_spec_comes_back_from_json(rank, alpha, targets, slots, seed):
         ({"slots": ("a", "a")}, "twice"),
         ({"targets": ("",)}, "non-empty"),
         ({"slots": "model.layers.0"}, "tuple"),
+        ({"options": (("b", 1), ("a", 1))}, "sorted by name"),
+        ({"options": (("a", 1), ("a", 2))}, "sorted by name"),
+        ({"options": (("os.path", 1),)}, "letters, digits"),
+        ({"options": (("a" * 65, 1),)}, "letters, digits"),
+        ({"options": (("a", (1, 2)),)}, "a=tuple must be a number"),
+        ({"options": (("a", None),)}, "a=NoneType must be a number"),
+        ({"options": (("a", "../../passwd"),)}, "no option takes a path"),
+        ({"options": (("a", "torch.load"),)}, "no option takes a path"),
+        ({"options": (("a", math.inf),)}, "a=inf must be finite"),
+        ({"options": tuple((f"a{index:02}", 1) for index in range(17))}, "options=17"),
     ],
 )
 def test_values_no_method_could_use_are_refused(change, reason):
@@ -53,6 +68,8 @@ def test_values_no_method_could_use_are_refused(change, reason):
         ({"alpha": "4"}, "must be of type int or float"),
         ({"slots": "model.layers.0"}, "must be of type list"),
         ({"slots": [1]}, "non-empty names"),
+        ({"options": [["a", 1]]}, "must be of type dict"),
+        ({"options": {"a": {"b": 1}}}, "a=dict must be a number"),
     ],
 )
 def test_json_of_another_form_is_refused(change, reason):

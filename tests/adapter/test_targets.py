@@ -6,20 +6,29 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
-from adapter.targets import hidden_size, in_slots, is_linear, is_norm, matches
+from adapter.targets import hidden_size, in_slots, is_linear, is_norm, matches, sublayers
 from errors import ConfigError, UnsupportedModel
+from tests.families import tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12, "num_attention_heads": 4}
+DISTIL = DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=97)
+OPT = OPTConfig(
+    hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, word_embed_proj_dim=32
+)
 
 
 def llama():
@@ -127,3 +136,45 @@ def test_norms_are_found_whatever_their_class():
         "k_norm",
     }
     assert not is_norm(nn.LayerNorm(4, elementwise_affine=False))
+
+
+@pytest.mark.parametrize(
+    ("block", "found"),
+    [
+        (lambda: llama().model.layers[0], ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")),
+        (lambda: tiny("gpt2").transformer.h[0], ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+        (lambda: tiny("bert").bert.encoder.layer[0], ("attention.output.dense", "intermediate.dense", "output.dense")),
+        (lambda: tiny("vit").vit.layers[0], ("attention.o_proj", "mlp.fc1", "mlp.fc2")),
+        (lambda: OPTForCausalLM(OPT).model.decoder.layers[0], ("self_attn.out_proj", "fc1", "fc2")),
+        (
+            lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, vocab_size=97)).model.layers[0],
+            ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"),
+        ),
+    ],
+)
+def test_the_two_sublayers_of_a_block_are_found_from_its_layers(block, found):
+    parts = sublayers(block())
+    assert (parts.attention, parts.reader, parts.writer) == found
+
+
+def test_a_block_of_another_kind_has_no_two_sublayers():
+    with pytest.raises(UnsupportedModel, match="sublayers=1 of a Block"):
+        sublayers(Block())
+    experts = llama().model.layers[0]
+    experts.mlp.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+    with pytest.raises(UnsupportedModel, match="holds a list of layers, as of experts"):
+        sublayers(experts)
+
+
+@pytest.mark.parametrize(
+    ("make", "slot", "leaves"),
+    [
+        (lambda: DistilBertModel(DISTIL), "transformer.layer.0", {"q_lin", "v_lin"}),
+        (lambda: tiny("vit"), "vit.layers.0", {"q_proj", "v_proj"}),
+    ],
+)
+def test_attention_is_the_default_where_no_table_knows_the_model(make, slot, leaves):
+    names = [
+        name for name, p in attach(make(), AdapterSpec("ffa_lora", slots=(slot,))).named_parameters() if p.requires_grad
+    ]
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == leaves

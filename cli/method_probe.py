@@ -1,0 +1,217 @@
+"""What a method is on a tiny model of a family: measured, not looked up."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from adapter.layout import Layout
+from adapter.methods import METHODS, attach
+from adapter.spec import AdapterSpec
+from adapter.targets import is_linear, lengths
+from errors import ConfigError, PrivacyRefusal, UnsupportedModel
+from privacy.probe import choose_engine
+from secagg.ring import BITS
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+WORDS, CLASSES, EXAMPLES, TOKENS = 97, 3, 3, 8
+EXACT = 1e-5  # a gap below it is rounding
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model to probe on.
+
+    Attributes:
+      tower: path of its blocks.
+      images: whether it reads images and not tokens.
+    """
+
+    tower: str
+    images: bool = False
+
+
+FAMILIES = {
+    "llama": Family("model.layers"),
+    "gpt2": Family("transformer.h"),
+    "bert": Family("bert.encoder.layer"),
+    "vit": Family("vit.layers", images=True),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured of a method.
+
+    Attributes:
+      method: its name.
+      parameters: trained numbers in two blocks of the tiny model.
+      bytes_up: of one masked upload of them.
+      gap: how far the mean of uploads is from the mean of their effects, relative; below `EXACT` they are the same.
+      engine: the per-example gradient engine that passed the privacy probe, or "".
+      refused: why the method cannot be used on this family, or "" where it can.
+      no_privacy: why no engine may be used, or "" where one may.
+    """
+
+    method: str
+    parameters: int = 0
+    bytes_up: int = 0
+    gap: float = 0.0
+    engine: str = ""
+    refused: str = ""
+    no_privacy: str = ""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the mean of the uploads is the mean of their effects."""
+        return self.gap < EXACT
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that anybody may know: arguments of a model's forward pass, and classes."""
+
+    values: dict[str, Tensor]
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def select(self, indices: Any) -> "Batch":
+        """Returns the batch of the examples at these integer indices."""
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        return Batch({name: value[rows] for name, value in self.values.items()}, self.classes[rows])
+
+
+def losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns one cross entropy per example, (B,): of its class, or the mean over its words behind the first."""
+    logits = model(**batch.values).logits
+    if logits.ndim == 2:
+        return nn.functional.cross_entropy(logits, batch.classes, reduction="none")
+    words = batch.values["input_ids"][:, 1:]
+    return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), words, reduction="none").mean(1)
+
+
+def probe(method: str, family: str) -> Finding:
+    """Returns what a method is on the first and last block of a tiny model, or why it cannot be used."""
+    plain = _model(family)
+    paths = {path for path, _ in plain.named_modules()}
+    tower = FAMILIES[family].tower
+    spec = AdapterSpec(method, slots=(f"{tower}.0", f"{tower}.{SIZES['num_hidden_layers'] - 1}"))
+    try:
+        model = attach(plain, spec).eval()
+    except (UnsupportedModel, ConfigError) as refusal:
+        return Finding(method, refused=str(refusal))
+    layout = Layout.of(model)
+    found = Finding(method, layout.size, layout.size * BITS // 8, _gap(model, family, paths))
+    try:
+        return replace(found, engine=choose_engine(model, losses, _batch(family)))
+    except PrivacyRefusal as refusal:
+        return replace(found, no_privacy=str(refusal))
+
+
+def probe_all(family: str) -> Iterator[Finding]:
+    """Yields the findings of every method in the table."""
+    for method in METHODS:
+        yield probe(method, family)
+
+
+@contextmanager
+def _drawn() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        yield
+
+
+def _model(family: str) -> nn.Module:
+    with _drawn():
+        if family == "llama":
+            model: nn.Module = LlamaForCausalLM(
+                LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=WORDS, use_cache=False)
+            )
+        elif family == "gpt2":
+            ends = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+            shape = {"n_embd": SIZES["hidden_size"], "n_layer": SIZES["num_hidden_layers"], "n_positions": 2 * TOKENS}
+            model = GPT2LMHeadModel(GPT2Config(**shape, n_head=4, vocab_size=WORDS, **ends))
+        elif family == "bert":
+            model = BertForSequenceClassification(BertConfig(**SIZES, vocab_size=WORDS, num_labels=CLASSES))
+        else:
+            model = ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=CLASSES))
+    return model.eval()
+
+
+def _batch(family: str) -> Batch:
+    with _drawn():
+        classes = torch.arange(EXAMPLES) % CLASSES
+        if FAMILIES[family].images:
+            return Batch({"pixel_values": torch.randn(EXAMPLES, 3, 8, 8)}, classes)
+        return Batch({"input_ids": torch.randint(1, WORDS, (EXAMPLES, TOKENS))}, classes)
+
+
+def _gap(model: nn.Module, family: str, paths: set[str]) -> float:
+    """Returns the relative distance of the effect of a mean from the mean of effects, over three random adapters.
+
+    Effects are seen from outside, as outputs of the layers that carry trained numbers, at their start's vector again
+    afterwards.
+    """
+    layout, draw = Layout.of(model), np.random.default_rng(0)
+    start = layout.read(model)
+    vectors = [start + draw.normal(scale=0.3, size=layout.size) for _ in range(3)]
+    effects = []
+    for vector in (*vectors, np.mean(vectors, axis=0), start):
+        layout.write(model, vector)
+        effects.append(_outputs(model, family, paths))
+    *single, of_mean, before = effects
+    moved = (torch.stack(single).mean(0) - of_mean).norm() / (of_mean - before).norm()
+    return float(moved)
+
+
+def _outputs(model: nn.Module, family: str, paths: set[str]) -> Tensor:
+    """Returns what the adapted layers make of random inputs; if one is a block, what the first makes of a batch."""
+    found: list[Tensor] = []
+    with _drawn(), torch.no_grad():
+        for path in sorted({_host(name, paths) for name in Layout.of(model).names}):
+            layer: Any = model.get_submodule(path)
+            inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+            if not hasattr(inner, "weight"):
+                return _first_block(model, family)
+            width = lengths(inner)[0] if is_linear(inner) else len(inner.weight)  # or of a norm
+            found.append(layer(torch.randn(4, width)).flatten())
+    return torch.cat(found)
+
+
+def _host(name: str, paths: set[str]) -> str:
+    """Returns the path of the plain model's innermost module that a parameter's name lies in."""
+    parts = name.split(".")
+    wrapped = 2 if parts[:2] == ["base_model", "model"] else 0
+    for end in range(len(parts) - 1, wrapped, -1):
+        if ".".join(parts[wrapped:end]) in paths:
+            return ".".join(parts[:end])
+    raise UnsupportedModel(f"parameter={name!r} lies in no module of the plain model; report this as a fault")
+
+
+def _first_block(model: nn.Module, family: str) -> Tensor:
+    outputs: list[Any] = []
+    wrapped = "base_model.model." if hasattr(model, "peft_config") else ""
+    block = model.get_submodule(f"{wrapped}{FAMILIES[family].tower}.0")
+    handle = block.register_forward_hook(lambda *call: outputs.append(call[2]))
+    try:
+        model(**_batch(family).values)
+    finally:
+        handle.remove()
+    output: Tensor = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    return output.flatten()

@@ -1,0 +1,79 @@
+"""Tiny models of four families, and what tests need to run an adapter on each of them."""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from adapter.spec import AdapterSpec
+
+IDS = torch.arange(24).reshape(3, 8) % 97
+IMAGES = torch.linspace(-1, 1, 3 * 3 * 8 * 8).reshape(3, 3, 8, 8).sin()
+MASK = torch.ones_like(IDS)
+MASK[1, 5:] = 0  # a short text among full ones
+LABELS = torch.tensor([0, 2, 1])
+TOWERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer", "vit": "vit.layers"}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+LOUD = {"initializer_range": 0.3}  # behind a classifier as narrow as these, a change would hardly be heard
+
+
+def _plain(family):
+    if family == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, vocab_size=97, use_cache=False)
+        )
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32}
+        return GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=97, bos_token_id=0, eos_token_id=0, use_cache=False))
+    if family == "bert":
+        return BertForSequenceClassification(
+            BertConfig(**SIZES, **LOUD, intermediate_size=48, vocab_size=97, max_position_embeddings=32, num_labels=3)
+        )
+    return ViTForImageClassification(
+        ViTConfig(**SIZES, **LOUD, intermediate_size=48, image_size=8, patch_size=4, num_labels=3)
+    )
+
+
+def tiny(family, dtype=torch.float32):
+    """Returns a tiny model of a family, the same every time, none of its vectors at its trivial initial value."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = _plain(family)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
+    return model.to(dtype).eval()
+
+
+def spec_for(method, family, seed=11, **changes):
+    """Returns a spec of a method for the first and the last block of a tiny model."""
+    facts = {"slots": (f"{TOWERS[family]}.0", f"{TOWERS[family]}.3"), "seed": seed}
+    return AdapterSpec(method, **facts | changes)
+
+
+def inputs(family, dtype=torch.float32):
+    """Returns keyword arguments of a model's forward pass on three examples."""
+    if family == "vit":
+        return {"pixel_values": IMAGES.to(dtype)}
+    return {"input_ids": IDS, "attention_mask": MASK} if family == "bert" else {"input_ids": IDS}
+
+
+def logits(model, family):
+    """Returns the logits of the three examples."""
+    with torch.no_grad():
+        return model(**inputs(family, next(model.parameters()).dtype)).logits
+
+
+def loss(model, family):
+    """Returns the mean loss of the three examples, differentiable."""
+    found = model(**inputs(family)).logits
+    if family in ("llama", "gpt2"):
+        return torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(found, LABELS)
