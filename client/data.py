@@ -3,109 +3,122 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from client.columns import Columns, Reader
+from client.images import read_image_parquet, read_images, read_npz
 from errors import DataError, lookup, nearest
+from task.records import Row
+from task.spec import Record
 
-COLUMN = "text"  # what jsonl, csv and parquet read where no column is named
+COLUMN = "text"  # what a folder of texts has
 LONGEST_FIELD = 2**31 - 1  # characters of a csv field; the standard library stops at 2**17 unless told
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+SUFFIXES |= {".npz": "npz"}
 
 
-def read(path: Path | str, *, reader: str | None, column: str | None) -> list[str]:
-    """Returns the texts of a data file or folder, in file order; blank texts are left out.
+def read(path: Path | str, *, reader: str | None, columns: Columns) -> list[Record]:
+    """Returns the records of a data file or folder, in file order; those whose main field is blank are left out.
 
     Args:
       path: a file, or for "text" also a folder of .txt files.
       reader: a key of `READERS`, or None to go by the suffix.
-      column: the column that holds the text, or None for "text".
+      columns: of `columns_of`; the main one first.
 
     Raises:
-      DataError: the path is missing, damaged, has no such column, or holds no text.
+      DataError: the path is missing, damaged, has no such column, or holds no record.
       UnknownName: no such reader.
     """
-    source = Path(path)
+    source, main = Path(path), next(iter(columns))
     if not source.exists():
         raise DataError(f"data={str(source)!r} does not exist; give the path of a data file or folder")
-    texts = lookup(READERS, reader if reader is not None else _by_suffix(source), "reader")(source, column)
-    kept = [text for text in texts if text.strip()]
+    records = lookup(READERS, reader if reader is not None else _by_suffix(source), "reader")(source, columns)
+    kept = [record for record in records if not _is_blank(record[main])]
     if not kept:
-        raise DataError(f"data={str(source)!r} holds no text; give a file with at least one record")
+        raise DataError(f"data={str(source)!r} holds no {main}; give a file with at least one record")
     return kept
 
 
-def read_jsonl(path: Path, column: str | None) -> list[str]:
-    """Returns one text per line, each line one JSON object."""
-    name = column or COLUMN
-    texts: list[str] = []
+def read_jsonl(path: Path, columns: Columns) -> list[Record]:
+    """Returns one record per line, each line one JSON object."""
+    records: list[Record] = []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
-        except ValueError:  # `from None`: the cause would carry the line
+        except (ValueError, RecursionError):  # `from None`: the cause would carry the line
             raise DataError(f"data={str(path)!r} line={number} is not JSON; write one object a line") from None
         if not isinstance(values, dict):
             raise DataError(f"data={str(path)!r} line={number} is not a JSON object; write one object a line")
-        _check_column(path, name, list(values))
-        texts.append(_text(path, f"line={number}", name, values[name]))
-    return texts
+        _check_columns(path, columns, list(values))
+        records.append(_row(path, f"line={number}", columns, values))
+    return records
 
 
-def read_csv(path: Path, column: str | None) -> list[str]:
-    """Returns one text per row of a comma-separated file whose first row names the columns."""
-    name = column or COLUMN
-    texts: list[str] = []
+def read_csv(path: Path, columns: Columns) -> list[Record]:
+    """Returns one record per row of a comma-separated file whose first row names the columns.
+
+    A list stands as JSON in its field.
+    """
+    records: list[Record] = []
     with _long_fields():
         rows = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
         try:
             header = next(rows, [])
-            _check_column(path, name, header)
+            _check_columns(path, columns, header)
             for row in rows:
                 if row and len(row) != len(header):
                     raise DataError(
                         f"data={str(path)!r} line={rows.line_num} has {len(row)} fields, the header {len(header)}; "
                         "quote texts that hold commas"
                     )
-                texts.extend(row[header.index(name)] for _ in row[:1])
+                if row:
+                    where = f"line={rows.line_num}"
+                    values = {one.name: row[header.index(one.name)] for one in columns.values()}
+                    records.append(_row(path, where, columns, _typed(path, where, columns, values)))
         except csv.Error:
             raise DataError(f"data={str(path)!r} line={rows.line_num} is not CSV; check its quotes") from None
-    return texts
+    return records
 
 
-def read_parquet(path: Path, column: str | None) -> list[str]:
-    """Returns one text per row of a Parquet file."""
-    name = column or COLUMN
+def read_parquet(path: Path, columns: Columns) -> list[Record]:
+    """Returns one record per row of a Parquet file."""
     if not path.is_file():
         raise DataError(f"data={str(path)!r} is not a file; give one .parquet file")
+    names = list(dict.fromkeys(one.name for one in columns.values()))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, name, file.schema_arrow.names)
-            values = file.read(columns=[name]).column(name).to_pylist()
+            _check_columns(path, columns, file.schema_arrow.names)
+            rows = file.read(columns=names).to_pylist()
     except (pyarrow.ArrowException, OSError):
         raise DataError(f"data={str(path)!r} is not a readable Parquet file; write it again") from None
-    return [_text(path, f"row={number}", name, value) for number, value in enumerate(values, start=1)]
+    return [_row(path, f"row={number}", columns, values) for number, values in enumerate(rows, start=1)]
 
 
-def read_text(path: Path, column: str | None) -> list[str]:
+def read_text(path: Path, columns: Columns) -> list[Record]:
     """Returns the text of a .txt file, or one text per .txt file of a folder, by name."""
-    _check_column(path, column or COLUMN, [COLUMN])
+    _check_columns(path, columns, [COLUMN])
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data={str(path)!r} has no .txt file; put one text in each")
-    return [_decoded(file) for file in files]
+    return [_row(path, f"text={number}", columns, {COLUMN: _decoded(file)}) for number, file in enumerate(files, 1)]
 
 
-READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
+READERS: dict[str, Reader] = {
     "jsonl": read_jsonl,
     "csv": read_csv,
     "parquet": read_parquet,
     "text": read_text,
+    "images": read_images,
+    "image_parquet": read_image_parquet,
+    "npz": read_npz,
 }
 
 
@@ -129,10 +142,10 @@ def _decoded(path: Path) -> str:
         raise DataError(f"data={str(path)!r} cannot be read ({error.strerror}); give a readable file") from None
 
 
-def _check_column(path: Path, name: str, columns: Sequence[str]) -> None:
-    if name not in columns:
+def _check_columns(path: Path, columns: Columns, present: Sequence[str]) -> None:
+    for name in (one.name for one in columns.values() if one.name not in present):
         # Shortened: where a csv has no header, these are a first record.
-        known = [column[:24] for column in columns[:16]]
+        known = [column[:24] for column in present[:16]]
         hint = nearest(name, known)
         raise DataError(
             f"column={name!r} is not in data={str(path)!r}, columns={', '.join(known) or 'none'}; "
@@ -140,12 +153,39 @@ def _check_column(path: Path, name: str, columns: Sequence[str]) -> None:
         )
 
 
-def _text(path: Path, where: str, name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"data={str(path)!r} {where} column={name!r} holds {type(value).__name__}, not text; name another column"
-        )
-    return value
+_WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or a whole number"}
+
+
+def _row(path: Path, where: str, columns: Columns, values: Mapping[str, Any]) -> Row:
+    """Returns a record of what a file has, checked; `values` are by the file's names."""
+    for one in columns.values():
+        value = values[one.name]
+        fits = isinstance(value, str | int) if one.kind is object else isinstance(value, one.kind)
+        if not fits or (one.kind is int and isinstance(value, bool)):
+            raise DataError(
+                f"data={str(path)!r} {where} column={one.name!r} holds {type(value).__name__}, not {_WORDS[one.kind]}; "
+                "correct it, or name another column"
+            )
+    return Row({field: values[one.name] for field, one in columns.items()}, where)
+
+
+def _typed(path: Path, where: str, columns: Columns, values: dict[str, str]) -> dict[str, Any]:
+    """Returns a row of texts with numbers and lists in the place of those that stand for one."""
+    typed: dict[str, Any] = dict(values)
+    for one in columns.values():
+        if one.kind in (int, list):
+            try:
+                typed[one.name] = json.loads(values[one.name])
+            except (ValueError, RecursionError):  # `from None`: the cause would carry the field
+                raise DataError(
+                    f"data={str(path)!r} {where} column={one.name!r} holds text, not {_WORDS[one.kind]}; correct it, "
+                    "or name another column"
+                ) from None
+    return typed
+
+
+def _is_blank(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else isinstance(value, list) and not value
 
 
 @contextmanager

@@ -1,44 +1,50 @@
-"""How good a model is on some examples, in nats per token."""
+"""How good a model is on some examples, in the task's own measures."""
 
-import math
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from errors import DataError
-from task.examples import Examples
-from task.spec import Task
+from task.spec import Batch, Tally, Task
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss over target tokens in nats, its exponential, and the number of targets."""
+    """How good a model is.
+
+    Attributes:
+      loss: mean over all targets, nats.
+      targets: their number.
+      metrics: the task's further measures, by name; see `task.spec.Tally.means`.
+    """
 
     loss: float
-    perplexity: float
-    tokens: int
+    targets: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def score(task: Task, model: nn.Module, examples: Examples, *, batch: int) -> Score:
-    """Returns the score of a model, in chunks of `batch` examples so that memory stays small.
+def score(task: Task, model: nn.Module, *parts: Batch, batch: int) -> Score:
+    """Returns the score of a model over all parts, in chunks of `batch` examples so that memory stays small.
 
     Raises:
-      DataError: no example has a token to predict.
+      DataError: no example has anything to be scored on.
     """
-    if not examples.targets.any():
-        raise DataError(f"records={len(examples)}: none has a token to predict; give longer texts")
-    total, tokens = 0.0, 0
-    for start in range(0, len(examples), batch):
-        rows = np.arange(start, min(start + batch, len(examples)))
-        sums, count = task.token_losses(model, examples.select(rows))
-        total, tokens = total + sums, tokens + count
-    loss = total / tokens
-    return Score(loss, math.exp(min(loss, 700.0)), tokens)
+    if not any(part.targets.any() for part in parts):
+        raise DataError(f"records={sum(map(len, parts))}: none has anything to learn; give longer or other ones")
+    tallies = (task.tally(model, chunk) for part in parts for chunk in _chunks(part, batch))
+    total = functools.reduce(operator.add, tallies, Tally(0.0, 0))
+    return Score(total.loss / total.targets, total.targets, total.means())
 
 
-def spread(examples: Examples, count: int, *, offset: int = 0, stride: int = 1) -> Examples:
+def spread(examples: B, count: int, *, offset: int = 0, stride: int = 1) -> B:
     """Returns at most `count` examples, evenly spaced over those with index = offset modulo stride.
 
     Two calls with the same stride and different offsets never share an example.
@@ -51,3 +57,8 @@ def spread_rows(eligible: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     if len(eligible) > count:
         eligible = eligible[np.linspace(0, len(eligible) - 1, count).astype(int)]
     return eligible
+
+
+def _chunks(examples: Batch, size: int) -> Iterator[Batch]:
+    for start in range(0, len(examples), size):
+        yield examples.select(np.arange(start, min(start + size, len(examples))))

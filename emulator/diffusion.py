@@ -4,19 +4,21 @@ They have neither a transformers configuration nor an auto class. Both stand her
 may name is looked up in a table of those whose blocks and inputs are known.
 """
 
-import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from errors import MalformedMessage, OffsiteError, UnsupportedModel
+from errors import MalformedMessage, OffsiteError
+from task.diffusion_models import CLASS as CLASS
+from task.diffusion_models import model_class
 
-CLASS = "_class_name"  # diffusers' key; every other key with an underscore is its own bookkeeping
 MOST_ENTRIES = 1 << 26  # of the table of positions, which is computed; the largest published has some millions
 STEPS = 1000  # of noise, in every diffusion transformer that was published
+TOKENS = 12  # of a text
 _SIZES = ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")
 
 
@@ -49,7 +51,7 @@ class AutoDiffusion:
         """
         if not isinstance(config, DiffusionConfig) or trust_remote_code:
             raise ValueError("not a configuration of diffusers, or one with code")
-        kind = _kind(config.name)
+        kind = model_class(config.name)
         _check_values(config.values, inspect.signature(kind.__init__).parameters.keys() - {"self"})
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -77,7 +79,7 @@ def to_document(model: Any) -> dict[str, Any]:
       UnsupportedModel: diffusers is not installed, or the class is not in the table.
     """
     name = type(model).__name__
-    _kind(name)
+    model_class(name)
     return {CLASS: name, **{key: value for key, value in dict(model.config).items() if not key.startswith("_")}}
 
 
@@ -87,27 +89,29 @@ def parse(document: dict[str, Any]) -> DiffusionConfig:
 
 
 def random_inputs(model: Any, generator: torch.Generator, examples: int) -> dict[str, Tensor]:
-    """Returns random latents, each with a step of noise and a class."""
+    """Returns random latents, each with a step of noise and what the model is told of it."""
     config = model.config
     shape = (examples, config.in_channels, config.sample_size, config.sample_size)
     return {
         "hidden_states": torch.randn(shape, generator=generator),
         "timestep": torch.randint(STEPS, (examples,), generator=generator),
-        "class_labels": torch.randint(config.num_embeds_ada_norm, (examples,), generator=generator),
+        **_TOLD[type(model).__name__](config, generator, examples),
     }
 
 
-def _kind(name: str) -> Any:
-    try:
-        diffusers = importlib.import_module("diffusers")  # not at the top: it is optional, and takes seconds
-        table = {"DiTTransformer2DModel": diffusers.DiTTransformer2DModel}
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise UnsupportedModel(
-            f"model={name}: diffusers cannot be imported ({error}); pip install 'offsite[diffusion]'"
-        ) from error
-    if name not in table:
-        raise UnsupportedModel(f"model={name}: of diffusers only {', '.join(table)} is supported; use another model")
-    return table[name]
+def _class(config: Any, generator: torch.Generator, examples: int) -> dict[str, Tensor]:
+    return {"class_labels": torch.randint(config.num_embeds_ada_norm, (examples,), generator=generator)}
+
+
+def _text(config: Any, generator: torch.Generator, examples: int) -> dict[str, Tensor]:
+    width = config.caption_channels or config.cross_attention_dim
+    return {"encoder_hidden_states": torch.randn((examples, TOKENS, width), generator=generator)}
+
+
+_TOLD: dict[str, Callable[[Any, torch.Generator, int], dict[str, Tensor]]] = {
+    "DiTTransformer2DModel": _class,
+    "PixArtTransformer2DModel": _text,
+}
 
 
 def _check_values(values: dict[str, Any], known: set[str]) -> None:

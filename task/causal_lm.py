@@ -1,9 +1,9 @@
 """Causal language modelling: predict each next token."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from task import checkpoint, head
 from task.encode import encode
-from task.examples import Examples
+from task.examples import Examples, vocabulary_of
+from task.spec import Record, Tally
 
 log = logging.getLogger("offsite.task")
 
@@ -24,7 +25,9 @@ class CausalLM:
       chunk: tokens whose logits exist at once where the model allows it, >= 1; None holds those of a whole batch.
     """
 
-    name = "causal_lm"
+    name: ClassVar[str] = "causal_lm"
+    kind: ClassVar[str] = "causal_lm"
+    columns: ClassVar[Mapping[str, type]] = {"text": str}
 
     def __init__(self, chunk: int | None = head.CHUNK) -> None:
         self._chunk = chunk
@@ -34,39 +37,46 @@ class CausalLM:
 
     def __reduce__(self) -> tuple[type["CausalLM"], tuple[int | None]]:
         # A worker of another process meets models of its own.
-        return CausalLM, (self._chunk,)
+        return type(self), (self._chunk,)
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
-        """Returns the model of a directory; see `task.checkpoint.load_causal`."""
-        return checkpoint.load_causal(path, dtype=dtype)
+        """Returns the model of a directory; see `task.checkpoint.load`."""
+        return checkpoint.load(path, dtype=dtype, kind=self.kind)
 
-    def load_tokenizer(self, path: Path | str) -> Any:
+    def load_processor(self, path: Path | str) -> Any:
         """Returns the tokenizer of a directory; see `task.checkpoint.load_tokenizer`."""
         return checkpoint.load_tokenizer(path)
 
-    def encode(self, tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> Examples:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> Examples:
         """Returns texts as examples; see `task.encode.encode`."""
-        return encode(tokenizer, texts, length=length, split=split)
+        return encode(processor, [record["text"] for record in records], length=length, split=split)
 
-    def losses(self, model: nn.Module, examples: Examples) -> torch.Tensor:
+    def losses(self, model: nn.Module, batch: Examples) -> torch.Tensor:
         """Returns each example's mean negative log-likelihood per target token, nats, float32 (B,), differentiable.
 
         The mean is over that example's own targets, so no example weighs on another. `outputs.loss` of transformers is
         a mean over all tokens of the batch, from which no per-example gradient follows. Differentiable once where
         `obstacle` finds nothing.
         """
-        sums, counts = self._sums(model, examples)
+        sums, counts = self._sums(model, batch)
         return (sums / counts.clamp(min=1)).float()
 
-    def token_losses(self, model: nn.Module, examples: Examples) -> tuple[float, int]:
-        """Returns the sum of negative log-likelihoods in nats over all targets, and their count, without gradients."""
+    def tally(self, model: nn.Module, batch: Examples) -> Tally:
+        """Returns the sum of negative log-likelihoods in nats over all targets, without gradients."""
         with torch.no_grad():
-            sums, counts = self._sums(model, examples)
-        return float(sums.double().sum()), int(counts.sum())
+            sums, counts = self._sums(model, batch)
+        loss, targets = float(sums.double().sum()), int(counts.sum())
+        return Tally(loss, targets, {"perplexity": (loss, targets)})
 
-    def run(self, model: nn.Module, examples: Examples) -> None:
+    def run(self, model: nn.Module, batch: Examples) -> None:
         """Calls a model once with examples, for what its blocks do with them; see `task.head.run`."""
-        head.run(model, examples.input_ids)
+        head.run(model, batch.input_ids)
+
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> Examples:
+        """Returns two records that nobody wrote; see `Examples.invented`."""
+        return Examples.invented(vocabulary_of(model), length, seed=seed)
 
     def obstacle(self, model: nn.Module, device: torch.device | str = "cpu") -> str:
         """Returns why the losses of a model need the logits of a whole batch at once, or "" where they do not.
@@ -104,7 +114,7 @@ class CausalLM:
 def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor:
     """Returns the sums of a model whose logits are its frozen head's output; the head sees nothing but targets."""
     last = head.head_of(model)
-    keep = examples.attention_mask[:, 1:].bool()
+    keep = examples.predicted.bool()
     hidden = head.hidden_states(model, examples.input_ids)[:, :-1][keep]
     losses = head.TokenLosses.apply(hidden, examples.input_ids[:, 1:][keep], last.weight, last.bias, chunk)
     return losses.new_zeros(keep.shape).masked_scatter(keep, losses).sum(dim=-1)
@@ -113,7 +123,7 @@ def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor
 def _whole(model: nn.Module, examples: Examples) -> torch.Tensor:
     """Returns the sums of any model, from its logits."""
     logits = model(input_ids=examples.input_ids).logits
-    valid = examples.attention_mask[:, 1:]
+    valid = examples.predicted
     # One example at a time: a slice of one row is a view, and float32 copies of half-precision logits stay small.
     sums = [
         (_token_losses(row[:-1], ids[1:]) * keep).sum()

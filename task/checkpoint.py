@@ -7,33 +7,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from errors import DataError, UnsupportedModel
+from task.kinds import KINDS, WORDS, class_names
 from task.tokenizer import Tokenizer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_causal(path: Path | str, *, dtype: torch.dtype) -> Any:
-    """Returns the causal language model of a directory, frozen and in eval mode.
+def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
+    """Returns the model of a directory, frozen and in eval mode.
 
     Reads safetensors only, runs no code from the directory, and never asks the network.
 
     Args:
       path: a Hugging Face model directory.
       dtype: of every parameter, whatever the files hold.
+      kind: a key of `task.kinds.KINDS`.
 
     Raises:
       DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
-      UnsupportedModel: the model is not a causal language model that transformers knows.
+      UnsupportedModel: the model is not one of this kind that transformers knows.
     """
     folder = Path(path)
-    _check_config(folder)
+    _check_config(folder, kind)
     _check_weights(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = KINDS[kind].from_pretrained(
             str(folder),
             dtype=dtype,
             local_files_only=True,
@@ -67,7 +67,7 @@ def _check_folder(folder: Path) -> None:
         raise DataError(f"model={str(folder)!r} is not a directory; give the path of a Hugging Face model directory")
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path, kind: str) -> None:
     _check_folder(folder)
     if not (folder / "config.json").is_file():
         raise DataError(f"model={str(folder)!r} has no config.json; give the directory save_pretrained wrote")
@@ -75,19 +75,20 @@ def _check_config(folder: Path) -> None:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind not in CAUSAL:
+    known = class_names(kind)
+    name = values.get("model_type") if isinstance(values, dict) else None
+    if name not in known:
         raise UnsupportedModel(
-            f"model_type={kind!r} is no causal language model of transformers, and code in the model's directory is "
-            "never run; choose another model"
+            f"model_type={name!r} is no {WORDS[kind]} of transformers, and code in the model's directory is never "
+            "run; choose another model"
         )
     if values.get("quantization_config"):
         raise UnsupportedModel(
             f"quantization_config in model={str(folder)!r}, adapters need plain weights; save a dequantised copy"
         )
-    names = values.get("architectures") or [CAUSAL[kind]]
-    if not set(names) & set(CAUSAL.values()):
-        raise UnsupportedModel(f"architectures={names} is no causal language model; choose another model")
+    names = values.get("architectures") or known[name]
+    if not set(names) & {one for several in known.values() for one in several}:
+        raise UnsupportedModel(f"architectures={names} is no {WORDS[kind]}; choose another model")
 
 
 def _check_weights(folder: Path) -> None:

@@ -28,24 +28,42 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
       UnknownName: no such split.
       DataError: there is no example.
     """
-    if length < SHORTEST:
-        raise ConfigError(f"length={length} must be at least {SHORTEST} tokens; 128 is usual")
+    check_length(length)
     cut = lookup(SPLITS, split, "split")
-    rows = cut(tokenizer.tokens(texts), _end(tokenizer), length)
+    rows = cut(tokenizer.tokens(texts), end_of(tokenizer), length)
     if not rows:
         raise DataError(f"examples=0 from {len(texts)} texts at length={length}; give more text or a smaller length")
-    widths = [len(row) for row in rows]
     # The pad value is never a target and, being on the right, never seen by a causal model: any valid id will do.
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-    mask = (torch.arange(length)[None, :] < torch.tensor(widths)[:, None]).long()
-    return Examples(ids, mask)
+    return Examples(padded(rows, length), mask_of(rows, length))
 
 
-def _end(tokenizer: Any) -> list[int]:
+def padded(rows: Sequence[Sequence[int]], width: int, value: int = 0) -> torch.Tensor:
+    """Returns rows of at most `width` numbers as int64 (n, width), filled up on the right."""
+    table = torch.full((len(rows), width), value, dtype=torch.long)
+    for row, numbers in zip(table, rows, strict=True):
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    return table
+
+
+def mask_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Returns 1 where `padded` has a number and 0 where it filled up, int64 (n, width)."""
+    return (torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows])[:, None]).long()
+
+
+def end_of(tokenizer: Any) -> list[int]:
+    """Returns the end-of-text token as a list, none where the tokenizer has none."""
     eos = tokenizer.eos_token_id
     return [] if eos is None else [int(eos)]
+
+
+def check_length(length: int) -> None:
+    """Refuses examples without room for a target.
+
+    Raises:
+      ConfigError: fewer than 2 tokens.
+    """
+    if length < SHORTEST:
+        raise ConfigError(f"length={length} must be at least {SHORTEST} tokens; 128 is usual")
 
 
 def _blocks(documents: list[list[int]], end: list[int], length: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """A tokenizer that works in a process of its own: what its rules do to a text ends there, also when they kill it.
 
 A package's tokenizer was written by the model's owner, who could have written it to tell some texts from others: by a
-fault, by memory without end, or by the files that a tokenizer's settings name. So of a model's folder only
-tokenizer.json and the name of the end-of-text token are read, and no text makes a difference but in its own ids.
+fault, by memory without end, by a chat template, which is a program, or by the files that a tokenizer's settings name.
+So of a model's folder only tokenizer.json, the names of a few special tokens and the chat template are read, and no
+text makes a difference but in its own ids.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,28 @@ START_SECONDS, TEXT_SECONDS, BYTES_PER_SECOND = 60.0, 10.0, 50_000
 WASTED_SECONDS = 600.0  # spent on texts that came to nothing; the rest is given up then
 MOST_BYTES = 1 << 28
 _PROGRAM = Path(__file__).with_name("tokenizer_process.py")
+_NONE = 0xFFFFFFFF
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that a chat template may write
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a tokenizer made of a text, a pair or a list of words; all of one length, none where it failed.
+
+    Attributes:
+      ids: with special tokens.
+      types: of the segment, 0 or 1 as the tokenizer has it.
+      sequences: 0 or 1, which text of a pair a token is of; -1 for a special token.
+      words: index of the word; -1 for a special token.
+      starts, ends: characters of its own text, or its own word.
+    """
+
+    ids: list[int]
+    types: list[int]
+    sequences: list[int]
+    words: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 class Tokenizer:
@@ -32,22 +56,30 @@ class Tokenizer:
     Args:
       content: bytes of its tokenizer.json.
       eos: the token that ends a text, or None.
+      template: chat template, or None.
+      special: tokens that the template may write, by their names in the settings.
 
     Attributes:
       eos_token_id: of that token; None where there is none.
       largest_id: of its vocabulary.
+      has_template: whether it can take conversations.
 
     Raises:
-      DataError: it is none, or the library fails on it.
+      DataError: it is none, or a library fails on it or on its chat template.
     """
 
-    def __init__(self, content: bytes, eos: str | None) -> None:
-        self._content, self._eos = content, (eos or "").encode()
+    def __init__(
+        self, content: bytes, eos: str | None, template: str | None = None, special: Mapping[str, str] | None = None
+    ) -> None:
+        chat = json.dumps({"template": template, "tokens": dict(special or {})}) if template else ""
+        self._start = (content, (eos or "").encode(), chat.encode())
+        self.has_template = bool(template)
         try:
-            with _Process(self._content, self._eos) as process:
+            with _Process(self._start) as process:
                 facts = json.loads(process.facts)
         except (OSError, EOFError, ValueError) as error:
-            raise DataError("tokenizer.json cannot be read; save it again with a fast tokenizer") from error
+            what = "tokenizer.json or its chat template" if template else "tokenizer.json"
+            raise DataError(f"{what} cannot be read; save it again with a fast tokenizer") from error
         self.eos_token_id: int | None = facts["eos"]
         self.largest_id = int(facts["largest"])
 
@@ -66,22 +98,60 @@ class Tokenizer:
             )
         if path.stat().st_size > MOST_BYTES:
             raise DataError(f"tokenizer={folder.name!r}: tokenizer.json has over {MOST_BYTES} bytes; no tokenizer has")
-        return cls(path.read_bytes(), _end_of_text(folder))
+        special = _special_tokens(folder)
+        return cls(path.read_bytes(), special.get("eos_token"), _chat_template(folder), special)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns each text's ids without special tokens; none for one on which it fails, takes too long, or dies."""
+        return self._answers([{"kind": "text", "of": text} for text in texts])
+
+    def singles(self, texts: Sequence[str], length: int) -> list[Encoding]:
+        """Returns each text with special tokens, cut to a length; empty for one on which it fails."""
+        return self._encodings("single", list(texts), length)
+
+    def pairs(self, pairs: Sequence[tuple[str, str]], length: int) -> list[Encoding]:
+        """Returns each pair with special tokens, its second text cut so that both fit; empty where it fails."""
+        return self._encodings("pair", [list(pair) for pair in pairs], length)
+
+    def worded(self, lists: Sequence[Sequence[str]], length: int) -> list[Encoding]:
+        """Returns each list of words with special tokens, cut to a length; empty where it fails."""
+        return self._encodings("words", [list(words) for words in lists], length)
+
+    def chats(
+        self, conversations: Sequence[Sequence[Mapping[str, str]]], length: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """Returns each conversation's ids through the chat template, and 1 where a token is of an answer, else 0.
+
+        Raises:
+          DataError: the folder has no chat template.
+        """
+        if not self.has_template:
+            raise DataError(
+                "tokenizer: no chat template; add chat_template.jinja to the model's folder, or use the task "
+                "prompt_completion"
+            )
+        asked = [{"kind": "chat", "of": [dict(one) for one in talk], "length": length} for talk in conversations]
+        columns = [_columns(words, 2, length) for words in self._answers(asked)]
+        return [(ids, [int(flag == 1) for flag in flags]) for ids, flags in columns]
+
+    def _encodings(self, kind: str, pieces: Sequence[Any], length: int) -> list[Encoding]:
+        found = self._answers([{"kind": kind, "of": piece, "length": length} for piece in pieces])
+        return [Encoding(*_columns(words, 6, length)) for words in found]
+
+    def _answers(self, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Returns the numbers that come back for each request; none where it fails, takes too long, or dies."""
         with contextlib.ExitStack() as stack:
             process, wasted, found = None, 0.0, list[list[int]]()
-            for text in texts:
-                began, ids = time.monotonic(), None
+            for request in requests:
+                began, numbers = time.monotonic(), None
                 if wasted < WASTED_SECONDS:
                     with contextlib.suppress(OSError, EOFError):
-                        process = process or stack.enter_context(_Process(self._content, self._eos))
-                        ids = process.ids(text)
-                if ids is None:
+                        process = process or stack.enter_context(_Process(self._start))
+                        numbers = process.ask(request)
+                if numbers is None:
                     stack.close()
                     process, wasted = None, wasted + time.monotonic() - began
-                found.append(ids or [])
+                found.append(numbers or [])
         return found
 
 
@@ -92,8 +162,8 @@ class _Process:
       OSError, EOFError: it died, or took too long.
     """
 
-    def __init__(self, content: bytes, eos: bytes) -> None:
-        self._content, self._eos = content, eos
+    def __init__(self, start: Sequence[bytes]) -> None:
+        self._start = start
 
     def __enter__(self) -> "_Process":
         self._process = subprocess.Popen(  # noqa: S603 - our own file
@@ -101,14 +171,14 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a panic quotes what it was at
-            env={"TOKENIZERS_PARALLELISM": "false"},
+            env={"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
             bufsize=0,
         )
         self._selector = selectors.DefaultSelector()
         try:
             self._selector.register(self._output, selectors.EVENT_READ)
-            self._write(self._content)
-            self._write(self._eos)
+            for frame in self._start:
+                self._write(frame)
             self.facts = self._read(START_SECONDS)
         except BaseException:
             self.__exit__()
@@ -124,9 +194,9 @@ class _Process:
                     pipe.close()
         self._process.wait()
 
-    def ids(self, text: str) -> list[int]:
-        """Returns the ids of a text."""
-        content = text.encode("utf-8", "surrogatepass")
+    def ask(self, request: dict[str, Any]) -> list[int]:
+        """Returns the numbers that come back for a request."""
+        content = json.dumps(request).encode()
         self._write(content)
         words = array("I", self._read(TEXT_SECONDS + len(content) / BYTES_PER_SECOND))
         if sys.byteorder == "big":
@@ -160,17 +230,48 @@ class _Process:
         return bytes(taken)
 
 
-def _end_of_text(folder: Path) -> str | None:
-    """Returns the end-of-text token that the settings name; nothing else of them is looked at."""
+def _columns(words: list[int], count: int, length: int) -> list[list[int]]:
+    """Returns numbers as columns, none of them where they are not `count` columns of at most `length` numbers each.
+
+    They come from a process that runs what somebody else wrote, so nothing may follow from them but wrong tokens.
+    """
+    size, rest = divmod(len(words), count)
+    if rest or size > length:
+        return [[] for _ in range(count)]
+    return [[-1 if one == _NONE else one for one in words[at * size : (at + 1) * size]] for at in range(count)]
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """Returns a JSON file of the folder, nothing where there is none."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"tokenizer={folder.name!r} has a damaged {name}; save it again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Returns the special tokens that the settings name; of these but the chat template nothing else is looked at."""
+    found: dict[str, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = _settings(folder, name)
+        for kind in _SPECIAL:
+            token = settings.get(kind)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found.setdefault(kind, token)
+    return found
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Returns the chat template of a folder, as transformers keeps it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"tokenizer={folder.name!r} has a damaged {name}; save it again") from error
-        token = content.get("eos_token") if isinstance(content, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    return None
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"tokenizer={folder.name!r} has a damaged {path.name}; save it again") from error
+    template = _settings(folder, "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None

@@ -3,10 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from client.columns import columns_of
 from client.data import READERS, read
 from errors import DataError, UnknownName
 
@@ -33,13 +35,28 @@ def write_text(path, texts, column="text"):
         (path / f"{number}.txt").write_bytes(text.encode())
 
 
+def write_npz(path, texts, column="text"):
+    np.savez(path, **{"id": np.ones(len(texts), np.int64), column: np.array(texts, np.str_)})
+
+
+def columns(name="text"):
+    return columns_of({"text": str}, column=name, names={})
+
+
+def records(texts):
+    return [{"text": text} for text in texts]
+
+
 FORMATS = {
     "jsonl": ("d.jsonl", write_jsonl),
     "csv": ("d.csv", write_csv),
     "parquet": ("d.parquet", write_parquet),
     "text": ("d", write_text),
+    "image_parquet": ("d.parquet", write_parquet),
+    "npz": ("d.npz", write_npz),
 }
-each = pytest.mark.parametrize("reader", sorted(READERS))
+WITHOUT_TEXT = {"images"}  # tests/client/test_images.py
+each = pytest.mark.parametrize("reader", sorted(FORMATS))
 
 
 @pytest.fixture
@@ -53,27 +70,27 @@ def written(tmp_path, reader):
 
 
 def test_every_reader_has_a_writer_here():
-    assert set(FORMATS) == set(READERS)
+    assert set(FORMATS) | WITHOUT_TEXT == set(READERS)
 
 
 @each
 def test_texts_come_back_in_order_and_whole(reader, written):
     path = written(TEXTS)
-    assert read(path, reader=reader, column=None) == TEXTS
-    assert read(path, reader=None, column="text") == TEXTS
-    assert read(str(path), reader=None, column=None) == TEXTS
+    assert read(path, reader=reader, columns=columns()) == records(TEXTS)
+    assert read(path, reader=None, columns=columns("text")) == records(TEXTS)
+    assert read(str(path), reader=None, columns=columns()) == records(TEXTS)
 
 
 @each
 def test_blank_texts_are_left_out(reader, written):
-    assert read(written(["a", " \t", "", "b"]), reader=reader, column=None) == ["a", "b"]
+    assert read(written(["a", " \t", "", "b"]), reader=reader, columns=columns()) == records(["a", "b"])
 
 
 @each
 @pytest.mark.parametrize("texts", [[], ["", "  "]])
 def test_no_text_is_an_error(reader, written, texts):
     with pytest.raises(DataError):
-        read(written(texts), reader=reader, column=None)
+        read(written(texts), reader=reader, columns=columns())
 
 
 @each
@@ -81,19 +98,19 @@ def test_an_empty_file_is_an_error(reader, tmp_path):
     path = tmp_path / "empty.txt"
     path.write_bytes(b"")
     with pytest.raises(DataError):
-        read(path, reader=reader, column=None)
+        read(path, reader=reader, columns=columns())
 
 
 @each
 def test_a_missing_path_is_an_error(reader, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        read(tmp_path / "none.jsonl", reader=reader, column=None)
+        read(tmp_path / "none.jsonl", reader=reader, columns=columns())
 
 
 @each
 def test_a_wrong_column_names_the_columns_and_the_nearest(reader, written):
     with pytest.raises(DataError, match=r"column='texst'.*columns=.*text.*did you mean text"):
-        read(written(TEXTS), reader=reader, column="texst")
+        read(written(TEXTS), reader=reader, columns=columns("texst"))
 
 
 @each
@@ -101,7 +118,7 @@ def test_bytes_that_are_not_utf8_are_an_error_without_content(reader, tmp_path):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"text\nsecret \xff\xfe\n")
     with pytest.raises(DataError) as caught:
-        read(path, reader=reader, column=None)
+        read(path, reader=reader, columns=columns())
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -110,10 +127,29 @@ def test_bytes_that_are_not_utf8_are_an_error_without_content(reader, tmp_path):
 def test_another_column_may_hold_the_text(reader, written):
     if reader == "text":
         pytest.skip("plain text has one column")
-    assert read(written(TEXTS, "body"), reader=None, column="body") == TEXTS
+    assert read(written(TEXTS, "body"), reader=None, columns=columns("body")) == records(TEXTS)
+
+
+@each
+def test_further_fields_come_with_their_record(reader, written):
+    fields = columns_of({"text": str, "number": object}, names={"number": "id"})
+    path = written(TEXTS)
+    if reader == "text":
+        with pytest.raises(DataError, match=r"column='id' is not in .*columns=text"):
+            read(path, reader=None, columns=fields)
+        return
+    found = read(path, reader=None, columns=fields)
+    assert [one["text"] for one in found] == TEXTS
+    assert {str(one["number"]) for one in found} == {"1"}
+
+
+@each
+def test_every_record_has_a_place_of_its_own(reader, written):
+    found = read(written(TEXTS), reader=None, columns=columns())
+    assert len({one.place for one in found}) == len(TEXTS)
 
 
 def test_an_unknown_reader_names_the_nearest(tmp_path):
     (tmp_path / "d.jsonl").write_text("{}")
     with pytest.raises(UnknownName, match="jsonl"):
-        read(tmp_path / "d.jsonl", reader="json", column=None)
+        read(tmp_path / "d.jsonl", reader="json", columns=columns())

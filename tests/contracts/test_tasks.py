@@ -1,111 +1,114 @@
-"""What every entry of task.TASKS promises; a new entry inherits all of it by adding its tiny model."""
+"""What every entry of task.TASKS promises; a new entry inherits all of it by adding its sample to `task_samples`."""
 
+import copy
 import socket
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
+from emulator.rebuild import AUTO
+from emulator.towers import token_embeddings
 from errors import ConfigError, DataError, UnknownName
-from task.examples import Examples
+from task.spec import Tally
 from task.tasks import TASKS
+from tests.task_samples import SAMPLES
 
-TEXTS = ["the quick brown fox jumps over the lazy dog", "a b c", "pack my box with five dozen liquor jugs now"]
-
-
-def tokenizer(vocab_size=97):
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<end>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<end>", model_max_length=16)
+each = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
 
-def llama():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-    )
-    return LlamaForCausalLM(config)
+class Loaded:
+    """A task with a loaded model, and three examples of different size."""
+
+    def __init__(self, sample, folder):
+        self.sample, self.task = sample, TASKS[sample.task]
+        self.model = self.task.load(folder, dtype=torch.float32)
+        self.processor = self.task.load_processor(folder)
+        self.batch = self.encode(sample.records(3, 1))
+
+    def encode(self, records, length=None, split="truncate"):
+        length = length or self.sample.length
+        return self.task.encode(self.processor, records, length=length, split=split, model_config=self.model.config)
 
 
-def gpt2():
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=32, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config)
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Each sample, loaded once without a network."""
+    found = {}
 
-
-def gemma2():
-    """Caps its logits after the head."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=97, pad_token_id=0)
-    return Gemma2ForCausalLM(config)
-
-
-TINY = {"causal_lm": [llama, gpt2, gemma2]}  # task -> makers of a tiny random model
-each = pytest.mark.parametrize(("task", "make"), [(TASKS[name], make) for name in TASKS for make in TINY[name]])
-
-
-@pytest.fixture
-def loaded(task, make, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("the network was asked")
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        make().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return task.load(tmp_path, dtype=torch.float32), task.load_tokenizer(tmp_path)
+    def open_one(sample):
+        if str(sample) not in found:
+            folder = sample.save(tmp_path_factory.mktemp("model"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(socket.socket, "connect", refuse)
+                patch.setattr(socket, "getaddrinfo", refuse)
+                found[str(sample)] = Loaded(sample, folder)
+        return found[str(sample)]
+
+    return open_one
 
 
-def examples(task, words, split="truncate"):
-    return task.encode(words, TEXTS, length=8, split=split)
+@pytest.fixture
+def loaded(sample, opened):
+    """A sample with a model of its own, which a test may train."""
+    own = copy.copy(opened(sample))
+    own.model = copy.deepcopy(own.model)
+    return own
 
 
 def gradient(model, losses):
     model.zero_grad()
     losses.sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
 def train(model, part):
     """Makes everything trainable, or as an adapter does it, only what lies between the tables of words."""
     model.requires_grad_(True)
     if part == "inside":
-        model.get_input_embeddings().requires_grad_(False)
-        model.get_output_embeddings().requires_grad_(False)
+        for table in tables(model):
+            table.requires_grad_(False)
 
+
+def tables(model):
+    """Returns the tables of words at both ends, as far as a model has them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [*token_embeddings(model), *([] if head is None else [head])]
+
+
+# What is of one size, and refused by its place where it is not what it should be: see tests/task for both.
+WITHOUT_TOKENS = {"image", "latents"}
 
 parts = pytest.mark.parametrize("part", ["everything", "inside"])
 
 
+def test_every_task_has_a_tiny_model_here():
+    assert {sample.task for sample in SAMPLES} == set(TASKS)
+    assert all(name == task.name for name, task in TASKS.items())
+
+
+@each
+def test_its_kind_loads_its_models_and_its_columns_are_those_of_its_records(sample):
+    task = TASKS[sample.task]
+    assert task.kind in AUTO
+    assert all(set(record) == set(task.columns) for record in sample.records(3, 1))
+    for field, kind in task.columns.items():
+        assert all(isinstance(record[field], kind) for record in sample.records(3, 1))
+
+
 @each
 def test_a_loaded_model_is_frozen_in_eval_mode_and_keeps_no_cache(loaded):
-    model, _ = loaded
-    assert not model.training
-    assert not model.config.use_cache
-    assert not any(p.requires_grad for p in model.parameters())
+    assert not loaded.model.training
+    assert not getattr(loaded.model.config, "use_cache", False)
+    assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_are_one_finite_float32_number_per_example(task, loaded, dtype):
-    model, words = loaded
-    losses = task.losses(model.to(dtype), examples(task, words))
+def test_losses_are_one_finite_float32_number_per_example(loaded, dtype):
+    losses = loaded.task.losses(loaded.model.to(dtype), loaded.batch)
     assert losses.shape == (3,)
     assert losses.dtype == torch.float32
     assert torch.isfinite(losses).all()
@@ -113,72 +116,128 @@ def test_losses_are_one_finite_float32_number_per_example(task, loaded, dtype):
 
 
 @each
-def test_no_example_touches_another(task, loaded):
-    model, words = loaded
-    batch = examples(task, words)
+def test_no_example_touches_another(loaded):
+    task, model, batch = loaded.task, loaded.model, loaded.batch
     together = task.losses(model, batch)
     alone = torch.cat([task.losses(model, batch.select([index])) for index in range(3)])
     assert torch.allclose(together, alone, rtol=1e-5)
     assert torch.allclose(task.losses(model, batch.select([2, 0, 1])), together[[2, 0, 1]], rtol=1e-5)
 
 
+@each
+def test_the_room_that_is_left_for_larger_examples_changes_nothing(loaded):
+    """The same records with more padding have the same losses and targets."""
+    records, length = loaded.sample.records(3, 1), loaded.sample.length
+    short, long = (loaded.encode(records, length=size) for size in (length, length + 8))
+    if "image" in loaded.task.columns:
+        pytest.skip("images have one size")
+    assert short.targets.tolist() == long.targets.tolist()
+    first, second = (loaded.task.losses(loaded.model, batch) for batch in (short, long))
+    assert torch.allclose(first, second, rtol=2e-5)
+
+
 @parts
 @each
-def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(task, loaded, part):
-    model, words = loaded
+def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(loaded, part):
+    task, model, batch = loaded.task, loaded.model, loaded.batch
     train(model, part)
-    batch = examples(task, words)
     for index in range(3):
         together = gradient(model, task.losses(model, batch)[index])
         alone = gradient(model, task.losses(model, batch.select([index])))
         assert (together - alone).norm() < 1e-5 * alone.norm()
 
 
+def broken(sample):
+    """A sample's records, of which the second is one that its processor makes nothing of."""
+    first, second, third = sample.records(3, 1)
+    main = next(iter(second))
+    if sample.task == "chat":
+        return [first, {"messages": [{"role": "assistant", "content": "a\udcff"}]}, third]
+    if sample.task == "extractive_qa":
+        return [first, second | {"question": "a\udcff"}, third]
+    if sample.task == "prompt_completion":
+        return [first, second | {"completion": "a\udcff"}, third]
+    if isinstance(second[main], list):
+        return [first, second | {main: ["a\udcff"], "labels": second["labels"][:1]}, third]
+    return [first, second | {main: "a\udcff"}, third]
+
+
 @parts
 @each
-def test_an_example_without_a_target_has_no_loss_and_no_gradient(task, loaded, part):
-    model, words = loaded
-    train(model, part)
-    empty = task.encode(words, [TEXTS[0], "", "a"], length=8, split="truncate")
-    assert len(empty) == 3
-    losses = task.losses(model, empty)
-    assert losses[1:].tolist() == [0.0, 0.0]
-    assert not gradient(model, losses[1:]).any()
+def test_an_example_without_a_target_has_no_loss_and_no_gradient(loaded, part):
+    if WITHOUT_TOKENS & set(loaded.task.columns):
+        pytest.skip("every image is one")
+    train(loaded.model, part)
+    batch = loaded.encode(broken(loaded.sample))
+    assert len(batch) == 3
+    assert batch.targets[1] == 0
+    assert (batch.targets[[0, 2]] > 0).all()
+    losses = loaded.task.losses(loaded.model, batch)
+    assert losses[1] == 0.0
+    assert torch.isfinite(losses).all()
+    assert not gradient(loaded.model, losses[1:2]).any()
 
 
 @each
-def test_token_losses_are_the_sums_behind_the_means(task, loaded):
-    model, words = loaded
-    batch = examples(task, words)
-    total, count = task.token_losses(model, batch)
-    singles = [task.token_losses(model, batch.select([index])) for index in range(3)]
-    assert count == sum(number for _, number in singles)
-    assert total == pytest.approx(sum(part for part, _ in singles), rel=1e-5)
-    means = [part / number for part, number in singles]
+def test_a_batch_keeps_only_what_the_model_knows(loaded):
+    """No example is lost, and all are as they were where the model knows everything."""
+    within = loaded.batch.within(loaded.model)
+    assert len(within) == 3
+    assert within.targets.tolist() == loaded.batch.targets.tolist()
+    found, expected = (loaded.task.losses(loaded.model, one) for one in (within, loaded.batch))
+    assert torch.equal(found, expected)
+
+
+@each
+def test_a_tally_is_the_sums_behind_the_means(loaded):
+    task, model, batch = loaded.task, loaded.model, loaded.batch
+    total = task.tally(model, batch)
+    singles = [task.tally(model, batch.select([index])) for index in range(3)]
+    assert total.targets == sum(one.targets for one in singles) == int(batch.targets.sum())
+    assert total.loss == pytest.approx(sum(one.loss for one in singles), rel=1e-5)
+    means = [one.loss / one.targets for one in singles]
     assert task.losses(model, batch).tolist() == pytest.approx(means, rel=1e-5)
+    added = singles[0] + singles[1] + singles[2] + Tally(0.0, 0)
+    assert added.means() == pytest.approx(total.means(), rel=1e-5)
+    assert all(torch.isfinite(torch.tensor(value)) for value in total.means().values())
 
 
 @each
-def test_selecting_nothing_gives_no_examples(task, loaded):
-    _, words = loaded
-    none = examples(task, words).select([])
-    assert isinstance(none, Examples)
+def test_a_run_calls_the_model_once(loaded):
+    calls = []
+    loaded.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    loaded.task.run(loaded.model, loaded.batch)
+    assert calls == [False]
+
+
+@each
+def test_an_invented_batch_is_two_records_that_depend_on_the_seed_alone(loaded):
+    task, model = loaded.task, loaded.model
+    one, same, other = (task.invented(model, loaded.sample.length, seed=seed) for seed in (1, 1, 2))
+    assert len(one) == 2
+    assert (one.targets > 0).all()
+    assert one.within(model).targets.tolist() == one.targets.tolist()
+    first, again, second = (task.losses(model, batch) for batch in (one, same, other))
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@each
+def test_selecting_nothing_gives_no_examples(loaded):
+    none = loaded.batch.select([])
+    assert type(none) is type(loaded.batch)
     assert len(none) == 0
+    assert none.targets.tolist() == []
 
 
 @each
-def test_bad_encodings_are_refused(task, loaded):
-    _, words = loaded
-    with pytest.raises(UnknownName, match="blocks"):
-        task.encode(words, TEXTS, length=8, split="block")
-    with pytest.raises(ConfigError, match="length=1"):
-        task.encode(words, TEXTS, length=1, split="blocks")
+def test_bad_encodings_are_refused(loaded):
+    records = loaded.sample.records(3, 1)
+    with pytest.raises((UnknownName, ConfigError), match=r"split|blocks"):
+        loaded.encode(records, split="block")
     with pytest.raises(DataError, match="examples=0"):
-        task.encode(words, [], length=8, split="truncate")
-    with pytest.raises(DataError, match="examples=0"):
-        task.encode(words, ["a b"], length=64, split="blocks")
-
-
-def test_every_task_has_a_tiny_model_here():
-    assert set(TINY) == set(TASKS)
-    assert all(name == task.name for name, task in TASKS.items())
+        loaded.encode([])
+    if not WITHOUT_TOKENS & set(loaded.task.columns):
+        with pytest.raises(ConfigError, match="length=1"):
+            loaded.encode(records, length=1)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from errors import DataError, OffsiteError, UnsupportedModel
-from task.checkpoint import load_causal, load_tokenizer
+from task.checkpoint import load, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def refused(folder, kind, reason, dtype=torch.float32):
     with pytest.raises(kind, match=reason) as caught:
-        load_causal(folder, dtype=dtype)
+        load(folder, dtype=dtype, kind="causal_lm")
     assert isinstance(caught.value, OffsiteError)
     assert "\n" not in str(caught.value)
 
@@ -39,7 +39,7 @@ def change_config(folder, **changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_good_directory_loads_in_the_dtype_asked(folder, dtype):
-    model = load_causal(folder, dtype=dtype)
+    model = load(folder, dtype=dtype, kind="causal_lm")
     assert {p.dtype for p in model.parameters()} == {dtype}
     saved = load_file(folder / WEIGHTS)
     assert all(torch.equal(model.state_dict()[name], tensor.to(dtype)) for name, tensor in saved.items())
@@ -49,7 +49,7 @@ def test_a_good_directory_loads_in_the_dtype_asked(folder, dtype):
 def test_sharded_weights_load(tmp_path):
     LlamaForCausalLM(config()).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    load_causal(tmp_path, dtype=torch.float32)
+    load(tmp_path, dtype=torch.float32, kind="causal_lm")
 
 
 def test_a_missing_shard_is_refused(tmp_path):
@@ -112,7 +112,7 @@ def test_a_weight_too_large_for_the_dtype_is_refused(folder):
     tensors = load_file(folder / WEIGHTS)
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    load_causal(folder, dtype=torch.float32)
+    load(folder, dtype=torch.float32, kind="causal_lm")
     refused(folder, DataError, "holds NaN or Inf as torch.float16", torch.float16)
 
 
@@ -138,7 +138,7 @@ def test_code_in_the_directory_is_never_run(folder):
     change_config(folder, model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     refused(folder, UnsupportedModel, "never run")
     change_config(folder, model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-    assert type(load_causal(folder, dtype=torch.float32)) is LlamaForCausalLM
+    assert type(load(folder, dtype=torch.float32, kind="causal_lm")) is LlamaForCausalLM
 
 
 def test_a_quantised_model_is_refused(folder):

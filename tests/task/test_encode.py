@@ -1,5 +1,7 @@
 """task.encode: what becomes an example, by a tokenizer whose ids can be read off."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -45,8 +47,13 @@ def test_a_tokenizer_has_no_say_in_how_many_examples_there_are(ids):
     assert len(encode(Choosy(0), ["x", "xx"], length=3, split="truncate")) == 2
 
 
+def knowing(vocabulary):
+    text = SimpleNamespace(vocab_size=vocabulary)
+    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+
+
 def test_an_example_that_the_model_does_not_know_is_emptied():
-    found = encode(Letters(0), ["abc", "abz", "ab"], length=3, split="truncate").within(26)
+    found = encode(Letters(0), ["abc", "abz", "ab"], length=3, split="truncate").within(knowing(26))
     assert found.input_ids.tolist() == [[1, 2, 3], [0, 0, 0], [1, 2, 0]]
     assert found.targets.tolist() == [2, 0, 2]
 

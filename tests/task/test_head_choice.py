@@ -93,7 +93,7 @@ def test_a_model_first_met_in_inference_mode_hides_nothing():
         CausalLM(),
     )
     with torch.inference_mode():
-        assert task.token_losses(model, batch()) == PLAIN.token_losses(model, batch())
+        assert task.tally(model, batch()) == PLAIN.tally(model, batch())
     assert task.obstacle(model) == "the model changes its logits after the head"
 
 

@@ -56,7 +56,8 @@ def test_the_mean_over_a_padded_batch_is_not_what_transformers_reports(make):
     model, examples = make(), batch()
     labels = examples.input_ids.masked_fill(examples.attention_mask == 0, -100)
     pooled = model(input_ids=examples.input_ids, attention_mask=examples.attention_mask, labels=labels).loss
-    total, count = TASK.token_losses(model, examples)
+    tally = TASK.tally(model, examples)
+    total, count = tally.loss, tally.targets
     assert float(pooled.detach()) == pytest.approx(total / count, rel=1e-6)
     assert abs(float(TASK.losses(model, examples).mean().detach()) - total / count) > 1e-3
 
@@ -105,4 +106,4 @@ def test_half_precision_logits_are_summed_in_float32():
 
 def test_an_example_without_targets_costs_nothing():
     assert TASK.losses(llama(), batch((1, 8)))[0] == 0
-    assert TASK.token_losses(llama(), batch((1,))) == (0.0, 0)
+    assert TASK.tally(llama(), batch((1,))).targets == 0

@@ -2,12 +2,14 @@
 
 import base64
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Library
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import task.tokenizer
@@ -126,3 +128,77 @@ def test_the_end_of_text_is_found_where_transformers_keeps_it(tmp_path: Path) ->
     assert Tokenizer.of(tmp_path).eos_token_id == 4
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "nowhere"}))
     assert Tokenizer.of(tmp_path).eos_token_id is None
+
+
+def paired() -> Library:
+    made = library()
+    made.post_processor = processors.TemplateProcessing(
+        single="<end> $A <end>", pair="<end>:0 $A:0 <end>:0 $B:1 <end>:1", special_tokens=[("<end>", 0)]
+    )
+    return made
+
+
+def test_special_tokens_segments_and_places_are_those_of_transformers(tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=paired(), eos_token="<end>").save_pretrained(tmp_path)
+    own, theirs = Tokenizer.of(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    options = {"truncation": True, "max_length": 6, "return_offsets_mapping": True, "return_token_type_ids": True}
+    for text in ("the cat sat", "the cat sat the cat sat the cat", "", "Grüße"):
+        expected, (found,) = theirs(text, **options), own.singles([text], 6)
+        assert found.ids == expected["input_ids"]
+        assert list(zip(found.starts, found.ends, strict=True)) == expected["offset_mapping"]
+    for pair in (("the cat", "sat"), ("the", "cat sat cat sat cat sat")):
+        expected, (found,) = theirs(*pair, **options | {"truncation": "only_second"}), own.pairs([pair], 6)
+        assert (found.ids, found.types) == (expected["input_ids"], expected["token_type_ids"])
+        assert found.sequences == [-1 if one is None else one for one in expected.sequence_ids(0)]
+        assert list(zip(found.starts, found.ends, strict=True)) == expected["offset_mapping"]
+    words = ["the cat", "sat", "", "hiv"]
+    expected, (found,) = theirs(words, is_split_into_words=True, **options), own.worded([words], 6)
+    assert found.ids == expected["input_ids"]
+    assert found.words == [-1 if one is None else one for one in expected.word_ids(0)]
+
+
+def test_what_a_tokenizer_fails_on_is_an_empty_encoding_and_the_next_one_is_not() -> None:
+    own = of(paired())
+    assert [len(one.ids) for one in own.singles(["the", "a\udcff", "the cat"], 9)] == [3, 0, 4]
+    # A first text for which alone there is no room cannot be cut.
+    assert [len(one.ids) for one in own.pairs([("the cat sat " * 9, "the"), ("the", "cat")], 6)] == [0, 5]
+
+
+LIES = [[1, 2, 3], list(range(60)), [7] * 6 * 11]
+
+
+@pytest.mark.parametrize("numbers", LIES)
+def test_columns_that_are_none_are_nothing(monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> None:
+    """A tokenizer that got hold of its process can answer what it likes."""
+    own = of(paired())
+    monkeypatch.setattr(task.tokenizer._Process, "ask", lambda self, request: numbers)
+    (found,) = own.singles(["the"], 10)
+    sizes = {len(column) for column in vars(found).values()}
+    assert sizes == ({10} if len(numbers) == 60 else {0})
+
+
+def test_its_process_opens_no_file_and_no_socket_and_starts_nothing(tmp_path: Path) -> None:
+    """Also where what runs in it is no longer the tokenizer: here it is told to try."""
+    tries = """
+import json, os, socket, sys
+sys.path.insert(0, sys.argv[1])
+import tokenizer_process as program
+program.limit(4 << 30)
+def fails(do):
+    try:
+        do()
+    except BaseException as error:
+        return type(error).__name__
+    return ""
+found = {
+    "file": fails(lambda: open("/dev/null")),
+    "socket": fails(lambda: socket.socket()),
+    "pipe": fails(os.pipe),
+    "write": fails(lambda: os.write(1, b"")),
+}
+program.write(json.dumps(found).encode())
+"""
+    folder = str(Path(task.tokenizer.__file__).parent)
+    done = subprocess.run([sys.executable, "-I", "-c", tries, folder], capture_output=True, check=True)
+    found = json.loads(done.stdout[4:])
+    assert found == {"file": "OSError", "socket": "OSError", "pipe": "OSError", "write": ""}

@@ -1,0 +1,60 @@
+"""From the columns of a data file to the fields of a task's records."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import ConfigError, lookup, nearest
+from task.spec import Record
+from task.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where a field of a record is read from: the column's name in the file, and the type that must stand there."""
+
+    name: str
+    kind: type
+
+
+Columns = Mapping[str, Column]  # field of a record -> column
+Reader = Callable[[Path, Columns], list[Record]]
+
+
+def columns_of(fields: Mapping[str, type], *, column: str = "", names: Mapping[str, str]) -> Columns:
+    """Returns the columns that a task's fields are read from, each its own name unless another is given.
+
+    Args:
+      fields: `columns` of a task.
+      column: of its main field; empty for the field's name.
+      names: field -> column, of any.
+
+    Raises:
+      ConfigError: the task has no such field, or its main one is named twice.
+    """
+    main, given = next(iter(fields)), dict(names)
+    if unknown := [field for field in given if field not in fields]:
+        hint = nearest(unknown[0], list(fields))
+        raise ConfigError(f"columns.{unknown[0]}: the task reads {', '.join(fields)}; {hint}")
+    if column and given.setdefault(main, column) != column:
+        raise ConfigError(f"column={column!r} and columns.{main}={given[main]!r}: name the column once")
+    return {field: Column(given.get(field, field), kind) for field, kind in fields.items()}
+
+
+def columns_for(task: str, *, column: str, names: Mapping[str, str]) -> Columns:
+    """Returns the columns that a job's task reads at a site whose own file may name columns for other tasks too.
+
+    Args:
+      task: a key of `task.tasks.TASKS`.
+      column: of the task's main field; empty for the field's name.
+      names: field -> column, of any task's.
+
+    Raises:
+      UnknownName: there is no such task.
+      ConfigError: no task has such a field, or the main one is named twice.
+    """
+    fields = lookup(TASKS, task, "task").columns
+    known = sorted({field for one in TASKS.values() for field in one.columns})
+    if unknown := [field for field in names if field not in known]:
+        raise ConfigError(f"columns.{unknown[0]}: no task reads such a field; {nearest(unknown[0], known)}")
+    return columns_of(fields, column=column, names={field: names[field] for field in names if field in fields})

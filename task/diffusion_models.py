@@ -1,0 +1,82 @@
+"""The diffusion transformers of diffusers, an optional extra, whose blocks and inputs are known, and reading one."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from errors import DataError, UnsupportedModel
+
+CLASS = "_class_name"  # diffusers' key; every other key with an underscore is its own bookkeeping
+# What a configuration may name; diffusers has many more.
+NAMES = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
+
+
+def model_class(name: str) -> Any:
+    """Returns a class of the table.
+
+    Raises:
+      UnsupportedModel: diffusers is not installed, or the class is not in the table.
+    """
+    if name not in NAMES:
+        raise UnsupportedModel(f"model={name}: of diffusers only {', '.join(NAMES)} are supported; use another model")
+    try:
+        return getattr(importlib.import_module("diffusers"), name)  # not at the top: it is optional, and takes seconds
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModel(
+            f"model={name}: diffusers cannot be imported ({error}); pip install 'offsite[diffusion]'"
+        ) from error
+
+
+def load_diffusion(path: Path | str, *, dtype: torch.dtype, name: str) -> Any:
+    """Returns the diffusion transformer of a directory, frozen and in eval mode.
+
+    Reads safetensors only, runs no code from the directory, and never asks the network.
+
+    Args:
+      path: the folder "transformer" of a pipeline.
+      dtype: of every parameter, whatever the files hold.
+      name: of the class it must be, one of `NAMES`.
+
+    Raises:
+      DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
+      UnsupportedModel: the model is another, or diffusers is not installed.
+    """
+    folder = Path(path)
+    _check_config(folder, name)
+    if not any(folder.glob("*.safetensors")):
+        raise DataError(f"model={str(folder)!r} has no *.safetensors; convert the model's weights, and copy them there")
+    kind = model_class(name)
+    try:
+        model, report = kind.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise DataError(f"model={str(folder)!r} cannot be read ({reason}); save it again") from error
+    if missing := sorted(report["missing_keys"]):  # diffusers fills a missing tensor with random values and goes on
+        raise DataError(f"model={str(folder)!r} lacks tensor={missing[0]!r}; save all weights again with diffusers")
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError(f"model={str(folder)!r} tensor={tensor_name!r} holds NaN or Inf; repair it or widen dtype")
+    return model.requires_grad_(False).eval()
+
+
+def _check_config(folder: Path, name: str) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"model={str(folder)!r} has no config.json; give the folder 'transformer' of a pipeline")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(CLASS)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
+    if found != name:
+        raise UnsupportedModel(f"model={found!r}: this task needs a {name}; choose another model or task")

@@ -1,0 +1,187 @@
+"""Images as a model wants them: resized and cropped by PIL, kept as bytes, scaled to numbers when they are used."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from errors import DataError, UnsupportedModel
+from task.image_settings import Settings, Size, read_settings
+from task.records import check_split, fault
+from task.spec import Record
+
+NARROWEST = 64  # times as long as wide; resizing the short side of a thinner image would make a huge one
+INTERPOLATING = ("dinov2", "dinov2_with_registers")  # models that take any size, whatever their configuration names
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images of one size; one row is one record's.
+
+    Between resizing and scaling an image is whole numbers, so nothing is lost by keeping it so, in a quarter of the
+    memory.
+
+    Attributes:
+      values: uint8 (n, 3, H, W).
+      scale: what a number is multiplied by, before
+      mean: is taken from it and it is divided by
+      std: of each channel.
+    """
+
+    values: torch.Tensor
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def select(self, rows: torch.Tensor) -> "Pixels":
+        """Returns the images at the indices, int64, in that order."""
+        return replace(self, values=self.values[rows])
+
+    def to(self, device: torch.device | str) -> "Pixels":
+        """Returns the images on a device."""
+        return replace(self, values=self.values.to(device))
+
+    def scaled(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns what a model gets as `pixel_values`, (n, 3, H, W), computed in float32."""
+        mean, std = (torch.tensor(three, device=self.values.device).reshape(3, 1, 1) for three in (self.mean, self.std))
+        return ((self.values.float() * self.scale - mean) / std).to(dtype)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Makes `Pixels` of the images of records, as the model's own processor does; each image for itself.
+
+    Attributes:
+      settings: of the model's folder.
+    """
+
+    settings: Settings
+
+    @classmethod
+    def of(cls, folder: Path | str) -> "ImageProcessor":
+        """Reads the processor of a model's folder; see `task.image_settings.read_settings` for what is raised."""
+        return cls(read_settings(Path(folder)))
+
+    def pixels(self, records: Sequence[Record], field: str, model_config: Any) -> tuple[Pixels, torch.Tensor]:
+        """Returns the images of records, black where a wrong one is forgiven, and which are right, bool (n,).
+
+        Args:
+          records: with an image each, uint8 (H, W, 3) or (H, W).
+          field: that holds it.
+          model_config: configuration of the model, or of its part, that looks at images.
+
+        Raises:
+          DataError: a record's image is none, and the records are not `Forgiving`; names its place.
+          UnsupportedModel: the model wants images of another size than its processor makes.
+        """
+        shape = self._shape(model_config)
+        values = torch.zeros((len(records), 3, *shape), dtype=torch.uint8)
+        right = torch.zeros(len(records), dtype=torch.bool)
+        for index in range(len(records)):
+            image = _checked(records, index, field)
+            if image is not None:
+                values[index] = torch.from_numpy(np.moveaxis(self._resized(image), -1, 0).copy())
+                right[index] = True
+        return self.finished(values), right
+
+    def finished(self, values: torch.Tensor) -> Pixels:
+        """Returns numbers, uint8 (n, 3, H, W), as images that this processor would have made."""
+        return Pixels(values, self.settings.scale, self.settings.mean, self.settings.std)
+
+    def _shape(self, model_config: Any) -> Size:
+        made, wanted = self.settings.shape, size_of(model_config)
+        if getattr(model_config, "num_channels", 3) != 3:
+            raise UnsupportedModel(f"num_channels={model_config.num_channels}: images have 3; choose another model")
+        if made != wanted and getattr(model_config, "model_type", "") not in INTERPOLATING:
+            raise UnsupportedModel(
+                f"image_size={wanted[0]}x{wanted[1]}: its processor makes {made[0]}x{made[1]}; save the model with the "
+                "processor it was trained with"
+            )
+        return made
+
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        """Returns an image, uint8 (H, W, 3), of the size that the model gets."""
+        settings = self.settings
+        if settings.resize is not None or settings.shortest is not None:
+            height, width = settings.resize or _by_short_side(image.shape[0], image.shape[1], settings.shortest or 1)
+            resized = Image.fromarray(image).resize((width, height), Image.Resampling(settings.resample))
+            image = np.asarray(resized)
+        return _cropped(image, settings.crop) if settings.crop is not None else image
+
+
+def check_records(records: Sequence[Record], split: str, task: str) -> None:
+    """Refuses what has no examples, or a split that would join records.
+
+    Raises:
+      ConfigError: the split is not "truncate".
+      DataError: there is no record.
+    """
+    check_split(split, task)
+    if not records:
+        raise DataError(f"examples=0 for task={task!r}; give records")
+
+
+def size_of(model_config: Any) -> Size:
+    """Returns height and width of the images that a model's configuration names.
+
+    Raises:
+      UnsupportedModel: it names none.
+    """
+    size = getattr(model_config, "image_size", None)
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
+        raise UnsupportedModel(f"image_size={size!r} of the model's configuration must be one or two whole numbers")
+    return pair[0], pair[1]
+
+
+def plain_pixels(model_config: Any, count: int, *, seed: int) -> Pixels:
+    """Returns images that nobody took, of the size that a model's configuration names."""
+    shape = (count, 3, *size_of(model_config))
+    values = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Pixels(values, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _checked(records: Sequence[Record], index: int, field: str) -> np.ndarray | None:
+    """Returns a record's image as uint8 (H, W, 3), None where it is wrong and that is forgiven."""
+    image = records[index][field]
+    if rule := _wrong(image):
+        fault(records, index, field, rule)
+        return None
+    return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+
+def _wrong(image: Any) -> str:
+    """Returns the rule that an image breaks, or ""."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
+        return "must be an image, uint8 (H, W, 3) or (H, W); read it with 'images', 'image_parquet' or 'npz'"
+    if image.ndim == 3 and image.shape[2] != 3:
+        return "must have 3 channels, or be (H, W); convert it to RGB"
+    short, long = sorted(image.shape[:2])
+    if short < 1 or long > NARROWEST * short:
+        return f"its long side is over {NARROWEST} times its short one; cut it first"
+    return ""
+
+
+def _by_short_side(height: int, width: int, shortest: int) -> Size:
+    """Returns the size at which the short side has a length and the sides keep their ratio, rounded down."""
+    if width <= height:
+        return int(shortest * height / width), shortest
+    return shortest, int(shortest * width / height)
+
+
+def _cropped(image: np.ndarray, size: Size) -> np.ndarray:
+    """Returns the middle of an image, black around it where it is smaller."""
+    for axis, wanted in enumerate(size):
+        missing = max(wanted - image.shape[axis], 0)
+        around = [(0, 0)] * image.ndim
+        around[axis] = ((missing + 1) // 2, missing // 2)
+        start = max((image.shape[axis] - wanted) // 2, 0)
+        image = np.take(np.pad(image, around), range(start, start + wanted), axis=axis)
+    return image

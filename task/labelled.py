@@ -1,0 +1,118 @@
+"""What the tasks with labels share: loading, calling, and losses from sums over each example's own targets."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from errors import ConfigError, DataError, UnsupportedModel
+from task import checkpoint
+from task.encode import mask_of, padded
+from task.examples import vocabulary_of
+from task.head import wide
+from task.labels import IGNORED
+from task.rows import Rows, attended
+from task.tokenizer import Encoding
+
+SHORTEST = 4  # tokens: special ones at both ends, and something between
+
+
+class Labelled:
+    """A task whose models get named inputs; a subclass says what is read, how it is encoded, and what is scored."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    columns: ClassVar[Mapping[str, type]]
+
+    def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
+        """Returns the model of a directory; see `task.checkpoint.load`."""
+        return checkpoint.load(path, dtype=dtype, kind=self.kind)
+
+    def load_processor(self, path: Path | str) -> Any:
+        """Returns the tokenizer of a directory; see `task.checkpoint.load_tokenizer`."""
+        return checkpoint.load_tokenizer(path)
+
+    def losses(self, model: nn.Module, batch: Rows) -> Tensor:
+        """Returns each example's mean cross-entropy over its own targets, nats, float32 (B,), differentiable."""
+        return (self.sums(model, batch) / batch.targets.clamp(min=1)).float()
+
+    def run(self, model: nn.Module, batch: Rows) -> None:
+        """Calls a model once with examples, for what its blocks do with them."""
+        with torch.no_grad():
+            model(**batch.inputs)
+
+    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+        """Returns the sum of the losses of each example's targets, nats, (B,)."""
+        raise NotImplementedError
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the loss of each label, nats, of the shape of `labels`; 0 where it is `IGNORED`.
+
+    Args:
+      logits: floating (..., classes).
+      labels: int64 (...).
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    losses = functional.cross_entropy(
+        flat.to(wide(flat.dtype)), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.reshape(labels.shape)
+
+
+def token_inputs(encodings: Sequence[Encoding], length: int, model_config: Any) -> dict[str, Tensor]:
+    """Returns what an encoder gets of encoded texts: ids, mask, and segments where it knows any, each (n, length).
+
+    A text of which the tokenizer made nothing is a row of padding; it is never one without any place to look at.
+
+    Args:
+      encodings: of `task.tokenizer`.
+      length: tokens per example.
+      model_config: of the model.
+
+    Raises:
+      ConfigError: the length is too small, or larger than the positions that the model has.
+      DataError: there is no encoding.
+      UnsupportedModel: the model has no padding token.
+    """
+    most = getattr(model_config, "max_position_embeddings", None)
+    if length < SHORTEST or (most is not None and length > most):
+        raise ConfigError(
+            f"length={length}: must be from {SHORTEST} to the {most} positions of the model; 128 is usual"
+        )
+    if not encodings:
+        raise DataError("examples=0: there is no record; give a file with records")
+    rows = [one.ids for one in encodings]
+    inputs = {
+        "input_ids": padded(rows, length, padding_of(model_config)),
+        "attention_mask": attended(mask_of(rows, length)),
+    }
+    if (getattr(model_config, "type_vocab_size", None) or 0) > 1:
+        inputs["token_type_ids"] = padded([one.types for one in encodings], length)
+    return inputs
+
+
+def padding_of(model_config: Any) -> int:
+    """Returns the id of a model's padding token.
+
+    Raises:
+      UnsupportedModel: its configuration names none.
+    """
+    found = getattr(model_config, "pad_token_id", None)
+    if found is None:
+        raise UnsupportedModel("pad_token_id: the model's config.json names none; save the model with one")
+    return int(found)
+
+
+def invented_inputs(model: nn.Module, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns what an encoder gets of two texts that nobody wrote, one half as long as the other."""
+    config: Any = model.config
+    ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
+    mask = (torch.arange(length)[None, :] < torch.tensor([[length], [max(length // 2, 2)]])).long()
+    inputs = {"input_ids": torch.where(mask.bool(), ids, padding_of(config)), "attention_mask": mask}
+    if (getattr(config, "type_vocab_size", None) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs

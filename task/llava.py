@@ -1,0 +1,225 @@
+"""Questions about images: an image-text model (LLaVA) learns the answer, and nothing of the question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from errors import ConfigError, UnsupportedModel
+from task import checkpoint
+from task.encode import SHORTEST, mask_of, padded
+from task.examples import Examples, vocabulary_of
+from task.image_classification import dtype_of
+from task.images import ImageProcessor, Pixels, check_records, plain_pixels, size_of
+from task.spec import Record, Tally
+from task.tokenizer import Tokenizer
+
+# Vision towers, and how many places each puts before those of its patches.
+BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+@dataclass(frozen=True)
+class LlavaProcessor:
+    """What an image-text model's folder makes of images and of conversations.
+
+    Attributes:
+      images: its image processor.
+      words: its tokenizer, with its chat template.
+    """
+
+    images: ImageProcessor
+    words: Tokenizer
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that may come out; a model has to know it."""
+        return self.words.largest_id
+
+
+@dataclass(frozen=True)
+class AskedImages:
+    """Images, each with one question and its answer; one row is one record.
+
+    Attributes:
+      pixels: of n images.
+      text: tokens of n conversations, each with as many places for its image as the model fills.
+    """
+
+    pixels: Pixels
+    text: Examples
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Number of tokens of each answer, int64 (n,)."""
+        return self.text.targets
+
+    def select(self, indices: Any) -> "AskedImages":
+        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        rows = torch.as_tensor(indices, dtype=torch.long, device=self.text.input_ids.device).reshape(-1)
+        return AskedImages(self.pixels.select(rows), self.text.select(rows))
+
+    def to(self, device: torch.device | str) -> "AskedImages":
+        """Returns the examples on a device."""
+        return AskedImages(self.pixels.to(device), self.text.to(device))
+
+    def within(self, model: nn.Module) -> "AskedImages":
+        """Returns the examples with those emptied that hold an id the model does not know, or another number of places.
+
+        An empty one keeps its places: the model counts those of a whole batch.
+        """
+        config: Any = model.config
+        ids, place, count = self.text.input_ids, int(config.image_token_id), image_places(config)
+        fits = ((ids >= 0) & (ids < vocabulary_of(model))).all(dim=1) & ((ids == place).sum(dim=1) == count)
+        empty = torch.tensor(_empty(place, count, ids.shape[1]), device=ids.device)
+        mask = self.text.attention_mask * fits[:, None].long()
+        return AskedImages(self.pixels, Examples(torch.where(fits[:, None], ids, empty), mask, self.text.answers))
+
+
+class ImageText:
+    """The task of LLaVA: an image, a question and an answer, of which the answer's tokens are learnt."""
+
+    name: ClassVar[str] = "image_text"
+    kind: ClassVar[str] = "image_text"
+    columns: ClassVar[Mapping[str, type]] = {"image": object, "question": str, "answer": str}
+
+    def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
+        """Returns the model of a directory; see `task.checkpoint.load`.
+
+        Raises:
+          UnsupportedModel: it cuts images into pieces, or its vision tower is not known.
+        """
+        model = checkpoint.load(path, dtype=dtype, kind=self.kind)
+        image_places(model.config)
+        return model
+
+    def load_processor(self, path: Path | str) -> LlavaProcessor:
+        """Returns the image processor and the tokenizer of a directory."""
+        return LlavaProcessor(ImageProcessor.of(path), checkpoint.load_tokenizer(path))
+
+    def encode(
+        self, processor: LlavaProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> AskedImages:
+        """Returns each record as a conversation of one question, through the model's chat template.
+
+        A record whose question leaves no room for its answer, or of which the tokenizer makes another number of images
+        than one, is an example without a target.
+
+        Args:
+          processor: of `load_processor`.
+          records: with an image, a question and an answer each.
+          length: tokens of an example, the image's places among them; longer ones are cut on the right.
+          split: "truncate".
+          model_config: of the model.
+
+        Raises:
+          ConfigError: the length is too small for an image, or the split is not "truncate".
+          DataError: there is no record, a record's image is none, or the tokenizer has no chat template.
+          UnsupportedModel: model and image processor do not belong together.
+        """
+        check_records(records, split, self.name)
+        count, place = image_places(model_config), int(model_config.image_token_id)
+        vocabulary = int(model_config.get_text_config().vocab_size)
+        if length < count + SHORTEST:
+            raise ConfigError(f"length={length}: an image takes {count} tokens, so at least {count + 64} is usual")
+        pixels, right = processor.images.pixels(records, "image", model_config.vision_config)
+        found = processor.words.chats([_conversation(record) for record in records], length - count + 1)
+        rows, answers = [], []
+        for (ids, flags), good in zip(found, right.tolist(), strict=True):
+            whole = good and ids.count(place) == 1 and max(ids) < vocabulary
+            at = ids.index(place) if whole else 0
+            rows.append(ids[:at] + [place] * count + ids[at + 1 :] if whole else _empty(place, count, count))
+            answers.append([*flags[:at], *[0] * count, *flags[at + 1 :]] if whole else [])
+        return AskedImages(pixels, Examples(padded(rows, length), mask_of(rows, length), padded(answers, length)))
+
+    def losses(self, model: nn.Module, batch: AskedImages) -> torch.Tensor:
+        """Returns each answer's mean negative log-likelihood per token, nats, float32 (B,), 0 for one without."""
+        sums, _ = self._scores(model, batch)
+        return (sums / batch.targets.clamp(min=1)).float()
+
+    def tally(self, model: nn.Module, batch: AskedImages) -> Tally:
+        """Returns the sums of a batch, with perplexity and how many answers the model would give word for word.
+
+        Each token of an answer being the likeliest after those before it, greedy decoding gives this very answer.
+        """
+        with torch.no_grad():
+            sums, exact = self._scores(model, batch)
+        loss, targets = float(sums.double().sum()), int(batch.targets.sum())
+        asked = batch.targets > 0
+        matches = (float(exact[asked].sum()), int(asked.sum()))
+        return Tally(loss, targets, {"perplexity": (loss, targets), "exact_match": matches})
+
+    def run(self, model: nn.Module, batch: AskedImages) -> None:
+        """Calls a model once with examples, without gradients; its head gets one position of each."""
+        with torch.no_grad():
+            self._logits(model, batch, torch.tensor([0], device=batch.text.input_ids.device))
+
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> AskedImages:
+        """Returns two images that nobody took, one with a text half as long as the other's."""
+        config: Any = model.config
+        count, place = image_places(config), int(config.image_token_id)
+        others = torch.tensor([number for number in range(vocabulary_of(model)) if number != place])
+        room = max(length - count, 2 * SHORTEST)
+        drawn = others[torch.randint(len(others), (2, room), generator=torch.Generator().manual_seed(seed))]
+        ids = torch.cat([drawn[:, :1], torch.full((2, count), place), drawn[:, 1:]], dim=1)
+        widths = torch.tensor([room, room // 2]) + count
+        mask = (torch.arange(count + room)[None, :] < widths[:, None]).long()
+        answers = (torch.arange(count + room) > count).long().repeat(2, 1)
+        return AskedImages(plain_pixels(config.vision_config, 2, seed=seed), Examples(ids, mask, answers))
+
+    def _scores(self, model: nn.Module, batch: AskedImages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns per example the sum of its answer's losses, (B,), and whether each token is the likeliest, (B,)."""
+        # Only where some answer of the batch has a token: an image's places alone would be hundreds of logits.
+        kept = batch.text.predicted.any(dim=0).nonzero().squeeze(1)
+        logits = self._logits(model, batch, kept).float()
+        targets = batch.text.input_ids[:, 1:][:, kept]
+        scored = batch.text.predicted[:, kept]
+        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        exact = ((logits.argmax(dim=2) == targets) | (scored == 0)).all(dim=1)
+        return (losses * scored).sum(dim=1), exact
+
+    def _logits(self, model: nn.Module, batch: AskedImages, kept: torch.Tensor) -> torch.Tensor:
+        """Returns the logits at some positions, (B, len(kept), V).
+
+        The model gets no attention mask: padding is on the right, where causal attention never looks from a token.
+        """
+        pixels = batch.pixels.scaled(dtype_of(model))
+        logits: torch.Tensor = model(input_ids=batch.text.input_ids, pixel_values=pixels, logits_to_keep=kept).logits
+        return logits
+
+
+def image_places(model_config: Any) -> int:
+    """Returns how many tokens of a text one image takes the place of.
+
+    Raises:
+      UnsupportedModel: that differs from image to image, or the vision tower is not known.
+    """
+    tower: Any = getattr(model_config, "vision_config", None)
+    kind, vision = getattr(model_config, "model_type", None), getattr(tower, "model_type", None)
+    if kind != "llava" or vision not in BEFORE_PATCHES:
+        raise UnsupportedModel(
+            f"model_type={kind!r} with vision tower {vision!r}: 'llava' with one of {', '.join(BEFORE_PATCHES)} is "
+            "supported, in which every image takes the same number of tokens; choose another model"
+        )
+    height, width = (side // int(tower.patch_size) for side in size_of(tower))
+    left_out = 1 if model_config.vision_feature_select_strategy == "default" else 0
+    return height * width + BEFORE_PATCHES[vision] - left_out
+
+
+def _conversation(record: Record) -> list[dict[str, Any]]:
+    asked = [{"type": "image"}, {"type": "text", "text": record["question"]}]
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": record["answer"]}]},
+    ]
+
+
+def _empty(place: int, count: int, width: int) -> list[int]:
+    """Returns tokens with an image's places and nothing else."""
+    return ([place] * count + [0] * width)[:width]

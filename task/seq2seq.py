@@ -1,0 +1,70 @@
+"""Sequence to sequence: a text from another text, as for translation and summaries."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from errors import UnsupportedModel
+from task.encode import padded
+from task.examples import vocabulary_of
+from task.labelled import Labelled, cross_entropy, invented_inputs, padding_of, token_inputs
+from task.labels import IGNORED
+from task.records import check_split
+from task.rows import Rows
+from task.spec import Record, Tally
+
+
+class Seq2Seq(Labelled):
+    """The task of encoder-decoders: predict each token of the target, given the source and those before."""
+
+    name: ClassVar[str] = "seq2seq"
+    kind: ClassVar[str] = "seq2seq"
+    columns: ClassVar[Mapping[str, type]] = {"source": str, "target": str}
+
+    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+        """Returns pairs of texts as examples; source and target are each cut and padded to `length`.
+
+        Raises:
+          ConfigError: the length does not fit the model, or the split is not "truncate".
+          DataError: there is no record.
+          UnsupportedModel: the model names no token that its decoder starts from.
+        """
+        check_split(split, self.name)
+        sources = processor.singles([record["source"] for record in records], length)
+        targets = [one.ids for one in processor.singles([record["target"] for record in records], length)]
+        inputs = token_inputs(sources, length, model_config)
+        labels = padded([ids if one.ids else [] for ids, one in zip(targets, sources, strict=True)], length, IGNORED)
+        return Rows(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
+
+    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+        """Returns the sum of the losses of each example's target tokens, nats, (B,)."""
+        return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
+
+    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+        """Returns the sum of negative log-likelihoods in nats over all target tokens, without gradients."""
+        with torch.no_grad():
+            loss = float(self.sums(model, batch).double().sum())
+        count = int(batch.targets.sum())
+        return Tally(loss, count, {"perplexity": (loss, count)})
+
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+        """Returns two pairs that nobody wrote."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = invented_inputs(model, length, generator)
+        ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
+        labels = torch.where(inputs["attention_mask"].bool(), ids, IGNORED)
+        return Rows(inputs | {"decoder_input_ids": _shifted(labels, model.config)}, labels)
+
+
+def _shifted(labels: Tensor, model_config: Any) -> Tensor:
+    """Returns what the decoder gets: its first token, then each label but the last; padding where there is none.
+
+    It needs no mask: padding is on the right, where no token that is scored looks.
+    """
+    start = getattr(model_config, "decoder_start_token_id", None)
+    if start is None:
+        raise UnsupportedModel("decoder_start_token_id: the model's config.json names none; save the model with one")
+    ids = torch.where(labels == IGNORED, padding_of(model_config), labels)
+    return torch.cat([torch.full_like(ids[:, :1], int(start)), ids[:, :-1]], dim=1)

@@ -1,0 +1,92 @@
+"""Token classification: one label for each word, as for named entities."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from task.encode import padded
+from task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from task.labels import IGNORED, Labels, names_of
+from task.records import check_split, fault
+from task.rows import Rows
+from task.spec import Record, Tally
+from task.tokenizer import Encoding
+
+OUTSIDE = "O"  # the label of a word that is part of nothing, in the schemes that data sets use
+
+
+class TokenClassification(Labelled):
+    """The task of models with a head for one label per token; a word's label is learnt at its first token."""
+
+    name: ClassVar[str] = "token_classification"
+    kind: ClassVar[str] = "token_classification"
+    columns: ClassVar[Mapping[str, type]] = {"words": list, "labels": list}
+
+    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+        """Returns labelled words as examples, cut and padded on the right.
+
+        Raises:
+          ConfigError: the length does not fit the model, or the split is not "truncate".
+          DataError: there is no record, words and labels are not as many, or a label is none of the model's.
+          UnsupportedModel: see `task.labels.names_of`.
+        """
+        check_split(split, self.name)
+        words = [_words(records, index) for index in range(len(records))]
+        labels = Labels(model_config).lists_of(records, "labels")
+        found = processor.worded(words, length)
+        inputs = token_inputs(found, length, model_config)
+        rows = [_at_first_tokens(one, own) for one, own in zip(found, labels, strict=True)]
+        return Rows(inputs, padded(rows, length, IGNORED))
+
+    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+        """Returns the sum of the losses of each example's labels, nats, (B,)."""
+        return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
+
+    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+        """Returns loss, accuracy over all words, and F1 over the words that have or get another label than "O".
+
+        F1 counts words, not whole entities: 2 TP / (2 TP + FP + FN), so its sums add up over batches.
+        """
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits
+        scored = batch.labels != IGNORED
+        truth, guess = batch.labels[scored], logits[scored].argmax(dim=1)
+        names = names_of(model.config)
+        outside = names.index(OUTSIDE) if OUTSIDE in names else len(names)
+        right, inside = truth == guess, truth != outside
+        metrics = {
+            "accuracy": (float(right.sum()), len(truth)),
+            "f1": (2.0 * float((right & inside).sum()), int(inside.sum()) + int((guess != outside).sum())),
+        }
+        return Tally(float(cross_entropy(logits, batch.labels).double().sum()), len(truth), metrics)
+
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+        """Returns two labelled records that nobody wrote; every token has a label."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = invented_inputs(model, length, generator)
+        labels = torch.randint(len(names_of(model.config)), (2, length), generator=generator)
+        return Rows(inputs, torch.where(inputs["attention_mask"].bool(), labels, IGNORED))
+
+
+def _words(records: Sequence[Record], index: int) -> list[str]:
+    """Returns a record's words, none where they are wrong and that is forgiven."""
+    words, labels = records[index]["words"], records[index]["labels"]
+    if not all(isinstance(word, str) for word in words):
+        fault(records, index, "words", "must be a list of texts; correct it")
+        return []
+    if len(words) != len(labels):
+        fault(records, index, "labels", "must be as many as the words; correct it")
+        return []
+    return list(words)
+
+
+def _at_first_tokens(found: Encoding, labels: Sequence[int]) -> list[int]:
+    """Returns each token's label: a word's at its first token, else `IGNORED`."""
+    row, seen = [], set[int]()
+    for word in found.words:
+        first = 0 <= word < len(labels) and word not in seen
+        row.append(labels[word] if first else IGNORED)
+        seen.add(word)
+    return row

@@ -1,0 +1,168 @@
+"""client.images: pictures come back as they were written, and errors name a place and nothing else."""
+
+import io
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from client import images
+from client.columns import columns_of
+from client.data import READERS, read
+from errors import DataError
+
+GENERATOR = np.random.default_rng(0)
+COLOUR = GENERATOR.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+GREY = GENERATOR.integers(0, 256, (5, 6), dtype=np.uint8)
+PICTURES = {"image": object, "label": object}
+
+
+def columns(fields=PICTURES, **names):
+    return columns_of(fields, names=names)
+
+
+def png(array):
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, "PNG")
+    return content.getvalue()
+
+
+def folder(path, pictures):
+    for name, content in pictures.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def same(record, image, **others):
+    return np.array_equal(record["image"], image) and {key: record[key] for key in record if key != "image"} == others
+
+
+def test_a_folder_by_class_is_read_by_class_and_name(tmp_path):
+    pictures = {"dog/b.png": png(COLOUR), "dog/a.png": png(GREY), "cat/z.PNG": png(COLOUR), "cat/notes.txt": b"no"}
+    path = folder(tmp_path / "d", {**pictures, "readme.txt": b"no", "dog/._a.png": b"no"})
+    found = read(path, reader="images", columns=columns())
+    assert same(found[0], COLOUR, label="cat")
+    assert same(found[1], GREY, label="dog")
+    assert same(found[2], COLOUR, label="dog")
+    assert len(found) == 3
+    assert found[1].place == "image=2"
+    assert all(record["image"].dtype == np.uint8 for record in found)
+
+
+def test_other_modes_become_rgb(tmp_path):
+    four = Image.fromarray(COLOUR).convert("CMYK")
+    content = io.BytesIO()
+    four.save(content, "TIFF")
+    clear = np.dstack([COLOUR, np.full(COLOUR.shape[:2], 9, np.uint8)])
+    path = folder(tmp_path / "d", {"a/1.png": png(clear), "a/2.tiff": content.getvalue()})
+    found = read(path, reader="images", columns=columns())
+    assert same(found[0], COLOUR, label="a")
+    assert found[1]["image"].shape == COLOUR.shape
+
+
+def test_a_parquet_file_holds_encoded_images_beside_plain_columns(tmp_path):
+    table = {
+        "bare": [png(COLOUR), png(GREY)],
+        "framed": [{"bytes": png(GREY), "path": "secret.png"}, {"bytes": png(COLOUR), "path": None}],
+        "label": [3, 4],
+        "question": ["what ?", "which ?"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "d.parquet")
+    for column, (first, second) in (("bare", (COLOUR, GREY)), ("framed", (GREY, COLOUR))):
+        wanted = columns({"image": object, "question": str, "label": object}, image=column)
+        found = read(tmp_path / "d.parquet", reader="image_parquet", columns=wanted)
+        assert same(found[0], first, label=3, question="what ?")
+        assert same(found[1], second, label=4, question="which ?")
+        assert found[1].place == "row=2"
+
+
+def test_an_npz_file_holds_images_numbers_texts_and_ragged_arrays(tmp_path):
+    texts = GENERATOR.normal(size=(3, 5, 2)).astype(np.float32)
+    np.savez(
+        tmp_path / "d.npz",
+        image=np.stack([COLOUR] * 3),
+        label=np.array([0, 1, 2], np.uint8),
+        name=np.array(["a", "bc", "d"]),
+        words=np.array([["x", "y"], ["z", "w"], ["v", "u"]]),
+        prompt_embeds=texts,
+        prompt_embeds_length=np.array([5, 2, 1]),
+    )
+    fields = {"image": object, "label": object, "name": str, "words": list, "prompt_embeds": object}
+    found = read(tmp_path / "d.npz", reader=None, columns=columns(fields))
+    assert len(found) == 3
+    for row, record in enumerate(found):
+        assert np.array_equal(record["image"], COLOUR)
+        assert (record["label"], record["name"]) == (row, ["a", "bc", "d"][row])
+        assert type(record["label"]) is int
+        assert np.array_equal(record["prompt_embeds"], texts[row, : (5, 2, 1)[row]])
+    assert found[1]["words"] == ["z", "w"]
+
+
+def test_files_that_are_no_images_are_refused_without_their_names(tmp_path):
+    path = folder(tmp_path / "d", {"a/patient-one.png": png(COLOUR), "a/patient-two.png": png(COLOUR)[:40]})
+    with pytest.raises(DataError, match="image=2 is no image") as caught:
+        read(path, reader="images", columns=columns())
+    assert "patient" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    table = pyarrow.table({"image": [b"secret"], "label": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="row=1 is no image") as caught:
+        read(tmp_path / "d.parquet", reader="image_parquet", columns=columns())
+    assert "secret" not in str(caught.value)
+
+
+def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
+    monkeypatch.setattr(images, "MOST_PIXELS", 62)
+    with pytest.raises(DataError, match="image=1 has over 62 pixels"):
+        read(path, reader="images", columns=columns())
+    monkeypatch.setattr(images, "MOST_PIXELS", 63)
+    monkeypatch.setattr(images, "MOST_BYTES", 2 * 189 - 1)
+    with pytest.raises(DataError, match="in memory"):
+        read(path, reader="images", columns=columns())
+    monkeypatch.setattr(images, "MOST_BYTES", 2 * 189)
+    assert len(read(path, reader="images", columns=columns())) == 2
+
+
+def test_pickled_objects_are_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    np.savez(tmp_path / "d.npz", image=np.array([Trap()], object), label=np.array([1]))
+    with pytest.raises(DataError, match="plain arrays"):
+        read(tmp_path / "d.npz", reader="npz", columns=columns())
+
+
+def test_columns_of_different_length_are_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", image=np.stack([COLOUR] * 3), label=np.array([0, 1]))
+    with pytest.raises(DataError, match="image=3, label=2: all columns"):
+        read(tmp_path / "d.npz", reader="npz", columns=columns())
+    np.savez(tmp_path / "e.npz", image=COLOUR[None], label=np.float32(2))
+    with pytest.raises(DataError, match="all columns"):
+        read(tmp_path / "e.npz", reader="npz", columns=columns())
+
+
+def test_a_label_that_is_no_name_or_number_is_refused_by_its_row(tmp_path):
+    np.savez(tmp_path / "d.npz", image=np.stack([COLOUR] * 2), label=np.array([0.5, 1]))
+    with pytest.raises(DataError, match="row=1 column='label'"):
+        read(tmp_path / "d.npz", reader="npz", columns=columns())
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png(GREY)], "label": [None]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="row=1 column='label' holds NoneType"):
+        read(tmp_path / "d.parquet", reader="image_parquet", columns=columns())
+
+
+def test_a_folder_without_images_or_another_column_is_refused(tmp_path):
+    (tmp_path / "d").mkdir()
+    with pytest.raises(DataError, match="no images in folders"):
+        read(tmp_path / "d", reader="images", columns=columns())
+    with pytest.raises(DataError, match=r"column='lable'.*did you mean label"):
+        read(tmp_path / "d", reader="images", columns=columns(label="lable"))
+    (tmp_path / "f").write_bytes(b"")
+    for reader in ("images", "image_parquet", "npz"):
+        assert reader in READERS
+        with pytest.raises(DataError):
+            read(tmp_path / "f", reader=reader, columns=columns())

@@ -1,0 +1,74 @@
+"""Every task is learnt by a whole federation, privately, under secure aggregation, on an emulator."""
+
+import pytest
+import torch
+
+from cli.display import PlainDisplay
+from cli.run import Run
+from cli.simulate import Options, memory_engine, simulate
+from coordinator.config import parse_config
+from task.tasks import TASKS
+from tests.task_samples import first_of, write_records
+
+STEPS = 60
+OWNERS = ("ash", "birch", "cedar")
+
+
+def teach(sample, folder):
+    """Trains the model a little on public records, so that there is something in it to adapt."""
+    task = TASKS[sample.task]
+    model = task.load(folder, dtype=torch.float32).requires_grad_(True)
+    batch = task.encode(
+        task.load_processor(folder),
+        sample.records(256, 4),
+        length=sample.length,
+        split="truncate",
+        model_config=model.config,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    order = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        task.losses(model, batch.select(torch.randint(256, (16,), generator=order))).mean().backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+
+
+def config_for(sample, folder):
+    """Writes model and data of a federation of three owners and returns its configuration as a file would give it."""
+    sample.save(folder / "model")
+    if sample.dialects:
+        teach(sample, folder / "model")
+    parts = [("public", 96, 2)]  # an even seed, as that of the teaching: the owners' records are of another dialect
+    for number, owner in enumerate(OWNERS):
+        parts += [(f"{owner}-train", 256, 10 * number + 1), (f"{owner}-heldout", 24, 10 * number + 3)]
+    for name, count, seed in parts:
+        write_records(sample.records(count, seed), folder / f"{name}{sample.suffix}")
+    sites = [{"name": one, **{part: f"{one}-{part}{sample.suffix}" for part in ("train", "heldout")}} for one in OWNERS]
+    data = {"public": f"public{sample.suffix}", "length": sample.length, "split": "truncate", "reader": sample.reader}
+    return {
+        "seed": 1,
+        "model": {"path": "model", "task": sample.task},
+        "data": data,
+        "sites": sites,
+        "emulator": {"first": 1, "last": 1, "compress": ["int8:16"], "gate": 0.0},
+        "adapter": {"method": "ffa_lora", "rank": 4, "alpha": 16.0, "targets": list(sample.targets)},
+        "training": {"rounds": 4, "local_steps": 4, "batch": 32, "learning_rate": 1.0, "physical_batch": 32},
+        "aggregation": {"rule": "fedadam", "learning_rate": 0.05},
+        "privacy": {"epsilon": 8.0, "accountant": "rdp"},
+        "evaluation": {"examples": 72, "public_examples": 24, "tolerance": 5.0},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_private_federation_learns_it_on_the_emulator_and_for_the_full_model(name, tmp_path):
+    content = config_for(first_of(name), tmp_path)
+    run = Run.create(parse_config(content, tmp_path), "0" * 64, tmp_path / "run")
+    report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
+    scores = report["quality"]["private"]
+    assert report["finished_rounds"] == 4
+    assert report["secagg"]["members"] == list(OWNERS)
+    assert all(0 < site["epsilon"] <= 8.0 for site in report["privacy"]["sites"])
+    for before, after in (("emulator_zero_shot", "emulator_tuned"), ("full_zero_shot", "plug_in")):
+        assert scores[after]["loss"] < 0.9 * scores[before]["loss"]

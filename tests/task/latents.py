@@ -1,0 +1,65 @@
+"""Tiny diffusion transformers with their noise schedule, and latents from which something can be learnt."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from task.diffusion import ClassToImage, TextToImage
+
+CLASSES, CHANNELS, SIDE, WIDTH = 5, 4, 8, 12
+SIZES = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 4, "sample_size": SIDE}
+SCHEDULE = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "num_train_timesteps": 1000}
+
+
+def diffusers():
+    return pytest.importorskip("diffusers", reason="needs the optional extra: pip install 'offsite[diffusion]'")
+
+
+def dit():
+    return diffusers().DiTTransformer2DModel(**SIZES, num_embeds_ada_norm=CLASSES, out_channels=2 * CHANNELS)
+
+
+def pixart():
+    return diffusers().PixArtTransformer2DModel(**SIZES, cross_attention_dim=32, caption_channels=WIDTH)
+
+
+def folder(make, path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        model.save_pretrained(path)
+    schedule(path)
+
+
+def schedule(path):
+    (path / "scheduler_config.json").write_text(json.dumps(SCHEDULE))
+
+
+def latents(count, seed):
+    """Returns records of latents that are waves by their class, told by number and by a text of any length."""
+    generator = np.random.default_rng(seed)
+    down, across = np.mgrid[0:SIDE, 0:SIDE]
+    names = np.random.default_rng(0).normal(size=(CLASSES, WIDTH))
+    records = []
+    for label in generator.integers(0, CLASSES, count).tolist():
+        wave = np.sin(down * label + across * (CLASSES - label))
+        image = wave[None] * np.array([1.5, -1, 0.5, 1])[:, None, None] + generator.normal(
+            0, 0.1, (CHANNELS, SIDE, SIDE)
+        )
+        text = names[label] + generator.normal(0, 0.1, (int(generator.integers(1, 7)), WIDTH))
+        records.append({"latents": image.astype(np.float32), "label": label, "prompt_embeds": text.astype(np.float32)})
+    return records
+
+
+LENGTH = 8
+TOWER = "transformer_blocks"
+# name -> task, maker of its tiny model, leaf modules that an adapter tunes
+TASKS = {
+    "class_to_image": (ClassToImage(), dit, ("to_q", "to_v", "proj")),
+    "text_to_image": (TextToImage(), pixart, ("to_q", "to_v", "proj")),
+}

@@ -1,0 +1,298 @@
+"""Tasks with labels against transformers' losses, one example at a time, and slow counts of their measures."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from errors import ConfigError, DataError, UnsupportedModel
+from task.extractive_qa import LONGEST_ANSWER
+from task.labels import IGNORED, Labels, names_of
+from task.records import Forgiving, Row
+from task.rows import Rows
+from task.sequence_classification import class_tally
+from task.tasks import TASKS
+from tests.task_samples import LABELS, SAMPLES, TAGS, WORDS, first_of
+
+LABELLED = ("sequence_classification", "token_classification", "extractive_qa", "seq2seq")
+each = pytest.mark.parametrize("sample", [one for one in SAMPLES if one.task in LABELLED], ids=str)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    found = {}
+
+    def open_one(sample):
+        if str(sample) not in found:
+            folder, task = sample.save(tmp_path_factory.mktemp("model")), TASKS[sample.task]
+            found[str(sample)] = task, task.load(folder, dtype=torch.float32), task.load_processor(folder)
+        return found[str(sample)]
+
+    return open_one
+
+
+def encode(opened, sample, records, length=None):
+    task, model, processor = opened(sample)
+    length = length or sample.length
+    return task.encode(processor, records, length=length, split="truncate", model_config=model.config)
+
+
+@each
+def test_the_loss_of_one_example_is_what_transformers_reports_of_it_alone(sample, opened):
+    """Without any padding, given the labels that transformers wants."""
+    task, model, _ = opened(sample)
+    batch = encode(opened, sample, sample.records(6, 3))
+    for row in range(6):
+        width = int(batch.inputs["attention_mask"][row].sum())
+        inputs = {k: v[row : row + 1, :width] for k, v in batch.inputs.items() if k != "decoder_input_ids"}
+        label = batch.labels[row : row + 1]
+        if sample.task == "extractive_qa":
+            given = {"start_positions": label[:, 0], "end_positions": label[:, 1]}
+        elif sample.task == "token_classification":
+            given = {"labels": label[:, :width]}
+        else:
+            given = {"labels": label}  # a decoder shifts them itself
+        with torch.no_grad():
+            expected = model(**inputs, **given).loss
+            found = task.losses(model, batch.select([row]))[0]
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_measures_of_classes_are_those_of_a_slow_count():
+    dice = random.Random(1)
+    truth = [dice.choice([0, 1, 1, 3]) for _ in range(60)] + [IGNORED] * 5
+    logits = torch.randn(65, 5, generator=torch.Generator().manual_seed(1))
+    logits[:, 4] -= 100  # a class that neither is nor is told
+    pairs = [(t, int(row.argmax())) for t, row in zip(truth, logits, strict=True) if t != IGNORED]
+    recalls, scores = [], []
+    for label in range(4):
+        right = sum(t == g == label for t, g in pairs)
+        actual, called = sum(t == label for t, _ in pairs), sum(g == label for _, g in pairs)
+        recalls += [right / actual] if actual else []
+        precision, recall = (right / called if called else 0.0), (right / actual if actual else 0.0)
+        scores.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    parts = [class_tally(logits[at : at + 9], torch.tensor(truth[at : at + 9])) for at in range(0, 65, 9)]
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    assert total.targets == 60
+    assert total.means() == pytest.approx(
+        {
+            "accuracy": sum(t == g for t, g in pairs) / 60,
+            "balanced_accuracy": sum(recalls) / len(recalls),
+            "macro_f1": sum(scores) / 4,
+        }
+    )
+
+
+def test_the_measures_of_words_are_those_of_a_slow_count(opened):
+    sample = first_of("token_classification")
+    task, model, _ = opened(sample)
+    batch = encode(opened, sample, sample.records(20, 5))
+    with torch.no_grad():
+        guesses = model(**batch.inputs).logits.argmax(-1)
+    pairs = [
+        (t, g)
+        for truth, guess in zip(batch.labels.tolist(), guesses.tolist(), strict=True)
+        for t, g in zip(truth, guess, strict=True)
+        if t != IGNORED
+    ]
+    hits = sum(t == g != 0 for t, g in pairs)
+    missed, invented = sum(t not in (0, g) for t, g in pairs), sum(g not in (0, t) for t, g in pairs)
+    means = task.tally(model, batch).means()
+    assert means["accuracy"] == pytest.approx(sum(t == g for t, g in pairs) / len(pairs))
+    assert means["f1"] == pytest.approx(2 * hits / (2 * hits + missed + invented))
+
+
+def test_a_words_label_stands_at_its_first_token_only(opened):
+    """One word of several tokens, one that the tokenizer makes nothing of, and one behind the cut."""
+    sample = first_of("token_classification")
+    words = ["w1", "w2-w3-w4", "", "w5", "w6"]
+    batch = encode(opened, sample, [{"words": words, "labels": ["O", "LOC", "B-PER", "I-PER", 3]}], length=9)
+    # <s> w1 w2 - w3 - w4 w5 </s>
+    assert batch.labels.tolist() == [[IGNORED, 0, 3, IGNORED, IGNORED, IGNORED, IGNORED, 2, IGNORED]]
+
+
+def test_an_answer_is_found_by_its_characters(opened):
+    sample = first_of("extractive_qa")
+    context = "w1  w2 w55,w3"
+    record = {"question": "w41", "context": context, "answer": "w55,w3", "answer_start": 7}
+    batch = encode(opened, sample, [record, record | {"answer": "w2", "answer_start": 4}])
+    # <s> w41 </s> w1 w2 w55 , w3 </s>
+    assert batch.labels.tolist() == [[5, 7], [4, 4]]
+    assert batch.aside["context"][0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+    assert batch.inputs["token_type_ids"][0].tolist()[:9] == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    cut = encode(opened, sample, [record, record | {"answer": "w1", "answer_start": 0}], length=7)
+    assert cut.targets.tolist() == [0, 2]
+
+
+def test_the_best_answer_and_its_measures_are_those_of_a_search(opened):
+    sample = first_of("extractive_qa")
+    task, model, _ = opened(sample)
+    batch = encode(opened, sample, sample.records(12, 7))
+    with torch.no_grad():
+        output = model(**batch.inputs)
+    exact, overlaps = 0, []
+    for row in range(12):
+        places = batch.aside["context"][row].nonzero().flatten().tolist()
+        first, last = max(
+            ((i, j) for i in places for j in places if i <= j < i + LONGEST_ANSWER),
+            key=lambda span: float(output.start_logits[row, span[0]] + output.end_logits[row, span[1]]),
+        )
+        truth, guess = set(range(batch.labels[row, 0], batch.labels[row, 1] + 1)), set(range(first, last + 1))
+        exact += truth == guess
+        both = len(truth & guess)
+        precision, recall = both / len(guess), both / len(truth)
+        overlaps.append(2 * precision * recall / (precision + recall) if both else 0.0)
+    means = task.tally(model, batch).means()
+    assert means == pytest.approx({"exact_match": exact / 12, "f1": sum(overlaps) / 12}, rel=1e-5)
+
+
+def test_a_decoder_gets_what_transformers_would_give_it(opened):
+    for sample in (one for one in SAMPLES if one.task == "seq2seq"):
+        _, model, _ = opened(sample)
+        batch = encode(opened, sample, sample.records(4, 1))
+        expected = model.prepare_decoder_input_ids_from_labels(batch.labels)
+        assert torch.equal(batch.inputs["decoder_input_ids"], expected)
+
+
+SECRET = "a private sentence"
+WRONG = [
+    ("sequence_classification", {"text": SECRET, "label": SECRET}, "label", r"not one of the model's 3 labels"),
+    ("sequence_classification", {"text": SECRET, "label": 3}, "label", "not one of the model's 3 labels"),
+    ("sequence_classification", {"text": SECRET, "label": "-1"}, "label", "not one of the model's 3 labels"),
+    ("token_classification", {"words": [SECRET, "b"], "labels": ["O"]}, "labels", "as many as the words"),
+    ("token_classification", {"words": [SECRET, 5], "labels": ["O", "O"]}, "words", "a list of texts"),
+    ("token_classification", {"words": [SECRET], "labels": [SECRET]}, "labels", "not one of the model's 4 labels"),
+    (
+        "extractive_qa",
+        {"question": SECRET, "context": SECRET, "answer": "private", "answer_start": 3},
+        "answer",
+        "must stand in the context at answer_start",
+    ),
+    (
+        "extractive_qa",
+        {"question": SECRET, "context": SECRET, "answer": "", "answer_start": 0},
+        "answer",
+        "must stand in the context",
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "record", "field", "rule"), WRONG)
+def test_a_wrong_record_is_named_by_its_place_and_never_shown(task, record, field, rule, opened):
+    sample = first_of(task)
+    good = sample.records(1, 1)[0]
+    with pytest.raises(DataError, match=rf"^record=2 field='{field}': .*{rule}") as caught:
+        encode(opened, sample, [good, record])
+    assert SECRET not in str(caught.value)
+    with pytest.raises(DataError, match=rf"^line=17 field='{field}'"):
+        encode(opened, sample, [Row(record, "line=17")])
+
+
+@pytest.mark.parametrize(("task", "record", "field", "rule"), WRONG)
+def test_at_an_approved_job_a_wrong_record_stays_one_and_teaches_nothing(task, record, field, rule, opened):
+    """The coordinator chooses the labels, so whether its job goes on must not depend on them."""
+    sample = first_of(task)
+    first, third = sample.records(2, 1)
+    records = Forgiving([first, Row(record, "line=2"), third])
+    batch = encode(opened, sample, records)
+    assert len(batch) == 3
+    assert [target > 0 for target in batch.targets.tolist()] == [True, False, True]
+    assert len(records.faults) == 1
+    assert records.faults[0].startswith(f"line=2 field={field!r}: ")
+    assert SECRET not in records.faults[0]
+    alone = encode(opened, sample, [first, third])
+    fits, model, _ = opened(sample)
+    assert torch.equal(fits.losses(model, batch)[[0, 2]], fits.losses(model, alone))
+
+
+def test_labels_are_names_or_numbers_and_names_go_first():
+    labels = Labels(SimpleNamespace(id2label={"0": "no", "1": "2", "2": "yes"}, problem_type=None))
+    values = ["no", "2", "yes", 2, 0, "0", True, "maybe", 3, -1, "1", 1.0, None, "٣", "9" * 12]
+    assert [labels.number(value) for value in values] == [
+        0,
+        1,
+        2,
+        2,
+        0,
+        0,
+        1,
+        None,
+        None,
+        None,
+        1,
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({"id2label": {0: "only"}}, "two or more"),
+        ({"id2label": {0: "a", 2: "b"}}, "numbered from 0"),
+        ({"id2label": {0: "a", 1: "a"}}, "no two alike"),
+        ({"id2label": LABELS, "problem_type": "regression"}, "problem_type='regression'"),
+        ({"id2label": LABELS, "problem_type": "multi_label_classification"}, "one label of several"),
+        ({}, "id2label of 0 labels"),
+    ],
+)
+def test_models_whose_labels_are_none_are_refused(config, rule):
+    with pytest.raises(UnsupportedModel, match=rule):
+        names_of(SimpleNamespace(**config))
+    assert names_of(SimpleNamespace(id2label=TAGS)) == list(TAGS.values())
+
+
+def test_what_a_model_lacks_is_said(opened):
+    task, model, processor = opened(first_of("sequence_classification"))
+    records = first_of("sequence_classification").records(2, 1)
+
+    def change(**settings):
+        config = SimpleNamespace(**(model.config.to_dict() | settings))
+        return task.encode(processor, records, length=16, split="truncate", model_config=config)
+
+    with pytest.raises(UnsupportedModel, match="pad_token_id"):
+        change(pad_token_id=None)
+    with pytest.raises(UnsupportedModel, match="examples depend on each other"):
+        change(is_encoder_decoder=True)
+    with pytest.raises(ConfigError, match="length=16: must be from 4 to the 8 positions"):
+        change(max_position_embeddings=8)
+    translator, model, processor = opened(first_of("seq2seq"))
+    config = SimpleNamespace(**(model.config.to_dict() | {"decoder_start_token_id": None}))
+    with pytest.raises(UnsupportedModel, match="decoder_start_token_id"):
+        translator.encode(
+            processor, first_of("seq2seq").records(2, 1), length=12, split="truncate", model_config=config
+        )
+
+
+@each
+def test_rows_that_the_model_would_fail_on_are_emptied_and_the_others_stay(sample, opened):
+    """Ids come from a tokenizer that somebody else wrote."""
+    task, model, _ = opened(sample)
+    batch = encode(opened, sample, sample.records(4, 1))
+    expected = task.losses(model, batch)
+    names = [name for name in ("input_ids", "token_type_ids", "decoder_input_ids") if name in batch.inputs]
+    for name in names:
+        inputs = {key: tensor.clone() for key, tensor in batch.inputs.items()}
+        inputs[name][1, 2], inputs[name][3, 0] = 10**6, -1
+        within = Rows(inputs, batch.labels, batch.aside).within(model)
+        assert within.targets[[1, 3]].tolist() == [0, 0]
+        losses = task.losses(model, within)
+        assert losses[[1, 3]].tolist() == [0.0, 0.0]
+        assert torch.equal(losses[[0, 2]], expected[[0, 2]])
+        assert task.tally(model, within).targets == int(batch.targets[[0, 2]].sum())
+
+
+def test_rows_of_other_numbers_are_refused():
+    with pytest.raises(DataError, match="input_ids rows=2, labels rows=3"):
+        Rows({"input_ids": torch.zeros(2, 4)}, torch.zeros(3))
+
+
+def test_the_samples_hold_what_the_tests_need():
+    records = first_of("sequence_classification").records(50, 1)
+    assert {type(record["label"]) for record in records} == {int, str}
+    assert len(WORDS) == 60
