@@ -14,7 +14,7 @@ help: ## lists the targets
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation,diffusion]'
 	touch $@
 
 setup: $(BIN)/.ready ## makes the virtual environment with pinned packages

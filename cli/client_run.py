@@ -24,6 +24,10 @@ SPLITS = {
     "truncate": "one of each text, cut after so many tokens",
     "blocks": "texts joined and cut, so that the job's tokenizer says how many there are",
 }
+IN_THE_OPEN = (
+    "secure aggregation is OFF in this job: the coordinator sees this site's own update in every round; what protects "
+    "the records from it is the noise of this site, and nothing else"
+)
 Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
 log = logging.getLogger("offsite.client")
 __all__ = ["app"]
@@ -101,6 +105,8 @@ def inspect(
         typer.echo(json.dumps(told))
         return
     lines = _lines(found.digest, found.approved, facts, own)
+    if found.manifest.aggregation.individuals:
+        lines.insert(1, f"WARNING    {IN_THE_OPEN}")
     if others := {digest: sites for digest, sites in found.manifest.shipped().items() if digest != own}:
         lines.insert(2, f"others     {_others(others)}")
     typer.echo("\n".join(lines))
@@ -115,12 +121,14 @@ def _others(others: dict[str, tuple[str, ...]]) -> str:
 def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) -> list[str]:
     privacy, adapter, layout = facts["privacy"], facts["adapter"], facts["layout"]
     parameters = sum(_size(shape) for shape in layout["shapes"])
+    rule = facts["aggregation"]
     return [
         f"job        {digest}  ({'approved' if approved else 'not approved'})",
         f"model      {facts['model']} ({facts['base'][:16]}…), task {facts['task']}, "
         f"emulator {emulator[:16]}…, tokenizer {facts['tokenizer'][:16]}…",
         f"refresh    {_refresh(facts['refresh'])}",
-        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all",
+        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all"
+        + "".join(f", {name} {value}" for name, value in adapter["options"].items()),
         f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
         f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
         f"records    {SPLITS.get(facts['split'], 'cut in a way that this release does not know')} ({facts['split']})",
@@ -128,9 +136,27 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) ->
         f"accountant {privacy['accountant']}",
         f"sum        of at least {facts['n_min']} of {len(facts['roster'])} sites: "
         + ", ".join(site for site, _ in facts["roster"]),
-        f"leaves     one masked update a round; metrics: {', '.join(facts['metrics']) or 'none'}",
+        *_of_rule(rule, adapter["rank"]),
+        f"leaves     one {'signed, plain' if rule['individuals'] else 'masked'} update a round; "
+        f"metrics: {', '.join(facts['metrics']) or 'none'}",
         f"next       offsite client approve DIR {digest[:12]}",
     ]
+
+
+def _of_rule(rule: dict[str, Any], rank: int) -> list[str]:
+    """Says what the sites do for the coordinator's rule, where that is more than to train and send."""
+    lines = []
+    if rule["proximal"]:
+        lines.append(f"pull       each step is pulled back to where the round began (FedProx), mu {rule['proximal']:g}")
+    if rule["directions"]:
+        count = rule["directions"]
+        lines.append(f"forward    no gradients: a step looks along {count} directions, one number leaves for each")
+    if rule["alternate"]:
+        lines.append("turns      B is trained in odd rounds and A in even ones; only that part leaves")
+    if rule["ranks"]:
+        told = ", ".join(f"{site} {own}" for site, own in rule["ranks"])
+        lines.append(f"ranks      of {rank} columns these sites train fewer: {told}")
+    return lines
 
 
 def _refresh(every: int) -> str:
@@ -157,7 +183,9 @@ def approve(folder: Place, job: Annotated[str, typer.Argument(help="eight or mor
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
-    jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    if offered.manifest.aggregation.individuals:
+        typer.echo(f"WARNING {IN_THE_OPEN}")
     digest = jobs.approve(job, by=_user(), at=now().isoformat(timespec="seconds"))
     typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
 

@@ -41,6 +41,7 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from cli.display import LiveDisplay, PlainDisplay
+    from cli.run import columns_in
     from client.data import read
     from coordinator.config import read_config
     from coordinator.outcome import conclude
@@ -56,7 +57,8 @@ def run(
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     home = Home.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
-    texts = read(Path(settings.data.public), reader=settings.data.reader or None, column=settings.data.column or None)
+    public, reader = Path(settings.data.public), settings.data.reader
+    records = read(public, reader=reader or None, columns=columns_in(settings))
     _interrupt_on_signals()
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
@@ -66,7 +68,7 @@ def run(
             config=settings,
             store=Store(run_folder(home, settings, out)),
             status=Status(home.folder / "status.json", now),
-            texts=texts,
+            records=records,
             nonce=lambda: secrets.token_bytes(32),
             now=now,
             on_step=display.step,

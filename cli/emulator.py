@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from emulator.builder import Built, Order
     from emulator.manifest import Manifest
     from emulator.source import Source
+    from task.spec import Batch, Task
 
 app = typer.Typer(
     name="emulator",
@@ -29,6 +30,10 @@ def build(
     model: Annotated[Path, typer.Argument(help="the model's folder, with safetensors")],
     out: Annotated[Path, typer.Option(help="package folder to write; must be empty")],
     calibration: Annotated[Path, typer.Option(help="public text of your own: a file, or a folder of text files")],
+    task: Annotated[str, typer.Option(help="what the model does: a name in task.tasks.TASKS")] = "causal_lm",
+    columns: Annotated[
+        str, typer.Option(help="columns of the task's fields where named otherwise: 'text=body label=spam'")
+    ] = "",
     shape: Annotated[str, typer.Option(help="sandwich, parallel or auto")] = "sandwich",
     recipe: Annotated[str, typer.Option(help="compressors in order, for example 'narrow:0.34 gptq4:64'")] = "",
     max_bytes: Annotated[str, typer.Option(help="most bytes of the shipped weights, for example 80MB")] = "",
@@ -42,9 +47,12 @@ def build(
     embedding: Annotated[str, typer.Option(help="storage of the word tables: verbatim, int8 or int4")] = "int8",
     method: Annotated[str, typer.Option(help="adapter method that will be trained")] = "lora",
     rank: Annotated[int, typer.Option(help="of the adapter")] = 8,
+    targets: Annotated[
+        str, typer.Option(help="layers that carry it, for example 'query value'; default: its own")
+    ] = "",
     gate: Annotated[float, typer.Option(help="least cosine of the adapter's gradients, in [-1, 1]")] = 0.3,
-    sequences: Annotated[int, typer.Option(help="public sequences that compressors look at")] = 64,
-    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 128,
+    sequences: Annotated[int, typer.Option(help="public examples that compressors look at")] = 64,
+    length: Annotated[int, typer.Option(help="most tokens of an example")] = 128,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="train and plug in on public text; takes minutes")
     ] = False,
@@ -63,12 +71,15 @@ def build(
         recipe=tuple(recipe.split()),
         limits=Limits(_size("max_bytes", max_bytes), _size("max_memory", max_memory), max_flops, max_leak),
         embedding=embedding,
-        adapter=AdapterSpec(method=method, rank=rank, alpha=2.0 * rank),
+        adapter=AdapterSpec(method=method, rank=rank, alpha=2.0 * rank, targets=tuple(targets.split())),
         gate=gate,
         rehearse=rehearse,
         relearn=tuple(_whole("relearn", part) for part in relearn.split(",") if part),
     )
-    built = _build(model, calibration, out, order, sequences, length)
+    task_of = _task(task)
+    source = _source(task_of, model)
+    examples = _examples(task_of, source.model.config, model, calibration, columns, length)
+    built = _build(task_of, source, examples, model, out, order, sequences, length)
     report = out.with_name(f"{out.name}.report.json")
     report.write_text(json.dumps(built.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     typer.echo(json.dumps(built.to_dict(), allow_nan=False) if as_json else _summary(built, out, report))
@@ -148,50 +159,76 @@ def vet(
     typer.echo(f"no known trap in {package}: {report.measured} numbers measured")
 
 
-def _build(model: Path, calibration: Path, out: Path, order: "Order", sequences: int, length: int) -> "Built":
+def _task(name: str) -> "Task":
+    from errors import lookup
+    from task.tasks import TASKS
+
+    return lookup(TASKS, name, "task")
+
+
+def _examples(task: "Task", model_config: Any, model: Path, calibration: Path, columns: str, length: int) -> "Batch":
+    """Returns public records as the task's examples; plain texts are joined and cut, so that none is mostly padding."""
+    from client.columns import columns_of
+    from client.data import read
+
+    if wrong := [pair for pair in columns.split() if "=" not in pair]:
+        raise ConfigError(f"columns={wrong[0]!r}: write field=column, for example 'text=body label=spam'")
+    names = dict(pair.split("=", 1) for pair in columns.split())
+    _step(f"read {calibration}")
+    return task.encode(
+        task.load_processor(model),
+        read(calibration, reader=None, columns=columns_of(task.columns, names=names)),
+        length=length,
+        split="blocks" if tuple(task.columns) == ("text",) else "truncate",
+        model_config=model_config,
+    )
+
+
+def _build(
+    task: "Task",
+    source: "Source",
+    examples: "Batch",
+    model: Path,
+    out: Path,
+    order: "Order",
+    sequences: int,
+    length: int,
+) -> "Built":
     from transformers.utils.logging import disable_progress_bar
 
-    from client.data import read
     from coordinator.evaluate import spread
     from emulator.builder import Builder, Public
     from emulator.calibrate import PublicExamples
     from emulator.rehearse import Text
-    from task.tasks import TASKS
 
     disable_progress_bar()
-    task = TASKS["causal_lm"]
-    _step(f"read {calibration}")
-    examples = task.encode(
-        task.load_tokenizer(model), read(calibration, reader=None, column=None), length=length, split="blocks"
-    )
     needed = sequences + 4 * 8
     if len(examples) < needed:
         raise DataError(
-            f"calibration={str(calibration)!r}: {len(examples)} sequences of {length} tokens, {needed} are needed; "
-            "give more public text, or smaller --sequences or --length"
+            f"calibration: {len(examples)} examples of {length} tokens, {needed} are needed; give more public data, or "
+            "smaller --sequences or --length"
         )
-    # Every fifth one each, so that no sequence is both learnt from and tested on.
+    # Every fifth one each, so that no example is both learnt from and tested on.
     parts = [
         PublicExamples(task, spread(examples, count, offset=i, stride=5))
         for i, count in enumerate((sequences, 16, 128, 32, 1024))
     ]
-    public = Public(parts[0], parts[1], Text(train=parts[2], test=parts[3], attack=parts[4]))
-    return Builder(_source(model), order, public, model, _step).build(out)
+    public = Public(parts[0], parts[1], Text(train=parts[2], test=parts[3], attack=parts[4], length=length))
+    return Builder(source, order, public, model, _step).build(out)
 
 
-def _source(model: Path) -> "Source":
+def _source(task: "Task", model: Path) -> "Source":
     """Reads the model block by block where its checkpoint allows it, and says so where it does not."""
     import torch
 
     from emulator.source import MemorySource, ShardSource
     from errors import UnsupportedModel
-    from task.tasks import TASKS
 
     try:
         return ShardSource(model, torch.float32)
     except UnsupportedModel as error:
         _step(f"the whole model is loaded: {error}")
-        return MemorySource(TASKS["causal_lm"].load(model, dtype=torch.float32))
+        return MemorySource(task.load(model, dtype=torch.float32))
 
 
 def _summary(built: "Built", out: Path, report: Path) -> str:
@@ -206,7 +243,7 @@ def _summary(built: "Built", out: Path, report: Path) -> str:
     lines += [f"package: {out}", *_facts(built.manifest)]
     lines.append(f"gradient cosine: {built.cosine:.3f}")
     lines.append(
-        f"public loss: full model {built.losses['full']:.3f}, emulator {built.losses['emulator']:.3f} nats per token"
+        f"public loss: full model {built.losses['full']:.3f}, emulator {built.losses['emulator']:.3f} nats per target"
     )
     last = list(built.similarity.values())[-1]
     lines.append(f"similarity of what leaves the last block: {last:.3f}")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import client_run, coordinator_run, emulator
+from cli import client_run, coordinator_run, emulator, methods
 from errors import ConfigError, OffsiteError, lookup
 from protos.flower_process import QUIET
 
@@ -150,6 +150,7 @@ def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("fed
 app.add_typer(coordinator_run.app)
 app.add_typer(client_run.app)
 app.add_typer(emulator.app)
+app.add_typer(methods.app)
 
 
 def main() -> None:

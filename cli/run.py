@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.books import MemoryBooks
+from client.columns import Columns, columns_of
 from client.data import read
 from client.plan import plan_for
 from client.site import Site
@@ -20,7 +21,7 @@ from errors import ConfigError, DataError, lookup
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
 from secagg.journal import MemoryJournal
-from task.examples import Examples
+from task.spec import Batch, Record
 from task.tasks import TASKS
 from trust.identity import Identity
 
@@ -80,16 +81,13 @@ class Run:
         path = self.store.folder / JOB
         return JobManifest.from_bytes(path.read_bytes()) if path.exists() else None
 
-    def texts(self, path: str) -> list[str]:
-        """Returns the texts of a file or folder, read as the configuration says."""
-        data = self.config.data
-        return read(Path(path), reader=data.reader or None, column=data.column or None)
+    def records(self, path: str) -> list[Record]:
+        """Returns the records of a file or folder, read as the configuration says."""
+        return read(Path(path), reader=self.config.data.reader or None, columns=columns_in(self.config))
 
-    def examples(self, path: str, tokenizer: Any) -> Examples:
-        """Returns the records of a file or folder."""
-        data = self.config.data
-        task = lookup(TASKS, self.config.model.task, "model.task")
-        return task.encode(tokenizer, self.texts(path), length=data.length, split=data.split)
+    def examples(self, path: str, manifest: JobManifest, bench: Workbench) -> Batch:
+        """Returns the records of a file or folder as a job's examples."""
+        return encoded(bench, manifest, self.records(path))
 
     def site(self, name: str, manifest: JobManifest, bench: Workbench) -> Site:
         """Opens one simulated site.
@@ -99,7 +97,7 @@ class Run:
         """
         setting = next(site for site in self.config.sites if site.name == name)
         try:
-            examples = encoded(bench, manifest, self.texts(setting.train))
+            examples = self.examples(setting.train, manifest, bench)
             plan = plan_for(manifest, len(examples))
         except DataError as error:
             raise DataError(f"site={name}: {error}") from error
@@ -131,12 +129,24 @@ class Run:
         return list({line["round"]: line for line in lines}.values())
 
 
+def columns_in(config: FedConfig) -> Columns:
+    """Returns the columns that a federation file names for its task.
+
+    Raises:
+      UnknownName: there is no such task.
+      ConfigError: the task has no such field.
+    """
+    fields = lookup(TASKS, config.model.task, "model.task").columns
+    return columns_of(fields, column=config.data.column, names=config.data.columns)
+
+
 def simulated_benches(run: Run, manifest: JobManifest) -> dict[str, Workbench]:
     """Opens each site's emulator as a site does, for owners who permit the rank that is asked for.
 
     Sites of one emulator share it, since each writes its adapter before it trains.
     """
-    limits, opened = Limits.for_rank(2 * manifest.adapter.rank), dict[str, Workbench]()
+    # No owner is asked in a simulation: what the job wants is permitted, as each owner would have to.
+    limits, opened = Limits.for_owner(2 * manifest.adapter.rank, share=1e6), dict[str, Workbench]()
     for digest, folder in folders(run.store, manifest).items():
         bench = open_workbench(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed)
         opened |= dict.fromkeys(manifest.shipped()[digest], bench)
@@ -159,6 +169,7 @@ def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sit
         seed=config.seed if seed is None else seed,
         sites=kept,
         emulator=config.emulator if sites is None else config.emulator.only([site.name for site in kept]),
+        aggregation=config.aggregation if sites is None else config.aggregation.only([site.name for site in kept]),
     )
 
 

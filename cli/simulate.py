@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from adapter.export import export
+from adapter.export import export, in_peft_format
 from adapter.methods import METHODS
 from cli.meter import Meter
 from cli.prepare import sha256_file
@@ -21,6 +20,8 @@ from cli.run import Run, simulated_benches
 from client.plan import SitePlan, plan_for
 from client.site import answer
 from client.workbench import Workbench
+from coordinator.aggregate import AGGREGATORS
+from coordinator.aggregation_section import facts_of
 from coordinator.attempt import Attempts
 from coordinator.evaluate import Score, score, spread
 from coordinator.exchange import Exchange, MemoryExchange
@@ -30,11 +31,11 @@ from coordinator.numbers import Numbers
 from coordinator.report import write_report
 from coordinator.store import Progress
 from emulator.plug import plug
-from errors import ConfigError
+from errors import ConfigError, lookup
 from privacy.accountants import ACCOUNTANTS
 from privacy.events import Event
 from protos.manifest import JobManifest
-from task.examples import Examples
+from task.spec import Batch
 
 PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "cryptography", "numpy")
 
@@ -124,11 +125,11 @@ def _job(run: Run, display: Display) -> Job:
     if (manifest := run.job()) is not None:
         display.step("open the prepared job")
         facts = run.store.read_json("job_facts.json")
-        return reopen(run.config, manifest, facts, texts=run.texts(run.config.data.public), store=run.store)
-    texts = run.texts(run.config.data.public)
+        return reopen(run.config, manifest, facts, records=run.records(run.config.data.public), store=run.store)
+    records = run.records(run.config.data.public)
     setting = run.config.secagg
     parties = Parties(setting.federation, 1, run.roster(), setting.n_min)
-    job = prepare(run.config, texts=texts, federation=parties, store=run.store, on_step=display.step)
+    job = prepare(run.config, records=records, federation=parties, store=run.store, on_step=display.step)
     run.save_job(job.manifest, job.facts())
     return job
 
@@ -136,7 +137,7 @@ def _job(run: Run, display: Display) -> Job:
 def _plans(run: Run, job: Job, bench: Workbench) -> dict[str, SitePlan]:
     plans = {}
     for site in run.config.sites:
-        examples = run.examples(site.train, bench.tokenizer)
+        examples = run.examples(site.train, job.manifest, bench)
         plans[site.name] = plan_for(job.manifest, len(examples))
     return plans
 
@@ -150,16 +151,16 @@ def _federation(run: Run, job: Job) -> Federation:
 def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[str, Any]:
     """Scores full model and the default emulator, before and after, on held-out private and on public text."""
     start = job.start
-    private = _heldout(run, bench)
+    private = _heldout(run, job.manifest, bench)
     batch = job.manifest.physical_batch
     numbers: dict[str, dict[str, Score]] = {
         "private": {},
         "public": {"full_zero_shot": job.zero_shot, "emulator_zero_shot": job.emulator.public},
     }
 
-    def measure(name: str, model: Any, adapter: np.ndarray, examples: Examples, kind: str) -> None:
+    def measure(name: str, model: Any, adapter: np.ndarray, parts: list[Batch], kind: str) -> None:
         plug(model, job.layout, adapter)
-        numbers[kind][name] = score(job.task, model, examples, batch=batch)
+        numbers[kind][name] = score(job.task, model, *parts, batch=batch)
 
     measure("full_zero_shot", job.full, start, private, "private")
     bench.refresh(())
@@ -168,19 +169,17 @@ def _quality(run: Run, job: Job, bench: Workbench, progress: Progress) -> dict[s
     tuned_models = (("emulator_tuned", bench.model, progress.server.adapter), ("plug_in", job.full, progress.plugged))
     for name, model, tuned in tuned_models:
         measure(name, model, tuned, private, "private")
-        measure(name, model, tuned, job.public.test, "public")
+        measure(name, model, tuned, [job.public.test], "public")
     scores = {kind: {k: dataclasses.asdict(v) for k, v in found.items()} for kind, found in numbers.items()}
     gain = numbers["private"]["full_zero_shot"].loss - numbers["private"]["plug_in"].loss
     forgetting = numbers["public"]["plug_in"].loss - numbers["public"]["full_zero_shot"].loss
     return {**scores, **scores["private"], "gain_nats": gain, "forgetting_nats": forgetting}
 
 
-def _heldout(run: Run, bench: Workbench) -> Examples:
-    """Returns held-out records, the same number from each site as far as they go."""
+def _heldout(run: Run, manifest: JobManifest, bench: Workbench) -> list[Batch]:
+    """Returns held-out records of each site, the same number as far as they go."""
     share = max(1, run.config.evaluation.examples // len(run.config.sites))
-    parts = [spread(run.examples(site.heldout, bench.tokenizer), share) for site in run.config.sites]
-    ids = torch.cat([part.input_ids for part in parts])
-    return Examples(ids, torch.cat([part.attention_mask for part in parts]))
+    return [spread(run.examples(site.heldout, manifest, bench), share) for site in run.config.sites]
 
 
 def _report(
@@ -203,7 +202,9 @@ def _report(
         "emulator": _emulator_facts(run, job),
         "adapter": _adapter_facts(job),
         "privacy": _privacy_facts(run, manifest, plans),
+        "aggregation": facts_of(lookup(AGGREGATORS, run.config.aggregation.rule, "rule")),
         "secagg": {
+            "enabled": not manifest.aggregation.individuals,
             "suite": 1,
             "members": lines[-1]["members"] if lines else [],
             "threshold": lines[-1]["threshold"] if lines else 0,
@@ -253,7 +254,8 @@ def _adapter_facts(job: Job) -> dict[str, Any]:
         "parameters": job.layout.size,
         "exact_mean": method.exact_mean,
         "why": method.why,
-        "peft": method.peft,
+        "options": dict(spec.options),
+        "peft": in_peft_format(spec),
         "directory": "adapter",
     }
 
@@ -308,6 +310,8 @@ def _site_losses(run: Run, manifest: JobManifest, number: int) -> dict[str, floa
 def _warnings(job: Job, lines: list[dict[str, Any]], quality: dict[str, Any]) -> list[str]:
     warnings = []
     method = METHODS[job.manifest.adapter.method]
+    if job.manifest.aggregation.individuals:
+        warnings.append("secure aggregation is off: the coordinator saw each site's own update")
     if not job.manifest.privacy.private:
         warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
     if not method.exact_mean:

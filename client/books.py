@@ -27,7 +27,7 @@ class Release:
       round: training round.
       event: what it spends; None without privacy.
       update: float32 (d,); only its norm is written down.
-      upload_bytes: bytes of the masked vector.
+      upload_bytes: bytes of the vector that leaves.
     """
 
     round: int
@@ -111,7 +111,7 @@ class LedgerBooks:
         now = self._clock()
         refuse_unplanned(self._ledger.releases(self._job), self._manifest.releases)
         spend = self._ledger.debit(_private(release.event), job=self._job, round=release.round, now=now)
-        layout = self._manifest.layout
+        layout = self._manifest.upload_layout(release.round)
         report = EgressReport(
             job=self._job,
             round=release.round,

@@ -11,10 +11,12 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 
 from client.audit import verify
+from client.columns import columns_for
 from client.data import read
 from client.installation import Installation
 from client.opening import Opened
 from errors import DataError, OffsiteError, PolicyRefusal, Untrusted
+from task.tasks import TASKS
 from trust.certificates import WARN_DAYS
 
 FINE, WARNED, FAILED = "ok", "warning", "FAILED"
@@ -81,7 +83,16 @@ def _certificates(site: Installation, now: datetime) -> str:
 
 def _data(site: Installation) -> str:
     settings = site.settings
-    return f"{len(read(site.data, reader=settings.reader or None, column=settings.column or None))} texts"
+    counts, refusals = dict[str, int](), list[DataError]()
+    for task in TASKS:
+        columns = columns_for(task, column=settings.column, names=settings.columns)
+        try:
+            counts[task] = len(read(site.data, reader=settings.reader or None, columns=columns))
+        except DataError as error:
+            refusals.append(error)
+    if not counts:
+        raise refusals[0]
+    return f"{max(counts.values())} records, for the tasks {', '.join(counts)}"
 
 
 def _opened(site: Installation, clock: Callable[[], datetime]) -> Opened:

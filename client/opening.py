@@ -14,10 +14,11 @@ import numpy as np
 
 from client.audit import Audit
 from client.books import Books, LedgerBooks
+from client.columns import columns_for
 from client.data import read
 from client.faults import fault
 from client.fetch import DepotAddress, fetch
-from client.installation import Installation
+from client.installation import WEIGHTS, Installation
 from client.jobs import Jobs
 from client.mailbox import Mailbox
 from client.node import NodePlace
@@ -28,14 +29,17 @@ from client.service import Service, Standing
 from client.site import Site
 from client.workbench import Workbench, encoded, open_workbench
 from emulator.verdict import Limits
-from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
+from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, lookup
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
 from protos.messages import printable
 from secagg.journal import FileJournal, Journal
+from task.records import Forgiving
+from task.spec import Record
 
 log = logging.getLogger("offsite.client")
+MOST_FAULTS = 20  # records that are told one by one in the log
 ACCOUNTANT = "pld"
 Clock = Callable[[], datetime]
 
@@ -158,9 +162,11 @@ class Opened:
         Raises:
           OffsiteError: the emulator is not trusted, or is another one.
         """
-        limits, seed = Limits.for_rank(self.policy.max_rank), secrets.randbits(62)
-        emulator = manifest.emulator_of(self.installation.settings.name)
-        bench = open_workbench(package, manifest, emulator=emulator, limits=limits, seed=seed)
+        limits, seed = Limits.for_owner(self.policy.max_rank, self.policy.max_adapter_share), secrets.randbits(62)
+        settings = self.installation.settings
+        emulator = manifest.emulator_of(settings.name)
+        stored = lookup(WEIGHTS, settings.weights, "weights")
+        bench = open_workbench(package, manifest, emulator=emulator, limits=limits, seed=seed, stored=stored)
         self.audit.record(
             "vetted",
             now=self.clock(),
@@ -181,19 +187,22 @@ class Opened:
         books = LedgerBooks(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
         journal = FileJournal(installation.state / "journal.jsonl")
         try:
-            texts = self.texts()
+            records = self.records(manifest.task)
         except Exception as error:  # where a program fails depends on what it reads
             self._tell(manifest, "data cannot be read", error)
             raise DataError("this site's data cannot be read now; its owner sees why in the site's log") from None
         try:
-            return self._site(manifest, bench, texts, books, journal, record=installation.state / "rounds.jsonl")
+            return self._site(
+                manifest, bench, Forgiving(records), books, journal, record=installation.state / "rounds.jsonl"
+            )
         except Exception as error:
             self._tell(manifest, "data do not fit", error)
             raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
 
     def site_with(self, manifest: JobManifest, package: Path, books: Books, journal: Journal, *, record: Path) -> Site:
         """Opens this site with the books, the journal and the record given; a dry run brings its own."""
-        return self._site(manifest, self.bench(manifest, package), self.texts(), books, journal, record=record)
+        bench, records = self.bench(manifest, package), self.records(manifest.task)
+        return self._site(manifest, bench, records, books, journal, record=record)
 
     def _tell(self, manifest: JobManifest, kind: str, error: Exception) -> None:
         """Tells the owner alone why a job's data are none, once for each reason."""
@@ -207,13 +216,13 @@ class Opened:
         self,
         manifest: JobManifest,
         bench: Workbench,
-        texts: list[str],
+        records: list[Record],
         books: Books,
         journal: Journal,
         *,
         record: Path,
     ) -> Site:
-        examples = encoded(bench, manifest, texts)
+        examples = encoded(bench, manifest, records)
         if len(examples) < self.policy.min_records:
             raise PolicyRefusal(
                 f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
@@ -224,8 +233,10 @@ class Opened:
                 f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
                 "add records, or raise it"
             )
+        for wrong in records.faults[:MOST_FAULTS] if isinstance(records, Forgiving) else ():
+            log.warning("a record adds nothing: %s", printable(wrong))
         if empty := int((examples.targets == 0).sum()):
-            log.warning("records=%d: %d have no token to predict, and add nothing", len(examples), empty)
+            log.warning("records=%d: %d have nothing to learn from, and add nothing", len(examples), empty)
         return Site(
             self.installation.settings.name,
             manifest=manifest,
@@ -240,14 +251,16 @@ class Opened:
             rounding=self._rounding(),
         )
 
-    def texts(self) -> list[str]:
-        """Returns this site's texts.
+    def records(self, task: str) -> list[Record]:
+        """Returns this site's records with the fields that a task reads.
 
         Raises:
           DataError: they cannot be read.
+          ConfigError: `site.toml` names a field that no task has.
         """
         settings = self.installation.settings
-        return read(self.installation.data, reader=settings.reader or None, column=settings.column or None)
+        columns = columns_for(task, column=settings.column, names=settings.columns)
+        return read(self.installation.data, reader=settings.reader or None, columns=columns)
 
     def _noise(self, training: str) -> Randomness:
         settings = self.installation.settings

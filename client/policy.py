@@ -29,12 +29,14 @@ splits = ["truncate"]      # how records are cut: truncate, one of each text; bl
 metrics = []               # what may be told beside the masked update; nothing by default
 max_length = 4096          # most tokens of a record
 max_rank = 16              # largest inner width of an adapter
+max_adapter_share = 0.25   # most trained numbers over those of the blocks that carry the adapter; whole blocks need 1.1
 hours = "any"              # local time in which training may begin, for example "20:00-06:00"
 max_threads = 0            # processor threads; 0 leaves it to the system
 max_memory_gb = 0.0        # memory of the site's process; 0 leaves it to the system
 max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
 approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
 allow_variants = false     # true lets other sites of a job train on other emulators than this one
+allow_individual_updates = false # true lets the coordinator see this site's own update, with only its noise before it
 allow_seeded_noise = false # true only for tests on invented data: the noise then protects nobody
 """
 
@@ -53,12 +55,14 @@ class Policy:
     metrics: tuple[str, ...]
     max_length: int
     max_rank: int
+    max_adapter_share: float
     hours: str
     max_threads: int
     max_memory_gb: float
     max_disk_gb: float
     approval: str
     allow_variants: bool
+    allow_individual_updates: bool
     allow_seeded_noise: bool
 
     def __post_init__(self) -> None:
@@ -72,7 +76,7 @@ class Policy:
         ):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be at least {lowest}")
-        for name in ("epsilon_cap", "max_disk_gb"):
+        for name in ("epsilon_cap", "max_disk_gb", "max_adapter_share"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be finite and above 0")
         if not 0 < self.delta_cap < 1:
@@ -122,11 +126,7 @@ def permit(
     if not terms.private:
         raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
     _listed("models", policy.models, manifest.model, manifest.emulator_of(site))
-    if manifest.emulators and not policy.allow_variants:
-        raise PolicyRefusal(
-            f"emulators={len(set(dict(manifest.emulators).values())) + 1}: this job gives other sites another emulator "
-            "than this one, policy.toml has allow_variants=false; ask the coordinator why, or let the owner set it true"
-        )
+    _permit_what_shows_more(policy, manifest)
     _listed("methods", policy.methods, spec.method)
     _listed("splits", policy.splits, manifest.split)
     for metric in manifest.metrics:
@@ -146,6 +146,21 @@ def permit(
             f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
         )
     permit_now(policy, now)
+
+
+def _permit_what_shows_more(policy: Policy, manifest: "JobManifest") -> None:
+    """Checks what makes one site's update easier to tell, or tells it outright."""
+    if manifest.emulators and not policy.allow_variants:
+        raise PolicyRefusal(
+            f"emulators={len(set(dict(manifest.emulators).values())) + 1}: this job gives other sites another emulator "
+            "than this one, policy.toml has allow_variants=false; ask the coordinator why, or let the owner set it true"
+        )
+    if manifest.aggregation.individuals and not policy.allow_individual_updates:
+        raise PolicyRefusal(
+            "secure aggregation=off: in this job the coordinator sees this site's own update, policy.toml has "
+            "allow_individual_updates=false; ask the coordinator for a rule that needs only the sum, or let the owner "
+            "set it true"
+        )
 
 
 def permit_now(policy: Policy, now: datetime) -> None:

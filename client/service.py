@@ -29,7 +29,7 @@ from trust.federation import Federation, check_signatures
 
 log = logging.getLogger("offsite.client")
 WAITING = "waiting"
-_RESENT = ("keys", "shares", "masked", "survivors", "unmask")  # the same question gets the same bytes again
+_RESENT = ("keys", "shares", "masked", "survivors", "unmask", "update")  # the same question gets the same bytes again
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,8 @@ def said(stage: str, reply: codec.Message) -> str:
             line = f"job {state}: {detail}" if detail else f"job {state}"
         case codec.MaskedReply():
             line = "a masked update has left; the audit log tells its size and what privacy it cost"
+        case codec.UpdateReply():
+            line = "an update has left AS IT IS, for the coordinator to see; the audit log tells what privacy it cost"
         case codec.TrainReply(round=number):
             line = f"round {number}: trained"
         case codec.Notice(kind="abort", reason=reason):

@@ -1,6 +1,5 @@
 """A site's side of a round: one handler for each stage, bytes in, bytes out."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +9,24 @@ from typing import Any
 import numpy as np
 
 from client.books import Books, Release
+from client.plain_update import spend
 from client.plan import SitePlan, round_terms
+from client.record import append, line_of
 from client.train import Trained, local_update
 from client.workbench import Workbench
 from emulator.refreshable import size_of
-from errors import DataError, DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
+from errors import DigestMismatch, MalformedMessage, OffsiteError, ProtocolViolation, RangeError, lookup
 from privacy.events import Event
 from privacy.randomness import Randomness
 from protos import codec
 from protos.manifest import JobManifest
 from protos.terms import adapter_digest, terms_of
+from protos.upload import check_coverage
 from secagg.journal import Journal
 from secagg.member import Member
-from secagg.messages import Signed
-from task.examples import Examples
+from secagg.messages import Signed, read_announcement
+from secagg.terms import Terms
+from task.spec import Batch
 from trust.identity import Identity
 
 log = logging.getLogger("offsite.client")
@@ -53,7 +56,7 @@ class Site:
         *,
         manifest: JobManifest,
         bench: Workbench,
-        examples: Examples,
+        examples: Batch,
         plan: SitePlan,
         identity: Identity,
         journal: Journal,
@@ -104,8 +107,10 @@ class Site:
             manifest=self._manifest,
             plan=self.plan,
             randomness=self._noise(self._training(request.round)),
+            site=self.name,
+            number=request.round,
         )
-        self._write(self._line(request.round, trained) | {"refresh_bytes": size_of(request.refresh)})
+        append(self._record, self._line(request.round, trained) | {"refresh_bytes": size_of(request.refresh)})
         if dropped := trained.outcome.dropped:
             log.warning("round %d: %d drawn records added nothing: the model fails on them", request.round, dropped)
         self._last = request.round
@@ -124,24 +129,44 @@ class Site:
             manifest=self._manifest,
             plan=self.plan,
             randomness=self._noise("rehearsal"),
+            site=self.name,
+            number=1,
         )
         self._bench.put(start)
         return self._line(1, trained)
 
     def keys(self, request: codec.KeysRequest) -> codec.Message:
         """Opens secure aggregation of the pending update with fresh keys."""
+        if self._manifest.aggregation.individuals:
+            raise ProtocolViolation("stage=keys: this job has no secure aggregation; ask for the update as it says")
+        pending, terms = self._awaited(request)
+        check_coverage(self._manifest, request.invited)
+        self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
+        rounding = self._rounding(self._training(request.round)) if self._rounding else None
+        try:
+            return _wrap(self._member.keys(pending.update, rounding=rounding))
+        except RangeError:
+            self._pending = self._member = None  # it can never be sent; the next try trains anew
+            raise
+
+    def update(self, request: codec.KeysRequest) -> codec.Message:
+        """Sends the pending update as it is, once; only in a job that says so, which its owner permitted."""
+        if not self._manifest.aggregation.individuals:
+            raise ProtocolViolation("stage=update: in this job an update leaves masked, or not at all; open its keys")
+        pending, terms = self._awaited(request)
+        self._pending = None  # whatever happens now, it is not sent a second time
+        commitment = spend(pending.update, terms, self.name, self._identity, self._journal)
+        self._left += 1
+        head = self._books.release(Release(pending.of[0], pending.event, pending.update, pending.update.nbytes))
+        return codec.UpdateReply(bytes_of(commitment), pending.update, head)
+
+    def _awaited(self, request: codec.KeysRequest) -> tuple["_Pending", Terms]:
+        """Returns the update that a round asks for, and the terms of that round."""
         if self._pending is None or self._pending.of != (request.round, request.adapter):
             raise ProtocolViolation(
                 f"round={request.round}: no update of this round is waiting; ask for training first"
             )
-        terms = terms_of(self._manifest, request)
-        self._member = Member(terms, self.name, self._identity, self._journal, minimum=self._manifest.n_min)
-        rounding = self._rounding(self._training(request.round)) if self._rounding else None
-        try:
-            return _wrap(self._member.keys(self._pending.update, rounding=rounding))
-        except RangeError:
-            self._pending = self._member = None  # it can never be sent; the next try trains anew
-            raise
+        return self._pending, terms_of(self._manifest, request)
 
     def shares(self, batch: codec.SignedBatch) -> codec.Message:
         """Seals shares of this site's two secrets to its peers."""
@@ -152,6 +177,7 @@ class Site:
         member, pending = self._active(), self._pending
         if pending is None:
             raise ProtocolViolation("no update is waiting at this site; it is sent once; ask for training first")
+        check_coverage(self._manifest, {self.name, *(message.sender for message in batch.messages)})
         commitment, vector = member.masked(signed(batch))
         self._pending = None  # the journal has it as spent, whatever happens now
         self._left += 1
@@ -159,8 +185,11 @@ class Site:
         return codec.MaskedReply(bytes_of(commitment), vector, head)
 
     def survivors(self, announcement: codec.Announcement) -> codec.Message:
-        """Signs one survivor set, never a second."""
-        return _wrap(self._active().survivors(announcement.body))
+        """Signs one survivor set, never a second, and none over which a part of the sum would be that of too few."""
+        member = self._active()
+        if self._manifest.aggregation.ranks:
+            check_coverage(self._manifest, read_announcement(announcement.body)[1])
+        return _wrap(member.survivors(announcement.body))
 
     def unmask(self, batch: codec.SignedBatch) -> codec.Message:
         """Answers with one share per peer, then forgets the round."""
@@ -177,7 +206,7 @@ class Site:
         return str(number) if self._left == 0 else f"{number}.{self._left}"
 
     def _event(self) -> Event | None:
-        terms = round_terms(self._manifest, self.plan, self._bench.engine or "hooks")
+        terms = round_terms(self._manifest, self.plan, self._bench.engine or "bookkeeping")
         return terms.event() if terms.private else None
 
     def _active(self) -> Member:
@@ -186,28 +215,7 @@ class Site:
         return self._member
 
     def _line(self, number: int, trained: Trained) -> dict[str, Any]:
-        outcome = trained.outcome
-        return {
-            "round": number,
-            "site": self.name,
-            "losses": [_number(loss) for loss in outcome.losses],
-            "batch_sizes": list(outcome.batch_sizes),
-            "median_norm": _number(outcome.norm_median),
-            "clipped_fraction": outcome.clipped_fraction,
-            "dropped": outcome.dropped,
-            "bounded": trained.bounded,
-            "engine": trained.engine,
-            "steps": self._manifest.local_steps,
-        }
-
-    def _write(self, line: dict[str, Any]) -> None:
-        try:
-            with self._record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise DataError(
-                f"record={self._record.name}: cannot be written ({error.strerror}); free disk space"
-            ) from error
+        return line_of(trained, number=number, site=self.name, steps=self._manifest.local_steps)
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,7 @@ def _typed(kind: type, method: Callable[..., codec.Message]) -> _Handler:
 STAGES: dict[str, _Handler] = {
     "train": _typed(codec.TrainRequest, Site.train),
     "keys": _typed(codec.KeysRequest, Site.keys),
+    "update": _typed(codec.KeysRequest, Site.update),
     "shares": _typed(codec.SignedBatch, Site.shares),
     "masked": _typed(codec.SignedBatch, Site.masked),
     "survivors": _typed(codec.Announcement, Site.survivors),
@@ -258,11 +267,6 @@ def signed(batch: codec.SignedBatch) -> list[Signed]:
 def bytes_of(message: Signed) -> codec.SignedBytes:
     """Returns a secure-aggregation message as it travels."""
     return codec.SignedBytes(message.sender, message.body, message.signature)
-
-
-def _number(value: float) -> float | None:
-    """Returns a number as JSON can hold it; None stands for no example."""
-    return value if np.isfinite(value) else None
 
 
 def _wrap(message: Signed) -> codec.SignedBatch:

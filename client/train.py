@@ -1,22 +1,30 @@
 """One round's training at a site: from the coordinator's adapter to this site's update."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from client.part import training_only_its_part
 from client.plan import SitePlan, round_terms
-from client.workbench import Workbench, vocabulary_of
+from client.proximal import train_near
+from client.workbench import Workbench
 from errors import PrivacyRefusal
-from privacy.mechanism import Outcome, train
+from privacy import zero_order
+from privacy.batches import Losses
+from privacy.mechanism import Outcome
 from privacy.probe import choose_engine
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
-from task.examples import Examples
+from protos.upload import directions_of, picked
+from task.spec import Batch
 
 log = logging.getLogger("offsite.client")
+ZERO_ORDER = "zero_order"  # what stands in the place of an engine where no gradient is taken
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class Trained:
     """An update with what this site keeps to itself about it.
 
     Attributes:
-      update: adapter after minus before, float32 (d,), each entry within the manifest's bound.
+      update: adapter after minus before, of what the round uploads, or how far it moved along each direction, float32
+        (upload_size,), each entry within the manifest's bound.
       outcome: event and diagnostics of the mechanism.
       bounded: how many entries were cut to the bound.
       engine: per-example gradient engine used.
@@ -39,13 +48,25 @@ class Trained:
 def local_update(
     bench: Workbench,
     start: np.ndarray,
-    examples: Examples,
+    examples: Batch,
     *,
     manifest: JobManifest,
     plan: SitePlan,
     randomness: Randomness,
+    site: str = "",
+    number: int = 1,
 ) -> Trained:
     """Trains the adapter from `start` on a site's examples and returns the update.
+
+    Args:
+      bench: the opened emulator.
+      start: adapter to train from, float32 (d,).
+      examples: the site's records.
+      manifest: the job.
+      plan: the site's DP numbers.
+      randomness: of sampling and noise.
+      site: its name, by which the job may give it a smaller rank.
+      number: of the round, from 1, by which the job may say what of the adapter is trained.
 
     Cutting an entry to the public bound happens after the noise, so it costs no privacy; the bound is far above what
     honest training reaches, and the count is kept.
@@ -56,21 +77,51 @@ def local_update(
     """
     bench.put(start)
 
-    def losses(model: nn.Module, batch: Examples) -> torch.Tensor:
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         return bench.task.losses(model, batch)
 
+    if manifest.aggregation.directions:
+        return _along_directions(bench, losses, examples, manifest, plan, randomness, number)
     if not bench.engine:
-        # On no private record: what a refusal says of a gradient would be told without noise.
-        invented = Examples.invented(vocabulary_of(bench.model), examples.input_ids.shape[1], seed=bench.seed)
+        # On no private record: what a refusal says of a gradient would be told without noise. On the whole adapter,
+        # since other rounds, or other sites at this bench, train other parts of it.
+        invented = bench.task.invented(bench.model, manifest.length, seed=bench.seed)
         bench.engine = choose_engine(bench.model, losses, invented)
     terms = round_terms(manifest, plan, bench.engine)
+    with _telling_nothing(), training_only_its_part(bench.model, manifest, site=site, number=number):
+        mu, count = manifest.aggregation.proximal, len(examples)
+        outcome = train_near(bench.model, losses, examples.select, count, terms, randomness, proximal=mu)
+    moved = picked(manifest, number, bench.layout.read(bench.model) - start)
+    update, bounded = within(moved, manifest.update_bound)
+    return Trained(update, outcome, bounded, bench.engine)
+
+
+def _along_directions(
+    bench: Workbench,
+    losses: Losses,
+    examples: Batch,
+    manifest: JobManifest,
+    plan: SitePlan,
+    randomness: Randomness,
+    number: int,
+) -> Trained:
+    """Trains by forward passes alone; the update is how far the adapter moved along each of the round's directions."""
+    terms, along = round_terms(manifest, plan, "loop"), directions_of(manifest, number)
+    with _telling_nothing():
+        found = zero_order.train(bench.model, losses, examples.select, len(examples), terms, randomness, along)
+    outcome, moved = found
+    update, bounded = within(moved, manifest.update_bound)
+    return Trained(update, outcome, bounded, ZERO_ORDER)
+
+
+@contextmanager
+def _telling_nothing() -> Iterator[None]:
+    """Keeps a refusal's words at the site: they tell how many records were drawn."""
     try:
-        outcome = train(bench.model, losses, examples.select, n=len(examples), terms=terms, randomness=randomness)
-    except PrivacyRefusal as error:  # its words tell how many records were drawn
+        yield
+    except PrivacyRefusal as error:
         log.warning("training refused: %s", error)
         raise PrivacyRefusal("the gradients cannot be told apart by record; the site's log says where") from None
-    update, bounded = within(bench.layout.read(bench.model) - start, manifest.update_bound)
-    return Trained(update, outcome, bounded, bench.engine)
 
 
 def within(update: np.ndarray, bound: float) -> tuple[np.ndarray, int]:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from adapter.layout import Layout
-from adapter.methods import attach
+from adapter.methods import attach, places
 from emulator import package
 from emulator.files import tokenizer_sha256
+from emulator.held import hold
 from emulator.refresh import plain_of
 from emulator.refreshable import Frame, Refresh, Refreshable
 from emulator.verdict import Limits, Vetting
@@ -19,10 +20,9 @@ from emulator.vet import Slots, vet, vet_adapter, vet_refresh
 from errors import DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from protos.manifest import JobManifest
 from task.encode import SPLITS
-from task.examples import Examples
-from task.spec import Task
+from task.examples import vocabulary_of
+from task.spec import Batch, Record, Task
 from task.tasks import TASKS
-from task.tokenizer import Tokenizer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Workbench:
       model: the emulator with the adapter attached; only the adapter requires gradients.
       task: gives per-example losses.
       layout: order of the adapter's parameters.
-      tokenizer: of the package.
+      processor: of the package: what makes examples of records, as a tokenizer.
       vetting: what was measured of the emulator and of the adapter before anything was trained on them.
       limits: of the vetting.
       frame: of the package.
@@ -46,7 +46,7 @@ class Workbench:
     model: Any
     task: Task
     layout: Layout
-    tokenizer: Tokenizer
+    processor: Any
     vetting: tuple[Vetting, ...]
     limits: Limits
     frame: Frame
@@ -92,7 +92,9 @@ class Workbench:
             raise
 
 
-def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int) -> Workbench:
+def open_workbench(
+    folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int, stored: bool = False
+) -> Workbench:
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
     Args:
@@ -101,6 +103,7 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
       emulator: SHA-256 of the package, hexadecimal: `JobManifest.emulator_of` the site.
       limits: of the vetting.
       seed: of what the vetting draws; at a real site its own secret.
+      stored: whether frozen weights stay as the package stores them, see `emulator.held`.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
@@ -117,10 +120,13 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
-    tokenizer = task.load_tokenizer(folder)
-    _check_ids(tokenizer, vocabulary_of(model))
+    processor = task.load_processor(folder)
+    _check_ids(processor, model)
+    if stored:
+        hold(model, folder, facts)
+    where = places(model, manifest.adapter)
     model = attach(model, manifest.adapter)
-    narrow = vet_adapter(model, manifest.adapter, slots, limits)
+    narrow = vet_adapter(model, manifest.adapter, slots, limits, where)
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():
         raise DigestMismatch(
@@ -131,7 +137,7 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
         model,
         task,
         layout,
-        tokenizer,
+        processor,
         (vetted, narrow),
         limits,
         frame,
@@ -141,25 +147,26 @@ def open_workbench(folder: Path, manifest: JobManifest, *, emulator: str, limits
     )
 
 
-def vocabulary_of(model: Any) -> int:
-    """Returns the number of token ids that a model knows."""
-    return int(model.config.get_text_config().vocab_size)
+def encoded(bench: Workbench, manifest: JobManifest, records: Sequence[Record]) -> Batch:
+    """Returns records as the examples of a job; one of which its processor makes nothing the model knows is empty."""
+    examples = bench.task.encode(
+        bench.processor,
+        records,
+        length=manifest.length,
+        split=manifest.split,
+        model_config=bench.model.config,
+    )
+    return examples.within(bench.model)
 
 
-def encoded(bench: Workbench, manifest: JobManifest, texts: Sequence[str]) -> Examples:
-    """Returns texts as the records of a job; one of which its tokenizer makes nothing the model knows is empty."""
-    examples = bench.task.encode(bench.tokenizer, texts, length=manifest.length, split=manifest.split)
-    return examples.within(vocabulary_of(bench.model))
-
-
-def _check_ids(tokenizer: Tokenizer, vocabulary: int) -> None:
+def _check_ids(processor: Any, model: Any) -> None:
     """Checks that a model knows every token, or it would fail on some records and tell by it which they are.
 
     Raises:
       UnsupportedModel: it does not.
     """
-    if tokenizer.largest_id >= vocabulary:
+    largest = getattr(processor, "largest_id", None)  # what makes no tokens has none
+    if largest is not None and largest >= (vocabulary := vocabulary_of(model)):
         raise UnsupportedModel(
-            f"token id={tokenizer.largest_id}: the emulator knows {vocabulary} tokens; its tokenizer belongs to "
-            "another model"
+            f"token id={largest}: the emulator knows {vocabulary} tokens; its tokenizer belongs to another model"
         )

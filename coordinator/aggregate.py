@@ -1,74 +1,123 @@
-"""The server rules over the mean update: how the secure sum becomes the next adapter."""
+"""The table of server rules: how what the sites upload becomes the next adapter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from coordinator.aggregate_factors import flexlora, olora
+from coordinator.aggregate_means import fedadam, fedavgm, fedyogi, mean
+from coordinator.aggregate_robust import krum, median, trimmed_mean
+from coordinator.aggregate_state import RuleSettings, ServerState
+from protos.aggregation import ALTERNATED, RANKED
+
+__all__ = ["AGGREGATORS", "INDIVIDUALS", "REFUSED", "SUM", "Aggregator", "RuleSettings", "ServerState"]
+SUM, INDIVIDUALS = "sum", "individuals"
+Step = Callable[[ServerState, np.ndarray, RuleSettings], ServerState]
+
 
 @dataclass(frozen=True)
-class ServerState:
-    """What a rule remembers between rounds.
+class Aggregator:
+    """One server rule.
 
     Attributes:
-      adapter: current adapter, float32 (d,).
-      first: running mean of updates (momentum), float64 (d,).
-      second: running mean of squared updates, float64 (d,).
-      rounds: updates taken in so far.
+      name: the key in `AGGREGATORS`.
+      step: (state, updates, settings) -> next state; pure. Updates are float64 in the adapter's layout: the members'
+        mean (d,) for a rule that needs the sum, else each member's (n, d).
+      needs: `SUM`, which secure aggregation gives, or `INDIVIDUALS`, which only a job without it gives.
+      linear: whether the next adapter is an affine function of the upload, so that noise in it stays unbiased.
+      why: what the rule does with what; a sentence for the report.
+      methods: adapter methods it is for; () is any.
+      keys: of [aggregation] that have to be set for it; they are 0 or empty for all other rules.
+      alternate: whether sites train LoRA's factors in turn.
     """
 
-    adapter: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    rounds: int = 0
-
-    @classmethod
-    def start(cls, adapter: np.ndarray) -> "ServerState":
-        """Returns the state before the first round."""
-        zeros = np.zeros(adapter.shape, dtype=np.float64)
-        return cls(adapter.astype(np.float32), zeros, zeros.copy())
+    name: str
+    step: Step
+    needs: str
+    linear: bool
+    why: str
+    methods: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    alternate: bool = False
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Step size and momentum of a rule."""
+_TABLE = (
+    Aggregator("mean", mean, SUM, True, "the mean update is added as it is"),
+    Aggregator("fedavgm", fedavgm, SUM, True, "a running sum of mean updates is added"),
+    Aggregator("fedadam", fedadam, SUM, False, "each entry of the mean update is divided by its own running size"),
+    Aggregator(
+        "fedyogi", fedyogi, SUM, False, "each entry of the mean update is divided by its own size, which fades slowly"
+    ),
+    Aggregator(
+        "fedprox",
+        mean,
+        SUM,
+        True,
+        "each step at a site is pulled back to where the round began, and the mean update is added as it is",
+        keys=("proximal",),
+    ),
+    Aggregator(
+        "rolora",
+        mean,
+        SUM,
+        True,
+        "B and A are trained in turn, so that each round's mean is the mean of the effects B A",
+        methods=(ALTERNATED,),
+        alternate=True,
+    ),
+    Aggregator(
+        "nested",
+        mean,
+        SUM,
+        True,
+        "sites of smaller rank train the first columns of B, and each entry is divided by how many trained it",
+        methods=(RANKED,),
+        keys=("ranks",),
+    ),
+    Aggregator(
+        "olora",
+        olora,
+        SUM,
+        True,
+        "the mean update is added, then A is moved out of the row spaces of earlier adapters",
+        methods=(ALTERNATED,),
+        keys=("penalty", "earlier"),
+    ),
+    Aggregator(
+        "krum",
+        krum,
+        INDIVIDUALS,
+        False,
+        "the one update that is nearest to most others is added, and those of the other sites are lost",
+        keys=("faulty",),
+    ),
+    Aggregator("median", median, INDIVIDUALS, False, "the median of each entry over the sites is added"),
+    Aggregator(
+        "trimmed_mean",
+        trimmed_mean,
+        INDIVIDUALS,
+        False,
+        "the mean of each entry is added, without its largest and smallest values",
+        keys=("faulty",),
+    ),
+    Aggregator(
+        "flexlora",
+        flexlora,
+        INDIVIDUALS,
+        False,
+        "the mean of the products B A is cut back to the adapter's rank, so that only what is beyond it is lost",
+        methods=(ALTERNATED,),
+    ),
+)
+AGGREGATORS: dict[str, Aggregator] = {rule.name: rule for rule in _TABLE}
 
-    learning_rate: float
-    momentum: float
-
-
-Aggregator = Callable[[ServerState, np.ndarray, Rates], ServerState]
-
-
-def mean(state: ServerState, update: np.ndarray, rates: Rates) -> ServerState:
-    """Adds the mean update as it is (FedAvg, McMahan et al. 2017, algorithm 1); both rates are ignored."""
-    adapter = (state.adapter + update).astype(np.float32)
-    return ServerState(adapter, state.first, state.second, state.rounds + 1)
-
-
-def fedavgm(state: ServerState, update: np.ndarray, rates: Rates) -> ServerState:
-    """Server momentum over the mean update (Hsu et al. 2019, section 4.3)."""
-    first = rates.momentum * state.first + update
-    adapter = (state.adapter + rates.learning_rate * first).astype(np.float32)
-    return ServerState(adapter, first, state.second, state.rounds + 1)
-
-
-SECOND_MOMENT = 0.999
-ADAM_FLOOR = 1e-12
-
-
-def fedadam(state: ServerState, update: np.ndarray, rates: Rates) -> ServerState:
-    """Adam over the mean update as a pseudo-gradient (Reddi et al. 2021, algorithm 2), bias-corrected.
-
-    The second moment sees the DP noise too; that only makes the step smaller where noise dominates.
-    """
-    count = state.rounds + 1
-    first = rates.momentum * state.first + (1 - rates.momentum) * update
-    second = SECOND_MOMENT * state.second + (1 - SECOND_MOMENT) * np.square(update)
-    corrected = first / (1 - rates.momentum**count)
-    scale = np.sqrt(second / (1 - SECOND_MOMENT**count)) + ADAM_FLOOR
-    adapter = (state.adapter + rates.learning_rate * corrected / scale).astype(np.float32)
-    return ServerState(adapter, first, second, count)
-
-
-AGGREGATORS: dict[str, Aggregator] = {"mean": mean, "fedavgm": fedavgm, "fedadam": fedadam}
+REFUSED = {
+    "flora": "what it stacks (arXiv 2409.05976) has the rank of all sites together, and is exact only if each site "
+    "merges it into its weights and begins anew; an adapter's layout is fixed and a package's weights are hashed; "
+    "flexlora goes on from the best approximation that fits",
+    "fedex": "its residual (arXiv 2410.09432) changes the base weights of the slots, which sites hold as they were "
+    "vetted and hashed; flexlora keeps what fits the rank, ffa_lora as the adapter's method has no residual",
+    "ffa": "it is a method and no rule; set adapter.method = 'ffa_lora' and take the rule mean",
+}
+"""Rules that people know and that do not work here: name -> why, and what to take instead."""

@@ -24,6 +24,7 @@ MAX_REPLY_BYTES = 1 << 30
 DIGEST_BYTES = 32
 PLAN = "plan.json"
 SPENDS = "masked"  # the stage in which updates leave their sites
+SPENDS_OPENLY = "update"  # the one in a job without secure aggregation
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Attempt:
         path, asked = self._folder / f"{stage}.replies", _digest(stage, payloads)
         if path.exists():
             return _read(path, asked)
-        if stage == SPENDS and not (mark := self._folder / "spent").exists():
+        if stage in (SPENDS, SPENDS_OPENLY) and not (mark := self._folder / "spent").exists():
             self._on_spend()
             write_atomically(mark, b"")
         replies = self._exchange.send(stage, payloads)

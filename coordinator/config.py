@@ -7,10 +7,14 @@ import tomllib
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from adapter.options import Scalar
+from adapter.spec import AdapterSpec
+from coordinator.aggregation_config import AggregationConfig, SecaggConfig, check_aggregation
 from coordinator.emulator_config import EmulatorConfig, check_emulator
 from errors import ConfigError, DataError, nearest
+from protos.aggregation import MOST_DIRECTIONS
 from protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
 
 
@@ -24,25 +28,36 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained; `targets` empty takes the method's default for the model."""
+    """What is trained; `targets` empty takes the method's default for the model, `options` are the method's own."""
 
     method: str = "ffa_lora"
     rank: int = 4
     alpha: float = 8.0
     targets: tuple[str, ...] = ()
+    options: dict[str, Scalar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what no method could use; what this one cannot, `adapter.methods.known` says."""
+        self.spec(slots=(), seed=0)
+
+    def spec(self, *, slots: tuple[str, ...], seed: int) -> AdapterSpec:
+        """Returns the adapter of these settings in the blocks at these paths."""
+        options = tuple(sorted(self.options.items()))
+        return AdapterSpec(self.method, self.rank, self.alpha, self.targets, slots, seed, options)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The public text of the coordinator, and how every text becomes records.
+    """The public records of the coordinator, and how all records become examples.
 
     Attributes:
-      public: file or folder of public text, for the gate, the clip and the acceptance test.
+      public: file or folder of public records, for the gate, the clip and the acceptance test.
       length: tokens per record, the unit of privacy.
       split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which are
         not people's, and whose number the tokenizer decides.
       reader: name in `client.READERS`; empty picks by file name.
-      column: column or key that holds the text; empty for the reader's default.
+      column: column or key that holds the main field of the task's records, as the text; empty for the field's name.
+      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
     """
 
     public: str
@@ -50,6 +65,7 @@ class DataConfig:
     split: str = "truncate"
     reader: str = ""
     column: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,9 @@ class TrainingConfig:
       learning_rate: of the sites' SGD.
       physical_batch: records in one forward pass.
       spare_rounds: how many rounds lost after an upload the noise is planned for beyond `rounds`.
+      directions: DP-ZO, training by forward passes alone: how many directions each step looks along; a site uploads one
+        number for each instead of an adapter. 0 trains by gradients.
+      spacing: how far along a direction DP-ZO takes losses.
     """
 
     rounds: int = 6
@@ -80,15 +99,8 @@ class TrainingConfig:
     learning_rate: float = 1.0
     physical_batch: int = 8
     spare_rounds: int = 0
-
-
-@dataclass(frozen=True)
-class AggregationConfig:
-    """The server rule over the mean update, a name in `coordinator.AGGREGATORS`, and its step size."""
-
-    rule: str = "fedadam"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
+    directions: int = 0
+    spacing: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -106,14 +118,6 @@ class PrivacyConfig:
     epsilon: float = 8.0
     max_grad_norm: float = 0.0
     accountant: str = "pld"
-
-
-@dataclass(frozen=True)
-class SecaggConfig:
-    """Secure aggregation: the smallest number of sites whose sum may be opened, and the name in the transcript."""
-
-    n_min: int = 3
-    federation: str = "simulation"
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,9 @@ class FedConfig:
         _within("emulator.refresh", self.emulator.refresh, 0, MOST_STEPS)
         _within("training.physical_batch", training.physical_batch, 1, MOST_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
+        _within("training.directions", training.directions, 0, MOST_DIRECTIONS)
+        if not 0 < training.spacing < 1:
+            raise ConfigError(f"training.spacing={training.spacing}: must lie between 0 and 1; 0.001 is usual")
         steps = (training.rounds + training.spare_rounds) * training.local_steps
         _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MOST_STEPS)
         _within("data.length", self.data.length, 2, MOST_TOKENS)
@@ -186,9 +193,7 @@ class FedConfig:
         _at_least("secagg.n_min", self.secagg.n_min, 3)
         _at_least("seed", self.seed, 0)
         _above_zero("training.learning_rate", training.learning_rate)
-        _above_zero("aggregation.learning_rate", self.aggregation.learning_rate)
-        if not (0 <= self.aggregation.momentum < 1):
-            raise ConfigError(f"aggregation.momentum={self.aggregation.momentum}: must lie in [0, 1); 0.9 is usual")
+        check_aggregation(self.aggregation)
         if not (0 <= self.evaluation.tolerance < math.inf):
             raise ConfigError(f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0")
         check_emulator(self.emulator)
@@ -296,10 +301,14 @@ def _build(kind: Any, content: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):  # a table that may be left out
+    if isinstance(hint, types.UnionType) and type(None) in get_args(hint):  # a table that may be left out
         return None if value is None else _value(get_args(hint)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where + ".")
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r}: must be a table")
+        return {name: _value(get_args(hint)[1], one, f"{where}.{name}") for name, one in value.items()}
     if isinstance(hint, types.GenericAlias):
         if not isinstance(value, list):
             raise ConfigError(f"{where}={value!r}: must be a list")
@@ -307,8 +316,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r}: must be of type {hint.__name__}")
+    kinds = get_args(hint) or (hint,)
+    if type(value) not in kinds:
+        raise ConfigError(f"{where}={value!r}: must be of type {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
@@ -320,10 +330,12 @@ def _absolute(config: FedConfig, folder: Path) -> FedConfig:
     if coordinator is not None:
         coordinator = dataclasses.replace(coordinator, home=full(coordinator.home))
     sites = tuple(dataclasses.replace(s, train=full(s.train), heldout=full(s.heldout)) for s in config.sites)
+    earlier = tuple(full(folder) for folder in config.aggregation.earlier)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=full(config.model.path)),
         data=dataclasses.replace(config.data, public=full(config.data.public)),
         sites=sites,
         coordinator=coordinator,
+        aggregation=dataclasses.replace(config.aggregation, earlier=earlier),
     )

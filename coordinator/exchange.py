@@ -1,10 +1,10 @@
 """The one seam between a round and its transport: send a stage to sites, gather their answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from errors import MalformedMessage
+from errors import MalformedMessage, OffsiteError, TooFewSurvivors
 from protos import codec
 from protos.messages import printable
 
@@ -101,3 +101,25 @@ class Conversation:
     def drop(self, site: str, stage: str, reason: str) -> None:
         """Notes that a site is out of this round, and why; the reason may be the site's own words."""
         self.refused.append(Refused(site, stage, cut(reason)))
+
+    def guard(self, site: str, stage: str, action: Callable[[], None]) -> None:
+        """Takes in one site's answer; a bad one costs its site the round, not the others."""
+        try:
+            action()
+        except OffsiteError as error:
+            self.drop(site, stage, str(error))
+
+    def alive(self, answers: Collection[str]) -> list[str]:
+        """Returns the sites among those that answered which are still in the round."""
+        gone = {refused.site for refused in self.refused}
+        return [site for site in answers if site not in gone]
+
+    def enough(self, alive: Collection[str], needed: int, stage: str) -> None:
+        """Checks that the round can go on.
+
+        Raises:
+          TooFewSurvivors: it cannot; the first refusal is named.
+        """
+        if len(alive) < needed:
+            first = f"; first refusal: {self.refused[0].site}: {self.refused[0].reason}" if self.refused else ""
+            raise TooFewSurvivors(f"sites={len(alive)} after {stage}: {needed} are needed to open a sum{first}")

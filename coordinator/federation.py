@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregate import AGGREGATORS, Rates, ServerState
+from coordinator.aggregate import AGGREGATORS, INDIVIDUALS, Aggregator, RuleSettings, ServerState
+from coordinator.aggregate_factors import read_earlier
 from coordinator.attempt import Attempt, Attempts
 from coordinator.config import FedConfig
 from coordinator.evaluate import score
@@ -21,7 +22,8 @@ from coordinator.store import Progress, Store
 from emulator.correct import correctable
 from emulator.plug import plug, take
 from emulator.refreshable import size_of
-from errors import TooFewSurvivors, lookup
+from errors import ConfigError, TooFewSurvivors, lookup
+from protos.upload import placed
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,18 @@ class Federation:
         job = self.job
         plug(job.full, job.layout, adapter)
         return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
+
+    @property
+    def rule(self) -> Aggregator:
+        """The server rule."""
+        return lookup(AGGREGATORS, self.config.aggregation.rule, "rule")
+
+    @cached_property
+    def rule_settings(self) -> RuleSettings:
+        """What the rule is told; earlier adapters are read where it asks for them."""
+        config, layout = self.config.aggregation, self.job.layout
+        earlier = tuple(read_earlier(folder, layout) for folder in config.earlier)
+        return RuleSettings(config.learning_rate, config.momentum, config.faulty, config.penalty, layout, earlier)
 
     @cached_property
     def shipped(self) -> Shipped:
@@ -124,7 +138,7 @@ class Federation:
         began, number = time.monotonic(), attempt.plan.number
         manifest, server = self.job.manifest, progress.server
         result = run_round(manifest, attempt.plan, server.adapter, attempt, self.on_ledger, refresh=progress.refresh)
-        after, judged = self._judge(replace(progress, round=number), result.update)
+        after, judged = self._judge(replace(progress, round=number), self._uploads(number, result))
         line = _line(number, result, time.monotonic() - began) | judged
         if manifest.refresh:
             carried = size_of(progress.refresh)
@@ -134,15 +148,21 @@ class Federation:
             return replace(after, refresh=refresh), line | facts
         return after, line
 
-    def _judge(self, progress: Progress, update: np.ndarray) -> tuple[Progress, dict[str, Any]]:
-        """Returns where the job stands after as much of an update as does no harm, and what is said of it."""
-        rule = self.config.aggregation
-        rates = Rates(rule.learning_rate, rule.momentum)
-        aggregate = lookup(AGGREGATORS, rule.rule, "rule")
+    def _uploads(self, number: int, result: RoundResult) -> np.ndarray:
+        """Returns what the rule is given, float64 in the adapter's layout: the mean, or each member's own."""
+        uploads = result.update
+        if self.rule.needs == INDIVIDUALS:
+            if result.individuals is None:
+                raise ConfigError(f"rule={self.rule.name!r}: needs what secure aggregation hid; start a new run")
+            uploads = result.individuals
+        return placed(self.job.manifest, number, uploads)
+
+    def _judge(self, progress: Progress, uploads: np.ndarray) -> tuple[Progress, dict[str, Any]]:
+        """Returns where the job stands after as much of what was uploaded as does no harm, and what is said of it."""
         tried: dict[float, tuple[ServerState, PlugIn]] = {}
 
         def loss_at(scale: float) -> float:
-            server = aggregate(progress.server, update * scale, rates)
+            server = self.rule.step(progress.server, uploads * scale, self.rule_settings)
             tried[scale] = server, self.plug_in(server.adapter)
             return tried[scale][1].loss
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 
 from adapter.layout import Layout
-from adapter.methods import METHODS, attach
+from adapter.methods import attach, known
 from adapter.spec import AdapterSpec
 from coordinator.aggregate import AGGREGATORS
-from coordinator.config import FedConfig
+from coordinator.aggregate_factors import read_earlier
+from coordinator.config import FedConfig, TrainingConfig
 from coordinator.emulator_config import Kind
 from coordinator.evaluate import Score, score
-from coordinator.public_text import PublicText, public_text
+from coordinator.public_records import PublicRecords, public_records
+from coordinator.rule_check import check_rule
 from coordinator.store import Store
 from coordinator.variants import Emulator, Workplace, reopened
 from emulator.compressors import steps_of
@@ -26,8 +28,9 @@ from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
 from errors import DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
+from protos.aggregation import AggregationTerms
 from protos.manifest import JobManifest, PrivacyTerms
-from task.spec import Task
+from task.spec import Record, Task
 from task.tasks import TASKS
 
 # An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
@@ -74,7 +77,7 @@ class Job:
     full: Any
     layout: Layout
     task: Task
-    public: PublicText
+    public: PublicRecords
     zero_shot: Score
     start: np.ndarray
 
@@ -91,25 +94,27 @@ class Job:
         }
 
 
-def check_names(config: FedConfig, kinds: tuple[Kind, ...]) -> None:
-    """Looks every name of the configuration up before the first slow step.
+def check_names(config: FedConfig, kinds: tuple[Kind, ...], federation: Parties) -> None:
+    """Looks every name of the configuration up, and whether rule and method fit, before the first slow step.
 
     Raises:
       UnknownName: a table has no such entry.
-      ConfigError: a step of a recipe cannot be read.
+      UnsupportedModel: the adapter's method is not offered.
+      ConfigError: an option is none of the method's, a step of a recipe cannot be read, or the server rule does not fit
+        the rest; see `check_rule`.
     """
     for kind in kinds:
         steps_of(kind.compress)
     lookup(TASKS, config.model.task, "model.task")
-    lookup(METHODS, config.adapter.method, "adapter.method")
-    lookup(AGGREGATORS, config.aggregation.rule, "aggregation.rule")
+    known(config.adapter.spec(slots=(), seed=config.seed))
+    check_rule(config, [site for site, _ in federation.roster], federation.n_min)
     lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
 
 
 def prepare(
     config: FedConfig,
     *,
-    texts: list[str],
+    records: Sequence[Record],
     federation: Parties,
     store: Store,
     on_step: Callable[[str], None],
@@ -118,7 +123,7 @@ def prepare(
 
     Args:
       config: the federation file.
-      texts: public texts.
+      records: public records.
       federation: who takes part.
       store: run folder, where the emulator packages go; those that a killed build left are removed.
       on_step: told what is being done.
@@ -128,21 +133,14 @@ def prepare(
       UnsupportedModel, DataError: the model cannot be used; see `task` and `emulator`.
     """
     kinds = config.emulator.kinds([site for site, _ in federation.roster])
-    check_names(config, kinds)
+    check_names(config, kinds, federation)
     task = lookup(TASKS, config.model.task, "model.task")
     on_step("load the full model")
-    tokenizer = task.load_tokenizer(config.model.path)
-    public = public_text(config, task, tokenizer, texts)
+    processor = task.load_processor(config.model.path)
     full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
+    public = public_records(config, task, processor, records, full.config)
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
-    spec = AdapterSpec(
-        method=config.adapter.method,
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        targets=config.adapter.targets,
-        slots=geometry.slots(full),
-        seed=config.seed,
-    )
+    spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
 
     workplace = Workplace(config, kinds, task, public, geometry, spec, store, on_step)
     packages = workplace.build(full)
@@ -152,12 +150,14 @@ def prepare(
     emulators, clip = workplace.measure(full, packages)
     full = attach(full, spec)
     layout = Layout.of(full)
+    for folder in config.aggregation.earlier:
+        read_earlier(folder, layout)
     manifest = _manifest(config, federation, emulators, spec, layout, clip)
     return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full))
 
 
 def reopen(
-    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, texts: list[str], store: Store
+    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, records: Sequence[Record], store: Store
 ) -> Job:
     """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
 
@@ -165,9 +165,10 @@ def reopen(
       DigestMismatch: a package in the run folder, or the model, is not the one of the manifest.
     """
     task = lookup(TASKS, manifest.task, "task")
-    public = public_text(config, task, task.load_tokenizer(config.model.path), texts)
+    plain = task.load(config.model.path, dtype=torch.float32)
+    public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts["emulators"])
-    full = attach(task.load(config.model.path, dtype=torch.float32), manifest.adapter)
+    full = attach(plain, manifest.adapter)
     layout = Layout.of(full)
     for what, found, expected in (
         ("model", model_sha256(Path(config.model.path)), manifest.base),
@@ -191,6 +192,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return torch.float32  # the loader says what is wrong with the folder
     name = config.get("dtype") or config.get("torch_dtype")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def _most_moves(training: TrainingConfig) -> float:
+    """Returns how many whole steps one entry of an upload may hold: all of a round, or a direction's part of one."""
+    return 1 / training.directions if training.directions else training.local_steps
 
 
 def _manifest(
@@ -219,7 +225,7 @@ def _manifest(
         rounds=training.rounds,
         local_steps=training.local_steps,
         learning_rate=training.learning_rate,
-        update_bound=factor * clip * training.learning_rate * training.local_steps,
+        update_bound=factor * clip * training.learning_rate * _most_moves(training),
         privacy=PrivacyTerms(privacy.private, privacy.epsilon, clip, privacy.accountant, training.batch),
         physical_batch=training.physical_batch,
         spare_rounds=training.spare_rounds,
@@ -229,4 +235,12 @@ def _manifest(
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
         emulators=tuple(sorted((site, one.facts.digest()) for one in emulators[1:] for site in one.sites)),
         refresh=config.emulator.refresh,
+        aggregation=AggregationTerms(
+            individuals=not config.secagg.enabled,
+            proximal=config.aggregation.proximal,
+            alternate=lookup(AGGREGATORS, config.aggregation.rule, "aggregation.rule").alternate,
+            ranks=config.aggregation.ranks_by_site(),
+            directions=training.directions,
+            spacing=training.spacing if training.directions else 0.0,
+        ),
     )

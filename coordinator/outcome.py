@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from adapter.export import export
+from coordinator import measures
+from coordinator.aggregate import AGGREGATORS, Aggregator
+from coordinator.aggregation_section import IN_THE_OPEN, facts_of
 from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.job import Job
 from coordinator.sections import refreshes
 from coordinator.store import Progress, Store, write_atomically
 from emulator.plug import plug
+from errors import lookup
 
 PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
 
@@ -22,7 +26,8 @@ def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, prog
     plug(job.full, job.layout, progress.plugged)
     after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
     export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
-    report = _report(config_sha256, store, job, progress) | {
+    rule = lookup(AGGREGATORS, config.aggregation.rule, "rule")
+    report = _report(config_sha256, store, job, progress, rule) | {
         "public": {
             "full_zero_shot": dataclasses.asdict(job.zero_shot),
             "emulator_zero_shot": dataclasses.asdict(job.emulator.public),
@@ -34,7 +39,7 @@ def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, prog
     return report
 
 
-def _report(config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
+def _report(config_sha256: str, store: Store, job: Job, progress: Progress, rule: Aggregator) -> dict[str, Any]:
     manifest, lines = job.manifest, store.rounds()
     terms = manifest.privacy
     return {
@@ -50,7 +55,9 @@ def _report(config_sha256: str, store: Store, job: Job, progress: Progress) -> d
             "max_grad_norm": terms.max_grad_norm,
             "known_here": "what each site spent stands in its own ledger; the coordinator is not told",
         },
+        "aggregation": facts_of(rule),
         "secagg": {
+            "enabled": not manifest.aggregation.individuals,
             "suite": 1,
             "threshold": lines[-1]["threshold"] if lines else 0,
             "dropped": [one | {"round": line["round"]} for line in lines for one in line["dropped"]],
@@ -71,6 +78,9 @@ def _report(config_sha256: str, store: Store, job: Job, progress: Progress) -> d
 def _text(report: dict[str, Any], store: Store) -> str:
     public, lines = report["public"], report["rounds"]
     before, after = public["full_zero_shot"]["loss"], public["plug_in"]["loss"]
+    loss, further = measures.loss_of(public["plug_in"]), ""
+    if loss.kind != "text":
+        further = f" ({measures.against(public['plug_in'], public['full_zero_shot'])})"
     taken = sum(line["accepted"] for line in lines)
     table = [
         f"| {line['round']} | {', '.join(line['members'])} | {line['public_loss'] or float('nan'):.4f} | "
@@ -81,9 +91,10 @@ def _text(report: dict[str, Any], store: Store) -> str:
         [
             "# Federation",
             "",
+            *([] if report["secagg"]["enabled"] else [IN_THE_OPEN, ""]),
             f"{report['finished_rounds']} of {report['rounds_planned']} rounds are done, {taken} were taken over. On "
-            f"the coordinator's public text the model went from {before:.4f} to {after:.4f} nats per token; how good "
-            "it is on the sites' own text, only they can measure.",
+            f"the coordinator's public {loss.kind} the model went from {before:.4f} to {after:.4f} {loss.unit}"
+            f"{further}; how good it is on the sites' own {loss.kind}, only they can measure.",
             "",
             f"Each site planned for epsilon {report['privacy']['target_epsilon']} at most, by its own ledger.",
             "",

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from coordinator import measures
 from coordinator.drawing import COLOURS, INK, MARKERS, STYLE, WIDTH, Line, draw_lines, to_svg
 from coordinator.sections import FOUR
 from coordinator.wording import number, signed
@@ -42,10 +43,11 @@ def _fidelity(quality: Mapping[str, Any]) -> str:
     figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.37, right=0.80, top=0.93, bottom=0.17, hspace=0.35)
+    unit = measures.loss_of(quality["private"]["plug_in"]).unit
     for place, (kind, title) in zip(axes, PANELS.items(), strict=True):
         _bars(place, quality[kind])
-        place.set_title(title)
-    axes[1].set_xlabel("change of loss from the full model before training,\nnats per token (left is better)")
+        place.set_title(_panel(title, quality))
+    axes[1].set_xlabel(f"change of loss from the full model before training,\n{unit} (left is better)")
     axes[0].text(1.04, 1.06, "loss", transform=axes[0].transAxes)
     axes[0].text(1.24, 1.06, "change", transform=axes[0].transAxes)
     return to_svg(figure, "fidelity")
@@ -79,7 +81,8 @@ def _rounds(report: Report) -> str:
     if sites:
         numbers = [line["round"] for line in report["rounds"]]
         losses = {s: [(line.get("site_losses") or {}).get(s) for line in report["rounds"]] for s in sites}
-        places[1].set_title("Each site's training loss on the emulator, own batch, nats per token")
+        unit = measures.loss_of(report["quality"]["private"]["plug_in"]).unit
+        places[1].set_title(f"Each site's training loss on the emulator, own batch, {unit}")
         draw_lines(places[1], _lines(numbers, losses))
     _number_rounds(places[-1], report["rounds_planned"])
     return to_svg(figure, "rounds")
@@ -96,7 +99,8 @@ def _public(axes: Axes, report: Report) -> None:
     ]
     if refused:
         lines.append(Line("round not taken over", *_columns(refused), COLOURS[1], "X", ""))
-    axes.set_title("Full model's loss on public text, nats per token")
+    loss = measures.loss_of(report["quality"]["public"]["full_zero_shot"])
+    axes.set_title(f"Full model's loss on public {loss.kind}, {loss.unit}")
     draw_lines(axes, lines)
 
 
@@ -149,12 +153,16 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _panel(title: str, quality: Mapping[str, Any]) -> str:
+    return title.replace("text", measures.loss_of(quality["private"]["plug_in"]).kind)
+
+
 def _fidelity_words(quality: Mapping[str, Any]) -> str:
     parts = []
     for kind, title in PANELS.items():
-        base = quality[kind]["full_zero_shot"]["loss"]
+        base, panel = quality[kind]["full_zero_shot"]["loss"], _panel(title, quality)
         scores = (f"{words} {number(quality[kind][name]['loss'])}" for name, words in FOUR.items())
-        parts.append(f"{title}: loss of {', '.join(scores)}; bars show the change from {number(base)}.")
+        parts.append(f"{panel}: loss of {', '.join(scores)}; bars show the change from {number(base)}.")
     return " ".join(parts)
 
 
@@ -163,7 +171,8 @@ def _rounds_words(report: Report) -> str:
     refused = [str(line["round"]) for line in rounds if not line["accepted"]]
     first, last = number(report["quality"]["public"]["full_zero_shot"]["loss"], 4), number(rounds[-1]["public_loss"], 4)
     rest = f" Rounds not taken over: {', '.join(refused)}." if refused else " Every round was taken over."
-    return f"Loss on public text from {first} before training to {last} in round {rounds[-1]['round']}.{rest}"
+    kind = measures.loss_of(report["quality"]["public"]["full_zero_shot"]).kind
+    return f"Loss on public {kind} from {first} before training to {last} in round {rounds[-1]['round']}.{rest}"
 
 
 def _epsilon_words(privacy: Mapping[str, Any]) -> str:

@@ -1,16 +1,18 @@
-"""One round, top to bottom: train, sum without seeing, and hand back the mean update."""
+"""One round, top to bottom: train, sum without seeing, and hand back the mean update; or, where permitted, see each."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from coordinator.exchange import Conversation, Exchange, Refused, Traffic
-from errors import OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
+from coordinator.individual_round import individual_updates
+from errors import ProtocolViolation, RangeError, TooFewSurvivors
 from protos import codec
 from protos.manifest import JobManifest
 from protos.terms import adapter_digest, terms_of
+from protos.upload import mean_of
 from secagg.collector import Collector, Sum
 from secagg.messages import Signed
 
@@ -37,14 +39,15 @@ class RoundResult:
     """What the coordinator knows after a round.
 
     Attributes:
-      update: mean over the members, float64 (d,).
+      update: mean over those members that train an entry, float64 (upload_size,), see `JobManifest.upload_layout`.
       members: sites whose updates are in the sum.
       threshold: members needed to open it.
       refused: sites that are not, with stage and reason.
       faulty: sites whose released share did not fit those of the others; the sum was opened without it.
       traffic: bytes both ways.
-      upload_bytes: bytes of one site's masked upload, the largest.
+      upload_bytes: bytes of one site's upload, the largest.
       payload_bytes: bytes of its plain 32-bit vector.
+      individuals: each member's update, float64 (n, upload_size); None under secure aggregation.
     """
 
     update: np.ndarray
@@ -55,6 +58,7 @@ class RoundResult:
     traffic: Traffic
     upload_bytes: int
     payload_bytes: int
+    individuals: np.ndarray | None = None
 
 
 OnLedger = Callable[[str, codec.LedgerHead | None], None]
@@ -87,66 +91,93 @@ def run_round(
     # 1 train: sites train on emulator + adapter and keep their update
     request = codec.TrainRequest(manifest.digest(), plan.number, adapter, refresh)
     ready = talk.ask("train", dict.fromkeys(plan.cohort, request), codec.TrainReply)
-    _enough(ready, manifest.n_min, talk, "train")
+    talk.enough(ready, manifest.n_min, "train")
 
-    # 2 keys: late roster, only those who finished are invited
+    # only those who finished are invited to what follows
     start = adapter_digest(adapter, refresh)
     opening = codec.KeysRequest(plan.number, plan.sequence, plan.nonce, start, invited=tuple(sorted(ready)))
+    if manifest.aggregation.individuals:
+        return _in_the_open(manifest, opening, talk, on_ledger)
+    return _in_secret(manifest, opening, talk, on_ledger)
+
+
+def _in_secret(
+    manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation, on_ledger: OnLedger
+) -> RoundResult:
+    """Adds the updates up so that only their sum is learnt."""
+    # 2 keys: the late roster
     terms = terms_of(manifest, opening)
     collector = Collector(terms)
-    keys = talk.ask("keys", dict.fromkeys(ready, opening), codec.SignedBatch)
+    keys = talk.ask("keys", dict.fromkeys(opening.invited, opening), codec.SignedBatch)
     _collect(talk, "keys", keys, collector.add_keys)
-    _enough(_alive(keys, talk), terms.fewest, talk, "keys")
+    talk.enough(talk.alive(keys), terms.fewest, "keys")
 
     # 3 shares: every member seals shares of its two secrets to its peers
     roster = _batch(collector.roster())
-    sealed = talk.ask("shares", dict.fromkeys(_alive(keys, talk), roster), codec.SignedBatch)
+    sealed = talk.ask("shares", dict.fromkeys(talk.alive(keys), roster), codec.SignedBatch)
     _collect(talk, "shares", sealed, collector.add_shares)
-    _enough(_alive(sealed, talk), terms.fewest, talk, "shares")
+    talk.enough(talk.alive(sealed), terms.fewest, "shares")
 
     # 4 masked: the update leaves the site, hidden; from here on it is spent
-    inboxes = {site: _batch(collector.inbox(site)) for site in _alive(sealed, talk)}
+    inboxes = {site: _batch(collector.inbox(site)) for site in talk.alive(sealed)}
     uploads = talk.ask("masked", inboxes, codec.MaskedReply)
     upload_bytes = max((len(codec.encode(reply)) for reply in uploads.values()), default=0)
     for site, reply in uploads.items():
         on_ledger(site, reply.ledger)
-        _guard(talk, site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
-    _enough(_alive(uploads, talk), terms.fewest, talk, "masked")
+        talk.guard(site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
+    talk.enough(talk.alive(uploads), terms.fewest, "masked")
 
     # 5 survivors: all sign one list, so that no two cohorts can be opened
     announcement = codec.Announcement(collector.announcement())
-    agreed = talk.ask("survivors", dict.fromkeys(_alive(uploads, talk), announcement), codec.SignedBatch)
+    agreed = talk.ask("survivors", dict.fromkeys(talk.alive(uploads), announcement), codec.SignedBatch)
     _collect(talk, "survivors", agreed, collector.add_survivors)
-    _enough(_alive(agreed, talk), terms.threshold, talk, "survivors")
+    talk.enough(talk.alive(agreed), terms.threshold, "survivors")
 
     # 6 unmask: one share per peer, of one kind
     signatures = _batch(collector.signatures())
-    shares = talk.ask("unmask", dict.fromkeys(_alive(agreed, talk), signatures), codec.SignedBatch)
+    shares = talk.ask("unmask", dict.fromkeys(talk.alive(agreed), signatures), codec.SignedBatch)
     _collect(talk, "unmask", shares, collector.add_unmask)
-    _enough(_alive(shares, talk), terms.threshold, talk, "unmask")
+    talk.enough(talk.alive(shares), terms.threshold, "unmask")
 
     total = _sum(collector)
     return RoundResult(
-        update=total.decoded / len(total.members),
+        update=mean_of(manifest, opening.round, total.decoded, total.members),
         members=total.members,
         threshold=terms.threshold,
         refused=tuple(talk.refused),
         faulty=collector.faulty,
         traffic=talk.traffic,
         upload_bytes=upload_bytes,
-        payload_bytes=4 * manifest.layout.size,
+        payload_bytes=4 * manifest.upload_size(opening.round),
+    )
+
+
+def _in_the_open(
+    manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation, on_ledger: OnLedger
+) -> RoundResult:
+    """Takes each site's update as it is, where the job says so and every owner has permitted it."""
+    replies = individual_updates(manifest, opening, talk)
+    for site, reply in replies.items():
+        on_ledger(site, reply.ledger)
+    members = tuple(sorted(talk.alive(replies)))
+    talk.enough(members, manifest.n_min, "update")
+    updates = np.stack([replies[site].vector.astype(np.float64) for site in members])
+    return RoundResult(
+        update=mean_of(manifest, opening.round, updates.sum(axis=0), members),
+        members=members,
+        threshold=manifest.n_min,
+        refused=tuple(talk.refused),
+        faulty=(),
+        traffic=talk.traffic,
+        upload_bytes=max(len(codec.encode(reply)) for reply in replies.values()),
+        payload_bytes=4 * manifest.upload_size(opening.round),
+        individuals=updates,
     )
 
 
 def tell_abort(exchange: Exchange, cohort: tuple[str, ...], reason: str) -> None:
     """Tells a cohort that its round was given up, so that nobody waits for it; answers are of no interest."""
     Conversation(exchange).ask("abort", dict.fromkeys(cohort, codec.Notice("abort", reason)), codec.Notice)
-
-
-def _enough(alive: Collection[str], needed: int, talk: Conversation, stage: str) -> None:
-    if len(alive) < needed:
-        first = f"; first refusal: {talk.refused[0].site}: {talk.refused[0].reason}" if talk.refused else ""
-        raise TooFewSurvivors(f"sites={len(alive)} after {stage}: {needed} are needed to open a sum{first}")
 
 
 def _sum(collector: Collector) -> Sum:
@@ -165,20 +196,7 @@ def _collect(
         if len(batch.messages) != 1:
             talk.drop(site, stage, f"messages={len(batch.messages)}: a site sends one")
             continue
-        _guard(talk, site, stage, partial(add, _signed(batch.messages[0])))
-
-
-def _guard(talk: Conversation, site: str, stage: str, action: Callable[[], None]) -> None:
-    """Runs one collector step; a bad message costs its site the round, not the others."""
-    try:
-        action()
-    except OffsiteError as error:
-        talk.drop(site, stage, str(error))
-
-
-def _alive(answers: dict[str, codec.SignedBatch] | dict[str, codec.MaskedReply], talk: Conversation) -> list[str]:
-    gone = {refused.site for refused in talk.refused}
-    return [site for site in answers if site not in gone]
+        talk.guard(site, stage, partial(add, _signed(batch.messages[0])))
 
 
 def _signed(message: codec.SignedBytes) -> Signed:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator import measures
 from coordinator.statement import WITHOUT_PRIVACY
 from coordinator.wording import count, number, percent, short, signed, size
 
@@ -41,32 +42,55 @@ class Section:
 
 
 def quality(report: Report) -> Section:
-    """Returns the section on the four models' losses, on private and public text."""
+    """Returns the section on how good the four models are, on private and public records."""
     scores = report["quality"]
+    private, public = (scores[kind]["plug_in"] for kind in ("private", "public"))
+    shown = measures.names(private)
     rows = tuple(
-        (words, *(number(scores[kind][name][key], digits) for kind in ("private", "public") for key, digits in _SCORE))
-        for name, words in FOUR.items()
+        (words, *_scored(scores["private"][name], scores["public"][name], shown)) for name, words in FOUR.items()
     )
-    tokens = {kind: scores[kind]["plug_in"].get("tokens") for kind in ("private", "public")}
+    heads = tuple(
+        f"{kind} {title}" for kind in ("private", "public") for title in ("loss", *map(measures.title, shown))
+    )
     return Section(
         "How good the model is",
-        (
-            "Loss is how surprised a model is by the next token (a word or part of one), in nats per token; lower is "
-            "better. Perplexity is the same as a factor: a perplexity of 20 is like guessing among 20 equal choices. "
-            "An adapter is the small set of trained numbers; an emulator is the smaller stand-in for the full model on "
-            "which the sites train it.",
-            f"Private text is text of the sites that was held out from training ({count(tokens['private'])} tokens). "
-            f"Public text is of another kind ({count(tokens['public'])} tokens) and shows what was forgotten: its loss "
-            f"changed by {signed(scores['forgetting_nats'])} nats per token.",
-        ),
-        ("model", "private loss", "private perplexity", "public loss", "public perplexity"),
+        _meaning(private, public, signed(scores["forgetting_nats"])),
+        ("model", *heads),
         rows,
         "fidelity",
         numbers=True,
     )
 
 
-_SCORE = (("loss", 3), ("perplexity", 1))
+def _scored(private: Mapping[str, Any], public: Mapping[str, Any], shown: Sequence[str]) -> tuple[str, ...]:
+    return tuple(
+        cell
+        for score in (private, public)
+        for cell in (number(score["loss"]), *(measures.value(score, name) for name in shown))
+    )
+
+
+def _meaning(private: Mapping[str, Any], public: Mapping[str, Any], forgetting: str) -> tuple[str, ...]:
+    loss = measures.loss_of(private)
+    held, shown = (count(score["targets"]) for score in (private, public))
+    words = (
+        *(loss.meaning, *measures.meanings(private)),
+        "An adapter is the small set of trained numbers; an emulator is the smaller stand-in for the full model on "
+        "which the sites train it.",
+    )
+    if loss.kind == "text":
+        return (
+            " ".join(words),
+            f"Private text is text of the sites that was held out from training ({held} tokens). Public text is of "
+            f"another kind ({shown} tokens) and shows what was forgotten: its loss changed by {forgetting} "
+            f"{loss.unit}.",
+        )
+    return (
+        " ".join(words),
+        f"Private records are records of the sites that were held out from training ({held} targets). Public records "
+        f"are the coordinator's own ({shown} targets) and show what was forgotten: their loss changed by {forgetting} "
+        f"{loss.unit}.",
+    )
 
 
 def rounds(report: Report) -> Section:
@@ -155,7 +179,7 @@ def privacy(report: Report) -> Section:
             'more. In each step a record is drawn with the probability in the column "sample rate", its gradient is '
             'cut to the length "clip", and Gaussian noise of "noise multiplier" times "clip" is added.',
             f"Epsilon and delta hold for all rounds together, computed by the accountant {terms['accountant']}. "
-            f"Noise: {terms['noise_source']}. What is not protected stands in privacy.json.",
+            f"{_engines(terms['sites'])}Noise: {terms['noise_source']}. What is not protected stands in privacy.json.",
         ),
         _PRIVACY_HEAD,
         rows,
@@ -164,26 +188,17 @@ def privacy(report: Report) -> Section:
     )
 
 
+def _engines(sites: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence on how each record's own contribution was found; a real site keeps that to itself."""
+    found = sorted({str(site["engine"]) for site in sites if site.get("engine")})
+    if not found:
+        return ""
+    if found == ["zero_order"]:
+        return "No gradients were taken: each record's losses along public directions were clipped instead. "
+    return f"Each record's own gradient comes from the engine {' or '.join(found)}, which the start-up probe chose. "
+
+
 _PRIVACY_HEAD = ("site", "records", "epsilon", "delta", "noise multiplier", "clip", "sample rate", "steps")
-
-
-def secagg(report: Report) -> Section:
-    """Returns the section on who was in the sum and what it cost."""
-    facts = report["secagg"]
-    rows = tuple((str(d["site"]), str(d["round"]), str(d["stage"]), str(d["reason"])) for d in facts["dropped"])
-    overhead = facts["upload_bytes"] / facts["payload_bytes"] if facts["payload_bytes"] else None
-    return Section(
-        "Secure aggregation",
-        (
-            "Secure aggregation adds the sites' updates under masks that cancel, so that the coordinator learns only "
-            f"the sum. {len(facts['members'])} sites are in the last sum ({', '.join(map(str, facts['members']))}); "
-            f"a sum is opened only if at least {facts['threshold']} get through. One site's masked upload was "
-            f"{size(facts['upload_bytes'])}, {number(overhead, 3)} times its plain 32-bit numbers.",
-            "No site dropped out." if not rows else "These sites dropped out of a round:",
-        ),
-        ("site", "round", "stage", "reason") if rows else (),
-        rows,
-    )
 
 
 def emulator(emulator: Mapping[str, Any]) -> Section:
@@ -243,6 +258,7 @@ def adapter(adapter: Mapping[str, Any]) -> Section:
         ("rank", str(adapter["rank"])),
         ("alpha", str(adapter["alpha"])),
         ("layers inside a block", ", ".join(map(str, adapter["targets"])) or "the method's default"),
+        *((f"option {name}", str(value)) for name, value in adapter.get("options", {}).items()),
         ("blocks that carry it", ", ".join(map(str, adapter["slots"]))),
         ("mean of the sites' adapters", f"{mean}: {adapter['why']}"),
         ("folder", f"{adapter['directory']}/"),

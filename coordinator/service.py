@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +30,7 @@ from errors import ConfigError, DataError, Untrusted
 from protos import codec
 from protos.manifest import JobManifest
 from protos.signed_job import sign_job
+from task.spec import Record
 from trust import federation as owners
 from trust.certificates import certificate_key
 
@@ -51,7 +52,7 @@ class Setting:
       config: the federation file.
       store: run folder.
       status: where the job stands.
-      texts: public texts.
+      records: public records.
       nonce: gives 32 fresh random bytes.
       now: gives the time.
       on_step: told what is being done.
@@ -62,7 +63,7 @@ class Setting:
     config: FedConfig
     store: Store
     status: Status
-    texts: list[str]
+    records: Sequence[Record]
     nonce: Callable[[], bytes]
     now: Callable[[], datetime]
     on_step: Callable[[str], None]
@@ -150,7 +151,7 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
         parties = Parties(epoch.name, epoch.epoch, roster, fewest, job=setting.nonce().hex())
         job = prepare(
             setting.config,
-            texts=setting.texts,
+            records=setting.records,
             federation=parties,
             store=setting.store,
             on_step=setting.on_step,
@@ -168,7 +169,7 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
         )
     setting.on_step("open the prepared job")
     facts = setting.store.read_json("job_facts.json")
-    return reopen(setting.config, manifest, facts, texts=setting.texts, store=setting.store)
+    return reopen(setting.config, manifest, facts, records=setting.records, store=setting.store)
 
 
 def _over_link(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries) -> Progress:

@@ -6,16 +6,15 @@ from typing import Any
 
 FORMAT = 1
 
+HIDDEN = "the update of a single site; secure aggregation hides it, and the noise of the site is already in it"
+SEEN = "the update of every single site, with the site's noise in it: this run had no secure aggregation"
 COORDINATOR_TRUST = {
     "sees": [
         "the final adapter, and after every round the sum of the sites' updates",
         "how many records each site has, and which sites took part in each round",
         "public text, on which it evaluates and decides whether a round is taken over",
     ],
-    "is_not_trusted_with": [
-        "a record of any site",
-        "the update of a single site; secure aggregation hides it, and the noise of the site is already in it",
-    ],
+    "is_not_trusted_with": ["a record of any site", HIDDEN],
     "can_still": [
         "block a round, or leave a site out of it",
         "choose a bad emulator or adapter, which costs quality",
@@ -78,7 +77,7 @@ def privacy_statement(report: Mapping[str, Any]) -> dict[str, Any]:
         "sites": [_site(site, private) for site in privacy["sites"]],
         "epsilon_largest": largest_epsilon(privacy) if private else None,
         "holds_against": HOLDS_AGAINST if private else "nobody",
-        "coordinator": COORDINATOR_TRUST,
+        "coordinator": _coordinator(report),
         "secure_aggregation": _secure_aggregation(report),
         "simulated": SIMULATED if report["mode"] == "simulation" else [],
         "noise_source": privacy.get("noise_source", "unknown"),
@@ -126,9 +125,19 @@ def _site(site: Mapping[str, Any], private: bool) -> dict[str, Any]:
     return facts if private else facts | {"epsilon": None}
 
 
+def _coordinator(report: Mapping[str, Any]) -> dict[str, Any]:
+    if report["secagg"]["enabled"]:
+        return dict(COORDINATOR_TRUST)
+    trusted = [one for one in COORDINATOR_TRUST["is_not_trusted_with"] if one != HIDDEN]
+    return COORDINATOR_TRUST | {"sees": [SEEN, *COORDINATOR_TRUST["sees"]], "is_not_trusted_with": trusted}
+
+
 def _secure_aggregation(report: Mapping[str, Any]) -> dict[str, Any]:
     secagg = report["secagg"]
+    if not secagg["enabled"]:
+        return {"enabled": False, "members": secagg["members"], "claim": f"none: the coordinator sees {SEEN}"}
     return {
+        "enabled": True,
         "suite": secagg["suite"],
         "members": secagg["members"],
         "threshold": secagg["threshold"],

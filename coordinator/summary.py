@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator import sections
+from coordinator import measures, sections
+from coordinator.aggregation_section import IN_THE_OPEN, aggregation
 from coordinator.sections import Report, Section
 from coordinator.statement import WITHOUT_PRIVACY, largest_epsilon
 from coordinator.wording import number, percent, short, size
@@ -30,7 +31,7 @@ def summarise(report: Report) -> Summary:
             sections.quality(report),
             sections.rounds(report),
             sections.privacy(report),
-            sections.secagg(report),
+            aggregation(report),
             sections.emulator(report["emulator"]),
             *sections.emulators(report["emulator"]),
             sections.adapter(report["adapter"]),
@@ -45,15 +46,18 @@ def _answer(report: Report) -> tuple[str, ...]:
     before, after = quality["full_zero_shot"], quality["plug_in"]
     gain = report["quality"]["gain_nats"]
     verdict = "better" if (gain or 0) > 0 else "not better"
+    further, loss = measures.against(after, before), measures.loss_of(after)
     lines = [
-        f"The tuned model is {verdict} on private text that it was not trained on: loss {number(after['loss'])} "
-        f"against {number(before['loss'])} before, a gain of {number(gain)} nats per token (perplexity "
-        f"{number(after['perplexity'], 1)} against {number(before['perplexity'], 1)}).",
+        f"The tuned model is {verdict} on private {loss.kind} that it was not trained on: "
+        f"loss {number(after['loss'])} against {number(before['loss'])} before, a gain of {number(gain)} "
+        f"{loss.unit}" + (f" ({further})." if further else "."),
         _privacy_line(privacy, report["finished_rounds"]),
         _shipped_line(emulator),
     ]
     if not privacy["private"]:
         lines.insert(0, lines.pop(1))
+    if not report["secagg"]["enabled"]:
+        lines.insert(0, IN_THE_OPEN)
     if report["mode"] == "simulation":
         lines.append(
             "This was a simulation: one process held the model, all data and all keys, and its noise came from a seed. "

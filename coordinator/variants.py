@@ -12,10 +12,10 @@ from torch import nn
 
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
-from coordinator.config import FedConfig
+from coordinator.config import FedConfig, TrainingConfig
 from coordinator.emulator_config import Kind
 from coordinator.evaluate import Score, score
-from coordinator.public_text import GATE_EXAMPLES, PublicText
+from coordinator.public_records import GATE_EXAMPLES, PublicRecords
 from coordinator.store import Store
 from emulator import package
 from emulator.calibrate import PublicExamples
@@ -27,9 +27,9 @@ from emulator.refreshable import Frame, Refreshable
 from errors import OffsiteError
 from privacy.clip import median_norm
 from privacy.probe import choose_engine
+from privacy.zero_order import SEED_BYTES, Directions, median_slope
 from protos.manifest import JobManifest
-from task.examples import Examples
-from task.spec import Task
+from task.spec import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Workplace:
     config: FedConfig
     kinds: tuple[Kind, ...]
     task: Task
-    public: PublicText
+    public: PublicRecords
     geometry: Geometry
     spec: AdapterSpec
     store: Store
@@ -155,7 +155,7 @@ class Workplace:
         if given := self.config.privacy.max_grad_norm:
             return Emulator(kind.sites, facts, cosine, public), given
         with self._named(kind, "measure gradient norms on public text"):
-            clip = _median_norm(self.task, attach(emulator, self.spec), self.public.tune, batch)
+            clip = _median_norm(self.task, attach(emulator, self.spec), self.public.tune, self.config.training)
         return Emulator(kind.sites, facts, cosine, public), clip
 
     def _folder(self, kind: Kind) -> Path:
@@ -195,7 +195,12 @@ def reopened(store: Store, manifest: JobManifest, facts: list[Mapping[str, Any]]
     )
 
 
-def _median_norm(task: Task, model: nn.Module, examples: Examples, batch: int) -> float:
+def _median_norm(task: Task, model: nn.Module, examples: Batch, training: TrainingConfig) -> float:
+    """Returns the median of what a record's contribution is clipped by: its gradient's norm, or that of its slopes."""
+    if training.directions:
+        along = Directions(bytes(SEED_BYTES), training.directions, training.spacing)
+        return median_slope(model, task.losses, (examples.select([row]) for row in range(len(examples))), along)
+    batch = training.physical_batch
     engine = choose_engine(model, task.losses, examples.select([0, 1]))
     batches = [
         examples.select(list(range(start, min(start + batch, len(examples)))))

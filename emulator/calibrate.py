@@ -1,5 +1,7 @@
 """A task's public examples as what a build needs of them."""
 
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from task.examples import Examples
-from task.spec import Task
+from task.spec import Batch, Tally, Task
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,13 @@ class PublicExamples:
 
     Attributes:
       task: whose losses count.
-      examples: of one length.
+      examples: of the task.
       batch: how many go through a model at once.
       gradients: how many of them are used where gradients are compared.
     """
 
     task: Task
-    examples: Examples
+    examples: Batch
     batch: int = 8
     gradients: int = 8
 
@@ -39,13 +40,11 @@ class PublicExamples:
             yield self.task.losses(model, batch).sum() / count
 
     def loss(self, model: Any) -> float:
-        """Returns the mean loss per target token over all examples, nats."""
-        total, tokens = 0.0, 0
-        for batch in self._batches(len(self.examples), self.batch):
-            sums, count = self.task.token_losses(model, batch)
-            total, tokens = total + sums, tokens + count
-        return total / max(tokens, 1)
+        """Returns the mean loss per target over all examples, nats."""
+        tallies = (self.task.tally(model, batch) for batch in self._batches(len(self.examples), self.batch))
+        total = functools.reduce(operator.add, tallies, Tally(0.0, 0))
+        return total.loss / max(total.targets, 1)
 
-    def _batches(self, count: int, size: int) -> Iterator[Examples]:
+    def _batches(self, count: int, size: int) -> Iterator[Batch]:
         for start in range(0, count, size):
             yield self.examples.select(list(range(start, min(start + size, count))))

@@ -13,11 +13,14 @@ from emulator.manifest import CONFIG, MANIFEST, FileEntry
 from errors import ConfigError, DataError, DigestMismatch
 from trust.files import sync_folder
 
-# What transformers may read to build a tokenizer; nothing else is copied from the model's folder.
+# What a tokenizer or an image processor is read from; nothing else is copied from the model's folder.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "scheduler_config.json",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",

@@ -9,37 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from emulator import diffusion
 from errors import DataError, MalformedMessage, UnsupportedModel, lookup
+from task.kinds import KINDS
 
 # A package names its kind of model by one of these keys; nothing is ever imported by a name from a file.
-AUTO: dict[str, Any] = {
-    "causal_lm": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "masked_lm": AutoModelForMaskedLM,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "token_classification": AutoModelForTokenClassification,
-    "question_answering": AutoModelForQuestionAnswering,
-    "image_classification": AutoModelForImageClassification,
-    "image_text": AutoModelForImageTextToText,
-    "encoder": AutoModel,
-    "diffusion": diffusion.AutoDiffusion,
-}
+AUTO: dict[str, Any] = {**KINDS, "diffusion": diffusion.AutoDiffusion}
 # Keys of a configuration that make transformers fetch or run something (remote code, kernels, quantisers), or that
 # tell where the owner keeps the model.
 UNSAFE = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")

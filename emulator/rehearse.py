@@ -45,7 +45,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Losses in nats per token on text that nothing was trained on, and the two ratios of them.
+    """Losses in nats per target on examples that nothing was trained on, and the two ratios of them.
 
     Attributes:
       zero_shot: of the full model.
@@ -65,7 +65,7 @@ class Rehearsal:
 
     @property
     def gain(self) -> float:
-        """What the slots could gain in the full model, nats per token."""
+        """What the slots could gain in the full model, nats per target."""
         return self.zero_shot - self.slot_tuned
 
     @property
@@ -105,11 +105,13 @@ class Text:
       train: what adapters are trained on.
       test: what everything is scored on.
       attack: what an attacker relearns on.
+      length: tokens of an example at most, in which an attacker's are counted; >= 1.
     """
 
     train: PublicExamples
     test: PublicExamples
     attack: PublicExamples
+    length: int
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def train(model: nn.Module, lesson: Lesson, examples: PublicExamples) -> None:
 
 
 def relearned_loss(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int) -> float:
-    """Returns the loss of a copy of an emulator, nats per token, after an attack: all weights, then the adapter.
+    """Returns the loss of a copy of an emulator, nats per target, after an attack: all weights, then the adapter.
 
     Args:
       emulator: as it was shipped; left as it was.
@@ -186,8 +188,7 @@ def relearned_loss(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int)
     """
     stolen = copy.deepcopy(emulator)
     parameters = [parameter.requires_grad_(True) for parameter in stolen.parameters()]
-    length = text.attack.examples.input_ids.shape[1]
-    steps = max(1, round(tokens / (lesson.batch * length)))
+    steps = max(1, round(tokens / (lesson.batch * text.length)))
     _fit(stolen, parameters, lesson, text.attack, steps, RELEARN_RATE)
     stolen.requires_grad_(False)
     adapted = attach(stolen, lesson.spec)

@@ -40,9 +40,14 @@ class Limits:
     adapter_peak: float = 100.0
 
     @classmethod
-    def for_rank(cls, rank: int) -> "Limits":
-        """Returns the limits of an owner who permits adapters up to a rank, and half of it in the first block."""
-        return cls(max_rank=rank, max_first_rank=max(rank // 2, 1))
+    def for_owner(cls, rank: int, share: float) -> "Limits":
+        """Returns the limits of an owner who permits adapters up to a rank, half of it in the first block, and a share.
+
+        Args:
+          rank: largest inner width.
+          share: most trained numbers over those of the slots' blocks.
+        """
+        return cls(max_rank=rank, max_first_rank=max(rank // 2, 1), adapter_share=share)
 
 
 @dataclass(frozen=True)

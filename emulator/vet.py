@@ -3,7 +3,7 @@
 Known traps are found, not every possible one: what an update can say about a record is bounded by clip and noise alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +68,20 @@ class Slots:
         return cls(paths, tower[0], sum(sizes))
 
 
-def vet_adapter(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits) -> Vetting:
-    """Returns the report on an adapter that stays in its slots and is narrow.
+def vet_adapter(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits, places: Collection[str]) -> Vetting:
+    """Returns the report on an adapter that stays in its places and is narrow.
 
     Args:
       model: the emulator with the adapter attached.
       spec: of the adapter.
       slots: of the emulator.
       limits: the bounds.
+      places: modules inside of which a spec may train, `adapter.methods.places` of it: its slots, perhaps the head.
 
     Raises:
       UnsupportedModel: as for `vet`.
     """
-    return report(passed(_adapter_checks(model, spec, slots, limits)))
+    return report(passed(_adapter_checks(model, spec, slots, limits, places)))
 
 
 def vet_refresh(model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], limits: Limits, *, seed: int) -> Vetting:
@@ -107,8 +108,13 @@ def vet_refresh(model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], li
     return report(passed(checks()))
 
 
-def _adapter_checks(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits) -> Iterator[Check]:
+def _adapter_checks(
+    model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limits, places: Collection[str]
+) -> Iterator[Check]:
     strangers = [path for path in spec.slots if path not in slots.paths]
+    around = tuple(f".{path}." for path in places)  # peft puts its own names before a model's
+    trained = (f".{name}" for name, parameter in model.named_parameters() if parameter.requires_grad)
+    strangers += [name[1:] for name in trained if not any(path in name for path in around)]
     yield Check("strange_slots", ", ".join(strangers) or "adapter", len(strangers), 0, "it reads what a slot may not")
     yield Check("rank", "adapter", spec.rank, limits.max_rank, "its gradient holds whole inputs")
     if slots.first in spec.slots:

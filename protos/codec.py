@@ -28,6 +28,7 @@ from protos.messages import (
     SignedBytes,
     TrainReply,
     TrainRequest,
+    UpdateReply,
     one_line,
 )
 from trust import canonical
@@ -48,6 +49,7 @@ __all__ = [
     "SignedBytes",
     "TrainReply",
     "TrainRequest",
+    "UpdateReply",
     "decode",
     "decode_letter",
     "encode",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 T = TypeVar("T")
 K = TypeVar("K", wire.Refusal, wire.Notice)
+U = TypeVar("U", wire.MaskedReply, wire.UpdateReply)
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
@@ -153,14 +156,13 @@ def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
     return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(_name(site) for site in _few(keys.invited)))
 
 
-def _masked_reply(reply: wire.MaskedReply) -> MaskedReply:
-    vector = _vector(reply.vector, "<u4")
-    return MaskedReply(_batch([reply.commitment])[0], vector, _optional_head(reply))
+def _upload(reply: wire.MaskedReply | wire.UpdateReply, dtype: str) -> tuple[SignedBytes, Any, LedgerHead | None]:
+    return _batch([reply.commitment])[0], _vector(reply.vector, dtype), _optional_head(reply)
 
 
-def _write_masked_reply(message: MaskedReply) -> wire.MaskedReply:
-    vector = np.ascontiguousarray(message.vector, dtype="<u4").tobytes()
-    return wire.MaskedReply(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
+def _write_upload(kind: type[U], message: MaskedReply | UpdateReply, dtype: str) -> U:
+    vector = np.ascontiguousarray(message.vector, dtype=dtype).tobytes()
+    return kind(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
 
 
 def _write_offer(message: Offer) -> wire.Offer:
@@ -185,7 +187,7 @@ def _head(head: wire.Countersigned) -> LedgerHead:
     return LedgerHead(head.ledger, head.count, head.head, head.signature)
 
 
-def _optional_head(reply: wire.OfferReply | wire.MaskedReply) -> LedgerHead | None:
+def _optional_head(reply: wire.OfferReply | wire.MaskedReply | wire.UpdateReply) -> LedgerHead | None:
     return _head(reply.ledger) if reply.HasField("ledger") else None
 
 
@@ -271,7 +273,8 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     TrainReply: ("train_reply", lambda m: wire.TrainReply(round=m.round)),
     KeysRequest: ("keys_request", lambda m: wire.KeysRequest(**_fields(m))),
     SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),
-    MaskedReply: ("masked_reply", _write_masked_reply),
+    MaskedReply: ("masked_reply", lambda m: _write_upload(wire.MaskedReply, m, "<u4")),
+    UpdateReply: ("update_reply", lambda m: _write_upload(wire.UpdateReply, m, "<f4")),
     Announcement: ("announcement", lambda m: wire.Announcement(body=m.body)),
     Refusal: ("refusal", lambda m: _write_shown(wire.Refusal, m)),
     Offer: ("offer", _write_offer),
@@ -284,7 +287,8 @@ _READERS: dict[str | None, Callable[[Any], Message]] = {
     "train_reply": lambda m: TrainReply(m.round),
     "keys_request": _keys_request,
     "signed_batch": lambda m: SignedBatch(_batch(m.messages)),
-    "masked_reply": _masked_reply,
+    "masked_reply": lambda m: MaskedReply(*_upload(m, "<u4")),
+    "update_reply": lambda m: UpdateReply(*_upload(m, "<f4")),
     "announcement": lambda m: Announcement(m.body),
     "refusal": lambda m: Refusal(*_shown(m.kind, m.reason, "refusal")),
     "offer": _offer,

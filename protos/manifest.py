@@ -3,17 +3,18 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapter.layout import Layout
 from adapter.spec import AdapterSpec
 from errors import ConfigError, MalformedMessage
+from protos.aggregation import AggregationTerms
 from protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
 from trust import canonical
 from trust.federation import MOST_SITES
 from trust.identity import KEY_BYTES
 
-FORMAT, MAX_BYTES = 2, 1 << 20
+FORMAT, MAX_BYTES = 3, 1 << 20
 DIGEST_BYTES = 32
 _MANY = 1 << 31
 
@@ -71,6 +72,7 @@ class JobManifest:
         ledgers; empty in a simulation.
       emulators: (site, SHA-256 of its package's manifest) of the sites that get another emulator, sorted by site. It
         stands here for everybody to see, so that nobody can be given one of his own unseen.
+      aggregation: what the sites do for the coordinator's rule, and whether it sees each site's update.
     """
 
     federation: str
@@ -99,6 +101,24 @@ class JobManifest:
     identifier: str = ""
     refresh: int = 0
     emulators: tuple[tuple[str, str], ...] = ()
+    aggregation: AggregationTerms = field(default_factory=AggregationTerms)
+
+    def upload_layout(self, number: int) -> Layout:
+        """Returns names and shapes of what each site uploads in a round, from 1.
+
+        It may be a part of the adapter, or how far the adapter moved along each of the round's directions.
+        """
+        if self.aggregation.directions:
+            return Layout(("directions",), ((self.local_steps * self.aggregation.directions,),))
+        return self.aggregation.part(self.layout, number)
+
+    def upload_size(self, number: int) -> int:
+        """Returns the number of scalars that each site uploads in a round, from 1."""
+        return self.upload_layout(number).size
+
+    def rank_of(self, site: str) -> int:
+        """Returns how many columns of each B a site trains: the adapter's rank, or its own smaller one."""
+        return dict(self.aggregation.ranks).get(site, self.adapter.rank)
 
     def emulator_of(self, site: str) -> str:
         """Returns the SHA-256 of the package that a site gets, hexadecimal."""
@@ -127,6 +147,7 @@ class JobManifest:
         content |= {
             "format": FORMAT,
             "adapter": self.adapter.to_dict(),
+            "aggregation": self.aggregation.to_dict(),
             "layout": self.layout.to_dict(),
             "privacy": dataclasses.asdict(self.privacy),
         }
@@ -154,6 +175,7 @@ class JobManifest:
             content["emulators"] = tuple((str(site), str(digest)) for site, digest in content["emulators"])
             content["metrics"] = tuple(str(name) for name in content["metrics"])
             content["adapter"] = AdapterSpec.from_dict(content["adapter"])
+            content["aggregation"] = AggregationTerms.from_dict(content["aggregation"])
             content["layout"] = Layout.from_dict(content["layout"])
             content["privacy"] = PrivacyTerms(**content["privacy"])
             manifest = cls(**content)
@@ -201,6 +223,7 @@ def _check(manifest: JobManifest) -> None:
     for site, key in manifest.roster:
         canonical.text(site, "job roster", limit=1 << 10)
         canonical.hexadecimal(key, "job roster", size=KEY_BYTES)
+    manifest.aggregation.check(manifest.adapter, [site for site, _ in manifest.roster], manifest.learning_rate)
     _check_emulators(manifest)
 
 

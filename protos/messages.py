@@ -48,7 +48,7 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class KeysRequest:
-    """Opens secure aggregation of a round's updates among the sites that finished training."""
+    """Opens the aggregation of a round's updates among the sites that finished training."""
 
     round: int
     sequence: int
@@ -93,6 +93,15 @@ class LedgerHead:
 @dataclass(frozen=True)
 class MaskedReply:
     """A signed commitment and the masked vector, uint32 of shape (d,)."""
+
+    commitment: SignedBytes
+    vector: np.ndarray
+    ledger: LedgerHead | None = None
+
+
+@dataclass(frozen=True)
+class UpdateReply:
+    """A signed commitment and the update as it is, float32 (d,); only where the job has no secure aggregation."""
 
     commitment: SignedBytes
     vector: np.ndarray
@@ -175,6 +184,7 @@ Message = (
     | KeysRequest
     | SignedBatch
     | MaskedReply
+    | UpdateReply
     | Announcement
     | Refusal
     | Offer

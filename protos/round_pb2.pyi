@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice")
+    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice", "update_reply")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class Envelope(_message.Message):
     OFFER_FIELD_NUMBER: _ClassVar[int]
     OFFER_REPLY_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_REPLY_FIELD_NUMBER: _ClassVar[int]
     version: int
     train_request: TrainRequest
     train_reply: TrainReply
@@ -30,7 +31,8 @@ class Envelope(_message.Message):
     offer: Offer
     offer_reply: OfferReply
     notice: Notice
-    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+    update_reply: UpdateReply
+    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., update_reply: _Optional[_Union[UpdateReply, _Mapping]] = ...) -> None: ...
 
 class Letter(_message.Message):
     __slots__ = ("version", "federation", "sender", "recipient", "stage", "number", "body", "signature")
@@ -169,6 +171,16 @@ class SignedBatch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
 
 class MaskedReply(_message.Message):
+    __slots__ = ("commitment", "vector", "ledger")
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    commitment: Signed
+    vector: bytes
+    ledger: Countersigned
+    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
+
+class UpdateReply(_message.Message):
     __slots__ = ("commitment", "vector", "ledger")
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]

@@ -12,6 +12,7 @@ from secagg.terms import Terms
 from trust.wire import Writer
 
 _REFRESHED = "offsite refreshed start"
+UPDATE = "update"  # the step under which a site signs an update that leaves as it is, in the place of the masked one
 
 
 def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = ()) -> bytes:
@@ -55,6 +56,6 @@ def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:
         config=manifest.digest(),
         roster=tuple((site, bytes.fromhex(lookup(roster, site, "site"))) for site in request.invited),
         n_min=manifest.n_min,
-        length=manifest.layout.size,
+        length=manifest.upload_size(request.round),
         clip=manifest.update_bound,
     )

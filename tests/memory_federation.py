@@ -244,7 +244,7 @@ class RunningSite:
         self.opened.append(manifest)
         world, name = self.world, self.name
         setting = next(site for site in world.run.config.sites if site.name == name)
-        examples = world.run.examples(setting.train, world.bench.tokenizer)
+        examples = world.run.examples(setting.train, manifest, world.bench)
         return Site(
             name,
             manifest=manifest,

@@ -5,7 +5,7 @@ import json
 import tomllib
 import types
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from errors import ConfigError, nearest
 from trust.files import read
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def read_settings(path: Path, kind: type[T]) -> T:
-    """Reads a file whose keys are the fields of `kind`; no tables, no repair.
+    """Reads a file whose keys are the fields of `kind`; no tables but of texts, no repair.
 
     Raises:
       DataError: no such file.
@@ -30,7 +30,8 @@ def read_settings(path: Path, kind: type[T]) -> T:
         if key not in fields:
             raise ConfigError(f"{path.name} key {key} is not known; {nearest(key, list(fields))}")
     for name, one in fields.items():
-        if one.default is dataclasses.MISSING and name not in content:
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and name not in content:
             raise ConfigError(f"{path.name} key {name} is missing; add it")
     return kind(**{key: _value(hints[key], value, f"{path.name} key {key}") for key, value in content.items()})
 
@@ -43,6 +44,10 @@ def quote(value: str) -> str:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):  # a key that may be left out
         hint = get_args(hint)[0]
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r}: must be a table")
+        return {name: _value(get_args(hint)[1], one, f"{where}.{name}") for name, one in value.items()}
     if isinstance(hint, types.GenericAlias):
         if not isinstance(value, list):
             raise ConfigError(f"{where}={value!r}: must be a list")

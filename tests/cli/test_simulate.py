@@ -22,7 +22,7 @@ from cli.run import Run, simulated_benches, with_options
 from cli.simulate import Options, memory_engine, simulate
 from client.site import answer
 from client.train import local_update
-from coordinator.aggregate import AGGREGATORS, Rates, ServerState
+from coordinator.aggregate import AGGREGATORS, RuleSettings, ServerState
 from coordinator.config import read_config
 from coordinator.exchange import MemoryExchange
 from emulator.plug import plug
@@ -119,7 +119,7 @@ def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, dict[str, Any]
             trained = local_update(
                 bench,
                 adapter,
-                run.examples(next(s.train for s in run.config.sites if s.name == name), bench.tokenizer),
+                run.examples(next(s.train for s in run.config.sites if s.name == name), manifest, bench),
                 manifest=manifest,
                 plan=site.plan,
                 randomness=Randomness.for_simulation(1, "noise", name, str(number)),
@@ -216,12 +216,12 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
         setting = next(s for s in run.config.sites if s.name == name)
         plan = run.site(name, manifest, bench).plan
         noise = Randomness.for_simulation(1, "noise", name, "1")
-        examples = run.examples(setting.train, bench.tokenizer)
+        examples = run.examples(setting.train, manifest, bench)
         trained = local_update(bench, start, examples, manifest=manifest, plan=plan, randomness=noise)
         draw = Randomness.for_simulation(1, "rounding", name, "1").uniform
         total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
     mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=3) / 3
-    expected = AGGREGATORS["fedadam"](ServerState.start(start), mean, Rates(0.02, 0.9)).adapter
+    expected = AGGREGATORS["fedadam"].step(ServerState.start(start), mean, RuleSettings(0.02, 0.9)).adapter
     np.testing.assert_array_equal(state.server.adapter, expected)
 
 

@@ -49,8 +49,13 @@ def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) ->
     """An emulator of the run's model, built without the job's own way; returns its digest."""
     task = TASKS["causal_lm"]
     full = task.load(run.config.model.path, dtype=torch.float32)
-    texts = run.texts(run.config.data.public)
-    examples = task.encode(task.load_tokenizer(run.config.model.path), texts, length=16, split="blocks")
+    examples = task.encode(
+        task.load_processor(run.config.model.path),
+        run.records(run.config.data.public),
+        length=16,
+        split="blocks",
+        model_config=full.config,
+    )
     public = PublicExamples(task, examples, 8)
     calibration = Calibration(public.run, public.losses)  # which these recipes do not look at
     geometry = Geometry.of(full, 1, 1, "sandwich")
@@ -61,7 +66,7 @@ def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) ->
 def trained(run: Run, manifest: JobManifest, name: str, bench: Workbench) -> np.ndarray:
     """The update of one site's first round on an emulator."""
     train = next(site.train for site in run.config.sites if site.name == name)
-    examples = run.examples(train, bench.tokenizer)
+    examples = run.examples(train, manifest, bench)
     start = bench.layout.read(bench.model).copy()
     update = local_update(
         bench,
@@ -85,7 +90,7 @@ def test_the_round_is_the_mean_of_updates_from_two_emulators(
         built(run, tmp_path / "other", recipe=("skip@2", "int8:32"), embedding="int4:32"),
     ]
     assert digests == [manifest.emulator_of("ash"), manifest.emulator_of("birch")]
-    limits = Limits.for_rank(2 * manifest.adapter.rank)
+    limits = Limits.for_owner(2 * manifest.adapter.rank, 1e6)
 
     @cache
     def bench(other: bool) -> Workbench:

@@ -6,8 +6,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from client.data import READERS, read
-from errors import DataError
+from client.columns import Column, columns_for, columns_of
+from client.data import READERS, SUFFIXES, read
+from errors import ConfigError, DataError
+from task.tasks import TASKS
+
+TEXT = {"text": Column("text", str)}
+LABELLED = {"text": Column("body", str), "label": Column("spam", object)}
 
 
 def write(folder, name, content):
@@ -23,7 +28,7 @@ def write(folder, name, content):
 def test_a_bad_jsonl_line_is_named_by_number_and_never_shown(tmp_path, line, reason):
     path = write(tmp_path, "d.jsonl", '{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=f"line=3 .*{reason}") as caught:
-        read(path, reader=None, column=None)
+        read(path, reader=None, columns=TEXT)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
@@ -31,57 +36,118 @@ def test_a_bad_jsonl_line_is_named_by_number_and_never_shown(tmp_path, line, rea
 
 def test_jsonl_takes_windows_line_ends_and_a_byte_order_mark(tmp_path):
     path = write(tmp_path, "d.ndjson", '\ufeff{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert read(path, reader=None, column=None) == ["a", "b"]
+    assert read(path, reader=None, columns=TEXT) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_csv_rows_of_another_width_are_refused_by_line(tmp_path):
     path = write(tmp_path, "d.csv", "id,text\n1,fine\n2,secret, one comma too many\n")
     with pytest.raises(DataError, match="line=3 has 3 fields, the header 2") as caught:
-        read(path, reader=None, column=None)
+        read(path, reader=None, columns=TEXT)
     assert "secret" not in str(caught.value)
 
 
 def test_csv_with_an_open_quote_is_refused(tmp_path):
     with pytest.raises(DataError, match="not CSV"):
-        read(write(tmp_path, "d.csv", 'text\n"secret'), reader=None, column=None)
+        read(write(tmp_path, "d.csv", 'text\n"secret'), reader=None, columns=TEXT)
 
 
 def test_csv_leaves_the_field_limit_as_it_was(tmp_path):
     before = csv.field_size_limit()
-    read(write(tmp_path, "d.csv", "text\na\n\nb\n"), reader=None, column=None)
+    read(write(tmp_path, "d.csv", "text\na\n\nb\n"), reader=None, columns=TEXT)
     assert csv.field_size_limit() == before
 
 
 def test_a_csv_without_header_does_not_show_its_first_record(tmp_path):
     record = "a private sentence that goes on for a good while"
     with pytest.raises(DataError) as caught:
-        read(write(tmp_path, "d.csv", f"{record}\nanother\n"), reader=None, column=None)
+        read(write(tmp_path, "d.csv", f"{record}\nanother\n"), reader=None, columns=TEXT)
     assert record not in str(caught.value)
 
 
 def test_parquet_nulls_are_named_by_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"row=2 .*NoneType"):
-        read(tmp_path / "d.parquet", reader=None, column=None)
+        read(tmp_path / "d.parquet", reader=None, columns=TEXT)
 
 
 def test_a_folder_is_read_by_name_and_other_files_are_left(tmp_path):
     for name in ("b.txt", "a.txt", "notes.md"):
         write(tmp_path, name, name)
-    assert read(tmp_path, reader=None, column=None) == ["a.txt", "b.txt"]
+    assert read(tmp_path, reader=None, columns=TEXT) == [{"text": "a.txt"}, {"text": "b.txt"}]
 
 
 @pytest.mark.parametrize("reader", ["jsonl", "csv", "parquet"])
 def test_a_folder_where_a_file_is_needed_is_refused(tmp_path, reader):
     with pytest.raises(DataError):
-        read(tmp_path, reader=reader, column=None)
+        read(tmp_path, reader=reader, columns=TEXT)
 
 
 def test_an_unknown_suffix_asks_for_a_reader(tmp_path):
-    with pytest.raises(DataError, match="name a reader: csv, jsonl, parquet, text"):
-        read(write(tmp_path, "d.xlsx", "x"), reader=None, column=None)
+    with pytest.raises(DataError, match="name a reader: csv, image_parquet, images, jsonl, npz, parquet, text"):
+        read(write(tmp_path, "d.xlsx", "x"), reader=None, columns=TEXT)
 
 
 def test_a_suffix_is_found_in_any_case(tmp_path):
-    assert read(write(tmp_path, "D.TXT", "x"), reader=None, column=None) == ["x"]
-    assert set(READERS) == {"jsonl", "csv", "parquet", "text"}
+    assert read(write(tmp_path, "D.TXT", "x"), reader=None, columns=TEXT) == [{"text": "x"}]
+    assert set(SUFFIXES.values()) == set(READERS) - {"images", "image_parquet"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "value"),
+    [(int, "12", 12), (list, '["a b", "c"]', ["a b", "c"]), (object, "ham", "ham"), (object, "3", "3")],
+)
+def test_a_csv_cell_is_read_as_the_type_that_the_task_wants(tmp_path, kind, cell, value):
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "more"], ["a", cell]])
+    found = read(tmp_path / "d.csv", reader=None, columns=TEXT | {"more": Column("more", kind)})
+    assert found == [{"text": "a", "more": value}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"), [(int, "secret"), (int, "true"), (int, "1.5"), (list, "secret"), (list, '"secret"')]
+)
+def test_a_csv_cell_of_another_type_is_named_by_line_and_never_shown(tmp_path, kind, cell):
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "more"], ["a", "[]" if kind is list else "1"], ["secret", cell]])
+    with pytest.raises(DataError, match=r"line=3 column='more' holds .*, not a") as caught:
+        read(tmp_path / "d.csv", reader=None, columns=TEXT | {"more": Column("more", kind)})
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("value", ["null", "1.5", '["secret"]', '{"secret": 1}'])
+def test_a_label_is_a_name_or_a_whole_number(tmp_path, value):
+    path = write(tmp_path, "d.jsonl", f'{{"body": "fine", "spam": 1}}\n{{"body": "secret", "spam": {value}}}\n')
+    with pytest.raises(DataError, match=r"line=2 column='spam' holds \w+, not a name or a whole number") as caught:
+        read(path, reader=None, columns=LABELLED)
+    assert "secret" not in str(caught.value)
+
+
+def test_records_know_their_line_also_behind_blank_ones(tmp_path):
+    path = write(tmp_path, "d.csv", 'body,spam\n"two\nlines",1\n , 0\nlast,no\n')
+    found = read(path, reader=None, columns=LABELLED)
+    assert [(dict(one), one.place) for one in found] == [
+        ({"text": "two\nlines", "label": "1"}, "line=3"),
+        ({"text": "last", "label": "no"}, "line=5"),
+    ]
+
+
+def test_columns_are_named_by_field():
+    fields = {"text": str, "label": object}
+    assert columns_of(fields, names={}) == {"text": Column("text", str), "label": Column("label", object)}
+    assert columns_of(fields, column="body", names={"label": "spam"}) == LABELLED
+    assert columns_of(fields, column="body", names={"text": "body", "label": "spam"}) == LABELLED
+    with pytest.raises(ConfigError, match=r"column='body' and columns.text='other'"):
+        columns_of(fields, column="body", names={"text": "other"})
+    with pytest.raises(ConfigError, match=r"columns.lable: the task reads text, label; did you mean label"):
+        columns_of(fields, names={"lable": "spam"})
+
+
+def test_a_site_may_name_columns_for_all_its_tasks_at_once():
+    names = {"prompt": "question", "messages": "talk", "text": "body"}
+    assert columns_for("causal_lm", column="", names=names) == {"text": Column("body", str)}
+    assert columns_for("chat", column="", names=names) == {"messages": Column("talk", list)}
+    with pytest.raises(ConfigError, match=r"columns.promt: no task reads such a field; did you mean prompt"):
+        columns_for("causal_lm", column="", names={"promt": "x"})
+    assert all(next(iter(columns_for(task, column="main", names={}).values())).name == "main" for task in TASKS)

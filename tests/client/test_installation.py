@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
-from client.installation import Installation, SiteSettings
+from client.installation import Installation, SiteSettings, _toml
 from client.policy import Policy
 from coordinator.provision import Home
 from errors import ConfigError, DataError, MalformedMessage, Untrusted
@@ -348,6 +348,8 @@ def test_a_backup_without_its_empty_folders_opens(home, sites):
         ('name = "north"\ndata = "x"\nruntime_port = 65536\n', "runtime_port=65536"),
         ('name = "north"\ndata = "x"\nsimulation_seed = -1\n', "simulation_seed=-1"),
         ('name = "north"\ndata = "x"\nsimulation_seed = true\n', "must be of type int"),
+        ('name = "north"\ndata = "x"\ncolumns = "body"\n', "columns='body': must be a table"),
+        ('name = "north"\ndata = "x"\n[columns]\nlabel = 3\n', "columns.label=3: must be of type str"),
         ("name", "not valid TOML"),
     ],
 )
@@ -366,3 +368,13 @@ def test_places_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="name='coordinator'"):
         Installation.create(tmp_path / "a", name="coordinator", data=tmp_path, suite=1, now=NOW)
     assert not (tmp_path / "a").exists()
+
+
+def test_columns_are_written_and_read_as_a_table(sites):
+    """Also names that need quotes; and a file of an earlier release, which has none."""
+    folder = sites["north"].folder
+    settings = dataclasses.replace(sites["north"].settings, columns={"text": 'my "body"', "label": "spam"})
+    (folder / "site.toml").write_text(_toml(settings))
+    assert Installation.open(folder).settings == settings
+    (folder / "site.toml").write_text('name = "north"\ndata = "x"\n')
+    assert Installation.open(folder).settings.columns == {}

@@ -12,12 +12,15 @@ import torch
 from client.audit import Audit
 from client.books import Books
 from client.opening import Opened
-from client.workbench import _check_ids
+from client.workbench import _check_ids, encoded
 from errors import DataError, PolicyRefusal, UnsupportedModel
 from privacy.ledger import Ledger
 from protos.manifest import JobManifest
 from secagg.journal import MemoryJournal
+from task.causal_lm import CausalLM
 from task.examples import Examples
+from task.records import fault
+from task.spec import Record
 from tests.memory_federation import NOW, World, make_world, policy_for
 
 
@@ -29,7 +32,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def opened(world: World, folder: Path, data: str, **policy: Any) -> Opened:
     """An installation with one data file."""
     (folder / "data.csv").write_text(data)
-    settings = SimpleNamespace(reader="", column="text", name="ash", simulation_seed=None)
+    settings = SimpleNamespace(reader="", column="text", columns={}, name="ash", simulation_seed=None)
     installation = SimpleNamespace(settings=settings, data=folder / "data.csv", state=folder)
     rules = policy_for(folder, **policy)
     ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-2, accountant="rdp")
@@ -82,7 +85,7 @@ class Choosy:
 @pytest.mark.parametrize("ids", [[], [1], [10**6, 1], [2**31, 1]])
 def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, tmp_path: Path, ids: list[int]) -> None:
     """Two owners, one of whom has the word in every record: both sites open, with as many records."""
-    bench = dataclasses.replace(world.bench, tokenizer=cast(Any, Choosy(ids)))
+    bench = dataclasses.replace(world.bench, processor=cast(Any, Choosy(ids)))
     plans = []
     for word in ("w12", "w13"):
         (tmp_path / word).mkdir()
@@ -95,11 +98,42 @@ def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, t
     assert plans[0].records == 40
 
 
+class Judging(CausalLM):
+    """A task whose rules, as the names of labels do, follow from what a coordinator wrote."""
+
+    def encode(self, processor: Any, records: Sequence[Record], **terms: Any) -> Examples:
+        for index, record in enumerate(records):
+            if "w13" in record["text"]:
+                fault(records, index, "text", "must not hold what the coordinator asks for")
+        return super().encode(processor, records, **terms)
+
+
+def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the owner is told, by line; a dry run is the owner's own and stops there."""
+    bench = dataclasses.replace(world.bench, task=Judging())
+    rows = ["w1 w2 w3"] * 20 + ["w1 w13 w3"] + ["w1 w2 w3"] * 20
+    site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41, delta_cap=0.5)
+    installation = cast(Any, site.installation)
+    installation.keys = SimpleNamespace(identity=world.identities["ash"])
+    assert site.site(rowwise(world), bench).plan.records == 41
+    assert "line=22 field='text': must not hold" in caplog.text
+    assert "w13" not in caplog.text
+    with pytest.raises(DataError, match="line=22 field='text'"):
+        encoded(bench, rowwise(world), site.records("causal_lm"))
+
+
+def model_of(vocabulary: int) -> Any:
+    text = SimpleNamespace(vocab_size=vocabulary)
+    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+
+
 def test_a_model_that_does_not_know_its_tokens_is_refused(world: World) -> None:
-    tokenizer = world.bench.tokenizer
-    _check_ids(tokenizer, tokenizer.largest_id + 1)
+    tokenizer = world.bench.processor
+    _check_ids(tokenizer, model_of(tokenizer.largest_id + 1))
     with pytest.raises(UnsupportedModel, match=rf"token id={tokenizer.largest_id}: the emulator knows"):
-        _check_ids(tokenizer, tokenizer.largest_id)
+        _check_ids(tokenizer, model_of(tokenizer.largest_id))
 
 
 def test_an_invented_record_is_nobodys() -> None:

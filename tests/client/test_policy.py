@@ -16,6 +16,7 @@ from adapter.layout import Layout
 from adapter.spec import AdapterSpec
 from client.policy import GIGABYTE, Policy, permit, permit_now
 from errors import ConfigError, DataError, PolicyRefusal
+from protos.aggregation import AggregationTerms
 from protos.manifest import JobManifest, PrivacyTerms
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -85,6 +86,7 @@ def test_the_template_is_a_policy_that_permits_no_job(tmp_path: Path) -> None:
     assert (policy.models, policy.methods, policy.metrics) == ((), (), ())
     assert policy.splits == ("truncate",)  # the tokenizer has no say in how many records there are
     assert (policy.approval, policy.allow_variants, policy.allow_seeded_noise) == ("manual", False, False)
+    assert not policy.allow_individual_updates
     explained = set(re.findall(r"(?m)^(\w+) = .+ # \w+", Policy.template()))
     assert explained == {field.name for field in dataclasses.fields(Policy)} == set(tomllib.loads(Policy.template()))
     with pytest.raises(PolicyRefusal, match=r"model='smol': policy\.toml models permits none"):
@@ -123,6 +125,7 @@ def test_nothing_is_permitted_by_being_forgotten(tmp_path: Path, key: str) -> No
         ("approval", '"none"', "manual, automatic"),
         ("approval", "false", "type str"),
         ("allow_variants", "1", "type bool"),
+        ("allow_individual_updates", '"no"', "type bool"),
         ("allow_seeded_noise", "0", "type bool"),
         ("hours", '"8-18"', "like '20:00-06:00'"),
         ("hours", '"24:00-06:00"', "like '20:00-06:00'"),
@@ -203,6 +206,15 @@ def test_other_emulators_at_other_sites_need_the_owners_word(wide: Policy, site:
     with pytest.raises(PolicyRefusal, match=r"emulators=2: .*allow_variants=false"):
         permit(wide, job, now=NOON, **ROOM | {"site": site})
     permit(dataclasses.replace(wide, allow_variants=True), job, now=NOON, **ROOM | {"site": site})
+
+
+def test_a_job_without_secure_aggregation_needs_the_owners_word(wide: Policy) -> None:
+    job = changed(aggregation=AggregationTerms(individuals=True))
+    with pytest.raises(PolicyRefusal, match=r"secure aggregation=off: .*allow_individual_updates=false") as caught:
+        permit(wide, job, now=NOON, **ROOM)
+    assert "\n" not in str(caught.value)
+    permit(dataclasses.replace(wide, allow_individual_updates=True), job, now=NOON, **ROOM)
+    permit(dataclasses.replace(wide, allow_individual_updates=True), JOB, now=NOON, **ROOM)
 
 
 def test_a_job_cannot_call_itself_any(wide: Policy) -> None:

@@ -14,7 +14,7 @@ from adapter.methods import attach
 from cli.run import Run
 from cli.simulate import simulate
 from coordinator.evaluate import score
-from coordinator.job import public_text
+from coordinator.job import public_records
 from coordinator.store import Progress
 from emulator.correct import STRENGTHS
 from emulator.package import load
@@ -63,7 +63,8 @@ def public_loss(run: Run, vector: np.ndarray) -> float:
     full = full_with_adapter(run)
     plug(full, Layout.of(full), vector)
     config = run.config
-    public = public_text(config, TASK, TASK.load_tokenizer(config.model.path), run.texts(config.data.public))
+    processor, records = TASK.load_processor(config.model.path), run.records(config.data.public)
+    public = public_records(config, TASK, processor, records, full.config)
     return score(TASK, full, public.test, batch=config.training.physical_batch).loss
 
 

@@ -14,7 +14,7 @@ from cli.display import PlainDisplay
 from cli.run import Run, simulated_benches
 from cli.simulate import _job, simulate
 from client.train import local_update
-from coordinator.aggregate import AGGREGATORS, Rates, ServerState
+from coordinator.aggregate import AGGREGATORS, RuleSettings, ServerState
 from coordinator.sections import refreshes
 from coordinator.shipped import Shipped
 from coordinator.store import Progress
@@ -90,7 +90,7 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
         trained = local_update(
             bench,
             before.server.adapter,
-            run.examples(setting.train, bench.tokenizer),
+            run.examples(setting.train, manifest, bench),
             manifest=manifest,
             plan=run.site(name, manifest, bench).plan,
             randomness=Randomness.for_simulation(1, "noise", name, "2"),
@@ -99,7 +99,7 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
         total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
     mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=4) / 4
     after, scale = progress_of(run), run.store.rounds()[1]["scale"]
-    expected = AGGREGATORS["fedadam"](before.server, mean * scale, Rates(0.02, 0.9)).adapter
+    expected = AGGREGATORS["fedadam"].step(before.server, mean * scale, RuleSettings(0.02, 0.9)).adapter
     np.testing.assert_array_equal(after.server.adapter, expected)
 
 

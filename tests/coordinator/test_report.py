@@ -23,7 +23,7 @@ NASTY = '<script src="http://evil.example/x.js">a & b | c</script>'
 
 
 def score(loss: float) -> dict[str, Any]:
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": 6096}
+    return {"loss": loss, "targets": 6096, "metrics": {"perplexity": math.exp(loss)}}
 
 
 def sample(*, private: bool = True, sites: tuple[str, ...] = SITES, rounds: int = 6) -> dict[str, Any]:
@@ -106,7 +106,9 @@ def sample(*, private: bool = True, sites: tuple[str, ...] = SITES, rounds: int 
                 for k, s in enumerate(sites)
             ],
         },
+        "aggregation": {"rule": "mean", "needs": "sum", "linear": True, "why": "the mean update is added as it is"},
         "secagg": {
+            "enabled": True,
             "suite": 1,
             "members": list(sites),
             "threshold": 2 * len(sites) // 3 + 1,
@@ -184,7 +186,7 @@ def test_issue_keys_are_there(tmp_path: Path) -> None:
     back = strict(written(tmp_path, sample())["report.json"])
     for name in FOUR:
         for kind in ("private", "public"):
-            assert {"loss", "perplexity"} <= back["quality"][kind][name].keys()
+            assert {"loss", "targets", "metrics"} == back["quality"][kind][name].keys()
         assert back["quality"][name] == back["quality"]["private"][name]
     assert {"shipped_bytes", "full_bytes", "middle_ratio", "gradient_cosine"} <= back["emulator"].keys()
     for site in back["privacy"]["sites"]:
@@ -204,7 +206,7 @@ def test_markdown_shows_the_four_numbers_of_both_texts(tmp_path: Path) -> None:
         both = [report["quality"][kind][name] for kind in ("private", "public")]
         assert [float(cells[i].replace(",", "")) for i in (0, 2)] == pytest.approx([s["loss"] for s in both], abs=5e-4)
         assert [float(cells[i].replace(",", "")) for i in (1, 3)] == pytest.approx(
-            [s["perplexity"] for s in both], abs=5e-2
+            [s["metrics"]["perplexity"] for s in both], abs=5e-2
         )
 
 
@@ -341,7 +343,7 @@ def test_a_run_without_rounds_and_losses_that_are_not_numbers(tmp_path: Path) ->
     report |= {"rounds": [], "finished_rounds": 0}
     for site in report["privacy"]["sites"]:
         site |= {"epsilon": 0.0, "epsilon_by_round": []}
-    report["quality"]["private"]["plug_in"] = {"loss": math.inf, "perplexity": math.inf, "tokens": 6096}
+    report["quality"]["private"]["plug_in"] = {"loss": math.inf, "targets": 6096, "metrics": {"perplexity": math.inf}}
     report["quality"]["gain_nats"] = -math.inf
     assert Page(written(tmp_path, report)["report.html"]).tags.count("svg") >= 1
 

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from cli.run import columns_in
 from client.data import read
 from coordinator import service
 from coordinator.aggregate import ServerState
@@ -72,7 +73,7 @@ def setting(folder: Path, run: Path, config: FedConfig | None = None) -> Setting
         config=config,
         store=Store(run),
         status=Status(run / "status.json", lambda: NOW),
-        texts=read(Path(config.data.public), reader=None, column=None),
+        records=read(Path(config.data.public), reader=None, columns=columns_in(config)),
         nonce=lambda: bytes(32),
         now=lambda: NOW,
         on_step=lambda text: None,
@@ -194,9 +195,9 @@ def test_every_setting_but_those_of_running_it_makes_another_job(folder: Path) -
             changed = other(getattr(table, one.name))
             if part.name == "coordinator" and one.name == "home":
                 continue  # the other places are seen from there
-            table_after = replace(table, **{one.name: changed})  # type: ignore[type-var]
-            after = object.__new__(FedConfig)
-            after.__dict__.update(config.__dict__ | {part.name: table_after})  # unchecked: any value will do
+            table_after, after = object.__new__(type(table)), object.__new__(FedConfig)  # unchecked: any value will do
+            table_after.__dict__.update(table.__dict__ | {one.name: changed})
+            after.__dict__.update(config.__dict__ | {part.name: table_after})
             same = settings_sha256(after) == settings_sha256(config)
             assert same == (part.name == "coordinator" and one.name in free), f"{part.name}.{one.name}"
 
@@ -206,6 +207,8 @@ def other(value: object) -> object:
         return not value
     if isinstance(value, int | float):
         return value + 1
+    if isinstance(value, dict):
+        return {**value, "x": 1}
     return ("x",) if isinstance(value, tuple) else f"{value}x"
 
 

@@ -50,8 +50,8 @@ def changed(varied: Path, old: str, new: str) -> FedConfig:
 
 def make(config: FedConfig, folder: Path, run: Run) -> Job:
     parties = Parties("demo", 1, run.roster(), 3)
-    texts = run.texts(config.data.public)
-    return prepare(config, texts=texts, federation=parties, store=Store(folder), on_step=lambda text: None)
+    records = run.records(config.data.public)
+    return prepare(config, records=records, federation=parties, store=Store(folder), on_step=lambda text: None)
 
 
 # the job
@@ -124,7 +124,7 @@ def test_a_site_that_is_no_member_is_refused(world: World, varied: Path, tmp_pat
     config, roster = read_config(varied)[0], world.run.roster()
     parties = Parties("demo", 1, roster[:3], 3)
     with pytest.raises(ConfigError, match=r"sites='elm': no site of this federation; known: ash, birch, cedar"):
-        prepare(config, texts=[], federation=parties, store=Store(tmp_path), on_step=lambda text: None)
+        prepare(config, records=[], federation=parties, store=Store(tmp_path), on_step=lambda text: None)
 
 
 def test_what_a_killed_build_left_is_removed(world: World, varied: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def examples(count, seed):
     return PublicExamples(TASK, Examples(ids, torch.ones_like(ids)), batch=4)
 
 
-TEXT = Text(train=examples(32, 1), test=examples(16, 2), attack=examples(32, 3))
+TEXT = Text(train=examples(32, 1), test=examples(16, 2), attack=examples(32, 3), length=10)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapter.methods import attach
+from adapter.methods import METHODS, attach, places
 from adapter.spec import AdapterSpec
 from emulator.activations import Pass, gradient_checks
 from emulator.geometry import Geometry
@@ -407,16 +407,38 @@ def test_a_slots_block_that_is_left_out_is_refused(honest: tuple[Path, Any]) -> 
 # the adapter
 
 
-def adapted(honest: tuple[Path, Any], **spec: Any) -> tuple[Any, AdapterSpec, Slots]:
+def adapted(honest: tuple[Path, Any], **spec: Any) -> tuple[Any, AdapterSpec, Slots, tuple[str, ...]]:
     folder, model = honest
     slots = Slots.of(model, read_manifest(folder))
     chosen = AdapterSpec(**{"slots": slots.paths, "targets": ("v_proj",)} | spec)
-    return attach(model, chosen), chosen, slots
+    where = places(model, chosen)
+    return attach(model, chosen), chosen, slots, where
 
 
 def test_a_narrow_adapter_passes(honest: tuple[Path, Any]) -> None:
-    vet_adapter(*adapted(honest, rank=2), Limits())
-    vet_adapter(*adapted((honest[0], load(honest[0], dtype=torch.float32)), method="ia3", targets=()), Limits())
+    for facts in ({"rank": 2}, {"method": "ia3", "targets": ()}, {"rank": 2, "options": (("head", True),)}):
+        fresh = (honest[0], load(honest[0], dtype=torch.float32))
+        model, chosen, slots, where = adapted(fresh, **facts)
+        vet_adapter(model, chosen, slots, Limits(adapter_share=1.0), where)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_in_its_places_alone(honest: tuple[Path, Any], method: str) -> None:
+    fresh = (honest[0], load(honest[0], dtype=torch.float32))
+    try:
+        model, chosen, slots, where = adapted(fresh, method=method, rank=2, targets=())
+    except UnsupportedModel:
+        return  # the family lacks what the method tunes
+    vet_adapter(model, chosen, slots, Limits(adapter_share=20.0, adapter_peak=1e6), where)
+
+
+@pytest.mark.parametrize("stranger", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_what_trains_outside_its_places_is_refused(honest: tuple[Path, Any], stranger: str) -> None:
+    model, chosen, slots, where = adapted((honest[0], load(honest[0], dtype=torch.float32)), rank=2)
+    found = [parameter for name, parameter in model.named_parameters() if name.endswith(stranger)]
+    found[0].requires_grad_(True)
+    with pytest.raises(UnsupportedModel, match="strange_slots=1"):
+        vet_adapter(model, chosen, slots, Limits(adapter_share=20.0), where)
 
 
 @pytest.mark.parametrize(
@@ -424,20 +446,21 @@ def test_a_narrow_adapter_passes(honest: tuple[Path, Any]) -> None:
     [
         ({"rank": 17}, Limits(), "rank=17"),
         ({"rank": 9}, Limits(), "first_rank=9"),
-        ({"rank": 9}, Limits.for_rank(17), "first_rank=9"),
+        ({"rank": 9}, Limits.for_owner(17, 0.25), "first_rank=9"),
         ({"slots": ("model.layers.2",), "rank": 2}, Limits(), "strange_slots=1"),
         ({"method": "lora", "targets": (), "rank": 8}, Limits(adapter_share=0.01), "adapter_share"),
     ],
 )
 def test_a_wide_adapter_is_refused(honest: tuple[Path, Any], spec: dict[str, Any], limits: Limits, check: str) -> None:
-    model, chosen, slots = adapted(honest, **spec)
+    model, chosen, slots, where = adapted(honest, **spec)
     with pytest.raises(UnsupportedModel, match=f"vetting {check}"):
-        vet_adapter(model, chosen, slots, limits)
+        vet_adapter(model, chosen, slots, limits, where)
 
 
 def test_the_rank_of_a_later_block_may_be_higher(honest: tuple[Path, Any]) -> None:
     last = Slots.of(honest[1], read_manifest(honest[0])).paths[-1:]
-    vet_adapter(*adapted(honest, rank=9, slots=last), Limits(adapter_share=1.0))
+    model, chosen, slots, where = adapted(honest, rank=9, slots=last)
+    vet_adapter(model, chosen, slots, Limits(adapter_share=1.0), where)
 
 
 # the verdict

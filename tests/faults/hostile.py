@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cli.run import columns_in
 from client.data import read
 from coordinator.config import read_config
 from coordinator.correspondence import Correspondence
@@ -61,7 +62,7 @@ class HostileCoordinator:
             config=config,
             store=Store(folder),
             status=Status(self.home.folder / "status.json", now),
-            texts=read(Path(config.data.public), reader=None, column=None),
+            records=read(Path(config.data.public), reader=None, columns=columns_in(config)),
             nonce=lambda: secrets.token_bytes(32),
             now=now,
             on_step=lambda text: None,

@@ -33,6 +33,7 @@ MESSAGES = st.one_of(
     st.builds(codec.KeysRequest, COUNT, st.integers(0, 2**64 - 1), DIGEST, DIGEST, st.lists(NAME).map(tuple)),
     st.builds(codec.SignedBatch, st.lists(SIGNED, max_size=3).map(tuple)),
     st.builds(codec.MaskedReply, SIGNED, WORDS, MAYBE_HEAD),
+    st.builds(codec.UpdateReply, SIGNED, FLOATS, MAYBE_HEAD),
     st.builds(codec.Announcement, st.binary(max_size=40)),
     st.builds(codec.Refusal, LINE, LINE),
     st.builds(
@@ -83,6 +84,8 @@ EXAMPLES = [
     codec.Announcement(b"list"),
     codec.Refusal("RangeError", "why"),
     codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
+    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([0.5, -1e-9], dtype=np.float32)),
+    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([1.5], dtype=np.float32), HEAD),
     OFFER,
     codec.OfferReply("ready", "why", 1 << 33, bytes(64), HEAD),
     codec.OfferReply("waiting", "", 0, b"", None),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from errors import MalformedMessage
+from protos.aggregation import AggregationTerms
 from protos.codec import KeysRequest
 from protos.manifest import JobManifest
 from protos.messages import MOST_STEPS
@@ -15,6 +16,7 @@ from tests.client.test_policy import JOB as SHORT
 
 JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))
 DATA = JOB.to_bytes()
+RULE = JOB.aggregation.to_dict()
 
 
 def changed(**values: Any) -> bytes:
@@ -119,6 +121,28 @@ def test_every_field_counts(field: str) -> None:
         {"emulators": [[1, "e2" * 32]]},
         {"emulators": {"east": "e2" * 32}},
         {"emulators": [[site, "e2" * 32] for site, _ in JOB.roster]},
+        {"aggregation": {}},
+        {"aggregation": []},
+        {"aggregation": RULE | {"individuals": 1}},
+        {"aggregation": RULE | {"individuals": "false"}},
+        {"aggregation": RULE | {"alternate": True}},  # this job's method is ffa_lora
+        {"aggregation": RULE | {"alternate": None}},
+        {"aggregation": RULE | {"proximal": -0.1}},
+        {"aggregation": RULE | {"proximal": 1}},
+        {"aggregation": RULE | {"proximal": True}},
+        {"aggregation": RULE | {"proximal": 10.1}},  # times a learning rate of 0.1 above 1
+        {"aggregation": RULE | {"surplus": 1}},
+        {"aggregation": RULE | {"ranks": [["north", 2], ["east", 2]]}},
+        {"aggregation": RULE | {"ranks": [["east", 2], ["east", 2]]}},
+        {"aggregation": RULE | {"ranks": [["south", 2]]}},
+        {"aggregation": RULE | {"ranks": [["east", 0]]}},
+        {"aggregation": RULE | {"ranks": [["east", 8]]}},
+        {"aggregation": RULE | {"ranks": [["east", True]]}},
+        {"aggregation": RULE | {"ranks": [["east", 2.0]]}},
+        {"aggregation": RULE | {"ranks": [[1, 2]]}},
+        {"aggregation": RULE | {"ranks": [["east"]]}},
+        {"aggregation": RULE | {"ranks": {"east": 2}}},
+        {"aggregation": RULE | {"ranks": [["east", 2]]}, "adapter": JOB.adapter.to_dict() | {"method": "lora"}},
         {"layout": {"names": ["a"], "shapes": [[0]]}},
         {"adapter": JOB.adapter.to_dict() | {"rank": 0}},
     ],
@@ -137,10 +161,12 @@ def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
         {"rounds": 1000, "spare_rounds": 1000, "local_steps": 500},
         {"rounds": MOST_STEPS, "local_steps": 1},
         {"emulators": (("east", "e2" * 32), ("west", "e3" * 32))},
+        {"aggregation": AggregationTerms(individuals=True, proximal=10.0, ranks=(("east", 7), ("west", 1)))},
     ],
 )
 def test_the_largest_job_is_read(values: dict[str, Any]) -> None:
-    assert JobManifest.from_bytes(changed(**values)) == dataclasses.replace(JOB, **values)
+    job = dataclasses.replace(JOB, **values)
+    assert JobManifest.from_bytes(job.to_bytes()) == job
 
 
 @pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])

@@ -1,0 +1,122 @@
+"""Between an adapter's vector and what a site uploads in a round: all of it, a part, or its way along directions."""
+
+import hashlib
+import math
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter.layout import Layout
+from errors import PrivacyRefusal, RangeError
+from privacy.zero_order import Directions, travelled
+from protos.aggregation import UP
+from protos.manifest import JobManifest
+
+
+def directions_of(manifest: JobManifest, number: int) -> Directions:
+    """Returns the directions of a round of DP-ZO; they follow from the job and the round, and from no message.
+
+    Args:
+      manifest: the job.
+      number: of the round, from 1.
+    """
+    seed = hashlib.sha256(b"offsite directions 1" + manifest.digest() + number.to_bytes(8, "big")).digest()
+    return Directions(seed, manifest.aggregation.directions, manifest.aggregation.spacing)
+
+
+def picked(manifest: JobManifest, number: int, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns what of an adapter's vector is uploaded in a round.
+
+    Args:
+      manifest: the job.
+      number: of the round, from 1.
+      vector: float32 (d,), in the adapter's layout.
+
+    Returns:
+      float32 (upload_size,).
+    """
+    return vector[_mask(manifest.layout, manifest.upload_layout(number))]
+
+
+def placed(manifest: JobManifest, number: int, uploads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns uploaded vectors in the adapter's layout; what was not uploaded in the round does not move.
+
+    Of DP-ZO they are replayed along the round's directions.
+
+    Args:
+      manifest: the job.
+      number: of the round, from 1.
+      uploads: float64 (..., upload_size).
+
+    Returns:
+      float64 (..., d).
+
+    Raises:
+      RangeError: they have another length.
+    """
+    size = manifest.upload_size(number)
+    if uploads.shape[-1] != size:
+        raise RangeError(f"upload size={uploads.shape[-1]}: round {number} has {size}; use the job's own manifest")
+    if manifest.aggregation.directions:
+        along, rows = directions_of(manifest, number), uploads.reshape(-1, size)
+        moved = np.stack([travelled(row, along, manifest.layout.size) for row in rows])
+        return moved.reshape(*uploads.shape[:-1], manifest.layout.size)
+    whole = np.zeros((*uploads.shape[:-1], manifest.layout.size), dtype=np.float64)
+    whole[..., _mask(manifest.layout, manifest.upload_layout(number))] = uploads
+    return whole
+
+
+def trained_by(manifest: JobManifest, number: int, site: str) -> NDArray[np.bool_]:
+    """Returns which entries of a round's upload a site trains, bool (upload_size,); the others it leaves at zero."""
+    layout, rank = manifest.upload_layout(number), manifest.rank_of(site)
+    parts = []
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        part = np.ones(shape, dtype=np.bool_)
+        if UP in name:
+            part[..., rank:] = False
+        parts.append(part.reshape(-1))
+    return np.concatenate(parts)
+
+
+def mean_of(
+    manifest: JobManifest, number: int, total: NDArray[np.float64], members: Collection[str]
+) -> NDArray[np.float64]:
+    """Returns the mean of a sum, over those of its members that train an entry; zero where none of them does.
+
+    Args:
+      manifest: the job.
+      number: of the round, from 1.
+      total: sum of the members' uploads, float64 (upload_size,).
+      members: sites in the sum.
+    """
+    if not manifest.aggregation.ranks:
+        return total / len(members)
+    count = sum(trained_by(manifest, number, site).astype(np.float64) for site in members)
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def check_coverage(manifest: JobManifest, sites: Collection[str]) -> None:
+    """Checks that every entry of a sum over some sites is a sum of at least n_min of them, or of none.
+
+    Where ranks differ, the last columns are trained by few: those entries of the sum are theirs alone.
+
+    Raises:
+      PrivacyRefusal: an entry would be the sum of too few.
+    """
+    if not manifest.aggregation.ranks or manifest.aggregation.individuals:
+        return
+    ranks = [manifest.rank_of(site) for site in sites]
+    for rank in sorted(set(ranks)):
+        covering = sum(other >= rank for other in ranks)
+        if covering < manifest.n_min:
+            raise PrivacyRefusal(
+                f"rank={rank}: only {covering} of {len(ranks)} sites train so many columns, and their sum is opened "
+                f"for n_min={manifest.n_min} or more; wait for more of those sites, or give them smaller ranks"
+            )
+
+
+def _mask(layout: Layout, part: Layout) -> NDArray[np.bool_]:
+    kept = set(part.names)
+    sizes = [math.prod(shape) for shape in layout.shapes]
+    return np.repeat([name in kept for name in layout.names], sizes)

@@ -1,0 +1,79 @@
+"""What an owner is shown of an offered job before approving it, as at a terminal."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from typer.testing import CliRunner
+
+from cli import client, client_run, coordinator
+from client.installation import Installation
+from client.jobs import Jobs
+from coordinator.provision import Home
+from protos.aggregation import AggregationTerms
+from protos.signed_job import sign_job
+from tests.protos.test_manifest import JOB
+
+Show = Callable[[AggregationTerms], tuple[list[str], list[str]]]
+
+
+def run(app: object, *arguments: object) -> list[str]:
+    result = CliRunner().invoke(app, [str(one) for one in arguments])  # type: ignore[arg-type]
+    if result.exception is not None:
+        raise result.exception
+    return result.output.splitlines()
+
+
+@pytest.fixture(scope="module")
+def show(tmp_path_factory: pytest.TempPathFactory) -> Show:
+    """Gives what `inspect` and `approve` print of a job under some terms."""
+    folder = tmp_path_factory.mktemp("owners")
+    (folder / "text.txt").write_text("text")
+    home, names = folder / "home", ("east", "north", "west")
+    run(coordinator.app, "init", home, "--name", "demo")
+    for name in names:
+        run(client.app, "init", folder / name, "--name", name, "--data", folder / "text.txt")
+    said = run(coordinator.app, "approve", home, *(folder / name / "site.request" for name in names), "--yes")
+    fingerprint = next(line.split(": ")[1] for line in said if line.startswith("fingerprint for every site"))
+    run(client.app, "sign", folder / "east", home / "welcomes" / "east.welcome", "--fingerprint", fingerprint)
+    jobs, identity = Jobs(Installation.open(folder / "east").state / "jobs"), Home.open(home).identity
+
+    def shown(terms: AggregationTerms) -> tuple[list[str], list[str]]:
+        job = dataclasses.replace(JOB, aggregation=terms, adapter=dataclasses.replace(JOB.adapter, **METHODS[terms]))
+        digest = job.digest().hex()
+        jobs.keep(job.to_bytes(), sign_job(identity, job.to_bytes()), digest)
+        return run(client_run.app, "inspect", folder / "east", digest), run(
+            client_run.app, "approve", folder / "east", digest
+        )
+
+    return shown
+
+
+OPEN = AggregationTerms(individuals=True)
+NESTED = AggregationTerms(ranks=(("north", 2),))
+TURNS = AggregationTerms(alternate=True, proximal=0.5)
+METHODS = {OPEN: {}, NESTED: {}, TURNS: {"method": "lora"}, AggregationTerms(): {}}
+
+
+def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
+    inspected, approved = show(OPEN)
+    assert inspected[1].startswith(
+        "WARNING    secure aggregation is OFF in this job: the coordinator sees this site's own"
+    )
+    assert any(line.startswith("leaves     one signed, plain update a round") for line in inspected)
+    assert approved[0].startswith("WARNING secure aggregation is OFF")
+    assert approved[-1].startswith("approved ")
+
+
+def test_other_jobs_say_what_the_sites_do_and_no_warning(show: Show) -> None:
+    for terms, words in (
+        (AggregationTerms(), ""),
+        (NESTED, "ranks      of 8 columns these sites train fewer: north 2"),
+    ):
+        inspected, approved = show(terms)
+        assert not any("WARNING" in line for line in (*inspected, *approved))
+        assert not words or words in inspected
+        assert any(line.startswith("leaves     one masked update a round") for line in inspected)
+    inspected, _ = show(TURNS)
+    assert "turns      B is trained in odd rounds and A in even ones; only that part leaves" in inspected
+    assert "pull       each step is pulled back to where the round began (FedProx), mu 0.5" in inspected

@@ -1,0 +1,246 @@
+"""Updates in the open, at real sites: only as permitted, once, signed for one round, and entered before they leave."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli.client_run import _lines
+from client.train import local_update
+from coordinator.exchange import MemoryExchange
+from coordinator.rounds import RoundPlan, RoundResult, run_round
+from errors import TooFewSurvivors
+from privacy.randomness import Randomness
+from protos import codec
+from protos.terms import adapter_digest, terms_of
+from secagg import messages
+from tests.memory_federation import RunningSite, World, make_world
+from tests.rule_worlds import examples_of, written
+
+PERMITTED = {"allow_individual_updates": True}
+Change = Callable[[codec.UpdateReply], codec.UpdateReply]
+
+
+@pytest.fixture(scope="module")
+def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(written(fed, "median", secagg=False), tmp_path_factory.mktemp("open"))
+
+
+def opened(world: World, folder: Path) -> dict[str, RunningSite]:
+    found = {
+        name: RunningSite(world, name, folder / name, policy=PERMITTED, package=world.run.store.package)
+        for name in world.sites
+    }
+    for site in found.values():
+        site.ready()
+    return found
+
+
+@pytest.fixture
+def sites(world: World, tmp_path: Path) -> dict[str, RunningSite]:
+    return opened(world, tmp_path)
+
+
+def plan(number: int, sequence: int, sites: Iterable[str]) -> RoundPlan:
+    return RoundPlan(number, sequence, bytes([sequence] * 32), tuple(sorted(sites)))
+
+
+def opening(world: World, sequence: int = 1, number: int = 1) -> codec.KeysRequest:
+    return codec.KeysRequest(number, sequence, bytes(32), adapter_digest(world.start), invited=world.sites)
+
+
+def through(sites: dict[str, RunningSite], kept: dict[tuple[str, str], bytes] | None = None) -> MemoryExchange:
+    """To the sites themselves; their answers are kept for who wants to play them again."""
+
+    def handle(name: str, stage: str, body: bytes) -> bytes:
+        reply = sites[name].service.handle(stage, body)
+        if kept is not None:
+            kept[name, stage] = reply
+        return reply
+
+    return MemoryExchange({name: partial(handle, name) for name in sites})
+
+
+@pytest.fixture(scope="module")
+def answers(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], bytes]:
+    """What honest sites answered in the first round."""
+    kept: dict[tuple[str, str], bytes] = {}
+    sites = opened(world, tmp_path_factory.mktemp("honest"))
+    run_round(world.manifest, plan(1, 1, sites), world.start, through(sites, kept))
+    return kept
+
+
+def again(world: World, answers: dict[tuple[str, str], bytes], changed: str, change: Change) -> RoundResult:
+    """The same round, in which the update of one site is changed on its way."""
+
+    def play(name: str, stage: str, body: bytes) -> bytes:
+        message = codec.decode(answers[name, stage])
+        if name == changed and isinstance(message, codec.UpdateReply):
+            return codec.encode(change(message))
+        return answers[name, stage]
+
+    exchange = MemoryExchange({name: partial(play, name) for name in world.sites})
+    return run_round(world.manifest, plan(1, 1, world.sites), world.start, exchange)
+
+
+def test_what_arrives_is_what_each_site_trained(world: World, sites: dict[str, RunningSite]) -> None:
+    heads: dict[str, codec.LedgerHead | None] = {}
+    result = run_round(world.manifest, plan(1, 1, sites), world.start, through(sites), heads.__setitem__)
+    assert result.individuals is not None
+    assert result.members == world.sites
+    assert (result.threshold, result.faulty, result.refused) == (3, (), ())
+    for name, found in zip(result.members, result.individuals, strict=True):
+        examples = examples_of(world.run, name, world.manifest, world.benches[name])
+        alone = local_update(
+            world.benches[name],
+            world.start,
+            examples,
+            manifest=world.manifest,
+            plan=world.run.site(name, world.manifest, world.benches[name]).plan,
+            randomness=Randomness.for_simulation(1, "noise", name, "1"),
+            site=name,
+            number=1,
+        )
+        np.testing.assert_array_equal(found, alone.update)
+    np.testing.assert_allclose(result.update, result.individuals.mean(axis=0))
+    for name, site in sites.items():
+        assert heads[name] is not None
+        assert (heads[name].count, heads[name].head) == site.ledger.head()
+        assert site.ledger.releases(world.manifest.digest().hex()) == 1
+        audit = [json.loads(line) for line in (site.folder / "audit.jsonl").read_text().splitlines()]
+        kinds = [line["kind"] for line in audit]
+        left = [line for line in audit if line["fields"].get("stage") == "update"]
+        assert len(left) == 1
+        assert kinds.index("egress") < audit.index(left[0])
+
+
+def test_an_owner_who_does_not_permit_it_is_not_in_the_job(world: World, tmp_path: Path) -> None:
+    site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package)
+    reply = site.ask("offer", world.offer("ash"))
+    assert isinstance(reply, codec.Refusal)
+    assert reply.kind == "PolicyRefusal"
+    assert "allow_individual_updates=false" in reply.reason
+    assert not site.opened
+
+
+def test_an_update_leaves_once(world: World, sites: dict[str, RunningSite]) -> None:
+    """The same question has the same bytes for an answer; another one, with another number, has none."""
+    site, request = sites["ash"], codec.TrainRequest(world.manifest.digest(), 1, world.start)
+    assert site.ask("train", request) == codec.TrainReply(1)
+    ask = codec.encode(opening(world))
+    first = site.service.handle("update", ask)
+    assert isinstance(codec.decode(first), codec.UpdateReply)
+    assert site.service.handle("update", ask) == first
+    assert site.ledger.head()[0] == 1
+    more = site.ask("update", opening(world, sequence=2))
+    assert isinstance(more, codec.Refusal)
+    assert "no update of this round is waiting" in more.reason
+    assert site.ask("train", dataclasses.replace(request, round=2)) == codec.TrainReply(2)
+    old = site.ask("update", opening(world, sequence=1, number=2))
+    assert isinstance(old, codec.Refusal)
+    assert "is not newer than" in old.reason
+    assert site.ledger.head()[0] == 1
+
+
+def test_a_second_round_draws_other_noise(world: World, sites: dict[str, RunningSite]) -> None:
+    first = run_round(world.manifest, plan(1, 1, sites), world.start, through(sites))
+    repeated = run_round(world.manifest, plan(1, 2, sites), world.start, through(sites))
+    assert first.individuals is not None
+    assert repeated.individuals is not None
+    assert (first.individuals != repeated.individuals).all()
+    with pytest.raises(TooFewSurvivors, match="planned for 2 and covers no more"):
+        run_round(world.manifest, plan(2, 3, sites), world.start, through(sites))
+
+
+def test_a_job_is_one_way_or_the_other(world: World, sites: dict[str, RunningSite], fed: Path, tmp_path: Path) -> None:
+    site = sites["ash"]
+    site.ask("train", codec.TrainRequest(world.manifest.digest(), 1, world.start))
+    reply = site.ask("keys", opening(world))
+    assert isinstance(reply, codec.Refusal)
+    assert "this job has no secure aggregation" in reply.reason
+    secret = make_world(fed, tmp_path / "secret")
+    other = RunningSite(secret, "ash", tmp_path / "other", policy=PERMITTED, package=secret.run.store.package)
+    other.ready()
+    other.ask("train", codec.TrainRequest(secret.manifest.digest(), 1, secret.start))
+    reply = other.ask("update", opening(secret))
+    assert isinstance(reply, codec.Refusal)
+    assert "leaves masked, or not at all" in reply.reason
+    assert other.ledger.head()[0] == 0
+
+
+def _signed_again(world: World, reply: codec.UpdateReply, vector: np.ndarray) -> codec.UpdateReply:
+    """As the site itself would sign another vector."""
+    digest = hashlib.sha256(vector.data).digest()
+    found = messages.sign(
+        world.identities["elm"], "update", terms_of(world.manifest, _asked(world)).t0(), "elm", digest
+    )
+    commitment = codec.SignedBytes("elm", found.body, found.signature)
+    return dataclasses.replace(reply, vector=vector, commitment=commitment)
+
+
+def _asked(world: World) -> codec.KeysRequest:
+    return codec.KeysRequest(1, 1, bytes([1] * 32), adapter_digest(world.start), invited=world.sites)
+
+
+def _bad(world: World) -> dict[str, tuple[Change, str]]:
+    def filled(value: float, extra: int = 0) -> Change:
+        def change(reply: codec.UpdateReply) -> codec.UpdateReply:
+            vector = np.append(reply.vector, np.zeros(extra, dtype=np.float32)).astype(np.float32)
+            vector[0] = value
+            return _signed_again(world, reply, vector)
+
+        return change
+
+    def named(sender: str) -> Change:
+        return lambda r: dataclasses.replace(r, commitment=dataclasses.replace(r.commitment, sender=sender))
+
+    def flip(reply: codec.UpdateReply) -> codec.UpdateReply:
+        return dataclasses.replace(reply, vector=np.append(reply.vector[1:], reply.vector[:1]))
+
+    def forge(reply: codec.UpdateReply) -> codec.UpdateReply:
+        return dataclasses.replace(reply, commitment=dataclasses.replace(reply.commitment, signature=bytes(64)))
+
+    bound = world.manifest.update_bound
+    return {
+        "not a number": (filled(np.nan), "outside it or not finite"),
+        "infinite": (filled(np.inf), "outside it or not finite"),
+        "too large": (filled(bound * 1.01), "outside it or not finite"),
+        "too long": (filled(0.0, extra=1), "use the agreed adapter layout"),
+        "another's name": (named("ash"), "site 'elm' was asked"),
+        "another vector": (flip, "signed the hash of another update"),
+        "no signature": (forge, "signature"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["not a number", "infinite", "too large", "too long", "another's name", "another vector", "no signature"]
+)
+def test_a_bad_update_costs_its_site_the_round_and_nobody_else(
+    world: World, answers: dict[tuple[str, str], bytes], kind: str
+) -> None:
+    change, words = _bad(world)[kind]
+    assert again(world, answers, "elm", lambda reply: reply).members == world.sites
+    result = again(world, answers, "elm", change)
+    assert result.members == ("ash", "birch", "cedar")
+    ((site, stage, reason),) = [(one.site, one.stage, one.reason) for one in result.refused]
+    assert (site, stage) == ("elm", "update")
+    assert words in reason
+
+
+def test_too_few_updates_are_no_round(world: World, sites: dict[str, RunningSite]) -> None:
+    def silent(stage: str, body: bytes) -> bytes:
+        return b"" if stage == "update" else sites["elm"].service.handle(stage, body)
+
+    few = {name: sites[name].service.handle for name in ("ash", "birch")} | {"elm": silent}
+    with pytest.raises(TooFewSurvivors, match="sites=2 after update: 3 are needed"):
+        run_round(world.manifest, plan(1, 1, few), world.start, MemoryExchange(few))
+
+
+def test_an_owner_reads_it_before_approving(world: World) -> None:
+    facts = json.loads(world.manifest.to_bytes())
+    assert any(line.startswith("leaves     one signed, plain update") for line in _lines("0a" * 32, False, facts, "e"))

@@ -1,0 +1,84 @@
+"""Where ranks differ and sites go missing, a part of the sum may be that of too few: the sites refuse to open it."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli.display import PlainDisplay
+from cli.run import Run, simulated_benches
+from cli.simulate import _job
+from client.site import Site, answer
+from client.workbench import Workbench
+from coordinator.config import read_config
+from coordinator.exchange import MemoryExchange
+from coordinator.rounds import RoundPlan, RoundResult, run_round
+from errors import TooFewSurvivors
+from protos import codec
+from protos.manifest import JobManifest
+from tests.rule_worlds import written
+
+SITES = ("ash", "birch", "cedar", "elm")  # elm has rank 1 of 3
+Opened = tuple[JobManifest, dict[str, Site], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def made(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, Workbench]:
+    settings, sha256 = read_config(written(fed, "nested"))
+    run = Run.create(settings, sha256, tmp_path_factory.mktemp("thin") / "run")
+    manifest = _job(run, PlainDisplay()).manifest
+    return run, manifest, simulated_benches(run, manifest)["ash"]
+
+
+@pytest.fixture
+def opened(made: tuple[Run, JobManifest, Workbench]) -> Opened:
+    run, manifest, bench = made
+    return manifest, {name: run.site(name, manifest, bench) for name in SITES}, bench.start
+
+
+@dataclass
+class Heard:
+    """What a coordinator asked, and which refusals it got at which stage."""
+
+    stages: list[str] = field(default_factory=list)
+    refusals: dict[str, set[str]] = field(default_factory=dict)
+
+
+def run_without(opened: Opened, silent: str, at: str, heard: Heard) -> RoundResult:
+    """A round in which a site falls silent."""
+    manifest, sites, start = opened
+
+    def handle(name: str, stage: str, body: bytes) -> bytes:
+        heard.stages.append(stage)
+        reply = b"" if (name, stage) == (silent, at) else answer(sites[name], stage, body)
+        if reply and isinstance(message := codec.decode(reply), codec.Refusal):
+            heard.refusals.setdefault(stage, set()).add(message.reason)
+        return reply
+
+    exchange = MemoryExchange({name: partial(handle, name) for name in SITES})
+    return run_round(manifest, RoundPlan(1, 1, bytes(32), SITES), start, exchange)
+
+
+@pytest.mark.parametrize(
+    ("silent_at", "refused_at"), [("train", "keys"), ("keys", "masked"), ("shares", "masked"), ("masked", "survivors")]
+)
+def test_a_sum_of_which_a_part_is_that_of_two_is_not_opened(opened: Opened, silent_at: str, refused_at: str) -> None:
+    """Each site says no at the next step that shows it who is left, where it can before its update has left."""
+    heard = Heard()
+    with pytest.raises(TooFewSurvivors, match=f"sites=0 after {refused_at}"):
+        run_without(opened, "ash", silent_at, heard)
+    assert heard.stages[-1] == refused_at
+    assert list(heard.refusals) == [refused_at]
+    (reason,) = heard.refusals[refused_at]
+    assert reason.startswith("rank=3: only 2 of 3 sites train so many columns")
+    kept = [site._pending is not None for name, site in opened[1].items() if name != "ash"]
+    assert kept == [silent_at != "masked"] * 3
+
+
+@pytest.mark.parametrize("stage", ["train", "masked"])
+def test_the_site_of_smaller_rank_may_go_missing(opened: Opened, stage: str) -> None:
+    result = run_without(opened, "elm", stage, Heard())
+    assert result.members == ("ash", "birch", "cedar")
+    assert (result.update != 0).all()

@@ -1,0 +1,89 @@
+"""What of an adapter a round's vector holds, by hand and by names; no entry of a sum is that of too few sites."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from adapter.layout import Layout
+from adapter.spec import AdapterSpec
+from errors import PrivacyRefusal, RangeError
+from protos.aggregation import AggregationTerms
+from protos.codec import KeysRequest
+from protos.terms import terms_of
+from protos.upload import check_coverage, mean_of, picked, placed, trained_by
+from tests.client.test_policy import JOB
+
+SITES = ("east", "north", "south", "west")
+A, B = "h.0.lora_A.default.weight", "h.0.lora_B.default.weight"
+LAYOUT = Layout((A, B, "h.0.norm"), ((2, 3), (4, 2), (2,)))
+LORA = dataclasses.replace(
+    JOB,
+    roster=tuple((site, f"{place}a" * 32) for place, site in enumerate(SITES)),
+    adapter=AdapterSpec("lora", rank=2, slots=("h.0",)),
+    layout=LAYOUT,
+    aggregation=AggregationTerms(alternate=True),
+)
+NESTED = dataclasses.replace(
+    LORA,
+    adapter=AdapterSpec("ffa_lora", rank=2, slots=("h.0",)),
+    layout=Layout((B, "h.0.norm"), ((4, 2), (2,))),
+    aggregation=AggregationTerms(ranks=(("south", 1),)),
+)
+
+
+def test_in_turn_a_round_holds_one_factor_and_what_is_no_factor() -> None:
+    vector = np.arange(16, dtype=np.float32)
+    for number, names, entries in ((1, (B, "h.0.norm"), [*range(6, 16)]), (2, (A, "h.0.norm"), [*range(6), 14, 15])):
+        assert LORA.upload_layout(number).names == names
+        assert LORA.upload_layout(number + 2) == LORA.upload_layout(number)
+        assert LORA.upload_size(number) == len(entries)
+        found = picked(LORA, number, vector)
+        assert found.dtype == np.float32
+        assert found.tolist() == entries
+        whole = placed(LORA, number, np.stack([found, -found]).astype(np.float64))
+        assert whole.shape == (2, 16)
+        assert whole[0].tolist() == [float(entry) if entry in entries else 0.0 for entry in range(16)]
+        assert (whole[1] == -whole[0]).all()
+        with pytest.raises(RangeError, match="upload size=1"):
+            placed(LORA, number, np.zeros(1))
+
+
+def test_by_default_a_round_holds_the_adapter() -> None:
+    assert JOB.upload_layout(1) == JOB.upload_layout(2) == JOB.layout
+    vector = np.arange(JOB.layout.size, dtype=np.float32)
+    assert picked(JOB, 1, vector).tolist() == vector.tolist() == placed(JOB, 1, vector.astype(np.float64)).tolist()
+
+
+def test_the_terms_of_a_sum_have_the_length_of_the_rounds_vector() -> None:
+    for number in (1, 2):
+        request = KeysRequest(number, 1, bytes(32), bytes(32), SITES)
+        assert terms_of(LORA, request).length == LORA.upload_size(number)
+
+
+def test_an_entry_is_divided_by_the_members_that_train_it() -> None:
+    """By walking over every entry and every member."""
+    draw = np.random.default_rng(0)
+    for members in itertools.chain(itertools.combinations(SITES, 3), [SITES], [("south",)]):
+        rows = {site: np.round(draw.normal(size=10), 3) for site in members}
+        if "south" in rows:
+            rows["south"][[1, 3, 5, 7]] = 0
+        found = mean_of(NESTED, 1, np.sum(list(rows.values()), axis=0), members)
+        for entry in range(10):
+            second = entry < 8 and entry % 2 == 1
+            trained = [rows[site][entry] for site in members if not (second and site == "south")]
+            assert found[entry] == pytest.approx(sum(trained) / len(trained) if trained else 0.0)
+    assert trained_by(NESTED, 1, "south").tolist() == [True, False] * 4 + [True, True]
+    assert trained_by(NESTED, 1, "east").all()
+
+
+def test_no_entry_is_the_sum_of_too_few() -> None:
+    for members in itertools.chain.from_iterable(itertools.combinations(SITES, size) for size in range(1, 5)):
+        count = np.sum([trained_by(NESTED, 1, site) for site in members], axis=0)
+        if ((count > 0) & (count < NESTED.n_min)).any():
+            with pytest.raises(PrivacyRefusal, match="sites train so many columns"):
+                check_coverage(NESTED, members)
+        else:
+            check_coverage(NESTED, members)
+    check_coverage(LORA, ("east",))  # how many are in a sum at all is checked where it is opened

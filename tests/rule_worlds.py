@@ -1,0 +1,88 @@
+"""Tiny federations under other server rules, and a slow DP-SGD that shares no line with ours."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cli.run import Run
+from client.plan import SitePlan
+from client.workbench import Workbench
+from protos.manifest import JobManifest
+
+RULES = {
+    "rolora": 'rule = "rolora"',
+    "nested": 'rule = "nested"\n[[aggregation.ranks]]\nsites = ["elm"]\nrank = 1\n',
+    "fedprox": 'rule = "fedprox"\nproximal = 0.8',
+    "median": 'rule = "median"',
+    "flexlora": 'rule = "flexlora"',
+}
+
+
+def written(fed: Path, name: str, *, method: str = "ffa_lora", steps: int = 1, secagg: bool = True) -> Path:
+    """Writes the tiny world's federation file with another rule beside it."""
+    text = fed.read_text().replace("batch = 8", f"batch = 8\nlocal_steps = {steps}")
+    text = text.replace(
+        "[training]", f'[privacy]\naccountant = "rdp"\n\n[adapter]\nmethod = "{method}"\nrank = 3\n\n[training]'
+    )
+    tables = f"[aggregation]\n{RULES[name]}\n[secagg]\nenabled = {str(secagg).lower()}\n"
+    text = text.replace("[aggregation]\nlearning_rate = 0.02\n", tables)
+    path = fed.parent / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def examples_of(run: Run, site: str, manifest: JobManifest, bench: Workbench) -> Any:
+    """The training records of a site."""
+    setting = next(one for one in run.config.sites if one.name == site)
+    return run.examples(setting.train, manifest, bench)
+
+
+def mask_of(bench: Workbench, trains: dict[str, slice]) -> np.ndarray:
+    """Which entries of the adapter a training may move: of each parameter whose name holds a key, those columns."""
+    parts = []
+    for name, shape in zip(bench.layout.names, bench.layout.shapes, strict=True):
+        part = np.zeros(shape, dtype=bool)
+        for key, columns in trains.items():
+            if key in name:
+                part[:, columns] = True
+        parts.append(part.reshape(-1))
+    return np.concatenate(parts)
+
+
+def slow_update(
+    bench: Workbench,
+    start: np.ndarray,
+    examples: Any,
+    *,
+    manifest: JobManifest,
+    plan: SitePlan,
+    randomness: Any,
+    mask: np.ndarray,
+    proximal: float = 0.0,
+) -> np.ndarray:
+    """DP-SGD on the masked entries of the adapter, one record at a time on whole gradients in float64; float64 (d,)."""
+    names, here = bench.layout.names, start.astype(np.float64)
+    parameters = dict(bench.model.named_parameters())
+    terms, places = manifest.privacy, dict(zip(names, np.split(np.arange(start.size), _ends(bench)), strict=True))
+    for _ in range(manifest.local_steps):
+        bench.layout.write(bench.model, here)
+        drawn = np.flatnonzero(randomness.uniform(len(examples)) < plan.sample_rate)
+        total = np.zeros(start.size)
+        for row in drawn:
+            losses = bench.task.losses(bench.model, examples.select(np.array([row])))
+            gradients = torch.autograd.grad(losses.sum(), [parameters[name] for name in names])
+            gradient = np.concatenate([one.double().numpy().reshape(-1) for one in gradients]) * mask
+            total += gradient * min(1.0, terms.max_grad_norm * (1 - 1e-4) / np.linalg.norm(gradient))
+        for name in (name for name in parameters if name in places):  # noise is drawn in the model's order
+            entries = places[name][mask[places[name]]]
+            if len(entries):
+                total[entries] += plan.noise_multiplier * terms.max_grad_norm * randomness.normal(len(entries))
+        here = here - manifest.learning_rate * (total / terms.batch + proximal * (here - start) * mask)
+    bench.layout.write(bench.model, start)
+    return here - start
+
+
+def _ends(bench: Workbench) -> np.ndarray:
+    return np.cumsum([int(np.prod(shape)) for shape in bench.layout.shapes])[:-1]
