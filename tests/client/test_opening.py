@@ -32,7 +32,8 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def opened(world: World, folder: Path, data: str, **policy: Any) -> Opened:
     """An installation with one data file."""
     (folder / "data.csv").write_text(data)
-    settings = SimpleNamespace(reader="", column="text", columns={}, name="ash", simulation_seed=None)
+    told = {"reader": "", "column": "text", "columns": {}, "name": "ash", "simulation_seed": None, "weights": "widened"}
+    settings = SimpleNamespace(**told)
     installation = SimpleNamespace(settings=settings, data=folder / "data.csv", state=folder)
     rules = policy_for(folder, **policy)
     ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-2, accountant="rdp")

@@ -101,7 +101,7 @@ def test_every_field_counts(field: str) -> None:
         {"metrics": ["x"] * 1001},
         {"metrics": "loss"},
         {"format": 1},
-        {"format": 3},
+        {"format": 2},
         {"surplus": 1},
         {"privacy": {"private": True}},
         {"privacy": dataclasses.asdict(JOB.privacy) | {"epsilon": "8"}},

@@ -12,6 +12,7 @@ from privacy.engines import ENGINES
 from privacy.probe import single_gradient
 from task.causal_lm import CausalLM
 from task.head import TokenLosses
+from task.spec import Tally
 from tests.task.tiny import CHUNKED, PLAIN, V, batch, build, close, compare, gradient, llama, lora, train_inside
 
 
@@ -106,15 +107,18 @@ def test_nothing_to_predict_costs_nothing(examples):
     task = compare(model, examples, 0.0)
     assert task.obstacle(model) == ""
     assert task.losses(model, examples).tolist() == [0.0] * len(examples)
-    assert task.token_losses(model, examples) == (0.0, 0)
+    assert task.tally(model, examples) == Tally(0.0, 0, {"perplexity": (0.0, 0)})
 
 
-def test_token_losses_are_the_same_with_and_without_a_tape():
+def test_sums_are_the_same_with_and_without_a_tape():
     model, task = llama(), CausalLM(chunk=4)
-    expected = PLAIN.token_losses(model, batch())
-    assert task.token_losses(model, batch()) == pytest.approx(expected, rel=1e-6)
+    expected = PLAIN.tally(model, batch())
+    assert expected.targets == int(batch().targets.sum()) > 0
     with torch.inference_mode():
-        assert task.token_losses(model, batch()) == pytest.approx(expected, rel=1e-6)
+        untaped = task.tally(model, batch())
+    for found in (task.tally(model, batch()), untaped):
+        assert found.targets == expected.targets
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_half_precision_and_autocast_are_as_they_were():
