@@ -20,6 +20,7 @@ from typing import Any
 BATCH, LENGTH, CLIP, NOISE = 8, 128, 1.0, 1.0
 ADAPTERS = ("lora", "blocks")
 WAYS = ("plain", "bookkeeping", "slot", "loop", "hooks", "functorch", "ghost")
+REPEATS = 3  # processes for a peak of memory, which varies by some percent
 PEERS = ("hooks", "functorch", "ghost")  # stock Opacus, its own optimizer and noise
 BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # most time, most memory, of the plain step's
 Step = Callable[[], None]
@@ -32,9 +33,12 @@ def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
 
     from adapter.methods import attach
     from adapter.spec import AdapterSpec
+    from privacy.engines import ENGINES  # with Opacus, which takes memory by itself: every way has it loaded
     from task.causal_lm import CausalLM
     from task.examples import Examples
 
+    if unknown := {"bookkeeping", "slot", "loop"} - ENGINES.keys():
+        raise RuntimeError(f"engines={unknown}: are no more; change WAYS")
     task = CausalLM()
     torch.manual_seed(0)
     if folder:
@@ -179,6 +183,18 @@ def peak(folder: str, adapter: str, way: str) -> dict[str, float]:
     return {"before_mb": round(before), "peak_mb": round(_status("VmHWM"))}
 
 
+def peaks_of(folder: str, adapter: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Returns the median peak of each way over some processes, the ways in turn."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            found[way].append(fresh("--adapter", adapter, "--model", folder, "--way", way))
+    return {
+        way: {key: statistics.median(one[key] for one in of) for key in ("before_mb", "peak_mb")}
+        for way, of in found.items()
+    }
+
+
 def _status(field: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
@@ -206,7 +222,7 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
             way: round(statistics.median(mine / base for mine, base in zip(of, seconds["plain"], strict=True)), 3)
             for way, of in seconds.items()
         }
-        peaks = {way: fresh("--adapter", adapter, "--model", folder, "--way", way) for way in WAYS}
+        peaks = peaks_of(folder, adapter, REPEATS)
         rise = {way: of["peak_mb"] / peaks["plain"]["peak_mb"] for way, of in peaks.items()}
         most_time, most_memory = BARS[adapter]
         result[adapter] = {
