@@ -33,7 +33,8 @@ def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
 
     from adapter.methods import attach
     from adapter.spec import AdapterSpec
-    from privacy.engines import ENGINES  # with Opacus, which takes memory by itself: every way has it loaded
+    from privacy import optimizer  # noqa: F401 - with Opacus: every way has the libraries of all in its memory
+    from privacy.engines import ENGINES
     from task.causal_lm import CausalLM
     from task.examples import Examples
 
