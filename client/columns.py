@@ -1,10 +1,14 @@
 """From the columns of a data file to the fields of a task's records."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from errors import ConfigError, lookup, nearest
+import pyarrow
+import pyarrow.parquet
+
+from errors import ConfigError, DataError, lookup, nearest
 from task.spec import Record
 from task.tasks import TASKS
 
@@ -58,3 +62,36 @@ def columns_for(task: str, *, column: str, names: Mapping[str, str]) -> Columns:
     if unknown := [field for field in names if field not in known]:
         raise ConfigError(f"columns.{unknown[0]}: no task reads such a field; {nearest(unknown[0], known)}")
     return columns_of(fields, column=column, names={field: names[field] for field in names if field in fields})
+
+
+def check_columns(path: Path, columns: Columns, present: Sequence[str]) -> None:
+    """Checks that a file has every column that is read.
+
+    Raises:
+      DataError: one is not there; the names shown are shortened: where a csv has no header, they are a first record.
+    """
+    for name in (one.name for one in columns.values() if one.name not in present):
+        known = [column[:24] for column in present[:16]]
+        hint = nearest(name, known)
+        raise DataError(
+            f"column={name!r} is not in data={str(path)!r}, columns={', '.join(known) or 'none'}; "
+            + (hint if hint.startswith("did") else "name one of these columns")
+        )
+
+
+def parquet_rows(path: Path, columns: Columns) -> list[dict[str, Any]]:
+    """Returns the rows of a Parquet file, of the columns that are read, by the file's names.
+
+    Raises:
+      DataError: it is no readable Parquet file, or lacks a column.
+    """
+    if not path.is_file():
+        raise DataError(f"data={str(path)!r} is not a file; give one .parquet file")
+    names = list(dict.fromkeys(one.name for one in columns.values()))
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_columns(path, columns, file.schema_arrow.names)
+            rows: list[dict[str, Any]] = file.read(columns=names).to_pylist()
+    except (pyarrow.ArrowException, OSError):
+        raise DataError(f"data={str(path)!r} is not a readable Parquet file; write it again") from None
+    return rows

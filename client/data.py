@@ -3,17 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from client.columns import Columns, Reader
+from client.columns import Columns, Reader, check_columns, parquet_rows
 from client.images import read_image_parquet, read_images, read_npz
-from errors import DataError, lookup, nearest
+from errors import DataError, lookup
 from task.records import Row
 from task.spec import Record
 
@@ -57,7 +54,7 @@ def read_jsonl(path: Path, columns: Columns) -> list[Record]:
             raise DataError(f"data={str(path)!r} line={number} is not JSON; write one object a line") from None
         if not isinstance(values, dict):
             raise DataError(f"data={str(path)!r} line={number} is not a JSON object; write one object a line")
-        _check_columns(path, columns, list(values))
+        check_columns(path, columns, list(values))
         records.append(_row(path, f"line={number}", columns, values))
     return records
 
@@ -72,7 +69,7 @@ def read_csv(path: Path, columns: Columns) -> list[Record]:
         rows = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
         try:
             header = next(rows, [])
-            _check_columns(path, columns, header)
+            check_columns(path, columns, header)
             for row in rows:
                 if row and len(row) != len(header):
                     raise DataError(
@@ -90,21 +87,15 @@ def read_csv(path: Path, columns: Columns) -> list[Record]:
 
 def read_parquet(path: Path, columns: Columns) -> list[Record]:
     """Returns one record per row of a Parquet file."""
-    if not path.is_file():
-        raise DataError(f"data={str(path)!r} is not a file; give one .parquet file")
-    names = list(dict.fromkeys(one.name for one in columns.values()))
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, columns, file.schema_arrow.names)
-            rows = file.read(columns=names).to_pylist()
-    except (pyarrow.ArrowException, OSError):
-        raise DataError(f"data={str(path)!r} is not a readable Parquet file; write it again") from None
-    return [_row(path, f"row={number}", columns, values) for number, values in enumerate(rows, start=1)]
+    return [
+        _row(path, f"row={number}", columns, values)
+        for number, values in enumerate(parquet_rows(path, columns), start=1)
+    ]
 
 
 def read_text(path: Path, columns: Columns) -> list[Record]:
     """Returns the text of a .txt file, or one text per .txt file of a folder, by name."""
-    _check_columns(path, columns, [COLUMN])
+    check_columns(path, columns, [COLUMN])
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data={str(path)!r} has no .txt file; put one text in each")
@@ -140,17 +131,6 @@ def _decoded(path: Path) -> str:
         raise DataError(f"data={str(path)!r} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except OSError as error:
         raise DataError(f"data={str(path)!r} cannot be read ({error.strerror}); give a readable file") from None
-
-
-def _check_columns(path: Path, columns: Columns, present: Sequence[str]) -> None:
-    for name in (one.name for one in columns.values() if one.name not in present):
-        # Shortened: where a csv has no header, these are a first record.
-        known = [column[:24] for column in present[:16]]
-        hint = nearest(name, known)
-        raise DataError(
-            f"column={name!r} is not in data={str(path)!r}, columns={', '.join(known) or 'none'}; "
-            + (hint if hint.startswith("did") else "name one of these columns")
-        )
 
 
 _WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or a whole number"}

@@ -7,12 +7,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
-from client.columns import Column, Columns
-from errors import DataError, nearest
+from client.columns import Column, Columns, check_columns, parquet_rows
+from errors import DataError
 from task.records import Row
 from task.spec import Record
 
@@ -28,7 +26,7 @@ def read_images(path: Path, columns: Columns) -> list[Record]:
 
     Its columns are "image" and "label", the name of the class' folder. Messages count the images and do not name them.
     """
-    _check(path, columns, ["image", "label"])
+    check_columns(path, columns, ["image", "label"])
     if not path.is_dir():
         raise DataError(f"data={str(path)!r} is not a folder; give one with a folder of images for each class")
     files = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.iterdir() if _is_image(file))
@@ -56,16 +54,7 @@ def read_image_parquet(path: Path, columns: Columns) -> list[Record]:
 
     An image is bytes, or {bytes, path} as many tools write it; all other columns are as in any Parquet file.
     """
-    if not path.is_file():
-        raise DataError(f"data={str(path)!r} is not a file; give one .parquet file")
-    names = list(dict.fromkeys(one.name for one in columns.values()))
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check(path, columns, file.schema_arrow.names)
-            rows = file.read(columns=names).to_pylist()
-    except (pyarrow.ArrowException, OSError):
-        raise DataError(f"data={str(path)!r} is not a readable Parquet file; write it again") from None
-    return list(_parquet_rows(path, columns, rows))
+    return list(_parquet_rows(path, columns, parquet_rows(path, columns)))
 
 
 def read_npz(path: Path, columns: Columns) -> list[Record]:
@@ -77,7 +66,7 @@ def read_npz(path: Path, columns: Columns) -> list[Record]:
     try:
         with np.load(path, allow_pickle=False) as file:
             present = [name for name in file.files if not name.endswith(LENGTHS)]
-            _check(path, columns, present)
+            check_columns(path, columns, present)
             wanted = [name for one in columns.values() for name in (one.name, one.name + LENGTHS)]
             arrays = {name: file[name] for name in dict.fromkeys(wanted) if name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, BadZipFile):  # the second also where objects are pickled
@@ -155,13 +144,3 @@ def _less(path: Path, left: int, image: np.ndarray) -> int:
 
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-
-
-def _check(path: Path, columns: Columns, present: Sequence[str]) -> None:
-    for name in (one.name for one in columns.values() if one.name not in present):
-        known = [column[:24] for column in present[:16]]
-        hint = nearest(name, known)
-        raise DataError(
-            f"column={name!r} is not in data={str(path)!r}, columns={', '.join(known) or 'none'}; "
-            + (hint if hint.startswith("did") else "name one of these columns")
-        )

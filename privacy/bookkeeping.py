@@ -10,7 +10,7 @@ from errors import PrivacyRefusal
 from privacy.batches import Batch, Losses, trainable
 from privacy.captured import Captured
 from privacy.per_example import Rows, Weigh, checked_losses, finite_losses
-from privacy.rules import Rule, recomputed, rule_of
+from privacy.rules import Recomputed, Rule, rule_of
 from privacy.tap import Call, Taps
 
 
@@ -92,7 +92,7 @@ def _units(model: nn.Module, *, recompute: bool) -> Iterator[tuple[str, nn.Modul
 
     A layer of peft is called as a whole: what lies in it may be used in ways of its own, as DoRA uses its factors.
     """
-    modules = dict(model.named_modules())
+    modules, recomputed = dict(model.named_modules()), Recomputed()
     chosen: dict[str, Rule] = {}
     for path, module in modules.items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):

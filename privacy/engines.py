@@ -1,7 +1,8 @@
 """The table of engines: ways to get one gradient per example, in the order in which they are tried."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from functools import partial
 
 from torch import nn
 
@@ -10,43 +11,15 @@ from privacy.hooks import HooksEngine
 from privacy.loop import LoopEngine
 from privacy.per_example import Engine
 
-Opened = Callable[[nn.Module], AbstractContextManager[Engine]]
+
+def _opened(make: Callable[[nn.Module], Engine]) -> Callable[[nn.Module], AbstractContextManager[Engine]]:
+    """Returns what opens an engine on a model until the end of a `with` block."""
+    return lambda model: closing(make(model))
 
 
-@contextmanager
-def _bookkeeping(model: nn.Module) -> Iterator[Engine]:
-    engine = BookkeepingEngine(model, recompute=False)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
-def _slot(model: nn.Module) -> Iterator[Engine]:
-    engine = BookkeepingEngine(model, recompute=True)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
-def _hooks(model: nn.Module) -> Iterator[Engine]:
-    engine = HooksEngine(model)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
-def _loop(model: nn.Module) -> Iterator[Engine]:
-    engine = LoopEngine(model)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-ENGINES: dict[str, Opened] = {"bookkeeping": _bookkeeping, "slot": _slot, "hooks": _hooks, "loop": _loop}
+ENGINES: dict[str, Callable[[nn.Module], AbstractContextManager[Engine]]] = {
+    "bookkeeping": _opened(partial(BookkeepingEngine, recompute=False)),
+    "slot": _opened(partial(BookkeepingEngine, recompute=True)),
+    "hooks": _opened(HooksEngine),
+    "loop": _opened(LoopEngine),
+}

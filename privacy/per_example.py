@@ -49,6 +49,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Removes whatever the engine put on the model."""
+        ...
+
 
 def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> Tensor:
     """Returns the losses of a batch, (B,).

@@ -1,5 +1,6 @@
 """How a module's per-example gradients follow from what went in and what gradient came back."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from errors import PrivacyRefusal
 from privacy.captured import Captured, Pair
+from privacy.per_example import line_of
 from privacy.tap import Call
 
+log = logging.getLogger("offsite.privacy")
 Rule = Callable[[nn.Module, str, Call, list[Tensor], Captured], None]
 """(module, its path, call, gradients of its outputs, where the result goes)."""
 
@@ -71,38 +74,54 @@ def norm(module: nn.Module, path: str, call: Call, gradients: list[Tensor], capt
         captured.put(weight, (gradient.to(weight) * normal.to(weight)).sum(1))
 
 
-def recomputed(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+class Recomputed:
     """Any module: the gradient of its outputs' product with what came back, one example at a time through it alone.
 
-    By `vmap` over the examples where torch can, and else by a loop over them.
-
-    Raises:
-      PrivacyRefusal: a tensor that goes in or comes out has neither one entry per example nor one for all.
+    By `vmap` over the examples where torch can, and else by a loop over them; which of the two is found out once for
+    each module, by its first batch.
     """
-    size = captured.size
-    for tensor in (*call.inputs, *gradients):
-        if tensor.ndim == 0 or tensor.shape[0] not in (1, size):
-            raise _leading(path, tuple(tensor.shape), size)
-    if any(gradient.shape[0] != size for gradient in gradients):
-        raise _leading(path, tuple(gradients[0].shape), size)
-    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    mapped = [tensor.shape[0] == size for tensor in call.inputs]
 
-    def product(values: dict[str, Tensor], inputs: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> Tensor:
-        one = [tensor[None] if each else tensor for tensor, each in zip(inputs, mapped, strict=True)]
-        args, kwargs = call.arguments(one)
-        output = functional_call(module, values, args, kwargs)
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if _floating(leaf)]
-        return torch.stack([(leaf[0] * g).sum() for leaf, g in zip(leaves, back, strict=True)]).sum()
+    def __init__(self) -> None:
+        self._looped: set[str] = set()
 
-    in_dims = (None, tuple(0 if each else None for each in mapped), 0)
-    try:
-        rows = vmap(grad(product), in_dims=in_dims)(parameters, call.inputs, tuple(gradients))
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        rows = _looped(product, parameters, call, mapped, gradients)
-    for name, parameter in module.named_parameters():
-        if name in rows:
-            captured.put(parameter, rows[name].detach())
+    def __call__(self, module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
+        """See `Rule`.
+
+        Raises:
+          PrivacyRefusal: a tensor that goes in or comes out has neither one entry per example nor one for all.
+        """
+        size = captured.size
+        for tensor in (*call.inputs, *gradients):
+            if tensor.ndim == 0 or tensor.shape[0] not in (1, size):
+                raise _leading(path, tuple(tensor.shape), size)
+        if any(gradient.shape[0] != size for gradient in gradients):
+            raise _leading(path, tuple(gradients[0].shape), size)
+        for name, rows in self._rows(module, path, call, gradients).items():
+            captured.put(module.get_parameter(name), rows.detach())
+
+    def _rows(self, module: nn.Module, path: str, call: Call, gradients: list[Tensor]) -> dict[str, Tensor]:
+        parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        mapped = [tensor.shape[0] == gradients[0].shape[0] for tensor in call.inputs]
+
+        def product(values: dict[str, Tensor], inputs: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> Tensor:
+            one = [tensor[None] if each else tensor for tensor, each in zip(inputs, mapped, strict=True)]
+            args, kwargs = call.arguments(one)
+            output = functional_call(module, values, args, kwargs)
+            leaves = [leaf for leaf in pytree.tree_leaves(output) if _floating(leaf)]
+            return torch.stack([(leaf[0] * g).sum() for leaf, g in zip(leaves, back, strict=True)]).sum()
+
+        if path not in self._looped:
+            in_dims = (None, tuple(0 if each else None for each in mapped), 0)
+            try:
+                rows: dict[str, Tensor] = vmap(grad(product), in_dims=in_dims)(
+                    parameters, call.inputs, tuple(gradients)
+                )
+            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+                log.info("module %s goes through a loop: %s", path, line_of(error))
+                self._looped.add(path)
+            else:
+                return rows
+        return _looped(product, parameters, call, mapped, gradients)
 
 
 def _looped(

@@ -17,31 +17,14 @@ from torch import nn
 from errors import UnsupportedModel
 from task import checkpoint
 from task.image_classification import LabelledImages, dtype_of, label_losses, label_tally, labelled_images, two_labels
-from task.images import ImageProcessor, check_records, plain_pixels
+from task.image_text_processor import ImageTextProcessor
+from task.images import check_records, plain_pixels
 from task.labels import names_of
 from task.spec import Record, Tally
 from task.tokenizer import Tokenizer
 
 TEMPLATE = "a photo of a {}."  # arXiv 2103.00020, section 3.1.4
 HIGHEST_ENDS = 2  # an end-of-text id that old configurations have by mistake; CLIP then reads at the highest id
-
-
-@dataclass(frozen=True)
-class ClipProcessor:
-    """What a CLIP model's folder makes of images and of class prompts.
-
-    Attributes:
-      images: its image processor.
-      words: its tokenizer.
-    """
-
-    images: ImageProcessor
-    words: Tokenizer
-
-    @property
-    def largest_id(self) -> int:
-        """The largest token id that may come out; a model has to know it."""
-        return self.words.largest_id
 
 
 @dataclass(frozen=True)
@@ -105,12 +88,12 @@ class ClipClassification:
             raise UnsupportedModel(f"model_type={model.config.model_type!r}: prompts need 'clip'; choose another model")
         return model
 
-    def load_processor(self, path: Path | str) -> ClipProcessor:
+    def load_processor(self, path: Path | str) -> ImageTextProcessor:
         """Returns the image processor and the tokenizer of a directory."""
-        return ClipProcessor(ImageProcessor.of(path), checkpoint.load_tokenizer(path))
+        return ImageTextProcessor.of(path)
 
     def encode(
-        self, processor: ClipProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
+        self, processor: ImageTextProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> PromptedImages:
         """Returns each record as an example; prompts are as long as the names in the model's id2label make them.
 

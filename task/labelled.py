@@ -1,5 +1,6 @@
 """What the tasks with labels share: loading, calling, and losses from sums over each example's own targets."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from task.tokenizer import Encoding
 SHORTEST = 4  # tokens: special ones at both ends, and something between
 
 
-class Labelled:
+class Labelled(ABC):
     """A task whose models get named inputs; a subclass says what is read, how it is encoded, and what is scored."""
 
     name: ClassVar[str]
@@ -44,9 +45,9 @@ class Labelled:
         with torch.no_grad():
             model(**batch.inputs)
 
+    @abstractmethod
     def sums(self, model: nn.Module, batch: Rows) -> Tensor:
         """Returns the sum of the losses of each example's targets, nats, (B,)."""
-        raise NotImplementedError
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,30 +14,12 @@ from task import checkpoint
 from task.encode import SHORTEST, mask_of, padded
 from task.examples import Examples, vocabulary_of
 from task.image_classification import dtype_of
-from task.images import ImageProcessor, Pixels, check_records, plain_pixels, size_of
+from task.image_text_processor import ImageTextProcessor
+from task.images import Pixels, check_records, plain_pixels, size_of
 from task.spec import Record, Tally
-from task.tokenizer import Tokenizer
 
 # Vision towers, and how many places each puts before those of its patches.
 BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}
-
-
-@dataclass(frozen=True)
-class LlavaProcessor:
-    """What an image-text model's folder makes of images and of conversations.
-
-    Attributes:
-      images: its image processor.
-      words: its tokenizer, with its chat template.
-    """
-
-    images: ImageProcessor
-    words: Tokenizer
-
-    @property
-    def largest_id(self) -> int:
-        """The largest token id that may come out; a model has to know it."""
-        return self.words.largest_id
 
 
 @dataclass(frozen=True)
@@ -99,12 +81,12 @@ class ImageText:
         image_places(model.config)
         return model
 
-    def load_processor(self, path: Path | str) -> LlavaProcessor:
+    def load_processor(self, path: Path | str) -> ImageTextProcessor:
         """Returns the image processor and the tokenizer of a directory."""
-        return LlavaProcessor(ImageProcessor.of(path), checkpoint.load_tokenizer(path))
+        return ImageTextProcessor.of(path)
 
     def encode(
-        self, processor: LlavaProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
+        self, processor: ImageTextProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> AskedImages:
         """Returns each record as a conversation of one question, through the model's chat template.
 

@@ -116,6 +116,8 @@ def test_nothing_is_permitted_by_being_forgotten(tmp_path: Path, key: str) -> No
         ("min_cohort", "3.0", "type int"),
         ("min_records", "0", "at least 1"),
         ("max_rank", "0", "at least 1"),
+        ("max_adapter_share", "0.0", "above 0"),
+        ("max_adapter_share", "nan", "finite"),
         ("max_threads", "-1", "at least 0"),
         ("max_memory_gb", "-0.5", "at least 0"),
         ("max_memory_gb", "nan", "at least 0"),

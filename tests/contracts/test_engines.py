@@ -122,6 +122,10 @@ def fits(engine: str, case: str) -> bool:
     return {"bookkeeping": case in CLOSED | {"blocks of gpt2"}, "hooks": case in HOOKED}.get(engine, True)
 
 
+def fitting(engines: Any, cases: Any) -> list[tuple[str, str]]:
+    return [(engine, case) for engine in engines for case in cases if fits(engine, case)]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_example_has_its_own_gradient(engine: str, case: str) -> None:
@@ -141,12 +145,12 @@ def test_the_probe_takes_the_first_engine_that_is_exact(case: str) -> None:
     assert choose_engine(adapted(case), TASK.losses, ragged()) == wanted
 
 
-@pytest.mark.parametrize("case", ["lora on llama", "norms of gpt2", "scales", "blocks of llama"])
-@pytest.mark.parametrize("engine", ["bookkeeping", "slot", "loop"])
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    fitting(("bookkeeping", "slot", "loop"), ("lora on llama", "norms of gpt2", "scales", "blocks of llama")),
+)
 def test_gradient_checkpointing_changes_nothing(engine: str, case: str) -> None:
     """Transformers' default kind, under which Opacus' hooks see every module twice or not at all."""
-    if not fits(engine, case):
-        return
     right = by_function(adapted(case).double(), TASK.losses, ragged())
     model = adapted(case).double()
     model.gradient_checkpointing_enable()  # not reentrant
@@ -155,12 +159,9 @@ def test_gradient_checkpointing_changes_nothing(engine: str, case: str) -> None:
     assert choose_engine(model, TASK.losses, ragged()) != "hooks"
 
 
-@pytest.mark.parametrize("case", ["lora on llama", "norms of gpt2", "scales"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "case"), fitting(ENGINES, ("lora on llama", "norms of gpt2", "scales")))
 def test_a_bfloat16_model_with_float32_adapters(engine: str, case: str) -> None:
     """Against batches of one in the same precision: bfloat16 keeps 8 bits, and sums of other order round otherwise."""
-    if not fits(engine, case):
-        return
     model = adapted(case, torch.bfloat16)
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     found = by_engine(model, TASK.losses, ragged(), engine)
@@ -182,12 +183,9 @@ def clipped_sum(model: nn.Module, losses: Any, batch: Any, engine: str, bound: f
     return total
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "case"), fitting(ENGINES, CASES))
 def test_no_example_moves_the_sum_by_more_than_the_bound(engine: str, case: str) -> None:
     """Leave one out, noise off, at bounds under which all, some and none of the examples are clipped."""
-    if not fits(engine, case):
-        return
     model, batch = adapted(case), ragged()
     norms = torch.stack([g.norm() for g in by_engine(model, TASK.losses, batch, "loop")])
     for bound in (float(norms.min()) / 3, float(norms.median()), float(norms.max()) * 3):

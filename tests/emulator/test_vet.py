@@ -422,13 +422,10 @@ def test_a_narrow_adapter_passes(honest: tuple[Path, Any]) -> None:
         vet_adapter(model, chosen, slots, Limits(adapter_share=1.0), where)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "bitfit"])  # a Llama has no biases
 def test_every_method_trains_in_its_places_alone(honest: tuple[Path, Any], method: str) -> None:
     fresh = (honest[0], load(honest[0], dtype=torch.float32))
-    try:
-        model, chosen, slots, where = adapted(fresh, method=method, rank=2, targets=())
-    except UnsupportedModel:
-        return  # the family lacks what the method tunes
+    model, chosen, slots, where = adapted(fresh, method=method, rank=2, targets=())
     vet_adapter(model, chosen, slots, Limits(adapter_share=20.0, adapter_peak=1e6), where)
 
 
