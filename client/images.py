@@ -18,6 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # the first image of th
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_PIXELS = 1 << 26  # of one image; a file of few bytes can ask for more memory than there is
 MOST_BYTES = 8 << 30  # of all decoded images of a file or folder
+DEEP = ("I", "F")  # PIL's modes of 16 and 32 bits, of which a conversion would make white whatever is over 255
 LENGTHS = "_length"  # ending of an array that says how much of each row of another is not padding
 
 
@@ -75,10 +76,24 @@ def read_npz(path: Path, columns: Columns) -> list[Record]:
     if len(set(sizes.values())) != 1 or -1 in sizes.values():
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise DataError(f"data={str(path)!r} rows {shown}: all columns must have as many; write it again")
+    _check_lengths(path, arrays)
     places = range(next(iter(sizes.values())))
     return [
         Row({field: _cell(path, one, arrays, at) for field, one in columns.items()}, f"row={at + 1}") for at in places
     ]
+
+
+def _check_lengths(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        lengths = arrays.get(name + LENGTHS)
+        if lengths is None:
+            continue
+        if array.ndim < 2 or lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+            raise DataError(f"data={str(path)!r} {name}{LENGTHS} must be one whole number for each row; write it again")
+        if ((lengths < 0) | (lengths > array.shape[1])).any():
+            raise DataError(
+                f"data={str(path)!r} {name}{LENGTHS} must be 0..{array.shape[1]}, the length of a row; write it again"
+            )
 
 
 def _parquet_rows(path: Path, columns: Columns, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
@@ -127,6 +142,11 @@ def _decoded(path: Path, where: str, content: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"data={str(path)!r} {where} has over {MOST_PIXELS} pixels; make it smaller first")
+            if image.mode.startswith(DEEP):
+                raise DataError(
+                    f"data={str(path)!r} {where} has over 8 bits a channel; choose the window that matters, and write "
+                    "it with 8 bits"
+                )
             return np.array(image if image.mode == "L" else image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         raise DataError(f"data={str(path)!r} {where} is no image that can be read; remove it") from None

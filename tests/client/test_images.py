@@ -114,6 +114,25 @@ def test_files_that_are_no_images_are_refused_without_their_names(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_eight_bits_are_refused_and_not_cut_to_white(tmp_path, dtype):
+    content = io.BytesIO()
+    Image.fromarray(GREY.astype(dtype) * 200).save(content, "TIFF")
+    path = folder(tmp_path / "d", {"a/1.tiff": content.getvalue()})
+    with pytest.raises(DataError, match="image=1 has over 8 bits a channel"):
+        read(path, reader="images", columns=columns())
+
+
+@pytest.mark.parametrize("lengths", [[3, -1], [3, 6], [3.0, 1.0], ["3", "1"], [[3], [1]]])
+def test_lengths_that_no_row_can_have_are_refused(tmp_path, lengths):
+    np.savez(tmp_path / "d.npz", prompt_embeds=np.zeros((2, 5, 4)), prompt_embeds_length=np.array(lengths))
+    with pytest.raises(DataError, match="prompt_embeds_length must be"):
+        read(tmp_path / "d.npz", reader="npz", columns=columns({"prompt_embeds": object}))
+    np.savez(tmp_path / "e.npz", prompt_embeds=np.zeros((2, 5, 4)), prompt_embeds_length=np.array([5, 0]))
+    found = read(tmp_path / "e.npz", reader="npz", columns=columns({"prompt_embeds": object}))
+    assert [len(record["prompt_embeds"]) for record in found] == [5, 0]
+
+
 def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
     path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
     monkeypatch.setattr(images, "MOST_PIXELS", 62)
