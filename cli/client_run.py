@@ -134,8 +134,8 @@ def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) ->
         f"records    {SPLITS.get(facts['split'], 'cut in a way that this release does not know')} ({facts['split']})",
         f"privacy    epsilon {privacy['epsilon']} for the whole job, clip {privacy['max_grad_norm']:.4g}, "
         f"accountant {privacy['accountant']}",
-        f"sum        of at least {facts['n_min']} of {len(facts['roster'])} sites: "
-        + ", ".join(site for site, _ in facts["roster"]),
+        f"{'round' if rule['individuals'] else 'sum':<10} of at least {facts['n_min']} of {len(facts['roster'])} "
+        f"sites: {', '.join(site for site, _ in facts['roster'])}",
         *_of_rule(rule, adapter["rank"]),
         f"leaves     one {'signed, plain' if rule['individuals'] else 'masked'} update a round; "
         f"metrics: {', '.join(facts['metrics']) or 'none'}",

@@ -16,8 +16,10 @@ def round_text(line: dict[str, Any], planned: int) -> str:
     """Returns one line about a finished round."""
     verdict = "taken over" if line["accepted"] else "NOT taken over"
     loss = "not finite" if line["public_loss"] is None else f"{line['public_loss']:.4f}"
+    # the key is missing in what an earlier release wrote
+    how = "sites' updates seen one by one" if line.get("individuals") else "sites summed"
     return (
-        f"round {line['round']} of {planned}: {len(line['members'])} sites summed, "
+        f"round {line['round']} of {planned}: {len(line['members'])} {how}, "
         f"public loss {loss} nats, {verdict}, {line['seconds']:.0f} s"
     )
 

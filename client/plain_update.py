@@ -1,10 +1,10 @@
-"""An update that leaves a site as it is: signed, once, and only in a job that says so."""
+"""An update that leaves a site as it is: sealed to its coordinator, signed, once, and only in a job that says so."""
 
 import hashlib
 
 import numpy as np
 
-from protos.terms import UPDATE
+from protos.sealed_update import UPDATE, close, digest_of
 from secagg import messages, ring
 from secagg.journal import Journal
 from secagg.messages import Signed
@@ -12,8 +12,10 @@ from secagg.terms import Terms
 from trust.identity import Identity
 
 
-def spend(update: np.ndarray, terms: Terms, site: str, identity: Identity, journal: Journal) -> Signed:
-    """Enters an update as sent, and returns the signature of its SHA-256 for the round of these terms.
+def spend(
+    update: np.ndarray, terms: Terms, site: str, identity: Identity, journal: Journal, *, sealing: bytes
+) -> tuple[Signed, bytes]:
+    """Enters an update as sent, and returns its box with the signature over the box's SHA-256 for this round.
 
     As in secure aggregation the round is claimed and the update spent, durably, before anything can leave.
 
@@ -23,13 +25,15 @@ def spend(update: np.ndarray, terms: Terms, site: str, identity: Identity, journ
       site: this site's name.
       identity: its key.
       journal: its memory.
+      sealing: public key of the coordinator's for this attempt; nobody between reads the update.
 
     Raises:
       RangeError: the update may not be sent.
+      Untrusted: the public key is none.
       ProtocolViolation: the round is not newer than the last one, or this update was sent before.
     """
     ring.check(update, clip=terms.clip, length=terms.length)
+    box = close(update, terms, site, sealing)
     journal.claim(terms.federation, terms.epoch, terms.round)
-    digest = hashlib.sha256(np.ascontiguousarray(update).data).digest()
-    journal.spend(digest)
-    return messages.sign(identity, UPDATE, terms.t0(), site, digest)
+    journal.spend(hashlib.sha256(np.ascontiguousarray(update).data).digest())
+    return messages.sign(identity, UPDATE, terms.t0(), site, digest_of(box)), box

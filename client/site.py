@@ -149,16 +149,18 @@ class Site:
             self._pending = self._member = None  # it can never be sent; the next try trains anew
             raise
 
-    def update(self, request: codec.KeysRequest) -> codec.Message:
-        """Sends the pending update as it is, once; only in a job that says so, which its owner permitted."""
+    def update(self, request: codec.UpdateRequest) -> codec.Message:
+        """Sends the pending update as it is, sealed to the coordinator, once; only in a job that says so."""
         if not self._manifest.aggregation.individuals:
             raise ProtocolViolation("stage=update: in this job an update leaves masked, or not at all; open its keys")
-        pending, terms = self._awaited(request)
+        pending, terms = self._awaited(request.opening)
         self._pending = None  # whatever happens now, it is not sent a second time
-        commitment = spend(pending.update, terms, self.name, self._identity, self._journal)
+        commitment, box = spend(
+            pending.update, terms, self.name, self._identity, self._journal, sealing=request.sealing
+        )
         self._left += 1
         head = self._books.release(Release(pending.of[0], pending.event, pending.update, pending.update.nbytes))
-        return codec.UpdateReply(bytes_of(commitment), pending.update, head)
+        return codec.UpdateReply(bytes_of(commitment), box, head)
 
     def _awaited(self, request: codec.KeysRequest) -> tuple["_Pending", Terms]:
         """Returns the update that a round asks for, and the terms of that round."""
@@ -242,7 +244,7 @@ def _typed(kind: type, method: Callable[..., codec.Message]) -> _Handler:
 STAGES: dict[str, _Handler] = {
     "train": _typed(codec.TrainRequest, Site.train),
     "keys": _typed(codec.KeysRequest, Site.keys),
-    "update": _typed(codec.KeysRequest, Site.update),
+    "update": _typed(codec.UpdateRequest, Site.update),
     "shares": _typed(codec.SignedBatch, Site.shares),
     "masked": _typed(codec.SignedBatch, Site.masked),
     "survivors": _typed(codec.Announcement, Site.survivors),

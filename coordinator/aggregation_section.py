@@ -1,6 +1,6 @@
 """The section of a report on the server rule: who was in it, what it was shown, and what that cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.aggregate import Aggregator
@@ -12,10 +12,31 @@ IN_THE_OPEN = (
     "records from it is the noise that the site had added, if any, and nothing else."
 )
 
+SAID_OPENLY = "secure aggregation is OFF: the coordinator sees each site's own update, with the site's noise, if any"
+
 
 def facts_of(rule: Aggregator) -> dict[str, Any]:
     """Returns what a report says of a rule."""
     return {"rule": rule.name, "needs": rule.needs, "linear": rule.linear, "why": rule.why}
+
+
+def left_out(dropped: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines of a table of who dropped out of which round and why; none where nobody did."""
+    if not dropped:
+        return []
+    rows = [f"| {one['site']} | {one['round']} | {one['stage']} | {_cell(one['reason'])} |" for one in dropped]
+    head = ["| site | round | stage | reason |", "|---|---|---|---|"]
+    return ["These sites dropped out of a round:", "", *head, *rows, ""]
+
+
+def rule_text(facts: Mapping[str, Any]) -> str:
+    """Returns a sentence on the server rule, from what `facts_of` gives."""
+    straight = (
+        "what it makes of an upload is linear in it, so noise in the one stays as it is in the other"
+        if facts["linear"]
+        else "what it makes of an upload is not linear in it"
+    )
+    return f"The server rule {facts['rule']}: {facts['why']}; {straight}."
 
 
 def aggregation(report: Report) -> Section:
@@ -27,7 +48,7 @@ def aggregation(report: Report) -> Section:
         "Secure aggregation" if facts["enabled"] else "No secure aggregation",
         (
             told,
-            _rule(report["aggregation"]),
+            rule_text(report["aggregation"]),
             "No site dropped out." if not rows else "These sites dropped out of a round:",
         ),
         ("site", "round", "stage", "reason") if rows else (),
@@ -52,10 +73,6 @@ def _updates(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _rule(facts: Mapping[str, Any]) -> str:
-    straight = (
-        "what it makes of an upload is linear in it, so noise in the one stays as it is in the other"
-        if facts["linear"]
-        else "what it makes of an upload is not linear in it"
-    )
-    return f"The server rule {facts['rule']}: {facts['why']}; {straight}."
+def _cell(text: str) -> str:
+    """Returns a text that may be a site's own as it stands in a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from coordinator.exchange import Exchange
 from coordinator.numbers import Numbers
-from coordinator.rounds import RoundPlan
+from coordinator.rounds import SECRET_BYTES, RoundPlan
 from coordinator.store import write_atomically
 from errors import DataError, MalformedMessage
+from trust.files import PRIVATE
 from trust.wire import Reader, Writer
 
 MAX_STAGE_BYTES = 1 << 40
@@ -73,7 +74,7 @@ class Attempts:
             self.close()
             plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
             _make(self._folder)
-            write_atomically(self._folder / PLAN, _write_plan(plan))
+            write_atomically(self._folder / PLAN, _write_plan(plan), mode=PRIVATE)  # it holds what opens single updates
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
     def close(self) -> None:
@@ -138,17 +139,17 @@ def _make(folder: Path) -> None:
 
 
 def _write_plan(plan: RoundPlan) -> bytes:
-    return json.dumps(
-        {"number": plan.number, "sequence": plan.sequence, "nonce": plan.nonce.hex(), "cohort": list(plan.cohort)}
-    ).encode()
+    content = {"number": plan.number, "sequence": plan.sequence, "cohort": list(plan.cohort)}
+    return json.dumps(content | {"nonce": plan.nonce.hex(), "secret": plan.secret.hex()}).encode()
 
 
 def _read_plan(path: Path) -> RoundPlan:
     content = path.read_bytes()
     try:
         plan = json.loads(content)
-        read = RoundPlan(plan["number"], plan["sequence"], bytes.fromhex(plan["nonce"]), tuple(plan["cohort"]))
-        if _write_plan(read) != content or len(read.nonce) != DIGEST_BYTES:
+        nonce, secret = bytes.fromhex(plan["nonce"]), bytes.fromhex(plan["secret"])
+        read = RoundPlan(plan["number"], plan["sequence"], nonce, tuple(plan["cohort"]), secret)
+        if _write_plan(read) != content or (len(nonce), len(secret)) != (DIGEST_BYTES, SECRET_BYTES):
             raise ValueError("not as it was written")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"attempt={path.name} is damaged; remove {path.parent}, and the round is tried anew") from error

@@ -122,4 +122,4 @@ class Conversation:
         """
         if len(alive) < needed:
             first = f"; first refusal: {self.refused[0].site}: {self.refused[0].reason}" if self.refused else ""
-            raise TooFewSurvivors(f"sites={len(alive)} after {stage}: {needed} are needed to open a sum{first}")
+            raise TooFewSurvivors(f"sites={len(alive)} after {stage}: {needed} are needed in a round{first}")

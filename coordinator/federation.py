@@ -200,5 +200,6 @@ def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:
         "bytes_up": result.traffic.up,
         "upload_bytes": result.upload_bytes,
         "payload_bytes": result.payload_bytes,
+        "individuals": result.individuals is not None,
         "seconds": round(seconds, 3),
     }

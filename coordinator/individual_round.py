@@ -1,6 +1,7 @@
-"""The rest of a round without secure aggregation: each site's update, signed, as every owner permitted."""
+"""The rest of a round without secure aggregation: each site's update, sealed and signed, as every owner permitted."""
 
-import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,38 +10,64 @@ from coordinator.exchange import Conversation
 from errors import ProtocolViolation
 from protos import codec
 from protos.manifest import JobManifest
-from protos.terms import UPDATE, terms_of
+from protos.sealed_update import UPDATE, digest_of, key_of, unclose
+from protos.terms import terms_of
 from secagg import messages, ring
 from secagg.messages import Signed
 from secagg.terms import Terms
+from trust.sealing import SealingKey
+
+
+@dataclass(frozen=True)
+class Individuals:
+    """What came back.
+
+    Attributes:
+      replies: the answers, by site, also those that count for nothing.
+      updates: float32 (d,) of each site whose answer is in order.
+    """
+
+    replies: Mapping[str, codec.UpdateReply]
+    updates: Mapping[str, np.ndarray]
 
 
 def individual_updates(
-    manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation
-) -> dict[str, codec.UpdateReply]:
-    """Asks each site for its update and returns the answers, by site; what is wrong in one costs its site the round.
+    manifest: JobManifest, opening: codec.KeysRequest, secret: bytes, talk: Conversation
+) -> Individuals:
+    """Asks each site for its update; what is wrong in one costs its site the round, and nobody else.
+
+    Args:
+      manifest: the job.
+      opening: the round and who is in it.
+      secret: 32 bytes of this attempt, of which the key is made that opens the answers.
+      talk: to the sites.
 
     Raises:
       ConfigError: fewer sites than n_min.
     """
-    terms = terms_of(manifest, opening)
-    replies = talk.ask("update", dict.fromkeys(opening.invited, opening), codec.UpdateReply)
+    terms, key = terms_of(manifest, opening), key_of(secret)
+    request = codec.UpdateRequest(opening, key.public)
+    replies = talk.ask(UPDATE, dict.fromkeys(opening.invited, request), codec.UpdateReply)
+    updates: dict[str, np.ndarray] = {}
     for site, reply in replies.items():
-        talk.guard(site, "update", partial(_check, terms, site, reply))
-    return replies
+        talk.guard(site, UPDATE, partial(_take, updates, terms, site, reply, key))
+    return Individuals(replies, updates)
 
 
-def _check(terms: Terms, site: str, reply: codec.UpdateReply) -> None:
-    """Checks that an update is this site's, for this round, and one that it may send.
+def _take(updates: dict[str, np.ndarray], terms: Terms, site: str, reply: codec.UpdateReply, key: SealingKey) -> None:
+    """Keeps an update that is this site's, for this round, and one that it may send.
 
     Raises:
-      ProtocolViolation: another sender, another vector than was signed, or signed for another round.
+      ProtocolViolation: another sender, another box than was signed, or signed for another round.
+      Untrusted: it does not open.
       RangeError: wrong length, not finite, or out of the job's bound.
     """
     signed, public = reply.commitment, terms.public_key(site)
     if signed.sender != site or public is None:
         raise ProtocolViolation(f"sender={signed.sender!r}: site {site!r} was asked; drop the update")
     messages.check(public, UPDATE, terms.t0(), Signed(signed.sender, signed.body, signed.signature))
-    if hashlib.sha256(np.ascontiguousarray(reply.vector).data).digest() != signed.body:
+    if digest_of(reply.box) != signed.body:
         raise ProtocolViolation(f"sender={site!r} signed the hash of another update; drop the update")
-    ring.check(reply.vector, clip=terms.clip, length=terms.length)
+    update = unclose(reply.box, terms, site, key)
+    ring.check(update, clip=terms.clip, length=terms.length)
+    updates[site] = update

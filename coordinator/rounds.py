@@ -1,8 +1,9 @@
 """One round, top to bottom: train, sum without seeing, and hand back the mean update; or, where permitted, see each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from secrets import token_bytes
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from protos.upload import mean_of
 from secagg.collector import Collector, Sum
 from secagg.messages import Signed
 
+SECRET_BYTES = 32
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -26,12 +29,14 @@ class RoundPlan:
       sequence: secure-aggregation round, never used before in this epoch.
       nonce: 32 random bytes.
       cohort: sites that are asked.
+      secret: 32 random bytes that stay here; without secure aggregation the updates are sealed to a key made of them.
     """
 
     number: int
     sequence: int
     nonce: bytes
     cohort: tuple[str, ...]
+    secret: bytes = field(default_factory=lambda: token_bytes(SECRET_BYTES), repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def run_round(
     start = adapter_digest(adapter, refresh)
     opening = codec.KeysRequest(plan.number, plan.sequence, plan.nonce, start, invited=tuple(sorted(ready)))
     if manifest.aggregation.individuals:
-        return _in_the_open(manifest, opening, talk, on_ledger)
+        return _one_by_one(manifest, opening, plan.secret, talk, on_ledger)
     return _in_secret(manifest, opening, talk, on_ledger)
 
 
@@ -152,16 +157,16 @@ def _in_secret(
     )
 
 
-def _in_the_open(
-    manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation, on_ledger: OnLedger
+def _one_by_one(
+    manifest: JobManifest, opening: codec.KeysRequest, secret: bytes, talk: Conversation, on_ledger: OnLedger
 ) -> RoundResult:
     """Takes each site's update as it is, where the job says so and every owner has permitted it."""
-    replies = individual_updates(manifest, opening, talk)
-    for site, reply in replies.items():
+    found = individual_updates(manifest, opening, secret, talk)
+    for site, reply in found.replies.items():
         on_ledger(site, reply.ledger)
-    members = tuple(sorted(talk.alive(replies)))
+    members = tuple(sorted(found.updates))
     talk.enough(members, manifest.n_min, "update")
-    updates = np.stack([replies[site].vector.astype(np.float64) for site in members])
+    updates = np.stack([found.updates[site].astype(np.float64) for site in members])
     return RoundResult(
         update=mean_of(manifest, opening.round, updates.sum(axis=0), members),
         members=members,
@@ -169,7 +174,7 @@ def _in_the_open(
         refused=tuple(talk.refused),
         faulty=(),
         traffic=talk.traffic,
-        upload_bytes=max(len(codec.encode(reply)) for reply in replies.values()),
+        upload_bytes=max(len(codec.encode(reply)) for reply in found.replies.values()),
         payload_bytes=4 * manifest.upload_size(opening.round),
         individuals=updates,
     )

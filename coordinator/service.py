@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from coordinator.aggregation_section import SAID_OPENLY
 from coordinator.attempt import Attempts
 from coordinator.config import CoordinatorConfig, FedConfig
 from coordinator.correspondence import Correspondence
@@ -37,7 +38,7 @@ from trust.certificates import certificate_key
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
 FRESH_SECONDS = 60.0  # for which who is ready is taken as known
-UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: a masked entry; shares, signatures and whatever stands around
+UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: an entry; shares, signatures and whatever stands around
 LINK_TRIES = 5  # times in a row without a whole round
 ASKED = 2  # times that a connected site is asked for one stage
 Deliveries = Mapping[str, Delivery]  # each site's
@@ -93,6 +94,8 @@ def run_job(setting: Setting) -> tuple[Job, Progress]:
     setting.status.set("building")
     epoch = setting.home.federation()
     job = open_job(setting, epoch)
+    if job.manifest.aggregation.individuals:
+        setting.on_step(SAID_OPENLY)
     if (done := _done(setting.store, job.manifest)) is not None:
         _attempts(setting).close()  # the last round's, where the kill came before it was closed
         setting.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)

@@ -7,7 +7,7 @@ from typing import Any
 FORMAT = 1
 
 HIDDEN = "the update of a single site; secure aggregation hides it, and the noise of the site is already in it"
-SEEN = "the update of every single site, with the site's noise in it: this run had no secure aggregation"
+SEEN = "the update of every single site, {noise}: this run had no secure aggregation"
 COORDINATOR_TRUST = {
     "sees": [
         "the final adapter, and after every round the sum of the sites' updates",
@@ -129,13 +129,18 @@ def _coordinator(report: Mapping[str, Any]) -> dict[str, Any]:
     if report["secagg"]["enabled"]:
         return dict(COORDINATOR_TRUST)
     trusted = [one for one in COORDINATOR_TRUST["is_not_trusted_with"] if one != HIDDEN]
-    return COORDINATOR_TRUST | {"sees": [SEEN, *COORDINATOR_TRUST["sees"]], "is_not_trusted_with": trusted}
+    return COORDINATOR_TRUST | {"sees": [_seen(report), *COORDINATOR_TRUST["sees"]], "is_not_trusted_with": trusted}
+
+
+def _seen(report: Mapping[str, Any]) -> str:
+    private = report["privacy"]["private"]
+    return SEEN.format(noise="with the site's noise in it" if private else "without any noise")
 
 
 def _secure_aggregation(report: Mapping[str, Any]) -> dict[str, Any]:
     secagg = report["secagg"]
     if not secagg["enabled"]:
-        return {"enabled": False, "members": secagg["members"], "claim": f"none: the coordinator sees {SEEN}"}
+        return {"enabled": False, "members": secagg["members"], "claim": f"none: the coordinator sees {_seen(report)}"}
     return {
         "enabled": True,
         "suite": secagg["suite"],

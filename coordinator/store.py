@@ -14,19 +14,19 @@ from safetensors.numpy import save
 from coordinator.aggregate import ServerState
 from emulator.refreshable import WIRE, Refresh
 from errors import DataError, OffsiteError
-from trust.files import write_whole
+from trust.files import PUBLIC, write_whole
 
 BIAS = "refresh/"  # before the name of an emulator's bias
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
     """Replaces a file in one step, on disk before the old one is gone.
 
     Raises:
       DataError: the disk is full or the folder cannot be written; the old file stands.
     """
     try:
-        write_whole(path, content)
+        write_whole(path, content, mode=mode)
     except OffsiteError as error:
         raise _unwritable(path, error) from error
 

@@ -29,10 +29,12 @@ from protos.messages import (
     TrainReply,
     TrainRequest,
     UpdateReply,
+    UpdateRequest,
     one_line,
 )
 from trust import canonical
 from trust.federation import MOST_SITES
+from trust.sealing import HYBRID, PUBLIC_BYTES
 
 __all__ = [
     "Announcement",
@@ -50,6 +52,7 @@ __all__ = [
     "TrainReply",
     "TrainRequest",
     "UpdateReply",
+    "UpdateRequest",
     "decode",
     "decode_letter",
     "encode",
@@ -57,7 +60,6 @@ __all__ = [
 ]
 T = TypeVar("T")
 K = TypeVar("K", wire.Refusal, wire.Notice)
-U = TypeVar("U", wire.MaskedReply, wire.UpdateReply)
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
@@ -156,13 +158,31 @@ def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
     return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(_name(site) for site in _few(keys.invited)))
 
 
-def _upload(reply: wire.MaskedReply | wire.UpdateReply, dtype: str) -> tuple[SignedBytes, Any, LedgerHead | None]:
-    return _batch([reply.commitment])[0], _vector(reply.vector, dtype), _optional_head(reply)
+def _write_keys_request(message: KeysRequest) -> wire.KeysRequest:
+    return wire.KeysRequest(**_fields(message))
 
 
-def _write_upload(kind: type[U], message: MaskedReply | UpdateReply, dtype: str) -> U:
-    vector = np.ascontiguousarray(message.vector, dtype=dtype).tobytes()
-    return kind(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
+def _masked_reply(reply: wire.MaskedReply) -> MaskedReply:
+    return MaskedReply(_batch([reply.commitment])[0], _vector(reply.vector, "<u4"), _optional_head(reply))
+
+
+def _write_masked_reply(message: MaskedReply) -> wire.MaskedReply:
+    vector = np.ascontiguousarray(message.vector, dtype="<u4").tobytes()
+    return wire.MaskedReply(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
+
+
+def _update_request(request: wire.UpdateRequest) -> UpdateRequest:
+    if len(request.sealing) != PUBLIC_BYTES[HYBRID]:
+        raise MalformedMessage(f"sealing_bytes={len(request.sealing)}: the key has {PUBLIC_BYTES[HYBRID]}; refuse it")
+    return UpdateRequest(_keys_request(request.opening), request.sealing)
+
+
+def _update_reply(reply: wire.UpdateReply) -> UpdateReply:
+    return UpdateReply(_batch([reply.commitment])[0], reply.box, _optional_head(reply))
+
+
+def _write_update_reply(message: UpdateReply) -> wire.UpdateReply:
+    return wire.UpdateReply(commitment=_signed(message.commitment), box=message.box, ledger=_write_head(message.ledger))
 
 
 def _write_offer(message: Offer) -> wire.Offer:
@@ -271,10 +291,14 @@ def _digest(data: bytes) -> bytes:
 _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     TrainRequest: ("train_request", _write_train_request),
     TrainReply: ("train_reply", lambda m: wire.TrainReply(round=m.round)),
-    KeysRequest: ("keys_request", lambda m: wire.KeysRequest(**_fields(m))),
+    KeysRequest: ("keys_request", _write_keys_request),
     SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),
-    MaskedReply: ("masked_reply", lambda m: _write_upload(wire.MaskedReply, m, "<u4")),
-    UpdateReply: ("update_reply", lambda m: _write_upload(wire.UpdateReply, m, "<f4")),
+    MaskedReply: ("masked_reply", _write_masked_reply),
+    UpdateRequest: (
+        "update_request",
+        lambda m: wire.UpdateRequest(opening=_write_keys_request(m.opening), sealing=m.sealing),
+    ),
+    UpdateReply: ("update_reply", _write_update_reply),
     Announcement: ("announcement", lambda m: wire.Announcement(body=m.body)),
     Refusal: ("refusal", lambda m: _write_shown(wire.Refusal, m)),
     Offer: ("offer", _write_offer),
@@ -287,8 +311,9 @@ _READERS: dict[str | None, Callable[[Any], Message]] = {
     "train_reply": lambda m: TrainReply(m.round),
     "keys_request": _keys_request,
     "signed_batch": lambda m: SignedBatch(_batch(m.messages)),
-    "masked_reply": lambda m: MaskedReply(*_upload(m, "<u4")),
-    "update_reply": lambda m: UpdateReply(*_upload(m, "<f4")),
+    "masked_reply": _masked_reply,
+    "update_request": _update_request,
+    "update_reply": _update_reply,
     "announcement": lambda m: Announcement(m.body),
     "refusal": lambda m: Refusal(*_shown(m.kind, m.reason, "refusal")),
     "offer": _offer,

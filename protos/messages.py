@@ -100,11 +100,24 @@ class MaskedReply:
 
 
 @dataclass(frozen=True)
+class UpdateRequest:
+    """Asks for an update as it is, in a job without secure aggregation.
+
+    Attributes:
+      opening: the round; the same for all its sites.
+      sealing: public X-Wing key of this attempt, 1216 bytes, to which the update is sealed.
+    """
+
+    opening: KeysRequest
+    sealing: bytes
+
+
+@dataclass(frozen=True)
 class UpdateReply:
-    """A signed commitment and the update as it is, float32 (d,); only where the job has no secure aggregation."""
+    """A commitment to a box and the box, in which the update is as it is; see `protos.sealed_update`."""
 
     commitment: SignedBytes
-    vector: np.ndarray
+    box: bytes
     ledger: LedgerHead | None = None
 
 
@@ -184,6 +197,7 @@ Message = (
     | KeysRequest
     | SignedBatch
     | MaskedReply
+    | UpdateRequest
     | UpdateReply
     | Announcement
     | Refusal

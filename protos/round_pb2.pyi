@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice", "update_reply")
+    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice", "update_reply", "update_request")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class Envelope(_message.Message):
     OFFER_REPLY_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_REPLY_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     version: int
     train_request: TrainRequest
     train_reply: TrainReply
@@ -32,7 +33,8 @@ class Envelope(_message.Message):
     offer_reply: OfferReply
     notice: Notice
     update_reply: UpdateReply
-    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., update_reply: _Optional[_Union[UpdateReply, _Mapping]] = ...) -> None: ...
+    update_request: UpdateRequest
+    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., update_reply: _Optional[_Union[UpdateReply, _Mapping]] = ..., update_request: _Optional[_Union[UpdateRequest, _Mapping]] = ...) -> None: ...
 
 class Letter(_message.Message):
     __slots__ = ("version", "federation", "sender", "recipient", "stage", "number", "body", "signature")
@@ -180,15 +182,23 @@ class MaskedReply(_message.Message):
     ledger: Countersigned
     def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
 
+class UpdateRequest(_message.Message):
+    __slots__ = ("opening", "sealing")
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    SEALING_FIELD_NUMBER: _ClassVar[int]
+    opening: KeysRequest
+    sealing: bytes
+    def __init__(self, opening: _Optional[_Union[KeysRequest, _Mapping]] = ..., sealing: _Optional[bytes] = ...) -> None: ...
+
 class UpdateReply(_message.Message):
-    __slots__ = ("commitment", "vector", "ledger")
+    __slots__ = ("commitment", "ledger", "box")
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
-    VECTOR_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
     commitment: Signed
-    vector: bytes
     ledger: Countersigned
-    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
+    box: bytes
+    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ..., box: _Optional[bytes] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("body",)

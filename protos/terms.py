@@ -12,7 +12,6 @@ from secagg.terms import Terms
 from trust.wire import Writer
 
 _REFRESHED = "offsite refreshed start"
-UPDATE = "update"  # the step under which a site signs an update that leaves as it is, in the place of the masked one
 
 
 def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = ()) -> bytes:

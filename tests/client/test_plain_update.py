@@ -1,7 +1,6 @@
 """Updates in the open, at real sites: only as permitted, once, signed for one round, and entered before they leave."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,12 +16,15 @@ from coordinator.rounds import RoundPlan, RoundResult, run_round
 from errors import TooFewSurvivors
 from privacy.randomness import Randomness
 from protos import codec
+from protos.sealed_update import UPDATE, close, digest_of, key_of, unclose
 from protos.terms import adapter_digest, terms_of
 from secagg import messages
+from secagg.terms import Terms
 from tests.memory_federation import RunningSite, World, make_world
 from tests.rule_worlds import examples_of, written
 
 PERMITTED = {"allow_individual_updates": True}
+SECRET = bytes([9] * 32)
 Change = Callable[[codec.UpdateReply], codec.UpdateReply]
 
 
@@ -47,11 +49,15 @@ def sites(world: World, tmp_path: Path) -> dict[str, RunningSite]:
 
 
 def plan(number: int, sequence: int, sites: Iterable[str]) -> RoundPlan:
-    return RoundPlan(number, sequence, bytes([sequence] * 32), tuple(sorted(sites)))
+    return RoundPlan(number, sequence, bytes([sequence] * 32), tuple(sorted(sites)), SECRET)
 
 
 def opening(world: World, sequence: int = 1, number: int = 1) -> codec.KeysRequest:
     return codec.KeysRequest(number, sequence, bytes(32), adapter_digest(world.start), invited=world.sites)
+
+
+def request(world: World, sequence: int = 1, number: int = 1) -> codec.UpdateRequest:
+    return codec.UpdateRequest(opening(world, sequence, number), key_of(SECRET).public)
 
 
 def through(sites: dict[str, RunningSite], kept: dict[tuple[str, str], bytes] | None = None) -> MemoryExchange:
@@ -130,18 +136,18 @@ def test_an_owner_who_does_not_permit_it_is_not_in_the_job(world: World, tmp_pat
 
 def test_an_update_leaves_once(world: World, sites: dict[str, RunningSite]) -> None:
     """The same question has the same bytes for an answer; another one, with another number, has none."""
-    site, request = sites["ash"], codec.TrainRequest(world.manifest.digest(), 1, world.start)
-    assert site.ask("train", request) == codec.TrainReply(1)
-    ask = codec.encode(opening(world))
+    site, training = sites["ash"], codec.TrainRequest(world.manifest.digest(), 1, world.start)
+    assert site.ask("train", training) == codec.TrainReply(1)
+    ask = codec.encode(request(world))
     first = site.service.handle("update", ask)
     assert isinstance(codec.decode(first), codec.UpdateReply)
     assert site.service.handle("update", ask) == first
     assert site.ledger.head()[0] == 1
-    more = site.ask("update", opening(world, sequence=2))
+    more = site.ask("update", request(world, sequence=2))
     assert isinstance(more, codec.Refusal)
     assert "no update of this round is waiting" in more.reason
-    assert site.ask("train", dataclasses.replace(request, round=2)) == codec.TrainReply(2)
-    old = site.ask("update", opening(world, sequence=1, number=2))
+    assert site.ask("train", dataclasses.replace(training, round=2)) == codec.TrainReply(2)
+    old = site.ask("update", request(world, sequence=1, number=2))
     assert isinstance(old, codec.Refusal)
     assert "is not newer than" in old.reason
     assert site.ledger.head()[0] == 1
@@ -167,69 +173,118 @@ def test_a_job_is_one_way_or_the_other(world: World, sites: dict[str, RunningSit
     other = RunningSite(secret, "ash", tmp_path / "other", policy=PERMITTED, package=secret.run.store.package)
     other.ready()
     other.ask("train", codec.TrainRequest(secret.manifest.digest(), 1, secret.start))
-    reply = other.ask("update", opening(secret))
+    reply = other.ask("update", request(secret))
     assert isinstance(reply, codec.Refusal)
     assert "leaves masked, or not at all" in reply.reason
     assert other.ledger.head()[0] == 0
-
-
-def _signed_again(world: World, reply: codec.UpdateReply, vector: np.ndarray) -> codec.UpdateReply:
-    """As the site itself would sign another vector."""
-    digest = hashlib.sha256(vector.data).digest()
-    found = messages.sign(
-        world.identities["elm"], "update", terms_of(world.manifest, _asked(world)).t0(), "elm", digest
-    )
-    commitment = codec.SignedBytes("elm", found.body, found.signature)
-    return dataclasses.replace(reply, vector=vector, commitment=commitment)
 
 
 def _asked(world: World) -> codec.KeysRequest:
     return codec.KeysRequest(1, 1, bytes([1] * 32), adapter_digest(world.start), invited=world.sites)
 
 
-def _bad(world: World) -> dict[str, tuple[Change, str]]:
-    def filled(value: float, extra: int = 0) -> Change:
-        def change(reply: codec.UpdateReply) -> codec.UpdateReply:
-            vector = np.append(reply.vector, np.zeros(extra, dtype=np.float32)).astype(np.float32)
-            vector[0] = value
-            return _signed_again(world, reply, vector)
+def _terms(world: World) -> Terms:
+    return terms_of(world.manifest, _asked(world))
 
-        return change
+
+def _sealed_again(world: World, reply: codec.UpdateReply, box: bytes) -> codec.UpdateReply:
+    """As the site itself would sign another box."""
+    found = messages.sign(world.identities["elm"], UPDATE, _terms(world).t0(), "elm", digest_of(box))
+    commitment = codec.SignedBytes("elm", found.body, found.signature)
+    return dataclasses.replace(reply, box=box, commitment=commitment)
+
+
+def _with_first(world: World, value: float, extra: int = 0) -> Change:
+    """The site's update with another first value, and further ones behind it."""
+
+    def change(reply: codec.UpdateReply) -> codec.UpdateReply:
+        update = unclose(reply.box, _terms(world), "elm", key_of(SECRET))
+        update = np.append(update, np.zeros(extra, dtype=np.float32)).astype(np.float32)
+        update[0] = value
+        return _sealed_again(world, reply, close(update, _terms(world), "elm", key_of(SECRET).public))
+
+    return change
+
+
+def _bad(world: World, answers: dict[tuple[str, str], bytes]) -> dict[str, tuple[Change, str]]:
+    bound, terms, size = world.manifest.update_bound, _terms(world), world.manifest.upload_size(1)
 
     def named(sender: str) -> Change:
         return lambda r: dataclasses.replace(r, commitment=dataclasses.replace(r.commitment, sender=sender))
 
-    def flip(reply: codec.UpdateReply) -> codec.UpdateReply:
-        return dataclasses.replace(reply, vector=np.append(reply.vector[1:], reply.vector[:1]))
+    def closed(key: bytes, terms: Terms) -> Change:
+        return lambda r: _sealed_again(world, r, close(np.zeros(size, np.float32), terms, "elm", key))
 
-    def forge(reply: codec.UpdateReply) -> codec.UpdateReply:
+    def copied(reply: codec.UpdateReply) -> codec.UpdateReply:
+        other = codec.decode(answers["ash", "update"])
+        assert isinstance(other, codec.UpdateReply)
+        return _sealed_again(world, reply, other.box)
+
+    def forged(reply: codec.UpdateReply) -> codec.UpdateReply:
         return dataclasses.replace(reply, commitment=dataclasses.replace(reply.commitment, signature=bytes(64)))
 
-    bound = world.manifest.update_bound
+    other_round, key = dataclasses.replace(terms, round=2), key_of(SECRET).public
     return {
-        "not a number": (filled(np.nan), "outside it or not finite"),
-        "infinite": (filled(np.inf), "outside it or not finite"),
-        "too large": (filled(bound * 1.01), "outside it or not finite"),
-        "too long": (filled(0.0, extra=1), "use the agreed adapter layout"),
+        "not a number": (_with_first(world, np.nan), "outside it or not finite"),
+        "infinite": (_with_first(world, np.inf), "outside it or not finite"),
+        "too large": (_with_first(world, bound * 1.01), "outside it or not finite"),
+        "too long": (_with_first(world, 0.0, extra=1), f"not an update of {size} entries"),
+        "nothing": (lambda reply: _sealed_again(world, reply, b""), f"not an update of {size} entries"),
         "another's name": (named("ash"), "site 'elm' was asked"),
-        "another vector": (flip, "signed the hash of another update"),
-        "no signature": (forge, "signature"),
+        "another's update": (copied, "does not open"),
+        "another key": (closed(key_of(bytes(32)).public, terms), "does not open"),
+        "another round": (closed(key, other_round), "does not open"),
+        "altered and signed": (lambda r: _sealed_again(world, r, r.box[:-1] + bytes([r.box[-1] ^ 1])), "does not open"),
+        "altered": (lambda r: dataclasses.replace(r, box=r.box[:-1]), "signed the hash of another update"),
+        "no signature": (forged, "signature"),
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["not a number", "infinite", "too large", "too long", "another's name", "another vector", "no signature"]
-)
+KINDS = [
+    *("not a number", "infinite", "too large", "too long", "nothing", "another's name", "another's update"),
+    *("another key", "another round", "altered and signed", "altered", "no signature"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_update_costs_its_site_the_round_and_nobody_else(
     world: World, answers: dict[tuple[str, str], bytes], kind: str
 ) -> None:
-    change, words = _bad(world)[kind]
-    assert again(world, answers, "elm", lambda reply: reply).members == world.sites
+    bad = _bad(world, answers)
+    assert list(bad) == KINDS
+    change, words = bad[kind]
+    assert again(world, answers, "elm", _with_first(world, 0.0)).members == world.sites
     result = again(world, answers, "elm", change)
     assert result.members == ("ash", "birch", "cedar")
     ((site, stage, reason),) = [(one.site, one.stage, one.reason) for one in result.refused]
     assert (site, stage) == ("elm", "update")
     assert words in reason
+
+
+def test_nobody_between_reads_an_update(world: World, answers: dict[tuple[str, str], bytes]) -> None:
+    """No eight entries in a row of what the coordinator gets stand in the answers that carry it."""
+    result = again(world, answers, "elm", lambda reply: reply)
+    assert result.individuals is not None
+    for name, row in zip(result.members, result.individuals, strict=True):
+        update, answer = row.astype("<f4").tobytes(), answers[name, "update"]
+        assert len(answer) > len(update) > 32
+        assert not any(update[place : place + 32] in answer for place in range(0, len(update) - 31, 4))
+        reply = codec.decode(answer)
+        assert isinstance(reply, codec.UpdateReply)
+        assert unclose(reply.box, _terms(world), name, key_of(SECRET)).tobytes() == update
+
+
+def test_a_key_that_is_none_opens_nothing_and_costs_no_privacy(world: World, sites: dict[str, RunningSite]) -> None:
+    site = sites["ash"]
+    site.ask("train", codec.TrainRequest(world.manifest.digest(), 1, world.start))
+    right = request(world)
+    short = site.ask("update", dataclasses.replace(right, sealing=right.sealing[:-1]))
+    assert isinstance(short, codec.Refusal)
+    assert "sealing_bytes=1215: the key has 1216" in short.reason
+    no_key = site.ask("update", dataclasses.replace(right, sealing=b"\xff" * 1216))
+    assert isinstance(no_key, codec.Refusal)
+    assert no_key.kind == "Untrusted"
+    assert site.ledger.head()[0] == 0
 
 
 def test_too_few_updates_are_no_round(world: World, sites: dict[str, RunningSite]) -> None:

@@ -95,7 +95,7 @@ def test_the_second_try_asks_only_for_what_is_missing(tmp_path: Path, stage: str
         run_stages(opened)
     second = Asked(echo)
     attempt = attempts(tmp_path, b"\2" * 32).open(1, nobody, second)
-    assert attempt.plan == plan == RoundPlan(1, 1000, b"\1" * 32, SITES)
+    assert attempt.plan == plan == RoundPlan(1, 1000, b"\1" * 32, SITES, plan.secret)
     assert attempt.resumed
     assert not opened.resumed
     assert run_stages(attempt) == {one: echo(one, question(one)) for one in STAGES}
@@ -188,7 +188,7 @@ def test_a_closed_attempt_is_gone_and_the_next_one_is_new(tmp_path: Path) -> Non
     exchange = Asked(echo)
     new = attempts(tmp_path, b"\2" * 32).open(1, lambda: SITES[:2], exchange)
     assert not new.resumed
-    assert new.plan == RoundPlan(1, 1001, b"\2" * 32, SITES[:2])
+    assert new.plan == RoundPlan(1, 1001, b"\2" * 32, SITES[:2], new.plan.secret)
     run_stages(new)
     assert exchange.stages == list(STAGES)
     assert first.count.spent == 2

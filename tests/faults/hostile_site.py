@@ -18,6 +18,7 @@ from protos import round_pb2 as wire
 from secagg import member as member_module
 from secagg import messages, ring
 from secagg.member import Member
+from tests.faults.poison import poison
 
 FOLDER = Path(sys.argv[1])
 WEIGHT = 1e9
@@ -88,6 +89,24 @@ def local_update(original: Any, *arguments: Any, **named: Any) -> Any:
     return dataclasses.replace(trained, update=update)
 
 
+OPENLY: dict[str, Callable[[Any, float], Any]] = {
+    "openly nan": lambda update, bound: np.where(np.arange(update.size) == 1, np.float32(np.nan), update),
+    "openly huge": lambda update, bound: update + np.float32(2 * bound),
+    "poisoned": lambda update, bound: poison(update.size, bound),
+}
+
+
+def spend(original: Any, update: Any, terms: Any, *rest: Any, **named: Any) -> Any:
+    """Another update in the place of the one that was trained and entered, with the site's own check left out."""
+    if mode() not in OPENLY:
+        return original(update, terms, *rest, **named)
+    check, ring.check = ring.check, lambda *_, **__: None  # type: ignore[assignment]
+    try:
+        return original(OPENLY[mode()](update, terms.clip), terms, *rest, **named)
+    finally:
+        ring.check = check
+
+
 def encode(original: Any, update: Any, **named: Any) -> Any:
     """A site that leaves its own check out: the ring holds no more than the largest value for each entry."""
     if mode() != "heavy":
@@ -118,6 +137,7 @@ def main() -> None:
     """Runs the client with these changes."""
     wrap(Mailbox, "answer", answer)
     wrap(site_module, "local_update", local_update)
+    wrap(site_module, "spend", spend)
     wrap(member_module.ring, "encode", encode)
     wrap(site_module.Site, "masked", masked)
     wrap(Member, "unmask", unmask)

@@ -27,13 +27,15 @@ OWNERS = st.lists(st.tuples(NAME, st.binary(max_size=64)), max_size=3).map(tuple
 LONG = st.integers(0, 2**64 - 1)
 WORDS = st.lists(st.integers(0, 2**32 - 1), max_size=8).map(lambda v: np.array(v, dtype=np.uint32))
 MOVED = st.dictionaries(LINE, st.binary(max_size=8), max_size=3).map(lambda moved: tuple(sorted(moved.items())))
+KEYS = st.builds(codec.KeysRequest, COUNT, st.integers(0, 2**64 - 1), DIGEST, DIGEST, st.lists(NAME).map(tuple))
 MESSAGES = st.one_of(
     st.builds(codec.TrainRequest, DIGEST, COUNT, FLOATS, MOVED),
     st.builds(codec.TrainReply, COUNT),
-    st.builds(codec.KeysRequest, COUNT, st.integers(0, 2**64 - 1), DIGEST, DIGEST, st.lists(NAME).map(tuple)),
+    KEYS,
     st.builds(codec.SignedBatch, st.lists(SIGNED, max_size=3).map(tuple)),
     st.builds(codec.MaskedReply, SIGNED, WORDS, MAYBE_HEAD),
-    st.builds(codec.UpdateReply, SIGNED, FLOATS, MAYBE_HEAD),
+    st.builds(codec.UpdateRequest, KEYS, st.binary(min_size=1216, max_size=1216)),
+    st.builds(codec.UpdateReply, SIGNED, st.binary(max_size=40), MAYBE_HEAD),
     st.builds(codec.Announcement, st.binary(max_size=40)),
     st.builds(codec.Refusal, LINE, LINE),
     st.builds(
@@ -84,8 +86,9 @@ EXAMPLES = [
     codec.Announcement(b"list"),
     codec.Refusal("RangeError", "why"),
     codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
-    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([0.5, -1e-9], dtype=np.float32)),
-    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([1.5], dtype=np.float32), HEAD),
+    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), b"box"),
+    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), b"box", HEAD),
+    codec.UpdateRequest(codec.KeysRequest(3, 9, bytes(32), bytes(32), ("ash",)), bytes(range(64)) * 19),
     OFFER,
     codec.OfferReply("ready", "why", 1 << 33, bytes(64), HEAD),
     codec.OfferReply("waiting", "", 0, b"", None),
@@ -261,3 +264,10 @@ def test_oversize_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "MAX_BYTES", 8)
     with pytest.raises(MalformedMessage, match="above the limit"):
         codec.decode(bytes(9))
+
+
+@pytest.mark.parametrize("size", [0, 32, 1215, 1217])
+def test_a_key_to_seal_to_has_one_length(size: int) -> None:
+    opening = codec.KeysRequest(3, 9, bytes(32), bytes(32), ("ash",))
+    with pytest.raises(MalformedMessage, match=f"sealing_bytes={size}: the key has 1216"):
+        codec.decode(codec.encode(codec.UpdateRequest(opening, bytes(size))))

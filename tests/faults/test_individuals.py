@@ -1,0 +1,217 @@
+"""Single updates over real processes: a policy that refuses, a site that cheats, a killed coordinator, and krum.
+
+Five `client run` processes over Flower and TLS, one of them hostile; what comes out is compared with a slow
+computation on updates that this test trains itself.
+"""
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli.run import Run, simulated_benches
+from client.plan import plan_for
+from client.train import local_update
+from coordinator.attempt import Attempts
+from coordinator.config import read_config
+from coordinator.federation import Federation as Rounds
+from coordinator.job import reopen
+from coordinator.numbers import Numbers
+from coordinator.store import Store
+from privacy.randomness import Randomness
+from protos.manifest import JobManifest
+from tests.conftest import sentence
+from tests.faults.conftest import ENVIRONMENT, SEED, Federation, preloaded
+from tests.faults.poison import poison
+
+SITES = ("ash", "birch", "cedar", "elm", "fir")
+TABLES = """
+[aggregation]
+rule = "krum"
+faulty = 1
+
+[secagg]
+enabled = false
+n_min = 5
+
+[privacy]
+accountant = "rdp"
+"""
+HOSTILE, UNWILLING = "elm", "fir"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def open_fed(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny world with a fifth owner and without secure aggregation."""
+    folder = tmp_path_factory.mktemp("open")
+    (folder / "model").symlink_to(fed.parent / "model")
+    shutil.copytree(fed.parent / "data", folder / "data")
+    for part, count in (("train", 1600), ("heldout", 300)):
+        place = folder / "data" / "sites" / UNWILLING / part
+        place.mkdir(parents=True)
+        (place / "text.txt").write_text(sentence(UNWILLING + part, count))
+    text = fed.read_text().replace('"elm"]', '"elm", "fir"]')
+    # steps that are long enough for an update at the bound to change what this small model says
+    text = text.replace("batch = 8", "batch = 8\nlearning_rate = 1000.0")
+    (folder / "fed.toml").write_text(text.replace("[aggregation]\nlearning_rate = 0.02\n", TABLES))
+    return folder / "fed.toml"
+
+
+@pytest.fixture(scope="module")
+def federation(open_fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """All owners but one permit that their updates are seen; one of those cheats."""
+    made = Federation(tmp_path_factory.mktemp("seen"), open_fed, sites=SITES)
+    for site in SITES:
+        made.set_policy(site, allow_individual_updates=str(site != UNWILLING).lower())
+        start(made, site)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def start(federation: Federation, site: str) -> None:
+    if site == HOSTILE:
+        module = [sys.executable, "-m", "tests.faults.hostile_site"]
+        federation.start(site, str(federation.site(site)), program=module)
+    else:
+        federation.start_site(site)
+
+
+def permit(federation: Federation, site: str, permitted: bool) -> None:
+    """Lets an owner change the policy, for which the client is started again."""
+    federation.set_policy(site, allow_individual_updates=str(permitted).lower())
+    federation.kill(site, signal.SIGTERM)
+    start(federation, site)
+
+
+class Slowly:
+    """What a job's first round should have been, from the emulator that was shipped and the sites' own records."""
+
+    def __init__(self, federation: Federation, job: Path, open_fed: Path) -> None:
+        config, sha256 = read_config(open_fed)
+        store = Store(federation.run(job))
+        self.manifest = JobManifest.from_bytes((store.folder / "job.json").read_bytes())
+        self._run, self._bench = (
+            Run(config, sha256, store),
+            simulated_benches(Run(config, sha256, store), self.manifest),
+        )
+        public = self._run.records(config.data.public)
+        opened = reopen(config, self.manifest, store.read_json("job_facts.json"), records=public, store=store)
+        unused = Attempts(federation.folder, lambda: bytes(32), Numbers(federation.folder / "unused.txt"))
+        self.rounds, self.untrained = Rounds(opened, config, store, unused), opened.zero_shot.loss
+        self.start = self._bench["ash"].layout.read(self._bench["ash"].model)
+        state = store.load_state()
+        assert state is not None
+        self.adapter, (self.line,) = state.server.adapter, store.rounds()
+
+    def update(self, site: str) -> np.ndarray:
+        """A site's update of the first round, float32 (d,)."""
+        setting = next(one for one in self._run.config.sites if one.name == site)
+        examples = self._run.examples(setting.train, self.manifest, self._bench[site])
+        trained = local_update(
+            self._bench[site],
+            self.start,
+            examples,
+            manifest=self.manifest,
+            plan=plan_for(self.manifest, len(examples)),
+            randomness=Randomness.for_simulation(SEED, "noise", site, "1"),
+            site=site,
+            number=1,
+        )
+        return trained.update
+
+    def moved(self, update: np.ndarray) -> np.ndarray:
+        """The adapter after a step, as much of it as the coordinator took."""
+        return (self.start + update.astype(np.float64) * self.line["scale"]).astype(np.float32)
+
+
+def nearest(rows: list[np.ndarray], faulty: int) -> int:
+    """Krum as its paper writes it, one pair after the other."""
+    scores = []
+    for place, row in enumerate(rows):
+        far = sorted(
+            sum((float(a) - float(b)) ** 2 for a, b in zip(row, other, strict=True))
+            for index, other in enumerate(rows)
+            if index != place
+        )
+        scores.append(sum(far[: len(rows) - faulty - 2]))
+    return scores.index(min(scores))
+
+
+def spent(federation: Federation, site: str, digest: str) -> int:
+    return sum(entry["fields"].get("job") == digest for entry in federation.ledger(site))
+
+
+def test_who_does_not_permit_it_is_not_in_it_and_what_is_no_update_is_left_out(
+    federation: Federation, open_fed: Path, tmp_path: Path
+) -> None:
+    """Killed with the answers and without them, the coordinator ends with the median of the three that count."""
+    (federation.site(HOSTILE) / "hostile.txt").write_text("openly nan")
+    job = federation.job("median", rounds=1, coordinator="sites = 4", rule='"median"', faulty="0", n_min="3")
+    library = preloaded("die.c", tmp_path)
+    for moment in ("before update.replies 1", "after update.replies 1"):
+        federation.start_coordinator(job, env=ENVIRONMENT | {"LD_PRELOAD": library, "OFFSITE_DIE": moment})
+        assert federation.finish() == -signal.SIGKILL, federation.log("coordinator")
+        plan = federation.run(job) / "attempt" / "plan.json"
+        assert plan.stat().st_mode & 0o777 == 0o600
+    federation.start_coordinator(job)
+    assert federation.finish() == 0, federation.log("coordinator")
+
+    slowly = Slowly(federation, job, open_fed)
+    assert slowly.line["members"] == ["ash", "birch", "cedar"]
+    (left_out,) = slowly.line["dropped"]
+    assert (left_out["site"], left_out["stage"]) == (HOSTILE, "update")
+    assert "not finite" in left_out["reason"]
+    rows = np.stack([slowly.update(site).astype(np.float64) for site in slowly.line["members"]])
+    expected = (slowly.start + np.median(rows * slowly.line["scale"], axis=0)).astype(np.float32)
+    np.testing.assert_array_equal(slowly.adapter, expected)
+
+    digest = slowly.manifest.digest().hex()
+    assert {site: spent(federation, site, digest) for site in SITES} == dict.fromkeys(SITES, 1) | {UNWILLING: 0}
+    assert "allow_individual_updates=false" in federation.log(UNWILLING)
+    assert "an update has left AS IT IS" in federation.log("ash")
+    report = (federation.run(job) / "report.md").read_text()
+    assert "Secure aggregation was OFF" in report
+    assert f"| {HOSTILE} | 1 | update |" in report
+    assert "secure aggregation is OFF" in federation.log("coordinator")
+
+
+def test_krum_with_fewer_than_it_needs_ends_in_one_line(federation: Federation) -> None:
+    job = federation.job("few", rounds=1)
+    job.write_text(job.read_text().replace("patience = 60.0", "patience = 3.0"))
+    federation.start_coordinator(job)
+    assert federation.finish() == 2, federation.log("coordinator")
+    last = federation.log("coordinator").splitlines()[-1]
+    assert last.startswith("offsite: sites=4 ready, 5 are needed: ")
+    assert f"needed: {UNWILLING}: PolicyRefusal" in last
+    assert "allow_individual_updates=false" in last
+
+
+def test_krum_is_not_moved_by_a_poisoned_update_that_spoils_the_mean(federation: Federation, open_fed: Path) -> None:
+    (federation.site(HOSTILE) / "hostile.txt").write_text("poisoned")
+    federation.forget_updates()
+    permit(federation, UNWILLING, True)
+    job = federation.job("krum", rounds=1)
+    federation.start_coordinator(job)
+    assert federation.finish() == 0, federation.log("coordinator")
+    slowly = Slowly(federation, job, open_fed)
+    assert slowly.line["members"] == list(SITES)
+    assert slowly.line["accepted"]
+
+    poisoned = poison(slowly.start.size, slowly.manifest.update_bound)
+    rows = [poisoned if site == HOSTILE else slowly.update(site) for site in SITES]
+    chosen = nearest(rows, faulty=1)
+    assert SITES[chosen] != HOSTILE
+    np.testing.assert_array_equal(slowly.adapter, slowly.moved(rows[chosen]))
+    good = slowly.rounds.public_loss(slowly.adapter)
+    mean = slowly.rounds.public_loss(slowly.moved(np.mean(rows, axis=0, dtype=np.float64)))
+    assert good < slowly.untrained + 0.05 < slowly.untrained + 0.5 < mean
+    report = json.loads((federation.run(job) / "report.json").read_text())
+    assert good == pytest.approx(report["public"]["plug_in"]["loss"])
