@@ -126,15 +126,19 @@ def prepare(
     data: Annotated[
         Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")
     ] = None,
+    demo: Annotated[
+        str, typer.Option(help="speeches: a language model learns to write them; mail: a classifier, to tell spam")
+    ] = "speeches",
 ) -> None:
-    """Fetch, verify and convert the demo's model and texts once, and write its federation file."""
+    """Fetch, verify and convert a demo's model and texts once, and write its federation file."""
+    from cli import mail
     from cli import prepare as room
 
-    folder = cache or room.default_cache()
-    model = room.prepare_model(folder)
-    texts = data.resolve() if data is not None else room.prepare_corpora(folder)
+    model, texts, content = lookup({"speeches": room.prepare_speeches, "mail": mail.prepare_mail}, demo, "demo")(
+        cache or room.default_cache(), data
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(room.demo_config(model, texts), encoding="utf-8")
+    out.write_text(content, encoding="utf-8")
     typer.echo(f"model: {model}\ntexts: {texts}\nfederation file: {out}")
 
 

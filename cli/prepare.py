@@ -156,7 +156,7 @@ def extract_corpora(archive: Path, target: Path) -> None:
                 out.write(text)
 
 
-def _prepared(folder: Path, make: Callable[[Path], None]) -> Path:
+def prepared(folder: Path, make: Callable[[Path], None]) -> Path:
     """Makes a folder once, beside a list of its files' SHA-256; afterwards verifies it against that list."""
     listing = folder / "SHA256.json"
     if not listing.exists():
@@ -188,12 +188,12 @@ def prepare_model(cache: Path) -> Path:
       DataError: a download failed, or a prepared file is missing.
       DigestMismatch: the archive or a prepared file is not the one announced.
     """
-    return _prepared(cache / "models" / MODEL, lambda folder: convert_model(download_model(cache), folder))
+    return prepared(cache / "models" / MODEL, lambda folder: convert_model(download_model(cache), folder))
 
 
 def prepare_corpora(cache: Path) -> Path:
     """Returns the verified folder of the demo's texts, making it when it is not there; raises as `prepare_model`."""
-    return _prepared(cache / "data", lambda folder: extract_corpora(download_corpora(cache), folder))
+    return prepared(cache / "data", lambda folder: extract_corpora(download_corpora(cache), folder))
 
 
 DEMO = Path(__file__).resolve().parent / "demo.toml"
@@ -206,3 +206,15 @@ def demo_config(model: Path, texts: Path) -> str:
         owners = sorted(folder.name for folder in (texts / "sites").glob("*") if folder.is_dir())
         content = re.sub(r"(?m)^owners = .*$", f"owners = {json.dumps(owners)}", content)
     return content
+
+
+def prepare_speeches(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
+    """Returns the model's folder, the texts' and the federation file of the demo; raises as `prepare_model`.
+
+    Args:
+      cache: folder where what is fetched and converted stays.
+      data: folder of other texts, DIR/public and DIR/sites/OWNER/...; None for the demo's own.
+    """
+    model = prepare_model(cache)
+    texts = data.resolve() if data is not None else prepare_corpora(cache)
+    return model, texts, demo_config(model, texts)
