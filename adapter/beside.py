@@ -1,5 +1,8 @@
-"""A small module beside a frozen layer, whose output is added to the layer's own."""
+"""A small module beside, behind or instead of a frozen layer, which stays as it is."""
 
+import copy
+from collections import OrderedDict
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +22,41 @@ def add_beside(layer: nn.Module, child: nn.Module) -> None:
     layer.register_forward_hook(_added)
 
 
+def add_behind(layer: nn.Module, child: nn.Module) -> None:
+    """Adds a child that maps the layer's output to what is added to it, same shape; dtypes as in `add_beside`."""
+    layer.add_module(BESIDE, child)
+    layer.register_forward_hook(_added_behind)
+
+
+def add_instead(layer: nn.Module, child: nn.Module) -> None:
+    """Adds a child that computes the layer's whole output from the layer's input; the layer's own forward rests."""
+    layer.add_module(BESIDE, child)
+    layer.forward = MethodType(_instead, layer)  # a bound method, which a deep copy binds to the copied layer
+
+
+def aside(model: nn.Module, path: str) -> nn.Module:
+    """Returns a twin that stands from now on in the place of a module outside the slots, to add something to.
+
+    The module and those around it are not touched: twins that share their parameters stand in their places. So a model
+    whose own attributes and slots are put back, as `emulator.fidelity.visiting` does, is the model it was.
+    """
+    holder = model
+    holder._modules = dict(holder._modules)
+    for name in path.split("."):
+        found = twin(holder.get_submodule(name))
+        holder._modules[name] = found
+        holder = found
+    return holder
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """Returns another module with the same parameters, buffers and children, which may get hooks and children alone."""
+    found = copy.copy(module)
+    found._modules = dict(module._modules)
+    found._forward_hooks = OrderedDict(module._forward_hooks)
+    return found
+
+
 def is_beside(name: str) -> bool:
     """Whether a parameter's name is one of a child that `add_beside` added."""
     return f".{BESIDE}." in f".{name}"
@@ -34,6 +72,19 @@ def zero_linear(inputs: int, outputs: int, *, bias: bool, device: torch.device) 
 
 def _added(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """Forward hook; a module-level function, so that a deep copy of the model uses its own child."""
+    return output + _update(layer, inputs[0]).to(output.dtype)
+
+
+def _added_behind(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + _update(layer, output).to(output.dtype)
+
+
+def _update(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     child = layer.get_submodule(BESIDE)
-    update: torch.Tensor = child(inputs[0].to(next(child.parameters()).dtype))
-    return output + update.to(output.dtype)
+    update: torch.Tensor = child(inputs.to(next(child.parameters()).dtype))
+    return update
+
+
+def _instead(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = layer.get_submodule(BESIDE)(inputs)
+    return output

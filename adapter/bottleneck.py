@@ -61,7 +61,7 @@ def attach_bottleneck(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     Raises:
       ConfigError: the spec names targets, which this method has none of.
     """
-    blocks = _blocks(model, spec)
+    blocks = slot_blocks(model, spec)
     places = {path: (block, hidden_size(block)) for path, block in blocks.items()}
     return _attach(model, spec, places)
 
@@ -76,7 +76,7 @@ def attach_houlsby(model: nn.Module, spec: AdapterSpec) -> nn.Module:
       UnsupportedModel: a block is not one attention and one feed-forward layer.
     """
     places: dict[str, tuple[nn.Module, int]] = {}
-    for path, block in _blocks(model, spec).items():
+    for path, block in slot_blocks(model, spec).items():
         found = sublayers(block)
         width = hidden_size(block)
         places |= {f"{path}.{name}": (block.get_submodule(name), width) for name in (found.attention, found.writer)}
@@ -93,7 +93,7 @@ def attach_parallel(model: nn.Module, spec: AdapterSpec) -> nn.Module:
       ConfigError: as for `attach_bottleneck`.
       UnsupportedModel: as for `attach_houlsby`.
     """
-    blocks = _blocks(model, spec)
+    blocks = slot_blocks(model, spec)
     found = {path: sublayers(block) for path, block in blocks.items()}
     places = {
         f"{path}.{found[path].writer}": (block.get_submodule(found[path].writer), hidden_size(block))
@@ -110,7 +110,13 @@ def attach_parallel(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     return model
 
 
-def _blocks(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
+def slot_blocks(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
+    """Returns the slots' blocks by path, sorted.
+
+    Raises:
+      ConfigError: the spec names targets.
+      UnsupportedModel: a slot is no module of this model.
+    """
     if spec.targets:
         raise ConfigError(f"targets={spec.targets!r}, method {spec.method!r} sits behind blocks; leave targets empty")
     in_slots(model, spec.slots, lambda module: True)
@@ -139,7 +145,15 @@ def _tapped(layer: nn.Module, inputs: Any) -> None:
 
 def _adapted(block: nn.Module, inputs: Any, output: Any) -> Any:
     """Forward hook; a module-level function, so that a deep copy of the model uses its own adapter."""
-    adapter = block.get_submodule(CHILD)
+    return behind(output, block.get_submodule(CHILD))
+
+
+def behind(output: Any, adapter: nn.Module) -> Any:
+    """Returns a block's output with its hidden states, (..., width), as an adapter changes them.
+
+    Raises:
+      UnsupportedModel: it is neither a tensor nor a tuple that begins with one.
+    """
     if isinstance(output, torch.Tensor):
         return adapter(output)
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):

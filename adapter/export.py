@@ -11,20 +11,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapter.given import NOTHING, Given, check_given
 from adapter.head import wants_head
 from adapter.inject import ADAPTER, quiet, refuse_second
 from adapter.layout import Layout
-from adapter.methods import METHODS, attach
+from adapter.methods import METHODS, attach, wanted
 from adapter.spec import AdapterSpec
-from errors import ConfigError, DataError, DigestMismatch, RangeError, UnsupportedModel, lookup
+from errors import ConfigError, DataError, DigestMismatch, MalformedMessage, RangeError, UnsupportedModel, lookup
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OWN_KEYS = ("base_model_name_or_path", "offsite_method", "offsite_version", "spec")
 VERSION = 1
+GIVEN = "given."  # before the names of given tensors, which lie beside the trained ones
 
 
-def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str) -> None:
+def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, given: Given = NOTHING) -> None:
     """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
 
     Methods of peft are in its own format, frozen factors included, so that `PeftModel.from_pretrained(full, directory)`
@@ -36,13 +38,19 @@ def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: 
       spec: the spec it was attached with.
       directory: created if missing; the two files in it are overwritten.
       base: what the config names as the base model; a public name, since the file is meant to travel.
+      given: the tensors it was attached with; they become part of the export, so that `load` needs nothing else.
+
+    Raises:
+      MalformedMessage: the given tensors are not those that the spec needs.
     """
+    check_given(wanted(model, spec), given, hint="pass what it was attached with")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if in_peft_format(spec):
         config, tensors = _peft_form(model, spec, base)
     else:
         config, tensors = _own_form(model, spec, base)
+    tensors |= {f"{GIVEN}{name}": tensor for name, tensor in given.items()}
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -53,18 +61,29 @@ def in_peft_format(spec: AdapterSpec) -> bool:
     return lookup(METHODS, spec.method, "method").peft and not wants_head(spec.options)
 
 
-def load(model: nn.Module, directory: Path | str) -> nn.Module:
+def load(model: nn.Module, directory: Path | str, *, given: Given | None = None) -> nn.Module:
     """Attaches an exported adapter to a plain full model, in place, frozen, and returns the model to use.
+
+    Args:
+      model: the full model.
+      directory: what `export` wrote.
+      given: tensors in the place of those in the export, as `earlier.earlier_bottlenecks` reads them: a task adapter
+        trained on one language's adapter is so used on another's (MAD-X, arXiv 2005.00052, section 3.3).
 
     Raises:
       DataError: a file is missing or is no adapter.
+      MalformedMessage: the given tensors are not those that the method takes.
       UnsupportedModel: the adapter does not fit this model.
       RangeError: a tensor holds NaN or Inf.
     """
     folder = Path(directory)
-    config, tensors = _read(folder)
+    config, tensors = read(folder)
     refuse_second(model)
-    loaded = _load_own(model, config, tensors) if "offsite_method" in config else _load_peft(model, folder, tensors)
+    if "offsite_method" in config:
+        return _load_own(model, config, tensors, given).requires_grad_(False).eval()
+    if given:
+        raise MalformedMessage(f"given={min(given)!r} has no use here: an adapter of peft takes none; leave it out")
+    loaded: nn.Module = _load_peft(model, folder, tensors)
     return loaded.requires_grad_(False).eval()
 
 
@@ -92,8 +111,13 @@ def _own_form(model: Any, spec: AdapterSpec, base: str) -> tuple[dict[str, Any],
     return dict(zip(OWN_KEYS, values, strict=True)), {name: parameters[name] for name in names}
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the config and the tensors of an adapter directory; never a pickle, never the network."""
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the config and the tensors of an adapter directory; never a pickle, never the network.
+
+    Raises:
+      DataError: a file is missing or is no adapter.
+      RangeError: a tensor holds NaN or Inf.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise DataError(f"adapter={str(folder)!r} has no {name}; export it again")
@@ -125,13 +149,24 @@ def _load_peft(model: nn.Module, folder: Path, tensors: dict[str, Any]) -> Any:
     return loaded
 
 
-def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Any]) -> nn.Module:
+def own_spec(config: dict[str, Any]) -> AdapterSpec:
+    """Returns the spec in the config of an adapter that is not in peft's format.
+
+    Raises:
+      DataError, ConfigError: it is not one that `export` wrote.
+    """
     if sorted(config) != list(OWN_KEYS) or config["offsite_version"] != VERSION:
         raise DataError(f"adapter config keys={sorted(config)} must be {list(OWN_KEYS)}; export it again")
     spec = AdapterSpec.from_dict(config["spec"])
     if spec.method != config["offsite_method"]:
         raise ConfigError(f"offsite_method={config['offsite_method']!r} is not spec={spec.method!r}; export it again")
-    adapted = attach(model, spec)
+    return spec
+
+
+def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Any], given: Given | None) -> nn.Module:
+    spec = own_spec(config)
+    stored = {name.removeprefix(GIVEN): tensors.pop(name) for name in sorted(tensors) if name.startswith(GIVEN)}
+    adapted = attach(model, spec, stored if given is None else given)
     layout = Layout.of(adapted)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != dict(zip(layout.names, layout.shapes, strict=True)):

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from adapter import blocks, fed_sb, head, masked, soft_prompt
+from adapter import blocks, clip_adapter, fed_sb, fusion, head, masked, soft_prompt, stacked
 from adapter.bottleneck import attach_bottleneck, attach_houlsby, attach_parallel
+from adapter.concept_tokens import attach_concept_tokens
+from adapter.given import NOTHING, Given, Takes, Wanted, check_given, invented
 from adapter.inject import refuse_second
+from adapter.ip_adapter import attach_ip_adapter
 from adapter.lora import attach_ffa_lora, attach_lora
 from adapter.miss import attach_miss
 from adapter.options import Option, resolve
@@ -36,6 +39,7 @@ class Method:
       start: how the output with the new adapter compares with the plain model's: `adapter.tuners.SAME`, bit-identical,
         `ROUNDED`, but for the last digits of the dtype, or `MOVED`.
       shared: whether the slots share their parameters, which then have names of the first.
+      takes: what it says of given tensors, where it takes some; `attach` is then `takes.attach`.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Method:
     options: tuple[Option, ...] = ()
     start: str = SAME
     shared: bool = False
+    takes: Takes | None = None
 
 
 _LINES = "two trained layers with a non-linear function between are not linear"
@@ -59,17 +64,25 @@ _OWN = (
     Method("norm", attach_norm, True, True, "norm weights multiply and biases add, so the effect is linear in them"),
     Method(
         "masked", masked.attach_masked, True, False, "values are added to weights at fixed places, so it is linear",
-        masked.OPTIONS,
+        masked.OPTIONS, takes=masked.TAKES,
     ),
     Method("blocks", blocks.attach_blocks, True, False, "changes are added to the weights themselves, so it is linear"),
     Method("head", head.attach_head, True, False, "a change is added to the head's weight, so the effect is linear"),
     Method("bottleneck", attach_bottleneck, False, False, _LINES),
     Method("houlsby", attach_houlsby, False, False, _LINES),
     Method("parallel", attach_parallel, False, False, _LINES),
+    Method("clip_adapter", clip_adapter.attach_clip_adapter, False, False, _LINES, clip_adapter.OPTIONS),
+    Method("madx", stacked.attach_madx, False, False, _LINES, start=MOVED, takes=stacked.TAKES),
+    Method(
+        "fusion", fusion.attach_fusion, False, False, "adapters are weighed by a softmax over them",
+        fusion.OPTIONS, MOVED, takes=fusion.TAKES,
+    ),
     Method(
         "soft_prompt", soft_prompt.attach_soft_prompt, False, False, "attention reads the tokens through a softmax",
         soft_prompt.OPTIONS, MOVED,
     ),
+    Method("concept_tokens", attach_concept_tokens, False, False, "attention reads it through a softmax", start=MOVED),
+    Method("ip_adapter", attach_ip_adapter, False, False, "attention reads the keys through a softmax"),
 )  # fmt: skip
 _PEFT = (Method(t.name, t.attach, t.exact_mean, True, t.why, t.options, t.start, t.shared) for t in TUNERS)
 METHODS: dict[str, Method] = {method.name: method for method in (*_OWN, *_PEFT)}
@@ -90,41 +103,85 @@ def known(spec: AdapterSpec) -> Method:
     return method
 
 
-def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+def attach(model: nn.Module, spec: AdapterSpec, given: Given = NOTHING) -> nn.Module:
     """Adds the adapter of a spec to a model, in place, and returns the model to use from now on.
 
     Afterwards `requires_grad` is True exactly for the adapter's parameters, which are float32 whatever the base is;
     they depend on nothing but the spec and the weights and shapes of `places`. The output compares with the plain
     model's as the method's `start` says.
 
+    Args:
+      model: without an adapter.
+      spec: of the adapter.
+      given: the tensors that `wanted` names, on the CPU; nothing of them is ever trained.
+
     Raises:
+      MalformedMessage: the given tensors are not exactly the wanted ones; see `given.check_given`.
       UnknownName: no such method.
       UnsupportedModel: the method is not offered, the slots lack what it tunes, or the model carries an adapter.
       ConfigError: a value of the spec does not fit the method.
     """
     method = known(spec)
     refuse_second(model)
-    if not head.wants_head(spec.options) or spec.method == "head":
-        return method.attach(model, _without_head(spec))
-    path = head.head_path(model)
-    wrapped = method.attach(model, _without_head(spec))
-    head.add_head(model, path)  # the wrapper holds the same modules
+    plain, takes = _without_head(spec), method.takes
+    check_given(wanted(model, spec), given, hint=takes.hint if takes else f"method {method.name!r} takes none")
+    path = head.head_path(model) if head.wants_head(spec.options) and spec.method != "head" else ""
+    wrapped = takes.attach(model, plain, given) if takes else method.attach(model, plain)
+    if path:
+        head.add_head(model, path)  # the wrapper holds the same modules
     return wrapped
+
+
+def wanted(model: nn.Module, spec: AdapterSpec) -> Wanted:
+    """Returns which given tensors `attach` needs for a spec; none for most.
+
+    Raises:
+      UnknownName, UnsupportedModel, ConfigError: as for `attach`.
+    """
+    takes = known(spec).takes
+    return takes.wants(model, _without_head(spec)) if takes else {}
+
+
+def invent(model: nn.Module, spec: AdapterSpec) -> Given:
+    """Returns given tensors that nobody made, from the spec's public seed, to try a method on; earlier ranks are its.
+
+    Raises:
+      UnknownName, UnsupportedModel, ConfigError: as for `attach`.
+    """
+    return invented(wanted(model, spec), free=spec.rank, seed=spec.seed)
+
+
+def frozen_count(spec: AdapterSpec) -> int:
+    """Returns how many earlier bottleneck adapters a spec needs, in given tensors.
+
+    Raises:
+      UnknownName, UnsupportedModel, ConfigError: as for `known`.
+    """
+    takes = known(spec).takes
+    return takes.frozen(_without_head(spec)) if takes else 0
+
+
+def needs_public_data(spec: AdapterSpec) -> bool:
+    """Whether the given tensors of a spec are computed from public data."""
+    return spec.method == "masked" and masked.by_fisher(_without_head(spec))
 
 
 def places(model: nn.Module, spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the paths of the modules that `attach` adds something to or inside of: the slots, perhaps the head.
+
+    Method head has its head alone, and method clip_adapter its projections in place of the slots.
 
     Args:
       model: before the adapter is attached.
       spec: of the adapter.
 
     Raises:
-      UnsupportedModel: the head is asked for, and the model has none.
+      UnsupportedModel: the head is asked for, and the model has none; or the method's place is missing.
     """
     if spec.method == "head":
         return (head.head_path(model),)
-    return (*spec.slots, head.head_path(model)) if head.wants_head(spec.options) else spec.slots
+    own = clip_adapter.projections(model, spec) if spec.method == "clip_adapter" else spec.slots
+    return (*own, head.head_path(model)) if head.wants_head(spec.options) else own
 
 
 def _without_head(spec: AdapterSpec) -> AdapterSpec:

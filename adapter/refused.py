@@ -15,6 +15,10 @@ REFUSED: dict[str, str] = {
     "adaption_prompt": "it takes the last blocks of a model, whatever the slots are, and only of a few families",
     "boft": "peft compiles native code and loads it while it attaches; take oft",
     "cartridge": f"its learned keys and values have no slots: {_EVERY_BLOCK}; take soft_prompt",
+    "controlnet": (
+        "it trains a copy of the whole downward half and middle, in a small U-net as much as the whole again, so there "
+        "is no small update; take ip_adapter where an image steers, or lora"
+    ),
     "corda": f"as a start of lora, {_FROM_DATA}",
     "cpt": f"{_ONE_ROW}; take soft_prompt",
     "eva": f"as a start of lora, {_FROM_DATA}",
@@ -39,6 +43,10 @@ REFUSED: dict[str, str] = {
     "psoft": _DECOMPOSED,
     "pvera": "it draws from a distribution in each forward pass of training, and with it an example's gradient",
     "shadow": f"its shadow network runs beside the whole model: {_EVERY_BLOCK}",
+    "textual_inversion": (
+        "records hold what the text encoder made of a prompt, so no word is looked up that could be new; take "
+        "concept_tokens, which learns the word behind that encoder"
+    ),
     "trainable_tokens": "it trains rows of the embedding, which lies outside the slots and may be shipped compressed",
     "velora": "it is lora with approximate gradients, which clip and noise are not made for",
     "xlora": "it mixes adapters that were trained before, which no package holds",

@@ -19,15 +19,20 @@ from typing import Any
 
 BATCH, LENGTH, CLIP, NOISE = 8, 128, 1.0, 1.0
 ADAPTERS = ("lora", "blocks")
-WAYS = ("plain", "bookkeeping", "slot", "loop", "hooks", "functorch", "ghost")
+OURS = ("bookkeeping", "slot", "loop")
 REPEATS = 3  # processes for a peak of memory, which varies by some percent
 PEERS = ("hooks", "functorch", "ghost")  # stock Opacus, its own optimizer and noise
+WAYS = ("plain", *OURS, *PEERS)
 BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # most time, most memory, of the plain step's
 Step = Callable[[], None]
 
 
-def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
-    """Returns a model that trains LoRA on its ends' dense layers or these blocks whole, its task and its examples."""
+def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any]:
+    """Returns a model that trains LoRA on its ends' dense layers or these blocks whole, its task and its examples.
+
+    Whole blocks are trained by method `blocks` if attached, as ours are, and else their weights themselves, as in plain
+    fine-tuning, which is what a step is compared with, and as Opacus knows their layers.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +43,7 @@ def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
     from task.causal_lm import CausalLM
     from task.examples import Examples
 
-    if unknown := {"bookkeeping", "slot", "loop"} - ENGINES.keys():
+    if unknown := set(OURS) - ENGINES.keys():
         raise RuntimeError(f"engines={unknown}: are no more; change WAYS")
     task = CausalLM()
     torch.manual_seed(0)
@@ -53,6 +58,8 @@ def subject(folder: str, adapter: str) -> tuple[Any, Any, Any]:
     if adapter == "lora":
         dense = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=dense, slots=slots))
+    elif attached:
+        model = attach(model, AdapterSpec("blocks", slots=slots))
     else:
         for slot in slots:
             model.get_submodule(slot).requires_grad_(True)
@@ -157,10 +164,11 @@ def times(folder: str, adapter: str, rounds: int) -> dict[str, list[float]]:
     import torch
 
     torch.set_num_threads(1)
-    model, task, examples = subject(folder, adapter)
+    subjects = {attached: subject(folder, adapter, attached=attached) for attached in (True, False)}
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
         for way in WAYS:
+            model, task, examples = subjects[way in OURS]
             with ExitStack() as stack:
                 step = maker(way)(model, task, examples, stack)
                 began = time.process_time()
@@ -175,7 +183,7 @@ def peak(folder: str, adapter: str, way: str) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    model, task, examples = subject(folder, adapter)
+    model, task, examples = subject(folder, adapter, attached=way in OURS)
     before = _status("VmRSS")
     with ExitStack() as stack:
         step = maker(way)(model, task, examples, stack)

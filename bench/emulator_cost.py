@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path.home() / ".cache/offsite/models/smollm2-135m-instruct"
+ROUNDED = ("int8", "nf4")  # private, with the middle's dense layers in bitsandbytes' numbers, an optional extra
 WAYS = ("peer", "plain", "private", "held")  # held: private, with frozen layers as the package stores them
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BILLION = {
@@ -51,7 +52,7 @@ def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
     return _timed(step, steps)
 
 
-def site(package: Path, batch: int, length: int, steps: int, *, private: bool, held: bool) -> dict[str, Any]:
+def site(package: Path, batch: int, length: int, steps: int, way: str) -> dict[str, Any]:
     """Takes steps of a site on an emulator, with per-example gradients where it trains privately.
 
     Args:
@@ -59,13 +60,13 @@ def site(package: Path, batch: int, length: int, steps: int, *, private: bool, h
       batch: records.
       length: tokens of each.
       steps: how many.
-      private: whether gradients are per example, clipped and noised.
-      held: whether frozen layers stay as the package stores them.
+      way: of `WAYS` but the peer, or of `ROUNDED`; all but "plain" have per-example gradients, clipped and noised.
     """
     import torch
 
     from adapter.methods import attach
     from adapter.spec import AdapterSpec
+    from emulator.bitsandbytes_layers import round_layers
     from emulator.held import hold
     from emulator.package import load, read_manifest
     from emulator.structure import slot_paths
@@ -77,8 +78,8 @@ def site(package: Path, batch: int, length: int, steps: int, *, private: bool, h
     task, manifest = TASKS["causal_lm"], read_manifest(package)
     model = load(package, dtype=torch.float32)
     slots, _ = slot_paths(model, manifest.geometry)
-    if held:
-        hold(model, package, manifest)
+    if way == "held" or way in ROUNDED:
+        hold(model, package, manifest, round_layers(model, manifest, way) if way in ROUNDED else None)
     model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots))
     ids = _ids(model.config.vocab_size, batch, length)
     examples = Examples(ids, torch.ones_like(ids))
@@ -90,7 +91,7 @@ def site(package: Path, batch: int, length: int, steps: int, *, private: bool, h
         task.losses(model, examples).mean().backward()
         optimizer.step()
 
-    if not private:
+    if way == "plain":
         return _timed(plain, steps)
     with ENGINES["bookkeeping"](model) as engine:
 
@@ -164,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.repeats):
         for package in arguments.packages:
-            for way in WAYS:
+            for way in dict.fromkeys(("peer", *arguments.ways)):
                 name = "peer" if way == "peer" else f"{package.name}|{way}"
                 runs.setdefault(name, []).append(fresh(arguments, way, package))
     seconds = {name: statistics.median(run["cpu_seconds"] for run in of) for name, of in runs.items()}
@@ -198,17 +199,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--billion", nargs="*", help="recipe of the emulator of a model with 1.1 billion weights")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="*", choices=(*WAYS, *ROUNDED), default=WAYS, help="the peer always runs")
+    parser.add_argument("--way", choices=(*WAYS, *ROUNDED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = (arguments.batch, arguments.length, arguments.steps)
     if arguments.way == "peer":
         print(json.dumps(peer(arguments.model, *sizes)))
     elif arguments.way is not None:
-        print(
-            json.dumps(
-                site(arguments.packages[0], *sizes, private=arguments.way != "plain", held=arguments.way == "held")
-            )
-        )
+        print(json.dumps(site(arguments.packages[0], *sizes, arguments.way)))
     elif arguments.billion is not None:
         with tempfile.TemporaryDirectory() as folder:
             arguments.model, package = billion(Path(folder), tuple(arguments.billion))

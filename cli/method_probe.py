@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from adapter.layout import Layout
-from adapter.methods import METHODS, attach
+from adapter.methods import METHODS, attach, invent
 from adapter.spec import AdapterSpec
 from adapter.targets import is_linear, lengths
 from errors import ConfigError, PrivacyRefusal, UnsupportedModel
@@ -113,7 +113,7 @@ def probe(method: str, family: str) -> Finding:
     tower = FAMILIES[family].tower
     spec = AdapterSpec(method, slots=(f"{tower}.0", f"{tower}.{SIZES['num_hidden_layers'] - 1}"))
     try:
-        model = attach(plain, spec).eval()
+        model = attach(plain, spec, invent(plain, spec)).eval()
     except (UnsupportedModel, ConfigError) as refusal:
         return Finding(method, refused=str(refusal))
     layout = Layout.of(model)

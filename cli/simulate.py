@@ -21,7 +21,7 @@ from client.plan import SitePlan, plan_for
 from client.site import answer
 from client.workbench import Workbench
 from coordinator.aggregate import AGGREGATORS
-from coordinator.aggregation_section import facts_of
+from coordinator.aggregation_section import SAID_OPENLY, facts_of
 from coordinator.attempt import Attempts
 from coordinator.evaluate import Score, score, spread
 from coordinator.exchange import Exchange, MemoryExchange
@@ -98,6 +98,8 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
         bench = benches[job.emulator.sites[0]]
         plans = _plans(run, job, bench)
     federation = _federation(run, job)
+    if job.manifest.aggregation.individuals:
+        display.step(SAID_OPENLY)
     with meter.phase("train") as phase:
         progress = options.engine(
             run,
@@ -113,7 +115,8 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
     with meter.phase("evaluate"):
         quality = _quality(run, job, bench, progress)
     plug(job.full, job.layout, progress.plugged)
-    export(job.full, job.manifest.adapter, run.store.adapter, base=Path(run.config.model.path).name)
+    base = Path(run.config.model.path).name
+    export(job.full, job.manifest.adapter, run.store.adapter, base=base, given=job.given)
     meter.phases["build"].bytes_down = sum(one.facts.package_bytes * len(one.sites) for one in job.emulators)
     report = _report(run, job, options, progress, plans, quality, meter)
     write_report(run.store.folder, report)

@@ -13,8 +13,9 @@ from importlib.metadata import version
 from client.audit import verify
 from client.columns import columns_for
 from client.data import read
-from client.installation import Installation
+from client.installation import WEIGHTS, Installation
 from client.opening import Opened
+from emulator.bitsandbytes_layers import library
 from errors import DataError, OffsiteError, PolicyRefusal, Untrusted
 from task.tasks import TASKS
 from trust.certificates import WARN_DAYS
@@ -39,7 +40,7 @@ class Finding:
 def examine(site: Installation, clock: Callable[[], datetime]) -> list[Finding]:
     """Returns what was found, all checks made whatever the earlier ones said."""
     checks: dict[str, Callable[[], str]] = {
-        "versions": _versions,
+        "versions": lambda: _versions(site),
         "keys": lambda: _keys(site),
         "certificates": lambda: _certificates(site, clock()),
         "data": lambda: _data(site),
@@ -64,11 +65,12 @@ def _find(name: str, check: Callable[[], str]) -> Finding:
     return Finding(name, WARNED if detail.startswith("warning: ") else FINE, detail.removeprefix("warning: "))
 
 
-def _versions() -> str:
+def _versions(site: Installation) -> str:
     flower = version("flwr")
     if not flower.startswith(FLOWER):
         raise DataError(f"flwr={flower}: 1.41 or 1.42 is needed, since its private interface is used; install that")
-    return f"offsite {version('offsite')}, flwr {flower}, torch {version('torch')}"
+    text = f"offsite {version('offsite')}, flwr {flower}, torch {version('torch')}"
+    return f"{text}, bitsandbytes {library().__version__}" if WEIGHTS[site.settings.weights] else text
 
 
 def _keys(site: Installation) -> str:

@@ -36,7 +36,9 @@ class SiteSettings:
       runtime_port: of the SuperNode's own interface on this machine; 0 takes a free one.
       simulation_seed: makes the noise repeatable for a test; a permission of the policy is needed too.
       weights: "widened" holds frozen weights as float32; "stored" as the package has them, widened where they run: a
-        fraction of the memory, some percent more time, the same results.
+        fraction of the memory, some percent more time, the same results; "int8" and "nf4" in the numbers of
+        bitsandbytes where the package has wider ones: less memory, nearly the same results. See
+        `emulator.bitsandbytes_layers`.
     """
 
     name: str
@@ -62,7 +64,7 @@ class SiteSettings:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
 
 
-WEIGHTS = {"widened": False, "stored": True}  # whether they stay as the package stores them
+WEIGHTS = {"widened": False, "stored": False, "int8": True, "nf4": True}  # whether it needs bitsandbytes
 
 
 class Installation:

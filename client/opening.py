@@ -18,7 +18,7 @@ from client.columns import columns_for
 from client.data import read
 from client.faults import fault
 from client.fetch import DepotAddress, fetch
-from client.installation import WEIGHTS, Installation
+from client.installation import Installation
 from client.jobs import Jobs
 from client.mailbox import Mailbox
 from client.node import NodePlace
@@ -29,7 +29,7 @@ from client.service import Service, Standing
 from client.site import Site
 from client.workbench import Workbench, encoded, open_workbench
 from emulator.verdict import Limits
-from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, lookup
+from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
 from privacy.ledger import Ledger
 from privacy.randomness import Randomness
 from protos.manifest import JobManifest
@@ -165,8 +165,8 @@ class Opened:
         limits, seed = Limits.for_owner(self.policy.max_rank, self.policy.max_adapter_share), secrets.randbits(62)
         settings = self.installation.settings
         emulator = manifest.emulator_of(settings.name)
-        stored = lookup(WEIGHTS, settings.weights, "weights")
-        bench = open_workbench(package, manifest, emulator=emulator, limits=limits, seed=seed, stored=stored)
+        weights = settings.weights
+        bench = open_workbench(package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights)
         self.audit.record(
             "vetted",
             now=self.clock(),

@@ -10,13 +10,15 @@ import torch
 
 from adapter.layout import Layout
 from adapter.methods import attach, places
+from client.installation import WEIGHTS
 from emulator import package
+from emulator.bitsandbytes_layers import ROUNDINGS, round_layers
 from emulator.files import tokenizer_sha256
 from emulator.held import hold
 from emulator.refresh import plain_of
 from emulator.refreshable import Frame, Refresh, Refreshable
 from emulator.verdict import Limits, Vetting
-from emulator.vet import Slots, vet, vet_adapter, vet_refresh
+from emulator.vet import Slots, read_given, vet, vet_adapter, vet_given, vet_refresh
 from errors import DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from protos.manifest import JobManifest
 from task.encode import SPLITS
@@ -93,7 +95,7 @@ class Workbench:
 
 
 def open_workbench(
-    folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int, stored: bool = False
+    folder: Path, manifest: JobManifest, *, emulator: str, limits: Limits, seed: int, weights: str = "widened"
 ) -> Workbench:
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
@@ -103,14 +105,16 @@ def open_workbench(
       emulator: SHA-256 of the package, hexadecimal: `JobManifest.emulator_of` the site.
       limits: of the vetting.
       seed: of what the vetting draws; at a real site its own secret.
-      stored: whether frozen weights stay as the package stores them, see `emulator.held`.
+      weights: in which form frozen ones lie in memory, see `SiteSettings.weights`.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
+      MalformedMessage, RangeError: the given tensors are not those that the adapter takes, or too many.
       DigestMismatch: the package, or the adapter that the manifest's recipe gives on it, is another one.
     """
     task = lookup(TASKS, manifest.task, "task")
     lookup(SPLITS, manifest.split, "split")
+    lookup(WEIGHTS, weights, "weights")
     model = package.load(folder, dtype=torch.float32, expected_digest=emulator)
     facts = package.read_manifest(folder, expected_digest=emulator)
     if (found := tokenizer_sha256(facts.files)) != manifest.tokenizer:
@@ -119,14 +123,18 @@ def open_workbench(
         )
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
+    rounded = round_layers(model, facts, weights) if weights in ROUNDINGS else {}
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
+    given = read_given(folder, model, facts)
     processor = task.load_processor(folder)
     _check_ids(processor, model)
-    if stored:
-        hold(model, folder, facts)
+    if weights != "widened":
+        hold(model, folder, facts, rounded)
     where = places(model, manifest.adapter)
-    model = attach(model, manifest.adapter)
-    narrow = vet_adapter(model, manifest.adapter, slots, limits, where)
+    model = attach(model, manifest.adapter, given)
+    vettings = [vetted, vet_adapter(model, manifest.adapter, slots, limits, where)]
+    if given:
+        vettings.append(vet_given(plain_of(model), frame, limits, seed=seed))
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():
         raise DigestMismatch(
@@ -138,7 +146,7 @@ def open_workbench(
         task,
         layout,
         processor,
-        (vetted, narrow),
+        tuple(vettings),
         limits,
         frame,
         biases,

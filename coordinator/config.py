@@ -28,13 +28,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained; `targets` empty takes the method's default for the model, `options` are the method's own."""
+    """What is trained; `targets` empty takes the method's default for the model, `options` are the method's own.
+
+    `frozen` are folders of exported adapters of earlier jobs, for methods that train on top of them.
+    """
 
     method: str = "ffa_lora"
     rank: int = 4
     alpha: float = 8.0
     targets: tuple[str, ...] = ()
     options: dict[str, Scalar] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses what no method could use; what this one cannot, `adapter.methods.known` says."""
@@ -331,6 +335,7 @@ def _absolute(config: FedConfig, folder: Path) -> FedConfig:
         coordinator = dataclasses.replace(coordinator, home=full(coordinator.home))
     sites = tuple(dataclasses.replace(s, train=full(s.train), heldout=full(s.heldout)) for s in config.sites)
     earlier = tuple(full(folder) for folder in config.aggregation.earlier)
+    frozen = tuple(full(folder) for folder in config.adapter.frozen)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=full(config.model.path)),
@@ -338,4 +343,5 @@ def _absolute(config: FedConfig, folder: Path) -> FedConfig:
         sites=sites,
         coordinator=coordinator,
         aggregation=dataclasses.replace(config.aggregation, earlier=earlier),
+        adapter=dataclasses.replace(config.adapter, frozen=frozen),
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adapter.given import Given
 from adapter.layout import Layout
 from adapter.methods import attach, known
 from adapter.spec import AdapterSpec
@@ -19,17 +20,20 @@ from coordinator.aggregate_factors import read_earlier
 from coordinator.config import FedConfig, TrainingConfig
 from coordinator.emulator_config import Kind
 from coordinator.evaluate import Score, score
+from coordinator.given import check_frozen, check_mask, collected
 from coordinator.public_records import PublicRecords, public_records
 from coordinator.rule_check import check_rule
 from coordinator.store import Store
 from coordinator.variants import Emulator, Workplace, reopened
+from emulator import package
 from emulator.compressors import steps_of
 from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
-from errors import DigestMismatch, lookup
+from errors import ConfigError, DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
 from protos.aggregation import AggregationTerms
 from protos.manifest import JobManifest, PrivacyTerms
+from task.image_prompt import ImagePromptToImage
 from task.spec import Record, Task
 from task.tasks import TASKS
 
@@ -70,6 +74,7 @@ class Job:
       public: public examples.
       zero_shot: score of the full model on public text before any training.
       start: initial adapter, float32 (d,).
+      given: what the adapter needs and does not train.
     """
 
     manifest: JobManifest
@@ -80,6 +85,7 @@ class Job:
     public: PublicRecords
     zero_shot: Score
     start: np.ndarray
+    given: Given = field(default_factory=dict)
 
     @property
     def emulator(self) -> Emulator:
@@ -100,15 +106,29 @@ def check_names(config: FedConfig, kinds: tuple[Kind, ...], federation: Parties)
     Raises:
       UnknownName: a table has no such entry.
       UnsupportedModel: the adapter's method is not offered.
-      ConfigError: an option is none of the method's, a step of a recipe cannot be read, or the server rule does not fit
-        the rest; see `check_rule`.
+      DataError: an earlier adapter cannot be read.
+      ConfigError: an option is none of the method's, an earlier adapter is none that it takes, a step of a recipe
+        cannot be read, or the server rule does not fit the rest; see `check_rule`.
     """
     for kind in kinds:
         steps_of(kind.compress)
     lookup(TASKS, config.model.task, "model.task")
     known(config.adapter.spec(slots=(), seed=config.seed))
+    _check_images(config)
+    check_frozen(config)
+    check_mask(config)
     check_rule(config, [site for site, _ in federation.roster], federation.n_min)
     lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
+
+
+def _check_images(config: FedConfig) -> None:
+    """Refuses a job whose records hold images that no part of the adapter would look at, or the other way round."""
+    task, method = config.model.task, config.adapter.method
+    if (task == ImagePromptToImage.name) != (method == "ip_adapter"):
+        raise ConfigError(
+            f"model.task={task!r} with adapter.method={method!r}: images of '{ImagePromptToImage.name}' are seen by "
+            "method 'ip_adapter' alone, and it needs them; take both or neither"
+        )
 
 
 def prepare(
@@ -142,18 +162,19 @@ def prepare(
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
     spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
 
-    workplace = Workplace(config, kinds, task, public, geometry, spec, store, on_step)
+    given = collected(config, full, spec, task, public, on_step)
+    workplace = Workplace(config, kinds, task, public, geometry, spec, store, on_step, given)
     packages = workplace.build(full)
     full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
     on_step("score the full model on public text")
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
     emulators, clip = workplace.measure(full, packages)
-    full = attach(full, spec)
+    full = attach(full, spec, given)
     layout = Layout.of(full)
     for folder in config.aggregation.earlier:
         read_earlier(folder, layout)
     manifest = _manifest(config, federation, emulators, spec, layout, clip)
-    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full))
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
 
 
 def reopen(
@@ -168,7 +189,8 @@ def reopen(
     plain = task.load(config.model.path, dtype=torch.float32)
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts["emulators"])
-    full = attach(plain, manifest.adapter)
+    given = package.read_given(store.package, package.read_manifest(store.package, expected_digest=manifest.emulator))
+    full = attach(plain, manifest.adapter, given)
     layout = Layout.of(full)
     for what, found, expected in (
         ("model", model_sha256(Path(config.model.path)), manifest.base),
@@ -181,7 +203,7 @@ def reopen(
                 "start a new run"
             )
     zero_shot = Score(**facts["zero_shot"])
-    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full))
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

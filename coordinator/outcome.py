@@ -9,7 +9,7 @@ from typing import Any
 from adapter.export import export
 from coordinator import measures
 from coordinator.aggregate import AGGREGATORS, Aggregator
-from coordinator.aggregation_section import IN_THE_OPEN, facts_of
+from coordinator.aggregation_section import IN_THE_OPEN, facts_of, left_out, rule_text
 from coordinator.config import FedConfig
 from coordinator.evaluate import score
 from coordinator.job import Job
@@ -25,7 +25,7 @@ def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, prog
     """Writes the adapter and the report, and returns the report."""
     plug(job.full, job.layout, progress.plugged)
     after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
-    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name)
+    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name, given=job.given)
     rule = lookup(AGGREGATORS, config.aggregation.rule, "rule")
     report = _report(config_sha256, store, job, progress, rule) | {
         "public": {
@@ -102,6 +102,9 @@ def _text(report: dict[str, Any], store: Store) -> str:
             "|---|---|---|---|---|",
             *table,
             "",
+            rule_text(report["aggregation"]),
+            "",
+            *left_out(report["secagg"]["dropped"]),
             *_emulators(report["emulator"]),
             *(line for sentence in refreshes(lines) for line in (sentence, "")),
             f"adapter: {store.adapter}",

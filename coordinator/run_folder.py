@@ -29,6 +29,7 @@ def settings_sha256(config: FedConfig) -> str:
         content["coordinator"] = {"deadline": config.coordinator.deadline}
         content["model"]["path"] = os.path.relpath(config.model.path, home)
         content["data"]["public"] = os.path.relpath(config.data.public, home)
+        content["adapter"]["frozen"] = [os.path.relpath(one, home) for one in config.adapter.frozen]
         content["aggregation"]["earlier"] = [os.path.relpath(one, home) for one in config.aggregation.earlier]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

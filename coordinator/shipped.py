@@ -50,7 +50,7 @@ class Shipped:
         plain = package.load(folder, dtype=torch.float32, expected_digest=job.emulator.facts.digest())
         frame = Frame.of(folder, job.emulator.facts)
         biases = Refreshable.of(plain, job.emulator.facts, frame)
-        return cls(job, attach(plain, job.manifest.adapter), frame, biases)
+        return cls(job, attach(plain, job.manifest.adapter, job.given), frame, biases)
 
     def refreshed(self, progress: Progress) -> tuple[Refresh, dict[str, Any]]:
         """Returns the biases that go with the next round, and what the line of this one says about them.

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from adapter.given import Given
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
 from coordinator.config import FedConfig, TrainingConfig
@@ -83,6 +84,7 @@ class Workplace:
       spec: of the adapter.
       store: run folder.
       on_step: told what is being done.
+      given: what the adapter needs and does not train; the same in every package.
     """
 
     config: FedConfig
@@ -93,6 +95,7 @@ class Workplace:
     spec: AdapterSpec
     store: Store
     on_step: Callable[[str], None]
+    given: Given = field(default_factory=dict)
 
     def build(self, full: Any) -> list[Manifest]:
         """Writes the packages into the run folder and returns their manifests, in order.
@@ -117,6 +120,7 @@ class Workplace:
                     Calibration(fitted.run, compared.losses),
                     self._folder(kind),
                     tokenizer=Path(self.config.model.path),
+                    given=self.given,
                 )
             found.append(facts)
         return found
@@ -148,14 +152,15 @@ class Workplace:
             if every := self.config.emulator.refresh:
                 Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)
             gate = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)
-            cosine = gradient_cosine(full, emulator, self.spec, gate.losses)  # compares the adapters' layouts too
+            cosine = gradient_cosine(full, emulator, self.spec, gate.losses, self.given)  # compares layouts too
             check_gate(cosine, kind.gate)
         with self._named(kind, "score the emulator on public text"):
             public = score(self.task, emulator, self.public.test, batch=batch)
-        if given := self.config.privacy.max_grad_norm:
-            return Emulator(kind.sites, facts, cosine, public), given
+        if fixed := self.config.privacy.max_grad_norm:
+            return Emulator(kind.sites, facts, cosine, public), fixed
         with self._named(kind, "measure gradient norms on public text"):
-            clip = _median_norm(self.task, attach(emulator, self.spec), self.public.tune, self.config.training)
+            adapted = attach(emulator, self.spec, self.given)
+            clip = _median_norm(self.task, adapted, self.public.tune, self.config.training)
         return Emulator(kind.sites, facts, cosine, public), clip
 
     def _folder(self, kind: Kind) -> Path:

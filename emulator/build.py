@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adapter.given import NOTHING, Given
 from adapter.targets import is_linear
-from emulator import files, storage
+from emulator import files, given_file, storage
 from emulator.compressors import apply, make_plan
 from emulator.compressors.arguments import scheme
 from emulator.draft import Span
@@ -21,7 +22,7 @@ from emulator.rebuild import config_text, find_auto, tied_names
 from emulator.source import MemorySource, Source
 from emulator.storage import is_verbatim
 from emulator.tensor_file import TensorFile
-from emulator.towers import token_embeddings
+from emulator.towers import find_towers, token_embeddings
 from errors import ConfigError, UnsupportedModel
 from trust.files import write_whole
 
@@ -38,6 +39,7 @@ def build(
     directory: Path | str,
     *,
     tokenizer: Path | str | None = None,
+    given: Given = NOTHING,
 ) -> Manifest:
     """Writes the emulator package of a model and returns its manifest; the same input gives the same bytes.
 
@@ -49,6 +51,7 @@ def build(
       calibration: public examples; needed by the compressors that look at them.
       directory: where to write; must not exist, or be empty.
       tokenizer: folder of the model, whose tokenizer files become part of the package.
+      given: tensors that the adapter needs and does not train; they become part of the package.
 
     Raises:
       UnsupportedModel: a weight is not finite or does not fit the storage, or the configuration does not rebuild the
@@ -75,6 +78,7 @@ def build(
         raise
     (target / CONFIG).write_text(text, encoding="utf-8")
     files.copy_tokenizer(tokenizer, target)
+    given_file.write(target, given)
     manifest = Manifest(
         format=FORMAT,
         auto=auto,
@@ -119,7 +123,14 @@ def embedding_storage(model: nn.Module, setting: str) -> dict[str, str]:
 
 
 def embedding_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the weights of the input embedding and the head; tied ones under one name."""
+    """Returns the names of the weights of the input embedding and the head; tied ones under one name.
+
+    Of a tower whose blocks stand apart: of all matrices and kernels around them, most of such a model.
+    """
+    for tower in find_towers(model):
+        if tower.apart:
+            inside = _inside(tower.blocks)
+            return tuple(name for name, p in model.named_parameters() if p.dim() >= 2 and not name.startswith(inside))
     getter = getattr(model, "get_output_embeddings", None)
     found = [*token_embeddings(model), getter() if getter is not None else None]
     tables = [getattr(one, "weight", None) for one in found]

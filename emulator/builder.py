@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adapter.methods import frozen_count, needs_public_data
 from adapter.spec import AdapterSpec
 from emulator import package
 from emulator.calibrate import PublicExamples
@@ -157,6 +158,11 @@ class Builder:
           ConfigError: the limits cannot be met, the gradients point elsewhere, or every candidate gives too much away.
           OffsiteError: see `emulator.build`.
         """
+        if frozen_count(self.order.adapter) or needs_public_data(self.order.adapter):
+            raise ConfigError(
+                f"method={self.order.adapter.method!r}: needs given tensors, which only a job has; name it in a "
+                "federation file, or build for another method"
+            )
         refusal: ConfigError | None = None
         for geometry, recipe, candidates in self._choices():
             try:

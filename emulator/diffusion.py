@@ -1,4 +1,4 @@
-"""Diffusion transformers of diffusers, an optional extra: rebuilt from their own configuration by the same rules.
+"""Denoisers of diffusers, an optional extra: rebuilt from their own configuration by the same rules.
 
 They have neither a transformers configuration nor an auto class. Both stand here, and the class that a configuration
 may name is looked up in a table of those whose blocks and inputs are known.
@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from emulator.unet_config import check_unet
 from errors import MalformedMessage, OffsiteError
 from task.diffusion_models import CLASS as CLASS
-from task.diffusion_models import model_class
+from task.diffusion_models import UNET, model_class
 
 MOST_ENTRIES = 1 << 26  # of the table of positions, which is computed; the largest published has some millions
 STEPS = 1000  # of noise, in every diffusion transformer that was published
@@ -24,7 +25,7 @@ _SIZES = ("sample_size", "patch_size", "num_attention_heads", "attention_head_di
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The configuration of one diffusion transformer.
+    """The configuration of one denoiser.
 
     Attributes:
       name: of its class.
@@ -36,7 +37,7 @@ class DiffusionConfig:
 
 
 class AutoDiffusion:
-    """Builds a diffusion transformer from its configuration, as the auto classes of transformers do."""
+    """Builds a denoiser from its configuration, as the auto classes of transformers do."""
 
     _model_mapping: ClassVar[dict[type, type]] = {}  # of configurations of transformers, there is none
 
@@ -52,7 +53,7 @@ class AutoDiffusion:
         if not isinstance(config, DiffusionConfig) or trust_remote_code:
             raise ValueError("not a configuration of diffusers, or one with code")
         kind = model_class(config.name)
-        _check_values(config.values, inspect.signature(kind.__init__).parameters.keys() - {"self"})
+        _check_values(config, inspect.signature(kind.__init__).parameters.keys() - {"self"})
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -80,7 +81,7 @@ def to_document(model: Any) -> dict[str, Any]:
     """
     name = type(model).__name__
     model_class(name)
-    return {CLASS: name, **{key: value for key, value in dict(model.config).items() if not key.startswith("_")}}
+    return {CLASS: name, **{key: _plain(value) for key, value in dict(model.config).items() if key[:1] != "_"}}
 
 
 def parse(document: dict[str, Any]) -> DiffusionConfig:
@@ -92,8 +93,9 @@ def random_inputs(model: Any, generator: torch.Generator, examples: int) -> dict
     """Returns random latents, each with a step of noise and what the model is told of it."""
     config = model.config
     shape = (examples, config.in_channels, config.sample_size, config.sample_size)
+    latents = "sample" if type(model).__name__ == UNET else "hidden_states"
     return {
-        "hidden_states": torch.randn(shape, generator=generator),
+        latents: torch.randn(shape, generator=generator),
         "timestep": torch.randint(STEPS, (examples,), generator=generator),
         **_TOLD[type(model).__name__](config, generator, examples),
     }
@@ -104,19 +106,28 @@ def _class(config: Any, generator: torch.Generator, examples: int) -> dict[str, 
 
 
 def _text(config: Any, generator: torch.Generator, examples: int) -> dict[str, Tensor]:
-    width = config.caption_channels or config.cross_attention_dim
+    width = getattr(config, "caption_channels", None) or config.cross_attention_dim
     return {"encoder_hidden_states": torch.randn((examples, TOKENS, width), generator=generator)}
 
 
 _TOLD: dict[str, Callable[[Any, torch.Generator, int], dict[str, Tensor]]] = {
     "DiTTransformer2DModel": _class,
     "PixArtTransformer2DModel": _text,
+    UNET: _text,
 }
 
 
-def _check_values(values: dict[str, Any], known: set[str]) -> None:
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _check_values(config: DiffusionConfig, known: set[str]) -> None:
+    values = config.values
     if strange := sorted(values.keys() - known):
         raise MalformedMessage(f"config {strange[0]}: the model has no such argument; refuse this package")
+    if config.name == UNET:
+        check_unet(values)
+        return
     for key, value in values.items():
         if type(value) not in (bool, int, float, str, type(None)):
             raise MalformedMessage(f"config {key}={value!r}: it must be one plain value; refuse this package")

@@ -2,7 +2,7 @@
 
 Two streams of the same public examples go side by side: what the full model makes of them, which is the target, and
 what the emulator has made of them so far, which is the input. An error of one stretch is thus seen, and made good for,
-by the next.
+by the next. Where other modules stand between the blocks, each block sees what reaches it in the full model instead.
 """
 
 from collections.abc import Iterator
@@ -188,7 +188,8 @@ def spans(middle: Middle, plan: Plan, *, public: bool) -> Iterator[Station]:
                     blocks[path] = private(block)
                 else:
                     blocks[path] = skipped(block, forms[path])
-                if teacher is not None:
+                if teacher is not None and emulated is not None:
+                    teacher, emulated = (middle.stream.entering(path, one) for one in (teacher, emulated))
                     teacher = middle.stream.run(private(block), path, teacher)
         if stretch.owner and stretch.head:
             share_parts(blocks[stretch.head], made[stretch.owner])
@@ -212,7 +213,7 @@ def share_parts(block: nn.Module, owner: nn.Module) -> None:
 def _entry(middle: Middle) -> Hidden:
     """Returns what enters the middle."""
     hidden = middle.stream.inputs
-    for path in middle.tower[: middle.geometry.first]:
+    for path in () if middle.apart else middle.tower[: middle.geometry.first]:
         with middle.source.open(path) as block:
             hidden = middle.stream.run(private(block), path, hidden)
     return hidden

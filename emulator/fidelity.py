@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from adapter.given import NOTHING, Given
 from adapter.layout import Layout
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
@@ -17,7 +18,9 @@ PUBLIC_SEED = 20
 PERTURBATION = 1e-3
 
 
-def gradient_cosine(full: nn.Module, emulator: nn.Module, spec: AdapterSpec, losses: Losses) -> float:
+def gradient_cosine(
+    full: nn.Module, emulator: nn.Module, spec: AdapterSpec, losses: Losses, given: Given = NOTHING
+) -> float:
     """Returns the cosine of the slots' adapter gradients through the full model and through the emulator, in -1..1.
 
     The idea is GradOT's (ACL 2025); over eleven emulators of a 135M model its rank correlation with what plug-in gained
@@ -29,13 +32,14 @@ def gradient_cosine(full: nn.Module, emulator: nn.Module, spec: AdapterSpec, los
       emulator: the loaded package, of the same slots.
       spec: the adapter that will be trained; its slots name the blocks.
       losses: a function of a model that returns its mean loss on public examples as a scalar, or yields it in chunks.
+      given: what the adapter needs and does not train.
 
     Raises:
       DigestMismatch: the two models take different adapters.
       RangeError: a gradient is zero or not finite.
     """
-    layout, mine = _gradient(full, spec, losses)
-    other_layout, other = _gradient(emulator, spec, losses)
+    layout, mine = _gradient(full, spec, losses, given)
+    other_layout, other = _gradient(emulator, spec, losses, given)
     if layout.digest() != other_layout.digest():
         raise DigestMismatch(
             f"layout={other_layout.digest().hex()[:12]}: the emulator's adapter is not the full model's "
@@ -64,7 +68,7 @@ def check_gate(cosine: float, floor: float) -> None:
 
 
 @contextmanager
-def visiting(model: nn.Module, spec: AdapterSpec) -> Iterator[nn.Module]:
+def visiting(model: nn.Module, spec: AdapterSpec, given: Given = NOTHING) -> Iterator[nn.Module]:
     """Yields a model with an adapter attached, and leaves the model as it was, to the very same block objects.
 
     Only the slots' blocks are copied, never the model: attaching changes nothing else that is not restored here.
@@ -72,6 +76,7 @@ def visiting(model: nn.Module, spec: AdapterSpec) -> Iterator[nn.Module]:
     Args:
       model: keeps its modules, attributes, `requires_grad` flags and training mode.
       spec: of the adapter.
+      given: what it needs and does not train.
     """
     modules = dict(model.named_modules())
     blocks = {path: modules[path] for path in spec.slots if path in modules}  # attaching names a path that is wrong
@@ -81,7 +86,7 @@ def visiting(model: nn.Module, spec: AdapterSpec) -> Iterator[nn.Module]:
     try:
         for path, block in blocks.items():
             model.set_submodule(path, copy.deepcopy(block))
-        yield attach(model, spec)
+        yield attach(model, spec, given)
     finally:
         vars(model).clear()
         vars(model).update(attributes)
@@ -93,9 +98,9 @@ def visiting(model: nn.Module, spec: AdapterSpec) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def _gradient(model: nn.Module, spec: AdapterSpec, losses: Losses) -> tuple[Layout, Tensor]:
+def _gradient(model: nn.Module, spec: AdapterSpec, losses: Losses, given: Given) -> tuple[Layout, Tensor]:
     """Returns the layout of the adapter and its gradient as one fp64 vector of length 1."""
-    with visiting(model, spec) as adapted:
+    with visiting(model, spec, given) as adapted:
         adapted.eval()
         trained = sorted((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
         parameters = [parameter for _, parameter in trained]

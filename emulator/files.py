@@ -120,6 +120,19 @@ def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
             raise DigestMismatch(f"file={name!r} is not the one its manifest announces; fetch the package again")
 
 
+def read_checked(path: Path, entry: FileEntry) -> bytes:
+    """Returns the bytes of one file, which are the announced ones also where it changed after `check`.
+
+    Raises:
+      DigestMismatch: it is missing, a link, or has another size or hash.
+    """
+    plain = path.is_file() and not path.is_symlink() and path.stat().st_size == entry.bytes
+    content = path.read_bytes() if plain else b""
+    if not plain or hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise DigestMismatch(f"file={path.name!r} is not the one its manifest announces; fetch the package again")
+    return content
+
+
 def tokenizer_sha256(announced: Mapping[str, FileEntry]) -> str:
     """Returns the SHA-256 over the tokenizer's files of a package, by name and hash, 64 hexadecimal digits."""
     return _together({name: entry.sha256 for name, entry in announced.items() if name in TOKENIZER_FILES})

@@ -70,6 +70,11 @@ class Geometry:
         blocks = self._tower(model).blocks
         return blocks[self.first : len(blocks) - self.last]
 
+    @property
+    def apart(self) -> bool:
+        """Whether other modules stand between the tower's blocks."""
+        return Tower(self.tower, ()).apart
+
     def _tower(self, model: nn.Module) -> Tower:
         tower = lookup({tower.path: tower for tower in find_towers(model)}, self.tower, "tower")
         if len(tower.blocks) <= self.first + self.last:

@@ -4,6 +4,9 @@ A layer of 4-bit codes takes a seventh of its float32 weights. What it computes 
 and backwards, since the same numbers are made of the same codes at every call and forgotten again.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from emulator import storage
 from emulator.manifest import WEIGHTS, Manifest
 from emulator.quantize import Quantised, dequantize
 from emulator.scheme import Scheme
+from emulator.towers import blocks_at
 
 
 class _Widened(torch.autograd.Function):
@@ -32,6 +36,24 @@ class _Widened(torch.autograd.Function):
         return gradient @ ctx.layer.widened(gradient), None
 
 
+@dataclass(frozen=True)
+class Held:
+    """A frozen weight in the form in which it lies in memory.
+
+    Attributes:
+      pieces: tensors of any dtypes.
+      widen: makes the weight of them, (out, in), float32.
+    """
+
+    pieces: tuple[Tensor, ...]
+    widen: Callable[[Sequence[Tensor]], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all pieces."""
+        return sum(_size(piece) for piece in self.pieces)
+
+
 class HeldLinear(nn.Linear):
     """A frozen dense layer whose weight lies here as codes or in 16 bits; adapters find it as the layer it stands for.
 
@@ -39,25 +61,23 @@ class HeldLinear(nn.Linear):
       bias: (out,) or None, as wide as the model is, since a refresh may move it.
     """
 
-    def __init__(self, plain: nn.Module, held: Quantised | Tensor, scheme: Scheme | None) -> None:
+    def __init__(self, plain: nn.Module, held: Held) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make the weight that this layer is without
         weight = plain.get_parameter("weight")
-        self._shape, self._scheme, self._transposed = tuple(weight.shape), scheme, isinstance(plain, Conv1D)
-        self.out_features, self.in_features = self._shape[::-1] if self._transposed else self._shape
-        pieces = (held,) if isinstance(held, Tensor) else held.pieces
-        for number, piece in enumerate(pieces):
+        self.out_features, self.in_features = weight.shape[::-1] if isinstance(plain, Conv1D) else weight.shape
+        self._pieces, self._widen = len(held.pieces), held.widen
+        for number, piece in enumerate(held.pieces):
             self.register_buffer(f"piece_{number}", piece.to(weight.device), persistent=False)
-        self._pieces = len(pieces)
         self.register_parameter("bias", plain._parameters.get("bias"))
 
     @property
     def weight(self) -> Tensor:
         """The weight, (out, in), float32; made anew at each call, so it cannot be trained."""
-        return self._plain()
+        return self._widen([self.get_buffer(f"piece_{number}") for number in range(self._pieces)])
 
     def widened(self, like: Tensor) -> Tensor:
         """Returns the weight, (out, in), in another tensor's dtype."""
-        return self._plain().to(like.dtype)
+        return self.weight.to(like.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns (..., out) of (..., in)."""
@@ -66,14 +86,8 @@ class HeldLinear(nn.Linear):
             return found
         return functional.linear(inputs, self.widened(inputs), self.bias)
 
-    def _plain(self) -> Tensor:
-        pieces = [self.get_buffer(f"piece_{number}") for number in range(self._pieces)]
-        scheme = self._scheme
-        weight = pieces[0].float() if scheme is None else dequantize(Quantised(*pieces), self._shape, scheme)
-        return weight.T if self._transposed else weight
 
-
-def hold(model: nn.Module, folder: Path, manifest: Manifest) -> int:
+def hold(model: nn.Module, folder: Path, manifest: Manifest, rounded: Mapping[str, Held] | None = None) -> int:
     """Puts layers that are held as stored in the places of a loaded emulator's frozen dense layers, in place.
 
     Blocks that are shipped verbatim stay as they are, since some adapters are built of their weights. So do tables of
@@ -83,34 +97,49 @@ def hold(model: nn.Module, folder: Path, manifest: Manifest) -> int:
       model: as `package.load` returned it, before any adapter.
       folder: the package.
       manifest: of the package.
+      rounded: layers that are held in another form than the package's, by path; `rounded.round_layers` gives them.
 
     Returns:
       How many bytes fewer the model holds.
     """
-    geometry = manifest.geometry
-    names = [f"{geometry.tower}.{name}." for name, _ in model.get_submodule(geometry.tower).named_children()]
-    ends = (*names[: geometry.first], *names[len(names) - geometry.last :])
-    shared = set(manifest.tied) | set(manifest.tied.values())
     saved = 0
     with safe_open(folder / WEIGHTS, framework="pt") as stored:
-        for path, module in list(model.named_modules()):
-            name = f"{path}.weight"
-            how = manifest.storage.get(name, "")
-            if type(module) not in (nn.Linear, Conv1D) or name.startswith(ends) or name in shared or not how:
-                continue
-            weight = module.get_parameter("weight")
-            pieces = [stored.get_tensor(piece) for piece in storage.names(name, how)]
-            scheme, narrow = _held(how, weight)
-            if not narrow:
-                continue
-            held = pieces[0] if scheme is None else Quantised(*pieces)
-            saved += _size(weight) - sum(_size(piece) for piece in pieces)
+        for path, module, how in list(dense(model, manifest)):
+            name, weight = f"{path}.weight", module.get_parameter("weight")
+            held = rounded.get(path) if rounded else None
+            if held is None:
+                scheme, narrow = _scheme(how, weight)
+                if not narrow:
+                    continue
+                pieces = tuple(stored.get_tensor(piece) for piece in storage.names(name, how))
+                transposed = isinstance(module, Conv1D)
+                held = Held(pieces, partial(_stored, scheme=scheme, shape=tuple(weight.shape), transposed=transposed))
+            saved += _size(weight) - held.size
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, HeldLinear(module, held, scheme).eval())
+            setattr(model.get_submodule(parent), leaf, HeldLinear(module, held).eval())
     return saved
 
 
-def _held(how: str, weight: Tensor) -> tuple[Scheme | None, bool]:
+def dense(model: nn.Module, manifest: Manifest) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yields path, layer and storage of each dense layer of a loaded emulator that is neither shared nor in an end."""
+    geometry = manifest.geometry
+    names = [f"{path}." for path in blocks_at(model, geometry.tower)]
+    ends = (*names[: geometry.first], *names[len(names) - geometry.last :])
+    shared = set(manifest.tied) | set(manifest.tied.values())
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        how = manifest.storage.get(name, "")
+        if type(module) in (nn.Linear, Conv1D) and not name.startswith(ends) and name not in shared and how:
+            yield path, module, how
+
+
+def _stored(pieces: Sequence[Tensor], *, scheme: Scheme | None, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """Returns the weight, (out, in), of what the package stores of it."""
+    weight = pieces[0].float() if scheme is None else dequantize(Quantised(*pieces), shape, scheme)
+    return weight.T if transposed else weight
+
+
+def _scheme(how: str, weight: Tensor) -> tuple[Scheme | None, bool]:
     """Returns the scheme of codes, and whether a storage is narrower than the weight is in the model."""
     scheme = storage.parse(how)
     if scheme is not None:

@@ -5,7 +5,8 @@ from torch.nn import functional
 
 from emulator.fit import rows
 from emulator.middle import Middle
-from emulator.stream import private
+from emulator.source import MemorySource
+from emulator.stream import begin, private
 
 
 def similarity(middle: Middle, emulator: nn.Module) -> dict[str, float]:
@@ -21,10 +22,14 @@ def similarity(middle: Middle, emulator: nn.Module) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     mine = theirs = middle.stream.inputs
+    student = middle.stream
+    if middle.apart and middle.calibration is not None:
+        student = begin(MemorySource(emulator), middle.tower, (), middle.calibration.run, apart=True)
     for path in middle.tower:
+        mine, theirs = student.entering(path, mine), middle.stream.entering(path, theirs)
         with middle.source.open(path) as block:
             theirs = middle.stream.run(private(block), path, theirs)
-        mine = middle.stream.run(emulator.get_submodule(path), path, mine)
+        mine = student.run(emulator.get_submodule(path), path, mine)
         left, right = rows(mine), rows(theirs)
         left, right = left - left.mean(0), right - right.mean(0)
         found[path] = float(functional.cosine_similarity(left, right, dim=-1).mean())

@@ -14,6 +14,7 @@ V = TypeVar("V")
 
 FORMAT = 2
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "emulator.safetensors", "config.json"
+GIVEN = "given.safetensors"  # tensors that the adapter needs and does not train, where it needs some
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 

@@ -40,9 +40,12 @@ class Middle:
         self.blocks = geometry.middle(source.model)
         self.tower = geometry.blocks(source.model)
         modules = [source.model.get_submodule(path) for path in self.tower]
+        self.apart = geometry.apart
         usual = usual_signature(modules)
-        # A block with a tensor of its own (T5's relative positions) serves the others: it is never left out.
-        self.alone = tuple(path for path, m in zip(self.tower, modules, strict=True) if signature(m) != usual)
+        # A block with a tensor of its own (T5's relative positions) serves the others: it is never left out. Blocks
+        # that stand apart have other widths, and nothing of each other.
+        odd = tuple(path for path, m in zip(self.tower, modules, strict=True) if signature(m) != usual)
+        self.alone = () if self.apart else odd
         # Where the feed-forward networks are in a block, by the block's layers; found by trial, once for alike blocks.
         self.pairs: dict[tuple[str, ...], list[tuple[tuple[tuple[str, int], ...], str]]] = {}
         self.skippable = tuple(path for path in self.blocks if path not in self.alone)
@@ -55,7 +58,7 @@ class Middle:
     def stream(self) -> Stream:
         """The public examples at the tower's entry; made when first asked, by one cheap pass."""
         run = self.calibration.run if self.calibration else None
-        return begin(self.source, self.tower, self.alone, run)
+        return begin(self.source, self.tower, self.alone, run, apart=self.apart)
 
     @cached_property
     def losses(self) -> Losses:
@@ -83,6 +86,7 @@ class Middle:
         found: dict[str, float] = {}
         hidden: Hidden = self.stream.inputs
         for path in self.tower:
+            hidden = self.stream.entering(path, hidden)
             with self.source.open(path) as block:
                 after = self.stream.run(private(block), path, hidden)
             if path in self.blocks:

@@ -1,7 +1,8 @@
 """The emulator as a folder of plain files: built by the model's owner, checked byte by byte where it is loaded.
 
 manifest.json holds every fact and hash, emulator.safetensors the tensors, config.json the model's structure; tokenizer
-files lie beside. Nothing in a package is code, and nothing in it is imported by name.
+files lie beside, and given.safetensors where the adapter needs given tensors. Nothing in a package is code, and nothing
+in it is imported by name.
 """
 
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from emulator import files, storage
 from emulator.build import MODEL_DTYPES, build
+from emulator.given_file import read as read_given
 from emulator.manifest import CONFIG, WEIGHTS, Manifest
 from emulator.rebuild import empty_model
 from emulator.surgery import operate
 from errors import DigestMismatch, MalformedMessage, lookup
 
-__all__ = ["build", "load", "read_manifest"]
+__all__ = ["build", "load", "read_given", "read_manifest"]
 
 
 def read_manifest(directory: Path | str, *, expected_digest: str | None = None) -> Manifest:

@@ -14,14 +14,16 @@ class Plan:
 
     Attributes:
       actions: by block path, "keep", "skip" or "share:OWNER", where OWNER is the path of a block that is kept.
+      apart: whether other modules stand between the blocks.
     """
 
     actions: Mapping[str, str]
+    apart: bool = False
 
     @classmethod
     def whole(cls, middle: Middle) -> "Plan":
         """Returns the plan that keeps every block."""
-        return cls(dict.fromkeys(middle.blocks, KEEP))
+        return cls(dict.fromkeys(middle.blocks, KEEP), middle.apart)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -47,19 +49,22 @@ class Plan:
         return self._with({path: f"{SHARE}{owner}" for path, owner in owners.items()})
 
     def spans(self) -> list["Stretch"]:
-        """Returns the middle as stretches, each a block that runs and those behind it that are left out."""
+        """Returns the middle as stretches, each a block that runs and those behind it that are left out.
+
+        Blocks that stand apart are a stretch each: what one makes is not what the next gets.
+        """
         found: list[Stretch] = []
         for path, action in self.actions.items():
             if action != SKIP:
                 found.append(Stretch(path, (), self.shared.get(path)))
-            elif found:
+            elif found and not self.apart:
                 found[-1] = Stretch(found[-1].head, (*found[-1].gone, path), found[-1].owner)
             else:
                 found.append(Stretch(None, (path,), None))
         return found
 
     def _with(self, changes: Mapping[str, str]) -> "Plan":
-        return Plan({path: changes.get(path, action) for path, action in self.actions.items()})
+        return Plan({path: changes.get(path, action) for path, action in self.actions.items()}, self.apart)
 
 
 @dataclass(frozen=True)

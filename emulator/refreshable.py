@@ -99,6 +99,11 @@ class Refreshable:
         Raises:
           ConfigError: naming what to change.
         """
+        if manifest.geometry.apart:
+            raise ConfigError(
+                f"emulator.refresh={every}: between this model's blocks stand others, past which none is aligned; set "
+                "emulator.refresh = 0"
+            )
         if not self.tensors:
             # Where a norm stands behind the last layer, as in Gemma, centering leaves no bias either.
             centred = any(Step.parse(text).name == "center" for text in manifest.recipe)

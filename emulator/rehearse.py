@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adapter.given import Given
 from adapter.layout import Layout
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
@@ -34,6 +35,7 @@ class Lesson:
       batch: examples of one step, >= 1.
       learning_rate: > 0.
       seed: of the order of examples; >= 0.
+      given: what the adapter needs and does not train.
     """
 
     spec: AdapterSpec
@@ -41,6 +43,7 @@ class Lesson:
     batch: int = 4
     learning_rate: float = 1e-3
     seed: int = 0
+    given: Given = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Reference:
 def reference(full: nn.Module, lesson: Lesson, text: Text) -> Reference:
     """Returns the full model's losses, without and with the adapter trained inside it; the model is left as it was."""
     zero_shot = text.test.loss(full)
-    with visiting(full, lesson.spec) as model:
+    with visiting(full, lesson.spec, lesson.given) as model:
         train(model, lesson, text.train)
         return Reference(zero_shot, text.test.loss(model))
 
@@ -160,11 +163,11 @@ def rehearse(
             "text; give more public text, more steps or another learning rate"
         )
     zero_shot = text.test.loss(emulator)
-    with visiting(emulator, lesson.spec) as model:
+    with visiting(emulator, lesson.spec, lesson.given) as model:
         layout = Layout.of(model)
         train(model, lesson, text.train)
         tuned, vector = text.test.loss(model), layout.read(model)
-    with visiting(full, lesson.spec) as model:
+    with visiting(full, lesson.spec, lesson.given) as model:
         plug(model, layout, correct(torch.from_numpy(vector)).numpy())
         plug_in = text.test.loss(model)
     relearned = {tokens: relearned_loss(emulator, lesson, text, tokens) for tokens in relearn}
@@ -191,7 +194,7 @@ def relearned_loss(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int)
     steps = max(1, round(tokens / (lesson.batch * text.length)))
     _fit(stolen, parameters, lesson, text.attack, steps, RELEARN_RATE)
     stolen.requires_grad_(False)
-    adapted = attach(stolen, lesson.spec)
+    adapted = attach(stolen, lesson.spec, lesson.given)
     train(adapted, lesson, text.train)
     return text.test.loss(adapted)
 

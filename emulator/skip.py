@@ -62,6 +62,7 @@ def skipped(block: nn.Module, form: Form) -> nn.Module:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return in_form(form, bind(signature, self, args, kwargs), self._modules.get(PATCH))
 
+    vars(forward)["__signature__"] = signature  # whoever binds a call's arguments by name finds the block's own
     empty: Any = type(f"Skipped{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
     twin: nn.Module = empty.__new__(empty)  # without the class's own __init__, which would make parameters
     nn.Module.__init__(twin)

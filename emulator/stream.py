@@ -7,7 +7,7 @@ block is called with. From then on a block is one function from hidden states to
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,11 +46,18 @@ class Stream:
       inputs: float32 hidden states that enter the first block, one tensor (examples, positions, width) for each call.
       calls: by block path, one for each call of the model.
       forms: how each block hands its result on.
+      apart: what enters each block of the model that was called, where other modules stand between the blocks; else
+        nothing, since what leaves one block enters the next.
     """
 
     inputs: Hidden
     calls: dict[str, list[Call]]
     forms: dict[str, Form]
+    apart: dict[str, Hidden] = field(default_factory=dict)
+
+    def entering(self, path: str, before: Hidden) -> Hidden:
+        """Returns what enters a block: what left the one before it, unless they stand apart."""
+        return self.apart.get(path, before)
 
     def run(self, block: nn.Module, path: str, hidden: Hidden) -> Hidden:
         """Returns what a block, standing at `path`, makes of hidden states; float32, without gradients."""
@@ -69,7 +76,9 @@ def bare(output: Any) -> Tensor:
     return hidden
 
 
-def begin(source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: Run | None) -> Stream:
+def begin(
+    source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: Run | None, *, apart: bool = False
+) -> Stream:
     """Returns the stream of public examples at a tower's entry.
 
     Args:
@@ -77,6 +86,7 @@ def begin(source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: 
       blocks: of the tower, in order.
       alone: those of them that have a tensor of their own which the others use; they are run at each call.
       run: calls the model it is given with public examples only; its result is ignored.
+      apart: whether other modules stand between the blocks; then all blocks are run.
 
     Raises:
       ConfigError: no examples were given.
@@ -84,7 +94,7 @@ def begin(source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: 
     """
     if run is None:
         raise ConfigError("calibration=None: this compressor needs public examples to run; give public text")
-    recorders = {path: _Recorder(source, path, always=path in alone) for path in blocks}
+    recorders = {path: _Recorder(source, path, always=apart or path in alone) for path in blocks}
     for path, recorder in recorders.items():
         source.model.get_submodule(path).forward = recorder
     try:
@@ -100,6 +110,7 @@ def begin(source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: 
         first.inputs,
         {path: recorder.calls for path, recorder in recorders.items()},
         {path: recorder.form for path, recorder in recorders.items()},
+        {path: recorder.inputs for path, recorder in recorders.items()} if apart else {},
     )
 
 

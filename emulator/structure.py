@@ -10,13 +10,13 @@ from torch import nn
 
 from emulator import files, skip
 from emulator.geometry import PARALLEL, Geometry
-from emulator.manifest import CONFIG, WEIGHTS, Manifest
+from emulator.manifest import CONFIG, GIVEN, WEIGHTS, Manifest
 from emulator.rebuild import empty_model
 from emulator.surgery import operate
-from emulator.towers import find_towers
+from emulator.towers import blocks_at, find_towers
 from errors import UnsupportedModel
 
-PLAIN_FILES = frozenset((WEIGHTS, CONFIG, *files.TOKENIZER_FILES))
+PLAIN_FILES = frozenset((WEIGHTS, CONFIG, GIVEN, *files.TOKENIZER_FILES))
 _CURVED = """
     gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu
     gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu gelu-approximate geglu geglu-approximate swiglu
@@ -71,7 +71,7 @@ def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuses a package with a file that is not weights, configuration or a tokenizer's data.
+    """Refuses a package with a file that is not tensors, configuration or a tokenizer's data.
 
     Raises:
       UnsupportedModel: naming the file.
@@ -104,10 +104,10 @@ def check_numbers(value: Any, key: str = "") -> None:
 
 def slot_paths(model: nn.Module, geometry: Geometry) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns (slots' blocks, all blocks) of a geometry's tower by path, also where an adapter was attached."""
-    names = [f"{geometry.tower}.{name}" for name, _ in model.get_submodule(geometry.tower).named_children()]
+    names = blocks_at(model, geometry.tower)
     if geometry.shape == PARALLEL:
-        return tuple(names), tuple(names)
-    return tuple(names[: geometry.first] + names[len(names) - geometry.last :]), tuple(names)
+        return names, names
+    return names[: geometry.first] + names[len(names) - geometry.last :], names
 
 
 def _check_number(key: str, value: float) -> None:

@@ -25,7 +25,8 @@ def operate(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
     """
     middle = manifest.geometry.middle(model)
     _check_middle(manifest, middle)
-    width = _width(model, manifest) if any(path.endswith(f".{PATCH}") for path in manifest.parts) else 0
+    owners = {path.rpartition(".")[0] for path in manifest.parts if path.endswith(f".{PATCH}")}
+    widths = {path: hidden_size(model.get_submodule(path)) for path in owners & manifest.skipped.keys()}
     for path, form in manifest.skipped.items():
         model.set_submodule(path, skipped(model.get_submodule(path), form))
     modules = dict(model.named_modules())
@@ -34,7 +35,7 @@ def operate(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
         patched = owner in manifest.skipped and path == f"{owner}.{PATCH}"
         if not patched and path not in modules:
             raise MalformedMessage(f"part={path!r} stands where the model has nothing; refuse this package")
-        check_fits(path, word, None if patched else modules[path], width)
+        check_fits(path, word, None if patched else modules[path], widths.get(owner, 0))
         model.set_submodule(path, make(word).to(dtype))
     for path, owner in manifest.shared.items():
         mirror(model.get_submodule(path), model.get_submodule(owner), path)
@@ -79,8 +80,3 @@ def _check_middle(manifest: Manifest, middle: tuple[str, ...]) -> None:
 
 def _owners(manifest: Manifest) -> Mapping[str, str]:
     return {owner: path for path, owner in manifest.shared.items()}
-
-
-def _width(model: nn.Module, manifest: Manifest) -> int:
-    """Returns the width of the hidden states of the tower."""
-    return hidden_size(model.get_submodule(manifest.geometry.blocks(model)[0]))

@@ -8,6 +8,9 @@ from torch import nn
 from errors import UnsupportedModel
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
+U_SHAPE = ("down_blocks", "mid_block", "up_blocks")  # in the order in which they run
+APART = "transformer_blocks"  # lists of this name in each of them hold the blocks that keep the width
+SCATTERED = f"*.{APART}"
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,17 @@ class Tower:
     """A list of alike blocks, named by module path.
 
     Attributes:
-      path: module path of the list, for example "model.layers".
+      path: module path of the list, for example "model.layers"; `SCATTERED` where the blocks stand apart.
       blocks: module paths of its blocks in order, for example "model.layers.0".
     """
 
     path: str
     blocks: tuple[str, ...]
+
+    @property
+    def apart(self) -> bool:
+        """Whether other modules stand between the blocks, which then may differ in width: those of a U-shaped model."""
+        return self.path == SCATTERED
 
 
 def signature(block: nn.Module) -> Signature:
@@ -38,12 +46,29 @@ def usual_signature(blocks: list[nn.Module]) -> Signature | None:
     return commonest if 2 * count > len(blocks) else None
 
 
+def blocks_at(model: nn.Module, path: str) -> tuple[str, ...]:
+    """Returns the module paths of the blocks of a tower in order, whatever stands in their places now.
+
+    Args:
+      model: under its own names.
+      path: of the tower.
+    """
+    lists = [path] if path != SCATTERED else _lists_apart(model)
+    return tuple(f"{one}.{name}" for one in lists for name, _ in model.get_submodule(one).named_children())
+
+
 def find_towers(model: nn.Module) -> list[Tower]:
     """Returns every tower of a model, outermost lists only, in the order of the model's modules.
 
     A tower is a `ModuleList` or `Sequential` of at least two composite blocks of one class, most of them with the same
     parameter names and shapes. Lists inside a block (experts of a mixture, for example) belong to their block.
+
+    A U-shaped model (Ronneberger et al. 2015, arXiv 1505.04597, figure 1) changes size and channels on its way, and its
+    halves are joined: no list of it can lose a member. Its one tower are the transformer blocks between.
     """
+    if all(hasattr(model, name) for name in U_SHAPE):
+        blocks = blocks_at(model, SCATTERED)
+        return [Tower(SCATTERED, blocks)] if len(blocks) > 1 else []
     towers: list[Tower] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{tower.path}.") for tower in towers)
@@ -64,7 +89,7 @@ def main_tower(model: nn.Module) -> Tower:
             f"model={type(model).__name__}: no list of at least two alike blocks was found, so there is no middle to "
             "replace; use a model built of repeated blocks"
         )
-    return max(reversed(towers), key=lambda tower: _size(model.get_submodule(tower.path)))
+    return max(reversed(towers), key=lambda tower: sum(_size(model.get_submodule(path)) for path in tower.blocks))
 
 
 def token_embeddings(model: nn.Module) -> list[nn.Module]:
@@ -87,6 +112,15 @@ def _alike(blocks: list[nn.Module]) -> bool:
     # A leaf (a list of Linear or Embedding layers) has no residual path around it: leaving it out means nothing.
     composite = all(next(block.children(), None) is not None for block in blocks)
     return composite and bool(usual_signature(blocks))
+
+
+def _lists_apart(model: nn.Module) -> list[str]:
+    lists: list[str] = []
+    for part in U_SHAPE:
+        for path, module in model.get_submodule(part).named_modules(prefix=part):
+            if isinstance(module, nn.ModuleList) and path.endswith(f".{APART}"):
+                lists.append(path)
+    return lists
 
 
 def _size(module: nn.Module) -> int:

@@ -5,15 +5,18 @@ Known traps are found, not every possible one: what an update can say about a re
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from adapter.given import Given
 from adapter.layout import Layout
 from adapter.spec import AdapterSpec
+from emulator import given_file
 from emulator.activations import activation_checks, forward_checks
-from emulator.manifest import Manifest
+from emulator.manifest import GIVEN, Manifest
 from emulator.refreshable import Frame
 from emulator.structure import check_structure, slot_paths
 from emulator.traps import bias_checks, weight_checks
@@ -34,7 +37,32 @@ def vet(folder: Path, model: nn.Module, manifest: Manifest, limits: Limits, *, s
       UnsupportedModel: the first check that did not pass, with its number, its limit and what it would mean.
     """
     blocks = check_structure(folder, model, manifest)
-    return report(passed(measure(model, manifest, blocks, limits, seed=seed)))
+    given = read_given(folder, model, manifest)
+    checks = chain(given_checks(given, limits), measure(model, manifest, blocks, limits, seed=seed))
+    return report(passed(checks))
+
+
+def read_given(folder: Path, model: nn.Module, manifest: Manifest) -> Given:
+    """Returns the given tensors of a package, which are no more bytes than the slots' own blocks are in float32.
+
+    Args:
+      folder: the package, already verified against its manifest.
+      model: as `package.load` returned it, before any adapter.
+      manifest: of the package.
+
+    Raises:
+      RangeError: they are more.
+      DigestMismatch, MalformedMessage: as for `given_file.read`.
+    """
+    return given_file.read(folder, manifest, most=4 * Slots.of(model, manifest).parameters)
+
+
+def given_checks(given: Given, limits: Limits) -> Iterator[Check]:
+    """Yields the checks of given tensors: as large as a trained adapter's values may be, and no larger."""
+    for name, tensor in given.items():
+        if tensor.is_floating_point():
+            peak = float(tensor.abs().max()) if tensor.numel() else 0.0
+            yield Check("given_peak", f"{GIVEN} {name}", peak, limits.adapter_peak, "one value drowns all others")
 
 
 def measure(
@@ -84,6 +112,21 @@ def vet_adapter(model: nn.Module, spec: AdapterSpec, slots: Slots, limits: Limit
     return report(passed(_adapter_checks(model, spec, slots, limits, places)))
 
 
+def vet_given(model: nn.Module, frame: Frame, limits: Limits, *, seed: int) -> Vetting:
+    """Returns the report on an emulator with given tensors in it: that its blocks still mix and tell apart.
+
+    Args:
+      model: the emulator under its own names, with the adapter at its start.
+      frame: of the package.
+      limits: the bounds.
+      seed: of the inputs that are drawn; the site's own secret.
+
+    Raises:
+      UnsupportedModel: as for `vet`.
+    """
+    return report(passed(_running_checks(model, frame, limits, seed)))
+
+
 def vet_refresh(model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], limits: Limits, *, seed: int) -> Vetting:
     """Returns the report on an emulator whose biases moved: their size, and that its blocks still mix and tell apart.
 
@@ -102,10 +145,14 @@ def vet_refresh(model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], li
 
     def checks() -> Iterator[Check]:
         yield from bias_checks(biases, limits)
-        running = tuple(path for path in frame.tower if path not in frame.gone)
-        yield from forward_checks(model, running, frame.tower, limits, torch.Generator().manual_seed(seed))
+        yield from _running_checks(model, frame, limits, seed)
 
     return report(passed(checks()))
+
+
+def _running_checks(model: nn.Module, frame: Frame, limits: Limits, seed: int) -> Iterator[Check]:
+    running = tuple(path for path in frame.tower if path not in frame.gone)
+    yield from forward_checks(model, running, frame.tower, limits, torch.Generator().manual_seed(seed))
 
 
 def _adapter_checks(

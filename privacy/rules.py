@@ -18,17 +18,19 @@ log = logging.getLogger("offsite.privacy")
 Rule = Callable[[nn.Module, str, Call, list[Tensor], Captured], None]
 """(module, its path, call, gradients of its outputs, where the result goes)."""
 
+DENSE = ("LinearChange",)
 NORMS = ("LayerNorm", "RMSNorm", "CastNorm", "NormChange")
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """Returns the closed-form rule of a module, or None where there is none; subclasses with another forward have none.
 
-    Norms over the last dimension are told by their class' name, as nothing else tells them from those over others; the
-    start-up probe compares what the rule gives.
+    Norms over the last dimension are told by their class' name, as nothing else tells them from those over others. So
+    is a dense layer with a change, y = x (W + change)^T + b, whose gradient is that of W. The start-up probe compares
+    what the rule gives.
     """
     forward = type(module).forward
-    if forward is nn.Linear.forward:
+    if forward is nn.Linear.forward or type(module).__name__ in DENSE:
         return linear
     if forward is Conv1D.forward:
         return transposed

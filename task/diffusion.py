@@ -1,4 +1,4 @@
-"""Images out of noise: a diffusion transformer learns to tell the noise in latents, by a class or by a text.
+"""Images out of noise: a denoiser learns to tell the noise in latents, by a class or by a text.
 
 A record holds what the autoencoder and the text encoder made of an image and its text, which a site does beforehand:
 they stay as they are, so nothing is to be learnt in them.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errors import UnsupportedModel
 from task.arrays import floats
-from task.diffusion_models import load_diffusion
+from task.diffusion_models import UNET, load_diffusion
 from task.image_classification import dtype_of
 from task.images import check_records
 from task.noise import NoiseSchedule
@@ -93,14 +93,14 @@ class Denoising(ABC):
     name: ClassVar[str]
     kind: ClassVar[str] = "diffusion"
     columns: ClassVar[Mapping[str, type]]
-    model: ClassVar[str]
+    models: ClassVar[tuple[str, ...]]
 
     def __init__(self, draws: int = DRAWS) -> None:
         self._draws = draws
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
         """Returns the model of a directory; see `task.diffusion_models.load_diffusion`."""
-        return load_diffusion(path, dtype=dtype, name=self.model)
+        return load_diffusion(path, dtype=dtype, names=self.models)
 
     def load_processor(self, path: Path | str) -> NoiseSchedule:
         """Returns the noise schedule of a directory; see `task.noise.NoiseSchedule.of`."""
@@ -180,7 +180,8 @@ class Denoising(ABC):
         """Returns the mean squared error of one draw of each record, float32 (B,)."""
         dtype = dtype_of(model)
         given = {name: one.to(dtype) if one.is_floating_point() else one for name, one in batch.given.items()}
-        said = model(hidden_states=batch.noisy[:, draw].to(dtype), timestep=batch.steps[:, draw], **given).sample
+        # The latents' argument has a name of its own in each class, and is the first in all.
+        said = model(batch.noisy[:, draw].to(dtype), timestep=batch.steps[:, draw], **given).sample
         # Where a model also says how sure it is, that is the second half of its channels, and stays as it is.
         said = said[:, : batch.noisy.shape[2]].float()
         return (said - batch.wanted[:, draw]).square().flatten(1).mean(dim=1)
@@ -191,7 +192,7 @@ class ClassToImage(Denoising):
 
     name: ClassVar[str] = "class_to_image"
     columns: ClassVar[Mapping[str, type]] = {LATENTS: object, LABEL: object}
-    model: ClassVar[str] = "DiTTransformer2DModel"
+    models: ClassVar[tuple[str, ...]] = ("DiTTransformer2DModel",)
 
     def given(self, records: Sequence[Record], length: int, model_config: Any) -> tuple[dict[str, Tensor], list[bool]]:
         """Returns the classes of records, 0 where a wrong one is forgiven, and which are right."""
@@ -211,18 +212,18 @@ class ClassToImage(Denoising):
 
 
 class TextToImage(Denoising):
-    """The task of PixArt: latents of an image, and what the text encoder made of its text."""
+    """The task of PixArt and Stable Diffusion's U-net: image latents, and what a text encoder made of a text."""
 
     name: ClassVar[str] = "text_to_image"
     columns: ClassVar[Mapping[str, type]] = {LATENTS: object, PROMPT: object}
-    model: ClassVar[str] = "PixArtTransformer2DModel"
+    models: ClassVar[tuple[str, ...]] = ("PixArtTransformer2DModel", UNET)
 
     def given(self, records: Sequence[Record], length: int, model_config: Any) -> tuple[dict[str, Tensor], list[bool]]:
         """Returns the texts of records with the places that are looked at, and which records are right.
 
         Of a wrong one too a place is looked at: attention to none is not a number.
         """
-        width = _text_width(model_config)
+        width = text_width(model_config)
         found = [floats(records, index, PROMPT, (None, width)) for index in range(len(records))]
         table = torch.zeros(len(found), length, width)
         texts = [torch.zeros(1, width) if text is None else text[:length] for text in found]
@@ -232,7 +233,7 @@ class TextToImage(Denoising):
 
     def told(self, model_config: Any, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns two texts, one half as long as the other."""
-        table = torch.randn((2, length, _text_width(model_config)), generator=generator)
+        table = torch.randn((2, length, text_width(model_config)), generator=generator)
         return _texts(table, torch.tensor([length, max(length // 2, 1)]))
 
 
@@ -267,8 +268,16 @@ def _check_output(model_config: Any) -> None:
         )
 
 
-def _text_width(model_config: Any) -> int:
-    return int(model_config["caption_channels"] or model_config["cross_attention_dim"])
+def text_width(model_config: Any) -> int:
+    """Returns how wide a token of a text is for a model.
+
+    Raises:
+      UnsupportedModel: its blocks want different widths.
+    """
+    width = model_config.get("caption_channels") or model_config["cross_attention_dim"]
+    if type(width) is not int:
+        raise UnsupportedModel(f"cross_attention_dim={width!r} must be one width for all blocks; choose another model")
+    return width
 
 
 def _texts(table: Tensor, widths: Tensor) -> dict[str, Tensor]:

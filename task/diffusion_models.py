@@ -1,4 +1,4 @@
-"""The diffusion transformers of diffusers, an optional extra, whose blocks and inputs are known, and reading one."""
+"""The denoisers of diffusers, an optional extra, whose blocks and inputs are known, and reading one."""
 
 import importlib
 import json
@@ -12,7 +12,8 @@ from errors import DataError, UnsupportedModel
 
 CLASS = "_class_name"  # diffusers' key; every other key with an underscore is its own bookkeeping
 # What a configuration may name; diffusers has many more.
-NAMES = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
+UNET = "UNet2DConditionModel"
+NAMES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", UNET)
 
 
 def model_class(name: str) -> Any:
@@ -31,22 +32,22 @@ def model_class(name: str) -> Any:
         ) from error
 
 
-def load_diffusion(path: Path | str, *, dtype: torch.dtype, name: str) -> Any:
-    """Returns the diffusion transformer of a directory, frozen and in eval mode.
+def load_diffusion(path: Path | str, *, dtype: torch.dtype, names: tuple[str, ...]) -> Any:
+    """Returns the denoiser of a directory, frozen and in eval mode.
 
     Reads safetensors only, runs no code from the directory, and never asks the network.
 
     Args:
-      path: the folder "transformer" of a pipeline.
+      path: the folder "transformer" or "unet" of a pipeline.
       dtype: of every parameter, whatever the files hold.
-      name: of the class it must be, one of `NAMES`.
+      names: of the classes it may be, some of `NAMES`.
 
     Raises:
       DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
       UnsupportedModel: the model is another, or diffusers is not installed.
     """
     folder = Path(path)
-    _check_config(folder, name)
+    name = _known_class(folder, names)
     if not any(folder.glob("*.safetensors")):
         raise DataError(f"model={str(folder)!r} has no *.safetensors; convert the model's weights, and copy them there")
     kind = model_class(name)
@@ -70,13 +71,14 @@ def load_diffusion(path: Path | str, *, dtype: torch.dtype, name: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _check_config(folder: Path, name: str) -> None:
+def _known_class(folder: Path, names: tuple[str, ...]) -> str:
     path = folder / "config.json"
     if not path.is_file():
-        raise DataError(f"model={str(folder)!r} has no config.json; give the folder 'transformer' of a pipeline")
+        raise DataError(f"model={str(folder)!r} has no config.json; give a pipeline's folder 'transformer' or 'unet'")
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get(CLASS)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
-    if found != name:
-        raise UnsupportedModel(f"model={found!r}: this task needs a {name}; choose another model or task")
+    if found not in names:
+        raise UnsupportedModel(f"model={found!r}: this task needs a {' or '.join(names)}; choose another model or task")
+    return str(found)

@@ -6,6 +6,7 @@ from task.clip import ClipClassification
 from task.diffusion import ClassToImage, TextToImage
 from task.extractive_qa import ExtractiveQA
 from task.image_classification import ImageClassification
+from task.image_prompt import ImagePromptToImage
 from task.llava import ImageText
 from task.prompt_completion import PromptCompletion
 from task.seq2seq import Seq2Seq
@@ -26,4 +27,5 @@ TASKS: dict[str, Task] = {
     "image_text": ImageText(),
     "class_to_image": ClassToImage(),
     "text_to_image": TextToImage(),
+    "image_prompt_to_image": ImagePromptToImage(),
 }

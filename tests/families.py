@@ -1,9 +1,11 @@
-"""Tiny models of four families, and what tests need to run an adapter on each of them."""
+"""Tiny models of six families, and what tests need to run an adapter on each of them."""
 
 import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -12,7 +14,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from adapter.methods import attach, invent
 from adapter.spec import AdapterSpec
+from tests.task import latents
 
 IDS = torch.arange(24).reshape(3, 8) % 97
 IMAGES = torch.linspace(-1, 1, 3 * 3 * 8 * 8).reshape(3, 3, 8, 8).sin()
@@ -20,6 +24,15 @@ MASK = torch.ones_like(IDS)
 MASK[1, 5:] = 0  # a short text among full ones
 LABELS = torch.tensor([0, 2, 1])
 TOWERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer", "vit": "vit.layers"}
+FEW = {"clip": "vision_model.encoder.layers", "pixart": "transformer_blocks"}  # for a few methods
+PROMPTS = torch.tensor([[96, 5, 1, 1], [96, 7, 9, 1], [96, 3, 1, 1], [96, 8, 8, 1]])  # of classes, the same for all
+# Noisy images, each told by a text of up to four words and by an image of up to three tokens behind it.
+NOISED = {
+    "hidden_states": torch.linspace(-1, 1, 3 * 4 * 8 * 8).reshape(3, 4, 8, 8).sin(),
+    "timestep": torch.tensor([3, 500, 900]),
+    "encoder_hidden_states": torch.linspace(0, 40, 3 * 7 * latents.WIDTH).reshape(3, 7, latents.WIDTH).sin(),
+    "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, -1, -1, -1], [1, 0, 0, 0, -1, 0, 0], [1, 1, 0, 0, -1, -1, 0]]),
+}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 LOUD = {"initializer_range": 0.3}  # behind a classifier as narrow as these, a change would hardly be heard
 
@@ -36,6 +49,12 @@ def _plain(family):
         return BertForSequenceClassification(
             BertConfig(**SIZES, **LOUD, intermediate_size=48, vocab_size=97, max_position_embeddings=32, num_labels=3)
         )
+    if family == "clip":
+        text = {**SIZES, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 8, "eos_token_id": 1}
+        image = {**SIZES, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=24))
+    if family == "pixart":
+        return latents.pixart()
     return ViTForImageClassification(
         ViTConfig(**SIZES, **LOUD, intermediate_size=48, image_size=8, patch_size=4, num_labels=3)
     )
@@ -54,26 +73,42 @@ def tiny(family, dtype=torch.float32):
 
 def spec_for(method, family, seed=11, **changes):
     """Returns a spec of a method for the first and the last block of a tiny model."""
-    facts = {"slots": (f"{TOWERS[family]}.0", f"{TOWERS[family]}.3"), "seed": seed}
+    tower = (TOWERS | FEW)[family]
+    facts = {"slots": (f"{tower}.0", f"{tower}.3"), "seed": seed}
     return AdapterSpec(method, **facts | changes)
+
+
+def attach_any(model, spec):
+    """Attaches any method's adapter; what it takes as given is invented, the same every time."""
+    return attach(model, spec, invent(model, spec))
 
 
 def inputs(family, dtype=torch.float32):
     """Returns keyword arguments of a model's forward pass on three examples."""
-    if family == "vit":
-        return {"pixel_values": IMAGES.to(dtype)}
+    if family in ("vit", "clip"):
+        images = {"pixel_values": IMAGES.to(dtype)}
+        return images if family == "vit" else {**images, "input_ids": PROMPTS}
+    if family == "pixart":
+        return {name: one.to(dtype) if one.is_floating_point() else one for name, one in NOISED.items()}
     return {"input_ids": IDS, "attention_mask": MASK} if family == "bert" else {"input_ids": IDS}
 
 
 def logits(model, family):
     """Returns the logits of the three examples."""
     with torch.no_grad():
-        return model(**inputs(family, next(model.parameters()).dtype)).logits
+        return scores(model(**inputs(family, next(model.parameters()).dtype)))
+
+
+def scores(output):
+    """Returns the logits of a model's output, of CLIP those of each image over the prompts, of PixArt what it says."""
+    if "sample" in output:
+        return output.sample.flatten(1)
+    return output.logits_per_image if "logits_per_image" in output else output.logits
 
 
 def loss(model, family):
     """Returns the mean loss of the three examples, differentiable."""
-    found = model(**inputs(family)).logits
+    found = scores(model(**inputs(family)))
     if family in ("llama", "gpt2"):
         return torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     return torch.nn.functional.cross_entropy(found, LABELS)

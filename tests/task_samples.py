@@ -338,10 +338,13 @@ _PICTURES = (".parquet", "image_parquet")
 _SEEN, _ASKED = _only(pictures.pictures, "image", "label"), _only(pictures.pictures, "image", "question", "answer")
 _VIT, _LLAVA, _DIT = ("q_proj", "v_proj", "fc1"), ("q_proj", "v_proj", "up_proj"), ("to_q", "to_v", "proj")
 _BY_CLASS, _BY_TEXT = (_only(latents.latents, "latents", field) for field in ("label", "prompt_embeds"))
+_BY_IMAGE = _only(latents.with_images, "latents", "prompt_embeds", "image_embeds")
 SAMPLES += [
     Sample("image_classification", "vit", pictures.vit, pictures.vit_processor, _SEEN, 32, _VIT, *_PICTURES),
     Sample("clip_classification", "clip", pictures.clip, pictures.clip_processor, _SEEN, 32, _VIT, *_PICTURES),
     Sample("image_text", "llava", pictures.llava, pictures.llava_processor, _ASKED, 32, _LLAVA, *_PICTURES),
     Sample("class_to_image", "dit", latents.dit, latents.schedule, _BY_CLASS, 8, _DIT, ".npz"),
     Sample("text_to_image", "pixart", latents.pixart, latents.schedule, _BY_TEXT, 8, _DIT, ".npz"),
+    Sample("image_prompt_to_image", "pixart", latents.pixart, latents.schedule, _BY_IMAGE, 8, _DIT, ".npz"),
+    Sample("text_to_image", "unet", latents.unet, latents.schedule, _BY_TEXT, 8, _DIT, ".npz"),
 ]

@@ -21,6 +21,11 @@ def share(plan: Plan, middle: Middle, step: Step) -> Plan:
         raise ConfigError(
             f"share={step.argument!r}: blocks of a parallel emulator keep their own weights; use gptq4 or lowrank"
         )
+    if middle.apart:
+        raise UnsupportedModel(
+            f"share={step.argument!r}: this model's blocks differ in width, so none runs on another's weights; use "
+            "gptq4 or lowrank"
+        )
     blocks = [
         path
         for path in plan.kept

@@ -12,7 +12,8 @@ from adapter.layout import Layout
 from adapter.methods import METHODS, attach, places
 from emulator.fidelity import visiting
 from errors import UnsupportedModel
-from tests.families import SIZES, logits, loss, spec_for, tiny
+from tests.families import SIZES, attach_any, logits, loss, spec_for, tiny
+from tests.task import latents
 
 WORDS = {"vocab_size": 97, "pad_token_id": 0}
 OPEN = (("head", True),)
@@ -41,21 +42,23 @@ def test_a_model_without_a_head_is_refused():
         head_path(hf.BertModel(hf.BertConfig(**SIZES, **WORDS), add_pooling_layer=False))
     with pytest.raises(UnsupportedModel, match="heads=0"):
         attach(hf.BertModel(hf.BertConfig(**SIZES, **WORDS), add_pooling_layer=False), spec_for("head", "bert"))
+    with pytest.raises(UnsupportedModel, match=r"heads=0.*'conv_out', is a Conv2d"):  # and not its embedding of time
+        head_path(latents.unet())
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"head"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"head", "clip_adapter", "concept_tokens", "ip_adapter"}))
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_any_method_may_train_the_head_as_well(method, family):
     spec = spec_for(method, family, options=OPEN)
-    model = attach(tiny(family), spec)
-    alone = Layout.of(attach(tiny(family), spec_for(method, family)))
+    model = attach_any(tiny(family), spec)
+    alone = Layout.of(attach_any(tiny(family), spec_for(method, family)))
     names = Layout.of(model).names
     head = [
         name for name in names if name.endswith(("classifier.offsite_update.weight", "classifier.offsite_update.bias"))
     ]
     assert len(head) == 2
     assert sorted(set(names) - set(head)) == list(alone.names)
-    assert torch.equal(logits(model, family), logits(attach(tiny(family), spec_for(method, family)), family))
+    assert torch.equal(logits(model, family), logits(attach_any(tiny(family), spec_for(method, family)), family))
     loss(model, family).backward()
     parameters = dict(model.named_parameters())
     assert all(parameters[name].grad.abs().sum() > 0 for name in head)

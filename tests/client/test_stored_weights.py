@@ -23,14 +23,14 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_the_same_update_in_less_memory(world: World) -> None:
     manifest, updates, held = world.manifest, [], []
-    for stored in (False, True):
+    for weights in ("widened", "stored"):
         bench = open_workbench(
             world.run.store.package_of(""),
             manifest,
             emulator=manifest.emulator_of("ash"),
             limits=Limits.for_owner(64, 1.0),
             seed=3,
-            stored=stored,
+            weights=weights,
         )
         trained = local_update(
             bench,

@@ -40,8 +40,11 @@ CASES = {
     "shards": ("llama", "miss", ("q_proj", "down_proj")),
     "blocks of llama": ("llama", "", ()),
     "blocks of gpt2": ("gpt2", "", ()),
+    "changes of llama": ("llama", "blocks", ()),
+    "changes of gpt2": ("gpt2", "blocks", ()),
 }
 CLOSED = {"lora on llama", "lora on gpt2", "norms of llama", "norms of gpt2", "bottleneck", "blocks of llama"}
+CLOSED |= {"changes of llama", "changes of gpt2"}
 HOOKED = {*CLOSED, "blocks of gpt2", "biases"}
 
 
@@ -147,7 +150,7 @@ def test_the_probe_takes_the_first_engine_that_is_exact(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "case"),
-    fitting(("bookkeeping", "slot", "loop"), ("lora on llama", "norms of gpt2", "scales", "blocks of llama")),
+    fitting(("bookkeeping", "slot", "loop"), ("lora on llama", "norms of gpt2", "scales", "changes of gpt2")),
 )
 def test_gradient_checkpointing_changes_nothing(engine: str, case: str) -> None:
     """Transformers' default kind, under which Opacus' hooks see every module twice or not at all."""

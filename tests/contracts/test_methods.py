@@ -1,4 +1,4 @@
-"""What every entry of adapter.METHODS promises, over four families of models; a new entry inherits all of it."""
+"""What every entry of adapter.METHODS promises, over families of models that it is for; a new one inherits it all."""
 
 import copy
 import functools
@@ -15,20 +15,23 @@ from adapter.beside import BESIDE
 from adapter.bottleneck import Bottleneck
 from adapter.export import export, load
 from adapter.layout import Layout
-from adapter.methods import METHODS, attach, places
+from adapter.methods import METHODS, attach, invent, places
 from adapter.refused import REFUSED
 from adapter.spec import AdapterSpec
 from adapter.tuners import MOVED, ROUNDED, SAME
 from errors import UnknownName, UnsupportedModel
-from tests.families import TOWERS, inputs, logits, loss, spec_for, tiny
+from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_for, tiny
 
 # GPT-2's layers are transposed, which these do not take.
 LINEAR = ("beft", "c3a", "delora", "glora", "hra", "loha", "lokr", "miss", "miss_bat", "oft", "peanut", "road", "shira")
 # -> the way out that the message names
 UNFIT = {("bitfit", "llama"): "norm"} | {(name, "gpt2"): "ffa_lora" for name in (*LINEAR, "supertuning")}
+UNFIT |= {("clip_adapter", family): "bottleneck" for family in TOWERS}
+UNFIT |= {(method, family): "lora" for method in ("concept_tokens", "ip_adapter") for family in TOWERS}
 EXACT = {"ffa_lora", "fed_sb", "ia3", "miss", "miss_bat", "bitfit", "beft", "norm", "masked", "blocks", "head"}
 EXACT |= {"fourierft", "waveft", "c3a", "shira", "supertuning", "tinylora"}
 PAIRS = [(method, family) for family in TOWERS for method in METHODS if (method, family) not in UNFIT]
+PAIRS += [("clip_adapter", "clip"), ("concept_tokens", "pixart"), ("ip_adapter", "pixart")]
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = [  # of peft alone, where a test loads with it; `adapter.inject.quiet` is for what we attach
@@ -39,7 +42,7 @@ each = pytest.mark.parametrize(("method", "family"), PAIRS)
 
 
 def attached(method, family, dtype=torch.float32, seed=11):
-    return attach(tiny(family, dtype), spec_for(method, family, seed))
+    return attach_any(tiny(family, dtype), spec_for(method, family, seed))
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,7 +103,7 @@ def test_exactly_the_adapter_is_trainable_inside_its_places_in_float32(method, f
     base, spec = tiny(family, dtype), spec_for(method, family)
     before = {id(parameter) for parameter in base.parameters()}
     inside = places(base, spec)
-    found = trainable(attach(base, spec))
+    found = trainable(attach_any(base, spec))
     assert found
     assert all(p.dtype == torch.float32 for p in found.values())
     assert not before & {id(p) for p in found.values()}
@@ -114,7 +117,7 @@ def test_training_never_writes_the_base_model_and_a_step_lowers_the_loss(method,
     base = tiny(family)
     held = list(base.parameters())
     before = [parameter.detach().clone() for parameter in held]
-    model = perturb(attach(base, spec_for(method, family)))
+    model = perturb(attach_any(base, spec_for(method, family)))
     first = loss(model, family)
     first.backward()
     found = list(trainable(model).values())
@@ -150,10 +153,10 @@ def test_the_seed_alone_decides_every_initial_value(method, family):
 @each
 def test_emulator_and_full_model_have_the_same_adapter(method, family):
     emulator = tiny(family)
-    tower = emulator.get_submodule(TOWERS[family])
+    tower = emulator.get_submodule((TOWERS | FEW)[family])
     for index in (1, 2):
         tower[index] = torch.nn.Identity()  # a middle without any parameter or name
-    small, full = attach(emulator, spec_for(method, family)), shared(method, family)
+    small, full = attach_any(emulator, spec_for(method, family)), shared(method, family)
     assert Layout.of(small) == Layout.of(full)
     assert Layout.of(small).digest() == Layout.of(attached(method, family, seed=12)).digest()
     there = full.state_dict()
@@ -172,7 +175,7 @@ def test_what_is_frozen_hardly_changes_where_a_machine_rounds_otherwise(method, 
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
-    mine = [shared(method, family), attach(base, spec_for(method, family))]
+    mine = [shared(method, family), attach_any(base, spec_for(method, family))]
     here, there = (dict(model.named_parameters()) | dict(model.named_buffers()) for model in mine)
     assert set(here) == set(there)
     for name, tensor in here.items():
@@ -202,7 +205,8 @@ def test_export_and_load_give_identical_logits(method, family, dtype, tmp_path, 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = perturb(attached(method, family, dtype))
-    export(model, spec_for(method, family), tmp_path, base="some-owner/some-model")
+    spec = spec_for(method, family)
+    export(model, spec, tmp_path, base="some-owner/some-model", given=invent(tiny(family), spec))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = load(tiny(family, dtype), tmp_path)
     assert torch.equal(logits(loaded, family), logits(model, family))
@@ -214,9 +218,11 @@ def test_export_and_load_give_identical_logits(method, family, dtype, tmp_path, 
 
 @each
 def test_export_is_the_same_bytes_every_time_and_names_the_base_as_told(method, family, tmp_path):
+    spec = spec_for(method, family)
     for name, seed in (("a", 1), ("b", 2)):
         torch.manual_seed(seed)
-        export(perturb(attached(method, family)), spec_for(method, family), tmp_path / name, base="owner/model")
+        model, given = perturb(attached(method, family)), invent(tiny(family), spec)
+        export(model, spec, tmp_path / name, base="owner/model", given=given)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -280,7 +286,8 @@ def _carries(module):
 def _first_slot(model, family):
     """Returns what the first slot's block makes of the model's inputs, which no adapter has touched before."""
     found = []
-    handle = model.get_submodule(f"{TOWERS[family]}.0").register_forward_hook(lambda *call: found.append(call[2]))
+    slot = model.get_submodule(f"{(TOWERS | FEW)[family]}.0")
+    handle = slot.register_forward_hook(lambda *call: found.append(call[2]))
     with torch.no_grad():
         model(**inputs(family))
     handle.remove()
@@ -301,7 +308,14 @@ def test_the_tables_are_complete():
     assert not set(METHODS) & set(REFUSED)
     exact = {name for name, method in METHODS.items() if method.exact_mean}
     assert exact == EXACT
-    assert {name for name, method in METHODS.items() if method.start == MOVED} == {"soft_prompt", "unilora", "vblora"}
+    assert {name for name, method in METHODS.items() if method.start == MOVED} == {
+        "soft_prompt",
+        "concept_tokens",
+        "unilora",
+        "vblora",
+        "madx",
+        "fusion",
+    }
 
 
 @pytest.mark.parametrize("method", sorted(REFUSED))

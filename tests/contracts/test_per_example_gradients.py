@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter.methods import attach
 from errors import PrivacyRefusal
 from privacy.batches import trainable
 from privacy.engines import ENGINES
 from privacy.optimizer import CLIP_MARGIN
 from privacy.probe import choose_engine, single_gradient
 from tests.contracts.test_methods import PAIRS
-from tests.families import LABELS, inputs, spec_for, tiny
+from tests.families import LABELS, PROMPTS, attach_any, inputs, scores, spec_for, tiny
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,12 @@ class Inputs:
 
     def select(self, indices: Any) -> "Inputs":
         rows = torch.as_tensor(indices, dtype=torch.long)
-        return Inputs({name: value[rows] for name, value in self.values.items()}, self.labels[rows])
+        values = {name: value if value is PROMPTS else value[rows] for name, value in self.values.items()}
+        return Inputs(values, self.labels[rows])
 
 
 def losses(model: nn.Module, batch: Inputs) -> Tensor:
-    found = model(**batch.values).logits
+    found = scores(model(**batch.values))
     if found.ndim == 2:
         return nn.functional.cross_entropy(found, batch.labels, reduction="none")
     words = batch.values["input_ids"]
@@ -46,7 +46,7 @@ def examples(family: str, dtype: torch.dtype) -> Inputs:
 
 def adapted(method: str, family: str) -> Any:
     """Returns a model in float64 whose adapter is off its start, where some gradients would be zero."""
-    model = attach(tiny(family), spec_for(method, family)).double()
+    model = attach_any(tiny(family), spec_for(method, family)).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(model).values():

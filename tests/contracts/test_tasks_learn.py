@@ -8,7 +8,7 @@ from cli.run import Run
 from cli.simulate import Options, memory_engine, simulate
 from coordinator.config import parse_config
 from task.tasks import TASKS
-from tests.task_samples import first_of, write_records
+from tests.task_samples import SAMPLES, first_of, write_records
 
 STEPS = 60
 OWNERS = ("ash", "birch", "cedar")
@@ -64,10 +64,23 @@ def config_for(sample, folder):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_private_federation_learns_it_on_the_emulator_and_for_the_full_model(name, tmp_path):
     content = config_for(first_of(name), tmp_path)
+    check_learnt(content, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_private_federation_learns_on_a_u_net(tmp_path):
+    """Its blocks stand apart, so its emulator is built in another way than those above."""
+    content = config_for(next(one for one in SAMPLES if str(one) == "text_to_image-unet"), tmp_path)
+    content["adapter"]["targets"] = ["to_v", "to_out.0", "proj", "net.2"]
+    content["training"]["rounds"], content["aggregation"]["learning_rate"] = 2, 0.1
+    check_learnt(content, tmp_path)
+
+
+def check_learnt(content, tmp_path):
     run = Run.create(parse_config(content, tmp_path), "0" * 64, tmp_path / "run")
     report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
     scores = report["quality"]["private"]
-    assert report["finished_rounds"] == 4
+    assert report["finished_rounds"] == content["training"]["rounds"]
     assert report["secagg"]["members"] == list(OWNERS)
     assert all(0 < site["epsilon"] <= 8.0 for site in report["privacy"]["sites"])
     for before, after in (("emulator_zero_shot", "emulator_tuned"), ("full_zero_shot", "plug_in")):

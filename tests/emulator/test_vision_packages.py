@@ -24,7 +24,7 @@ CASES: dict[str, tuple[Any, Any, tuple[str, ...], list[str], Any]] = {
     for name, (task, write, targets, tower) in pictures.TASKS.items()
 }
 CASES |= {
-    name: (task, lambda path, make=make: latents.folder(make, path), targets, [latents.TOWER], latents.latents)
+    name: (task, lambda path, make=make: latents.folder(make, path), targets, [latents.TOWERS[name]], latents.latents)
     for name, (task, make, targets) in latents.TASKS.items()
 }
 TEXT_TOWER = ("text_model.encoder.layers", 1, 1)  # of CLIP, the smaller one

@@ -1,4 +1,4 @@
-"""Tiny diffusion transformers with their noise schedule, and latents from which something can be learnt."""
+"""Tiny denoisers with their noise schedule, and latents from which something can be learnt."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from emulator.towers import SCATTERED
 from task.diffusion import ClassToImage, TextToImage
 
 CLASSES, CHANNELS, SIDE, WIDTH = 5, 4, 8, 12
@@ -23,6 +24,20 @@ def dit():
 
 def pixart():
     return diffusers().PixArtTransformer2DModel(**SIZES, cross_attention_dim=32, caption_channels=WIDTH)
+
+
+def unet():
+    """Returns a U-net with four transformer blocks, those at the ends 16 wide and the one in the middle 32."""
+    return diffusers().UNet2DConditionModel(
+        sample_size=SIDE,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=WIDTH,
+    )
 
 
 def folder(make, path):
@@ -56,10 +71,23 @@ def latents(count, seed):
     return records
 
 
+def with_images(count, seed):
+    """Returns such records with another image of the class, as four tokens of it."""
+    generator = np.random.default_rng(seed + 1000)
+    names = np.random.default_rng(1).normal(size=(CLASSES, 4, WIDTH))
+    records = latents(count, seed)
+    for record in records:
+        image = names[record["label"]] + generator.normal(0, 0.1, (4, WIDTH))
+        record["image_embeds"] = image.astype(np.float32)
+    return records
+
+
 LENGTH = 8
-TOWER = "transformer_blocks"
+LEAVES = ("to_q", "to_v", "proj")
 # name -> task, maker of its tiny model, leaf modules that an adapter tunes
 TASKS = {
-    "class_to_image": (ClassToImage(), dit, ("to_q", "to_v", "proj")),
-    "text_to_image": (TextToImage(), pixart, ("to_q", "to_v", "proj")),
+    "class_to_image": (ClassToImage(), dit, LEAVES),
+    "text_to_image": (TextToImage(), pixart, LEAVES),
+    "text_to_image-unet": (TextToImage(), unet, LEAVES),
 }
+TOWERS = {name: SCATTERED if make is unet else "transformer_blocks" for name, (_, make, _) in TASKS.items()}

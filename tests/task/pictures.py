@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from adapter.methods import attach
 from adapter.spec import AdapterSpec
+from emulator.towers import blocks_at
 from task.clip import ClipClassification
 from task.image_classification import ImageClassification
 from task.llava import ImageText
@@ -151,6 +152,6 @@ LENGTH = 32  # tokens: 16 of the image, and a question with its answer
 
 def adapted(model, tower, targets, *, rank=4):
     """Returns a model with an adapter in the first and the last block of a tower."""
-    last = len(model.get_submodule(tower)) - 1
-    slots = (f"{tower}.0", f"{tower}.{last}")
+    blocks = blocks_at(model, tower)
+    slots = (blocks[0], blocks[-1])
     return attach(model, AdapterSpec(method="lora", rank=rank, alpha=2.0 * rank, targets=targets, slots=slots))

@@ -1,0 +1,66 @@
+"""Where an image meets what it is told by: the cross attentions of a denoiser's blocks, and what their masks say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapter.spec import AdapterSpec
+from adapter.targets import Found, in_slots
+from errors import ConfigError, UnsupportedModel
+
+# A denoiser adds -10000 (1 - mask) to what its attention thinks of a token: 1 is seen, and 0 is not. A token of an
+# image prompt is not seen either, and is told from padding by its -1, see `task.image_prompt`.
+BLOCKED = -10000.0
+_BETWEEN = 1.5 * BLOCKED
+_PARTS = ("to_q", "to_k", "to_v", "to_out", "heads")
+_BESIDES = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj", "residual_connection")
+
+
+def cross_attentions(model: nn.Module, spec: AdapterSpec) -> Found:
+    """Returns the cross attentions of diffusers' blocks in the slots, by full name, sorted; at least one in each slot.
+
+    Raises:
+      ConfigError: the spec names targets.
+      UnsupportedModel: a slot has none, or one does more than attention.
+    """
+    if spec.targets:
+        raise ConfigError(
+            f"targets={spec.targets!r}, method {spec.method!r} sits in cross attentions; leave targets empty"
+        )
+    found = in_slots(model, spec.slots, _is_cross)
+    for slot in spec.slots:
+        if not any(name.startswith(f"{slot}.") for name in found):
+            raise UnsupportedModel(
+                f"slot={slot!r}: there is no cross attention in it, as PixArt and U-nets have; take method 'lora'"
+            )
+    for name, attention in found.items():
+        if odd := [part for part in _BESIDES if getattr(attention, part, None) not in (None, False)]:
+            raise UnsupportedModel(
+                f"{name} has {odd[0]}, which method {spec.method!r} does not know; take method 'lora'"
+            )
+    return found
+
+
+def told(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns what a cross attention is called with: states (B, S, width), and what is added to its scores, (B, 1, S).
+
+    Raises:
+      UnsupportedModel: it is called in another way.
+    """
+    states, mask = arguments.get("encoder_hidden_states"), arguments.get("attention_mask")
+    if not isinstance(states, torch.Tensor) or states.ndim != 3:
+        raise UnsupportedModel("a cross attention is not called with states by name; take method 'lora'")
+    if mask is not None and tuple(mask.shape) != (len(states), 1, states.shape[1]):
+        raise UnsupportedModel("a cross attention is not called with one mask for all positions; take method 'lora'")
+    return states, mask
+
+
+def is_image(mask: torch.Tensor) -> torch.Tensor:
+    """Returns which tokens are of an image prompt, bool (B, S), of what is added to scores, (B, 1, S)."""
+    return mask[:, 0] < _BETWEEN
+
+
+def _is_cross(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_cross_attention", False)) and all(hasattr(module, part) for part in _PARTS)

@@ -1,0 +1,62 @@
+"""Exported bottleneck adapters of earlier jobs, read as given tensors of a new one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from adapter.bottleneck import CHILD
+from adapter.export import own_spec, read
+from adapter.frozen import PARTS, given_name
+from adapter.given import Given
+from adapter.head import wants_head
+from errors import ConfigError, DataError
+
+METHOD = "bottleneck"
+
+
+def earlier_bottlenecks(folders: Sequence[Path | str], slots: Sequence[str]) -> Given:
+    """Returns the tensors of exported adapters of method "bottleneck", of any rank, in the order of their folders.
+
+    Args:
+      folders: each as `export.export` wrote it.
+      slots: the slots of the new adapter; those of each export must be the same.
+
+    Raises:
+      DataError: a folder or a file in it is missing, or is no adapter.
+      ConfigError: an adapter is of another method, has a trained head, or is for other slots.
+      RangeError: a tensor holds NaN or Inf.
+    """
+    found: dict[str, Tensor] = {}
+    for number, folder in enumerate(folders):
+        tensors = read_bottleneck(folder, slots)
+        for slot in slots:
+            found |= {given_name(slot, number, part): tensors[f"{slot}.{CHILD}.{part}"] for part in PARTS}
+    return found
+
+
+def read_bottleneck(folder: Path | str, slots: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of one export by their names in it; `slots` None takes those of any slots.
+
+    Raises:
+      DataError, ConfigError, RangeError: as for `earlier_bottlenecks`.
+    """
+    name = f"frozen={str(folder)!r}"
+    if not Path(folder).is_dir():
+        raise DataError(f"{name}: no such folder; give the adapter folder of an earlier job")
+    config, tensors = read(Path(folder))
+    if config.get("offsite_method") != METHOD:
+        other = config.get("offsite_method", config.get("peft_type"))
+        raise ConfigError(f"{name}: its method is {other!r}, must be {METHOD!r}; take another adapter")
+    spec = own_spec(config)
+    if wants_head(spec.options):
+        raise ConfigError(f"{name}: it has a trained head, which would be left out; take an adapter without one")
+    if slots is not None and set(slots) != set(spec.slots):
+        raise ConfigError(
+            f"{name}: its slots are {', '.join(spec.slots)}, and the new adapter's {', '.join(slots)}; set "
+            "emulator.first and emulator.last as they were in its job"
+        )
+    expected = {f"{slot}.{CHILD}.{part}" for slot in spec.slots for part in PARTS}
+    if different := sorted(expected ^ tensors.keys()):
+        raise DataError(f"{name}: tensor={different[0]!r} is missing or was added; export it again")
+    return tensors

@@ -1,0 +1,94 @@
+"""A site whose frozen weights lie in bitsandbytes' numbers: nearly the same update, and what doctor says."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.doctor import FAILED, FINE, examine
+from client.installation import SETTINGS, Installation
+from client.train import local_update
+from client.workbench import Workbench, open_workbench
+from emulator.held import HeldLinear
+from emulator.verdict import Limits
+from privacy.randomness import Randomness
+from tests.memory_federation import World, make_world
+from tests.rule_worlds import examples_of
+
+NEEDED = "needs the optional extra: pip install 'offsite[bitsandbytes]'"
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A job whose emulator keeps its middle in 32 bits, which there is something to round of."""
+    pytest.importorskip("bitsandbytes", reason=NEEDED)
+    path = fed.parent / "wide.toml"
+    path.write_text(fed.read_text().replace('["int4:32"]', '["skip@2"]'))
+    return make_world(path, tmp_path_factory.mktemp("rounded"))
+
+
+def trained(world: World, weights: str) -> tuple[Workbench, np.ndarray]:
+    manifest = world.manifest
+    bench = open_workbench(
+        world.run.store.package_of(""),
+        manifest,
+        emulator=manifest.emulator_of("ash"),
+        limits=Limits.for_owner(64, 1.0),
+        seed=3,
+        weights=weights,
+    )
+    found = local_update(
+        bench,
+        world.start,
+        examples_of(world.run, "ash", manifest, bench),
+        manifest=manifest,
+        plan=world.run.site("ash", manifest, bench).plan,
+        randomness=Randomness.for_simulation(1, "rounded"),
+    )
+    return bench, found.update
+
+
+def test_nearly_the_same_update_in_less_memory(world: World) -> None:
+    """The noise is the same, so what differs is the gradients' share."""
+    plain, exact = trained(world, "widened")
+    sizes = []
+    for weights, most in (("int8", 0.02), ("nf4", 0.4)):
+        bench, update = trained(world, weights)
+        assert 0 < float(np.linalg.norm(update - exact)) < most * float(np.linalg.norm(exact))
+        held = [module for module in bench.model.modules() if isinstance(module, HeldLinear)]
+        assert len(held) == 3 * 7  # each dense layer of the middle
+        sizes.append(sum(part.numel() * part.element_size() for module in held for part in module.buffers()))
+        assert bench.engine == plain.engine
+        np.testing.assert_array_equal(bench.start, plain.start)  # the slots are the coordinator's to the last bit
+        numbers = [[check["value"] for check in one.vetting[0].to_dict()["checks"]] for one in (plain, bench)]
+        assert numbers[0] != numbers[1]  # it was vetted as it runs
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_doctor_says_that_the_extra_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "records.txt").write_text("a record\n")
+    made = Installation.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+
+    def versions() -> str:
+        found = examine(Installation.open(made.folder), lambda: NOW)[0]
+        assert found.state == (FAILED if "pip install" in found.detail else FINE)
+        return found.detail
+
+    assert "bitsandbytes" not in versions()
+    settings = made.folder / SETTINGS
+    settings.write_text(settings.read_text().replace('"widened"', '"nf4"'))
+    assert "pip install 'offsite[bitsandbytes]'" in versions()
+
+
+def test_doctor_names_the_version(tmp_path: Path) -> None:
+    library = pytest.importorskip("bitsandbytes", reason=NEEDED)
+    (tmp_path / "records.txt").write_text("a record\n")
+    made = Installation.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
+    settings = made.folder / SETTINGS
+    settings.write_text(settings.read_text().replace('"widened"', '"int8"'))
+    found = examine(Installation.open(made.folder), lambda: NOW)[0]
+    assert found.detail.endswith(f"bitsandbytes {library.__version__}")
