@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RUN := runs/demo
+WORKERS ?= 2
+MANY := tests/faults tests/deploy
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+ROUNDED := tests/emulator/test_bitsandbytes.py tests/client/test_rounded_weights.py
 
 .PHONY: help setup demo test check protos tree bench lock clean
 
@@ -24,8 +28,16 @@ demo: setup ## fetches model and texts once, then fine-tunes through an emulator
 	rm -rf $(RUN)
 	$(BIN)/offsite simulate runs/demo.toml --out $(RUN)
 
-test: setup ## runs all tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# bitsandbytes lies beside the environment: PEFT imports it wherever it finds it, 48 MB and a second for each process.
+$(VENV)/extra/.ready: $(BIN)/.ready
+	$(BIN)/pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $(VENV)/extra bitsandbytes
+	touch $@
+
+# Tests that start many processes and wait for them come last, and one at a time.
+test: setup $(VENV)/extra/.ready ## runs all tests
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(MANY:%=--ignore=%)
+	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
+	$(PYTEST) $(MANY)
 
 check: setup ## lint, format, types, import contracts, generated stubs
 	$(BIN)/ruff check .
@@ -45,7 +57,8 @@ bench: setup ## compares secure aggregation with Flower's and with CKKS in one p
 	$(BIN)/python -m bench.secagg --sizes 1e6 1e7 --members 10
 
 lock: setup ## writes the versions that are installed now to constraints.txt
-	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(torch|offsite)==|^offsite @' > constraints.txt
+	{ $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --path $(VENV)/extra; } \
+	| grep -v -E '^(torch|offsite)==|^offsite @' | sort -f -u > constraints.txt
 
 clean: ## removes the virtual environment and run folders
 	rm -rf $(VENV) runs
