@@ -36,6 +36,7 @@ LABELS = ("ham", "spam")
 LONGEST = 2000  # characters of a mail's text; a hundred tokens are read
 HELD_OUT_EVERY = 5
 FITTED, READ, DECAY = 500, 96, 1e-3  # public mails that the head is fitted to, tokens of each, weight decay
+TAG, MARK, RULE = re.compile(r"\[[^\]]*\]"), re.compile(r"<[^>]*>"), re.compile(r"(?m)^(?:--|__).*$")
 TEMPLATE = Path(__file__).resolve().parent / "demo_mail.toml"
 
 
@@ -172,12 +173,16 @@ def owner_of(mail: EmailMessage) -> str:
 
 
 def text_of(mail: EmailMessage) -> str:
-    """Returns subject and body of a mail without its marks, in one line; "" where it has no text."""
+    """Returns subject and body of a mail without its marks, in one line; "" where it has no text.
+
+    A list's tag in the subject and what stands below a rule, as a list's footer, are left out: they tell the list, and
+    by that in this corpus nearly always that it is no spam.
+    """
     part = next((one for one in mail.walk() if one.get_content_type() in ("text/plain", "text/html")), None)
     content = part.get_payload(decode=True) if part is not None else None
     body = content.decode("latin-1") if isinstance(content, bytes) else ""
-    words = f"{_header(mail, 'Subject')} {re.sub(r'<[^>]*>', ' ', body)}".encode("utf-8", "ignore").decode().split()
-    return " ".join(words)[:LONGEST]
+    subject, text = TAG.sub(" ", _header(mail, "Subject")), RULE.split(MARK.sub(" ", body), maxsplit=1)[0]
+    return " ".join(f"{subject} {text}".encode("utf-8", "ignore").decode().split())[:LONGEST]
 
 
 def _header(mail: EmailMessage, name: str) -> str:

@@ -29,7 +29,7 @@ def npm_archive(path: Path, mails: dict[str, str]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What is made of ten mails of a list, a few of none, and spam with and without one."""
-    mails = {f"easy-ham-1/{n:03d}": f"Subject: s{n}\n{LIST}\nbody\n {n}\n" for n in range(10)}
+    mails = {f"easy-ham-1/{n:03d}": f"Subject: [ILUG] s{n}\n{LIST}\nbody\n {n}\n-- \nfooter\n" for n in range(10)}
     mails |= {"easy-ham-2/900": f"Subject: s3\n{LIST}\nbody 3\n"}  # the same text again
     mails |= {"hard-ham-1/001": f"Subject: hm\nContent-Type: text/html\n\n{PAGE}", "easy-ham-1/800": "Subject:\n\n \n"}
     mails |= {f"spam-2/{n:03d}": f"Subject: win {n}\n\nmoney" for n in range(20)}
