@@ -189,21 +189,23 @@ def reopen(
     plain = task.load(config.model.path, dtype=torch.float32)
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts["emulators"])
-    given = package.read_given(store.package, package.read_manifest(store.package, expected_digest=manifest.emulator))
+    _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
+    for one in emulators:
+        _check_same(store, "emulator", one.facts.digest(), manifest.emulator_of(one.sites[0]))
+    given = package.read_given(store.package, emulators[0].facts)
     full = attach(plain, manifest.adapter, given)
     layout = Layout.of(full)
-    for what, found, expected in (
-        ("model", model_sha256(Path(config.model.path)), manifest.base),
-        *(("emulator", one.facts.digest(), manifest.emulator_of(one.sites[0])) for one in emulators),
-        ("layout", layout.digest().hex(), manifest.layout.digest().hex()),
-    ):
-        if found != expected:
-            raise DigestMismatch(
-                f"{what}={found[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that one back, or "
-                "start a new run"
-            )
+    _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
     zero_shot = Score(**facts["zero_shot"])
     return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
+
+
+def _check_same(store: Store, what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise DigestMismatch(
+            f"{what}={found[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that one back, or start a "
+            "new run"
+        )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -46,13 +46,16 @@ def config_for(sample, folder):
         write_records(sample.records(count, seed), folder / f"{name}{sample.suffix}")
     sites = [{"name": one, **{part: f"{one}-{part}{sample.suffix}" for part in ("train", "heldout")}} for one in OWNERS]
     data = {"public": f"public{sample.suffix}", "length": sample.length, "split": "truncate", "reader": sample.reader}
+    adapter = {"method": "ffa_lora", "rank": 4, "alpha": 16.0, "targets": list(sample.targets)}
+    if sample.task == "image_prompt_to_image":  # which no other method may train
+        adapter |= {"method": "ip_adapter", "targets": []}
     return {
         "seed": 1,
         "model": {"path": "model", "task": sample.task},
         "data": data,
         "sites": sites,
         "emulator": {"first": 1, "last": 1, "compress": ["int8:16"], "gate": 0.0},
-        "adapter": {"method": "ffa_lora", "rank": 4, "alpha": 16.0, "targets": list(sample.targets)},
+        "adapter": adapter,
         "training": {"rounds": 4, "local_steps": 4, "batch": 32, "learning_rate": 1.0, "physical_batch": 32},
         "aggregation": {"rule": "fedadam", "learning_rate": 0.05},
         "privacy": {"epsilon": 8.0, "accountant": "rdp"},
