@@ -83,6 +83,8 @@ def test_another_wheel_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "downloads" / mail.WHEEL.file
     place.parent.mkdir()
     place.write_bytes(b"no wheel")
+    (tmp_path / "mail").mkdir()
+    (tmp_path / "mail" / "SHA256.json").write_text("{}")  # made before
     assert hashlib.sha256(b"no wheel").hexdigest() != mail.WHEEL.sha256
     with pytest.raises(prepare.DigestMismatch, match="sha256="):
         mail.prepare_mail(tmp_path, None)
