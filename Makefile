@@ -32,9 +32,9 @@ $(VENV)/extra/.ready: $(BIN)/.ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $(VENV)/extra bitsandbytes
 	touch $@
 
-# One file is one worker's, since what its tests share is made once. More workers than two need more cores.
+# tests/conftest.py says which tests stay on one worker. More workers than two need more cores.
 test: setup $(VENV)/extra/.ready ## runs all tests
-	$(PYTEST) -n $(WORKERS) --dist loadfile
+	$(PYTEST) -n $(WORKERS)
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
 
 check: setup ## lint, format, types, import contracts, generated stubs

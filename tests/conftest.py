@@ -2,11 +2,13 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 WORDS = [f"w{i}" for i in range(60)]
 OWNERS = ("ash", "birch", "cedar", "elm")
@@ -105,6 +107,22 @@ def make_world(folder: Path) -> Path:
     (public / "text.txt").write_text(sentence("public", 2000))
     (folder / "fed.toml").write_text(FED)
     return folder / "fed.toml"
+
+
+MANY = ("tests/faults/", "tests/deploy/")  # of tests that start many processes and wait for them
+
+
+class Files(LoadScopeScheduling):
+    """Keeps a file's tests on one worker, and those of many processes on one, so that two federations never race."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "many" if nodeid.startswith(MANY) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Tells the workers of `make test` who takes which tests."""
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
