@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "federation.sh"
 SITES = ("ash", "birch", "cedar")
 COMMANDS = ["coordinator init", "client init", "coordinator approve", "client sign", "client run", "coordinator run"]
-SECONDS = 240.0
+SECONDS = 600.0
 
 
 def lines_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -41,7 +41,7 @@ def job_of(fed: Path, **replaced: object) -> str:
     del table["model"]
     table["data"] = {"length": table["data"]["length"]}
     table["training"]["rounds"] = 1
-    table["coordinator"] = {"patience": 120.0, "deadline": 120.0}
+    table["coordinator"] = {"patience": 300.0, "deadline": 300.0}
     return "\n".join(lines_of({**table, **replaced})) + "\n"
 
 

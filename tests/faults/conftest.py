@@ -35,7 +35,7 @@ POLICY = {
 def offsite(*arguments: str, fails: bool = False) -> str:
     """Runs one command to its end and returns what it printed."""
     done = subprocess.run(
-        [*OFFSITE, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        [*OFFSITE, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -51,7 +51,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120.0, every: float = 0.02) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 400.0, every: float = 0.02) -> Any:
     """Returns the first true value; fails when none came in time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -185,7 +185,7 @@ class Federation:
             return {"state": "absent", "stage": "", "round": 0, "sites": {}}
         return found
 
-    def wait_stage(self, stage: str, *, pid: int, seconds: float = 120.0) -> None:
+    def wait_stage(self, stage: str, *, pid: int, seconds: float = 400.0) -> None:
         """Waits until this coordinator awaits a stage."""
 
         def there() -> bool:
@@ -196,7 +196,7 @@ class Federation:
 
         wait_for(there, seconds)
 
-    def finish(self, seconds: float = 240.0) -> int:
+    def finish(self, seconds: float = 600.0) -> int:
         """Waits for the coordinator's end and returns its exit code."""
         return self.processes["coordinator"].wait(timeout=seconds)
 
