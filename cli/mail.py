@@ -144,9 +144,9 @@ def extract_mail(archive: Path, target: Path) -> None:
         if owner == "public":
             _write(target / "public.jsonl", found)
             continue
-        held = found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        _write(target / f"{owner}-heldout.jsonl", held)
-        _write(target / f"{owner}-train.jsonl", [one for one in found if one not in held])
+        _write(target / f"{owner}-heldout.jsonl", found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        del found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        _write(target / f"{owner}-train.jsonl", found)
 
 
 def mails(archive: Path) -> Iterator[Mail]:

@@ -8,8 +8,12 @@ import torch
 
 from cli.run import Run
 from client.plan import SitePlan
-from client.workbench import Workbench
+from client.train import local_update
+from client.workbench import Workbench, open_workbench
+from emulator.verdict import Limits
+from privacy.randomness import Randomness
 from protos.manifest import JobManifest
+from tests.memory_federation import World
 
 RULES = {
     "rolora": 'rule = "rolora"',
@@ -37,6 +41,28 @@ def examples_of(run: Run, site: str, manifest: JobManifest, bench: Workbench) ->
     """The training records of a site."""
     setting = next(one for one in run.config.sites if one.name == site)
     return run.examples(setting.train, manifest, bench)
+
+
+def trained(world: World, weights: str) -> tuple[Workbench, np.ndarray]:
+    """The workbench of ash with its frozen weights in a form, and the update it trains there with one same noise."""
+    manifest = world.manifest
+    bench = open_workbench(
+        world.run.store.package_of(""),
+        manifest,
+        emulator=manifest.emulator_of("ash"),
+        limits=Limits.for_owner(64, 1.0),
+        seed=3,
+        weights=weights,
+    )
+    found = local_update(
+        bench,
+        world.start,
+        examples_of(world.run, "ash", manifest, bench),
+        manifest=manifest,
+        plan=world.run.site("ash", manifest, bench).plan,
+        randomness=Randomness.for_simulation(1, "weights"),
+    )
+    return bench, found.update
 
 
 def mask_of(bench: Workbench, trains: dict[str, slice]) -> np.ndarray:

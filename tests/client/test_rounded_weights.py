@@ -9,13 +9,9 @@ import pytest
 
 from client.doctor import FAILED, FINE, examine
 from client.installation import SETTINGS, Installation
-from client.train import local_update
-from client.workbench import Workbench, open_workbench
 from emulator.held import HeldLinear
-from emulator.verdict import Limits
-from privacy.randomness import Randomness
 from tests.memory_federation import World, make_world
-from tests.rule_worlds import examples_of
+from tests.rule_worlds import trained
 
 NEEDED = "needs the optional extra: pip install 'offsite[bitsandbytes]'"
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -28,27 +24,6 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     path = fed.parent / "wide.toml"
     path.write_text(fed.read_text().replace('["int4:32"]', '["skip@2"]'))
     return make_world(path, tmp_path_factory.mktemp("rounded"))
-
-
-def trained(world: World, weights: str) -> tuple[Workbench, np.ndarray]:
-    manifest = world.manifest
-    bench = open_workbench(
-        world.run.store.package_of(""),
-        manifest,
-        emulator=manifest.emulator_of("ash"),
-        limits=Limits.for_owner(64, 1.0),
-        seed=3,
-        weights=weights,
-    )
-    found = local_update(
-        bench,
-        world.start,
-        examples_of(world.run, "ash", manifest, bench),
-        manifest=manifest,
-        plan=world.run.site("ash", manifest, bench).plan,
-        randomness=Randomness.for_simulation(1, "rounded"),
-    )
-    return bench, found.update
 
 
 def test_nearly_the_same_update_in_less_memory(world: World) -> None:

@@ -91,7 +91,6 @@ def local_update(original: Any, *arguments: Any, **named: Any) -> Any:
 
 OPENLY: dict[str, Callable[[Any, float], Any]] = {
     "openly nan": lambda update, bound: np.where(np.arange(update.size) == 1, np.float32(np.nan), update),
-    "openly huge": lambda update, bound: update + np.float32(2 * bound),
     "poisoned": lambda update, bound: poison(update.size, bound),
 }
 
