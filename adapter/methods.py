@@ -20,7 +20,7 @@ from adapter.selective import attach_bitfit, attach_norm
 from adapter.spec import AdapterSpec
 from adapter.tuner_table import TUNERS
 from adapter.tuners import MOVED, SAME
-from errors import UnsupportedModel, lookup
+from errors import ConfigError, UnsupportedModel, lookup
 
 Attach = Callable[[nn.Module, AdapterSpec], nn.Module]
 
@@ -40,6 +40,7 @@ class Method:
         `ROUNDED`, but for the last digits of the dtype, or `MOVED`.
       shared: whether the slots share their parameters, which then have names of the first.
       takes: what it says of given tensors, where it takes some; `attach` is then `takes.attach`.
+      task: the one whose records it alone looks at, and all of whose records it needs; empty where any will do.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     start: str = SAME
     shared: bool = False
     takes: Takes | None = None
+    task: str = ""
 
 
 _LINES = "two trained layers with a non-linear function between are not linear"
@@ -82,7 +84,10 @@ _OWN = (
         soft_prompt.OPTIONS, MOVED,
     ),
     Method("concept_tokens", attach_concept_tokens, False, False, "attention reads it through a softmax", start=MOVED),
-    Method("ip_adapter", attach_ip_adapter, False, False, "attention reads the keys through a softmax"),
+    Method(
+        "ip_adapter", attach_ip_adapter, False, False, "attention reads the keys through a softmax",
+        task="image_prompt_to_image",
+    ),
 )  # fmt: skip
 _PEFT = (Method(t.name, t.attach, t.exact_mean, True, t.why, t.options, t.start, t.shared) for t in TUNERS)
 METHODS: dict[str, Method] = {method.name: method for method in (*_OWN, *_PEFT)}
@@ -101,6 +106,25 @@ def known(spec: AdapterSpec) -> Method:
     method = lookup(METHODS, spec.method, "method")
     resolve(spec.options, (*method.options, head.HEAD), spec.method)
     return method
+
+
+def check_task(name: str, task: str) -> None:
+    """Refuses a method of one task with another, and a task of one method with another: nothing would look at its data.
+
+    Args:
+      name: key in `METHODS`.
+      task: key in `task.tasks.TASKS`.
+
+    Raises:
+      ConfigError: as said.
+    """
+    alone = {method.task: method.name for method in METHODS.values() if method.task}
+    if METHODS[name].task not in ("", task) or alone.get(task, name) != name:
+        one = METHODS[name].task or task
+        raise ConfigError(
+            f"model.task={task!r} with adapter.method={name!r}: records of {one!r} are seen by method {alone[one]!r} "
+            "alone, and it needs them; take both or neither"
+        )
 
 
 def attach(model: nn.Module, spec: AdapterSpec, given: Given = NOTHING) -> nn.Module:

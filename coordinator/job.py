@@ -13,7 +13,7 @@ import torch
 
 from adapter.given import Given
 from adapter.layout import Layout
-from adapter.methods import attach, known
+from adapter.methods import attach, check_task, known
 from adapter.spec import AdapterSpec
 from coordinator.aggregate import AGGREGATORS
 from coordinator.aggregate_factors import read_earlier
@@ -29,11 +29,10 @@ from emulator import package
 from emulator.compressors import steps_of
 from emulator.files import model_sha256, tokenizer_sha256
 from emulator.geometry import Geometry
-from errors import ConfigError, DigestMismatch, lookup
+from errors import DigestMismatch, lookup
 from privacy.accountants import ACCOUNTANTS
 from protos.aggregation import AggregationTerms
 from protos.manifest import JobManifest, PrivacyTerms
-from task.image_prompt import ImagePromptToImage
 from task.spec import Record, Task
 from task.tasks import TASKS
 
@@ -114,21 +113,11 @@ def check_names(config: FedConfig, kinds: tuple[Kind, ...], federation: Parties)
         steps_of(kind.compress)
     lookup(TASKS, config.model.task, "model.task")
     known(config.adapter.spec(slots=(), seed=config.seed))
-    _check_images(config)
+    check_task(config.adapter.method, config.model.task)
     check_frozen(config)
     check_mask(config)
     check_rule(config, [site for site, _ in federation.roster], federation.n_min)
     lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
-
-
-def _check_images(config: FedConfig) -> None:
-    """Refuses a job whose records hold images that no part of the adapter would look at, or the other way round."""
-    task, method = config.model.task, config.adapter.method
-    if (task == ImagePromptToImage.name) != (method == "ip_adapter"):
-        raise ConfigError(
-            f"model.task={task!r} with adapter.method={method!r}: images of '{ImagePromptToImage.name}' are seen by "
-            "method 'ip_adapter' alone, and it needs them; take both or neither"
-        )
 
 
 def prepare(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import socket
 
@@ -15,11 +16,12 @@ from adapter.beside import BESIDE
 from adapter.bottleneck import Bottleneck
 from adapter.export import export, load
 from adapter.layout import Layout
-from adapter.methods import METHODS, attach, invent, places
+from adapter.methods import METHODS, attach, check_task, invent, places
 from adapter.refused import REFUSED
 from adapter.spec import AdapterSpec
 from adapter.tuners import MOVED, ROUNDED, SAME
-from errors import UnknownName, UnsupportedModel
+from errors import ConfigError, UnknownName, UnsupportedModel
+from task.tasks import TASKS
 from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_for, tiny
 
 # GPT-2's layers are transposed, which these do not take.
@@ -316,6 +318,20 @@ def test_the_tables_are_complete():
         "madx",
         "fusion",
     }
+
+
+def test_a_method_and_a_task_that_need_each_other_are_taken_both_or_neither():
+    pairs = {method.name: method.task for method in METHODS.values() if method.task}
+    assert pairs == {"ip_adapter": "image_prompt_to_image"}
+    for name, task in itertools.product(METHODS, TASKS):
+        if name in pairs or task in pairs.values():
+            if pairs.get(name) == task:
+                check_task(name, task)
+            else:
+                with pytest.raises(ConfigError, match="seen by method 'ip_adapter' alone"):
+                    check_task(name, task)
+        else:
+            check_task(name, task)
 
 
 @pytest.mark.parametrize("method", sorted(REFUSED))

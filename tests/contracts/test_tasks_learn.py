@@ -1,20 +1,24 @@
 """Every task is learnt by a whole federation, privately, under secure aggregation, on an emulator."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from adapter.export import load
 from cli.display import PlainDisplay
 from cli.run import Run
 from cli.simulate import Options, memory_engine, simulate
 from coordinator.config import parse_config
 from task.tasks import TASKS
+from tests.task import latents
 from tests.task_samples import SAMPLES, first_of, write_records
 
 STEPS = 60
 OWNERS = ("ash", "birch", "cedar")
 
 
-def teach(sample, folder):
+def teach(sample, folder, steps):
     """Trains the model a little on public records, so that there is something in it to adapt."""
     task = TASKS[sample.task]
     model = task.load(folder, dtype=torch.float32).requires_grad_(True)
@@ -27,18 +31,18 @@ def teach(sample, folder):
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     order = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         task.losses(model, batch.select(torch.randint(256, (16,), generator=order))).mean().backward()
         optimizer.step()
     model.save_pretrained(folder)
 
 
-def config_for(sample, folder):
+def config_for(sample, folder, steps=STEPS):
     """Writes model and data of a federation of three owners and returns its configuration as a file would give it."""
     sample.save(folder / "model")
     if sample.dialects:
-        teach(sample, folder / "model")
+        teach(sample, folder / "model", steps)
     parts = [("public", 96, 2)]  # an even seed, as that of the teaching: the owners' records are of another dialect
     for number, owner in enumerate(OWNERS):
         parts += [(f"{owner}-train", 256, 10 * number + 1), (f"{owner}-heldout", 24, 10 * number + 3)]
@@ -79,12 +83,36 @@ def test_a_private_federation_learns_on_a_u_net(tmp_path):
     check_learnt(content, tmp_path)
 
 
-def check_learnt(content, tmp_path):
+@pytest.mark.slow
+def test_an_ip_adapter_learns_what_images_say(tmp_path):
+    """With its own image a record of the full model's is told better than before, with another one's much worse."""
+    sample = replace(first_of("image_prompt_to_image"), records=latents.toned, dialects=True)
+    scores = simulated(config_for(sample, tmp_path, steps=100), tmp_path)["quality"]["private"]
+    assert scores["plug_in"]["loss"] < scores["full_zero_shot"]["loss"]
+    task, folder, records = TASKS[sample.task], tmp_path / "model", latents.toned(120, 77)
+    images = [one["image_embeds"] for one in records]
+    others = [one | {"image_embeds": image} for one, image in zip(records, images[1:] + images[:1], strict=True)]
+    tuned = load(task.load(folder, dtype=torch.float32), tmp_path / "run" / "adapter")
+    assert loss_of(task, folder, tuned, records) < 0.9 * loss_of(task, folder, tuned, others)
+
+
+def loss_of(task, folder, model, records):
+    facts = {"length": 8, "split": "truncate", "model_config": model.config}
+    tally = task.tally(model, task.encode(task.load_processor(folder), records, **facts))
+    return tally.loss / tally.targets
+
+
+def simulated(content, tmp_path):
+    """Runs a federation to its end, privately, and returns its report."""
     run = Run.create(parse_config(content, tmp_path), "0" * 64, tmp_path / "run")
     report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
-    scores = report["quality"]["private"]
     assert report["finished_rounds"] == content["training"]["rounds"]
     assert report["secagg"]["members"] == list(OWNERS)
     assert all(0 < site["epsilon"] <= 8.0 for site in report["privacy"]["sites"])
+    return report
+
+
+def check_learnt(content, tmp_path):
+    scores = simulated(content, tmp_path)["quality"]["private"]
     for before, after in (("emulator_zero_shot", "emulator_tuned"), ("full_zero_shot", "plug_in")):
         assert scores[after]["loss"] < 0.9 * scores[before]["loss"]

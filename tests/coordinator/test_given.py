@@ -251,7 +251,11 @@ def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path
         ('method = "madx"\nfrozen = ["model"]', DataError, "^adapter.adapter=.*has no adapter_config.json"),
         ('method = "madx"\nfrozen = "{a}"', ConfigError, "adapter.frozen='.*': must be a list"),
         ('method = "masked"\noptions = {{ by = "data" }}', ConfigError, "knows magnitude, fisher"),
-        ('method = "ip_adapter"', ConfigError, "'image_prompt_to_image' are seen by .*; take both or neither$"),
+        (
+            'method = "ip_adapter"',
+            ConfigError,
+            "'image_prompt_to_image' are seen by method 'ip_adapter' alone, .*; take both or neither$",
+        ),
     ],
 )
 def test_a_wrong_federation_file_is_refused_in_a_line(

@@ -185,7 +185,7 @@ def test_who_does_not_permit_it_is_not_in_it_and_what_is_no_update_is_left_out(
 
 def test_krum_with_fewer_than_it_needs_ends_in_one_line(federation: Federation) -> None:
     job = federation.job("few", rounds=1)
-    job.write_text(job.read_text().replace("patience = 60.0", "patience = 3.0"))
+    job.write_text(job.read_text().replace("patience = 60.0", "patience = 30.0"))
     federation.start_coordinator(job)
     assert federation.finish() == 2, federation.log("coordinator")
     last = federation.log("coordinator").splitlines()[-1]

@@ -82,6 +82,24 @@ def with_images(count, seed):
     return records
 
 
+def toned(count, seed):
+    """Returns records that only their image tells apart: of odd seeds each has one tone, which the image says.
+
+    Of even seeds they are noise, from which a model learns nothing but not to average over a record.
+    """
+    generator = np.random.default_rng(seed)
+    records = []
+    for _ in range(count):
+        tone = 2 * generator.normal(size=(CHANNELS, 1, 1))
+        noise = 2 * generator.normal(size=(CHANNELS, SIDE, SIDE))
+        image = np.zeros((2, WIDTH), np.float32)
+        image[:, :CHANNELS] = tone[:, 0, 0]
+        shown = np.broadcast_to(tone, noise.shape) if seed % 2 else noise
+        text = np.ones((1, WIDTH), np.float32)
+        records.append({"latents": shown.astype(np.float32), "prompt_embeds": text, "image_embeds": image})
+    return records
+
+
 LENGTH = 8
 LEAVES = ("to_q", "to_v", "proj")
 # name -> task, maker of its tiny model, leaf modules that an adapter tunes
