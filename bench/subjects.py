@@ -140,6 +140,7 @@ SMOLLM: Recipes = {
     "importance 50 %": Recipe("sandwich", ("skip_importance:0.5",)),
     "importance 50 % + refit": Recipe("sandwich", ("skip_importance:0.5", "refit")),
     "low rank 50 %": Recipe("sandwich", ("lowrank:0.5",)),
+    "gradient 50 % + narrow 1/3": Recipe("sandwich", ("skip_gradient:0.5", "narrow:0.3333")),
     "narrow 1/2": Recipe("sandwich", ("narrow:0.5",)),
     "narrow 1/3": Recipe("sandwich", ("narrow:0.3333",)),
     "narrow 1/3 + gptq4": Recipe("sandwich", ("narrow:0.3333", "gptq4:128", "center")),
