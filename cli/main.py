@@ -127,19 +127,22 @@ def prepare(
         Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")
     ] = None,
     demo: Annotated[
-        str, typer.Option(help="speeches: a language model learns to write them; mail: a classifier, to tell spam")
+        str,
+        typer.Option(
+            help="speeches: a language model learns to write them; mail: a classifier, to tell spam; clothes: one of "
+            "images, three new kinds"
+        ),
     ] = "speeches",
 ) -> None:
-    """Fetch, verify and convert a demo's model and texts once, and write its federation file."""
-    from cli import mail
+    """Fetch, verify and convert a demo's model and data once, and write its federation file."""
+    from cli import clothes, mail
     from cli import prepare as room
 
-    model, texts, content = lookup({"speeches": room.prepare_speeches, "mail": mail.prepare_mail}, demo, "demo")(
-        cache or room.default_cache(), data
-    )
+    demos = {"speeches": room.prepare_speeches, "mail": mail.prepare_mail, "clothes": clothes.prepare_clothes}
+    model, texts, content = lookup(demos, demo, "demo")(cache or room.default_cache(), data)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(content, encoding="utf-8")
-    typer.echo(f"model: {model}\ntexts: {texts}\nfederation file: {out}")
+    typer.echo(f"model: {model}\ndata: {texts}\nfederation file: {out}")
 
 
 @app.command()
