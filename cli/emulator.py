@@ -29,7 +29,7 @@ Package = Annotated[Path, typer.Argument(help="folder of a package")]
 def build(
     model: Annotated[Path, typer.Argument(help="the model's folder, with safetensors")],
     out: Annotated[Path, typer.Option(help="package folder to write; must be empty")],
-    calibration: Annotated[Path, typer.Option(help="public text of your own: a file, or a folder of text files")],
+    calibration: Annotated[Path, typer.Option(help="public records of your own: a file, or a folder of text files")],
     task: Annotated[str, typer.Option(help="what the model does: a name in task.tasks.TASKS")] = "causal_lm",
     columns: Annotated[
         str, typer.Option(help="columns of the task's fields where named otherwise: 'text=body label=spam'")
@@ -54,7 +54,7 @@ def build(
     sequences: Annotated[int, typer.Option(help="public examples that compressors look at")] = 64,
     length: Annotated[int, typer.Option(help="most tokens of an example")] = 128,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="train and plug in on public text; takes minutes")
+        bool, typer.Option("--rehearse", help="train and plug in on public records; takes minutes")
     ] = False,
     relearn: Annotated[str, typer.Option(help="tokens an attacker relearns on in a rehearsal")] = "10000",
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
@@ -250,7 +250,7 @@ def _summary(built: "Built", out: Path, report: Path) -> str:
     if (found := built.rehearsal) is not None:
         leaks = ", ".join(f"{found.relearned_leak(tokens):.2f} after {tokens} tokens" for tokens in found.relearned)
         lines.append(
-            f"rehearsal on public text: transfer {found.transfer:.2f}, leak {found.leak:.2f}, relearned {leaks}"
+            f"rehearsal on public records: transfer {found.transfer:.2f}, leak {found.leak:.2f}, relearned {leaks}"
         )
     return "\n".join([*lines, f"report: {report}"])
 

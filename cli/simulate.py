@@ -111,7 +111,7 @@ def simulate(run: Run, options: Options) -> dict[str, Any]:
         lines = run.store.rounds()
         phase.bytes_down = sum(line["bytes_down"] for line in lines)
         phase.bytes_up = sum(line["bytes_up"] for line in lines)
-    display.step("score on held-out text")
+    display.step("score on held-out records")
     with meter.phase("evaluate"):
         quality = _quality(run, job, bench, progress)
     plug(job.full, job.layout, progress.plugged)

@@ -1,4 +1,4 @@
-"""From a configuration to a job: full model, emulator packages, gate, clip, manifest; public text only."""
+"""From a configuration to a job: full model, emulator packages, gate, clip, manifest; public records only."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ class Job:
       layout: of the adapter.
       task: of the job.
       public: public examples.
-      zero_shot: score of the full model on public text before any training.
+      zero_shot: score of the full model on public records before any training.
       start: initial adapter, float32 (d,).
       given: what the adapter needs and does not train.
     """
@@ -155,7 +155,7 @@ def prepare(
     workplace = Workplace(config, kinds, task, public, geometry, spec, store, on_step, given)
     packages = workplace.build(full)
     full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
-    on_step("score the full model on public text")
+    on_step("score the full model on public records")
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
     emulators, clip = workplace.measure(full, packages)
     full = attach(full, spec, given)

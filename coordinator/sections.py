@@ -113,7 +113,7 @@ def rounds(report: Report) -> Section:
         "Rounds",
         (
             f"{report['finished_rounds']} of {report['rounds_planned']} rounds were run. After each, the new adapter "
-            "is tried in the full model on public text, and taken over only if the loss there is no worse than the "
+            "is tried in the full model on public records, and taken over only if the loss there is no worse than the "
             "last one's, within a tolerance. Update length is how far the sites' mean moved the adapter.",
             *refused,
             *_corrected(report),
@@ -132,7 +132,7 @@ def _corrected(report: Report) -> tuple[str, ...]:
         return ()
     return (
         f"In round {', '.join(found)} what the adapter had learnt to repair in the emulator was taken out, wholly "
-        "or by half, before it was plugged in: the full model was better so on public text.",
+        "or by half, before it was plugged in: the full model was better so on public records.",
     )
 
 
@@ -148,7 +148,8 @@ def refreshes(lines: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     most = max(lines, key=lambda line: int(line["refresh_bytes"]))
     return (
         f"The emulator was refreshed after round {', '.join(str(line['round']) for line in kept)}: biases of its "
-        f"middle moved, by which its loss with the adapter went from {before} to {after} on public text in the mean. "
+        f"middle moved, by which its loss with the adapter went from {before} to {after} on public records in the "
+        "mean. "
         f"With each later round a site got {size(most['refresh_bytes'])} of them, {short(100 * most['refresh_share'])} "
         "% of the package.",
     )
@@ -219,7 +220,7 @@ def emulator(emulator: Mapping[str, Any]) -> Section:
     text = (
         "The emulator keeps the first and last blocks as they are, where the adapter sits, and compresses those "
         "between. The gradient cosine compares the directions in which full model and emulator would change the "
-        "adapter, on public text; an emulator below the least cosine is refused before any site trains."
+        "adapter, on public records; an emulator below the least cosine is refused before any site trains."
     )
     return Section("Emulator", (text,), ("fact", "value"), rows)
 

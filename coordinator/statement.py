@@ -12,7 +12,7 @@ COORDINATOR_TRUST = {
     "sees": [
         "the final adapter, and after every round the sum of the sites' updates",
         "how many records each site has, and which sites took part in each round",
-        "public text, on which it evaluates and decides whether a round is taken over",
+        "public records, on which it evaluates and decides whether a round is taken over",
     ],
     "is_not_trusted_with": ["a record of any site", HIDDEN],
     "can_still": [

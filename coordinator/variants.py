@@ -41,7 +41,7 @@ class Emulator:
       sites: that get it, sorted.
       facts: manifest of its package.
       cosine: gradient cosine of the gate.
-      public: score on public text before any training.
+      public: score on public records before any training.
     """
 
     sites: tuple[str, ...]
@@ -154,11 +154,11 @@ class Workplace:
             gate = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)
             cosine = gradient_cosine(full, emulator, self.spec, gate.losses, self.given)  # compares layouts too
             check_gate(cosine, kind.gate)
-        with self._named(kind, "score the emulator on public text"):
+        with self._named(kind, "score the emulator on public records"):
             public = score(self.task, emulator, self.public.test, batch=batch)
         if fixed := self.config.privacy.max_grad_norm:
             return Emulator(kind.sites, facts, cosine, public), fixed
-        with self._named(kind, "measure gradient norms on public text"):
+        with self._named(kind, "measure gradient norms on public records"):
             adapted = attach(emulator, self.spec, self.given)
             clip = _median_norm(self.task, adapted, self.public.tune, self.config.training)
         return Emulator(kind.sites, facts, cosine, public), clip

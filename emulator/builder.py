@@ -40,7 +40,7 @@ class Order:
       embedding: storage of the embedding tables.
       adapter: what will be trained; its slots are filled in.
       gate: least cosine of the adapter's gradients.
-      rehearse: whether the exchange is rehearsed on public text; always so where the leak is limited.
+      rehearse: whether the exchange is rehearsed on public records; always so where the leak is limited.
       relearn: tokens on which an attacker tunes all weights in a rehearsal.
     """
 
@@ -92,7 +92,7 @@ class Built:
       cosine: of the adapter's gradients through emulator and full model.
       losses: public loss of the full model and of the emulator, nats per token.
       similarity: by block, cosine of what leaves it in the emulator and in the full model.
-      rehearsal: on public text, where one was asked for.
+      rehearsal: on public records, where one was asked for.
     """
 
     manifest: Manifest
@@ -233,7 +233,7 @@ class Builder:
             return None
         lesson, model = Lesson(spec), self.source.model
         with self.source.passing():
-            self.on_step("rehearse: train the adapter on public text, in the full model and on the emulator")
+            self.on_step("rehearse: train the adapter on public records, in the full model and on the emulator")
             if self._reference is None:
                 self._reference = reference(model, lesson, self.public.text)
             found = rehearse(model, emulator, lesson, self.public.text, self._reference, relearn=order.relearn)

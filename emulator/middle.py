@@ -68,7 +68,7 @@ class Middle:
           ConfigError: none were given.
         """
         if self.calibration is None or self.calibration.losses is None:
-            raise ConfigError("calibration=None: this compressor needs losses on public examples; give public text")
+            raise ConfigError("calibration=None: this compressor needs losses on public examples; give public records")
         return self.calibration.losses
 
     @cached_property

@@ -93,7 +93,7 @@ def begin(
       UnsupportedModel: a block was not called, or hands its result on in a form that is not understood.
     """
     if run is None:
-        raise ConfigError("calibration=None: this compressor needs public examples to run; give public text")
+        raise ConfigError("calibration=None: this compressor needs public examples to run; give public records")
     recorders = {path: _Recorder(source, path, always=apart or path in alone) for path in blocks}
     for path, recorder in recorders.items():
         source.model.get_submodule(path).forward = recorder

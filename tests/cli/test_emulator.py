@@ -75,7 +75,7 @@ def other(tmp_path: Path) -> tuple[str, str]:
 def test_a_rehearsal_measures_transfer_and_leak(build: Run, other: tuple[str, str], tmp_path: Path) -> None:
     code, out, err = build("--recipe", "gptq8:16", "--rehearse", "--relearn", "100,400", *other)
     assert code == 0, err
-    assert "rehearsal on public text: transfer" in out
+    assert "rehearsal on public records: transfer" in out
     found = json.loads((tmp_path / "p.report.json").read_text())["rehearsal"]
     assert found["transfer"] == pytest.approx(1, abs=0.6)  # eight bits are as good as the model; the gain is small
     assert found["leak"] == pytest.approx(1, abs=0.6)
