@@ -89,7 +89,7 @@ def train_model(public: Path, target: Path) -> None:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from client.columns import Column
+    from client.columns import columns_for
     from client.images import read_npz
     from task.image_classification import ImageClassification
 
@@ -110,7 +110,7 @@ def train_model(public: Path, target: Path) -> None:
             ViTConfig(**sizes, image_size=SIDE, patch_size=7, id2label=dict(enumerate(KINDS)))
         )
         task = ImageClassification()
-        records = read_npz(public, {"image": Column("image", object), "label": Column("label", object)})
+        records = read_npz(public, columns_for(task.name, column="", names={}))
         batch = task.encode(task.load_processor(target), records, length=1, split="truncate", model_config=model.config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
         for _ in range(EPOCHS):
@@ -126,7 +126,10 @@ def _files(package: Path) -> dict[str, bytes]:
     unpacker = shutil.which("dpkg-deb")
     if unpacker is None:
         raise DataError("dpkg-deb is not on PATH, and the images are a Debian package; install dpkg")
-    tar = subprocess.run([unpacker, "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, check=True)  # noqa: S603
+    tar = subprocess.run([unpacker, "--fsys-tarfile", str(package)], capture_output=True, check=False)  # noqa: S603
+    if tar.returncode != 0:
+        reason = (tar.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"file={package.name} cannot be unpacked ({reason}); update dpkg, then run again")
     found = {}
     with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as archive:
         for member in archive:

@@ -114,7 +114,7 @@ def rounds(report: Report) -> Section:
         (
             f"{report['finished_rounds']} of {report['rounds_planned']} rounds were run. After each, the new adapter "
             "is tried in the full model on public records, and taken over only if the loss there is no worse than the "
-            "last one's, within a tolerance. Update length is how far the sites' mean moved the adapter.",
+            "best so far, within a tolerance. Update length is how far the sites' mean moved the adapter.",
             *refused,
             *_corrected(report),
             *refreshes(report["rounds"]),

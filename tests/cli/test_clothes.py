@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cli import clothes
-from client.columns import Column
+from client.columns import columns_for
 from client.images import read_npz
 from coordinator.config import read_config
-from errors import ConfigError, DigestMismatch
+from errors import ConfigError, DataError, DigestMismatch
 from task.tasks import TASKS
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
@@ -107,8 +107,7 @@ def test_the_model_knows_all_kinds_by_name_and_learns_those_it_is_shown(tmp_path
     task = TASKS["image_classification"]
     model = task.load(tmp_path / "model", dtype=torch.float32)
     assert tuple(model.config.id2label.values()) == clothes.KINDS
-    columns = {"image": Column("image", object), "label": Column("label", object)}
-    records = read_npz(tmp_path / "public.npz", columns)
+    records = read_npz(tmp_path / "public.npz", columns_for(task.name, column="", names={}))
     processor = task.load_processor(tmp_path / "model")
     batch = task.encode(processor, records, length=1, split="truncate", model_config=model.config)
     assert task.tally(model, batch).means()["accuracy"] == 1
@@ -126,6 +125,12 @@ def test_the_federation_file_is_one_and_names_every_shop(tmp_path: Path) -> None
     assert Path(config.sites[0].train).parent == images
     with pytest.raises(ConfigError, match="leave --data out"):
         clothes.prepare_clothes(tmp_path, tmp_path)
+
+
+def test_what_cannot_be_unpacked_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "no.deb").write_bytes(b"no package")
+    with pytest.raises(DataError, match=r"(?s)^file=no\.deb cannot be unpacked \([^\n]+\); update dpkg|not on PATH"):
+        clothes.extract_clothes(tmp_path / "no.deb", tmp_path)
 
 
 def test_another_package_is_refused(tmp_path: Path) -> None:
