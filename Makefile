@@ -42,10 +42,10 @@ check: setup ## lint, format, types, import contracts, generated stubs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m protos.fresh
+	$(BIN)/python -m offsite.protos.fresh
 
 protos: setup ## generates the stubs from protos/*.proto
-	$(BIN)/python -m protos.fresh --write
+	$(BIN)/python -m offsite.protos.fresh --write
 
 tree: setup ## draws README's tree from the first line of each file
 	$(BIN)/python -m tests.tree

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter.spec import AdapterSpec
-from adapter.targets import Found, in_slots
-from errors import ConfigError, UnsupportedModel
+from offsite.adapter.spec import AdapterSpec
+from offsite.adapter.targets import Found, in_slots
+from offsite.errors import ConfigError, UnsupportedModel
 
 # A denoiser adds -10000 (1 - mask) to what its attention thinks of a token: 1 is seen, and 0 is not. A token of an
 # image prompt is not seen either, and is told from padding by its -1, see `task.image_prompt`.

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapter.bottleneck import CHILD
-from adapter.export import own_spec, read
-from adapter.frozen import PARTS, given_name
-from adapter.given import Given
-from adapter.head import wants_head
-from errors import ConfigError, DataError
+from offsite.adapter.auxiliary import AuxiliaryTensors
+from offsite.adapter.export import own_spec, read
+from offsite.adapter.methods.bottleneck import CHILD
+from offsite.adapter.methods.frozen_bottleneck import PARTS, given_name
+from offsite.adapter.methods.task_head import wants_head
+from offsite.errors import ConfigError, DataError
 
 METHOD = "bottleneck"
 
 
-def earlier_bottlenecks(folders: Sequence[Path | str], slots: Sequence[str]) -> Given:
+def earlier_bottlenecks(folders: Sequence[Path | str], slots: Sequence[str]) -> AuxiliaryTensors:
     """Returns the tensors of exported adapters of method "bottleneck", of any rank, in the order of their folders.
 
     Args:

@@ -11,13 +11,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter.given import NOTHING, Given, check_given
-from adapter.head import wants_head
-from adapter.inject import ADAPTER, quiet, refuse_second
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, wanted
-from adapter.spec import AdapterSpec
-from errors import ConfigError, DataError, DigestMismatch, MalformedMessage, RangeError, UnsupportedModel, lookup
+from offsite.adapter.auxiliary import NO_AUXILIARY, AuxiliaryTensors, check_auxiliary
+from offsite.adapter.inject import ADAPTER, quiet, refuse_second
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, required_tensors
+from offsite.adapter.methods.task_head import wants_head
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import (
+    ConfigError,
+    DataError,
+    DigestMismatch,
+    MalformedMessage,
+    RangeError,
+    UnsupportedModel,
+    lookup,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -26,7 +34,9 @@ VERSION = 1
 GIVEN = "given."  # before the names of given tensors, which lie beside the trained ones
 
 
-def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, given: Given = NOTHING) -> None:
+def export(
+    model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, given: AuxiliaryTensors = NO_AUXILIARY
+) -> None:
     """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
 
     Methods of peft are in its own format, frozen factors included, so that `PeftModel.from_pretrained(full, directory)`
@@ -43,7 +53,7 @@ def export(model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: 
     Raises:
       MalformedMessage: the given tensors are not those that the spec needs.
     """
-    check_given(wanted(model, spec), given, hint="pass what it was attached with")
+    check_auxiliary(required_tensors(model, spec), given, hint="pass what it was attached with")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if in_peft_format(spec):
@@ -61,7 +71,7 @@ def in_peft_format(spec: AdapterSpec) -> bool:
     return lookup(METHODS, spec.method, "method").peft and not wants_head(spec.options)
 
 
-def load(model: nn.Module, directory: Path | str, *, given: Given | None = None) -> nn.Module:
+def load(model: nn.Module, directory: Path | str, *, given: AuxiliaryTensors | None = None) -> nn.Module:
     """Attaches an exported adapter to a plain full model, in place, frozen, and returns the model to use.
 
     Args:
@@ -163,7 +173,9 @@ def own_spec(config: dict[str, Any]) -> AdapterSpec:
     return spec
 
 
-def _load_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Any], given: Given | None) -> nn.Module:
+def _load_own(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Any], given: AuxiliaryTensors | None
+) -> nn.Module:
     spec = own_spec(config)
     stored = {name.removeprefix(GIVEN): tensors.pop(name) for name in sorted(tensors) if name.startswith(GIVEN)}
     adapted = attach(model, spec, stored if given is None else given)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from errors import UnsupportedModel
+from offsite.errors import UnsupportedModel
 
 ADAPTER = "default"  # peft's name for a model's only adapter; part of every parameter name
 OWN = "offsite_"  # first letters of the child modules our own methods add

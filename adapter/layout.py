@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from errors import DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
+from offsite.errors import DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
 
 KEYS = ("names", "shapes")
 

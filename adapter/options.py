@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from errors import ConfigError, nearest
+from offsite.errors import ConfigError, nearest
 
 Scalar = int | float | bool | str
 Options = tuple[tuple[str, Scalar], ...]

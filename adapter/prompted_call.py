@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import UnsupportedModel
+from offsite.errors import UnsupportedModel
 
 
 def named_arguments(

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from adapter.options import Options, Scalar
-from errors import ConfigError, nearest
+from offsite.adapter.options import Options, Scalar
+from offsite.errors import ConfigError, nearest
 
 MOST_OPTIONS = 16
 LONGEST_OPTION = 64  # characters of an option's name, and of a word as its value

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapter.spec import AdapterSpec
-from errors import ConfigError, UnsupportedModel, nearest
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, UnsupportedModel, nearest
 
 Found = dict[str, nn.Module]
 # Queries and values, by the names there are, where no table of peft's knows a model.

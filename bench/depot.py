@@ -49,8 +49,8 @@ class World:
 
 def build(folder: Path, size: int) -> World:
     """Makes an authority, a coordinator, the sites' keys, and `size` random bytes."""
-    from trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
-    from trust.keys import SiteKeys
+    from offsite.trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
+    from offsite.trust.keys import SiteKeys
 
     now, key = datetime.now(UTC), new_key()
     ca = create_authority("bench", now=now)
@@ -75,7 +75,7 @@ def build(folder: Path, size: int) -> World:
 
 def site_by_depot(world: World, site: str, port: int) -> None:
     """Fetches the package once told to."""
-    from client.fetch import DepotAddress, fetch
+    from offsite.client.network.fetch import DepotAddress, fetch
 
     address = DepotAddress(
         "127.0.0.1", port, world.pem("ca.pem"), world.pem(f"{site}.pem"), world.pem(f"{site}/tls.key")
@@ -91,7 +91,7 @@ def site_by_flower(world: World, site: str, port: int) -> None:
     """Takes the package as one message: a SuperNode, and our executor behind it."""
     import psutil
 
-    from client.node import Node, NodePlace
+    from offsite.client.network.node import Node, NodePlace
 
     told: list[bool] = []
 
@@ -158,7 +158,7 @@ def sites(world: World, way: str, port: int, names: tuple[str, ...] = SITES) -> 
 
 def by_depot(world: World, *, kills: bool = False) -> dict[str, Any]:
     """Serves the package to both sites at once; with `kills`, to one that is killed on the way three times."""
-    from coordinator.depot import Depot, Tls
+    from offsite.coordinator.network.depot import Depot, Tls
 
     tls = Tls(world.pem("ca.pem"), world.pem("server.pem"), world.pem("server.key"))
     depot = Depot(world.folder / "depot", address="127.0.0.1:0", tls=tls, allowed=lambda _: None)
@@ -202,13 +202,13 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
     """Sends the package to both sites as one message each, one flat array of bytes."""
     from flwr.app import Message
 
-    from coordinator.flower_edge import call
-    from coordinator.link import Link, LinkPlace
-    from protos.flower import pack
-    from trust.keys import SiteKeys
+    from offsite.coordinator.network.flower_exchange import call
+    from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+    from offsite.protos.flower import pack
+    from offsite.trust.keys import SiteKeys
 
     folder = world.folder
-    place = LinkPlace(
+    place = SuperLinkPlace(
         Path(tempfile.mkdtemp(dir=folder)),
         "127.0.0.1",
         _free_port(),
@@ -216,7 +216,7 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
         folder / "server.pem",
         folder / "server.key",
     )
-    link = Link(place, {site: SiteKeys.load(folder / site).node_public() for site in SITES})
+    link = SuperLinkSession(place, {site: SiteKeys.load(folder / site).node_public() for site in SITES})
     if in_memory:
         at = link.process._command.index("--database")
         del link.process._command[at : at + 2]

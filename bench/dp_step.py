@@ -36,12 +36,12 @@ def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapter.methods import attach
-    from adapter.spec import AdapterSpec
-    from privacy import optimizer  # noqa: F401 - with Opacus: every way has the libraries of all in its memory
-    from privacy.engines import ENGINES
-    from task.causal_lm import CausalLM
-    from task.examples import Examples
+    from offsite.adapter.methods import attach
+    from offsite.adapter.spec import AdapterSpec
+    from offsite.privacy import optimizer  # noqa: F401 - with Opacus: every way has the libraries of all in its memory
+    from offsite.privacy.engines import ENGINES
+    from offsite.task.causal_lm import CausalLM
+    from offsite.task.examples import Examples
 
     if unknown := set(OURS) - ENGINES.keys():
         raise RuntimeError(f"engines={unknown}: are no more; change WAYS")
@@ -87,10 +87,10 @@ def ours(engine: str) -> Callable[..., Step]:
     def make(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
         import torch
 
-        from privacy.batches import trainable
-        from privacy.engines import ENGINES
-        from privacy.optimizer import NoisyMeanOptimizer
-        from privacy.randomness import Randomness
+        from offsite.privacy.batches import trainable
+        from offsite.privacy.engines import ENGINES
+        from offsite.privacy.optimizer import NoisyMeanOptimizer
+        from offsite.privacy.randomness import Randomness
 
         optimizer = NoisyMeanOptimizer(
             torch.optim.SGD(list(trainable(model).values()), lr=1e-4),

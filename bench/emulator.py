@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from adapter.layout import Layout
 from bench.emulator_report import write_report
 from bench.subjects import DOMAINS, KINDS, Recipe, Subject
-from emulator import package
-from emulator.correct import repaired
-from emulator.fidelity import gradient_cosine, visiting
-from emulator.middle import Calibration
-from emulator.plug import plug, take
-from emulator.rehearse import Lesson, Reference, Text, reference, rehearse, relearned_loss, train
-from emulator.source import MemorySource
+from offsite.adapter.layout import Layout
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.evaluation.fidelity import gradient_cosine, visiting
+from offsite.emulator.evaluation.rehearse import Lesson, Reference, Text, reference, rehearse, relearned_loss, train
+from offsite.emulator.package import package_reader
+from offsite.emulator.runtime.correction import repaired
+from offsite.emulator.runtime.plug_in import plug, take
 
 # A new domain may cost a little on public text; what is taken may not cost more than this, nats per token.
 TOLERANCE = 0.05
@@ -61,8 +62,8 @@ class Bench:
         known = self.lines.get(key, {})
         if not (folder / "manifest.json").is_file():
             known = self._build(recipe, folder)
-        manifest = package.read_manifest(folder)
-        emulator = package.load(folder, dtype=torch.float32)
+        manifest = package_reader.read_manifest(folder)
+        emulator = package_reader.load(folder, dtype=torch.float32)
         if "cosine" not in known:
             known = known | self._judged(recipe.shape, emulator)
         return emulator, {
@@ -84,7 +85,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped in the middle
         began, cpu = time.perf_counter(), time.process_time()
         geometry = subject.geometry(recipe.shape, recipe.ends)
-        package.build(MemorySource(subject.model), geometry, recipe.steps, recipe.embedding, calibration, folder)
+        write_package(MemorySource(subject.model), geometry, recipe.steps, recipe.embedding, calibration, folder)
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
 
     def _judged(self, shape: str, emulator: Any) -> dict[str, Any]:

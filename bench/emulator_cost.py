@@ -37,7 +37,7 @@ def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from task.tasks import TASKS
+    from offsite.task.tasks import TASKS
 
     model: Any = TASKS["causal_lm"].load(folder, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS)))
@@ -64,22 +64,22 @@ def site(package: Path, batch: int, length: int, steps: int, way: str) -> dict[s
     """
     import torch
 
-    from adapter.methods import attach
-    from adapter.spec import AdapterSpec
-    from emulator.bitsandbytes_layers import round_layers
-    from emulator.held import hold
-    from emulator.package import load, read_manifest
-    from emulator.structure import slot_paths
-    from privacy.batches import trainable
-    from privacy.engines import ENGINES
-    from task.examples import Examples
-    from task.tasks import TASKS
+    from offsite.adapter.methods import attach
+    from offsite.adapter.spec import AdapterSpec
+    from offsite.emulator.package.package_reader import load, read_manifest
+    from offsite.emulator.runtime.bitsandbytes_layers import round_layers
+    from offsite.emulator.runtime.quantized_linear import replace_linears
+    from offsite.emulator.structure.geometry import slot_paths
+    from offsite.privacy.batches import trainable
+    from offsite.privacy.engines import ENGINES
+    from offsite.task.examples import Examples
+    from offsite.task.tasks import TASKS
 
     task, manifest = TASKS["causal_lm"], read_manifest(package)
     model = load(package, dtype=torch.float32)
     slots, _ = slot_paths(model, manifest.geometry)
     if way == "held" or way in ROUNDED:
-        hold(model, package, manifest, round_layers(model, manifest, way) if way in ROUNDED else None)
+        replace_linears(model, package, manifest, round_layers(model, manifest, way) if way in ROUNDED else None)
     model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots))
     ids = _ids(model.config.vocab_size, batch, length)
     examples = Examples(ids, torch.ones_like(ids))
@@ -131,10 +131,10 @@ def billion(folder: Path, recipe: tuple[str, ...]) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from emulator.geometry import Geometry
-    from emulator.middle import Calibration
-    from emulator.package import build
-    from emulator.source import ShardSource
+    from offsite.emulator.build.package_writer import write_package
+    from offsite.emulator.calibration.middle import Calibration
+    from offsite.emulator.calibration.source import ShardSource
+    from offsite.emulator.structure.geometry import Geometry
 
     model, package = folder / "model", folder / "package"
     torch.manual_seed(0)
@@ -142,7 +142,9 @@ def billion(folder: Path, recipe: tuple[str, ...]) -> tuple[Path, Path]:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model, max_shard_size="500MB")
     source = ShardSource(model, torch.bfloat16)
     ids = _ids(32000, 4, 64)
-    build(source, Geometry.of(source.model, 1, 1), recipe, "int4", Calibration(lambda m: m(input_ids=ids)), package)
+    write_package(
+        source, Geometry.of(source.model, 1, 1), recipe, "int4", Calibration(lambda m: m(input_ids=ids)), package
+    )
     return model, package
 
 
@@ -160,7 +162,7 @@ def fresh(arguments: argparse.Namespace, way: str, package: Path) -> dict[str, A
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the peer and each package, in each of the ways, in turn; ratios are over the peer of the same run."""
-    from emulator.package import read_manifest
+    from offsite.emulator.package.package_reader import read_manifest
 
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.repeats):

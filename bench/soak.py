@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from privacy.accountants import ACCOUNTANTS
-from privacy.events import Event
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.events import Event
 from tests.conftest import make_world
 from tests.faults.conftest import POLICY, Federation
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from adapter.spec import AdapterSpec
 from bench.encoder import HiddenWords, fetch, with_head
-from client.columns import columns_of
-from client.data import read
-from coordinator.evaluate import spread
-from emulator.calibrate import PublicExamples
-from emulator.geometry import Geometry
-from emulator.rehearse import Lesson, Text
-from task.tasks import TASKS
+from offsite.adapter.spec import AdapterSpec
+from offsite.coordinator.job.evaluate import spread
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.evaluation.rehearse import Lesson, Text
+from offsite.emulator.structure.geometry import Geometry
+from offsite.task.readers.columns import columns_of
+from offsite.task.readers.tables import read
+from offsite.task.tasks import TASKS
 
 DOMAINS = ("abraham-lincoln", "andrew-jackson", "ronald-reagan")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

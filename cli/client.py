@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from cli.confirm import confirm, warn_of_expiry
-from client.installation import Installation
-from errors import DataError
-from trust.federation import changes
-from trust.sealing import HYBRID
-from trust.welcome import MAX_BYTES, Welcome
+from offsite.cli.confirm import confirm, warn_of_expiry
+from offsite.client.home.installation import SiteHome
+from offsite.errors import DataError
+from offsite.trust.federation_manifest import changes
+from offsite.trust.sealing import HYBRID
+from offsite.trust.welcome import MAX_BYTES, Welcome
 
 app = typer.Typer(
     name="client", help="A data owner's side of a federation.", no_args_is_help=True, add_completion=False
@@ -27,7 +27,7 @@ def init(
     suite: Annotated[int, typer.Option(help="of the sealing key, as the coordinator says")] = HYBRID,
 ) -> None:
     """Make a site's folder with its keys, its policy and its request."""
-    site = Installation.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
+    site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
     typer.echo(f"site {name!r} made in {folder}; what it permits stands in {site.policy}")
     _show_request(site, folder / "site.request")
 
@@ -35,7 +35,7 @@ def init(
 @app.command()
 def request(folder: Folder) -> None:
     """Write the request file again."""
-    site = Installation.open(folder)
+    site = SiteHome.open(folder)
     _show_request(site, site.request(datetime.now(UTC)))
 
 
@@ -48,7 +48,7 @@ def sign(
     ] = None,
 ) -> None:
     """Accept a welcome: see what it changes, compare its fingerprint, pin it and sign it."""
-    site, now = Installation.open(folder), datetime.now(UTC)
+    site, now = SiteHome.open(folder), datetime.now(UTC)
     if not welcome.is_file() or welcome.stat().st_size > MAX_BYTES:
         raise DataError(f"welcome={str(welcome)!r}: no such file, or too large; ask the coordinator for it")
     data = welcome.read_bytes()
@@ -70,7 +70,7 @@ def sign(
 @app.command()
 def rotate(folder: Folder) -> None:
     """Make new keys; the old ones serve until the coordinator's new welcome is signed."""
-    site = Installation.open(folder)
+    site = SiteHome.open(folder)
     _show_request(site, site.rotate(datetime.now(UTC)))
 
 
@@ -80,12 +80,12 @@ def leave(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Leave the federation: destroy this site's keys; ledger and audit log stay."""
-    site = Installation.open(folder)
+    site = SiteHome.open(folder)
     confirm(f"destroy the keys of {site.settings.name!r}? the site cannot come back with them", yes=yes)
     site.leave()
     typer.echo(f"keys destroyed; tell the coordinator: offsite coordinator revoke DIR {site.settings.name}")
 
 
-def _show_request(site: Installation, path: Path) -> None:
+def _show_request(site: SiteHome, path: Path) -> None:
     typer.echo(f"request: {path}\nfingerprint: {site.fingerprint}")
     typer.echo("next: send the request to the coordinator, and read the fingerprint to them by telephone")

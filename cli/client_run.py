@@ -13,11 +13,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cli.client import app
-from cli.confirm import warn_of_expiry
-from client.installation import SETTINGS, Installation
-from errors import DataError
-from trust.files import alone
+from offsite.cli.client import app
+from offsite.cli.confirm import warn_of_expiry
+from offsite.client.home.installation import SETTINGS, SiteHome
+from offsite.errors import DataError
+from offsite.trust.files import alone
 
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 SPLITS = {
@@ -33,9 +33,9 @@ log = logging.getLogger("offsite.client")
 __all__ = ["app"]
 
 
-def open_folder(path: Path) -> Installation:
+def open_folder(path: Path) -> SiteHome:
     """Opens a site by its folder or by its site.toml."""
-    return Installation.open(path.parent if path.name == SETTINGS else path)
+    return SiteHome.open(path.parent if path.name == SETTINGS else path)
 
 
 def now() -> datetime:
@@ -46,13 +46,13 @@ def now() -> datetime:
 @app.command()
 def run(folder: Place) -> None:
     """Run this site: connect, look at offers, train what is permitted, until stopped."""
-    from client.node import Node
-    from client.opening import Opened, limit_resources
+    from offsite.client.network.node import Node
+    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
 
     installation = open_folder(folder)
     warn_of_expiry(installation.check(now()))
     with alone(installation.state, "a client"):
-        opened = Opened.of(installation, now)
+        opened = SiteRuntime.of(installation, now)
         limit_resources(opened.policy)
         if installation.settings.simulation_seed is not None:
             log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
@@ -89,7 +89,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Show what a coordinator asks for."""
-    from client.jobs import Jobs
+    from offsite.client.home.jobs import Jobs
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
@@ -179,7 +179,7 @@ def _size(shape: list[int]) -> int:
 @app.command()
 def approve(folder: Place, job: Annotated[str, typer.Argument(help="eight or more digits of a job's hash")]) -> None:
     """Approve one job, pinned to the hash of its manifest."""
-    from client.jobs import Jobs
+    from offsite.client.home.jobs import Jobs
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
@@ -201,7 +201,7 @@ def _user() -> str:
 @app.command()
 def doctor(folder: Place, as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False) -> None:
     """Check versions, keys, certificates, clock, ports, disk, data, policy, ledger and audit log."""
-    from client.doctor import FAILED, examine
+    from offsite.client.service.doctor import FAILED, examine
 
     findings = examine(open_folder(folder), now)
     if as_json:
@@ -216,20 +216,20 @@ def doctor(folder: Place, as_json: Annotated[bool, typer.Option("--json", help="
 @app.command("dry-run")
 def dry_run(folder: Place, job: Annotated[str, typer.Argument(help="digits of an offered job's hash")]) -> None:
     """Train one round of an offered job without a network; nothing leaves, and no privacy is spent."""
-    from client.books import MemoryBooks
-    from client.jobs import Jobs
-    from client.opening import Opened, limit_resources
-    from secagg.journal import MemoryJournal
+    from offsite.client.home.jobs import Jobs
+    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
+    from offsite.client.site.release_log import CountingReleaseLog
+    from offsite.secagg.journal import MemoryJournal
 
     installation = open_folder(folder)
-    opened = Opened.of(installation, now)
+    opened = SiteRuntime.of(installation, now)
     limit_resources(opened.policy)
     found = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
     package = installation.packages / found.manifest.emulator_of(installation.settings.name)
     if not package.is_dir():
         raise DataError(f"job={found.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
     with tempfile.TemporaryDirectory() as scratch:
-        books = MemoryBooks(found.manifest.releases)
+        books = CountingReleaseLog(found.manifest.releases)
         site = opened.site_with(found.manifest, package, books, MemoryJournal(), record=Path(scratch) / "rounds")
         line = site.rehearse()
     plan = site.plan
@@ -251,12 +251,12 @@ app.add_typer(audit, name="audit")
 @audit.command()
 def verify(folder: Place) -> None:
     """Check the hash chain of the audit log and of the ledger."""
-    from client.audit import verify as check
-    from client.opening import Opened
+    from offsite.client.home.audit import verify as check
+    from offsite.client.service.site_runtime import SiteRuntime
 
     installation = open_folder(folder)
     entries = check(installation.state / "audit.jsonl")
-    opened = Opened.of(installation, now)
+    opened = SiteRuntime.of(installation, now)
     count, head = opened.ledger.head()
     typer.echo(f"audit log: {entries} entries, chain whole")
     spent, dataset = opened.ledger.spent(), installation.settings.dataset

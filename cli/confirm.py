@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
-from errors import Untrusted
-from trust.certificates import WARN_DAYS
+from offsite.errors import Untrusted
+from offsite.trust.certificates import WARN_DAYS
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from cli.confirm import confirm, same_fingerprint, warn_of_expiry
-from coordinator.provision import Home
-from errors import DataError
-from trust.federation import Federation
-from trust.request import SiteRequest
-from trust.sealing import HYBRID
-from trust.welcome import Welcome
+from offsite.cli.confirm import confirm, same_fingerprint, warn_of_expiry
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.errors import DataError
+from offsite.trust.federation_manifest import FederationManifest
+from offsite.trust.request import SiteRequest
+from offsite.trust.sealing import HYBRID
+from offsite.trust.welcome import Welcome
 
 app = typer.Typer(
     name="coordinator", help="The model owner's side of a federation.", no_args_is_help=True, add_completion=False
@@ -35,7 +35,7 @@ def init(
     days: Annotated[int, typer.Option(help="how long certificates and each epoch hold")] = 365,
 ) -> None:
     """Make the coordinator's folder: authority, server certificate, identity."""
-    home = Home.create(
+    home = CoordinatorHome.create(
         folder,
         name=name,
         host=host,
@@ -65,7 +65,7 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask; the fingerprints were compared already")] = False,
 ) -> None:
     """Admit sites and write a welcome for every member; without requests, renew certificates and epoch."""
-    home, now = Home.open(folder), datetime.now(UTC)
+    home, now = CoordinatorHome.open(folder), datetime.now(UTC)
     if not requests:
         confirm("renew every certificate and make a new epoch?", yes=yes)
         _show(home, home.renew(now), now)
@@ -88,12 +88,12 @@ def revoke(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Put a site out: its keys never count again, and the others sign a new epoch."""
-    home, now = Home.open(folder), datetime.now(UTC)
+    home, now = CoordinatorHome.open(folder), datetime.now(UTC)
     confirm(f"revoke {site!r}? its keys never count again", yes=yes)
     _show(home, home.revoke(site, now), now)
 
 
-def _show(home: Home, federation: Federation, now: datetime) -> None:
+def _show(home: CoordinatorHome, federation: FederationManifest, now: datetime) -> None:
     """Prints the epoch, where each welcome lies, and what its owner compares."""
     typer.echo(f"epoch {federation.epoch} of {federation.name!r}, {len(federation.members)} sites")
     for one in federation.members:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from cli.confirm import warn_of_expiry
-from cli.coordinator import app
-from errors import ConfigError, OffsiteError
-from trust.files import alone
+from offsite.cli.confirm import warn_of_expiry
+from offsite.cli.coordinator import app
+from offsite.errors import ConfigError, OffsiteError
+from offsite.trust.files import alone
 
 if TYPE_CHECKING:  # needs torch, and `status` does not
-    from coordinator.status import Status
+    from offsite.coordinator.home.status import Status
 
 EXIT_STOPPED = 143
 log = logging.getLogger("offsite.coordinator")
@@ -40,22 +40,22 @@ def run(
     """Run a job with the sites of the federation; the same command again goes on where it was."""
     from transformers.utils.logging import disable_progress_bar
 
-    from cli.display import LiveDisplay, PlainDisplay
-    from cli.run import columns_in
-    from client.data import read
-    from coordinator.config import read_config
-    from coordinator.outcome import conclude
-    from coordinator.provision import Home
-    from coordinator.run_folder import run_folder
-    from coordinator.service import Setting, run_job
-    from coordinator.status import Status
-    from coordinator.store import Store
+    from offsite.cli.display import LiveDisplay, PlainDisplay
+    from offsite.coordinator.config.federation_file import read_config
+    from offsite.coordinator.home.provision import CoordinatorHome
+    from offsite.coordinator.home.run_folder import run_folder
+    from offsite.coordinator.home.status import Status
+    from offsite.coordinator.job.store import Store
+    from offsite.coordinator.report.federation_outcome import conclude
+    from offsite.coordinator.service import JobContext, run_job
+    from offsite.simulation.run_folder import columns_in
+    from offsite.task.readers.tables import read
 
     disable_progress_bar()
     settings, sha256 = read_config(config)
     if settings.coordinator is None:
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
-    home = Home.open(Path(settings.coordinator.home))
+    home = CoordinatorHome.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
     public, reader = Path(settings.data.public), settings.data.reader
     records = read(public, reader=reader or None, columns=columns_in(settings))
@@ -63,7 +63,7 @@ def run(
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
     with alone(home.link, "a coordinator"):
-        setting = Setting(
+        setting = JobContext(
             home=home,
             config=settings,
             store=Store(run_folder(home, settings, out)),
@@ -109,7 +109,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Tell who is there, which round it is, and what is awaited."""
-    from coordinator.status import read_status
+    from offsite.coordinator.home.status import read_status
 
     facts = read_status(folder / "status.json")
     if as_json:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errors import ConfigError, DataError
+from offsite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from emulator.builder import Built, Order
-    from emulator.manifest import Manifest
-    from emulator.source import Source
-    from task.spec import Batch, Task
+    from offsite.emulator.build.pipeline import Built, Order
+    from offsite.emulator.calibration.source import Source
+    from offsite.emulator.package.manifest import Manifest
+    from offsite.task.spec import Batch, Task
 
 app = typer.Typer(
     name="emulator",
@@ -60,16 +60,16 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Build an emulator of a model within limits, and refuse one that would not serve."""
-    from adapter.spec import AdapterSpec
-    from emulator.builder import Order
-    from emulator.cost import Limits
+    from offsite.adapter.spec import AdapterSpec
+    from offsite.emulator.build.cost import SizeLimits
+    from offsite.emulator.build.pipeline import Order
 
     order = Order(
         first=first,
         last=last,
         shape=shape,
         recipe=tuple(recipe.split()),
-        limits=Limits(_size("max_bytes", max_bytes), _size("max_memory", max_memory), max_flops, max_leak),
+        limits=SizeLimits(_size("max_bytes", max_bytes), _size("max_memory", max_memory), max_flops, max_leak),
         embedding=embedding,
         adapter=AdapterSpec(method=method, rank=rank, alpha=2.0 * rank, targets=tuple(targets.split())),
         gate=gate,
@@ -88,8 +88,8 @@ def build(
 @app.command()
 def inspect(package: Package) -> None:
     """Show what a package holds, after every byte of it was checked."""
-    from emulator import files
-    from emulator.package import read_manifest
+    from offsite.emulator.package import files
+    from offsite.emulator.package.package_reader import read_manifest
 
     manifest = read_manifest(package)
     files.check(package, manifest.files)
@@ -102,7 +102,7 @@ def compare(packages: Annotated[list[Path], typer.Argument(help="folders of pack
     from rich.console import Console
     from rich.table import Table
 
-    from emulator.package import read_manifest
+    from offsite.emulator.package.package_reader import read_manifest
 
     table = Table(box=None, pad_edge=False)
     for name in (
@@ -146,30 +146,30 @@ def vet(
 
     import torch
 
-    from emulator.package import load, read_manifest
-    from emulator.verdict import Limits
-    from emulator.vet import vet as vetted
+    from offsite.emulator.package.package_reader import load, read_manifest
+    from offsite.emulator.vetting.limits import VettingThresholds
+    from offsite.emulator.vetting.vet import vet as vetted
 
     manifest = read_manifest(package)
     model = load(package, dtype=torch.float32, expected_digest=manifest.digest())
     drawn = secrets.randbits(62) if seed is None else seed
-    report = vetted(package, model, manifest, Limits(), seed=drawn)
+    report = vetted(package, model, manifest, VettingThresholds(), seed=drawn)
     for check in report.checks:
         typer.echo(f"{check.name:16} {check.value:10.4g}  limit {check.limit:<8g} {check.where}")
     typer.echo(f"no known trap in {package}: {report.measured} numbers measured")
 
 
 def _task(name: str) -> "Task":
-    from errors import lookup
-    from task.tasks import TASKS
+    from offsite.errors import lookup
+    from offsite.task.tasks import TASKS
 
     return lookup(TASKS, name, "task")
 
 
 def _examples(task: "Task", model_config: Any, model: Path, calibration: Path, columns: str, length: int) -> "Batch":
     """Returns public records as the task's examples; plain texts are joined and cut, so that none is mostly padding."""
-    from client.columns import columns_of
-    from client.data import read
+    from offsite.task.readers.columns import columns_of
+    from offsite.task.readers.tables import read
 
     if wrong := [pair for pair in columns.split() if "=" not in pair]:
         raise ConfigError(f"columns={wrong[0]!r}: write field=column, for example 'text=body label=spam'")
@@ -196,10 +196,10 @@ def _build(
 ) -> "Built":
     from transformers.utils.logging import disable_progress_bar
 
-    from coordinator.evaluate import spread
-    from emulator.builder import Builder, Public
-    from emulator.calibrate import PublicExamples
-    from emulator.rehearse import Text
+    from offsite.coordinator.job.evaluate import spread
+    from offsite.emulator.build.pipeline import BuildPipeline, Public
+    from offsite.emulator.calibration.public_examples import PublicExamples
+    from offsite.emulator.evaluation.rehearse import Text
 
     disable_progress_bar()
     needed = sequences + 4 * 8
@@ -214,15 +214,15 @@ def _build(
         for i, count in enumerate((sequences, 16, 128, 32, 1024))
     ]
     public = Public(parts[0], parts[1], Text(train=parts[2], test=parts[3], attack=parts[4], length=length))
-    return Builder(source, order, public, model, _step).build(out)
+    return BuildPipeline(source, order, public, model, _step).build(out)
 
 
 def _source(task: "Task", model: Path) -> "Source":
     """Reads the model block by block where its checkpoint allows it, and says so where it does not."""
     import torch
 
-    from emulator.source import MemorySource, ShardSource
-    from errors import UnsupportedModel
+    from offsite.emulator.calibration.source import MemorySource, ShardSource
+    from offsite.errors import UnsupportedModel
 
     try:
         return ShardSource(model, torch.float32)

@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import client_run, coordinator_run, emulator, methods
-from errors import ConfigError, OffsiteError, lookup
-from protos.flower_process import QUIET
+from offsite.cli import client_run, coordinator_run, emulator, methods
+from offsite.errors import ConfigError, OffsiteError, lookup
+from offsite.protos.flower_process import QUIET
 
 app = typer.Typer(
     name="offsite",
@@ -70,8 +70,8 @@ def simulate(
     """Run a whole federation on this machine and write a report."""
     import dataclasses
 
-    from cli.run import Run, with_options
-    from coordinator.config import read_config
+    from offsite.coordinator.config.federation_file import read_config
+    from offsite.simulation.run_folder import Run, with_options
 
     carry = lookup({"memory": "memory", "flower": "flower"}, engine, "engine")
     if (config is None) == (resume is None):
@@ -93,10 +93,10 @@ def _run(run: object, engine: str, as_json: bool) -> None:
     """Loads the heavy libraries, runs, and prints where the result lies."""
     from transformers.utils.logging import disable_progress_bar
 
-    from cli.display import LiveDisplay, PlainDisplay
-    from cli.flower_engine import flower_engine
-    from cli.run import Run
-    from cli.simulate import Options, memory_engine, simulate
+    from offsite.cli.display import LiveDisplay, PlainDisplay
+    from offsite.simulation.flower_engine import flower_engine
+    from offsite.simulation.run_folder import Run
+    from offsite.simulation.simulate import Options, memory_engine, simulate
 
     disable_progress_bar()  # ours says what is loaded, on a terminal and in a log alike
     if not isinstance(run, Run):
@@ -135,8 +135,8 @@ def prepare(
     ] = "speeches",
 ) -> None:
     """Fetch, verify and convert a demo's model and data once, and write its federation file."""
-    from cli import clothes, mail
-    from cli import prepare as room
+    from offsite.demo import clothes, mail
+    from offsite.demo import speeches as room
 
     demos = {"speeches": room.prepare_speeches, "mail": mail.prepare_mail, "clothes": clothes.prepare_clothes}
     model, texts, content = lookup(demos, demo, "demo")(cache or room.default_cache(), data)

@@ -19,13 +19,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, invent
-from adapter.spec import AdapterSpec
-from adapter.targets import is_linear, lengths
-from errors import ConfigError, PrivacyRefusal, UnsupportedModel
-from privacy.probe import choose_engine
-from secagg.ring import BITS
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, dummy_tensors
+from offsite.adapter.spec import AdapterSpec
+from offsite.adapter.targets import is_linear, lengths
+from offsite.errors import ConfigError, PrivacyRefusal, UnsupportedModel
+from offsite.privacy.probe import choose_engine
+from offsite.secagg.ring import BITS
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 WORDS, CLASSES, EXAMPLES, TOKENS = 97, 3, 3, 8
@@ -113,7 +113,7 @@ def probe(method: str, family: str) -> Finding:
     tower = FAMILIES[family].tower
     spec = AdapterSpec(method, slots=(f"{tower}.0", f"{tower}.{SIZES['num_hidden_layers'] - 1}"))
     try:
-        model = attach(plain, spec, invent(plain, spec)).eval()
+        model = attach(plain, spec, dummy_tensors(plain, spec)).eval()
     except (UnsupportedModel, ConfigError) as refusal:
         return Finding(method, refused=str(refusal))
     layout = Layout.of(model)

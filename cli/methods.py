@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from errors import lookup
+from offsite.errors import lookup
 
 if TYPE_CHECKING:
-    from cli.method_probe import Finding
+    from offsite.cli.method_probe import Finding
 
 app = typer.Typer(add_completion=False)
 WIDTH = 100  # of the table where no terminal says its own
@@ -25,7 +25,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
     """Print every adapter method: trained numbers, bytes, whether means are exact, engine; and those refused."""
-    from cli.method_probe import FAMILIES, probe_all
+    from offsite.cli.method_probe import FAMILIES, probe_all
 
     lookup(FAMILIES, family, "family")
     logging.getLogger("offsite").setLevel(logging.WARNING)  # which engines do not fit is told by the one that does
@@ -42,9 +42,9 @@ def methods(
 
 
 def _facts(family: str, findings: "list[Finding]") -> dict[str, Any]:
-    from adapter.head import HEAD
-    from adapter.methods import METHODS
-    from adapter.refused import REFUSED
+    from offsite.adapter.methods import METHODS
+    from offsite.adapter.methods.refused import REFUSED
+    from offsite.adapter.methods.task_head import HEAD
 
     used = [
         asdict(finding)
@@ -62,8 +62,8 @@ def _facts(family: str, findings: "list[Finding]") -> dict[str, Any]:
 
 
 def _table(family: str, findings: "list[Finding]") -> Table:
-    from adapter.methods import METHODS
-    from cli.method_probe import SIZES
+    from offsite.adapter.methods import METHODS
+    from offsite.cli.method_probe import SIZES
 
     table = Table(
         title=f"Adapter methods on a {family} of width {SIZES['hidden_size']}, rank 2, in its first and last block",
@@ -86,8 +86,8 @@ def _table(family: str, findings: "list[Finding]") -> Table:
 
 
 def _options() -> Table:
-    from adapter.head import HEAD
-    from adapter.methods import METHODS
+    from offsite.adapter.methods import METHODS
+    from offsite.adapter.methods.task_head import HEAD
 
     table = Table(title="Options, for example: options = { head = true }")
     for name in ("method", "option", "default", "values"):
@@ -102,7 +102,7 @@ def _options() -> Table:
 
 
 def _refusals(family: str, findings: "list[Finding]") -> Table:
-    from adapter.refused import REFUSED
+    from offsite.adapter.methods.refused import REFUSED
 
     table = Table(title=f"Not on {family}, and not at all")
     table.add_column("method", no_wrap=True)

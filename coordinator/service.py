@@ -8,32 +8,32 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from coordinator.aggregation_section import SAID_OPENLY
-from coordinator.attempt import Attempts
-from coordinator.config import CoordinatorConfig, FedConfig
-from coordinator.correspondence import Correspondence
-from coordinator.delivery import Delivery, deliver_all
-from coordinator.depot import Depot, Tls
-from coordinator.exchange import Conversation, Exchange
-from coordinator.federation import Federation
-from coordinator.flower_edge import GridExchange
-from coordinator.grid import LOST, why_lost
-from coordinator.job import Job, Parties, prepare, reopen
-from coordinator.ledgers import Ledgers
-from coordinator.link import Link, LinkPlace
-from coordinator.muster import Muster, Terms
-from coordinator.numbers import Numbers
-from coordinator.provision import Home
-from coordinator.run_folder import check_settings, keep_settings
-from coordinator.status import Status
-from coordinator.store import Progress, Store, write_atomically
-from errors import ConfigError, DataError, Untrusted
-from protos import codec
-from protos.manifest import JobManifest
-from protos.signed_job import sign_job
-from task.spec import Record
-from trust import federation as owners
-from trust.certificates import certificate_key
+from offsite.coordinator.config.federation_file import CoordinatorConfig, FedConfig
+from offsite.coordinator.home.ledger_heads import Ledgers
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.coordinator.home.run_folder import check_settings, keep_settings
+from offsite.coordinator.home.status import Status
+from offsite.coordinator.job.prepare import Job, Parties, prepare, reopen
+from offsite.coordinator.job.store import Progress, Store, write_atomically
+from offsite.coordinator.network.depot import Depot, Tls
+from offsite.coordinator.network.flower_exchange import GridExchange
+from offsite.coordinator.network.flower_grid import LOST, why_lost
+from offsite.coordinator.network.package_delivery import Delivery, deliver_all
+from offsite.coordinator.network.readiness import ReadinessPolicy, ReadinessPoller
+from offsite.coordinator.network.signed_exchange import SignedExchange
+from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+from offsite.coordinator.report.aggregation_section import SAID_OPENLY
+from offsite.coordinator.rounds.attempt import Attempts
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.exchange import Conversation, Exchange
+from offsite.coordinator.rounds.round_loop import TrainingLoop
+from offsite.errors import ConfigError, DataError, Untrusted
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.signed_job import sign_job
+from offsite.task.spec import Record
+from offsite.trust import federation_manifest as owners
+from offsite.trust.certificates import certificate_key
 
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
@@ -45,7 +45,7 @@ Deliveries = Mapping[str, Delivery]  # each site's
 
 
 @dataclass(frozen=True)
-class Setting:
+class JobContext:
     """One job at one coordinator.
 
     Attributes:
@@ -60,7 +60,7 @@ class Setting:
       on_round: told each whole round's line.
     """
 
-    home: Home
+    home: CoordinatorHome
     config: FedConfig
     store: Store
     status: Status
@@ -82,7 +82,7 @@ class Setting:
         return self.config.coordinator
 
 
-def run_job(setting: Setting) -> tuple[Job, Progress]:
+def run_job(setting: JobContext) -> tuple[Job, Progress]:
     """Runs a job to its end, or on from where it stopped; one whose rounds are all whole needs no site any more.
 
     Returns:
@@ -111,7 +111,7 @@ def _done(store: Store, manifest: JobManifest) -> Progress | None:
     return progress if progress is not None and progress.round >= manifest.rounds else None
 
 
-def _over_links(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries) -> Progress:
+def _over_links(setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
     """Runs the rounds over one link after the other, as long as there are whole rounds between their losses.
 
     Raises:
@@ -140,7 +140,7 @@ def _rounds(store: Store) -> int:
     return 0 if (progress := store.load_state()) is None else progress.round
 
 
-def open_job(setting: Setting, epoch: owners.Federation) -> Job:
+def open_job(setting: JobContext, epoch: owners.FederationManifest) -> Job:
     """Prepares the job, or opens the one that this run folder holds.
 
     Raises:
@@ -175,11 +175,11 @@ def open_job(setting: Setting, epoch: owners.Federation) -> Job:
     return reopen(setting.config, manifest, facts, records=setting.records, store=setting.store)
 
 
-def _over_link(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries) -> Progress:
+def _over_link(setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
     nodes = {member.site: member.node for member in epoch.members}
     setting.on_step("start Flower's SuperLink")
     largest = UPLOAD_BYTES * job.manifest.layout.size + OTHER_BYTES
-    with Link(link_place(setting.home), nodes, largest=largest) as link:
+    with SuperLinkSession(link_place(setting.home), nodes, largest=largest) as link:
         unopened: dict[str, str] = {}
         offers = _letters(setting, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
         ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
@@ -188,8 +188,10 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, deliveries:
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
         wanted = rules.sites or len(nodes)
-        ready = muster.gather(Terms(wanted, job.manifest.n_min, rules.patience))
-        exchange = _Told(_letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status)
+        ready = muster.gather(ReadinessPolicy(wanted, job.manifest.n_min, rules.patience))
+        exchange = _StatusReportingExchange(
+            _letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status
+        )
         farewell = _letters(setting, epoch, link, FINISH_SECONDS)
         progress = _federation(setting, job, ledgers).run(
             exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min), farewell
@@ -200,7 +202,9 @@ def _over_link(setting: Setting, job: Job, epoch: owners.Federation, deliveries:
         return progress
 
 
-def _cohort(setting: Setting, muster: Muster, ready: tuple[str, ...], fewest: int) -> Callable[[], tuple[str, ...]]:
+def _cohort(
+    setting: JobContext, muster: ReadinessPoller, ready: tuple[str, ...], fewest: int
+) -> Callable[[], tuple[str, ...]]:
     """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
     first, began = [ready], time.monotonic()
 
@@ -209,12 +213,12 @@ def _cohort(setting: Setting, muster: Muster, ready: tuple[str, ...], fewest: in
             return first.pop()
         first.clear()
         setting.status.set("waiting for sites")
-        return muster.gather(Terms(fewest, fewest, setting.rules.patience))
+        return muster.gather(ReadinessPolicy(fewest, fewest, setting.rules.patience))
 
     return cohort
 
 
-def _tell(setting: Setting) -> Callable[[dict[str, Any]], None]:
+def _tell(setting: JobContext) -> Callable[[dict[str, Any]], None]:
     def tell(line: dict[str, Any]) -> None:
         setting.status.set("round done", round=line["round"], stage="", awaited=[])
         setting.on_round(line)
@@ -222,7 +226,7 @@ def _tell(setting: Setting) -> Callable[[dict[str, Any]], None]:
     return tell
 
 
-class _Told:
+class _StatusReportingExchange:
     """An exchange that says in the status what is awaited from whom."""
 
     def __init__(self, exchange: Exchange, status: Status) -> None:
@@ -235,19 +239,19 @@ class _Told:
 
 
 def _letters(
-    setting: Setting,
-    epoch: owners.Federation,
-    link: Link,
+    setting: JobContext,
+    epoch: owners.FederationManifest,
+    link: SuperLinkSession,
     deadline: float,
     *,
     tries: int = 1,
     on_bad: Callable[[str, str], None] = lambda site, reason: log.warning("site %s: %s", site, reason),
-) -> Correspondence:
-    return Correspondence(
+) -> SignedExchange:
+    return SignedExchange(
         GridExchange(link.grid, nodes=link.node_ids, deadline=deadline),
         setting.home.identity,
         epoch,
-        Numbers(setting.home.folder / "letters.txt"),
+        MonotonicCounter(setting.home.folder / "letters.txt"),
         on_bad,
         tries=tries,
     )
@@ -262,7 +266,9 @@ class Offers:
     unopened: dict[str, str]
 
 
-def _muster(setting: Setting, job: Job, epoch: owners.Federation, deliveries: Deliveries, offers: Offers) -> Muster:
+def _muster(
+    setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries, offers: Offers
+) -> ReadinessPoller:
     manifest = job.manifest.to_bytes()
     signature = sign_job(setting.home.identity, manifest)
 
@@ -277,7 +283,7 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, deliveries: De
             ledgers=offers.ledgers.countersigned(site),
         )
 
-    return Muster(
+    return ReadinessPoller(
         offers.exchange,
         epoch,
         offer_for,
@@ -290,24 +296,24 @@ def _muster(setting: Setting, job: Job, epoch: owners.Federation, deliveries: De
     )
 
 
-def _federation(setting: Setting, job: Job, ledgers: Ledgers) -> Federation:
+def _federation(setting: JobContext, job: Job, ledgers: Ledgers) -> TrainingLoop:
     tries = setting.rules.attempts
-    return Federation(job, setting.config, setting.store, _attempts(setting), tries=tries, on_ledger=ledgers.learn)
+    return TrainingLoop(job, setting.config, setting.store, _attempts(setting), tries=tries, on_ledger=ledgers.learn)
 
 
-def _attempts(setting: Setting) -> Attempts:
-    return Attempts(setting.store.folder, setting.nonce, Numbers(setting.home.folder / "aggregations.txt"))
+def _attempts(setting: JobContext) -> Attempts:
+    return Attempts(setting.store.folder, setting.nonce, MonotonicCounter(setting.home.folder / "aggregations.txt"))
 
 
-def link_place(home: Home) -> LinkPlace:
+def link_place(home: CoordinatorHome) -> SuperLinkPlace:
     """Returns where the SuperLink of a coordinator lives."""
     settings = home.settings
     bind = settings.bind or settings.host
-    return LinkPlace(home.link, bind, settings.link_port, home.ca, home.server, home.server_key)
+    return SuperLinkPlace(home.link, bind, settings.link_port, home.ca, home.server, home.server_key)
 
 
 @contextmanager
-def _depot(home: Home, now: Callable[[], datetime]) -> Iterator[Depot]:
+def _depot(home: CoordinatorHome, now: Callable[[], datetime]) -> Iterator[Depot]:
     """Runs the depot while a job runs; who was revoked is looked up with every request."""
     tls = Tls(home.ca.read_bytes(), home.server.read_bytes(), home.server_key.read_bytes())
 

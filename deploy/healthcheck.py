@@ -57,7 +57,7 @@ def _born(pid: int, processes: Path) -> str:
 def client(site: Path, processes: Path) -> str:
     """Returns what is wrong with a running client, or nothing; one that waits for its coordinator is well."""
     node = str((site / "state" / "node").resolve())
-    if any("client.supernode" in command and node in command for command in _commands(processes)):
+    if any("offsite.client.network.supernode" in command and node in command for command in _commands(processes)):
         return ""
     return "its SuperNode is not running"
 

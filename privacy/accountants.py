@@ -14,8 +14,8 @@ import numpy as np
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 
-from errors import ConfigError, PrivacyRefusal
-from privacy.events import Event, compose
+from offsite.errors import ConfigError, PrivacyRefusal
+from offsite.privacy.events import Event, compose
 
 Accountant = Callable[[Sequence[Event], float], float]
 

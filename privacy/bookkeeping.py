@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from errors import PrivacyRefusal
-from privacy.batches import Batch, Losses, trainable
-from privacy.captured import Captured
-from privacy.per_example import Rows, Weigh, checked_losses, finite_losses
-from privacy.rules import Recomputed, Rule, rule_of
-from privacy.tap import Call, Taps
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.batches import Batch, Losses, trainable
+from offsite.privacy.captured import Captured
+from offsite.privacy.per_example import Rows, Weigh, checked_losses, finite_losses
+from offsite.privacy.rules import Recomputed, Rule, rule_of
+from offsite.privacy.tap import Call, Taps
 
 
 class BookkeepingEngine:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 
-from errors import ConfigError, PrivacyRefusal, lookup
-from privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
-from privacy.events import Event, check_sample_rate, check_steps
+from offsite.errors import ConfigError, PrivacyRefusal, lookup
+from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
+from offsite.privacy.events import Event, check_sample_rate, check_steps
 
 NOISE_CEILING = 1e4
 TOLERANCE = 0.01

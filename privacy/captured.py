@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from privacy.norms import row_norms
-from privacy.per_example import Weigh, add_to_sum
+from offsite.privacy.norms import row_norms
+from offsite.privacy.per_example import Weigh, add_to_sum
 
 # A dense layer's gradients are held whole up to so many times the numbers that they are products of. Above, their norms
 # are taken from one example's gradient at a time, which is computed twice: a third more work and no more memory. Norms

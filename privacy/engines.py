@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import nn
 
-from privacy.bookkeeping import BookkeepingEngine
-from privacy.hooks import HooksEngine
-from privacy.loop import LoopEngine
-from privacy.per_example import Engine
+from offsite.privacy.bookkeeping import BookkeepingEngine
+from offsite.privacy.hooks import HooksEngine
+from offsite.privacy.loop import LoopEngine
+from offsite.privacy.per_example import Engine
 
 
 def _opened(make: Callable[[nn.Module], Engine]) -> Callable[[nn.Module], AbstractContextManager[Engine]]:

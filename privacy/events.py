@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from errors import ConfigError
+from offsite.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from errors import PrivacyRefusal
-from privacy.batches import Batch, Losses, trainable
-from privacy.captured import Captured
-from privacy.per_example import Rows, Weigh, checked_losses, finite_losses, line_of
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.batches import Batch, Losses, trainable
+from offsite.privacy.captured import Captured
+from offsite.privacy.per_example import Rows, Weigh, checked_losses, finite_losses, line_of
 
 _MODULE = ("activations", "max_batch_len", "autograd_grad_sample_hooks", "ft_compute_sample_grad")
 _PARAMETER = ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample")

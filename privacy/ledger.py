@@ -6,10 +6,10 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from errors import ConfigError, DataError, PrivacyRefusal, lookup
-from privacy.accountants import ACCOUNTANTS, check_delta
-from privacy.events import Event, compose
-from trust.chain import Chain, Link
+from offsite.errors import ConfigError, DataError, PrivacyRefusal, lookup
+from offsite.privacy.accountants import ACCOUNTANTS, check_delta
+from offsite.privacy.events import Event, compose
+from offsite.trust.chain import Chain, Link
 
 _SPEND = "spend"
 _LABEL = "offsite privacy ledger"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from privacy.batches import Batch, Losses, trainable
-from privacy.norms import row_norms
-from privacy.per_example import Rows, Weigh, add_to_sum, checked_losses
+from offsite.privacy.batches import Batch, Losses, trainable
+from offsite.privacy.norms import row_norms
+from offsite.privacy.per_example import Rows, Weigh, add_to_sum, checked_losses
 
 
 class LoopEngine:

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from errors import ConfigError, PrivacyRefusal, lookup
-from privacy.accountants import check_noise
-from privacy.batches import Losses, trainable
-from privacy.engines import ENGINES
-from privacy.events import Event, check_sample_rate, check_steps
-from privacy.optimizer import NoisyMeanOptimizer
-from privacy.per_example import Engine
-from privacy.randomness import Randomness
-from privacy.sampler import poisson
+from offsite.errors import ConfigError, PrivacyRefusal, lookup
+from offsite.privacy.accountants import check_noise
+from offsite.privacy.batches import Losses, trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.events import Event, check_sample_rate, check_steps
+from offsite.privacy.optimizer import NoisyMeanOptimizer
+from offsite.privacy.per_example import Engine
+from offsite.privacy.randomness import Randomness
+from offsite.privacy.sampler import poisson
 
 
 @dataclass(frozen=True)
-class Terms:
+class DpSgdConfig:
     """Public constants of a plan, agreed before any private record is read.
 
     Attributes:
@@ -103,7 +103,7 @@ def train(
     losses_fn: Losses,
     select: Callable[[np.ndarray], Any],
     n: int,
-    terms: Terms,
+    terms: DpSgdConfig,
     randomness: Randomness,
 ) -> Outcome:
     """Trains the trainable parameters of a model in place, privately for each of n records.
@@ -147,7 +147,7 @@ def train(
     )
 
 
-def _optimizer(parameters: list[nn.Parameter], terms: Terms, randomness: Randomness) -> NoisyMeanOptimizer:
+def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: Randomness) -> NoisyMeanOptimizer:
     return NoisyMeanOptimizer(
         torch.optim.SGD(parameters, lr=terms.learning_rate),
         randomness=randomness,

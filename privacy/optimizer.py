@@ -7,7 +7,7 @@ import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor
 
-from privacy.randomness import Randomness
+from offsite.privacy.randomness import Randomness
 
 # Rounding may not carry a clipped gradient over the bound, so it is clipped to a little less.
 CLIP_MARGIN = 1e-4

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from errors import PrivacyRefusal
-from privacy.batches import Batch, Losses
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.batches import Batch, Losses
 
 Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
 """(gradient norms float64 (b,), all finite; positions in the batch) -> factors float64 (b,)."""

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from errors import ConfigError, OffsiteError, PrivacyRefusal, lookup
-from privacy.batches import Batch, Losses, trainable
-from privacy.engines import ENGINES
-from privacy.per_example import Engine, checked_losses, line_of
+from offsite.errors import ConfigError, OffsiteError, PrivacyRefusal, lookup
+from offsite.privacy.batches import Batch, Losses, trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.per_example import Engine, checked_losses, line_of
 
 log = logging.getLogger("offsite.privacy")
 

@@ -9,10 +9,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
-from errors import PrivacyRefusal
-from privacy.captured import Captured, Pair
-from privacy.per_example import line_of
-from privacy.tap import Call
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.captured import Captured, Pair
+from offsite.privacy.per_example import line_of
+from offsite.privacy.tap import Call
 
 log = logging.getLogger("offsite.privacy")
 Rule = Callable[[nn.Module, str, Call, list[Tensor], Captured], None]

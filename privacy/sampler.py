@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from privacy.events import check_sample_rate
-from privacy.randomness import Randomness
+from offsite.privacy.events import check_sample_rate
+from offsite.privacy.randomness import Randomness
 
 
 def poisson(n: int, sample_rate: float, randomness: Randomness) -> np.ndarray:

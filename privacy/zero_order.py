@@ -15,14 +15,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import nn
 
-from adapter.layout import Layout
-from errors import ConfigError, PrivacyRefusal
-from privacy.batches import Losses, trainable
-from privacy.mechanism import Outcome, Terms, fails
-from privacy.optimizer import CLIP_MARGIN
-from privacy.per_example import checked_losses
-from privacy.randomness import Randomness
-from privacy.sampler import poisson
+from offsite.adapter.layout import Layout
+from offsite.errors import ConfigError, PrivacyRefusal
+from offsite.privacy.batches import Losses, trainable
+from offsite.privacy.mechanism import DpSgdConfig, Outcome, fails
+from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.per_example import checked_losses
+from offsite.privacy.randomness import Randomness
+from offsite.privacy.sampler import poisson
 
 SEED_BYTES = 32
 
@@ -61,7 +61,7 @@ class Directions:
         return bits.astype(np.float64) * 2 - 1
 
 
-def travelled(coefficients: NDArray[Any], directions: Directions, size: int) -> NDArray[np.float64]:
+def displacement(coefficients: NDArray[Any], directions: Directions, size: int) -> NDArray[np.float64]:
     """Returns how far an adapter moved in all, float64 (size,).
 
     Args:
@@ -80,10 +80,10 @@ def replay(start: NDArray[np.float32], coefficients: NDArray[Any], directions: D
 
     Args:
       start: adapter before, float32 (d,).
-      coefficients: as for `travelled`.
+      coefficients: as for `displacement`.
       directions: of that training.
     """
-    return (start + travelled(coefficients, directions, start.size)).astype(np.float32)
+    return (start + displacement(coefficients, directions, start.size)).astype(np.float32)
 
 
 def train(
@@ -91,7 +91,7 @@ def train(
     losses_fn: Losses,
     select: Callable[[np.ndarray], Any],
     n: int,
-    terms: Terms,
+    terms: DpSgdConfig,
     randomness: Randomness,
     directions: Directions,
 ) -> tuple[Outcome, NDArray[np.float32]]:
@@ -121,7 +121,7 @@ def train(
     """
     if not trainable(model):
         raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
-    walk = _Walk(model, directions)
+    walk = _DirectionalState(model, directions)
     norms: list[float] = []
     sizes: list[int] = []
     losses: list[float] = []
@@ -162,7 +162,7 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     Raises:
       ConfigError: no example has finite slopes, or the median is 0.
     """
-    walk = _Walk(model, directions)
+    walk = _DirectionalState(model, directions)
     slopes, _ = walk.slopes(losses_fn, list(batches), 0)
     walk.settle()
     median = float(np.median(np.linalg.norm(slopes, axis=1))) if len(slopes) else math.nan
@@ -171,7 +171,7 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     return median
 
 
-class _Walk:
+class _DirectionalState:
     """A model's adapter on its way along directions; how far it is from its start is float64, beside the model."""
 
     def __init__(self, model: nn.Module, directions: Directions) -> None:
@@ -221,7 +221,7 @@ class _Walk:
         self._layout.write(self._model, adapter)
 
 
-def _factors(norms: NDArray[np.float64], terms: Terms) -> NDArray[np.float64]:
+def _factors(norms: NDArray[np.float64], terms: DpSgdConfig) -> NDArray[np.float64]:
     if not terms.private:
         return np.ones_like(norms)
     with np.errstate(divide="ignore"):

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapter.layout import Layout
-from adapter.spec import AdapterSpec
-from errors import MalformedMessage
-from trust import canonical
+from offsite.adapter.layout import Layout
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import MalformedMessage
+from offsite.trust import canonical
 
 MOST_DIRECTIONS = 4096  # of one step; beyond, a gradient is cheaper
 RANKED, ALTERNATED = "ffa_lora", "lora"

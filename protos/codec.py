@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from errors import MalformedMessage
-from protos import round_pb2 as wire
-from protos.messages import (
+from offsite.errors import MalformedMessage
+from offsite.protos import round_pb2 as wire
+from offsite.protos.messages import (
     LINE,
     MOST_BIASES,
     MOST_REFRESH_BYTES,
@@ -17,7 +17,6 @@ from protos.messages import (
     Announcement,
     KeysRequest,
     LedgerHead,
-    Letter,
     MaskedReply,
     Message,
     Notice,
@@ -26,21 +25,21 @@ from protos.messages import (
     Refusal,
     SignedBatch,
     SignedBytes,
+    SignedMessage,
     TrainReply,
     TrainRequest,
     UpdateReply,
     UpdateRequest,
     one_line,
 )
-from trust import canonical
-from trust.federation import MOST_SITES
-from trust.sealing import HYBRID, PUBLIC_BYTES
+from offsite.trust import canonical
+from offsite.trust.federation_manifest import MOST_SITES
+from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
 
 __all__ = [
     "Announcement",
     "KeysRequest",
     "LedgerHead",
-    "Letter",
     "MaskedReply",
     "Message",
     "Notice",
@@ -49,6 +48,7 @@ __all__ = [
     "Refusal",
     "SignedBatch",
     "SignedBytes",
+    "SignedMessage",
     "TrainReply",
     "TrainRequest",
     "UpdateReply",
@@ -77,12 +77,12 @@ def encode(message: Message) -> bytes:
     return envelope.SerializeToString(deterministic=True)
 
 
-def encode_letter(letter: Letter) -> bytes:
+def encode_letter(letter: SignedMessage) -> bytes:
     """Writes a letter; the same letter always gives the same bytes."""
     return wire.Letter(version=VERSION, **_fields(letter)).SerializeToString(deterministic=True)
 
 
-def decode_letter(data: bytes) -> Letter:
+def decode_letter(data: bytes) -> SignedMessage:
     """Reads the bytes of a letter as strictly as `decode`; who signed it is not checked here.
 
     Raises:
@@ -98,7 +98,7 @@ def decode_letter(data: bytes) -> Letter:
     names = (letter.sender, letter.recipient, letter.stage)
     for name in names:  # they stand in audit logs and on terminals, also where nobody signed them
         canonical.text(name, "letter name", limit=NAME)
-    read = Letter(_digest(letter.federation), *names, letter.number, letter.body, letter.signature)
+    read = SignedMessage(_digest(letter.federation), *names, letter.number, letter.body, letter.signature)
     if encode_letter(read) != data:
         raise MalformedMessage("letter is not in canonical form; was it altered on the way")
     return read

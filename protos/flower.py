@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from errors import MalformedMessage
-from protos.messages import NAME
+from offsite.errors import MalformedMessage
+from offsite.protos.messages import NAME
 
 SHORT_BYTES = 1 << 16
 NAME_STAGE = "name"  # asks a node which site it is; its bytes are the site's name

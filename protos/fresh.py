@@ -1,4 +1,4 @@
-"""Checks that the stubs are what the .proto files generate, or writes them: `python -m protos.fresh [--write]`."""
+"""Checks that the stubs are what the .proto files generate, or writes them, with `--write`."""
 
 import subprocess
 import sys
@@ -22,6 +22,8 @@ def generate(root: Path) -> None:
     subprocess.run([*command, str(ROOM / "round.proto")], check=True)  # noqa: S603 - our own interpreter and file
     service = [*command, f"--grpc_python_out={root}", str(ROOM / "depot.proto")]
     subprocess.run(service, check=True)  # noqa: S603 - our own interpreter and file
+    stub = root / "protos" / "depot_pb2_grpc.py"  # the compiler names the package after the folder of the .proto file
+    stub.write_text(stub.read_text().replace("from protos import", "from offsite.protos import"))
 
 
 def stale() -> list[str]:

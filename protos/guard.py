@@ -16,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from errors import ConfigError
+from offsite.errors import ConfigError
 
 HEADER = "x-offsite-secret"
 VARIABLE = "OFFSITE_GUARD"  # names the file that holds the secret; a secret itself would show in a process list
@@ -38,7 +38,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What peers without the secret may send.
 
     Attributes:
@@ -73,10 +73,10 @@ class Guard:
         app: Callable[[_Scope, _Receive, _Send], Awaitable[None]],
         secret: str,
         public: tuple[str, ...],
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
     ):
         self._app, self._secret, self._public = app, secret.encode(), public
-        self._limits = limits or Limits()
+        self._limits = limits or RequestLimits()
         self._room = _Room(self._limits.held)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:

@@ -179,7 +179,7 @@ class Notice:
 
 
 @dataclass(frozen=True)
-class Letter:
+class SignedMessage:
     """One signed message between the coordinator and a site; see `protos.letters` for what is checked."""
 
     federation: bytes

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import RangeError
-from secagg.terms import Terms
-from trust.sealing import HYBRID, PUBLIC_BYTES, SealingKey, seal
-from trust.wire import Writer
+from offsite.errors import RangeError
+from offsite.secagg.params import SecAggParams
+from offsite.trust.sealing import HYBRID, PUBLIC_BYTES, SealingKey, seal
+from offsite.trust.wire import Writer
 
 UPDATE = "update"  # the step under which a site signs the hash of its box, in the place of the masked upload
 SUITE = HYBRID  # also where a federation's packages are of suite 1: a recorded update would stay worth opening
@@ -22,7 +22,7 @@ def key_of(secret: bytes) -> SealingKey:
     return SealingKey(SUITE, secret)
 
 
-def close(update: NDArray[np.float32], terms: Terms, site: str, sealing: bytes) -> bytes:
+def close(update: NDArray[np.float32], terms: SecAggParams, site: str, sealing: bytes) -> bytes:
     """Returns the box of an update, which only the coordinator opens, and only as this site's of this round.
 
     HPKE binds the round's T0 and the site's name (RFC 9180, section 5.1: info), so a box that is moved does not open.
@@ -39,7 +39,7 @@ def close(update: NDArray[np.float32], terms: Terms, site: str, sealing: bytes) 
     return seal(SUITE, sealing, np.ascontiguousarray(update, dtype="<f4").tobytes(), _info(terms, site))
 
 
-def unclose(box: bytes, terms: Terms, site: str, key: SealingKey) -> NDArray[np.float32]:
+def unclose(box: bytes, terms: SecAggParams, site: str, key: SealingKey) -> NDArray[np.float32]:
     """Returns the update in a box; its entries are not checked.
 
     Args:
@@ -66,5 +66,5 @@ def digest_of(box: bytes) -> bytes:
     return hashlib.sha256(box).digest()
 
 
-def _info(terms: Terms, site: str) -> bytes:
+def _info(terms: SecAggParams, site: str) -> bytes:
     return Writer().text(_LABEL).field(terms.t0()).text(site).done()

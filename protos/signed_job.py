@@ -1,8 +1,8 @@
 """The coordinator's signature of a job manifest, and of what it hands out for the job."""
 
-from protos.manifest import JobManifest
-from trust.identity import Identity, verify
-from trust.wire import Writer
+from offsite.protos.job_manifest import JobManifest
+from offsite.trust.identity import Identity, verify
+from offsite.trust.wire import Writer
 
 _LABEL, _PACKAGE = "offsite job", "offsite package"
 

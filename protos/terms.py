@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 
-from errors import lookup
-from protos.codec import KeysRequest
-from protos.manifest import JobManifest
-from secagg.terms import Terms
-from trust.wire import Writer
+from offsite.errors import lookup
+from offsite.protos.codec import KeysRequest
+from offsite.protos.job_manifest import JobManifest
+from offsite.secagg.params import SecAggParams
+from offsite.trust.wire import Writer
 
 _REFRESHED = "offsite refreshed start"
 
@@ -32,7 +32,7 @@ def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = 
     return hashlib.sha256(writer.done()).digest()
 
 
-def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:
+def terms_of(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
     """Returns the terms T0 of the aggregation that a request opens.
 
     Everything but sequence, nonce, adapter and invited sites comes from the manifest that the site accepted, so a
@@ -43,7 +43,7 @@ def terms_of(manifest: JobManifest, request: KeysRequest) -> Terms:
       ConfigError: fewer invited than n_min, or not in order.
     """
     roster = dict(manifest.roster)
-    return Terms(
+    return SecAggParams(
         federation=manifest.federation,
         epoch=manifest.epoch,
         round=request.sequence,

@@ -7,11 +7,11 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter.layout import Layout
-from errors import PrivacyRefusal, RangeError
-from privacy.zero_order import Directions, travelled
-from protos.aggregation import UP
-from protos.manifest import JobManifest
+from offsite.adapter.layout import Layout
+from offsite.errors import PrivacyRefusal, RangeError
+from offsite.privacy.zero_order import Directions, displacement
+from offsite.protos.aggregation import UP
+from offsite.protos.job_manifest import JobManifest
 
 
 def directions_of(manifest: JobManifest, number: int) -> Directions:
@@ -25,7 +25,7 @@ def directions_of(manifest: JobManifest, number: int) -> Directions:
     return Directions(seed, manifest.aggregation.directions, manifest.aggregation.spacing)
 
 
-def picked(manifest: JobManifest, number: int, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+def select_uploaded(manifest: JobManifest, number: int, vector: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns what of an adapter's vector is uploaded in a round.
 
     Args:
@@ -39,7 +39,7 @@ def picked(manifest: JobManifest, number: int, vector: NDArray[np.float32]) -> N
     return vector[_mask(manifest.layout, manifest.upload_layout(number))]
 
 
-def placed(manifest: JobManifest, number: int, uploads: NDArray[np.float64]) -> NDArray[np.float64]:
+def scatter_uploaded(manifest: JobManifest, number: int, uploads: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns uploaded vectors in the adapter's layout; what was not uploaded in the round does not move.
 
     Of DP-ZO they are replayed along the round's directions.
@@ -60,14 +60,14 @@ def placed(manifest: JobManifest, number: int, uploads: NDArray[np.float64]) -> 
         raise RangeError(f"upload size={uploads.shape[-1]}: round {number} has {size}; use the job's own manifest")
     if manifest.aggregation.directions:
         along, rows = directions_of(manifest, number), uploads.reshape(-1, size)
-        moved = np.stack([travelled(row, along, manifest.layout.size) for row in rows])
+        moved = np.stack([displacement(row, along, manifest.layout.size) for row in rows])
         return moved.reshape(*uploads.shape[:-1], manifest.layout.size)
     whole = np.zeros((*uploads.shape[:-1], manifest.layout.size), dtype=np.float64)
     whole[..., _mask(manifest.layout, manifest.upload_layout(number))] = uploads
     return whole
 
 
-def trained_by(manifest: JobManifest, number: int, site: str) -> NDArray[np.bool_]:
+def trained_mask(manifest: JobManifest, number: int, site: str) -> NDArray[np.bool_]:
     """Returns which entries of a round's upload a site trains, bool (upload_size,); the others it leaves at zero."""
     layout, rank = manifest.upload_layout(number), manifest.rank_of(site)
     parts = []
@@ -92,7 +92,7 @@ def mean_of(
     """
     if not manifest.aggregation.ranks:
         return total / len(members)
-    count = sum(trained_by(manifest, number, site).astype(np.float64) for site in members)
+    count = sum(trained_mask(manifest, number, site).astype(np.float64) for site in members)
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 

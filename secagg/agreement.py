@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from errors import ProtocolViolation
-from secagg import messages, shamir
-from secagg.messages import Keys, Signed
-from secagg.terms import Terms
-from trust.wire import Writer
+from offsite.errors import ProtocolViolation
+from offsite.secagg import messages, shamir
+from offsite.secagg.messages import Keys, Signed
+from offsite.secagg.params import SecAggParams
+from offsite.trust.wire import Writer
 
 _ROSTER, _COMMIT = "offsite secagg roster", "offsite secagg commit"
 _SEAL, _PAIR, _SELF = "offsite secagg share", "offsite secagg pair", "offsite secagg self"
@@ -31,7 +31,7 @@ class Agreed:
     keys: dict[str, Keys]
 
 
-def check_keys(terms: Terms, message: Signed) -> Keys:
+def check_keys(terms: SecAggParams, message: Signed) -> Keys:
     """Returns the keys of a message that an invited site signed for these terms.
 
     Raises:
@@ -45,7 +45,7 @@ def check_keys(terms: Terms, message: Signed) -> Keys:
     return Keys.from_bytes(message.body)
 
 
-def agree(terms: Terms, signed: Sequence[Signed]) -> Agreed:
+def agree(terms: SecAggParams, signed: Sequence[Signed]) -> Agreed:
     """Returns what all sites of U1 share: T1 = H(label, T0, signed key messages sorted by site) and their keys.
 
     Raises:
@@ -96,7 +96,7 @@ def exchange(private: X25519PrivateKey, public: bytes, *, peer: str) -> bytes:
         raise ProtocolViolation(f"sender={peer!r} sent a low-order point; its key is no key; drop the site") from error
 
 
-def commit(terms: Terms, site: str, seed: int) -> bytes:
+def commit(terms: SecAggParams, site: str, seed: int) -> bytes:
     """Returns H(b), the hash that fixes a site's self-mask seed before anyone answers."""
     return hashlib.sha256(
         Writer().text(_COMMIT).field(terms.t0()).text(site).field(shamir.to_bytes(seed)).done()

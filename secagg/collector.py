@@ -12,12 +12,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import MalformedMessage, ProtocolViolation, TooFewSurvivors
-from secagg import agreement, mask, messages, ring
-from secagg.agreement import Agreed
-from secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
-from secagg.recovery import Recovery
-from secagg.terms import Terms
+from offsite.errors import MalformedMessage, ProtocolViolation, TooFewSurvivors
+from offsite.secagg import agreement, mask, messages, ring
+from offsite.secagg.agreement import Agreed
+from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
+from offsite.secagg.params import SecAggParams
+from offsite.secagg.recovery import Recovery
 
 T = TypeVar("T")
 _DONE = "done"
@@ -46,7 +46,7 @@ class Collector:
     on. Reading the outcome of a step (`roster`, `inbox`, `announcement`, `signatures`) ends that step.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: SecAggParams) -> None:
         self._terms = terms
         self._stage = KEYS
         self._keys: dict[str, Signed] = {}

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from errors import DataError, ProtocolViolation
-from trust.files import sync_folder
+from offsite.errors import DataError, ProtocolViolation
+from offsite.trust.files import sync_folder
 
 
 class Journal(Protocol):

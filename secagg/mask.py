@@ -10,7 +10,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
-from errors import ConfigError
+from offsite.errors import ConfigError
 
 KEY_BYTES = 32
 CHUNK_BYTES = 1 << 20

@@ -14,13 +14,13 @@ from secrets import randbelow
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import ConfigError, MalformedMessage, ProtocolViolation, TooFewSurvivors
-from secagg import agreement, mask, messages, ring, shamir
-from secagg.agreement import Agreed
-from secagg.journal import Journal
-from secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
-from secagg.terms import FEWEST, Terms
-from trust.identity import Identity
+from offsite.errors import ConfigError, MalformedMessage, ProtocolViolation, TooFewSurvivors
+from offsite.secagg import agreement, mask, messages, ring, shamir
+from offsite.secagg.agreement import Agreed
+from offsite.secagg.journal import Journal
+from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
+from offsite.secagg.params import FEWEST, SecAggParams
+from offsite.trust.identity import Identity
 
 _ORDER = (KEYS, SHARES, MASKED, SURVIVORS, UNMASK)
 _SPENT = "spent"
@@ -56,7 +56,9 @@ class Member:
       ConfigError: a minimum below 3 or above the number of invited sites.
     """
 
-    def __init__(self, terms: Terms, site: str, identity: Identity, journal: Journal, *, minimum: int = FEWEST) -> None:
+    def __init__(
+        self, terms: SecAggParams, site: str, identity: Identity, journal: Journal, *, minimum: int = FEWEST
+    ) -> None:
         if terms.public_key(site) != identity.public:
             raise ProtocolViolation(f"site={site!r} is not invited under this key; compare the manifest with the key")
         if not FEWEST <= minimum <= len(terms.roster):

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from errors import MalformedMessage
-from secagg import shamir
-from secagg.terms import DIGEST_BYTES
-from trust.identity import SIGNATURE_BYTES, Identity, verify
-from trust.wire import MAX_BODY_BYTES, Reader, Writer
+from offsite.errors import MalformedMessage
+from offsite.secagg import shamir
+from offsite.secagg.params import DIGEST_BYTES
+from offsite.trust.identity import SIGNATURE_BYTES, Identity, verify
+from offsite.trust.wire import MAX_BODY_BYTES, Reader, Writer
 
 KEYS, SHARES, MASKED, SURVIVORS, UNMASK = "keys", "shares", "masked", "survivors", "unmask"
 SELF_MASK, MASK_KEY = b"self", b"mask"

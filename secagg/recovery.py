@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from errors import ProtocolViolation
-from secagg import agreement, shamir
-from secagg.agreement import Agreed
-from secagg.terms import Terms
+from offsite.errors import ProtocolViolation
+from offsite.secagg import agreement, shamir
+from offsite.secagg.agreement import Agreed
+from offsite.secagg.params import SecAggParams
 
 Released = Mapping[str, Mapping[str, tuple[bytes, int]]]
 
@@ -22,7 +22,7 @@ class Recovery:
       faulty: responders whose share did not fit; filled while reconstructing.
     """
 
-    terms: Terms
+    terms: SecAggParams
     agreed: Agreed
     released: Released
     faulty: set[str] = field(default_factory=set)

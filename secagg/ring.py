@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import ConfigError, RangeError
-from secagg.mask import Keystream
+from offsite.errors import ConfigError, RangeError
+from offsite.secagg.mask import Keystream
 
 BITS = 32
 CHUNK = 1 << 16  # coordinates at once; the float64 buffers of a chunk stay in the cache

@@ -7,7 +7,7 @@ a self-mask seed is drawn below the order, so each secret is one field element.
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 
-from errors import ConfigError, ProtocolViolation, TooFewSurvivors
+from offsite.errors import ConfigError, ProtocolViolation, TooFewSurvivors
 
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 SHARE_BYTES = 32

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.records import fault
-from task.spec import Record
+from offsite.task.records import fault
+from offsite.task.spec import Record
 
 
 def floats(records: Sequence[Record], index: int, field: str, shape: tuple[int | None, ...]) -> Tensor | None:

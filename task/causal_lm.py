@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from task import checkpoint, head
-from task.encode import encode
-from task.examples import Examples, vocabulary_of
-from task.spec import Record, Tally
+from offsite.task import checkpoint, chunked_head
+from offsite.task.encode import encode
+from offsite.task.examples import Examples, vocabulary_of
+from offsite.task.spec import Record, Tally
 
 log = logging.getLogger("offsite.task")
 
@@ -29,7 +29,7 @@ class CausalLM:
     kind: ClassVar[str] = "causal_lm"
     columns: ClassVar[Mapping[str, type]] = {"text": str}
 
-    def __init__(self, chunk: int | None = head.CHUNK) -> None:
+    def __init__(self, chunk: int | None = chunked_head.CHUNK) -> None:
         self._chunk = chunk
         # What was found of a model, and what was last logged of it; both go with the model.
         self._tried: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -72,7 +72,7 @@ class CausalLM:
 
     def run(self, model: nn.Module, batch: Examples) -> None:
         """Calls a model once with examples, for what its blocks do with them; see `task.head.run`."""
-        head.run(model, batch.input_ids)
+        chunked_head.run(model, batch.input_ids)
 
     def invented(self, model: nn.Module, length: int, *, seed: int) -> Examples:
         """Returns two records that nobody wrote; see `Examples.invented`."""
@@ -90,10 +90,10 @@ class CausalLM:
         """
         if self._chunk is None:
             return "chunk=None"
-        if found := head.obstacle(model):
+        if found := chunked_head.obstacle(model):
             return found
         if model not in self._tried:
-            self._tried[model] = head.aftermath(model, torch.device(device))
+            self._tried[model] = chunked_head.aftermath(model, torch.device(device))
         return self._tried[model]
 
     def _sums(self, model: nn.Module, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +113,10 @@ class CausalLM:
 
 def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor:
     """Returns the sums of a model whose logits are its frozen head's output; the head sees nothing but targets."""
-    last = head.head_of(model)
+    last = chunked_head.head_of(model)
     keep = examples.predicted.bool()
-    hidden = head.hidden_states(model, examples.input_ids)[:, :-1][keep]
-    losses = head.TokenLosses.apply(hidden, examples.input_ids[:, 1:][keep], last.weight, last.bias, chunk)
+    hidden = chunked_head.hidden_states(model, examples.input_ids)[:, :-1][keep]
+    losses = chunked_head.TokenLosses.apply(hidden, examples.input_ids[:, 1:][keep], last.weight, last.bias, chunk)
     return losses.new_zeros(keep.shape).masked_scatter(keep, losses).sum(dim=-1)
 
 
@@ -129,9 +129,11 @@ def _whole(model: nn.Module, examples: Examples) -> torch.Tensor:
         (_token_losses(row[:-1], ids[1:]) * keep).sum()
         for row, ids, keep in zip(logits, examples.input_ids, valid, strict=True)
     ]
-    return torch.stack(sums) if sums else logits.new_zeros(0, dtype=head.wide(logits.dtype))
+    return torch.stack(sums) if sums else logits.new_zeros(0, dtype=chunked_head.wide(logits.dtype))
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    losses: torch.Tensor = functional.cross_entropy(logits.to(head.wide(logits.dtype)), targets, reduction="none")
+    losses: torch.Tensor = functional.cross_entropy(
+        logits.to(chunked_head.wide(logits.dtype)), targets, reduction="none"
+    )
     return losses

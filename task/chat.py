@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from task.causal_lm import CausalLM
-from task.examples import Examples
-from task.prompt_completion import answered
-from task.records import check_split, fault
-from task.spec import Record
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
+from offsite.task.prompt_completion import answered
+from offsite.task.records import check_split, fault
+from offsite.task.spec import Record
 
 ASSISTANT = "assistant"
 

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from errors import DataError, UnsupportedModel
-from task.kinds import KINDS, WORDS, class_names
-from task.tokenizer import Tokenizer
+from offsite.errors import DataError, UnsupportedModel
+from offsite.task.kinds import KINDS, WORDS, class_names
+from offsite.task.tokenizer import Tokenizer
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

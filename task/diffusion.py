@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UnsupportedModel
-from task.arrays import floats
-from task.diffusion_models import UNET, load_diffusion
-from task.image_classification import dtype_of
-from task.images import check_records
-from task.noise import NoiseSchedule
-from task.records import fault
-from task.spec import Record, Tally
+from offsite.errors import UnsupportedModel
+from offsite.task.arrays import floats
+from offsite.task.diffusion_models import UNET, load_diffusion
+from offsite.task.image_classification import dtype_of
+from offsite.task.images import check_records
+from offsite.task.noise import NoiseSchedule
+from offsite.task.records import fault
+from offsite.task.spec import Record, Tally
 
 DRAWS = 4  # of noise for each record; see `Denoising`
 LATENTS, LABEL, PROMPT = "latents", "label", "prompt_embeds"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from errors import DataError, UnsupportedModel
+from offsite.errors import DataError, UnsupportedModel
 
 CLASS = "_class_name"  # diffusers' key; every other key with an underscore is its own bookkeeping
 # What a configuration may name; diffusers has many more.

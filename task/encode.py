@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from errors import ConfigError, DataError, lookup
-from task.examples import Examples
+from offsite.errors import ConfigError, DataError, lookup
+from offsite.task.examples import Examples
 
 SHORTEST = 2  # tokens; a shorter record has no target to predict
 

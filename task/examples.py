@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import DataError
+from offsite.errors import DataError
 
 
 @dataclass(frozen=True)

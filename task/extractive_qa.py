@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from task.encode import padded
-from task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
-from task.labels import IGNORED
-from task.records import check_split, fault
-from task.rows import Rows
-from task.spec import Record, Tally
-from task.tokenizer import Encoding
+from offsite.task.encode import padded
+from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from offsite.task.labels import IGNORED
+from offsite.task.records import check_split, fault
+from offsite.task.rows import RowBatch
+from offsite.task.spec import Record, Tally
+from offsite.task.tokenizer import Encoding
 
 LONGEST_ANSWER = 30  # tokens; a longer one is never told, as is usual for SQuAD
 CONTEXT = "context"
@@ -25,7 +25,9 @@ class ExtractiveQA(Labelled):
     kind: ClassVar[str] = "question_answering"
     columns: ClassVar[Mapping[str, type]] = {"question": str, "context": str, "answer": str, "answer_start": int}
 
-    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> RowBatch:
         """Returns questions with their contexts as examples; one whose answer was cut off has no target.
 
         Raises:
@@ -38,13 +40,13 @@ class ExtractiveQA(Labelled):
         inputs = token_inputs(found, length, model_config)
         labels = [_tokens_of(one, span) for one, span in zip(found, spans, strict=True)]
         context = padded([[int(which == 1) for which in one.sequences] for one in found], length)
-        return Rows(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context})
+        return RowBatch(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context})
 
-    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+    def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of first and last token, nats, (B,); padding is no choice."""
         return cross_entropy(torch.stack(_scores(model, batch), dim=1), batch.labels).sum(dim=1)
 
-    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+    def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns loss, exact match and F1 of the best answer in the context against the right one, by their tokens.
 
         Exact match and F1 as for SQuAD (Rajpurkar et al. 2016), of token positions in the place of normalised words.
@@ -64,14 +66,14 @@ class ExtractiveQA(Labelled):
         }
         return Tally(float(loss.double().sum()), int(batch.targets.sum()), metrics)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two records that nobody wrote, the second half of each its context."""
         generator = torch.Generator().manual_seed(seed)
         inputs = invented_inputs(model, length, generator)
         widths = inputs["attention_mask"].sum(dim=1)
         context = inputs["attention_mask"] * (torch.arange(length)[None, :] >= (widths // 2)[:, None])
         first = widths - 1 - (widths // 4) * torch.randint(2, (2,), generator=generator)
-        return Rows(inputs, torch.stack([first, widths - 1], dim=1), {CONTEXT: context})
+        return RowBatch(inputs, torch.stack([first, widths - 1], dim=1), {CONTEXT: context})
 
 
 def _span(records: Sequence[Record], index: int) -> tuple[int, int]:
@@ -96,7 +98,7 @@ def _tokens_of(found: Encoding, span: tuple[int, int]) -> list[int]:
     return [inside[0], inside[-1]]
 
 
-def _scores(model: nn.Module, batch: Rows) -> tuple[Tensor, Tensor]:
+def _scores(model: nn.Module, batch: RowBatch) -> tuple[Tensor, Tensor]:
     """Returns the scores of each place as first and as last token, (B, T) each; the least number on padding."""
     output = model(**batch.inputs)
     padding = batch.inputs["attention_mask"] == 0

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from task import checkpoint
-from task.images import ImageProcessor, Pixels, check_records, plain_pixels
-from task.labels import IGNORED, Labels, names_of
-from task.sequence_classification import class_tally
-from task.spec import Record, Tally
+from offsite.task import checkpoint
+from offsite.task.images import ImageProcessor, Pixels, check_records, plain_pixels
+from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.sequence_classification import class_tally
+from offsite.task.spec import Record, Tally
 
 SEVERAL = 5  # guesses among which a label may be
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from task.arrays import floats
-from task.diffusion import LATENTS, PROMPT, TextToImage, text_width
-from task.records import fault
-from task.spec import Record
+from offsite.task.arrays import floats
+from offsite.task.diffusion import LATENTS, PROMPT, TextToImage, text_width
+from offsite.task.records import fault
+from offsite.task.spec import Record
 
 IMAGES = "image_embeds"
 MOST = 257  # tokens of one image: CLIP's 256 patches and its class; an IP-Adapter has 4 or 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import DataError, UnsupportedModel
+from offsite.errors import DataError, UnsupportedModel
 
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second holds the first, under a key
 LARGEST = 2048  # pixels a side; the largest published models of one image a call have 1024

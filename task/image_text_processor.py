@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from task.checkpoint import load_tokenizer
-from task.images import ImageProcessor
-from task.tokenizer import Tokenizer
+from offsite.task.checkpoint import load_tokenizer
+from offsite.task.images import ImageProcessor
+from offsite.task.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

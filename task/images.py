@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from errors import DataError, UnsupportedModel
-from task.image_settings import Settings, Size, read_settings
-from task.records import check_split, fault
-from task.spec import Record
+from offsite.errors import DataError, UnsupportedModel
+from offsite.task.image_settings import Settings, Size, read_settings
+from offsite.task.records import check_split, fault
+from offsite.task.spec import Record
 
 NARROWEST = 64  # times as long as wide; resizing the short side of a thinner image would make a huge one
 INTERPOLATING = ("dinov2", "dinov2_with_registers")  # models that take any size, whatever their configuration names

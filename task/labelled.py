@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from errors import ConfigError, DataError, UnsupportedModel
-from task import checkpoint
-from task.encode import mask_of, padded
-from task.examples import vocabulary_of
-from task.head import wide
-from task.labels import IGNORED
-from task.rows import Rows, attended
-from task.tokenizer import Encoding
+from offsite.errors import ConfigError, DataError, UnsupportedModel
+from offsite.task import checkpoint
+from offsite.task.chunked_head import wide
+from offsite.task.encode import mask_of, padded
+from offsite.task.examples import vocabulary_of
+from offsite.task.labels import IGNORED
+from offsite.task.rows import RowBatch, attended
+from offsite.task.tokenizer import Encoding
 
 SHORTEST = 4  # tokens: special ones at both ends, and something between
 
@@ -36,17 +36,17 @@ class Labelled(ABC):
         """Returns the tokenizer of a directory; see `task.checkpoint.load_tokenizer`."""
         return checkpoint.load_tokenizer(path)
 
-    def losses(self, model: nn.Module, batch: Rows) -> Tensor:
+    def losses(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns each example's mean cross-entropy over its own targets, nats, float32 (B,), differentiable."""
         return (self.sums(model, batch) / batch.targets.clamp(min=1)).float()
 
-    def run(self, model: nn.Module, batch: Rows) -> None:
+    def run(self, model: nn.Module, batch: RowBatch) -> None:
         """Calls a model once with examples, for what its blocks do with them."""
         with torch.no_grad():
             model(**batch.inputs)
 
     @abstractmethod
-    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+    def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of each example's targets, nats, (B,)."""
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from errors import UnsupportedModel
-from task.records import fault
-from task.spec import Record
+from offsite.errors import UnsupportedModel
+from offsite.task.records import fault
+from offsite.task.spec import Record
 
 IGNORED = -100  # in the place of a label: not scored
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from errors import ConfigError, UnsupportedModel
-from task import checkpoint
-from task.encode import SHORTEST, mask_of, padded
-from task.examples import Examples, vocabulary_of
-from task.image_classification import dtype_of
-from task.image_text_processor import ImageTextProcessor
-from task.images import Pixels, check_records, plain_pixels, size_of
-from task.spec import Record, Tally
+from offsite.errors import ConfigError, UnsupportedModel
+from offsite.task import checkpoint
+from offsite.task.encode import SHORTEST, mask_of, padded
+from offsite.task.examples import Examples, vocabulary_of
+from offsite.task.image_classification import dtype_of
+from offsite.task.image_text_processor import ImageTextProcessor
+from offsite.task.images import Pixels, check_records, plain_pixels, size_of
+from offsite.task.spec import Record, Tally
 
 # Vision towers, and how many places each puts before those of its patches.
 BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from errors import DataError, UnsupportedModel, lookup
+from offsite.errors import DataError, UnsupportedModel, lookup
 
 FILE = "scheduler_config.json"
 MOST_STEPS = 10_000  # all published models have 1000

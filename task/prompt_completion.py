@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from errors import DataError
-from task.causal_lm import CausalLM
-from task.encode import check_length, end_of, mask_of, padded
-from task.examples import Examples
-from task.records import check_split
-from task.spec import Record
+from offsite.errors import DataError
+from offsite.task.causal_lm import CausalLM
+from offsite.task.encode import check_length, end_of, mask_of, padded
+from offsite.task.examples import Examples
+from offsite.task.records import check_split
+from offsite.task.spec import Record
 
 
 class PromptCompletion(CausalLM):

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from errors import ConfigError, DataError
-from task.spec import Record
+from offsite.errors import ConfigError, DataError
+from offsite.task.spec import Record
 
 
 class Row(dict[str, Any]):
@@ -19,7 +19,7 @@ class Row(dict[str, Any]):
         self.place = place
 
 
-class Forgiving(list[Record]):
+class LenientRecords(list[Record]):
     """Records at a site whose owner approved a job: one that breaks a rule of its task becomes one without a target.
 
     What a job's rules make of the records is an answer about them, and the coordinator chooses some of the rules, as
@@ -38,10 +38,10 @@ def fault(records: Sequence[Record], index: int, field: str, rule: str) -> None:
     """Notes that a record breaks a rule of its task; arguments as for `refuse`.
 
     Raises:
-      DataError: the records are not `Forgiving`.
+      DataError: the records are not `LenientRecords`.
     """
     error = refuse(records, index, field, rule)
-    if not isinstance(records, Forgiving):
+    if not isinstance(records, LenientRecords):
         raise error
     records.faults.append(str(error))
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import DataError
-from task.labels import IGNORED
+from offsite.errors import DataError
+from offsite.task.labels import IGNORED
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBatch:
     """Examples as a model's keyword arguments; one row is one record.
 
     Attributes:
@@ -39,16 +39,16 @@ class Rows:
         """How many labels of each row are scored, int64 (n,)."""
         return _flat(self.labels != IGNORED).sum(dim=1)
 
-    def select(self, indices: Any) -> "Rows":
+    def select(self, indices: Any) -> "RowBatch":
         """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.labels.device).reshape(-1)
         return self._each(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str) -> "Rows":
+    def to(self, device: torch.device | str) -> "RowBatch":
         """Returns the examples on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
-    def within(self, model: nn.Module) -> "Rows":
+    def within(self, model: nn.Module) -> "RowBatch":
         """Returns the examples with those emptied whose ids the model does not know, on which it would fail."""
         config: Any = model.config
         vocabulary = int(config.get_text_config().vocab_size)
@@ -65,7 +65,7 @@ class Rows:
             fits &= _flat((self.labels == IGNORED) | (self.labels < vocabulary)).all(dim=1)
         return self if bool(fits.all()) else self._emptied(fits)
 
-    def _emptied(self, fits: torch.Tensor) -> "Rows":
+    def _emptied(self, fits: torch.Tensor) -> "RowBatch":
         def kept(tensor: torch.Tensor, empty: int) -> torch.Tensor:
             return torch.where(fits.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, torch.full_like(tensor, empty))
 
@@ -73,11 +73,11 @@ class Rows:
         if "attention_mask" in inputs:
             inputs["attention_mask"] = attended(inputs["attention_mask"])
         aside = {name: kept(tensor, 0) for name, tensor in self.aside.items()}
-        return Rows(inputs, kept(self.labels, IGNORED), aside)
+        return RowBatch(inputs, kept(self.labels, IGNORED), aside)
 
-    def _each(self, change: Any) -> "Rows":
+    def _each(self, change: Any) -> "RowBatch":
         inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
-        return Rows(inputs, change(self.labels), {name: change(tensor) for name, tensor in self.aside.items()})
+        return RowBatch(inputs, change(self.labels), {name: change(tensor) for name, tensor in self.aside.items()})
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from errors import UnsupportedModel
-from task.encode import padded
-from task.examples import vocabulary_of
-from task.labelled import Labelled, cross_entropy, invented_inputs, padding_of, token_inputs
-from task.labels import IGNORED
-from task.records import check_split
-from task.rows import Rows
-from task.spec import Record, Tally
+from offsite.errors import UnsupportedModel
+from offsite.task.encode import padded
+from offsite.task.examples import vocabulary_of
+from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, padding_of, token_inputs
+from offsite.task.labels import IGNORED
+from offsite.task.records import check_split
+from offsite.task.rows import RowBatch
+from offsite.task.spec import Record, Tally
 
 
 class Seq2Seq(Labelled):
@@ -23,7 +23,9 @@ class Seq2Seq(Labelled):
     kind: ClassVar[str] = "seq2seq"
     columns: ClassVar[Mapping[str, type]] = {"source": str, "target": str}
 
-    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> RowBatch:
         """Returns pairs of texts as examples; source and target are each cut and padded to `length`.
 
         Raises:
@@ -36,26 +38,26 @@ class Seq2Seq(Labelled):
         targets = [one.ids for one in processor.singles([record["target"] for record in records], length)]
         inputs = token_inputs(sources, length, model_config)
         labels = padded([ids if one.ids else [] for ids, one in zip(targets, sources, strict=True)], length, IGNORED)
-        return Rows(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
+        return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
 
-    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+    def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of each example's target tokens, nats, (B,)."""
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
 
-    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+    def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns the sum of negative log-likelihoods in nats over all target tokens, without gradients."""
         with torch.no_grad():
             loss = float(self.sums(model, batch).double().sum())
         count = int(batch.targets.sum())
         return Tally(loss, count, {"perplexity": (loss, count)})
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two pairs that nobody wrote."""
         generator = torch.Generator().manual_seed(seed)
         inputs = invented_inputs(model, length, generator)
         ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
         labels = torch.where(inputs["attention_mask"].bool(), ids, IGNORED)
-        return Rows(inputs | {"decoder_input_ids": _shifted(labels, model.config)}, labels)
+        return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model.config)}, labels)
 
 
 def _shifted(labels: Tensor, model_config: Any) -> Tensor:

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from errors import UnsupportedModel
-from task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
-from task.labels import IGNORED, Labels, names_of
-from task.records import check_split
-from task.rows import Rows
-from task.spec import Record, Tally
+from offsite.errors import UnsupportedModel
+from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.records import check_split
+from offsite.task.rows import RowBatch
+from offsite.task.spec import Record, Tally
 
 
 class SequenceClassification(Labelled):
@@ -21,7 +21,9 @@ class SequenceClassification(Labelled):
     kind: ClassVar[str] = "sequence_classification"
     columns: ClassVar[Mapping[str, type]] = {"text": str, "label": object}
 
-    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> RowBatch:
         """Returns labelled texts as examples, cut and padded on the right; one without tokens has no target.
 
         Raises:
@@ -38,22 +40,22 @@ class SequenceClassification(Labelled):
         labels = Labels(model_config).of(records, "label")
         found = processor.singles([record["text"] for record in records], length)
         known = [label if one.ids else IGNORED for label, one in zip(labels, found, strict=True)]
-        return Rows(token_inputs(found, length, model_config), torch.tensor(known, dtype=torch.long))
+        return RowBatch(token_inputs(found, length, model_config), torch.tensor(known, dtype=torch.long))
 
-    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+    def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the loss of each example's label, nats, (B,)."""
         return cross_entropy(model(**batch.inputs).logits, batch.labels)
 
-    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+    def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns loss, accuracy, balanced accuracy and macro F1; see `class_tally`."""
         with torch.no_grad():
             return class_tally(model(**batch.inputs).logits, batch.labels)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two labelled records that nobody wrote."""
         generator = torch.Generator().manual_seed(seed)
         inputs = invented_inputs(model, length, generator)
-        return Rows(inputs, torch.randint(len(names_of(model.config)), (2,), generator=generator))
+        return RowBatch(inputs, torch.randint(len(names_of(model.config)), (2,), generator=generator))
 
 
 def class_tally(logits: Tensor, labels: Tensor) -> Tally:

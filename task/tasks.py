@@ -1,18 +1,18 @@
 """The table of tasks."""
 
-from task.causal_lm import CausalLM
-from task.chat import Chat
-from task.clip import ClipClassification
-from task.diffusion import ClassToImage, TextToImage
-from task.extractive_qa import ExtractiveQA
-from task.image_classification import ImageClassification
-from task.image_prompt import ImagePromptToImage
-from task.llava import ImageText
-from task.prompt_completion import PromptCompletion
-from task.seq2seq import Seq2Seq
-from task.sequence_classification import SequenceClassification
-from task.spec import Task
-from task.token_classification import TokenClassification
+from offsite.task.causal_lm import CausalLM
+from offsite.task.chat import Chat
+from offsite.task.clip_model import ClipClassification
+from offsite.task.diffusion import ClassToImage, TextToImage
+from offsite.task.extractive_qa import ExtractiveQA
+from offsite.task.image_classification import ImageClassification
+from offsite.task.image_prompt import ImagePromptToImage
+from offsite.task.llava import ImageText
+from offsite.task.prompt_completion import PromptCompletion
+from offsite.task.seq2seq import Seq2Seq
+from offsite.task.sequence_classification import SequenceClassification
+from offsite.task.spec import Task
+from offsite.task.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     "causal_lm": CausalLM(),

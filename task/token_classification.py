@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from task.encode import padded
-from task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
-from task.labels import IGNORED, Labels, names_of
-from task.records import check_split, fault
-from task.rows import Rows
-from task.spec import Record, Tally
-from task.tokenizer import Encoding
+from offsite.task.encode import padded
+from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.records import check_split, fault
+from offsite.task.rows import RowBatch
+from offsite.task.spec import Record, Tally
+from offsite.task.tokenizer import Encoding
 
 OUTSIDE = "O"  # the label of a word that is part of nothing, in the schemes that data sets use
 
@@ -24,7 +24,9 @@ class TokenClassification(Labelled):
     kind: ClassVar[str] = "token_classification"
     columns: ClassVar[Mapping[str, type]] = {"words": list, "labels": list}
 
-    def encode(self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any) -> Rows:
+    def encode(
+        self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
+    ) -> RowBatch:
         """Returns labelled words as examples, cut and padded on the right.
 
         Raises:
@@ -38,13 +40,13 @@ class TokenClassification(Labelled):
         found = processor.worded(words, length)
         inputs = token_inputs(found, length, model_config)
         rows = [_at_first_tokens(one, own) for one, own in zip(found, labels, strict=True)]
-        return Rows(inputs, padded(rows, length, IGNORED))
+        return RowBatch(inputs, padded(rows, length, IGNORED))
 
-    def sums(self, model: nn.Module, batch: Rows) -> Tensor:
+    def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of each example's labels, nats, (B,)."""
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
 
-    def tally(self, model: nn.Module, batch: Rows) -> Tally:
+    def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns loss, accuracy over all words, and F1 over the words that have or get another label than "O".
 
         F1 counts words, not whole entities: 2 TP / (2 TP + FP + FN), so its sums add up over batches.
@@ -62,12 +64,12 @@ class TokenClassification(Labelled):
         }
         return Tally(float(cross_entropy(logits, batch.labels).double().sum()), len(truth), metrics)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Rows:
+    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two labelled records that nobody wrote; every token has a label."""
         generator = torch.Generator().manual_seed(seed)
         inputs = invented_inputs(model, length, generator)
         labels = torch.randint(len(names_of(model.config)), (2, length), generator=generator)
-        return Rows(inputs, torch.where(inputs["attention_mask"].bool(), labels, IGNORED))
+        return RowBatch(inputs, torch.where(inputs["attention_mask"].bool(), labels, IGNORED))
 
 
 def _words(records: Sequence[Record], index: int) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import DataError
+from offsite.errors import DataError
 
 START_SECONDS, TEXT_SECONDS, BYTES_PER_SECOND = 60.0, 10.0, 50_000
 WASTED_SECONDS = 600.0  # spent on texts that came to nothing; the rest is given up then

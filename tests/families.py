@@ -14,8 +14,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from adapter.methods import attach, invent
-from adapter.spec import AdapterSpec
+from offsite.adapter.methods import attach, dummy_tensors
+from offsite.adapter.spec import AdapterSpec
 from tests.task import latents
 
 IDS = torch.arange(24).reshape(3, 8) % 97
@@ -80,7 +80,7 @@ def spec_for(method, family, seed=11, **changes):
 
 def attach_any(model, spec):
     """Attaches any method's adapter; what it takes as given is invented, the same every time."""
-    return attach(model, spec, invent(model, spec))
+    return attach(model, spec, dummy_tensors(model, spec))
 
 
 def inputs(family, dtype=torch.float32):

@@ -11,31 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job
-from client.audit import Audit
-from client.books import LedgerBooks
-from client.jobs import Jobs
-from client.mailbox import Mailbox
-from client.plan import plan_for
-from client.policy import Policy, permit
-from client.preparation import Means
-from client.service import Service, Standing
-from client.site import Site
-from client.workbench import Workbench
-from coordinator.config import read_config
-from coordinator.delivery import Delivery, deliver_all
-from coordinator.exchange import MemoryExchange
-from privacy.ledger import Ledger
-from privacy.randomness import Randomness
-from protos import codec
-from protos.manifest import JobManifest
-from protos.signed_job import sign_job
-from secagg.journal import FileJournal
-from trust.federation import Federation, Member, sign
-from trust.identity import Identity
-from trust.sealing import SealingKey
+from offsite.cli.display import PlainDisplay
+from offsite.client.home.audit import Audit
+from offsite.client.home.jobs import Jobs
+from offsite.client.home.policy import Policy, permit
+from offsite.client.network.message_endpoint import SignedEndpoint
+from offsite.client.service.job_loading import Means
+from offsite.client.service.stage_handler import StageHandler, Standing
+from offsite.client.site.release_log import LedgerReleaseLog
+from offsite.client.site.round_handler import Site
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.client.training.privacy_plan import plan_for
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.network.package_delivery import Delivery, deliver_all
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.privacy.ledger import Ledger
+from offsite.privacy.randomness import Randomness
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.signed_job import sign_job
+from offsite.secagg.journal import FileJournal
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job
+from offsite.trust.federation_manifest import FederationManifest, FederationMember, sign
+from offsite.trust.identity import Identity
+from offsite.trust.sealing import SealingKey
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 DATASET = "main"
@@ -47,11 +47,11 @@ class World:
 
     run: Run
     manifest: JobManifest
-    benches: dict[str, Workbench]
+    sessions: dict[str, EmulatorSession]
     coordinator: Identity
     identities: dict[str, Identity]
     sealing: dict[str, SealingKey]
-    federation: Federation
+    federation: FederationManifest
     depot: Path
     deliveries: dict[str, Delivery]
 
@@ -60,9 +60,9 @@ class World:
         return tuple(sorted(self.identities))
 
     @property
-    def bench(self) -> Workbench:
+    def session(self) -> EmulatorSession:
         """The one that all sites share where the job has one emulator."""
-        return self.benches[self.sites[0]]
+        return self.sessions[self.sites[0]]
 
     @property
     def delivery(self) -> Delivery:
@@ -72,7 +72,7 @@ class World:
     @cached_property
     def start(self) -> np.ndarray:
         """The adapter that the first round starts from."""
-        return self.bench.layout.read(self.bench.model)
+        return self.session.layout.read(self.session.model)
 
     @cached_property
     def signatures(self) -> dict[str, bytes]:
@@ -92,13 +92,15 @@ class World:
         return replace(offer, **changed)
 
 
-def federation_of(identities: dict[str, Identity], coordinator: Identity, **terms: Any) -> Federation:
+def federation_of(identities: dict[str, Identity], coordinator: Identity, **terms: Any) -> FederationManifest:
     """A federation manifest; keys that nothing here uses are stand-ins."""
     members = tuple(
-        Member(site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}")
+        FederationMember(
+            site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}"
+        )
         for site, identity in sorted(identities.items())
     )
-    return Federation(
+    return FederationManifest(
         name=terms.get("name", "demo"),
         epoch=1,
         previous="",
@@ -131,8 +133,8 @@ def make_world(fed: Path, folder: Path) -> World:
         sealing={name: key.public.hex() for name, key in sealing.items()},
     )
     deliveries = deliver_all(run.store, folder / "depot", manifest, federation)
-    benches = simulated_benches(run, manifest)
-    return World(run, manifest, benches, coordinator, identities, sealing, federation, folder / "depot", deliveries)
+    sessions = simulated_sessions(run, manifest)
+    return World(run, manifest, sessions, coordinator, identities, sealing, federation, folder / "depot", deliveries)
 
 
 def policy_for(folder: Path, **changed: Any) -> Policy:
@@ -187,10 +189,10 @@ class RunningSite:
             packages.mkdir()
             (packages / emulator).symlink_to(self.package)
         sealing, fetch = self.world.sealing[self.name], self.fetch or self._fetch
-        bench = self.world.benches[self.name]
-        means = Means(self.name, packages, sealing, fetch, lambda manifest, package: bench, self._open)
+        session = self.world.sessions[self.name]
+        means = Means(self.name, packages, sealing, fetch, lambda manifest, package: session, self._open)
         self.refused: list[str] = []
-        self.service = Service(
+        self.service = StageHandler(
             Standing(
                 name=self.name,
                 folder=self.folder,
@@ -207,7 +209,7 @@ class RunningSite:
                 clock=lambda: NOW,
             )
         )
-        self.mailbox = Mailbox(
+        self.mailbox = SignedEndpoint(
             self.name,
             self.world.identities[self.name],
             coordinator=self.world.coordinator.public,
@@ -240,20 +242,20 @@ class RunningSite:
         on_bytes(size)
         return target
 
-    def _open(self, manifest: JobManifest, bench: Workbench) -> Site:
+    def _open(self, manifest: JobManifest, session: EmulatorSession) -> Site:
         self.opened.append(manifest)
         world, name = self.world, self.name
         setting = next(site for site in world.run.config.sites if site.name == name)
-        examples = world.run.examples(setting.train, manifest, world.bench)
+        examples = world.run.examples(setting.train, manifest, world.session)
         return Site(
             name,
             manifest=manifest,
-            bench=bench,
+            session=session,
             examples=examples,
             plan=plan_for(manifest, len(examples)),
             identity=world.identities[name],
             journal=FileJournal(self.folder / "journal.jsonl"),
-            books=LedgerBooks(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
+            books=LedgerReleaseLog(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
             record=self.folder / "rounds.jsonl",
             noise=lambda training: Randomness.for_simulation(1, "noise", name, training),
             rounding=lambda training: Randomness.for_simulation(1, "rounding", name, training).uniform,

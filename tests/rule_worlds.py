@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.run import Run
-from client.plan import SitePlan
-from client.train import local_update
-from client.workbench import Workbench, open_workbench
-from emulator.verdict import Limits
-from privacy.randomness import Randomness
-from protos.manifest import JobManifest
+from offsite.client.training.emulator_session import EmulatorSession, open_session
+from offsite.client.training.local_update import local_update
+from offsite.client.training.privacy_plan import SitePlan
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.privacy.randomness import Randomness
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run
 from tests.memory_federation import World
 
 RULES = {
@@ -37,38 +37,38 @@ def written(fed: Path, name: str, *, method: str = "ffa_lora", steps: int = 1, s
     return path
 
 
-def examples_of(run: Run, site: str, manifest: JobManifest, bench: Workbench) -> Any:
+def examples_of(run: Run, site: str, manifest: JobManifest, session: EmulatorSession) -> Any:
     """The training records of a site."""
     setting = next(one for one in run.config.sites if one.name == site)
-    return run.examples(setting.train, manifest, bench)
+    return run.examples(setting.train, manifest, session)
 
 
-def trained(world: World, weights: str) -> tuple[Workbench, np.ndarray]:
+def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
     """The workbench of ash with its frozen weights in a form, and the update it trains there with one same noise."""
     manifest = world.manifest
-    bench = open_workbench(
+    session = open_session(
         world.run.store.package_of(""),
         manifest,
         emulator=manifest.emulator_of("ash"),
-        limits=Limits.for_owner(64, 1.0),
+        limits=VettingThresholds.for_owner(64, 1.0),
         seed=3,
         weights=weights,
     )
     found = local_update(
-        bench,
+        session,
         world.start,
-        examples_of(world.run, "ash", manifest, bench),
+        examples_of(world.run, "ash", manifest, session),
         manifest=manifest,
-        plan=world.run.site("ash", manifest, bench).plan,
+        plan=world.run.site("ash", manifest, session).plan,
         randomness=Randomness.for_simulation(1, "weights"),
     )
-    return bench, found.update
+    return session, found.update
 
 
-def mask_of(bench: Workbench, trains: dict[str, slice]) -> np.ndarray:
+def mask_of(session: EmulatorSession, trains: dict[str, slice]) -> np.ndarray:
     """Which entries of the adapter a training may move: of each parameter whose name holds a key, those columns."""
     parts = []
-    for name, shape in zip(bench.layout.names, bench.layout.shapes, strict=True):
+    for name, shape in zip(session.layout.names, session.layout.shapes, strict=True):
         part = np.zeros(shape, dtype=bool)
         for key, columns in trains.items():
             if key in name:
@@ -78,7 +78,7 @@ def mask_of(bench: Workbench, trains: dict[str, slice]) -> np.ndarray:
 
 
 def slow_update(
-    bench: Workbench,
+    session: EmulatorSession,
     start: np.ndarray,
     examples: Any,
     *,
@@ -89,15 +89,15 @@ def slow_update(
     proximal: float = 0.0,
 ) -> np.ndarray:
     """DP-SGD on the masked entries of the adapter, one record at a time on whole gradients in float64; float64 (d,)."""
-    names, here = bench.layout.names, start.astype(np.float64)
-    parameters = dict(bench.model.named_parameters())
-    terms, places = manifest.privacy, dict(zip(names, np.split(np.arange(start.size), _ends(bench)), strict=True))
+    names, here = session.layout.names, start.astype(np.float64)
+    parameters = dict(session.model.named_parameters())
+    terms, places = manifest.privacy, dict(zip(names, np.split(np.arange(start.size), _ends(session)), strict=True))
     for _ in range(manifest.local_steps):
-        bench.layout.write(bench.model, here)
+        session.layout.write(session.model, here)
         drawn = np.flatnonzero(randomness.uniform(len(examples)) < plan.sample_rate)
         total = np.zeros(start.size)
         for row in drawn:
-            losses = bench.task.losses(bench.model, examples.select(np.array([row])))
+            losses = session.task.losses(session.model, examples.select(np.array([row])))
             gradients = torch.autograd.grad(losses.sum(), [parameters[name] for name in names])
             gradient = np.concatenate([one.double().numpy().reshape(-1) for one in gradients]) * mask
             total += gradient * min(1.0, terms.max_grad_norm * (1 - 1e-4) / np.linalg.norm(gradient))
@@ -106,9 +106,9 @@ def slow_update(
             if len(entries):
                 total[entries] += plan.noise_multiplier * terms.max_grad_norm * randomness.normal(len(entries))
         here = here - manifest.learning_rate * (total / terms.batch + proximal * (here - start) * mask)
-    bench.layout.write(bench.model, start)
+    session.layout.write(session.model, start)
     return here - start
 
 
-def _ends(bench: Workbench) -> np.ndarray:
-    return np.cumsum([int(np.prod(shape)) for shape in bench.layout.shapes])[:-1]
+def _ends(session: EmulatorSession) -> np.ndarray:
+    return np.cumsum([int(np.prod(shape)) for shape in session.layout.shapes])[:-1]

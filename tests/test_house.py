@@ -65,7 +65,7 @@ def test_nothing_is_printed_outside_the_command() -> None:
 
 
 def test_the_stubs_are_fresh() -> None:
-    from protos.fresh import stale
+    from offsite.protos.fresh import stale
 
     assert stale() == []
 

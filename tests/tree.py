@@ -15,7 +15,7 @@ TOLD = {
     "CONTRIBUTING.md": "Where things go, and how a change is reviewed.",
     "README.md": "This page.",
     "pyproject.toml": "Package, dependencies, and the rules that `make check` enforces.",
-    "cli/demo.toml": "The demo's federation file, without its places.",
+    "demo/speeches.toml": "The demo's federation file, without its places.",
     "docs/architecture.md": "The house: parties, rooms, one round.",
     "docs/operations.md": "Running it: the handbook for operators.",
     "docs/sharp-edges.md": "What can go wrong unseen, and what stops it.",

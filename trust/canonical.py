@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
-from errors import ConfigError, MalformedMessage
+from offsite.errors import ConfigError, MalformedMessage
 
 MAX_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")

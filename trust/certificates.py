@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from errors import Untrusted
+from offsite.errors import Untrusted
 
 DAYS, AUTHORITY_DAYS, WARN_DAYS = 365, 3650, 30
 EARLY = timedelta(hours=1)  # a site's clock may be behind

@@ -12,9 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
-from errors import ConfigError, DataError
-from trust.files import sync_folder
-from trust.wire import Writer
+from offsite.errors import ConfigError, DataError
+from offsite.trust.files import sync_folder
+from offsite.trust.wire import Writer
 
 NOTHING = "0" * 64
 

@@ -1,7 +1,7 @@
 """The coordinator's signature of a site's ledger head, against which a restored old copy is seen."""
 
-from trust.identity import Identity, verify
-from trust.wire import Writer
+from offsite.trust.identity import Identity, verify
+from offsite.trust.wire import Writer
 
 _LABEL = "offsite ledger head"
 

@@ -1,13 +1,14 @@
 """Files of keys and pins: written whole or not at all, and private ones for their owner's eyes only."""
 
 import fcntl
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import ConfigError, DataError, Untrusted
+from offsite.errors import ConfigError, DataError, Untrusted
 
 PRIVATE, PUBLIC = 0o600, 0o644
 _OTHERS = 0o077
@@ -139,6 +140,12 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:

@@ -5,7 +5,7 @@ from typing import Self
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from errors import ConfigError, ProtocolViolation
+from offsite.errors import ConfigError, ProtocolViolation
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from errors import ConfigError, Untrusted
-from trust import certificates
-from trust.files import make_private, read_private, write_new
-from trust.identity import Identity
-from trust.sealing import SealingKey
+from offsite.errors import ConfigError, Untrusted
+from offsite.trust import certificates
+from offsite.trust.files import make_private, read_private, write_new
+from offsite.trust.identity import Identity
+from offsite.trust.sealing import SealingKey
 
 IDENTITY, SEALING, TLS, NODE = "identity.key", "sealing.key", "tls.key", "node.key"
 _NODE_KIND = "ecdsa-sha2-nistp384 "

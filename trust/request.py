@@ -4,12 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
 
-from errors import ConfigError, ProtocolViolation, Untrusted
-from trust import canonical, certificates
-from trust.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
-from trust.keys import SiteKeys, check_node_public
-from trust.sealing import CLASSIC, HYBRID, read_public
-from trust.wire import Writer
+from offsite.errors import ConfigError, ProtocolViolation, Untrusted
+from offsite.trust import canonical, certificates
+from offsite.trust.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
+from offsite.trust.keys import SiteKeys, check_node_public
+from offsite.trust.sealing import CLASSIC, HYBRID, read_public
+from offsite.trust.wire import Writer
 
 FORMAT = 1
 _LABEL, _HANDOVER = "offsite request", "offsite handover"

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from errors import Untrusted, lookup
+from offsite.errors import Untrusted, lookup
 
 CLASSIC, HYBRID = 1, 2
 SEED_BYTES = 32

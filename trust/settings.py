@@ -7,8 +7,8 @@ import types
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from errors import ConfigError, nearest
-from trust.files import read
+from offsite.errors import ConfigError, nearest
+from offsite.trust.files import read
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from errors import ConfigError, Untrusted
+from offsite.errors import ConfigError, Untrusted
 
 KEY_BYTES, PREFIX_BYTES, TAG_BYTES = 32, 7, 16
 CHUNK_BYTES = 1 << 20

@@ -3,12 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
-from errors import ProtocolViolation, Untrusted
-from trust import canonical
-from trust.certificates import fingerprint
-from trust.federation import Federation
-from trust.identity import SIGNATURE_BYTES, Identity, verify
-from trust.wire import Writer
+from offsite.errors import ProtocolViolation, Untrusted
+from offsite.trust import canonical
+from offsite.trust.certificates import fingerprint
+from offsite.trust.federation_manifest import FederationManifest
+from offsite.trust.identity import SIGNATURE_BYTES, Identity, verify
+from offsite.trust.wire import Writer
 
 FORMAT, MAX_BYTES, MAX_PORT = 1, 1 << 26, 65535
 MOST_EARLIER = 8
@@ -42,9 +42,9 @@ class Welcome:
     signature: str = ""
 
     @property
-    def manifest(self) -> Federation:
+    def manifest(self) -> FederationManifest:
         """The federation manifest, read."""
-        return Federation.from_bytes(self.federation)
+        return FederationManifest.from_bytes(self.federation)
 
     @property
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ One value has exactly one encoding, so that two sites that hash or sign the same
 
 from typing import Self
 
-from errors import MalformedMessage
+from offsite.errors import MalformedMessage
 
 LENGTH_BYTES = 4
 NUMBER_BYTES = 8

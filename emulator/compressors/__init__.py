@@ -4,23 +4,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from emulator.compressors.center import center
-from emulator.compressors.distill import distill
-from emulator.compressors.elevate import elevate
-from emulator.compressors.gptq import gptq
-from emulator.compressors.integers import rounded
-from emulator.compressors.lowrank import lowrank
-from emulator.compressors.narrow import narrow
-from emulator.compressors.patch import patch
-from emulator.compressors.prune import prune, prune_2_4
-from emulator.compressors.refit import refit
-from emulator.compressors.share import share
-from emulator.compressors.skips import skip, skip_gradient, skip_importance, skip_uniform
-from emulator.draft import Span, Station, spans
-from emulator.middle import Middle
-from emulator.plan import Plan
-from emulator.recipe import Step
-from errors import ConfigError, lookup
+from offsite.emulator.calibration.draft import DraftSegment, Station, spans
+from offsite.emulator.calibration.middle import Middle
+from offsite.emulator.compressors.center import center
+from offsite.emulator.compressors.distill import distill
+from offsite.emulator.compressors.elevate import elevate
+from offsite.emulator.compressors.gptq import gptq
+from offsite.emulator.compressors.integers import rounded
+from offsite.emulator.compressors.lowrank import lowrank
+from offsite.emulator.compressors.narrow import narrow
+from offsite.emulator.compressors.patch import patch
+from offsite.emulator.compressors.prune import prune, prune_2_4
+from offsite.emulator.compressors.refit import refit
+from offsite.emulator.compressors.share import share
+from offsite.emulator.compressors.skips import skip, skip_gradient, skip_importance, skip_uniform
+from offsite.emulator.package.plan import Plan
+from offsite.emulator.package.recipe import Step
+from offsite.errors import ConfigError, lookup
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
       UnknownName: a compressor is not in `COMPRESSORS`.
       ConfigError: an argument is out of range, or a place is not in the middle.
     """
-    plan = Plan.whole(middle)
+    plan = Plan.whole(middle.blocks, apart=middle.apart)
     for step, compressor in steps_of(recipe):
         _check_places(middle, step)
         if compressor.select is not None:
@@ -88,7 +88,7 @@ def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
     return plan
 
 
-def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[Span]:
+def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[DraftSegment]:
     """Yields the stretches of the middle in order, compressed.
 
     Raises:

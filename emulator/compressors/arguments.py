@@ -2,8 +2,8 @@
 
 from fractions import Fraction
 
-from emulator.scheme import FINE, Scheme
-from errors import ConfigError
+from offsite.emulator.package.quantization_scheme import FINE, Scheme
+from offsite.errors import ConfigError
 
 DEFAULT_GROUP = 64
 

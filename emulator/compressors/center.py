@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emulator.compressors.arguments import no_argument
-from emulator.compressors.pairs import pairs_of
-from emulator.draft import Station
-from emulator.fit import centred, rows, weighted_error
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import centred, rows, weighted_error
+from offsite.emulator.compressors.arguments import no_argument
+from offsite.emulator.compressors.pairs import pairs_of
 
 
 def center(station: Station, argument: str) -> None:

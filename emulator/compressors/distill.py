@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from emulator.compressors.arguments import whole
-from emulator.draft import Station
-from emulator.fit import position_weights, rows
-from emulator.geometry import PARALLEL
-from errors import ConfigError
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights, rows
+from offsite.emulator.compressors.arguments import whole
+from offsite.emulator.structure.geometry import PARALLEL
+from offsite.errors import ConfigError
 
 RATE = 2e-4
 MOST_STEPS = 100_000

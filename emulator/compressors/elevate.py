@@ -5,13 +5,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from emulator.compressors.arguments import fraction
-from emulator.compressors.pairs import dense_pairs
-from emulator.draft import Station
-from emulator.fit import position_weights, rows
-from emulator.geometry import PARALLEL
-from emulator.parts import dense_like, weight_of
-from errors import ConfigError
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights, rows
+from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.compressors.pairs import dense_pairs
+from offsite.emulator.structure.geometry import PARALLEL
+from offsite.emulator.structure.replacements import dense_like, weight_of
+from offsite.errors import ConfigError
 
 DAMPING = 1e-2
 LOUD = 10.0

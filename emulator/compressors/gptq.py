@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from emulator.compressors.arguments import scheme
-from emulator.draft import Station
-from emulator.fit import position_weights
-from emulator.parts import LowRank, weight_of
-from emulator.quantize import FINEST, HALF, Fine, Grid, Quantised, covering, grouped, nearest, quantize
-from emulator.scheme import Scheme
-from errors import RangeError
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights
+from offsite.emulator.compressors.arguments import scheme
+from offsite.emulator.package.quantization_scheme import Scheme
+from offsite.emulator.package.quantize import FINEST, HALF, Fine, Grid, Quantised, covering, grouped, nearest, quantize
+from offsite.emulator.structure.replacements import LowRank, weight_of
+from offsite.errors import RangeError
 
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors are passed on together to those behind

@@ -1,9 +1,9 @@
 """Round to nearest: every matrix of the middle becomes small integers in groups, whatever goes through it."""
 
-from emulator.compressors.arguments import scheme
-from emulator.draft import Station
-from emulator.quantize import quantize
-from errors import RangeError, UnsupportedModel
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.compressors.arguments import scheme
+from offsite.emulator.package.quantize import quantize
+from offsite.errors import RangeError, UnsupportedModel
 
 
 def rounded(bits: int, station: Station, argument: str) -> None:

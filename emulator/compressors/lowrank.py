@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from emulator.compressors.arguments import fraction
-from emulator.draft import Station
-from emulator.fit import position_weights
-from emulator.parts import LowRank, weight_of
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights
+from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.structure.replacements import LowRank, weight_of
 
 DAMPING = 1e-4
 

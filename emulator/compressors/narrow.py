@@ -5,14 +5,14 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from emulator.compressors.arguments import fraction
-from emulator.compressors.pairs import dense_pairs
-from emulator.compressors.refit import refit_layer
-from emulator.draft import Station
-from emulator.fit import position_weights, ridge, rows
-from emulator.geometry import PARALLEL
-from emulator.parts import dense_like, weight_of
-from errors import ConfigError
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
+from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.compressors.pairs import dense_pairs
+from offsite.emulator.compressors.refit import refit_layer
+from offsite.emulator.structure.geometry import PARALLEL
+from offsite.emulator.structure.replacements import dense_like, weight_of
+from offsite.errors import ConfigError
 
 STRENGTH = 1e-3
 

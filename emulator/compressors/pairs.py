@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emulator.draft import Station
-from emulator.parts import LowRank, input_columns, output_rows, weight_of, word_of
-from errors import ConfigError, UnsupportedModel
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.structure.replacements import LowRank, input_columns, output_rows, spec_of, weight_of
+from offsite.errors import ConfigError, UnsupportedModel
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerPair:
     """Layers whose output rows are the input columns of another, channel by channel.
 
     Attributes:
@@ -26,7 +26,7 @@ class Pair:
     down: str
 
 
-def pairs_of(station: Station) -> list[Pair]:
+def pairs_of(station: Station) -> list[LayerPair]:
     """Returns the feed-forward networks of a stretch's running block; none where its weights are another's.
 
     Blocks of the same layers are tried once.
@@ -38,7 +38,7 @@ def pairs_of(station: Station) -> list[Pair]:
     if not layers:
         return []
     head = str(station.span.stretch.head)
-    key = tuple(f"{path[len(head) :]} {word_of(layer)}" for path, layer in layers.items())
+    key = tuple(f"{path[len(head) :]} {spec_of(layer)}" for path, layer in layers.items())
     known = station.middle.pairs
     if key not in known:
         found = [pair for down in layers if (pair := _pair(station, layers, down)) is not None]
@@ -48,10 +48,10 @@ def pairs_of(station: Station) -> list[Pair]:
             f"block={head}: no feed-forward network of dense layers was found in it; use lowrank, skip_importance or "
             "gptq4 instead"
         )
-    return [Pair(tuple((head + up, times) for up, times in ups), head + down) for ups, down in known[key]]
+    return [LayerPair(tuple((head + up, times) for up, times in ups), head + down) for ups, down in known[key]]
 
 
-def dense_pairs(name: str, station: Station) -> list[Pair]:
+def dense_pairs(name: str, station: Station) -> list[LayerPair]:
     """Returns `pairs_of` for a compressor that fits their layers; one that is two thin ones already would grow again.
 
     Raises:
@@ -65,7 +65,7 @@ def dense_pairs(name: str, station: Station) -> list[Pair]:
     return pairs
 
 
-def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> Pair | None:
+def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> LayerPair | None:
     """Tries which layers' rows move one column of what `down` reads, and whether the channels have no order.
 
     Values of attention are such rows, too, but they belong to a head: only in a feed-forward network those of all
@@ -89,7 +89,7 @@ def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> Pair | N
     with _turned(layers, tuple(ups), down):
         other = _entering(station, layers[down])[1]
     same = torch.allclose(other, result, rtol=1e-3, atol=1e-4 * float(result.abs().max()))
-    return Pair(tuple(ups), down) if same else None
+    return LayerPair(tuple(ups), down) if same else None
 
 
 def _reached(station: Station, up: nn.Module, down: nn.Module, before: Tensor, row: int) -> bool:

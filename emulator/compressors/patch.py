@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from emulator.compressors.arguments import no_argument
-from emulator.draft import Station
-from emulator.fit import position_weights, ridge, rows
-from emulator.parts import PATCH, Patch
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
+from offsite.emulator.compressors.arguments import no_argument
+from offsite.emulator.structure.replacements import PATCH, Patch
 
 STRENGTH = 1e-4
 

@@ -6,10 +6,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from emulator.compressors.arguments import fraction, no_argument
-from emulator.draft import Station
-from emulator.parts import weight_of
-from emulator.storage import SPARSE
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.compressors.arguments import fraction, no_argument
+from offsite.emulator.package.storage import SPARSE
+from offsite.emulator.structure.replacements import weight_of
 
 # One in so many of each input's weights stays, however quiet the input: a column that is left with few entries hands
 # single ones on, as a trap does, and a site's vetting refuses it.

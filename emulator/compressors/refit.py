@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from emulator.compressors.arguments import no_argument
-from emulator.compressors.pairs import dense_pairs
-from emulator.draft import Station
-from emulator.fit import position_weights, ridge, rows
-from emulator.parts import PATCH, dense_like, weight_of
-from errors import ConfigError
+from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
+from offsite.emulator.compressors.arguments import no_argument
+from offsite.emulator.compressors.pairs import dense_pairs
+from offsite.emulator.structure.replacements import PATCH, dense_like, weight_of
+from offsite.errors import ConfigError
 
 STRENGTH = 1e-2
 Values = tuple[Tensor, Tensor | None]

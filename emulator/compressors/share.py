@@ -2,12 +2,12 @@
 
 from itertools import pairwise
 
-from emulator.compressors.arguments import fraction
-from emulator.geometry import PARALLEL
-from emulator.middle import Middle
-from emulator.plan import Plan
-from emulator.recipe import Step
-from errors import ConfigError, UnsupportedModel
+from offsite.emulator.calibration.middle import Middle
+from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.package.plan import Plan
+from offsite.emulator.package.recipe import Step
+from offsite.emulator.structure.geometry import PARALLEL
+from offsite.errors import ConfigError, UnsupportedModel
 
 
 def share(plan: Plan, middle: Middle, step: Step) -> Plan:

@@ -2,13 +2,13 @@
 
 import heapq
 
-from emulator.compressors.arguments import fraction
-from emulator.geometry import PARALLEL
-from emulator.gradients import SlotGradients
-from emulator.middle import Middle
-from emulator.plan import Plan
-from emulator.recipe import Step
-from errors import ConfigError, UnsupportedModel
+from offsite.emulator.calibration.gradients import SlotGradients
+from offsite.emulator.calibration.middle import Middle
+from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.package.plan import Plan
+from offsite.emulator.package.recipe import Step
+from offsite.emulator.structure.geometry import PARALLEL
+from offsite.errors import ConfigError, UnsupportedModel
 
 
 def skip(plan: Plan, middle: Middle, step: Step) -> Plan:

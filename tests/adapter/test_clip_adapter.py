@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.export import export, load
-from adapter.layout import Layout
-from adapter.methods import attach, places
-from adapter.spec import AdapterSpec
-from emulator import package
-from emulator.calibrate import PublicExamples
-from emulator.fidelity import gradient_cosine, visiting
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.plug import plug
-from emulator.verdict import Limits
-from emulator.vet import Slots, vet_adapter
-from errors import ConfigError
-from privacy.probe import choose_engine
-from task.clip import ClipClassification
+from offsite.adapter.export import export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach, places
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.evaluation.fidelity import gradient_cosine, visiting
+from offsite.emulator.package import package_reader
+from offsite.emulator.runtime.plug_in import plug
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import Slots, vet_adapter
+from offsite.errors import ConfigError
+from offsite.privacy.probe import choose_engine
+from offsite.task.clip_model import ClipClassification
 from tests.contracts.test_per_example_gradients import brute_force, by_engine, examples, losses
 from tests.families import IMAGES, PROMPTS, logits, spec_for, tiny
 from tests.task import pictures
@@ -110,15 +111,15 @@ def test_what_is_learnt_on_an_emulator_of_either_tower_is_learnt_for_the_model(t
     seen = TASK.encode(processor, pictures.pictures(32, 1), **encode)
     public, geometry = PublicExamples(TASK, seen.select(range(6)), batch=3, gradients=4), Geometry(tower, 1, 1)
     calibration = Calibration(public.run, public.losses)
-    manifest = package.build(full, geometry, ("int8:16",), "verbatim", calibration, tmp_path / "p", tokenizer=tmp_path)
-    emulator = package.load(tmp_path / "p")
+    manifest = write_package(full, geometry, ("int8:16",), "verbatim", calibration, tmp_path / "p", tokenizer=tmp_path)
+    emulator = package_reader.load(tmp_path / "p")
     for path in ("visual_projection", "text_projection"):
         assert torch.equal(emulator.get_submodule(path).weight, full.get_submodule(path).weight)
     spec = AdapterSpec("clip_adapter", rank=8, slots=geometry.slots(emulator), options=options)
     assert gradient_cosine(full, emulator, spec, public.losses) > 0.9
     inside, slots = places(emulator, spec), Slots.of(emulator, manifest)
     tuned = attach(emulator, spec)
-    vet_adapter(tuned, spec, slots, Limits(adapter_share=1.0), inside)
+    vet_adapter(tuned, spec, slots, VettingThresholds(adapter_share=1.0), inside)
     before = TASK.tally(full, seen).loss
     train(tuned, seen)
     export(tuned, spec, tmp_path / "a", base="owner/model")

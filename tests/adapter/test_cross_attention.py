@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.cross_attention import BLOCKED, is_image
-from adapter.ip_adapter import CHILD
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.towers import main_tower
-from errors import ConfigError, UnsupportedModel
-from privacy.probe import probe
-from task import image_prompt
-from task.image_prompt import ImagePromptToImage
+from offsite.adapter.cross_attention import BLOCKED, is_image
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.methods.ip_adapter import CHILD
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.structure.towers import main_tower
+from offsite.errors import ConfigError, UnsupportedModel
+from offsite.privacy.probe import probe
+from offsite.task import image_prompt
+from offsite.task.image_prompt import ImagePromptToImage
 from tests.families import spec_for, tiny
 from tests.task import latents
 

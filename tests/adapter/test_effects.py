@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
 
 IDS = torch.arange(16).reshape(2, 8)
 SLOTS = ("model.layers.0", "model.layers.3")

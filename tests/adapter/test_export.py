@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapter.export import CONFIG, WEIGHTS, export, load
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from errors import ConfigError, DataError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel
+from offsite.adapter.export import CONFIG, WEIGHTS, export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, DataError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ENDS = tuple(f"model.layers.{index}" for index in (0, 1, 6, 7))

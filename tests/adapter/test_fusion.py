@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adapter.given import Given
-from adapter.layout import Layout
-from adapter.methods import attach, invent
-from errors import MalformedMessage
+from offsite.adapter.auxiliary import AuxiliaryTensors
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach, dummy_tensors
+from offsite.errors import MalformedMessage
 from tests.families import TOWERS, logits, spec_for, tiny
 
 WIDTH = 32
@@ -19,7 +19,7 @@ def spec_of(family, adapters=3, rank=4):
 
 def fused(family="llama", adapters=3, rank=4, seed=0):
     spec = spec_of(family, adapters, rank)
-    given = invent(tiny(family), spec)
+    given = dummy_tensors(tiny(family), spec)
     model = attach(tiny(family), spec, given)
     layout = Layout.of(model)
     draw = torch.Generator().manual_seed(seed)
@@ -27,7 +27,7 @@ def fused(family="llama", adapters=3, rank=4, seed=0):
     return model, given
 
 
-def updates_of(given: Given, slot: str, hidden: torch.Tensor, count: int) -> list[torch.Tensor]:
+def updates_of(given: AuxiliaryTensors, slot: str, hidden: torch.Tensor, count: int) -> list[torch.Tensor]:
     found = []
     for number in range(count):
         down, low, up, high = (
@@ -37,7 +37,9 @@ def updates_of(given: Given, slot: str, hidden: torch.Tensor, count: int) -> lis
     return found
 
 
-def by_the_paper(given: Given, slot: str, parts: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+def by_the_paper(
+    given: AuxiliaryTensors, slot: str, parts: dict[str, torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
     """s = softmax over n of (h Q) . (z_n K), z'_n = z_n V, output = sum of s_n z'_n, for one position at a time.
 
     z_n = h + update n is what adapter n makes of h. K and V see it whole, where ours leaves out what cannot matter.
@@ -71,7 +73,7 @@ def test_it_is_the_papers_attention(rank):
 @pytest.mark.parametrize("family", TOWERS)
 def test_at_its_start_the_value_is_the_identity_and_zero_adapters_change_nothing(family):
     spec = spec_of(family)
-    given = {name: torch.zeros_like(tensor) for name, tensor in invent(tiny(family), spec).items()}
+    given = {name: torch.zeros_like(tensor) for name, tensor in dummy_tensors(tiny(family), spec).items()}
     model = attach(tiny(family), spec, given)
     assert torch.allclose(logits(model, family), logits(tiny(family), family), atol=1e-6)
     values = [p for name, p in model.named_parameters() if name.endswith("fusion.value.weight")]
@@ -81,7 +83,7 @@ def test_at_its_start_the_value_is_the_identity_and_zero_adapters_change_nothing
 
 def test_query_and_key_start_small_and_from_the_seed():
     spec = spec_for("fusion", "llama", rank=WIDTH, seed=4)
-    models = [attach(tiny("llama"), spec, invent(tiny("llama"), spec)) for _ in range(2)]
+    models = [attach(tiny("llama"), spec, dummy_tensors(tiny("llama"), spec)) for _ in range(2)]
     drawn = {n: p for n, p in models[0].named_parameters() if n.endswith(("query.weight", "key.weight"))}
     assert len(drawn) == 4
     for name, parameter in drawn.items():
@@ -91,7 +93,7 @@ def test_query_and_key_start_small_and_from_the_seed():
 
 def test_adapters_of_several_ranks_are_mixed_and_one_of_two_ranks_is_refused():
     spec = spec_of("llama", adapters=2)
-    given = dict(invent(tiny("llama"), spec))
+    given = dict(dummy_tensors(tiny("llama"), spec))
     for slot in spec.slots:
         first = f"{slot}.frozen_0"
         given |= {f"{first}.down.weight": torch.ones(7, WIDTH), f"{first}.down.bias": torch.ones(7)}

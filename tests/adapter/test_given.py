@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from adapter.given import MOST_LENGTH, Want, check_given, invented, positions
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, frozen_count, invent, needs_public_data, wanted
-from adapter.spec import AdapterSpec
-from errors import ConfigError, MalformedMessage
-from privacy.probe import choose_engine
+from offsite.adapter.auxiliary import MOST_LENGTH, TensorSpec, check_auxiliary, dummy_tensors_for, positions
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, dummy_tensors, frozen_count, needs_public_data, required_tensors
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, MalformedMessage
+from offsite.privacy.probe import choose_engine
 from tests.contracts.test_per_example_gradients import brute_force, by_engine, examples, losses
 from tests.families import TOWERS, attach_any, logits, loss, spec_for, tiny
 
@@ -20,7 +20,7 @@ SPECS = [
     ("masked", FISHER),
     ("masked", (*FISHER, ("head", True))),
 ]
-VALUES, PLACES = Want(("r", 3)), positions(3, 10)
+VALUES, PLACES = TensorSpec(("r", 3)), positions(3, 10)
 
 
 def spec_of(method, family, options):
@@ -49,23 +49,23 @@ def spec_of(method, family, options):
 )
 def test_what_is_not_wanted_is_refused(want, bad, reason):
     with pytest.raises(MalformedMessage, match=reason):
-        check_given({"t": want}, {"t": bad}, hint="ask")
+        check_auxiliary({"t": want}, {"t": bad}, hint="ask")
 
 
 def test_a_missing_and_a_needless_tensor_are_refused_by_name():
     with pytest.raises(MalformedMessage, match="given='t' is missing: ask"):
-        check_given({"t": VALUES}, {}, hint="ask")
+        check_auxiliary({"t": VALUES}, {}, hint="ask")
     with pytest.raises(MalformedMessage, match="given='u' has no use here: ask"):
-        check_given({"t": VALUES}, {"t": torch.zeros(2, 3), "u": torch.zeros(1)}, hint="ask")
+        check_auxiliary({"t": VALUES}, {"t": torch.zeros(2, 3), "u": torch.zeros(1)}, hint="ask")
     with pytest.raises(MalformedMessage, match="method 'lora' takes none"):
         attach(tiny("llama"), spec_for("lora", "llama"), {"t": torch.zeros(1)})
 
 
 def test_a_length_that_is_chosen_is_the_same_wherever_its_word_stands():
-    both = {"a": Want(("r",)), "b": Want((4, "r"))}
-    check_given(both, {"a": torch.zeros(2), "b": torch.zeros(4, 2)}, hint="ask")
+    both = {"a": TensorSpec(("r",)), "b": TensorSpec((4, "r"))}
+    check_auxiliary(both, {"a": torch.zeros(2), "b": torch.zeros(4, 2)}, hint="ask")
     with pytest.raises(MalformedMessage, match=r"given='b' .*must be torch.float32 \(4, 2\)"):
-        check_given(both, {"a": torch.zeros(2), "b": torch.zeros(4, 3)}, hint="ask")
+        check_auxiliary(both, {"a": torch.zeros(2), "b": torch.zeros(4, 3)}, hint="ask")
 
 
 def test_positions_of_a_matrix_beyond_32_bits_are_wider():
@@ -75,9 +75,9 @@ def test_positions_of_a_matrix_beyond_32_bits_are_wider():
 
 def test_what_is_invented_is_what_is_wanted_and_the_same_every_time():
     state = torch.get_rng_state()
-    found = [invented({"t": VALUES, "p": PLACES}, free=5, seed=3) for _ in range(2)]
+    found = [dummy_tensors_for({"t": VALUES, "p": PLACES}, free=5, seed=3) for _ in range(2)]
     assert torch.equal(state, torch.get_rng_state())
-    check_given({"t": VALUES, "p": PLACES}, found[0], hint="")
+    check_auxiliary({"t": VALUES, "p": PLACES}, found[0], hint="")
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert found[0]["t"].shape == (5, 3)
 
@@ -87,7 +87,7 @@ def test_what_is_invented_is_what_is_wanted_and_the_same_every_time():
 def test_nothing_given_is_trained_moved_or_stored(method, options, family):
     spec = spec_of(method, family, options)
     base = tiny(family)
-    given = invent(base, spec)
+    given = dummy_tensors(base, spec)
     assert given
     before = {name: tensor.clone() for name, tensor in given.items()}
     model = attach(base, spec, given)
@@ -107,7 +107,7 @@ def test_nothing_given_is_trained_moved_or_stored(method, options, family):
 @pytest.mark.parametrize("method", ["madx", "fusion"])
 def test_each_tensor_is_needed(method):
     spec = spec_for(method, "llama")
-    given = invent(tiny("llama"), spec)
+    given = dummy_tensors(tiny("llama"), spec)
     for name in given:
         with pytest.raises(MalformedMessage, match="is missing"):
             attach(tiny("llama"), spec, {other: tensor for other, tensor in given.items() if other != name})
@@ -117,7 +117,7 @@ def test_each_tensor_is_needed(method):
 def test_a_given_mask_has_its_entries_trained_and_engines_agree(family):
     """What the contract tests show of the mask by magnitude: its start, its places, and each example's gradient."""
     spec = spec_of("masked", family, FISHER)
-    base, given = tiny(family), invent(tiny(family), spec)
+    base, given = tiny(family), dummy_tensors(tiny(family), spec)
     plain = logits(base, family)
     weights = {name.removesuffix(".places"): base.get_submodule(name.removesuffix(".places")).weight for name in given}
     model = attach(base, spec, given)
@@ -142,7 +142,7 @@ def test_the_table_says_what_a_spec_needs():
     assert frozen_count(AdapterSpec("fusion", options=(("adapters", 5), ("head", True)))) == 5
     assert needs_public_data(AdapterSpec("masked", options=(("by", "fisher"), ("head", True))))
     assert not needs_public_data(AdapterSpec("masked"))
-    assert wanted(tiny("llama"), spec_for("masked", "llama")) == {}
+    assert required_tensors(tiny("llama"), spec_for("masked", "llama")) == {}
     with pytest.raises(ConfigError, match=r"needs one in 2\.\.16"):
         frozen_count(AdapterSpec("fusion", options=(("adapters", 17),)))
 

@@ -6,12 +6,12 @@ import transformers as hf
 from peft import PeftModel
 from torch import nn
 
-from adapter.export import export, load
-from adapter.head import head_path
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, places
-from emulator.fidelity import visiting
-from errors import UnsupportedModel
+from offsite.adapter.export import export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, places
+from offsite.adapter.methods.task_head import head_path
+from offsite.emulator.evaluation.fidelity import visiting
+from offsite.errors import UnsupportedModel
 from tests.families import SIZES, attach_any, logits, loss, spec_for, tiny
 from tests.task import latents
 

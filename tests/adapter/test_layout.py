@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from adapter.layout import Layout
-from errors import DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
+from offsite.adapter.layout import Layout
+from offsite.errors import DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
 
 
 def model():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, known
-from adapter.options import Option, resolve
-from adapter.spec import AdapterSpec
-from adapter.tuner_table import TUNERS
-from errors import ConfigError, OffsiteError, UnsupportedModel
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, known
+from offsite.adapter.methods.peft_tuner_table import TUNERS
+from offsite.adapter.options import Option, resolve
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, OffsiteError, UnsupportedModel
 from tests.families import TOWERS, logits, spec_for, tiny
 
 

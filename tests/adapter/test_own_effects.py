@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from adapter.export import WEIGHTS, export, load
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from errors import ConfigError
+from offsite.adapter.export import WEIGHTS, export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError
 from tests.families import TOWERS, logits, spec_for, tiny
 
 

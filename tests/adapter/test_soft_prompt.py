@@ -13,11 +13,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.prompted_call import named_arguments, prompted
-from adapter.spec import AdapterSpec
-from errors import ConfigError, UnsupportedModel
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.prompted_call import named_arguments, prompted
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, UnsupportedModel
 from tests.families import IDS, MASK, TOWERS, inputs, logits, spec_for, tiny
 
 COUNT = 3

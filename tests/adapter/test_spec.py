@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.spec import AdapterSpec
-from errors import ConfigError
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError
 
 OPTION = st.one_of(
     st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.just("road_2")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adapter.earlier import earlier_bottlenecks
-from adapter.export import export, load
-from adapter.layout import Layout
-from adapter.methods import attach
-from errors import ConfigError, DataError, MalformedMessage, UnsupportedModel
+from offsite.adapter.earlier import earlier_bottlenecks
+from offsite.adapter.export import export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.errors import ConfigError, DataError, MalformedMessage, UnsupportedModel
 from tests.families import TOWERS, logits, spec_for, tiny
 
 

@@ -18,10 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from adapter.targets import hidden_size, in_slots, is_linear, is_norm, matches, sublayers
-from errors import ConfigError, UnsupportedModel
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.adapter.targets import hidden_size, in_slots, is_linear, is_norm, matches, sublayers
+from offsite.errors import ConfigError, UnsupportedModel
 from tests.families import tiny
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12, "num_attention_heads": 4}

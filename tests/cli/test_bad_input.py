@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli import main as command
+from offsite.cli import main as command
 
 
 @pytest.fixture

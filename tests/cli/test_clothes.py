@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cli import clothes
-from client.columns import columns_for
-from client.images import read_npz
-from coordinator.config import read_config
-from errors import ConfigError, DataError, DigestMismatch
-from task.tasks import TASKS
+from offsite.coordinator.config.federation_file import read_config
+from offsite.demo import clothes
+from offsite.errors import ConfigError, DataError, DigestMismatch
+from offsite.task.readers.columns import columns_for
+from offsite.task.readers.image_files import read_npz
+from offsite.task.tasks import TASKS
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
 OWN = {"east": "coat", "north": "trousers", "south": "pullover", "west": "dress"}  # a kind of which each sells half

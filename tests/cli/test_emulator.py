@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import main as command
-from emulator.package import load, read_manifest
+from offsite.cli import main as command
+from offsite.emulator.package.package_reader import load, read_manifest
 from tests.conftest import sentence
 
 Run = Callable[..., tuple[int, str, str]]

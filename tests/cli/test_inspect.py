@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
-from cli import client, client_run, coordinator
-from client.installation import Installation
-from client.jobs import Jobs
-from coordinator.provision import Home
-from protos.aggregation import AggregationTerms
-from protos.signed_job import sign_job
+from offsite.cli import client, client_run, coordinator
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.jobs import Jobs
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.signed_job import sign_job
 from tests.protos.test_manifest import JOB
 
 Show = Callable[[AggregationTerms], tuple[list[str], list[str]]]
@@ -36,7 +36,7 @@ def show(tmp_path_factory: pytest.TempPathFactory) -> Show:
     said = run(coordinator.app, "approve", home, *(folder / name / "site.request" for name in names), "--yes")
     fingerprint = next(line.split(": ")[1] for line in said if line.startswith("fingerprint for every site"))
     run(client.app, "sign", folder / "east", home / "welcomes" / "east.welcome", "--fingerprint", fingerprint)
-    jobs, identity = Jobs(Installation.open(folder / "east").state / "jobs"), Home.open(home).identity
+    jobs, identity = Jobs(SiteHome.open(folder / "east").state / "jobs"), CoordinatorHome.open(home).identity
 
     def shown(terms: AggregationTerms) -> tuple[list[str], list[str]]:
         job = dataclasses.replace(JOB, aggregation=terms, adapter=dataclasses.replace(JOB.adapter, **METHODS[terms]))

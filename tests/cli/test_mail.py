@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cli import mail, prepare
-from coordinator.config import read_config
-from errors import ConfigError
+from offsite.coordinator.config.federation_file import read_config
+from offsite.demo import mail, speeches
+from offsite.errors import ConfigError
 
 LIST = "List-Id: Irish Linux Users' Group <ilug.linux.ie>\n"
 PAGE = "<html><body>Buy <b>now</b></body></html>"
@@ -84,5 +84,5 @@ def test_another_wheel_is_refused(tmp_path: Path) -> None:
     place.write_bytes(b"no wheel")
     (tmp_path / "mail").mkdir()
     (tmp_path / "mail" / "SHA256.json").write_text("{}")  # made before
-    with pytest.raises(prepare.DigestMismatch, match="sha256="):
+    with pytest.raises(speeches.DigestMismatch, match="sha256="):
         mail.prepare_mail(tmp_path, None)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from adapter.methods import METHODS
-from adapter.refused import REFUSED
-from cli import main as command
-from cli.method_probe import FAMILIES, SIZES, probe
-from privacy.engines import ENGINES
+from offsite.adapter.methods import METHODS
+from offsite.adapter.methods.refused import REFUSED
+from offsite.cli import main as command
+from offsite.cli.method_probe import FAMILIES, SIZES, probe
+from offsite.privacy.engines import ENGINES
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import prepare
-from errors import DataError, DigestMismatch
+from offsite.demo import speeches
+from offsite.errors import DataError, DigestMismatch
 
 
 def npm_archive(path: Path) -> None:
@@ -33,51 +33,51 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.parent.mkdir()
     npm_archive(place)
     sha256 = hashlib.sha256(place.read_bytes()).hexdigest()
-    monkeypatch.setattr(prepare, "CORPORA", prepare.Archive("@x/texts@1", "texts.tgz", sha256))
+    monkeypatch.setattr(speeches, "CORPORA", speeches.Archive("@x/texts@1", "texts.tgz", sha256))
     return tmp_path
 
 
 def test_owners_get_folders_and_every_fourth_address_is_held_out(cache: Path) -> None:
-    data = prepare.prepare_corpora(cache)
+    data = speeches.prepare_corpora(cache)
     owner = data / "sites" / "george-mc-test"
     assert sorted(p.stem for p in (owner / "heldout").iterdir()) == ["1792"]
     assert sorted(p.stem for p in (owner / "train").iterdir()) == ["1790", "1791", "1793", "1794"]
     assert sorted(p.name for p in (data / "public").iterdir()) == ["001.txt", "012.txt"]
     assert (owner / "train" / "1790.txt").read_text() == "address of 1790"
-    assert prepare.prepare_corpora(cache) == data  # the second time it is only verified
+    assert speeches.prepare_corpora(cache) == data  # the second time it is only verified
 
 
 def test_an_altered_file_is_named(cache: Path) -> None:
-    data = prepare.prepare_corpora(cache)
+    data = speeches.prepare_corpora(cache)
     (data / "public" / "001.txt").write_text("Call him")
     with pytest.raises(DigestMismatch, match=r"public/001\.txt.*altered"):
-        prepare.prepare_corpora(cache)
+        speeches.prepare_corpora(cache)
 
 
 def test_a_missing_file_is_named(cache: Path) -> None:
-    data = prepare.prepare_corpora(cache)
+    data = speeches.prepare_corpora(cache)
     (data / "public" / "012.txt").unlink()
     with pytest.raises(DataError, match=r"public/012\.txt is missing"):
-        prepare.prepare_corpora(cache)
+        speeches.prepare_corpora(cache)
 
 
 def test_another_archive_is_refused(cache: Path) -> None:
     with (cache / "downloads" / "texts.tgz").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(DigestMismatch, match="sha256="):
-        prepare.prepare_corpora(cache)
+        speeches.prepare_corpora(cache)
     assert not (cache / "data").exists()
 
 
 def test_without_npm_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="--data DIR"):
-        prepare.prepare_corpora(tmp_path)
+        speeches.prepare_corpora(tmp_path)
 
 
 def test_the_demos_owners_follow_the_data(tmp_path: Path) -> None:
     for owner in ("b", "a", "c"):
         (tmp_path / "sites" / owner).mkdir(parents=True)
-    text = prepare.demo_config(Path("m"), tmp_path)
+    text = speeches.demo_config(Path("m"), tmp_path)
     assert 'owners = ["a", "b", "c"]' in text
     assert str(tmp_path) in text

@@ -3,11 +3,11 @@
 import pytest
 from typer.testing import CliRunner
 
-from cli import client, coordinator
-from client.installation import Installation
-from coordinator.provision import Home
-from errors import DataError, Untrusted
-from trust.federation import check_signatures
+from offsite.cli import client, coordinator
+from offsite.client.home.installation import SiteHome
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.errors import DataError, Untrusted
+from offsite.trust.federation_manifest import check_signatures
 
 SITES = ("east", "north", "west")
 
@@ -51,13 +51,13 @@ def test_the_commands_from_nothing_to_a_signed_federation(tmp_path):
                 run(client.app, "sign", tmp_path / name, welcome, "--fingerprint", wrong)
         with pytest.raises(Untrusted, match="answer=no"):
             run(client.app, "sign", tmp_path / name, welcome, answer="n\n")
-        assert not Installation.open(tmp_path / name).joined
+        assert not SiteHome.open(tmp_path / name).joined
         output = run(client.app, "sign", tmp_path / name, welcome, "--fingerprint", compare)
         assert "  added: west" in output
         assert told(output, "fingerprint") == compare
-    opened = Home.open(home)
+    opened = CoordinatorHome.open(home)
     for name in SITES:
-        opened.add_signature(name, Installation.open(tmp_path / name).sign())
+        opened.add_signature(name, SiteHome.open(tmp_path / name).sign())
     check_signatures(opened.federation(), opened.signatures())
 
 
@@ -70,7 +70,7 @@ def home(tmp_path):
         run(client.app, "init", tmp_path / name, "--name", name, "--data", tmp_path / "text.txt", "--suite", 1)
     requests = [tmp_path / name / "site.request" for name in SITES]
     run(coordinator.app, "approve", tmp_path / "home", *requests, "--yes")
-    home = Home.open(tmp_path / "home")
+    home = CoordinatorHome.open(tmp_path / "home")
     for name in SITES:
         run(client.app, "sign", tmp_path / name, home.welcome(name), answer="y\n")
     return home
@@ -102,6 +102,8 @@ def test_a_month_before_the_end_people_are_warned(tmp_path):
     output = run(coordinator.app, "approve", tmp_path / "home", request, "--yes")
     assert "warning: server expires in 19 days" in output
     assert "warning: authority" not in output
-    output = run(client.app, "sign", tmp_path / "north", Home.open(tmp_path / "home").welcome("north"), answer="y\n")
+    output = run(
+        client.app, "sign", tmp_path / "north", CoordinatorHome.open(tmp_path / "home").welcome("north"), answer="y\n"
+    )
     assert "warning: certificate expires in 19 days" in output
     assert "warning: federation expires in 19 days" in output

@@ -15,20 +15,20 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches, with_options
-from cli.simulate import Options, memory_engine, simulate
-from client.site import answer
-from client.train import local_update
-from coordinator.aggregate import AGGREGATORS, RuleSettings, ServerState
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from emulator.plug import plug
-from privacy.randomness import Randomness
-from secagg import ring
-from task.tasks import TASKS
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.cli.display import PlainDisplay
+from offsite.client.site.round_handler import answer
+from offsite.client.training.local_update import local_update
+from offsite.coordinator.aggregation.rules import AGGREGATORS, RuleSettings, ServerState
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.emulator.runtime.plug_in import plug
+from offsite.privacy.randomness import Randomness
+from offsite.secagg import ring
+from offsite.simulation.run_folder import Run, simulated_sessions, with_options
+from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.task.tasks import TASKS
 
 KEYS = {
     "quality": {"full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "private", "public"},
@@ -50,7 +50,7 @@ def options(display: Any = None, engine: Any = memory_engine) -> Options:
 
 
 def offsite(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cli.main", *arguments]
+    command = [sys.executable, "-m", "offsite.cli.main", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -108,18 +108,18 @@ def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, dict[str, Any]
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = simulated_benches(run, manifest)["ash"]
+    session = simulated_sessions(run, manifest)["ash"]
     names = [name for name, _ in manifest.roster]
-    adapter = bench.layout.read(bench.model)
+    adapter = session.layout.read(session.model)
     first = second = np.zeros(adapter.size)
     for number in range(1, manifest.rounds + 1):
         total = np.zeros(adapter.size, dtype=np.uint32)
         for name in names:
-            site = run.site(name, manifest, bench)
+            site = run.site(name, manifest, session)
             trained = local_update(
-                bench,
+                session,
                 adapter,
-                run.examples(next(s.train for s in run.config.sites if s.name == name), manifest, bench),
+                run.examples(next(s.train for s in run.config.sites if s.name == name), manifest, session),
                 manifest=manifest,
                 plan=site.plan,
                 randomness=Randomness.for_simulation(1, "noise", name, str(number)),
@@ -193,8 +193,8 @@ def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
 def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path) -> None:
     """One of four sites fails after training; the sum of the other three must be what a plain sum of three gives."""
 
-    def one_falls_silent(run: Run, manifest: Any, benches: Any, display: Any, rounds: Any) -> Any:
-        sites = {name: run.site(name, manifest, benches[name]) for name, _ in manifest.roster}
+    def one_falls_silent(run: Run, manifest: Any, sessions: Any, display: Any, rounds: Any) -> Any:
+        sites = {name: run.site(name, manifest, sessions[name]) for name, _ in manifest.roster}
         calls = {name: partial(answer, site) for name, site in sites.items()}
 
         def silent(stage: str, body: bytes) -> bytes:
@@ -209,15 +209,15 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
     manifest, state = run.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
-    bench = simulated_benches(run, manifest)["ash"]
-    start = bench.layout.read(bench.model)
+    session = simulated_sessions(run, manifest)["ash"]
+    start = session.layout.read(session.model)
     total = np.zeros(start.size, dtype=np.uint32)
     for name in ("ash", "birch", "cedar"):
         setting = next(s for s in run.config.sites if s.name == name)
-        plan = run.site(name, manifest, bench).plan
+        plan = run.site(name, manifest, session).plan
         noise = Randomness.for_simulation(1, "noise", name, "1")
-        examples = run.examples(setting.train, manifest, bench)
-        trained = local_update(bench, start, examples, manifest=manifest, plan=plan, randomness=noise)
+        examples = run.examples(setting.train, manifest, session)
+        trained = local_update(session, start, examples, manifest=manifest, plan=plan, randomness=noise)
         draw = Randomness.for_simulation(1, "rounding", name, "1").uniform
         total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
     mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=3) / 3

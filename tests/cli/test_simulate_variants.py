@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from cli.display import PlainDisplay
-from cli.run import Run, with_options
-from cli.simulate import Options, memory_engine, simulate
-from client.plan import plan_for
-from client.train import local_update
-from client.workbench import Workbench, open_workbench
-from coordinator.config import read_config
-from emulator import package
-from emulator.calibrate import PublicExamples
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.verdict import Limits
-from privacy.randomness import Randomness
-from protos.manifest import JobManifest
-from secagg import ring
-from task.tasks import TASKS
+from offsite.cli.display import PlainDisplay
+from offsite.client.training.emulator_session import EmulatorSession, open_session
+from offsite.client.training.local_update import local_update
+from offsite.client.training.privacy_plan import plan_for
+from offsite.coordinator.config.federation_file import read_config
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.privacy.randomness import Randomness
+from offsite.protos.job_manifest import JobManifest
+from offsite.secagg import ring
+from offsite.simulation.run_folder import Run, with_options
+from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.task.tasks import TASKS
 
 OTHERS = ("birch", "elm")
 
@@ -60,23 +60,23 @@ def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) ->
     calibration = Calibration(public.run, public.losses)  # which these recipes do not look at
     geometry = Geometry.of(full, 1, 1, "sandwich")
     model = Path(run.config.model.path)
-    return package.build(full, geometry, recipe, embedding, calibration, folder, tokenizer=model).digest()
+    return write_package(full, geometry, recipe, embedding, calibration, folder, tokenizer=model).digest()
 
 
-def trained(run: Run, manifest: JobManifest, name: str, bench: Workbench) -> np.ndarray:
+def trained(run: Run, manifest: JobManifest, name: str, session: EmulatorSession) -> np.ndarray:
     """The update of one site's first round on an emulator."""
     train = next(site.train for site in run.config.sites if site.name == name)
-    examples = run.examples(train, manifest, bench)
-    start = bench.layout.read(bench.model).copy()
+    examples = run.examples(train, manifest, session)
+    start = session.layout.read(session.model).copy()
     update = local_update(
-        bench,
+        session,
         start,
         examples,
         manifest=manifest,
         plan=plan_for(manifest, len(examples)),
         randomness=Randomness.for_simulation(1, "noise", name, "1"),
     ).update
-    bench.put(start)
+    session.put(start)
     return update
 
 
@@ -90,16 +90,16 @@ def test_the_round_is_the_mean_of_updates_from_two_emulators(
         built(run, tmp_path / "other", recipe=("skip@2", "int8:32"), embedding="int4:32"),
     ]
     assert digests == [manifest.emulator_of("ash"), manifest.emulator_of("birch")]
-    limits = Limits.for_owner(2 * manifest.adapter.rank, 1e6)
+    limits = VettingThresholds.for_owner(2 * manifest.adapter.rank, 1e6)
 
     @cache
-    def bench(other: bool) -> Workbench:
+    def session(other: bool) -> EmulatorSession:
         folder = tmp_path / ("other" if other else "first")
-        return open_workbench(folder, manifest, emulator=digests[other], limits=limits, seed=1)
+        return open_session(folder, manifest, emulator=digests[other], limits=limits, seed=1)
 
     names = [site for site, _ in manifest.roster]
-    start = bench(False).layout.read(bench(False).model).copy()
-    updates = {name: trained(run, manifest, name, bench(name in OTHERS)) for name in names}
+    start = session(False).layout.read(session(False).model).copy()
+    updates = {name: trained(run, manifest, name, session(name in OTHERS)) for name in names}
     total, clip = np.zeros(start.size, dtype=np.uint32), manifest.update_bound
     for name, update in updates.items():
         draw = Randomness.for_simulation(1, "rounding", name, "1").uniform
@@ -111,7 +111,7 @@ def test_the_round_is_the_mean_of_updates_from_two_emulators(
     moved, mean = state.server.adapter - start, np.mean(list(updates.values()), axis=0)
     np.testing.assert_allclose(moved, mean, atol=1e-4 * float(np.abs(mean).max()))
     # with the first emulator at every site it is another mean: the check above sees which one a site trained on
-    same = np.mean([trained(run, manifest, name, bench(False)) for name in names], axis=0)
+    same = np.mean([trained(run, manifest, name, session(False)) for name in names], axis=0)
     assert float(np.abs(same - mean).max()) > 1e-2 * float(np.abs(mean).max())
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cli import main as command
-from emulator.package import read_manifest
-from task.tasks import TASKS
+from offsite.cli import main as command
+from offsite.emulator.package.package_reader import read_manifest
+from offsite.task.tasks import TASKS
 from tests.task_samples import LABELS, Sample, first_of
 
 OWNERS = ("ash", "birch", "cedar")

@@ -1,4 +1,4 @@
-"""client.data: what one format alone can get wrong."""
+"""task.readers.tables: what one format alone can get wrong."""
 
 import csv
 
@@ -6,10 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from client.columns import Column, columns_for, columns_of
-from client.data import READERS, SUFFIXES, read
-from errors import ConfigError, DataError
-from task.tasks import TASKS
+from offsite.errors import ConfigError, DataError
+from offsite.task.readers.columns import Column, columns_for, columns_of
+from offsite.task.readers.tables import READERS, SUFFIXES, read
+from offsite.task.tasks import TASKS
 
 TEXT = {"text": Column("text", str)}
 LABELLED = {"text": Column("body", str), "label": Column("spam", object)}

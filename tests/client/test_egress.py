@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter.layout import Layout
-from adapter.spec import AdapterSpec
-from client.audit import Audit, verify
-from client.books import LedgerBooks, Release, ledger_name
-from client.egress import EgressReport, release
-from client.policy import Policy
-from errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, RangeError
-from privacy.accountants import ACCOUNTANTS
-from privacy.events import Event
-from privacy.ledger import Ledger
-from protos.manifest import JobManifest, PrivacyTerms
+from offsite.adapter.layout import Layout
+from offsite.adapter.spec import AdapterSpec
+from offsite.client.home.audit import Audit, verify
+from offsite.client.home.policy import Policy
+from offsite.client.site.egress import EgressReport, release
+from offsite.client.site.release_log import LedgerReleaseLog, Release, ledger_name
+from offsite.errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal, RangeError
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.events import Event
+from offsite.privacy.ledger import Ledger
+from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 EVENT, DELTA = Event(1.1, 0.05, 10), 1e-3
@@ -72,11 +72,11 @@ def audit(tmp_path: Path) -> Audit:
 
 
 @pytest.fixture
-def books(tmp_path: Path, audit: Audit) -> LedgerBooks:
+def books(tmp_path: Path, audit: Audit) -> LedgerReleaseLog:
     """The accounts of a real site with a ledger, a log and a clock that moves."""
     ledger = Ledger(tmp_path / "ledger.jsonl", dataset="patients", epsilon_cap=8.0, delta=DELTA, accountant="rdp")
     times = iter(NOW + timedelta(minutes=minute) for minute in range(100))
-    return LedgerBooks(ledger, JOB, policy=policy(), audit=audit, clock=lambda: next(times))
+    return LedgerReleaseLog(ledger, JOB, policy=policy(), audit=audit, clock=lambda: next(times))
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def in_a_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerBooks) -> None:
+def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerReleaseLog) -> None:
     """Names, shapes, bytes, norm and epsilon, each by another route; the ledger's head goes to the coordinator."""
     for number in (1, 2):
         head = books.release(going(number))
@@ -124,7 +124,7 @@ def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerBooks) -> 
     assert verify(tmp_path / "audit.jsonl") == 2
 
 
-def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerBooks) -> None:
+def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerReleaseLog) -> None:
     """No number in log or ledger is near an entry of the update, and neither is any of its bytes in them."""
     books.release(going(1))
     text = (tmp_path / "audit.jsonl").read_text() + (tmp_path / "ledger.jsonl").read_text()
@@ -144,7 +144,7 @@ def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerBoo
     assert UPDATE.tobytes().hex()[:16] not in text
 
 
-def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path: Path, books: LedgerBooks) -> None:
+def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path: Path, books: LedgerReleaseLog) -> None:
     with pytest.raises(PrivacyRefusal, match="private=false"):
         books.release(going(1, event=None))
     with pytest.raises(PrivacyRefusal, match="private=false"):
@@ -168,7 +168,7 @@ def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path:
     ],
 )
 def test_what_was_not_announced_stays_here(
-    tmp_path: Path, books: LedgerBooks, bad: Release, error: type[OffsiteError], words: str
+    tmp_path: Path, books: LedgerReleaseLog, bad: Release, error: type[OffsiteError], words: str
 ) -> None:
     """The debit stands, on the safe side; the log has no egress."""
     with pytest.raises(error, match=words):
@@ -190,7 +190,7 @@ def test_a_metric_leaves_only_by_permission(tmp_path: Path, audit: Audit) -> Non
     assert [entry["fields"]["metrics"] for entry in entries(tmp_path / "audit.jsonl")] == [{"loss": 2.5}] * 2
 
 
-def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerBooks, audit: Audit) -> None:
+def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerReleaseLog, audit: Audit) -> None:
     """The log is longer than the ledger, so a limit on file size fills it first; the debit stands, nothing left."""
     audit.record("filler", now=NOW, text="x" * 2000)
     size = (tmp_path / "audit.jsonl").stat().st_size
@@ -205,7 +205,7 @@ def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerBooks,
     assert len(entries(tmp_path / "ledger.jsonl")) == 1
 
 
-def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, books: LedgerBooks) -> None:
+def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, books: LedgerReleaseLog) -> None:
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         with pytest.raises(DataError, match="free disk space"):
@@ -216,7 +216,7 @@ def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, books: LedgerBoo
     assert entries(tmp_path / "audit.jsonl") == []
 
 
-def test_nothing_leaves_when_log_or_ledger_was_changed(tmp_path: Path, books: LedgerBooks) -> None:
+def test_nothing_leaves_when_log_or_ledger_was_changed(tmp_path: Path, books: LedgerReleaseLog) -> None:
     books.release(going(1))
     for name in ("audit.jsonl", "ledger.jsonl"):
         path = tmp_path / name

@@ -19,14 +19,14 @@ from typing import Any
 import grpc
 import pytest
 
-import client.fetch
-import coordinator.depot
-from client.fetch import DepotAddress, fetch
-from coordinator.depot import CHUNK, Depot, Tls
-from errors import DataError, DigestMismatch, Untrusted
-from protos import depot_pb2 as wire
-from protos import depot_pb2_grpc as stubs
-from trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
+import offsite.client.network.fetch
+import offsite.coordinator.network.depot
+from offsite.client.network.fetch import DepotAddress, fetch
+from offsite.coordinator.network.depot import CHUNK, Depot, Tls
+from offsite.errors import DataError, DigestMismatch, Untrusted
+from offsite.protos import depot_pb2 as wire
+from offsite.protos import depot_pb2_grpc as stubs
+from offsite.trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
 
 NOW = datetime.now(UTC)
 SIZE = 8 * CHUNK + 777
@@ -127,7 +127,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr(client.fetch, "BACKOFF_SECONDS", (0.05, 0.4))
+    monkeypatch.setattr(offsite.client.network.fetch, "BACKOFF_SECONDS", (0.05, 0.4))
     ca, key, own = create_authority("authority", now=NOW), new_key(), new_key()
     tls = Tls(ca.certificate, issue_server(ca, key, ["127.0.0.1"], now=NOW), key)
     cert = issue_client(ca, make_request(own, "ash"), "ash", now=NOW)
@@ -181,7 +181,7 @@ def child(world: World, target: Path, before: str = "") -> subprocess.Popen[str]
     code = f"""
 import resource, signal
 from pathlib import Path
-from client.fetch import DepotAddress, fetch
+from offsite.client.network.fetch import DepotAddress, fetch
 {before}
 pems = [Path(name).read_bytes() for name in {[str(path) for path in files.values()]!r}]
 source = DepotAddress("127.0.0.1", {address.port}, *pems)
@@ -342,7 +342,7 @@ def test_a_depot_with_its_hands_full_is_waited_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another site has its one worker, and gives it back after a while."""
-    monkeypatch.setattr(coordinator.depot, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "MOST_REQUESTS", 1)
     small = Depot(world.folder, address="127.0.0.1:0", tls=world.tls, allowed=world.allowed)
     world.wire.to = port = small.start()
     credentials = grpc.ssl_channel_credentials(world.tls.ca, world.key, world.cert)

@@ -12,13 +12,13 @@ from typing import Any
 import grpc
 import pytest
 
-import client.fetch
-from client.fetch import DepotAddress, fetch
-from coordinator.depot import CHUNK
-from errors import DataError, DigestMismatch
-from protos import depot_pb2 as wire
-from protos import depot_pb2_grpc as stubs
-from trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
+import offsite.client.network.fetch
+from offsite.client.network.fetch import DepotAddress, fetch
+from offsite.coordinator.network.depot import CHUNK
+from offsite.errors import DataError, DigestMismatch
+from offsite.protos import depot_pb2 as wire
+from offsite.protos import depot_pb2_grpc as stubs
+from offsite.trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
 
 NOW = datetime.now(UTC)
 SIZE = 8 * CHUNK + 777
@@ -52,7 +52,7 @@ class Liar(stubs.DepotServicer):
 
 @pytest.fixture
 def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Liar], DepotAddress]]:
-    monkeypatch.setattr(client.fetch, "BACKOFF_SECONDS", (0.05, 0.4))
+    monkeypatch.setattr(offsite.client.network.fetch, "BACKOFF_SECONDS", (0.05, 0.4))
     ca, key, own = create_authority("authority", now=NOW), new_key(), new_key()
     certificate = issue_server(ca, key, ["127.0.0.1"], now=NOW)
     site = issue_client(ca, make_request(own, "ash"), "ash", now=NOW)

@@ -1,4 +1,4 @@
-"""client.images: pictures come back as they were written, and errors name a place and nothing else."""
+"""task.readers.image_files: pictures come back as they were written, and errors name a place and nothing else."""
 
 import io
 
@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from client import images
-from client.columns import columns_of
-from client.data import READERS, read
-from errors import DataError
+from offsite.errors import DataError
+from offsite.task.readers import image_files
+from offsite.task.readers.columns import columns_of
+from offsite.task.readers.tables import READERS, read
 
 GENERATOR = np.random.default_rng(0)
 COLOUR = GENERATOR.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -135,14 +135,14 @@ def test_lengths_that_no_row_can_have_are_refused(tmp_path, lengths):
 
 def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
     path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
-    monkeypatch.setattr(images, "MOST_PIXELS", 62)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 62)
     with pytest.raises(DataError, match="image=1 has over 62 pixels"):
         read(path, reader="images", columns=columns())
-    monkeypatch.setattr(images, "MOST_PIXELS", 63)
-    monkeypatch.setattr(images, "MOST_BYTES", 2 * 189 - 1)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
+    monkeypatch.setattr(image_files, "MOST_BYTES", 2 * 189 - 1)
     with pytest.raises(DataError, match="in memory"):
         read(path, reader="images", columns=columns())
-    monkeypatch.setattr(images, "MOST_BYTES", 2 * 189)
+    monkeypatch.setattr(image_files, "MOST_BYTES", 2 * 189)
     assert len(read(path, reader="images", columns=columns())) == 2
 
 

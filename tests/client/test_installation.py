@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
-from client.installation import Installation, SiteSettings, _toml
-from client.policy import Policy
-from coordinator.provision import Home
-from errors import ConfigError, DataError, MalformedMessage, Untrusted
-from trust.federation import check_signatures
-from trust.files import alone
-from trust.identity import Identity
-from trust.keys import SiteKeys
-from trust.request import SiteRequest
-from trust.welcome import Welcome, write_welcome
+from offsite.client.home.installation import SiteHome, SiteSettings, _toml
+from offsite.client.home.policy import Policy
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.errors import ConfigError, DataError, MalformedMessage, Untrusted
+from offsite.trust.federation_manifest import check_signatures
+from offsite.trust.files import alone
+from offsite.trust.identity import Identity
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import SiteRequest
+from offsite.trust.welcome import Welcome, write_welcome
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 LATER = NOW + timedelta(days=40)
@@ -31,7 +31,7 @@ SITES = ("east", "north", "west")
 @pytest.fixture
 def home(tmp_path):
     terms = {"name": "demo", "host": "127.0.0.1", "link_port": 8443, "depot_port": 8444, "n_min": 3, "max_epsilon": 8.0}
-    return Home.create(tmp_path / "coordinator", **terms, now=NOW, suite=1)
+    return CoordinatorHome.create(tmp_path / "coordinator", **terms, now=NOW, suite=1)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def sites(tmp_path):
 
 
 def make(folder, name):
-    return Installation.create(folder / name, name=name, data=folder / "text.txt", suite=1, now=NOW)
+    return SiteHome.create(folder / name, name=name, data=folder / "text.txt", suite=1, now=NOW)
 
 
 def request(site):
@@ -75,7 +75,7 @@ def test_all_join_and_sign(home, sites):
     federation = joined(home, sites)
     check_signatures(federation, home.signatures())
     for name, site in sites.items():
-        again = Installation.open(site.folder)
+        again = SiteHome.open(site.folder)
         assert again.federation() == federation
         assert again.welcome.host == "127.0.0.1"
         assert again.check(NOW) == {"authority": 3650, "certificate": 365, "federation": 365}
@@ -90,7 +90,7 @@ def test_the_folder_is_private_and_its_policy_is_the_template(sites):
     assert stat.S_IMODE(site.folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (site.folder / "keys").iterdir())
     assert site.settings == SiteSettings("north", str(site.folder.parent / "text.txt"))
-    assert Installation.open(site.folder).data.read_text() == "some text"
+    assert SiteHome.open(site.folder).data.read_text() == "some text"
     assert site.fingerprint == request(site).fingerprint
     with pytest.raises(ConfigError, match="not empty"):
         make(site.folder.parent, "north")
@@ -148,7 +148,7 @@ def test_what_is_not_for_this_site_is_refused(home, sites, tmp_path):
     strange = dataclasses.replace(own, sealing=SiteKeys.create(tmp_path / "x", 1).sealing.public.hex())
     swapped = tuple(strange if one is own else one for one in federation.members)
     thief = Identity.generate()
-    other_ca = Home.create(
+    other_ca = CoordinatorHome.create(
         tmp_path / "c2", name="demo", host="h", link_port=1, depot_port=2, n_min=3, max_epsilon=1.0, now=NOW
     )
     attempts = [
@@ -236,7 +236,7 @@ def test_rotation_serves_with_old_keys_until_the_new_epoch(home, sites):
     north.rotate(LATER)
     new = SiteRequest.from_bytes(north.request(LATER).read_bytes())
     assert new.replaces == old.hex()
-    assert Installation.open(north.folder).keys.identity.public == old
+    assert SiteHome.open(north.folder).keys.identity.public == old
     north.rotate(LATER)
     assert request(north).identity == new.identity  # asked twice, one new set of keys
     home.approve([request(north)], LATER)
@@ -249,7 +249,7 @@ def test_rotation_serves_with_old_keys_until_the_new_epoch(home, sites):
 
 def join_and_die(folder: Path, data: bytes, step: int) -> None:
     """Joins in a process that dies at one of its changes of the folder."""
-    site, count = Installation.open(folder), 0
+    site, count = SiteHome.open(folder), 0
 
     def dying(name, original):
         def call(*arguments, **named):
@@ -282,7 +282,7 @@ def test_after_a_kill_at_any_step_of_a_rotation_keys_and_pin_agree(home, sites):
         process = spawn.Process(target=join_and_die, args=(north.folder, data, step))
         process.start()
         process.join(30)
-        again = Installation.open(north.folder)
+        again = SiteHome.open(north.folder)
         member = again.federation().member("north")
         assert again.keys.identity.public.hex() == member.identity
         assert again.certificate.read_bytes() == again.welcome.certificate
@@ -305,7 +305,7 @@ def test_leaving_destroys_keys_and_keeps_the_owners_books(home, sites):
     north.leave()
     assert not list(north.folder.rglob("*.key"))
     assert (north.state / "ledger.jsonl").read_text() == "spent\n"
-    again = Installation.open(north.folder)
+    again = SiteHome.open(north.folder)
     for call in (lambda: again.keys, again.sign, lambda: again.request(NOW), lambda: again.rotate(NOW)):
         with pytest.raises(Untrusted, match="has left"):
             call()
@@ -324,7 +324,7 @@ def test_a_backup_without_its_empty_folders_opens(home, sites):
     joined(home, sites)
     for part in (sites["north"].state, sites["north"].packages):
         part.rmdir()
-    again = Installation.open(sites["north"].folder)
+    again = SiteHome.open(sites["north"].folder)
     assert stat.S_IMODE(again.state.stat().st_mode) == 0o700
     with (
         alone(again.state, "a client"),
@@ -357,16 +357,16 @@ def test_the_settings_file_is_read_strictly(sites, text, match):
     path = sites["north"].folder / "site.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=match):
-        Installation.open(sites["north"].folder)
+        SiteHome.open(sites["north"].folder)
 
 
 def test_places_that_are_none(tmp_path):
     with pytest.raises(DataError, match="offsite client init"):
-        Installation.open(tmp_path)
+        SiteHome.open(tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        Installation.create(tmp_path / "a", name="a", data=tmp_path / "no", suite=1, now=NOW)
+        SiteHome.create(tmp_path / "a", name="a", data=tmp_path / "no", suite=1, now=NOW)
     with pytest.raises(ConfigError, match="name='coordinator'"):
-        Installation.create(tmp_path / "a", name="coordinator", data=tmp_path, suite=1, now=NOW)
+        SiteHome.create(tmp_path / "a", name="coordinator", data=tmp_path, suite=1, now=NOW)
     assert not (tmp_path / "a").exists()
 
 
@@ -375,6 +375,6 @@ def test_columns_are_written_and_read_as_a_table(sites):
     folder = sites["north"].folder
     settings = dataclasses.replace(sites["north"].settings, columns={"text": 'my "body"', "label": "spam"})
     (folder / "site.toml").write_text(_toml(settings))
-    assert Installation.open(folder).settings == settings
+    assert SiteHome.open(folder).settings == settings
     (folder / "site.toml").write_text('name = "north"\ndata = "x"\n')
-    assert Installation.open(folder).settings.columns == {}
+    assert SiteHome.open(folder).settings.columns == {}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from client.faults import fault
-from client.opening import limit_resources
-from client.policy import UNPACKING, Policy
-from client.preparation import _make_way
-from errors import DataError
-from protos import codec
+from offsite.client.home.policy import UNPACKING, Policy
+from offsite.client.home.redact import local_message
+from offsite.client.service.job_loading import _make_way
+from offsite.client.service.site_runtime import limit_resources
+from offsite.errors import DataError
+from offsite.protos import codec
 from tests.faults.conftest import wait_for
 from tests.memory_federation import RunningSite, World, make_world, policy_for
 
@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITED = """
 import sys, torch
 from dataclasses import replace
-from client.faults import fault
-from client.opening import limit_resources
-from client.policy import Policy
-from trust.settings import read_settings
+from offsite.client.home.redact import local_message as fault
+from offsite.client.service.site_runtime import limit_resources
+from offsite.client.home.policy import Policy
+from offsite.trust.settings import read_settings
 from pathlib import Path
 policy = replace(read_settings(Path(sys.argv[1]), Policy), max_threads=1, max_memory_gb=1.0)
 limit_resources(policy)
@@ -32,7 +32,7 @@ small = torch.ones(2**20)
 try:
     large = torch.ones(2**29)
 except (MemoryError, RuntimeError) as error:
-    from client.faults import fault
+    from offsite.client.home.redact import local_message as fault
     print(fault(error))
 """
 
@@ -61,10 +61,10 @@ def test_a_fault_tells_a_place_and_nothing_of_its_message() -> None:
     try:
         raise ValueError("a record's words")
     except ValueError as error:
-        told = fault(error)
+        told = local_message(error)
     assert told.startswith("a fault in the site's program at test_limits.py:")
     assert "record" not in told.replace("see its log", "")
-    assert "not enough memory" in fault(MemoryError())
+    assert "not enough memory" in local_message(MemoryError())
 
 
 @pytest.mark.parametrize(("most", "left"), [(3000, "abc"), (2999, "bc"), (1000, "c"), (999, ""), (-1, "")])

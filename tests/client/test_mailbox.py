@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.mailbox import Mailbox
-from errors import PolicyRefusal
-from protos import codec, letters
-from trust.identity import Identity
+from offsite.client.network.message_endpoint import SignedEndpoint
+from offsite.errors import PolicyRefusal
+from offsite.protos import codec, signed_messages
+from offsite.trust.identity import Identity
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, COORDINATOR, STRANGER = (Identity.from_bytes(bytes([byte]) * 32) for byte in (1, 2, 3))
@@ -27,7 +27,7 @@ class Box:
 
     def __init__(self, folder: Path, handle: Callable[[str, bytes], bytes] | None = None) -> None:
         self.memory, self.handled, self.refused = folder / "letters.json", list[tuple[str, bytes]](), list[str]()
-        self.mailbox = Mailbox(
+        self.mailbox = SignedEndpoint(
             "ash",
             SITE,
             coordinator=COORDINATOR.public,
@@ -37,12 +37,14 @@ class Box:
             on_refused=self.refused.append,
         )
 
-    def answer(self, data: bytes, stage: str = "keys") -> codec.Letter:
+    def answer(self, data: bytes, stage: str = "keys") -> codec.SignedMessage:
         """The answer to a letter, opened as the coordinator opens it."""
         reply = self.mailbox.answer(stage, data)
-        return letters.read(reply, FEDERATION, sender="ash", key=SITE.public, recipient=letters.COORDINATOR)
+        return signed_messages.read(
+            reply, FEDERATION, sender="ash", key=SITE.public, recipient=signed_messages.COORDINATOR
+        )
 
-    def refuses(self, data: bytes, match: str, stage: str = "keys") -> codec.Letter:
+    def refuses(self, data: bytes, match: str, stage: str = "keys") -> codec.SignedMessage:
         """Asserts that a letter is not opened, that its sender learns why, and that it counts for nothing."""
         handled, kept = list(self.handled), self.memory.read_bytes() if self.memory.exists() else None
         letter = self.answer(data, stage)
@@ -60,9 +62,14 @@ class Box:
 
 
 def letter(number: int, *, key: Identity = COORDINATOR, **changed: object) -> bytes:
-    terms: dict[str, object] = {"sender": letters.COORDINATOR, "recipient": "ash", "stage": "keys", "body": b"body"}
+    terms: dict[str, object] = {
+        "sender": signed_messages.COORDINATOR,
+        "recipient": "ash",
+        "stage": "keys",
+        "body": b"body",
+    }
     terms |= {"federation": FEDERATION, "number": number}
-    return letters.write(key, **(terms | changed))
+    return signed_messages.write(key, **(terms | changed))
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def box(tmp_path: Path) -> Box:
 
 def test_an_answer_repeats_stage_and_number(box: Box) -> None:
     reply = box.answer(letter(41))
-    assert (reply.stage, reply.number, reply.body, reply.recipient) == ("keys", 41, REPLY, letters.COORDINATOR)
+    assert (reply.stage, reply.number, reply.body, reply.recipient) == ("keys", 41, REPLY, signed_messages.COORDINATOR)
     assert box.handled == [("keys", b"body")]
     assert json.loads(box.memory.read_text()) == {"last": 41}
     assert not box.refused

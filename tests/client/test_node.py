@@ -7,7 +7,7 @@ import httpx
 import pytest
 from google.protobuf.message import DecodeError
 
-from client.node import Node, NodePlace
+from offsite.client.network.node import Node, NodePlace
 
 
 class Told:

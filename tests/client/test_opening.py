@@ -9,18 +9,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from client.audit import Audit
-from client.books import Books
-from client.opening import Opened
-from client.workbench import _check_ids, encoded
-from errors import DataError, PolicyRefusal, UnsupportedModel
-from privacy.ledger import Ledger
-from protos.manifest import JobManifest
-from secagg.journal import MemoryJournal
-from task.causal_lm import CausalLM
-from task.examples import Examples
-from task.records import fault
-from task.spec import Record
+from offsite.client.home.audit import Audit
+from offsite.client.service.site_runtime import SiteRuntime
+from offsite.client.site.release_log import ReleaseLog
+from offsite.client.training.emulator_session import _check_ids, encoded
+from offsite.errors import DataError, PolicyRefusal, UnsupportedModel
+from offsite.privacy.ledger import Ledger
+from offsite.protos.job_manifest import JobManifest
+from offsite.secagg.journal import MemoryJournal
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
+from offsite.task.records import fault
+from offsite.task.spec import Record
 from tests.memory_federation import NOW, World, make_world, policy_for
 
 
@@ -29,7 +29,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(fed, tmp_path_factory.mktemp("opening"))
 
 
-def opened(world: World, folder: Path, data: str, **policy: Any) -> Opened:
+def opened(world: World, folder: Path, data: str, **policy: Any) -> SiteRuntime:
     """An installation with one data file."""
     (folder / "data.csv").write_text(data)
     told = {"reader": "", "column": "text", "columns": {}, "name": "ash", "simulation_seed": None, "weights": "widened"}
@@ -38,7 +38,7 @@ def opened(world: World, folder: Path, data: str, **policy: Any) -> Opened:
     rules = policy_for(folder, **policy)
     ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-2, accountant="rdp")
     audit = Audit(folder / "audit.jsonl")
-    return Opened(cast(Any, installation), rules, audit, ledger, cast(Any, None), lambda: NOW)
+    return SiteRuntime(cast(Any, installation), rules, audit, ledger, cast(Any, None), lambda: NOW)
 
 
 RECORDS = "text\n" + "\n".join(["w1 w2 w3 w4 w5 w6"] * 7)
@@ -56,12 +56,12 @@ def test_what_a_refusal_says_of_the_data_stays_here(
 ) -> None:
     site = opened(world, tmp_path, data, min_records=100)
     with pytest.raises(told_kind, match=r"its owner sees why in the site's log") as told:
-        site.site(rowwise(world), world.bench)
+        site.site(rowwise(world), world.session)
     assert type(told.value) is told_kind
     assert secret not in str(told.value)
     assert told.value.__cause__ is None
     assert secret in (tmp_path / "audit.jsonl").read_text()
-    package, books = world.run.store.package, cast(Books, None)
+    package, books = world.run.store.package, cast(ReleaseLog, None)
     with pytest.raises(kind, match=secret):  # a dry run is its owner's own
         site.site_with(rowwise(world), package, books, MemoryJournal(), record=tmp_path / "rounds")
 
@@ -86,7 +86,7 @@ class Choosy:
 @pytest.mark.parametrize("ids", [[], [1], [10**6, 1], [2**31, 1]])
 def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, tmp_path: Path, ids: list[int]) -> None:
     """Two owners, one of whom has the word in every record: both sites open, with as many records."""
-    bench = dataclasses.replace(world.bench, processor=cast(Any, Choosy(ids)))
+    session = dataclasses.replace(world.session, processor=cast(Any, Choosy(ids)))
     plans = []
     for word in ("w12", "w13"):
         (tmp_path / word).mkdir()
@@ -94,7 +94,7 @@ def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, t
         site = opened(world, tmp_path / word, data, min_records=40, delta_cap=0.5)
         installation = cast(Any, site.installation)
         installation.keys = SimpleNamespace(identity=world.identities["ash"])
-        plans.append(site.site(rowwise(world), bench).plan)
+        plans.append(site.site(rowwise(world), session).plan)
     assert plans[0] == plans[1]
     assert plans[0].records == 40
 
@@ -113,16 +113,16 @@ def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the owner is told, by line; a dry run is the owner's own and stops there."""
-    bench = dataclasses.replace(world.bench, task=Judging())
+    session = dataclasses.replace(world.session, task=Judging())
     rows = ["w1 w2 w3"] * 20 + ["w1 w13 w3"] + ["w1 w2 w3"] * 20
     site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41, delta_cap=0.5)
     installation = cast(Any, site.installation)
     installation.keys = SimpleNamespace(identity=world.identities["ash"])
-    assert site.site(rowwise(world), bench).plan.records == 41
+    assert site.site(rowwise(world), session).plan.records == 41
     assert "line=22 field='text': must not hold" in caplog.text
     assert "w13" not in caplog.text
     with pytest.raises(DataError, match="line=22 field='text'"):
-        encoded(bench, rowwise(world), site.records("causal_lm"))
+        encoded(session, rowwise(world), site.records("causal_lm"))
 
 
 def model_of(vocabulary: int) -> Any:
@@ -131,7 +131,7 @@ def model_of(vocabulary: int) -> Any:
 
 
 def test_a_model_that_does_not_know_its_tokens_is_refused(world: World) -> None:
-    tokenizer = world.bench.processor
+    tokenizer = world.session.processor
     _check_ids(tokenizer, model_of(tokenizer.largest_id + 1))
     with pytest.raises(UnsupportedModel, match=rf"token id={tokenizer.largest_id}: the emulator knows"):
         _check_ids(tokenizer, model_of(tokenizer.largest_id))

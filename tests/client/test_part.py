@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.layout import Layout
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job
-from client.part import training_only_its_part
-from client.train import local_update
-from client.workbench import Workbench
-from coordinator.config import read_config
-from errors import UnsupportedModel
-from privacy.batches import trainable
-from privacy.randomness import Randomness
-from protos.aggregation import AggregationTerms
-from protos.manifest import JobManifest
-from protos.upload import picked
+from offsite.adapter.layout import Layout
+from offsite.cli.display import PlainDisplay
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.client.training.local_update import local_update
+from offsite.client.training.trainable_subset import only_trainable
+from offsite.coordinator.config.federation_file import read_config
+from offsite.errors import UnsupportedModel
+from offsite.privacy.batches import trainable
+from offsite.privacy.randomness import Randomness
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.upload import select_uploaded
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job
 from tests.client.test_policy import JOB
 from tests.rule_worlds import examples_of, mask_of, slow_update, written
 
@@ -33,7 +33,7 @@ class World:
 
     run: Run
     manifest: JobManifest
-    bench: Workbench
+    session: EmulatorSession
     start: np.ndarray
 
 
@@ -41,11 +41,11 @@ def opened(path: Path, folder: Path) -> World:
     settings, sha256 = read_config(path)
     run = Run.create(settings, sha256, folder / "run")
     manifest = _job(run, PlainDisplay()).manifest
-    bench = simulated_benches(run, manifest)["ash"]
-    start = bench.layout.read(bench.model)
+    session = simulated_sessions(run, manifest)["ash"]
+    start = session.layout.read(session.model)
     # B is zero at first, and A then has no gradient
     draw = np.random.default_rng(3).normal(size=start.size, scale=0.05)
-    return World(run, manifest, bench, (start + draw).astype(np.float32))
+    return World(run, manifest, session, (start + draw).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def trained(world: World, site: str, number: int, **terms: float) -> tuple[np.nd
     mu = float(terms.get("proximal", 0.0))
     if terms:
         manifest = dataclasses.replace(manifest, aggregation=dataclasses.replace(manifest.aggregation, **terms))
-    plan = world.run.site(site, world.manifest, world.bench).plan
+    plan = world.run.site(site, world.manifest, world.session).plan
     common = {"manifest": manifest, "plan": plan}
-    examples = examples_of(world.run, site, manifest, world.bench)
+    examples = examples_of(world.run, site, manifest, world.session)
     found = local_update(
-        world.bench,
+        world.session,
         world.start,
         examples,
         **common,
@@ -77,9 +77,9 @@ def trained(world: World, site: str, number: int, **terms: float) -> tuple[np.nd
         number=number,
     )
     factor = ".lora_B." if number % 2 or not manifest.aggregation.alternate else ".lora_A."
-    mask = mask_of(world.bench, {factor: slice(0, manifest.rank_of(site)) if "B" in factor else EVERYTHING})
+    mask = mask_of(world.session, {factor: slice(0, manifest.rank_of(site)) if "B" in factor else EVERYTHING})
     slow = slow_update(
-        world.bench,
+        world.session,
         world.start,
         examples,
         **common,
@@ -96,7 +96,7 @@ def trained(world: World, site: str, number: int, **terms: float) -> tuple[np.nd
 def test_in_turn_only_one_factor_is_trained_noised_and_uploaded(rolora: World, number: int) -> None:
     update, slow = trained(rolora, "ash", number)
     names = rolora.manifest.upload_layout(number).names
-    assert len(names) == len(rolora.bench.layout.names) / 2
+    assert len(names) == len(rolora.session.layout.names) / 2
     assert all((".lora_B." if number % 2 else ".lora_A.") in name for name in names)
     np.testing.assert_allclose(update, slow[slow != 0], rtol=1e-3, atol=1e-6)
     assert np.abs(update).min() > 0
@@ -106,26 +106,26 @@ def test_in_turn_only_one_factor_is_trained_noised_and_uploaded(rolora: World, n
 def test_a_site_of_smaller_rank_trains_the_first_columns_alone(nested: World, site: str, rank: int) -> None:
     update, slow = trained(nested, site, 1)
     np.testing.assert_allclose(update, slow, rtol=1e-3, atol=1e-6)
-    for values in nested.bench.layout.named(update).values():
+    for values in nested.session.layout.named(update).values():
         assert (values[:, rank:] == 0).all()
         assert (values[:, :rank] != 0).all()
 
 
 def test_a_training_leaves_the_emulator_as_it_was(nested: World, rolora: World) -> None:
     for world, site in ((nested, "elm"), (rolora, "ash")):
-        before = {name: id(parameter) for name, parameter in world.bench.model.named_parameters()}
+        before = {name: id(parameter) for name, parameter in world.session.model.named_parameters()}
         trained(world, site, 2)
-        assert {name: id(parameter) for name, parameter in world.bench.model.named_parameters()} == before
-        assert Layout.of(world.bench.model) == world.bench.layout
+        assert {name: id(parameter) for name, parameter in world.session.model.named_parameters()} == before
+        assert Layout.of(world.session.model) == world.session.layout
 
 
 def test_a_training_that_fails_leaves_it_so_too(nested: World) -> None:
-    model = nested.bench.model
+    model = nested.session.model
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
 
     def fail() -> None:
-        with training_only_its_part(model, nested.manifest, site="elm", number=1):
-            assert len(trainable(model)) == len(nested.bench.layout.names)
+        with only_trainable(model, nested.manifest, site="elm", number=1):
+            assert len(trainable(model)) == len(nested.session.layout.names)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -134,11 +134,11 @@ def test_a_training_that_fails_leaves_it_so_too(nested: World) -> None:
 
 
 def test_the_other_columns_still_take_part_in_the_forward_pass(nested: World) -> None:
-    model, ids = nested.bench.model, torch.arange(3, 19).reshape(2, 8)
-    nested.bench.put(nested.start)
+    model, ids = nested.session.model, torch.arange(3, 19).reshape(2, 8)
+    nested.session.put(nested.start)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        with training_only_its_part(model, nested.manifest, site="elm", number=1):
+        with only_trainable(model, nested.manifest, site="elm", number=1):
             part = model(input_ids=ids).logits
     assert float((whole - part).abs().max()) < 1e-5
 
@@ -148,7 +148,7 @@ def test_an_adapter_without_columns_is_refused() -> None:
     manifest = dataclasses.replace(JOB, aggregation=AggregationTerms(ranks=(("east", 2),)))
     with (
         pytest.raises(UnsupportedModel, match="no plain factor B"),
-        training_only_its_part(model, manifest, site="east", number=1),
+        only_trainable(model, manifest, site="east", number=1),
     ):
         pass
 
@@ -157,19 +157,19 @@ def test_a_pull_back_costs_no_privacy_and_is_the_papers(rolora: World, nested: W
     """Same event, same batches, another update: mu (w - w_start) is added to each step's noisy mean gradient."""
     for world, site in ((rolora, "ash"), (nested, "elm")):
         pulled, slow = trained(world, site, 1, proximal=0.8)
-        np.testing.assert_allclose(pulled, picked(world.manifest, 1, slow), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(pulled, select_uploaded(world.manifest, 1, slow), rtol=1e-3, atol=1e-6)
         free, _ = trained(world, site, 1)
         assert np.abs(pulled - free).max() > 1e-4
-    plan = rolora.run.site("ash", rolora.manifest, rolora.bench).plan
+    plan = rolora.run.site("ash", rolora.manifest, rolora.session).plan
     outcomes = []
     for proximal in (0.0, 0.8):
         terms = dataclasses.replace(rolora.manifest.aggregation, proximal=proximal)
         manifest = dataclasses.replace(rolora.manifest, aggregation=terms)
         outcomes.append(
             local_update(
-                rolora.bench,
+                rolora.session,
                 rolora.start,
-                examples_of(rolora.run, "ash", manifest, rolora.bench),
+                examples_of(rolora.run, "ash", manifest, rolora.session),
                 manifest=manifest,
                 plan=plan,
                 randomness=Randomness.for_simulation(6, "ash"),

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.client_run import _lines
-from client.train import local_update
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, RoundResult, run_round
-from errors import TooFewSurvivors
-from privacy.randomness import Randomness
-from protos import codec
-from protos.sealed_update import UPDATE, close, digest_of, key_of, unclose
-from protos.terms import adapter_digest, terms_of
-from secagg import messages
-from secagg.terms import Terms
+from offsite.cli.client_run import _lines
+from offsite.client.training.local_update import local_update
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round
+from offsite.errors import TooFewSurvivors
+from offsite.privacy.randomness import Randomness
+from offsite.protos import codec
+from offsite.protos.sealed_update import UPDATE, close, digest_of, key_of, unclose
+from offsite.protos.terms import adapter_digest, terms_of
+from offsite.secagg import messages
+from offsite.secagg.params import SecAggParams
 from tests.memory_federation import RunningSite, World, make_world
 from tests.rule_worlds import examples_of, written
 
@@ -101,13 +101,13 @@ def test_what_arrives_is_what_each_site_trained(world: World, sites: dict[str, R
     assert result.members == world.sites
     assert (result.threshold, result.faulty, result.refused) == (3, (), ())
     for name, found in zip(result.members, result.individuals, strict=True):
-        examples = examples_of(world.run, name, world.manifest, world.benches[name])
+        examples = examples_of(world.run, name, world.manifest, world.sessions[name])
         alone = local_update(
-            world.benches[name],
+            world.sessions[name],
             world.start,
             examples,
             manifest=world.manifest,
-            plan=world.run.site(name, world.manifest, world.benches[name]).plan,
+            plan=world.run.site(name, world.manifest, world.sessions[name]).plan,
             randomness=Randomness.for_simulation(1, "noise", name, "1"),
             site=name,
             number=1,
@@ -183,7 +183,7 @@ def _asked(world: World) -> codec.KeysRequest:
     return codec.KeysRequest(1, 1, bytes([1] * 32), adapter_digest(world.start), invited=world.sites)
 
 
-def _terms(world: World) -> Terms:
+def _terms(world: World) -> SecAggParams:
     return terms_of(world.manifest, _asked(world))
 
 
@@ -212,7 +212,7 @@ def _bad(world: World, answers: dict[tuple[str, str], bytes]) -> dict[str, tuple
     def named(sender: str) -> Change:
         return lambda r: dataclasses.replace(r, commitment=dataclasses.replace(r.commitment, sender=sender))
 
-    def closed(key: bytes, terms: Terms) -> Change:
+    def closed(key: bytes, terms: SecAggParams) -> Change:
         return lambda r: _sealed_again(world, r, close(np.zeros(size, np.float32), terms, "elm", key))
 
     def copied(reply: codec.UpdateReply) -> codec.UpdateReply:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from adapter.layout import Layout
-from adapter.spec import AdapterSpec
-from client.policy import GIGABYTE, Policy, permit, permit_now
-from errors import ConfigError, DataError, PolicyRefusal
-from protos.aggregation import AggregationTerms
-from protos.manifest import JobManifest, PrivacyTerms
+from offsite.adapter.layout import Layout
+from offsite.adapter.spec import AdapterSpec
+from offsite.client.home.policy import GIGABYTE, Policy, permit, permit_now
+from offsite.errors import ConfigError, DataError, PolicyRefusal
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 PRIVACY = PrivacyTerms(private=True, epsilon=4.0, max_grad_norm=1.0, accountant="pld", batch=16)

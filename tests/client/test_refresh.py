@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.client_run import _lines
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job
-from client.site import Site, answer
-from client.workbench import Workbench
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, run_round
-from emulator.refreshable import Refresh
-from errors import TooFewSurvivors
-from protos import codec
-from protos.manifest import JobManifest
-from protos.terms import adapter_digest
+from offsite.cli.client_run import _lines
+from offsite.cli.display import PlainDisplay
+from offsite.client.site.round_handler import Site, answer
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, run_round
+from offsite.emulator.runtime.refresh_state import Refresh
+from offsite.errors import TooFewSurvivors
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.terms import adapter_digest
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job
 
 ALIGNED = 'compress = ["int3:32", "center"]\ngate = -1.0\nrefresh = 1\n'
 
@@ -32,7 +32,7 @@ class World:
 
     manifest: JobManifest
     sites: dict[str, Site]
-    bench: Workbench
+    session: EmulatorSession
     start: np.ndarray
     honest: Refresh
 
@@ -59,34 +59,34 @@ def run(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def bench(run: Run) -> Workbench:
+def session(run: Run) -> EmulatorSession:
     """The emulator of all sites; each writes what it trains on before it trains."""
     manifest = run.job()
     assert manifest is not None
-    return simulated_benches(run, manifest)["ash"]
+    return simulated_sessions(run, manifest)["ash"]
 
 
 @pytest.fixture
-def world(run: Run, bench: Workbench) -> World:
+def world(run: Run, session: EmulatorSession) -> World:
     manifest = run.job()
     assert manifest is not None
-    bench.refresh(())
-    sites = {name: run.site(name, manifest, bench) for name, _ in manifest.roster}
+    session.refresh(())
+    sites = {name: run.site(name, manifest, session) for name, _ in manifest.roster}
     honest = tuple(
-        (name, (np.frombuffer(values, "<f2") + np.float16(0.125)).tobytes()) for name, values in bench.biases.values()
+        (name, (np.frombuffer(values, "<f2") + np.float16(0.125)).tobytes()) for name, values in session.biases.values()
     )
-    return World(manifest, sites, bench, bench.start, honest)
+    return World(manifest, sites, session, session.start, honest)
 
 
 def test_an_honest_refresh_is_trained_on_and_gone_with_the_next_request(world: World) -> None:
-    bench = world.bench
-    shipped = bench.biases.values()
+    session = world.session
+    shipped = session.biases.values()
     assert world.ask(2, world.honest) == codec.TrainReply(2)
-    assert bench.biases.values() == world.honest
+    assert session.biases.values() == world.honest
     pending = world.sites["ash"]._pending
     assert pending is not None
     assert world.ask(2, ()) == codec.TrainReply(2)  # the round is trained again, from the emulator as it was shipped
-    assert bench.biases.values() == shipped
+    assert session.biases.values() == shipped
     other = world.sites["ash"]._pending
     assert other is not None
     assert not np.array_equal(pending.update, other.update)
@@ -125,11 +125,11 @@ HOSTILE: dict[str, tuple[Callable[[Refresh], Refresh], str]] = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_does_not_belong_there_is_refused_and_leaves_nothing(world: World, kind: str) -> None:
     hostile, reason = HOSTILE[kind]
-    bench = world.bench
-    shipped = bench.biases.values()
+    session = world.session
+    shipped = session.biases.values()
     moved = hostile(world.honest)
     assert reason in world.refusal(2, tuple(sorted(moved)))
-    assert bench.biases.values() == shipped
+    assert session.biases.values() == shipped
     assert world.sites["ash"]._pending is None
     assert reason in world.refusal(2, tuple(sorted(moved)))  # asked again, it is looked at again
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.doctor import FAILED, FINE, examine
-from client.installation import SETTINGS, Installation
-from emulator.held import HeldLinear
+from offsite.client.home.installation import SETTINGS, SiteHome
+from offsite.client.service.doctor import FAILED, FINE, examine
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 from tests.memory_federation import World, make_world
 from tests.rule_worlds import trained
 
@@ -31,25 +31,25 @@ def test_nearly_the_same_update_in_less_memory(world: World) -> None:
     plain, exact = trained(world, "widened")
     sizes = []
     for weights, most in (("int8", 0.02), ("nf4", 0.4)):
-        bench, update = trained(world, weights)
+        session, update = trained(world, weights)
         assert 0 < float(np.linalg.norm(update - exact)) < most * float(np.linalg.norm(exact))
-        held = [module for module in bench.model.modules() if isinstance(module, HeldLinear)]
+        held = [module for module in session.model.modules() if isinstance(module, DequantizingLinear)]
         assert len(held) == 3 * 7  # each dense layer of the middle
         sizes.append(sum(part.numel() * part.element_size() for module in held for part in module.buffers()))
-        assert bench.engine == plain.engine
-        np.testing.assert_array_equal(bench.start, plain.start)  # the slots are the coordinator's to the last bit
-        numbers = [[check["value"] for check in one.vetting[0].to_dict()["checks"]] for one in (plain, bench)]
+        assert session.engine == plain.engine
+        np.testing.assert_array_equal(session.start, plain.start)  # the slots are the coordinator's to the last bit
+        numbers = [[check["value"] for check in one.vetting[0].to_dict()["checks"]] for one in (plain, session)]
         assert numbers[0] != numbers[1]  # it was vetted as it runs
     assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_doctor_says_that_the_extra_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "records.txt").write_text("a record\n")
-    made = Installation.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
+    made = SiteHome.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
 
     def versions() -> str:
-        found = examine(Installation.open(made.folder), lambda: NOW)[0]
+        found = examine(SiteHome.open(made.folder), lambda: NOW)[0]
         assert found.state == (FAILED if "pip install" in found.detail else FINE)
         return found.detail
 
@@ -62,8 +62,8 @@ def test_doctor_says_that_the_extra_is_missing(tmp_path: Path, monkeypatch: pyte
 def test_doctor_names_the_version(tmp_path: Path) -> None:
     library = pytest.importorskip("bitsandbytes", reason=NEEDED)
     (tmp_path / "records.txt").write_text("a record\n")
-    made = Installation.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
+    made = SiteHome.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
     settings = made.folder / SETTINGS
     settings.write_text(settings.read_text().replace('"widened"', '"int8"'))
-    found = examine(Installation.open(made.folder), lambda: NOW)[0]
+    found = examine(SiteHome.open(made.folder), lambda: NOW)[0]
     assert found.detail.endswith(f"bitsandbytes {library.__version__}")

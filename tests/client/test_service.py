@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from client.jobs import Jobs
-from emulator.package import read_manifest
-from errors import DataError, DigestMismatch, PolicyRefusal, UnsupportedModel
-from protos import codec
-from protos.manifest import JobManifest
+from offsite.client.home.jobs import Jobs
+from offsite.emulator.package.package_reader import read_manifest
+from offsite.errors import DataError, DigestMismatch, PolicyRefusal, UnsupportedModel
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
 from tests.faults.conftest import wait_for
 from tests.memory_federation import NOW, RunningSite, World, make_world
 
@@ -137,11 +137,11 @@ def test_what_may_pass_is_tried_again_from_where_it_stood(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a pause, and without vetting again: the coordinator may ask as often as it likes."""
-    monkeypatch.setattr("client.preparation.PAUSES", (0.3, 300.0))
+    monkeypatch.setattr("offsite.client.service.job_loading.PAUSES", (0.3, 300.0))
     site, opened = RunningSite(world, "ash", tmp_path / "ash"), list[JobManifest]()
     open_site = failing(DataError("disk is full"), 2, site._open, opened)
     seen: list[JobManifest] = []
-    with_means(site, open_site=open_site, open_bench=failing(DataError(""), 0, lambda *_: world.bench, seen))
+    with_means(site, open_site=open_site, open_session=failing(DataError(""), 0, lambda *_: world.session, seen))
     for _ in range(5):
         assert offered(site, "refused").detail == "DataError: disk is full"
     offered(site)
@@ -160,7 +160,7 @@ def test_what_cannot_pass_is_not(world: World, tmp_path: Path, error: Exception)
         fetched.append(digest)
         return site._fetch(digest, *others)
 
-    with_means(site, open_bench=failing(error, 2, lambda *_: world.bench, seen), fetch=fetch)
+    with_means(site, open_session=failing(error, 2, lambda *_: world.session, seen), fetch=fetch)
     first = offered(site, "refused")
     for _ in range(5):
         assert offered(site, "refused").detail == first.detail
@@ -176,16 +176,16 @@ def test_a_package_that_was_damaged_on_the_disk_is_fetched_again(world: World, t
     folder.mkdir(parents=True)
     (folder / "torn").touch()
 
-    def open_bench(manifest: JobManifest, package: Path) -> Any:
+    def open_session(manifest: JobManifest, package: Path) -> Any:
         read_manifest(package, expected_digest=manifest.emulator)
-        return world.bench
+        return world.session
 
     def checked(manifest: JobManifest, package: Path) -> Any:
         if (package / "torn").exists():
             raise DigestMismatch("torn")
-        return open_bench(manifest, package)
+        return open_session(manifest, package)
 
-    with_means(site, open_bench=checked)
+    with_means(site, open_session=checked)
     offered(site)
     assert [path.name for path in folder.parent.iterdir()] == [world.manifest.emulator]
 
@@ -236,17 +236,17 @@ def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash")
     running, most, begun = [0], [0], list[str]()
 
-    def open_bench(manifest: JobManifest, _: Path) -> Any:
+    def open_session(manifest: JobManifest, _: Path) -> Any:
         running[0] += 1
         begun.append(manifest.model)
         most[0] = max(most[0], running[0])
         time.sleep(1.0)  # a vetting cannot be broken off
         running[0] -= 1
-        return world.bench
+        return world.session
 
     folder = tmp_path / "ash" / "packages" / world.manifest.emulator
     folder.mkdir(parents=True)
-    with_means(site, open_bench=open_bench)
+    with_means(site, open_session=open_session)
     for number, job in enumerate(jobs):
         site.ask("offer", world.offer("ash", job))
         if number % 2:
@@ -263,11 +263,11 @@ def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, 
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     vetting, digest = threading.Event(), world.manifest.digest().hex()
 
-    def open_bench(*_: Any) -> Any:
+    def open_session(*_: Any) -> Any:
         assert vetting.wait(10)
-        return world.bench
+        return world.session
 
-    with_means(site, open_bench=open_bench)
+    with_means(site, open_session=open_session)
     offered(site, "waiting")
     site.jobs.approve(digest, by="owner", at="now")
     assert offered(site, "fetching")
@@ -292,7 +292,7 @@ def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: Wo
 def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash")
     where = site.folder / "packages" / "x"
-    with_means(site, open_bench=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
+    with_means(site, open_session=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
     assert offered(site, "refused").detail == "UnsupportedModel: path='SITE/packages/x'"
 
 
@@ -311,7 +311,7 @@ def test_the_same_question_gets_the_same_bytes_until_it_trains_again(world: Worl
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package)
     site.ready()
     assert isinstance(train(site), codec.TrainReply)
-    from protos.terms import adapter_digest
+    from offsite.protos.terms import adapter_digest
 
     opening = codec.encode(codec.KeysRequest(1, 1, bytes(32), adapter_digest(world.start), world.sites))
     first = site.service.handle("keys", opening)
@@ -332,7 +332,7 @@ def test_a_fault_in_the_program_is_told_without_its_words(world: World, tmp_path
         def train(self, request: codec.TrainRequest) -> codec.Message:
             raise RuntimeError("w1 w2 w3: a record")
 
-    from client import site as module
+    from offsite.client.site import round_handler as module
 
     original = module.STAGES["train"]
     module.STAGES["train"] = lambda _, request: Broken().train(request)  # type: ignore[arg-type]
@@ -347,8 +347,8 @@ def test_a_fault_in_the_program_is_told_without_its_words(world: World, tmp_path
 
 
 def test_a_ledger_that_fell_behind_is_told_before_anything_is_fetched(world: World, tmp_path: Path) -> None:
-    from client.books import ledger_name
-    from trust.countersign import countersign
+    from offsite.client.site.release_log import ledger_name
+    from offsite.trust.countersign import countersign
 
     site = RunningSite(world, "ash", tmp_path / "ash")
     name, head = ledger_name("main"), "ab" * 32

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job
-from client.site import Site, answer
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, run_round
-from errors import TooFewSurvivors
-from protos import codec
-from protos.manifest import JobManifest
-from protos.terms import adapter_digest
-from task.examples import Examples
+from offsite.cli.display import PlainDisplay
+from offsite.client.site.round_handler import Site, answer
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, run_round
+from offsite.errors import TooFewSurvivors
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.terms import adapter_digest
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job
+from offsite.task.examples import Examples
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def opened(fed: Path, tmp_path: Path) -> tuple[JobManifest, dict[str, Site], np.
     settings, sha256 = read_config(fed)
     run = Run.create(settings, sha256, tmp_path / "run")
     job = _job(run, PlainDisplay())
-    bench = simulated_benches(run, job.manifest)["ash"]
-    sites = {name: run.site(name, job.manifest, bench) for name, _ in job.manifest.roster}
-    return job.manifest, sites, bench.layout.read(bench.model)
+    session = simulated_sessions(run, job.manifest)["ash"]
+    sites = {name: run.site(name, job.manifest, session) for name, _ in job.manifest.roster}
+    return job.manifest, sites, session.layout.read(session.model)
 
 
 def refusal(site: Site, stage: str, message: codec.Message) -> str:

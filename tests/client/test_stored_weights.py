@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.installation import SiteSettings
-from emulator.held import HeldLinear
-from errors import UnknownName
+from offsite.client.home.installation import SiteSettings
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear
+from offsite.errors import UnknownName
 from tests.memory_federation import World, make_world
 from tests.rule_worlds import trained
 
@@ -20,9 +20,9 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_the_same_update_in_less_memory(world: World) -> None:
     updates, held = [], []
     for weights in ("widened", "stored"):
-        bench, update = trained(world, weights)
+        session, update = trained(world, weights)
         updates.append(update)
-        held.append(sum(isinstance(module, HeldLinear) for module in bench.model.modules()))
+        held.append(sum(isinstance(module, DequantizingLinear) for module in session.model.modules()))
     np.testing.assert_array_equal(*updates)
     assert held[0] == 0
     assert held[1] == 4 * 7  # each dense layer of the middle

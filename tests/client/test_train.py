@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from client.train import within
+from offsite.client.training.local_update import within
 
 
 def test_an_update_is_cut_to_the_bound_and_the_cuts_are_counted() -> None:

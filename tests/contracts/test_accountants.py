@@ -6,9 +6,9 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from errors import ConfigError, PrivacyRefusal
-from privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
-from privacy.events import Event
+from offsite.errors import ConfigError, PrivacyRefusal
+from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
+from offsite.privacy.events import Event
 
 each = pytest.mark.parametrize("name", sorted(ACCOUNTANTS))
 DELTA = 1e-5

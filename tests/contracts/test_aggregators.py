@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.layout import Layout
-from coordinator.aggregate import AGGREGATORS, INDIVIDUALS, REFUSED, SUM, RuleSettings, ServerState
-from coordinator.aggregate_factors import nearest_product, read_earlier
-from errors import ConfigError, DataError, TooFewSurvivors
+from offsite.adapter.layout import Layout
+from offsite.coordinator.aggregation.factor_rules import nearest_product, read_earlier
+from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, REFUSED, SUM, RuleSettings, ServerState
+from offsite.errors import ConfigError, DataError, TooFewSurvivors
 
 A, B = "layer.{}.lora_A.default.weight", "layer.{}.lora_B.default.weight"
 LAYOUT = Layout((A.format(0), B.format(0), A.format(1), B.format(1), "norm"), ((2, 7), (5, 2), (2, 4), (6, 2), (3,)))

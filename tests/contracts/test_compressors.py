@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from adapter.targets import is_linear
-from emulator.compressors import COMPRESSORS, apply, make_plan
-from emulator.geometry import Geometry
-from emulator.middle import Calibration, Middle
-from emulator.package import build, load
-from emulator.parts import weight_of
-from emulator.source import MemorySource
-from emulator.structure import check_structure
-from errors import ConfigError, OffsiteError, UnknownName
+from offsite.adapter.targets import is_linear
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.compressors import COMPRESSORS, apply, make_plan
+from offsite.emulator.package.package_reader import load
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.structure.replacements import weight_of
+from offsite.emulator.vetting.structure_checks import check_structure
+from offsite.errors import ConfigError, OffsiteError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def middle(model, geometry):
 
 
 def package(model, geometry, recipe, directory):
-    return build(model, geometry, recipe, "verbatim", PUBLIC, directory)
+    return write_package(model, geometry, recipe, "verbatim", PUBLIC, directory)
 
 
 def logits(model):
@@ -230,7 +231,7 @@ def test_a_misspelt_name_is_answered_with_the_right_one(middle, name):
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_without_public_examples_it_works_or_says_what_is_missing(model, geometry, name, tmp_path):
     if all(not COMPRESSORS[step.partition(":")[0].partition("@")[0]].public for step in CASES[name].recipe):
-        build(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")
+        write_package(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")
         return
     with pytest.raises(OffsiteError, match="calibration=None"):
-        build(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")
+        write_package(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")

@@ -16,15 +16,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from errors import PrivacyRefusal
-from privacy.batches import trainable
-from privacy.engines import ENGINES
-from privacy.optimizer import CLIP_MARGIN
-from privacy.probe import choose_engine, single_gradient
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.batches import trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.probe import choose_engine, single_gradient
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 TASK = CausalLM()
 DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")

@@ -12,16 +12,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from adapter.beside import BESIDE
-from adapter.bottleneck import Bottleneck
-from adapter.export import export, load
-from adapter.layout import Layout
-from adapter.methods import METHODS, attach, check_task, invent, places
-from adapter.refused import REFUSED
-from adapter.spec import AdapterSpec
-from adapter.tuners import MOVED, ROUNDED, SAME
-from errors import ConfigError, UnknownName, UnsupportedModel
-from task.tasks import TASKS
+from offsite.adapter.export import export, load
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import METHODS, attach, check_task, dummy_tensors, places
+from offsite.adapter.methods.bottleneck import Bottleneck
+from offsite.adapter.methods.peft_tuners import MOVED, ROUNDED, SAME
+from offsite.adapter.methods.refused import REFUSED
+from offsite.adapter.side_modules import BESIDE
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import ConfigError, UnknownName, UnsupportedModel
+from offsite.task.tasks import TASKS
 from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_for, tiny
 
 # GPT-2's layers are transposed, which these do not take.
@@ -208,7 +208,7 @@ def test_export_and_load_give_identical_logits(method, family, dtype, tmp_path, 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = perturb(attached(method, family, dtype))
     spec = spec_for(method, family)
-    export(model, spec, tmp_path, base="some-owner/some-model", given=invent(tiny(family), spec))
+    export(model, spec, tmp_path, base="some-owner/some-model", given=dummy_tensors(tiny(family), spec))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = load(tiny(family, dtype), tmp_path)
     assert torch.equal(logits(loaded, family), logits(model, family))
@@ -223,7 +223,7 @@ def test_export_is_the_same_bytes_every_time_and_names_the_base_as_told(method, 
     spec = spec_for(method, family)
     for name, seed in (("a", 1), ("b", 2)):
         torch.manual_seed(seed)
-        model, given = perturb(attached(method, family)), invent(tiny(family), spec)
+        model, given = perturb(attached(method, family)), dummy_tensors(tiny(family), spec)
         export(model, spec, tmp_path / name, base="owner/model", given=given)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from client.columns import columns_of
-from client.data import READERS, read
-from errors import DataError, UnknownName
+from offsite.errors import DataError, UnknownName
+from offsite.task.readers.columns import columns_of
+from offsite.task.readers.tables import READERS, read
 
 TEXTS = ["plain", 'commas, "quotes" and\nnew lines', "Grüße, 世界 \u2028 🙂", "x" * 200_000]
 

@@ -6,11 +6,11 @@ import socket
 import pytest
 import torch
 
-from emulator.rebuild import AUTO
-from emulator.towers import token_embeddings
-from errors import ConfigError, DataError, UnknownName
-from task.spec import Tally
-from task.tasks import TASKS
+from offsite.emulator.structure.from_config import AUTO
+from offsite.emulator.structure.towers import token_embeddings
+from offsite.errors import ConfigError, DataError, UnknownName
+from offsite.task.spec import Tally
+from offsite.task.tasks import TASKS
 from tests.task_samples import SAMPLES
 
 each = pytest.mark.parametrize("sample", SAMPLES, ids=str)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adapter.export import load
-from cli.display import PlainDisplay
-from cli.run import Run
-from cli.simulate import Options, memory_engine, simulate
-from coordinator.config import parse_config
-from task.tasks import TASKS
+from offsite.adapter.export import load
+from offsite.cli.display import PlainDisplay
+from offsite.coordinator.config.federation_file import parse_config
+from offsite.simulation.run_folder import Run
+from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.task.tasks import TASKS
 from tests.task import latents
 from tests.task_samples import SAMPLES, first_of, write_records
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from adapter.methods import known
-from coordinator.config import FedConfig, parse_config
-from coordinator.sections import adapter
-from errors import ConfigError, OffsiteError, UnsupportedModel
+from offsite.adapter.methods import known
+from offsite.coordinator.config.federation_file import FedConfig, parse_config
+from offsite.coordinator.report.sections import adapter
+from offsite.errors import ConfigError, OffsiteError, UnsupportedModel
 
 SITES = [{"name": name, "train": "t", "heldout": "h"} for name in ("ash", "birch", "cedar")]
 

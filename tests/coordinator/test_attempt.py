@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.site import answer
-from coordinator.attempt import SPENDS, Attempt, Attempts
-from coordinator.correspondence import Correspondence
-from coordinator.exchange import MOST_TOLD, MemoryExchange
-from coordinator.numbers import Numbers
-from coordinator.rounds import RoundPlan, RoundResult, run_round, tell_abort
-from errors import DataError, TooFewSurvivors
-from protos import codec
-from secagg import messages
-from secagg.member import Member
+from offsite.client.site.round_handler import answer
+from offsite.coordinator.network.signed_exchange import SignedExchange
+from offsite.coordinator.rounds.attempt import SPENDS, Attempt, Attempts
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.exchange import MOST_TOLD, MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round, tell_abort
+from offsite.errors import DataError, TooFewSurvivors
+from offsite.protos import codec
+from offsite.secagg import messages
+from offsite.secagg.member import Member
 from tests.memory_federation import RunningSite, World, letters_to, make_world, open_sites
 
 STAGES = ("train", "keys", "shares", "masked", "survivors", "unmask")
@@ -64,7 +64,7 @@ def echo(stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
 def attempts(folder: Path, nonce: bytes = b"\1" * 32) -> Attempts:
     """The attempts of a run, as a fresh process opens them."""
     folder.mkdir(exist_ok=True)
-    return Attempts(folder, lambda: nonce, Numbers(folder / "aggregations.txt", lambda: 1000))
+    return Attempts(folder, lambda: nonce, MonotonicCounter(folder / "aggregations.txt", lambda: 1000))
 
 
 def everyone() -> tuple[str, ...]:
@@ -356,11 +356,11 @@ class Coordinator:
 
     def open(self, stage: str = "", moment: str = "") -> tuple[Attempt, Asked]:
         self.opened += 1
-        letters = Correspondence(
+        letters = SignedExchange(
             letters_to(self.sites),
             self.world.coordinator,
             self.world.federation,
-            Numbers(self.folder / "letters.txt"),
+            MonotonicCounter(self.folder / "letters.txt"),
             lambda site, why: self.bad.append((site, why)),
         )
         asked = Asked(letters.send, stage, moment)

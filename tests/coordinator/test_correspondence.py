@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from client.mailbox import Mailbox
-from coordinator.correspondence import Correspondence
-from coordinator.exchange import MemoryExchange
-from coordinator.numbers import Numbers
-from protos import codec, letters
+from offsite.client.network.message_endpoint import SignedEndpoint
+from offsite.coordinator.network.signed_exchange import SignedExchange
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.protos import codec, signed_messages
+from offsite.trust.identity import Identity
 from tests.memory_federation import federation_of
-from trust.identity import Identity
 
 SITES = ("ash", "birch", "cedar")
 Middle = Callable[[str, dict[str, bytes]], dict[str, bytes]]
@@ -37,19 +37,19 @@ class Pair:
         self._memory = MemoryExchange({site: self.mailbox(site).answer for site in SITES})
         self.talk = self.correspondence()
 
-    def correspondence(self) -> Correspondence:
+    def correspondence(self) -> SignedExchange:
         """The coordinator's end; made again, it is the coordinator after a restart."""
-        return Correspondence(
+        return SignedExchange(
             self,
             self.coordinator,
             self.federation,
-            Numbers(self.folder / "letters.txt", lambda: 1),
+            MonotonicCounter(self.folder / "letters.txt", lambda: 1),
             lambda site, reason: self.bad.append((site, reason)),
             tries=self.tries,
         )
 
-    def mailbox(self, site: str) -> Mailbox:
-        return Mailbox(
+    def mailbox(self, site: str) -> SignedEndpoint:
+        return SignedEndpoint(
             site,
             self.identities[site],
             coordinator=self.coordinator.public,
@@ -214,15 +214,15 @@ def test_somebody_without_the_keys_writes_letters_and_answers(pair: Pair) -> Non
     stranger, digest = Identity.generate(), pair.federation.digest()
 
     def forge(sender: str, recipient: str, number: int) -> bytes:
-        return letters.write(
+        return signed_messages.write(
             stranger, digest, sender=sender, recipient=recipient, stage="keys", number=number, body=b"forged"
         )
 
-    pair.down = lambda stage, payloads: {site: forge(letters.COORDINATOR, site, 1 << 60) for site in payloads}
+    pair.down = lambda stage, payloads: {site: forge(signed_messages.COORDINATOR, site, 1 << 60) for site in payloads}
     assert pair.ask() == {}
     assert pair.handled == []
     pair.down = lambda stage, payloads: payloads
-    pair.up = lambda stage, replies: {site: forge(site, letters.COORDINATOR, 2) for site in replies}
+    pair.up = lambda stage, replies: {site: forge(site, signed_messages.COORDINATOR, 2) for site in replies}
     assert pair.ask() == {}
     assert all("did not sign" in reason for _, reason in pair.bad[-len(SITES) :])
     pair.up = lambda stage, replies: replies
@@ -284,8 +284,12 @@ def test_every_letter_of_one_stage_goes_to_one_site_only(pair: Pair) -> None:
 def test_the_same_letters_of_another_epoch_are_refused(pair: Pair, tmp_path: Path) -> None:
     """Same keys, same sites, a manifest with one other term."""
     other = federation_of(pair.identities, pair.coordinator, max_epsilon=7.0)
-    talk = Correspondence(
-        pair, pair.coordinator, other, Numbers(tmp_path / "letters.txt"), lambda site, why: pair.bad.append((site, why))
+    talk = SignedExchange(
+        pair,
+        pair.coordinator,
+        other,
+        MonotonicCounter(tmp_path / "letters.txt"),
+        lambda site, why: pair.bad.append((site, why)),
     )
     assert talk.send("keys", {"ash": b"x"}) == {}
     assert pair.handled == []

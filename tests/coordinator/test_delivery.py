@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.delivery import Delivery, deliver
-from emulator.package import read_manifest
-from errors import DataError
-from protos.signed_job import package_context
+from offsite.coordinator.network.package_delivery import Delivery, deliver
+from offsite.emulator.package.package_reader import read_manifest
+from offsite.errors import DataError
+from offsite.protos.signed_job import package_context
+from offsite.trust import streaming
 from tests.memory_federation import World, make_world
-from trust import streaming
 
 
 @pytest.fixture(scope="module")

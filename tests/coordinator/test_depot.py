@@ -17,14 +17,14 @@ import grpc
 import psutil
 import pytest
 
-import client.fetch
-import coordinator.depot
-from coordinator.depot import BUSY, CHUNK, MOST_OF_ONE, MOST_REQUESTS, WORKERS, Depot, Tls
-from errors import DataError, Untrusted
-from protos import depot_pb2 as wire
-from protos import depot_pb2_grpc as stubs
-from protos.flower_process import OPEN_FILES
-from trust.certificates import (
+import offsite.client.network.fetch
+import offsite.coordinator.network.depot
+from offsite.coordinator.network.depot import BUSY, CHUNK, MOST_OF_ONE, MOST_REQUESTS, WORKERS, Depot, Tls
+from offsite.errors import DataError, Untrusted
+from offsite.protos import depot_pb2 as wire
+from offsite.protos import depot_pb2_grpc as stubs
+from offsite.protos.flower_process import OPEN_FILES
+from offsite.trust.certificates import (
     Authority,
     certificate_key,
     create_authority,
@@ -263,8 +263,8 @@ def silent(channel: grpc.Channel) -> object:
 
 
 def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator.depot, "WORKERS", 1)
-    monkeypatch.setattr(coordinator.depot, "MOST_REQUESTS", 3)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "MOST_REQUESTS", 3)
     with served_anew(world), world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(3)]
         until = time.monotonic() + 10
@@ -278,12 +278,12 @@ def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monke
 
 def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was revoked is told so at once, a member is given up after some seconds."""
-    monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 1)
-    monkeypatch.setattr(coordinator.depot, "WORKERS", 2)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 2)
     with served_anew(world), world.channel(world.ash) as channel:
         members = [silent(channel) for _ in range(2)]
         assert [read_to_its_end(call) for call in members] == [grpc.StatusCode.CANCELLED] * 2
-        monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 60)
+        monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 60)
         world.members.discard(certificate_key(world.ash[0]))
         revoked = [silent(channel) for _ in range(5)]
         assert [read_to_its_end(call) for call in revoked] == [grpc.StatusCode.PERMISSION_DENIED] * 5
@@ -301,7 +301,7 @@ def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             world.describe(world.ash)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert client.fetch._passing(caught.value) == caught.value.details()  # it tries again
+        assert offsite.client.network.fetch._passing(caught.value) == caught.value.details()  # it tries again
         for call in calls:
             call.cancel()  # type: ignore[attr-defined]
     assert comes_in_again(world)
@@ -309,7 +309,7 @@ def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
 
 def test_a_request_counts_until_it_ends_in_any_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answered, refused, called off, given up as silent, cut off: none of them is held against the site."""
-    monkeypatch.setattr(coordinator.depot, "REQUEST_SECONDS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 1)
     for _ in range(MOST_OF_ONE + 2):
         assert retried(lambda: world.describe(world.ash)) == grpc.StatusCode.OK
         assert retried(lambda: world.describe(world.ash, "f" * 64)) == grpc.StatusCode.NOT_FOUND
@@ -326,7 +326,7 @@ def test_a_request_counts_until_it_ends_in_any_way(world: World, monkeypatch: py
 
 
 def test_the_words_for_a_full_hand_are_those_that_a_site_knows() -> None:
-    assert client.fetch._BUSY in BUSY
+    assert offsite.client.network.fetch._BUSY in BUSY
 
 
 def retried(call: Callable[[], object]) -> grpc.StatusCode:
@@ -362,8 +362,8 @@ def test_more_requests_may_wait_than_are_answered_at_once() -> None:
 
 def test_strangers_hold_no_worker_and_are_disconnected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that never finish TLS, more than there are workers, keep nobody out and do not last."""
-    monkeypatch.setattr(coordinator.depot, "HANDSHAKE_SECONDS", 2)
-    monkeypatch.setattr(coordinator.depot, "WORKERS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "HANDSHAKE_SECONDS", 2)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 1)
     tls = Tls(world.ca.certificate, *world.server)
     depot = Depot(world.folder, address="127.0.0.1:0", tls=tls, allowed=world.allowed)
     world.port = depot.start()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cli.run import with_options
-from coordinator.config import FedConfig, parse_config
-from coordinator.emulator_config import EmulatorConfig, Kind, VariantConfig
-from errors import ConfigError
+from offsite.coordinator.config.emulator_table import EmulatorConfig, EmulatorVariant, VariantConfig
+from offsite.coordinator.config.federation_file import FedConfig, parse_config
+from offsite.errors import ConfigError
+from offsite.simulation.run_folder import with_options
 
 SITES = ("ash", "birch", "cedar", "elm")
 FED = """
@@ -41,14 +41,14 @@ def test_what_is_not_given_is_as_in_emulator() -> None:
     embedding = "int4"
     """
     assert config(text).emulator.kinds(SITES) == (
-        Kind(("cedar",), ("int4:64",), "int8", 0.6),
-        Kind(("ash",), ("int4:64",), "int4", 0.6),
-        Kind(("birch", "elm"), ("skip_uniform:0.5", "int4:64"), "int8", 0.3),
+        EmulatorVariant(("cedar",), ("int4:64",), "int8", 0.6),
+        EmulatorVariant(("ash",), ("int4:64",), "int4", 0.6),
+        EmulatorVariant(("birch", "elm"), ("skip_uniform:0.5", "int4:64"), "int8", 0.3),
     )
 
 
 def test_without_variants_there_is_one_for_all() -> None:
-    assert config("").emulator.kinds(SITES) == (Kind(SITES, ("int4:64",), "int8", 0.6),)
+    assert config("").emulator.kinds(SITES) == (EmulatorVariant(SITES, ("int4:64",), "int8", 0.6),)
 
 
 def test_equal_settings_are_one_emulator_that_keeps_to_each_gate() -> None:
@@ -61,8 +61,8 @@ def test_equal_settings_are_one_emulator_that_keeps_to_each_gate() -> None:
         ),
     )
     assert emulator.kinds(SITES) == (
-        Kind(("ash", "cedar"), ("int4",), "int8", 0.7),
-        Kind(("birch", "elm"), ("int3",), "int8", 0.4),
+        EmulatorVariant(("ash", "cedar"), ("int4",), "int8", 0.7),
+        EmulatorVariant(("birch", "elm"), ("int3",), "int8", 0.4),
     )
 
 

@@ -9,9 +9,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from coordinator.exchange import MOST_TOLD
-from coordinator.flower_edge import _message, call
-from protos.flower import pack
+from offsite.coordinator.network.flower_exchange import _message, call
+from offsite.coordinator.rounds.exchange import MOST_TOLD
+from offsite.protos.flower import pack
 
 
 class Answering:

@@ -12,27 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from adapter.earlier import earlier_bottlenecks
-from adapter.export import export, load
-from adapter.masked import largest
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from cli.display import PlainDisplay
-from cli.run import Run
-from cli.simulate import _job
-from client.workbench import open_workbench
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.given import check_frozen, check_mask, collected
-from coordinator.public_records import public_records
-from coordinator.rounds import RoundPlan, run_round
-from coordinator.shipped import Shipped
-from emulator import package
-from emulator.manifest import GIVEN, FileEntry
-from emulator.plug import plug
-from emulator.verdict import Limits
-from errors import ConfigError, DataError, MalformedMessage, OffsiteError, RangeError, UnsupportedModel
-from task.tasks import TASKS
+from offsite.adapter.earlier import earlier_bottlenecks
+from offsite.adapter.export import export, load
+from offsite.adapter.methods import attach
+from offsite.adapter.methods.masked import largest
+from offsite.adapter.spec import AdapterSpec
+from offsite.cli.display import PlainDisplay
+from offsite.client.training.emulator_session import open_session
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
+from offsite.coordinator.job.public_records import public_records
+from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, run_round
+from offsite.emulator.package import auxiliary_file, package_reader
+from offsite.emulator.package.manifest import GIVEN, FileEntry
+from offsite.emulator.runtime.plug_in import plug
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.errors import ConfigError, DataError, MalformedMessage, OffsiteError, RangeError, UnsupportedModel
+from offsite.simulation.run_folder import Run
+from offsite.simulation.simulate import _job
+from offsite.task.tasks import TASKS
 from tests.conftest import VARIANT
 from tests.memory_federation import World, make_world, open_sites
 
@@ -98,7 +98,7 @@ def languages(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 def test_a_mask_by_fisher_information_of_public_data(fed: Path, tmp_path: Path) -> None:
     world = make_world(written(fed, "fisher", FISHER), tmp_path / "world")
-    given = package.read_given(world.run.store.package, package.read_manifest(world.run.store.package))
+    given = auxiliary_file.read(world.run.store.package, package_reader.read_manifest(world.run.store.package))
     base = plain(world)
     for name, places in given.items():
         weight = base.get_submodule(name.removesuffix(".places")).weight
@@ -197,32 +197,32 @@ def test_a_site_trains_on_nothing_but_what_its_job_takes(
     """A coordinator that announces another file honestly, and signs a job for it."""
     folder = tmp_path / "package"
     shutil.copytree(madx.run.store.package, folder)
-    facts = package.read_manifest(folder)
-    content = save(change(package.read_given(folder, facts)))
+    facts = package_reader.read_manifest(folder)
+    content = save(change(auxiliary_file.read(folder, facts)))
     (folder / GIVEN).write_bytes(content)
     files = facts.files | {GIVEN: FileEntry(hashlib.sha256(content).hexdigest(), len(content))}
     lied = dataclasses.replace(facts, files=files)
     (folder / "manifest.json").write_bytes(lied.to_bytes())
     with pytest.raises(kind, match=reason) as caught:
-        open_workbench(folder, madx.manifest, emulator=lied.digest(), limits=Limits(), seed=1)
+        open_session(folder, madx.manifest, emulator=lied.digest(), limits=VettingThresholds(), seed=1)
     assert "\n" not in str(caught.value)
 
 
 def test_a_site_vets_frozen_adapters_where_they_stand(madx: World) -> None:
-    bench = open_workbench(
+    session = open_session(
         madx.run.store.package,
         madx.manifest,
         emulator=madx.manifest.emulator,
-        limits=Limits(),
+        limits=VettingThresholds(),
         seed=1,
         weights="stored",
     )
-    kinds = [{check.name for check in vetting.checks} for vetting in bench.vetting]
+    kinds = [{check.name for check in vetting.checks} for vetting in session.vetting]
     assert len(kinds) == 3
     assert "given_peak" in kinds[0]
     assert {"growth", "least_change"} & kinds[2]
-    madx.bench.put(madx.bench.start)  # a round may have trained on it
-    assert torch.equal(outputs(bench.model), outputs(madx.bench.model))
+    madx.session.put(madx.session.start)  # a round may have trained on it
+    assert torch.equal(outputs(session.model), outputs(madx.session.model))
 
 
 def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path
     assert torch.equal(outputs(tuned), outputs(job.full))
     plug(job.full, job.layout, world.start)
     assert (outputs(tuned) - outputs(job.full)).abs().max() > 1e-5
-    shipped = Shipped.open(world.run.store.package, job)  # as a refresh opens it
+    shipped = DeployedEmulator.open(world.run.store.package, job)  # as a refresh opens it
     assert {name for name, p in shipped.model.named_parameters() if p.requires_grad} == set(job.layout.names)
 
 

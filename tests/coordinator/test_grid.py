@@ -15,9 +15,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from coordinator.grid import LOST, GuardedGrid, check_size
-from errors import MalformedMessage
-from protos.flower import pack, unpack
+from offsite.coordinator.network.flower_grid import LOST, GuardedGrid, check_size
+from offsite.errors import MalformedMessage
+from offsite.protos.flower import pack, unpack
 
 LARGEST = 4 << 20
 

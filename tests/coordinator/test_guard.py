@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coordinator.link import Link, LinkPlace
-from protos.guard import CONTENT, MOST_BODY_BYTES, MOST_OBJECT_BYTES
+from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+from offsite.protos.guard import CONTENT, MOST_BODY_BYTES, MOST_OBJECT_BYTES
 from tests.coordinator import test_link
 from tests.coordinator.test_link import keys
 
@@ -15,10 +15,13 @@ pytestmark = pytest.mark.slow
 place = test_link.place
 
 
-def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: LinkPlace, tmp_path: Path) -> None:
+def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: SuperLinkPlace, tmp_path: Path) -> None:
     context = ssl.create_default_context(cadata=place.ca.read_text())
     log = place.folder / "superlink.log"
-    with Link(place, keys(tmp_path, "ash")), httpx.Client(verify=context, base_url=f"https://{place.local}") as peer:
+    with (
+        SuperLinkSession(place, keys(tmp_path, "ash")),
+        httpx.Client(verify=context, base_url=f"https://{place.local}") as peer,
+    ):
         before = log.read_text()
         named = {"content-type": CONTENT.decode()}
         for path in ("/v1/fleet/push-object", "/v1/fleet/anything", "/docs/anything"):

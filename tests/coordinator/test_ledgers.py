@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.ledgers import MOST_LEDGERS, Ledgers
-from errors import DataError
-from protos.codec import LedgerHead
-from trust.countersign import check_countersigned
-from trust.identity import Identity
+from offsite.coordinator.home.ledger_heads import MOST_LEDGERS, Ledgers
+from offsite.errors import DataError
+from offsite.protos.codec import LedgerHead
+from offsite.trust.countersign import check_countersigned
+from offsite.trust.identity import Identity
 
 IDENTITY = Identity.from_bytes(bytes(32))
 

@@ -17,26 +17,26 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StopRunReq
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from coordinator.grid import LOST, LOST_SECONDS, retries, why_lost
-from coordinator.link import Link, LinkPlace
-from errors import ConfigError, DataError
-from protos.guard import Secret
+from offsite.coordinator.network.flower_grid import LOST, LOST_SECONDS, retries, why_lost
+from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+from offsite.errors import ConfigError, DataError
+from offsite.protos.guard import Secret
+from offsite.trust.certificates import create_authority, issue_server, new_key
+from offsite.trust.keys import SiteKeys
 from tests.faults.conftest import free_ports, wait_for
-from trust.certificates import create_authority, issue_server, new_key
-from trust.keys import SiteKeys
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> LinkPlace:
+def place(tmp_path: Path) -> SuperLinkPlace:
     now, key = datetime.now(UTC), new_key()
     authority = create_authority("link", now=now)
     (tmp_path / "ca.pem").write_bytes(authority.certificate)
     (tmp_path / "server.key").write_bytes(key)
     (tmp_path / "server.pem").write_bytes(issue_server(authority, key, ["127.0.0.1"], now=now))
     files = (tmp_path / name for name in ("ca.pem", "server.pem", "server.key"))
-    return LinkPlace(tmp_path / "link", "127.0.0.1", free_ports(1)[0], *files)
+    return SuperLinkPlace(tmp_path / "link", "127.0.0.1", free_ports(1)[0], *files)
 
 
 def keys(folder: Path, *sites: str) -> dict[str, str]:
@@ -47,7 +47,7 @@ def keys(folder: Path, *sites: str) -> dict[str, str]:
     return made
 
 
-def asked(place: LinkPlace, ask: Callable[[ControlHttpClient], Any]) -> Any:
+def asked(place: SuperLinkPlace, ask: Callable[[ControlHttpClient], Any]) -> Any:
     control = ControlHttpClient.from_server_address(
         place.local,
         insecure=False,
@@ -63,18 +63,18 @@ def asked(place: LinkPlace, ask: Callable[[ControlHttpClient], Any]) -> Any:
         control.close()
 
 
-def unfinished(place: LinkPlace) -> list[int]:
+def unfinished(place: SuperLinkPlace) -> list[int]:
     runs = asked(place, lambda control: control.ListRuns(ListRunsRequest()).run_dict)
     return [run_id for run_id, run in runs.items() if run.status.status != Status.FINISHED]
 
 
-def members(place: LinkPlace) -> set[bytes]:
+def members(place: SuperLinkPlace) -> set[bytes]:
     nodes = asked(place, lambda control: control.ListNodes(ListNodesRequest()).nodes_info)
     return {bytes(node.public_key) for node in nodes if node.status != "unregistered"}
 
 
-def test_it_starts_with_one_run_and_the_federations_nodes(place: LinkPlace, tmp_path: Path) -> None:
-    with Link(place, keys(tmp_path, "ash", "birch")) as link:
+def test_it_starts_with_one_run_and_the_federations_nodes(place: SuperLinkPlace, tmp_path: Path) -> None:
+    with SuperLinkSession(place, keys(tmp_path, "ash", "birch")) as link:
         assert link.node_ids() == {}  # registered, not connected
         assert len(members(place)) == 2
         assert len(unfinished(place)) == 1
@@ -84,36 +84,39 @@ def test_it_starts_with_one_run_and_the_federations_nodes(place: LinkPlace, tmp_
 
 
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/"])
-def test_peers_without_the_secret_reach_the_fleet_only(place: LinkPlace, tmp_path: Path, path: str) -> None:
+def test_peers_without_the_secret_reach_the_fleet_only(place: SuperLinkPlace, tmp_path: Path, path: str) -> None:
     context = ssl.create_default_context(cadata=place.ca.read_text())
-    with Link(place, keys(tmp_path, "ash")), httpx.Client(verify=context, base_url=f"https://{place.local}") as peer:
+    with (
+        SuperLinkSession(place, keys(tmp_path, "ash")),
+        httpx.Client(verify=context, base_url=f"https://{place.local}") as peer,
+    ):
         assert peer.get("/health").status_code == httpx.codes.OK
         assert peer.post("/v1/fleet/pull-messages").status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND)
         for method in ("GET", "POST"):
             assert peer.request(method, path).status_code == httpx.codes.NOT_FOUND
 
 
-def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: LinkPlace, tmp_path: Path) -> None:
-    link = Link(place, keys(tmp_path, "ash", "birch"))
+def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: SuperLinkPlace, tmp_path: Path) -> None:
+    link = SuperLinkSession(place, keys(tmp_path, "ash", "birch"))
     with link:
         before, old = members(place), unfinished(place)
         assert link.process.pid is not None
         link.process._process.kill()  # type: ignore[union-attr]
         wait_for(lambda: not link.process.running, 10)
-    with Link(place, keys(tmp_path, "birch", "cedar")):
+    with SuperLinkSession(place, keys(tmp_path, "birch", "cedar")):
         assert len(members(place) & before) == 1
         assert len(members(place)) == 2
         assert len(unfinished(place)) == 1
         assert not set(unfinished(place)) & set(old)
 
 
-def test_a_port_that_is_taken_is_said(place: LinkPlace, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said(place: SuperLinkPlace, tmp_path: Path) -> None:
     import dataclasses
 
-    with Link(place, keys(tmp_path, "ash")):
+    with SuperLinkSession(place, keys(tmp_path, "ash")):
         second = dataclasses.replace(place, folder=tmp_path / "second")
         with pytest.raises(DataError, match=f"link=127.0.0.1:{place.port}: Flower's SuperLink did not start"):
-            Link(second, keys(tmp_path, "ash")).__enter__()
+            SuperLinkSession(second, keys(tmp_path, "ash")).__enter__()
 
 
 @pytest.fixture
@@ -126,10 +129,10 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
-    place: LinkPlace, tmp_path: Path, interrupts: list[int]
+    place: SuperLinkPlace, tmp_path: Path, interrupts: list[int]
 ) -> None:
     """As after a minute's sleep of the machine: the run's token has expired with its heartbeats."""
-    with Link(place, keys(tmp_path, "ash")) as link:
+    with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
         (run,) = unfinished(place)
         asked(place, lambda control: control.StopRun(StopRunRequest(run_id=run)))
         began = time.monotonic()
@@ -141,13 +144,13 @@ def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
         assert link.process.running
     assert time.monotonic() - began < 10
     assert interrupts == []
-    with Link(place, keys(tmp_path, "ash")) as again:
+    with SuperLinkSession(place, keys(tmp_path, "ash")) as again:
         assert again.node_ids() == {}
 
 
-def test_a_superlink_that_died_leaves_no_heartbeat_behind(place: LinkPlace, tmp_path: Path) -> None:
+def test_a_superlink_that_died_leaves_no_heartbeat_behind(place: SuperLinkPlace, tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    with Link(place, keys(tmp_path, "ash")) as link:
+    with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
         heartbeat = link._heartbeat
         assert heartbeat is not None
         assert heartbeat.is_running

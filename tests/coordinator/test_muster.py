@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.exchange import MOST_TOLD, cut
-from coordinator.ledgers import Ledgers
-from coordinator.muster import PIECE, Muster, Terms
-from coordinator.status import Status, read_status
-from errors import TooFewSurvivors, Untrusted
-from protos import codec
+from offsite.coordinator.home.ledger_heads import Ledgers
+from offsite.coordinator.home.status import Status, read_status
+from offsite.coordinator.network.readiness import PIECE, ReadinessPolicy, ReadinessPoller
+from offsite.coordinator.rounds.exchange import MOST_TOLD, cut
+from offsite.errors import TooFewSurvivors, Untrusted
+from offsite.protos import codec
+from offsite.trust.federation_manifest import FederationManifest, sign
+from offsite.trust.identity import Identity
 from tests.memory_federation import federation_of
-from trust.federation import Federation, sign
-from trust.identity import Identity
 
 NAMES = ("ash", "birch", "cedar")
 PATIENCE = 100.0
@@ -49,7 +49,7 @@ class Waiting:
         self.path = folder / "status.json"
         self.status = Status(self.path, lambda: NOW)
         self.status.set("waiting for sites")
-        self.muster = Muster(
+        self.muster = ReadinessPoller(
             self,
             self.federation,
             self.offer,
@@ -86,7 +86,7 @@ class Waiting:
         return codec.OfferReply(said.state, said.detail, said.fetched, sign(self.federation, self.identities[site]))
 
     def gather(self, wanted: int = 3, fewest: int = 3, patience: float = PATIENCE) -> tuple[str, ...]:
-        return self.muster.gather(Terms(wanted, fewest, patience))
+        return self.muster.gather(ReadinessPolicy(wanted, fewest, patience))
 
     def waits(self, least: float, most: float) -> TooFewSurvivors:
         """The muster gives up after so many seconds."""
@@ -274,5 +274,5 @@ def test_another_epoch_does_not_end_a_job_that_all_have_signed(tmp_path: Path) -
     assert str(caught.value) == CHANGED
 
 
-def following(federation: Federation) -> Federation:
+def following(federation: FederationManifest) -> FederationManifest:
     return replace(federation, epoch=2, previous=federation.digest().hex())

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.numbers import Numbers
-from errors import DataError
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = st.integers(1, 2**62)
@@ -18,7 +18,7 @@ CLOCK = st.integers(1, 2**62)
 
 def test_they_start_at_the_clock_and_only_go_up(tmp_path: Path) -> None:
     ticks = iter([100, 100, 99, 5, 200])
-    numbers = Numbers(tmp_path / "n", lambda: next(ticks))
+    numbers = MonotonicCounter(tmp_path / "n", lambda: next(ticks))
     assert [numbers.next() for _ in range(5)] == [100, 101, 102, 103, 200]
 
 
@@ -28,10 +28,10 @@ def test_whatever_the_clock_says_and_however_often_it_is_opened(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, bool]]
 ) -> None:
     path, clock = tmp_path_factory.mktemp("numbers") / "n", [0]
-    numbers, seen = Numbers(path, lambda: clock[0]), [0]
+    numbers, seen = MonotonicCounter(path, lambda: clock[0]), [0]
     for now, restart in steps:
         clock[0] = now
-        numbers = Numbers(path, lambda: clock[0]) if restart else numbers
+        numbers = MonotonicCounter(path, lambda: clock[0]) if restart else numbers
         seen.append(numbers.next())
         assert seen[-1] > seen[-2]
         assert seen[-1] >= now
@@ -40,30 +40,30 @@ def test_whatever_the_clock_says_and_however_often_it_is_opened(
 
 def test_two_that_share_a_file_take_turns(tmp_path: Path) -> None:
     """The offers, the rounds and the farewell of a job each open the letters' numbers."""
-    two = [Numbers(tmp_path / "n", lambda: 1) for _ in range(3)]
+    two = [MonotonicCounter(tmp_path / "n", lambda: 1) for _ in range(3)]
     assert [two[place % 3].next() for place in range(9)] == list(range(1, 10))
 
 
 def test_a_lost_file_costs_nothing_while_the_clock_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "n"
-    before = [Numbers(path).next() for _ in range(50)]
+    before = [MonotonicCounter(path).next() for _ in range(50)]
     path.unlink()
-    assert Numbers(path).next() > before[-1]
+    assert MonotonicCounter(path).next() > before[-1]
 
 
 def test_a_number_that_could_not_be_kept_is_not_given(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     with pytest.raises(DataError, match=r"file='.*/gone/n': cannot be written \(No such file or directory\)"):
-        Numbers(folder / "n").next()
+        MonotonicCounter(folder / "n").next()
     folder.mkdir()
     path = folder / "n"
-    first = Numbers(path, lambda: 10).next()
+    first = MonotonicCounter(path, lambda: 10).next()
     partial = folder / f".n.{os.getpid()}.partial"
     partial.mkdir()
     with pytest.raises(DataError, match="cannot be written"):
-        Numbers(path, lambda: 10).next()
+        MonotonicCounter(path, lambda: 10).next()
     partial.rmdir()
-    assert Numbers(path, lambda: 10).next() == first + 1
+    assert MonotonicCounter(path, lambda: 10).next() == first + 1
 
 
 def test_killed_at_any_moment_none_comes_again(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_killed_at_any_moment_none_comes_again(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "n").write_text(content)
     with pytest.raises(DataError, match="is damaged; remove it"):
-        Numbers(tmp_path / "n").next()
+        MonotonicCounter(tmp_path / "n").next()

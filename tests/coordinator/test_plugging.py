@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from cli.run import Run
-from cli.simulate import simulate
-from coordinator.evaluate import score
-from coordinator.job import public_records
-from coordinator.store import Progress
-from emulator.correct import STRENGTHS
-from emulator.package import load
-from emulator.plug import plug
-from task.tasks import TASKS
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.prepare import public_records
+from offsite.coordinator.job.store import Progress
+from offsite.emulator.package.package_reader import load
+from offsite.emulator.runtime.correction import STRENGTHS
+from offsite.emulator.runtime.plug_in import plug
+from offsite.simulation.run_folder import Run
+from offsite.simulation.simulate import simulate
+from offsite.task.tasks import TASKS
 from tests.cli.test_simulate import open_run, options
 
 TASK = TASKS["causal_lm"]

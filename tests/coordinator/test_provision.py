@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from coordinator.provision import Home
-from errors import ConfigError, DataError, UnknownName, Untrusted
-from trust import certificates
-from trust.federation import Federation, check_follows, check_signatures, sign
-from trust.keys import SiteKeys
-from trust.request import SiteRequest, write_request
-from trust.welcome import Welcome
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.errors import ConfigError, DataError, UnknownName, Untrusted
+from offsite.trust import certificates
+from offsite.trust.federation_manifest import FederationManifest, check_follows, check_signatures, sign
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import SiteRequest, write_request
+from offsite.trust.welcome import Welcome
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 LATER = NOW + timedelta(days=40)
@@ -27,7 +27,7 @@ TERMS = {"name": "demo", "host": "127.0.0.1", "link_port": 8443, "depot_port": 8
 
 @pytest.fixture
 def home(tmp_path):
-    return Home.create(tmp_path / "coordinator", **TERMS, now=NOW, suite=1)
+    return CoordinatorHome.create(tmp_path / "coordinator", **TERMS, now=NOW, suite=1)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_every_change_is_a_new_epoch_that_names_the_last(home, keys):
     assert [len(one.members) for one in (first, second, third, fourth)] == [3, 4, 3, 3]
     assert fourth.created == "2027-01-03T12:00:00Z"
     told = welcome(home, "north")
-    assert [Federation.from_bytes(one) for one in told.earlier] == [first, second, third]
-    assert [Federation.from_bytes(one) for one in welcome(home, "south").earlier] == [second, third]
+    assert [FederationManifest.from_bytes(one) for one in told.earlier] == [first, second, third]
+    assert [FederationManifest.from_bytes(one) for one in welcome(home, "south").earlier] == [second, third]
     stored = [(home.folder / "federation" / f"epoch-{n}.json").read_bytes() for n in range(1, 5)]
     assert stored == [one.to_bytes() for one in (first, second, third, fourth)]
 
@@ -89,7 +89,7 @@ def test_a_changed_setting_counts_with_the_next_decision(home, keys):
     home.approve(requests(keys), NOW)
     path = home.folder / "coordinator.toml"
     path.write_text(path.read_text().replace("max_epsilon = 8.0", "max_epsilon = 4.0"))
-    again = Home.open(home.folder)
+    again = CoordinatorHome.open(home.folder)
     assert again.federation().epoch == 1
     changed = again.approve(requests(keys, "north"), NOW)
     assert (changed.epoch, changed.max_epsilon) == (2, 4.0)
@@ -97,7 +97,7 @@ def test_a_changed_setting_counts_with_the_next_decision(home, keys):
 
 def test_a_revoked_site_is_out_at_once_and_its_keys_never_return(home, keys, tmp_path):
     home.approve(requests(keys, *SITES, "south"), NOW)
-    running = Home.open(home.folder)  # a process that runs since before the revocation
+    running = CoordinatorHome.open(home.folder)  # a process that runs since before the revocation
     assert running.member_by_tls(keys["south"].tls_public()) == "south"
     home.revoke("south", NOW)
     with pytest.raises(Untrusted, match="was it revoked"):
@@ -208,14 +208,14 @@ def test_keys_are_private_and_nothing_is_overwritten(home):
         assert stat.S_IMODE((home.folder / name).stat().st_mode) == 0o600, name
     assert stat.S_IMODE(home.folder.stat().st_mode) == 0o700
     with pytest.raises(ConfigError, match="not empty"):
-        Home.create(home.folder, **TERMS, now=NOW)
+        CoordinatorHome.create(home.folder, **TERMS, now=NOW)
     (home.folder / "identity.key").chmod(0o644)
     with pytest.raises(Untrusted, match="mode 644"):
-        _ = Home.open(home.folder).identity
+        _ = CoordinatorHome.open(home.folder).identity
     with pytest.raises(DataError, match="no site is approved"):
         home.federation()
     with pytest.raises(DataError, match="offsite coordinator init"):
-        Home.open(home.folder / "link")
+        CoordinatorHome.open(home.folder / "link")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_keys_are_private_and_nothing_is_overwritten(home):
 )
 def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        Home.create(tmp_path / "home", **(TERMS | change), now=NOW)
+        CoordinatorHome.create(tmp_path / "home", **(TERMS | change), now=NOW)
     assert not (tmp_path / "home").exists()
 
 
@@ -255,9 +255,9 @@ def test_the_settings_file_is_read_strictly(home):
     ):
         path.write_text(bad)
         with pytest.raises(ConfigError, match=match):
-            Home.open(home.folder)
+            CoordinatorHome.open(home.folder)
     path.write_text(text)
-    assert Home.open(home.folder).settings == home.settings
+    assert CoordinatorHome.open(home.folder).settings == home.settings
 
 
 def test_damaged_records_are_refused(home, keys):
@@ -272,7 +272,7 @@ def test_damaged_records_are_refused(home, keys):
 
 def kill_at(folder: Path, request: bytes, step: int) -> None:
     """Approves in a process that dies at one of the renames that make a file count."""
-    home, count, rename = Home.open(folder), 0, Path.replace
+    home, count, rename = CoordinatorHome.open(folder), 0, Path.replace
 
     def dying(self, target):
         nonlocal count
@@ -295,7 +295,7 @@ def test_after_a_kill_at_any_step_the_folder_is_of_one_epoch(home, keys):
         process = spawn.Process(target=kill_at, args=(home.folder, request.to_bytes(), step))
         process.start()
         process.join(30)
-        opened = Home.open(home.folder)
+        opened = CoordinatorHome.open(home.folder)
         federation = opened.federation()
         seen.append(federation.epoch)
         for member in federation.members:
@@ -314,9 +314,9 @@ def test_after_a_kill_at_any_step_the_folder_is_of_one_epoch(home, keys):
 
 def approve_one(folder: Path, request: bytes) -> None:
     """Approves slowly, so that without a lock all would begin from the same records."""
-    issue = Home._certificate
-    Home._certificate = lambda *arguments: time.sleep(0.3) or issue(*arguments)
-    Home.open(folder).approve([SiteRequest.from_bytes(request)], NOW)
+    issue = CoordinatorHome._certificate
+    CoordinatorHome._certificate = lambda *arguments: time.sleep(0.3) or issue(*arguments)
+    CoordinatorHome.open(folder).approve([SiteRequest.from_bytes(request)], NOW)
 
 
 def test_two_processes_that_approve_at_once_lose_nobody(home, keys):

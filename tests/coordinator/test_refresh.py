@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job, simulate
-from client.train import local_update
-from coordinator.aggregate import AGGREGATORS, RuleSettings, ServerState
-from coordinator.sections import refreshes
-from coordinator.shipped import Shipped
-from coordinator.store import Progress
-from emulator.refresh import plain_of
-from emulator.refreshable import size_of
-from errors import ConfigError
-from privacy.randomness import Randomness
-from secagg import ring
+from offsite.cli.display import PlainDisplay
+from offsite.client.training.local_update import local_update
+from offsite.coordinator.aggregation.rules import AGGREGATORS, RuleSettings, ServerState
+from offsite.coordinator.job.store import Progress
+from offsite.coordinator.report.sections import refreshes
+from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
+from offsite.emulator.runtime.refresh import plain_of
+from offsite.emulator.runtime.refresh_state import size_of
+from offsite.errors import ConfigError
+from offsite.privacy.randomness import Randomness
+from offsite.secagg import ring
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job, simulate
 from tests.cli.test_simulate import StopAfter, open_run, options, weights
 
 ALIGNED = """compress = ["lowrank:0.25", "center"]
@@ -77,22 +77,22 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
     manifest = run.job()
     assert manifest is not None
     assert before.refresh
-    bench = simulated_benches(run, manifest)["ash"]
-    shipped = copy.deepcopy(plain_of(bench.model).state_dict())
+    session = simulated_sessions(run, manifest)["ash"]
+    shipped = copy.deepcopy(plain_of(session.model).state_dict())
     with torch.no_grad():
         for name, values in before.refresh:
-            parameter = plain_of(bench.model).get_parameter(name)
+            parameter = plain_of(session.model).get_parameter(name)
             parameter.copy_(torch.from_numpy(np.frombuffer(values, np.float16).astype(np.float32)))
             assert not torch.equal(parameter, shipped[name])
     total = np.zeros(before.server.adapter.size, dtype=np.uint32)
     for name, _ in manifest.roster:
         setting = next(site for site in run.config.sites if site.name == name)
         trained = local_update(
-            bench,
+            session,
             before.server.adapter,
-            run.examples(setting.train, manifest, bench),
+            run.examples(setting.train, manifest, session),
             manifest=manifest,
-            plan=run.site(name, manifest, bench).plan,
+            plan=run.site(name, manifest, session).plan,
             randomness=Randomness.for_simulation(1, "noise", name, "2"),
         )
         draw = Randomness.for_simulation(1, "rounding", name, "2").uniform
@@ -136,16 +136,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 @pytest.fixture
-def shipped(refreshing: Path, tmp_path: Path) -> Shipped:
+def shipped(refreshing: Path, tmp_path: Path) -> DeployedEmulator:
     run = open_run(refreshing, tmp_path / "prepared", rounds=3)
-    return Shipped.open(run.store.package, _job(run, PlainDisplay()))
+    return DeployedEmulator.open(run.store.package, _job(run, PlainDisplay()))
 
 
-def started(shipped: Shipped, **more: Any) -> Progress:
+def started(shipped: DeployedEmulator, **more: Any) -> Progress:
     return Progress(ServerState.start(shipped.job.start), 1, 1.0, **more)
 
 
-def test_an_emulator_that_was_led_astray_is_led_back(shipped: Shipped) -> None:
+def test_an_emulator_that_was_led_astray_is_led_back(shipped: DeployedEmulator) -> None:
     """The public loss must fall: every bias was pushed off by a whole unit, and only a refresh can take that back."""
     shipped.biases.put(())
     near = shipped._loss()
@@ -160,7 +160,7 @@ def test_an_emulator_that_was_led_astray_is_led_back(shipped: Shipped) -> None:
     assert shipped.refreshed(progress) == (moved, facts)
 
 
-def fitted_to_one_word(shipped: Shipped, word: int) -> Shipped:
+def fitted_to_one_word(shipped: DeployedEmulator, word: int) -> DeployedEmulator:
     """The same coordinator, whose calibration text is one word over and over."""
     two = shipped.job.public.calibration.select([0, 1])
     dull = dataclasses.replace(two, input_ids=torch.full_like(two.input_ids, word))
@@ -168,7 +168,7 @@ def fitted_to_one_word(shipped: Shipped, word: int) -> Shipped:
     return dataclasses.replace(shipped, job=dataclasses.replace(shipped.job, public=public))
 
 
-def test_a_refresh_that_does_harm_is_not_kept(shipped: Shipped) -> None:
+def test_a_refresh_that_does_harm_is_not_kept(shipped: DeployedEmulator) -> None:
     """Fitted to a single word the loss on real text rises, for some word at least: the tiny model knows few."""
     progress = started(shipped)
     tried = []

@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from coordinator.drawing import spread_out
-from coordinator.report import write_report
-from coordinator.sections import FOUR
-from coordinator.statement import privacy_statement
+from offsite.coordinator.report.privacy_statement import privacy_statement
+from offsite.coordinator.report.sections import FOUR
+from offsite.coordinator.report.svg import spread_out
+from offsite.coordinator.report.write import write_report
 
 SITES = ("andrew-jackson", "grover-cleveland", "harry-s-truman", "theodore-roosevelt")
 NASTY = '<script src="http://evil.example/x.js">a & b | c</script>'

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from coordinator.aggregate import AGGREGATORS, INDIVIDUALS, REFUSED
-from coordinator.aggregation_config import AggregationConfig, RankConfig, SecaggConfig
-from coordinator.config import (
+from offsite.coordinator.aggregation.compatibility import KEYS, check_rule
+from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, REFUSED
+from offsite.coordinator.config.aggregation_table import AggregationConfig, RankConfig, SecaggConfig
+from offsite.coordinator.config.federation_file import (
     AdapterConfig,
     DataConfig,
     FedConfig,
@@ -19,8 +20,7 @@ from coordinator.config import (
     TrainingConfig,
     read_config,
 )
-from coordinator.rule_check import KEYS, check_rule
-from errors import ConfigError, DataError, UnknownName
+from offsite.errors import ConfigError, DataError, UnknownName
 
 SITES = ("ash", "birch", "cedar", "elm", "fir")
 FITS: dict[str, dict[str, Any]] = {

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from cli.run import Run, simulated_benches, with_options
-from cli.simulate import simulate
-from client.train import local_update
-from coordinator.aggregate_factors import read_earlier
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, run_round
-from privacy.randomness import Randomness
-from protos.manifest import JobManifest
-from secagg import ring
+from offsite.client.training.local_update import local_update
+from offsite.coordinator.aggregation.factor_rules import read_earlier
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, run_round
+from offsite.privacy.randomness import Randomness
+from offsite.protos.job_manifest import JobManifest
+from offsite.secagg import ring
+from offsite.simulation.run_folder import Run, simulated_sessions, with_options
+from offsite.simulation.simulate import simulate
 from tests.cli.test_simulate import options
 from tests.memory_federation import make_world, open_sites
 from tests.rule_worlds import examples_of, mask_of, written
@@ -34,14 +34,14 @@ def finished(path: Path, folder: Path, rounds: int = 2) -> tuple[Run, JobManifes
 
 def updates_of(run: Run, manifest: JobManifest, adapter: np.ndarray, number: int) -> dict[str, np.ndarray]:
     """Each site's update, trained by itself."""
-    bench, found = simulated_benches(run, manifest)["ash"], {}
+    session, found = simulated_sessions(run, manifest)["ash"], {}
     for name in SITES:
         found[name] = local_update(
-            bench,
+            session,
             adapter,
-            examples_of(run, name, manifest, bench),
+            examples_of(run, name, manifest, session),
             manifest=manifest,
-            plan=run.site(name, manifest, bench).plan,
+            plan=run.site(name, manifest, session).plan,
             randomness=Randomness.for_simulation(1, "noise", name, str(number)),
             site=name,
             number=number,
@@ -66,12 +66,12 @@ def adapter_of(run: Run) -> np.ndarray:
 
 def test_factors_in_turn(fed: Path, tmp_path: Path) -> None:
     run, manifest, report = finished(written(fed, "rolora", method="lora"), tmp_path)
-    bench = simulated_benches(run, manifest)["ash"]
-    adapter = start = bench.layout.read(bench.model)
+    session = simulated_sessions(run, manifest)["ash"]
+    adapter = start = session.layout.read(session.model)
     for number, factor in ((1, ".lora_B."), (2, ".lora_A.")):
         scale = run.store.rounds()[number - 1]["scale"]
         moved = np.zeros(adapter.size)
-        moved[mask_of(bench, {factor: slice(None)})] = (
+        moved[mask_of(session, {factor: slice(None)})] = (
             summed(manifest, updates_of(run, manifest, adapter, number), number) / 4
         )
         adapter = (adapter + moved * scale).astype(np.float32)
@@ -82,7 +82,7 @@ def test_factors_in_turn(fed: Path, tmp_path: Path) -> None:
     assert sum(sizes) == 4 * manifest.layout.size
     assert sizes[0] != sizes[1]
     assert report["aggregation"]["rule"] == "rolora"
-    earlier, named = read_earlier(str(run.store.adapter), manifest.layout), bench.layout.named(adapter)
+    earlier, named = read_earlier(str(run.store.adapter), manifest.layout), session.layout.named(adapter)
     assert set(earlier) == {name for name in named if ".lora_A." in name}  # as olora reads what was exported here
     for name, values in earlier.items():
         np.testing.assert_array_equal(values, named[name])
@@ -106,9 +106,9 @@ def test_ledger_and_egress_report_are_of_the_part_that_leaves(fed: Path, tmp_pat
 
 def test_unequal_ranks_are_divided_by_who_trained_an_entry(fed: Path, tmp_path: Path) -> None:
     run, manifest, _ = finished(written(fed, "nested"), tmp_path)
-    bench = simulated_benches(run, manifest)["ash"]
-    adapter = bench.layout.read(bench.model)
-    members = np.where(mask_of(bench, {".lora_B.": slice(0, 1)}), 4, 3)
+    session = simulated_sessions(run, manifest)["ash"]
+    adapter = session.layout.read(session.model)
+    members = np.where(mask_of(session, {".lora_B.": slice(0, 1)}), 4, 3)
     for number in (1, 2):
         scale = run.store.rounds()[number - 1]["scale"]
         updates = updates_of(run, manifest, adapter, number)
@@ -119,8 +119,8 @@ def test_unequal_ranks_are_divided_by_who_trained_an_entry(fed: Path, tmp_path: 
 
 def test_medians_of_updates_are_those_of_updates_trained_alone(fed: Path, tmp_path: Path) -> None:
     run, manifest, report = finished(written(fed, "median", secagg=False), tmp_path)
-    bench = simulated_benches(run, manifest)["ash"]
-    adapter = bench.layout.read(bench.model)
+    session = simulated_sessions(run, manifest)["ash"]
+    adapter = session.layout.read(session.model)
     for number in (1, 2):
         line = run.store.rounds()[number - 1]
         rows = np.stack([one.astype(np.float64) for one in updates_of(run, manifest, adapter, number).values()])
@@ -148,11 +148,11 @@ def _says_that_updates_were_seen(run: Run, report: dict[str, Any]) -> None:
 
 def test_the_products_are_the_best_of_the_rank_for_the_mean_product(fed: Path, tmp_path: Path) -> None:
     run, manifest, _ = finished(written(fed, "flexlora", method="lora", secagg=False), tmp_path, rounds=1)
-    bench = simulated_benches(run, manifest)["ash"]
-    start, (line,) = bench.layout.read(bench.model), run.store.rounds()
+    session = simulated_sessions(run, manifest)["ash"]
+    start, (line,) = session.layout.read(session.model), run.store.rounds()
     assert line["accepted"]
-    parts = [bench.layout.named(start + one * line["scale"]) for one in updates_of(run, manifest, start, 1).values()]
-    found = bench.layout.named(adapter_of(run))
+    parts = [session.layout.named(start + one * line["scale"]) for one in updates_of(run, manifest, start, 1).values()]
+    found = session.layout.named(adapter_of(run))
     for down in [name for name in found if ".lora_A." in name]:
         up = down.replace(".lora_A.", ".lora_B.")
         whole = sum(part[up].astype(np.float64) @ part[down] for part in parts) / len(parts)

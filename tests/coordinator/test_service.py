@@ -12,25 +12,25 @@ import httpx
 import numpy as np
 import pytest
 
-from cli.run import columns_in
-from client.data import read
-from coordinator import service
-from coordinator.aggregate import ServerState
-from coordinator.attempt import Attempts
-from coordinator.config import FedConfig, read_config
-from coordinator.delivery import Delivery
-from coordinator.federation import Federation
-from coordinator.job import Job
-from coordinator.numbers import Numbers
-from coordinator.outcome import conclude
-from coordinator.provision import Home
-from coordinator.run_folder import run_folder, settings_sha256
-from coordinator.service import Setting, open_job, run_job
-from coordinator.status import Status, read_status
-from coordinator.store import Progress, Store
-from errors import ConfigError, DataError, TooFewSurvivors, Untrusted
-from trust.keys import SiteKeys
-from trust.request import write_request
+from offsite.coordinator import service
+from offsite.coordinator.aggregation.rules import ServerState
+from offsite.coordinator.config.federation_file import FedConfig, read_config
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.coordinator.home.run_folder import run_folder, settings_sha256
+from offsite.coordinator.home.status import Status, read_status
+from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.store import Progress, Store
+from offsite.coordinator.network.package_delivery import Delivery
+from offsite.coordinator.report.federation_outcome import conclude
+from offsite.coordinator.rounds.attempt import Attempts
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.round_loop import TrainingLoop
+from offsite.coordinator.service import JobContext, open_job, run_job
+from offsite.errors import ConfigError, DataError, TooFewSurvivors, Untrusted
+from offsite.simulation.run_folder import columns_in
+from offsite.task.readers.tables import read
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import write_request
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SITES = ("ash", "birch", "cedar")
@@ -46,7 +46,7 @@ def folder(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (made / name).symlink_to(fed.parent / name)
     (made / "fed.toml").write_text(re.sub(r"(?m)^(sites_dir|owners) = .*\n", "", fed.read_text()) + HOME)
     terms = {"name": "demo", "host": "127.0.0.1", "link_port": 1, "depot_port": 2}  # ports that nothing may listen on
-    home = Home.create(made / "home", **terms, n_min=3, max_epsilon=8.0, now=NOW, suite=1)  # type: ignore[arg-type]
+    home = CoordinatorHome.create(made / "home", **terms, n_min=3, max_epsilon=8.0, now=NOW, suite=1)  # type: ignore[arg-type]
     home.approve([write_request(SiteKeys.create(made / site, 1), site, now=NOW) for site in SITES], NOW)
     return made
 
@@ -66,9 +66,9 @@ def run(job: tuple[Job, Path], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def setting(folder: Path, run: Path, config: FedConfig | None = None) -> Setting:
-    config, home = config or read_config(folder / "fed.toml")[0], Home.open(folder / "home")
-    return Setting(
+def setting(folder: Path, run: Path, config: FedConfig | None = None) -> JobContext:
+    config, home = config or read_config(folder / "fed.toml")[0], CoordinatorHome.open(folder / "home")
+    return JobContext(
         home=home,
         config=config,
         store=Store(run),
@@ -152,7 +152,7 @@ def test_it_is_concluded_under_the_next_epoch_too(folder: Path, run: Path, job: 
 )
 def test_how_a_job_is_run_may_change_while_it_runs(folder: Path, run: Path, replaced: dict[str, str]) -> None:
     before, after = read_config(folder / "fed.toml")[0], edited(folder, **replaced)
-    home = Home.open(folder / "home")
+    home = CoordinatorHome.open(folder / "home")
     assert run_folder(home, before, None) == run_folder(home, after, None)
     opened = setting(folder, run, after)
     assert open_job(opened, home.federation()).manifest.rounds == 2
@@ -176,7 +176,7 @@ def test_an_edited_job_does_not_go_on_in_the_folder_of_another(
     folder: Path, run: Path, replaced: dict[str, str]
 ) -> None:
     before, after = read_config(folder / "fed.toml")[0], edited(folder, **replaced)
-    home = Home.open(folder / "home")
+    home = CoordinatorHome.open(folder / "home")
     assert run_folder(home, before, None) != run_folder(home, after, None)
     assert run_folder(home, after, run) == run
     opened = replace(setting(folder, run), config=after)
@@ -231,7 +231,7 @@ def test_a_folder_without_its_settings_is_no_run_folder(folder: Path, run: Path)
 # a link that is lost
 
 
-def losing(opened: Setting, job: Job, rounds: list[int]) -> Callable[..., Progress]:
+def losing(opened: JobContext, job: Job, rounds: list[int]) -> Callable[..., Progress]:
     """Links that are lost one after the other, each after so many whole rounds of the job in all."""
     left = iter(rounds)
 
@@ -250,7 +250,7 @@ def losing(opened: Setting, job: Job, rounds: list[int]) -> Callable[..., Progre
 def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
+    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
     lost = [0] * 4 + [1] * 4
     assert job[0].manifest.rounds == 2
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], lost))
@@ -260,7 +260,7 @@ def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
 def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
+    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [0] * 2 + [1] * 6))
     with pytest.raises(DataError) as caught:
         service._over_links(opened, job[0], epoch, DELIVERIES)
@@ -275,7 +275,7 @@ def test_a_link_that_is_lost_in_the_farewell_is_not_missed(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rounds are whole: nobody is waited for again."""
-    opened, epoch = setting(folder, run), Home.open(folder / "home").federation()
+    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [2, 0]))
     assert service._over_links(opened, job[0], epoch, DELIVERIES).round == job[0].manifest.rounds
 
@@ -296,8 +296,8 @@ class Line:
 
 def test_an_abort_is_told_on_the_short_line_once(folder: Path, run: Path, job: tuple[Job, Path]) -> None:
     opened, slow, short = setting(folder, run), Line(), Line()
-    attempts = Attempts(run, lambda: bytes(32), Numbers(run / "aggregations.txt"))
-    federation = Federation(job[0], opened.config, opened.store, attempts, tries=2)
+    attempts = Attempts(run, lambda: bytes(32), MonotonicCounter(run / "aggregations.txt"))
+    federation = TrainingLoop(job[0], opened.config, opened.store, attempts, tries=2)
     with pytest.raises(TooFewSurvivors, match="sites=0 after train"):
         federation.run(slow, lambda one: None, None, short)
     assert slow.stages == ["train", "train"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.status import ENDED, Status, born, is_running, read_status
-from errors import DataError
+from offsite.coordinator.home.status import ENDED, Status, born, is_running, read_status
+from offsite.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.display import PlainDisplay
-from cli.run import Run, simulated_benches
-from cli.simulate import _job
-from client.site import Site, answer
-from client.workbench import Workbench
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, RoundResult, run_round
-from errors import TooFewSurvivors
-from protos import codec
-from protos.manifest import JobManifest
+from offsite.cli.display import PlainDisplay
+from offsite.client.site.round_handler import Site, answer
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round
+from offsite.errors import TooFewSurvivors
+from offsite.protos import codec
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.simulation.simulate import _job
 from tests.rule_worlds import written
 
 SITES = ("ash", "birch", "cedar", "elm")  # elm has rank 1 of 3
@@ -25,17 +25,17 @@ Opened = tuple[JobManifest, dict[str, Site], np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def made(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, Workbench]:
+def made(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, EmulatorSession]:
     settings, sha256 = read_config(written(fed, "nested"))
     run = Run.create(settings, sha256, tmp_path_factory.mktemp("thin") / "run")
     manifest = _job(run, PlainDisplay()).manifest
-    return run, manifest, simulated_benches(run, manifest)["ash"]
+    return run, manifest, simulated_sessions(run, manifest)["ash"]
 
 
 @pytest.fixture
-def opened(made: tuple[Run, JobManifest, Workbench]) -> Opened:
-    run, manifest, bench = made
-    return manifest, {name: run.site(name, manifest, bench) for name in SITES}, bench.start
+def opened(made: tuple[Run, JobManifest, EmulatorSession]) -> Opened:
+    run, manifest, session = made
+    return manifest, {name: run.site(name, manifest, session) for name in SITES}, session.start
 
 
 @dataclass

@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from cli.display import PlainDisplay
-from cli.run import Run
-from cli.simulate import _job
-from coordinator.config import FedConfig, read_config
-from coordinator.delivery import deliver, deliver_all
-from coordinator.job import Job, Parties, prepare
-from coordinator.store import Store
-from emulator import package
-from errors import ConfigError, DigestMismatch, ProtocolViolation, UnknownName
-from privacy.clip import median_norm
-from protos.signed_job import package_context
-from task.tasks import TASKS
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.cli.display import PlainDisplay
+from offsite.coordinator.config.federation_file import FedConfig, read_config
+from offsite.coordinator.job.prepare import Job, Parties, prepare
+from offsite.coordinator.job.store import Store
+from offsite.coordinator.network.package_delivery import deliver, deliver_all
+from offsite.emulator.package import package_reader
+from offsite.errors import ConfigError, DigestMismatch, ProtocolViolation, UnknownName
+from offsite.privacy.clipping_bound import median_norm
+from offsite.protos.signed_job import package_context
+from offsite.simulation.run_folder import Run
+from offsite.simulation.simulate import _job
+from offsite.task.tasks import TASKS
+from offsite.trust import streaming
 from tests.memory_federation import RunningSite, World, make_world
-from trust import streaming
 
 DEFAULT, OTHERS = ("ash", "cedar"), ("birch", "elm")
 
@@ -59,7 +59,7 @@ def make(config: FedConfig, folder: Path, run: Run) -> Job:
 
 def test_each_site_is_named_the_emulator_of_its_settings(world: World, job: Job) -> None:
     manifest, folder = world.manifest, world.run.store.folder
-    first, other = (package.read_manifest(folder / name) for name in ("package", "packages/birch"))
+    first, other = (package_reader.read_manifest(folder / name) for name in ("package", "packages/birch"))
     assert (first.recipe, first.embedding) == (("int4:32",), "int8")
     assert (other.recipe, other.embedding) == (("skip@2", "int8:32"), "int4:32")
     assert first.geometry == other.geometry
@@ -75,7 +75,7 @@ def test_each_site_is_named_the_emulator_of_its_settings(world: World, job: Job)
 
 def test_one_layout_fits_every_emulator_and_the_full_model(world: World, job: Job) -> None:
     for name in ("package", "packages/birch"):
-        emulator = attach(package.load(world.run.store.folder / name, dtype=torch.float32), job.manifest.adapter)
+        emulator = attach(package_reader.load(world.run.store.folder / name, dtype=torch.float32), job.manifest.adapter)
         assert Layout.of(emulator) == job.layout == world.manifest.layout
 
 
@@ -83,7 +83,7 @@ def test_the_clip_is_the_largest_of_the_medians(world: World, job: Job) -> None:
     """By the loop engine, which takes one example at a time."""
     task, medians = TASKS["causal_lm"], []
     for name in ("package", "packages/birch"):
-        emulator = attach(package.load(world.run.store.folder / name, dtype=torch.float32), job.manifest.adapter)
+        emulator = attach(package_reader.load(world.run.store.folder / name, dtype=torch.float32), job.manifest.adapter)
         batches = [job.public.tune.select([place]) for place in range(len(job.public.tune))]
         medians.append(median_norm(emulator, task.losses, batches, "loop"))
     assert max(medians) > 1.001 * min(medians)
@@ -171,7 +171,7 @@ def test_each_site_opens_its_own_package_and_nobody_elses(world: World) -> None:
         sealed = (world.depot / delivery.sha256.hex()).read_bytes()
         streaming.decrypt(io.BytesIO(sealed), plain, key.open(delivery.sealed[site], context))
         folder = store.package if site in DEFAULT else store.package_of("birch")
-        assert package.read_manifest(folder).to_bytes() in plain.getvalue()
+        assert package_reader.read_manifest(folder).to_bytes() in plain.getvalue()
         for box in (box for other, box in delivery.sealed.items() if other != site):
             with pytest.raises(Exception, match="seal"):
                 key.open(box, context)

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapter.spec import AdapterSpec
-from cli.run import Run, simulated_benches
-from coordinator.config import read_config
-from coordinator.exchange import MemoryExchange
-from coordinator.rounds import RoundPlan, run_round
-from coordinator.rule_check import check_rule
-from errors import ConfigError, MalformedMessage
-from privacy.zero_order import replay
-from protos.aggregation import AggregationTerms
-from protos.manifest import JobManifest
-from protos.upload import directions_of, placed
+from offsite.adapter.spec import AdapterSpec
+from offsite.coordinator.aggregation.compatibility import check_rule
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, run_round
+from offsite.errors import ConfigError, MalformedMessage
+from offsite.privacy.zero_order import replay
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.upload import directions_of, scatter_uploaded
+from offsite.simulation.run_folder import Run, simulated_sessions
 from tests.coordinator.test_rules_in_rounds import adapter_of, finished, summed, updates_of
 from tests.memory_federation import make_world, open_sites
 
@@ -43,7 +43,7 @@ def test_the_replayed_sum_is_the_open_computation(forward: Path, tmp_path: Path)
         updates = updates_of(run, manifest, adapter, number)
         assert {update.shape for update in updates.values()} == {(DIRECTIONS * STEPS,)}
         mean = summed(manifest, updates, number) / 4
-        whole = placed(manifest, number, mean)
+        whole = scatter_uploaded(manifest, number, mean)
         adapter = (adapter + whole * scale).astype(np.float32)
         np.testing.assert_array_equal(
             replay(bench_start, mean, directions_of(manifest, number)), (bench_start + whole).astype(np.float32)
@@ -58,8 +58,8 @@ def test_the_replayed_sum_is_the_open_computation(forward: Path, tmp_path: Path)
 
 
 def run_start(run: Run, manifest: JobManifest) -> np.ndarray:
-    bench = simulated_benches(run, manifest)["ash"]
-    return bench.layout.read(bench.model)
+    session = simulated_sessions(run, manifest)["ash"]
+    return session.layout.read(session.model)
 
 
 def test_directions_differ_between_rounds_and_jobs(forward: Path, tmp_path: Path) -> None:

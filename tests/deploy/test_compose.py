@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from protos.flower_process import OPEN_FILES
+from offsite.protos.flower_process import OPEN_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("north", "south", "west")
@@ -118,7 +118,13 @@ def test_a_client_can_reach_the_coordinator_and_nobody_else(compose: dict[str, A
 
 def test_tls_is_not_an_option() -> None:
     """There is no switch without TLS, neither in the files nor in the programs that they start."""
-    for name in ("docker-compose.yml", "Dockerfile", "coordinator/link.py", "client/node.py", "coordinator/depot.py"):
+    for name in (
+        "docker-compose.yml",
+        "Dockerfile",
+        "coordinator/network/superlink_session.py",
+        "client/network/node.py",
+        "coordinator/network/depot.py",
+    ):
         text = (ROOT / name).read_text()
         assert "--insecure" not in text, name
         assert not re.search(r"add_insecure_port|insecure_channel|insecure=True", text), name
@@ -181,7 +187,7 @@ def test_health_of_a_client(tmp_path: Path) -> None:
     """A process with the command line of this site's SuperNode counts; another site's does not."""
     north, south = tmp_path / "north", tmp_path / "south"
     assert look("client", str(north)).returncode == 1
-    pretend = ["client.supernode", "--auth", str(north / "state" / "node" / "superexec")]
+    pretend = ["offsite.client.network.supernode", "--auth", str(north / "state" / "node" / "superexec")]
     node = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *pretend])
     try:
         assert look("client", str(north)).returncode == 0

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from client.policy import Policy
-from trust import certificates
+from offsite.client.home.policy import Policy
+from offsite.trust import certificates
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "operations.md").read_text()
@@ -57,7 +57,7 @@ def test_every_state_of_a_job() -> None:
 
 
 def test_every_state_of_a_site() -> None:
-    preparing, serving = constants("client/preparation.py"), constants("client/service.py")
+    preparing, serving = constants("client/service/job_loading.py"), constants("client/service/stage_handler.py")
     states = {preparing[name] for name in ("FETCHING", "READY", "REFUSED")} | {serving["WAITING"], "absent"}
     for name in states:
         assert f"| `{name}`" in section("coordinator status"), name
@@ -74,19 +74,25 @@ def test_every_check_of_doctor() -> None:
     ("start", "numbers"),
     [
         ("answer to an offer", [constants("coordinator/service.py")["OFFER_SECONDS"]]),
-        ("a piece of an upload", [constants("coordinator/superlink.py")["UPLOAD_IDLE_SECONDS"]]),
-        ("depot: nothing moves", [constants("client/fetch.py")[n] for n in ("IDLE_SECONDS", "PATIENCE_SECONDS")]),
-        ("depot: pause", constants("client/fetch.py")["BACKOFF_SECONDS"]),
-        ("site's heartbeat", [n * constants("client/supernode.py")["HEARTBEAT_SECONDS"] for n in (1, 2)]),
-        ("site: SuperNode ended", constants("client/node.py")["BACKOFF_SECONDS"]),
-        ("site: disk, data", constants("client/preparation.py")["PAUSES"]),
+        ("a piece of an upload", [constants("coordinator/network/superlink.py")["UPLOAD_IDLE_SECONDS"]]),
+        (
+            "depot: nothing moves",
+            [constants("client/network/fetch.py")[n] for n in ("IDLE_SECONDS", "PATIENCE_SECONDS")],
+        ),
+        ("depot: pause", constants("client/network/fetch.py")["BACKOFF_SECONDS"]),
+        ("site's heartbeat", [n * constants("client/network/supernode.py")["HEARTBEAT_SECONDS"] for n in (1, 2)]),
+        ("site: SuperNode ended", constants("client/network/node.py")["BACKOFF_SECONDS"]),
+        ("site: disk, data", constants("client/service/job_loading.py")["PAUSES"]),
         ("site: a text", [constants("task/tokenizer.py")["TEXT_SECONDS"]]),
-        ("site: longest pause", [constants("client/supernode.py")["RETRY_SECONDS"]]),
-        ("depot: a request", [constants("coordinator/depot.py")[n] for n in ("REQUEST_SECONDS", "HANDSHAKE_SECONDS")]),
-        ("coordinator: SuperLink", [constants("coordinator/link.py")["START_SECONDS"]]),
-        ("coordinator: SuperLink", [constants("coordinator/grid.py")["LOST_SECONDS"]]),
+        ("site: longest pause", [constants("client/network/supernode.py")["RETRY_SECONDS"]]),
+        (
+            "depot: a request",
+            [constants("coordinator/network/depot.py")[n] for n in ("REQUEST_SECONDS", "HANDSHAKE_SECONDS")],
+        ),
+        ("coordinator: SuperLink", [constants("coordinator/network/superlink_session.py")["START_SECONDS"]]),
+        ("coordinator: SuperLink", [constants("coordinator/network/flower_grid.py")["LOST_SECONDS"]]),
         ("coordinator: SuperLink", [constants("coordinator/service.py")["LINK_TRIES"]]),
-        ("clock of a site", [constants("client/doctor.py")[n] for n in ("AHEAD_SECONDS", "BEHIND_SECONDS")]),
+        ("clock of a site", [constants("client/service/doctor.py")[n] for n in ("AHEAD_SECONDS", "BEHIND_SECONDS")]),
         ("certificates and epochs", [certificates.DAYS, certificates.AUTHORITY_DAYS, certificates.WARN_DAYS]),
     ],
 )

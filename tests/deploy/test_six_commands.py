@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from client.policy import Policy
+from offsite.client.home.policy import Policy
 from tests.conftest import sentence
 from tests.faults.conftest import free_ports, offsite, wait_for
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as hf
 
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.package import build
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.structure.geometry import Geometry
 
 VOCABULARY = 61
 IDS = (torch.arange(22).reshape(2, 11) * 7) % VOCABULARY
@@ -42,7 +42,7 @@ class Family:
 
     def build(self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any) -> Any:
         geometry = Geometry.of(self.model, 2, 1)
-        return build(
+        return write_package(
             self.model, geometry, recipe, embedding, Calibration(self.calibrate, self.losses), directory, **more
         )
 

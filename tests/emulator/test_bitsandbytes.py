@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.bitsandbytes_layers import ROUNDINGS, library, round_layers
-from emulator.geometry import Geometry
-from emulator.held import HeldLinear, hold
-from emulator.middle import Calibration
-from emulator.package import build, load, read_manifest
-from emulator.structure import slot_paths
-from emulator.verdict import Limits
-from emulator.vet import vet
-from errors import ConfigError, RangeError, UnknownName, UnsupportedModel
-from privacy.batches import trainable
-from privacy.engines import ENGINES
-from privacy.optimizer import CLIP_MARGIN
-from privacy.probe import single_gradient
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, library, round_layers
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear, replace_linears
+from offsite.emulator.structure.geometry import Geometry, slot_paths
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import vet
+from offsite.errors import ConfigError, RangeError, UnknownName, UnsupportedModel
+from offsite.privacy.batches import trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.probe import single_gradient
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 NEEDED = "needs the optional extra: pip install 'offsite[bitsandbytes]'"
 KINDS = ("int8", "nf4")
@@ -63,7 +63,7 @@ def rounded(family, folder, kind, recipe=(), **more):
     plain, held = (load(folder, dtype=torch.float32) for _ in range(2))
     round_layers(plain, facts, kind)
     forms = round_layers(held, facts, kind)
-    hold(held, folder, facts, forms)
+    replace_linears(held, folder, facts, forms)
     return plain, held, forms
 
 
@@ -92,7 +92,7 @@ def test_outputs_and_gradients_are_those_of_bitsandbytes_own_layers_while_they_t
         theirs = bnb.nn.Linear8bitLt(96, 80, has_fp16_weights=False)
     theirs.load_state_dict(layer.state_dict())
     theirs = theirs.to("cpu").train()
-    ours = HeldLinear(layer.requires_grad_(False), ROUNDINGS[kind].of(layer.weight.detach()))
+    ours = DequantizingLinear(layer.requires_grad_(False), ROUNDINGS[kind].of(layer.weight.detach()))
     found = [one(inputs) for one in (ours, theirs)]
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(one.square().sum(), inputs)[0] for one in found))
@@ -106,7 +106,7 @@ def test_bitsandbytes_own_8_bit_layer_lets_one_record_move_another(bnb):
     theirs = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(layer.state_dict())
     theirs = theirs.to("cpu").eval()
-    ours = HeldLinear(layer.requires_grad_(False), ROUNDINGS["int8"].of(layer.weight.detach())).eval()
+    ours = DequantizingLinear(layer.requires_grad_(False), ROUNDINGS["int8"].of(layer.weight.detach())).eval()
 
     def moved(one):
         with torch.no_grad():
@@ -160,7 +160,9 @@ def test_what_stays_as_it_is(bnb, make, tmp_path):
 def test_every_block_of_a_parallel_emulator_stays_as_it_is(bnb, make, tmp_path):
     family = make("llama_untied")
     geometry = Geometry.of(family.model, 1, 1, "parallel")
-    build(family.model, geometry, ("int8:16",), "verbatim", Calibration(family.calibrate, family.losses), tmp_path)
+    write_package(
+        family.model, geometry, ("int8:16",), "verbatim", Calibration(family.calibrate, family.losses), tmp_path
+    )
     assert round_layers(load(tmp_path, dtype=torch.float32), read_manifest(tmp_path), "nf4") == {}
 
 
@@ -233,10 +235,10 @@ def test_the_rounded_model_is_vetted(bnb, make, tmp_path):
     family.build(tmp_path)
     facts = read_manifest(tmp_path)
     model = load(tmp_path, dtype=torch.float32)
-    vet(tmp_path, model, facts, Limits(), seed=1)
+    vet(tmp_path, model, facts, VettingThresholds(), seed=1)
     round_layers(model, facts, "nf4")
     with pytest.raises(UnsupportedModel, match=r"one_hot.*layers\.3\.mlp\.down_proj"):
-        vet(tmp_path, model, facts, Limits(), seed=1)
+        vet(tmp_path, model, facts, VettingThresholds(), seed=1)
 
 
 def test_refusals(bnb, make, tmp_path, monkeypatch):

@@ -8,18 +8,18 @@ import torch
 import transformers as hf
 from torch import nn
 
-from emulator import storage
-from emulator.compressors import apply, make_plan
-from emulator.compressors.gptq import Entering, quantize_rows, second_moments
-from emulator.compressors.lowrank import _factors
-from emulator.fit import position_weights, ridge, rows
-from emulator.geometry import Geometry
-from emulator.middle import Calibration, Middle
-from emulator.parts import Patch
-from emulator.quantize import Fine, Quantised, dequantize, quantize
-from emulator.scheme import Scheme
-from emulator.source import MemorySource
-from errors import ConfigError, RangeError
+from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.compressors import apply, make_plan
+from offsite.emulator.compressors.gptq import Entering, quantize_rows, second_moments
+from offsite.emulator.compressors.lowrank import _factors
+from offsite.emulator.package import storage
+from offsite.emulator.package.quantization_scheme import Scheme
+from offsite.emulator.package.quantize import Fine, Quantised, dequantize, quantize
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.structure.replacements import Patch
+from offsite.errors import ConfigError, RangeError
 from tests.emulator.conftest import CAUSAL, _causal
 
 IDS = torch.arange(320).reshape(20, 16) * 11 % 61

@@ -9,12 +9,12 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from emulator.compressors import apply, make_plan
-from emulator.compressors.elevate import _means, subtracted
-from emulator.fit import position_weights
-from emulator.geometry import Geometry
-from emulator.middle import Calibration, Middle
-from emulator.source import MemorySource, ShardSource, Source
+from offsite.emulator.calibration.least_squares import position_weights
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
+from offsite.emulator.compressors import apply, make_plan
+from offsite.emulator.compressors.elevate import _means, subtracted
+from offsite.emulator.structure.geometry import Geometry
 from tests.emulator.conftest import CAUSAL, _causal
 
 IDS = torch.arange(320).reshape(20, 16) * 11 % 61

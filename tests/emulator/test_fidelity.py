@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adapter.methods import METHODS, attach, invent
-from adapter.spec import AdapterSpec
-from emulator.fidelity import check_gate, gradient_cosine, visiting
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.package import build, load
-from errors import ConfigError, DigestMismatch, RangeError, UnsupportedModel
+from offsite.adapter.methods import METHODS, attach, dummy_tensors
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.evaluation.fidelity import check_gate, gradient_cosine, visiting
+from offsite.emulator.package.package_reader import load
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import ConfigError, DigestMismatch, RangeError, UnsupportedModel
 
 UNFIT = ("bitfit", "clip_adapter", "concept_tokens", "ip_adapter")
 IDS = (torch.arange(66).reshape(6, 11) ** 2 * 7) % 61
@@ -36,7 +37,9 @@ def spec(llama):
 def emulate(llama, tmp_path):
     def emulator(*recipe, embedding="verbatim"):
         directory = tmp_path / "-".join(("p", *recipe)).replace(":", "_")
-        build(llama.model, Geometry.of(llama.model, 1, 1), recipe, embedding, Calibration(llama.calibrate), directory)
+        write_package(
+            llama.model, Geometry.of(llama.model, 1, 1), recipe, embedding, Calibration(llama.calibrate), directory
+        )
         return load(directory)
 
     return emulator
@@ -78,7 +81,7 @@ def test_chunks_give_the_same(llama, spec, emulate):
 def test_every_method_leaves_both_models_as_they_were(llama, spec, emulate, method):
     spec = AdapterSpec(method=method, slots=spec.slots, targets=("q_proj", "v_proj") if method == "bitfit" else ())
     emulator = emulate("int4:16")
-    given = {} if method == "bitfit" else invent(llama.model, spec)
+    given = {} if method == "bitfit" else dummy_tensors(llama.model, spec)
     models = (llama.model, emulator.train())
     llama.model.model.embed_tokens.weight.requires_grad_(True)
     before = [_picture(model) for model in models]
@@ -117,7 +120,7 @@ def test_global_generator_is_left_alone(llama, spec, emulate):
 def test_half_precision_models(make, tmp_path):
     family = make("llama_tied", torch.bfloat16)
     geometry = Geometry.of(family.model, 1, 1)
-    build(family.model, geometry, ("int8:16",), "verbatim", None, tmp_path / "p")
+    write_package(family.model, geometry, ("int8:16",), "verbatim", None, tmp_path / "p")
     spec = AdapterSpec(slots=geometry.slots(family.model))
     assert gradient_cosine(family.model, load(tmp_path / "p"), spec, mean_loss) > 0.9
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from adapter.masked import largest
-from adapter.spec import AdapterSpec
-from emulator.fisher import empirical_fisher, fisher_places
-from errors import DataError
-from task.tasks import TASKS
+from offsite.adapter.methods.masked import largest
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.evaluation.fisher import empirical_fisher, fisher_places
+from offsite.errors import DataError
+from offsite.task.tasks import TASKS
 
 TASK = TASKS["causal_lm"]
 DENSITY = 0.05

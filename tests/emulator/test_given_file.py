@@ -8,21 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from adapter.methods import attach, invent
-from adapter.spec import AdapterSpec
-from emulator.builder import Builder, Order, Public
-from emulator.calibrate import PublicExamples
-from emulator.fidelity import gradient_cosine, visiting
-from emulator.given_file import HEADER_ROOM
-from emulator.manifest import GIVEN, FileEntry
-from emulator.package import load, read_given, read_manifest
-from emulator.refreshable import Frame
-from emulator.rehearse import Lesson, Text
-from emulator.source import MemorySource
-from emulator.verdict import Limits
-from emulator.vet import Slots, vet, vet_given
-from errors import ConfigError, DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
-from task.tasks import TASKS
+from offsite.adapter.methods import attach, dummy_tensors
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.pipeline import BuildPipeline, Order, Public
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.evaluation.fidelity import gradient_cosine, visiting
+from offsite.emulator.evaluation.rehearse import Lesson, Text
+from offsite.emulator.package.auxiliary_file import HEADER_ROOM, read
+from offsite.emulator.package.manifest import GIVEN, FileEntry
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.runtime.refresh_state import Frame
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import Slots, vet, vet_given
+from offsite.errors import ConfigError, DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
+from offsite.task.tasks import TASKS
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def spec(llama):
 
 @pytest.fixture
 def given(llama, spec):
-    return invent(llama.model, spec)
+    return dummy_tensors(llama.model, spec)
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def replaced(folder, tensors):
 def test_what_went_in_comes_out_and_nothing_else_changed(llama, folder, given, tmp_path):
     manifest = read_manifest(folder)
     assert manifest.files[GIVEN].bytes == (folder / GIVEN).stat().st_size
-    found = read_given(folder, manifest)
+    found = read(folder, manifest)
     assert found.keys() == given.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
     plain = llama.build(tmp_path / "q", ("int4:16",))
     assert GIVEN not in plain.files
-    assert read_given(tmp_path / "q", plain) == {}
+    assert read(tmp_path / "q", plain) == {}
     assert manifest.files == plain.files | {GIVEN: manifest.files[GIVEN]}
     assert dataclasses.replace(manifest, files=plain.files) == plain
     assert load(folder).state_dict().keys() == load(tmp_path / "q").state_dict().keys()
@@ -77,7 +77,7 @@ def test_an_altered_byte_is_refused(folder, place):
     content[place] ^= 1
     (folder / GIVEN).write_bytes(content)
     with pytest.raises(DigestMismatch, match=GIVEN):
-        read_given(folder, manifest)
+        read(folder, manifest)
     with pytest.raises(DigestMismatch, match=GIVEN):
         load(folder)
 
@@ -86,16 +86,16 @@ def test_a_missing_file_and_a_link_are_refused(folder, tmp_path):
     manifest = read_manifest(folder)
     (folder / GIVEN).rename(tmp_path / "elsewhere")
     with pytest.raises(DigestMismatch, match=GIVEN):
-        read_given(folder, manifest)
+        read(folder, manifest)
     (folder / GIVEN).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DigestMismatch, match=GIVEN):
-        read_given(folder, manifest)
+        read(folder, manifest)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", json.dumps({"a": 1}).encode(), b"\xff" * 64])
 def test_only_safetensors_are_read(folder, content):
     with pytest.raises(MalformedMessage, match="not a safetensors file"):
-        read_given(folder, replaced(folder, content))
+        read(folder, replaced(folder, content))
 
 
 def test_more_bytes_than_the_slots_have_are_never_read(folder):
@@ -104,18 +104,18 @@ def test_more_bytes_than_the_slots_have_are_never_read(folder):
     large = replaced(folder, {"x": torch.zeros((room + HEADER_ROOM) // 4 + 1)})
     (folder / GIVEN).unlink()  # it is refused by its announced size
     with pytest.raises(RangeError, match=f"at most {room} as many as the slots' blocks have"):
-        read_given(folder, large, most=room)
+        read(folder, large, most=room)
 
 
 def test_a_vetting_refuses_what_is_too_many_or_too_large(folder, given):
     model = load(folder, dtype=torch.float32)
-    vet(folder, model, read_manifest(folder), Limits(), seed=1)
+    vet(folder, model, read_manifest(folder), VettingThresholds(), seed=1)
     name = sorted(given)[0]
     loud = dict(given) | {name: given[name] + 1e4}
     with pytest.raises(UnsupportedModel, match=r"vetting given_peak=1e\+04"):
-        vet(folder, model, replaced(folder, loud), Limits(), seed=1)
+        vet(folder, model, replaced(folder, loud), VettingThresholds(), seed=1)
     with pytest.raises(RangeError, match="do not train on this emulator"):
-        vet(folder, model, replaced(folder, {"x": torch.zeros(2**22)}), Limits(), seed=1)
+        vet(folder, model, replaced(folder, {"x": torch.zeros(2**22)}), VettingThresholds(), seed=1)
 
 
 def test_frozen_adapters_that_drown_a_block_are_refused_where_they_stand(folder, given, spec):
@@ -126,10 +126,10 @@ def test_frozen_adapters_that_drown_a_block_are_refused_where_they_stand(folder,
     def opened(tensors):
         return attach(load(folder, dtype=torch.float32), spec, tensors)
 
-    vet_given(opened(given), frame, Limits(), seed=1)
+    vet_given(opened(given), frame, VettingThresholds(), seed=1)
     drowned = {name: torch.full_like(t, 90.0) if name.endswith("up.bias") else t for name, t in given.items()}
     with pytest.raises(UnsupportedModel, match="vetting "):
-        vet_given(opened(drowned), frame, Limits(), seed=1)
+        vet_given(opened(drowned), frame, VettingThresholds(), seed=1)
 
 
 def test_gate_and_visit_take_them_and_leave_no_trace(llama, folder, given, spec):
@@ -148,7 +148,7 @@ def test_gate_and_visit_take_them_and_leave_no_trace(llama, folder, given, spec)
 def test_a_package_built_alone_has_nothing_to_give(llama, tmp_path, adapter):
     examples = PublicExamples(TASKS["causal_lm"], TASKS["causal_lm"].invented(llama.model, 9, seed=1))
     public = Public(examples, examples, Text(examples, examples, examples, 9))
-    builder = Builder(MemorySource(llama.model), Order(recipe=("int8:16",), adapter=adapter), public, None)
+    builder = BuildPipeline(MemorySource(llama.model), Order(recipe=("int8:16",), adapter=adapter), public, None)
     with pytest.raises(ConfigError, match="needs given tensors, which only a job has"):
         builder.build(tmp_path / "p")
     assert not (tmp_path / "p").exists()

@@ -3,29 +3,29 @@
 import pytest
 import torch
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.geometry import Geometry
-from emulator.held import HeldLinear, hold
-from emulator.middle import Calibration
-from emulator.package import build, load, read_manifest
-from emulator.structure import slot_paths
-from privacy.batches import trainable
-from privacy.engines import ENGINES
-from privacy.probe import single_gradient
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear, replace_linears
+from offsite.emulator.structure.geometry import Geometry, slot_paths
+from offsite.privacy.batches import trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.probe import single_gradient
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 
 def both(family, folder, recipe, **more):
     """Returns a package's emulator as it is loaded, the same with layers held as stored, and the bytes saved."""
     family.build(folder, recipe, **more)
     plain, held = (load(folder, dtype=torch.float32) for _ in range(2))
-    return plain, held, hold(held, folder, read_manifest(folder))
+    return plain, held, replace_linears(held, folder, read_manifest(folder))
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, HeldLinear)]
+    return [module for module in model.modules() if isinstance(module, DequantizingLinear)]
 
 
 def gradients(family, model, facts):
@@ -71,8 +71,8 @@ def test_sixteen_bits_are_held_as_such_and_four_take_a_seventh(make, tmp_path):
 def test_slots_tables_and_shared_layers_stay_as_they_are(make, tmp_path):
     plain, held, _ = both(make("llama_tied"), tmp_path / "p", ("int4:16",), embedding="int8")
     ends = Geometry.of(plain, 2, 1).ends(plain)
-    assert not any(isinstance(m, HeldLinear) for path in ends for m in held.get_submodule(path).modules())
-    assert not isinstance(held.lm_head, HeldLinear)
+    assert not any(isinstance(m, DequantizingLinear) for path in ends for m in held.get_submodule(path).modules())
+    assert not isinstance(held.lm_head, DequantizingLinear)
 
 
 def test_a_backward_pass_keeps_no_widened_weight(make, tmp_path):
@@ -101,15 +101,21 @@ def test_an_adapter_on_held_layers_has_the_gradients_of_one_on_plain_layers(make
     """A parallel emulator carries adapters in every block, so also on top of 8-bit and 4-bit layers."""
     family = make("llama_untied")
     geometry = Geometry.of(family.model, 1, 1, "parallel")
-    build(family.model, geometry, (storage,), "verbatim", Calibration(family.calibrate, family.losses), tmp_path / "p")
+    write_package(
+        family.model, geometry, (storage,), "verbatim", Calibration(family.calibrate, family.losses), tmp_path / "p"
+    )
     rows = []
     for held in (False, True):
         model = load(tmp_path / "p", dtype=torch.float32)
         if held:
-            hold(model, tmp_path / "p", read_manifest(tmp_path / "p"))
+            replace_linears(model, tmp_path / "p", read_manifest(tmp_path / "p"))
         paths, _ = slot_paths(model, geometry)
         adapted = attach(model, AdapterSpec("lora", rank=2, targets=("q_proj", "down_proj"), slots=paths))
-        under = [m for name, m in adapted.named_modules() if isinstance(m, HeldLinear) and name.endswith("base_layer")]
+        under = [
+            m
+            for name, m in adapted.named_modules()
+            if isinstance(m, DequantizingLinear) and name.endswith("base_layer")
+        ]
         assert bool(under) == held
         with torch.no_grad():
             for parameter in trainable(adapted).values():

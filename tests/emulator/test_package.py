@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from emulator.geometry import Geometry
-from emulator.manifest import CONFIG, MANIFEST, WEIGHTS, Manifest
-from emulator.package import load, read_manifest
-from emulator.rebuild import AUTO
-from errors import DataError, DigestMismatch, UnsupportedModel
+from offsite.emulator.package.manifest import CONFIG, MANIFEST, WEIGHTS, Manifest
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.structure.from_config import AUTO
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import DataError, DigestMismatch, UnsupportedModel
 
 
 def test_identity_emulator_is_the_model_bit_for_bit(family, tmp_path):

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.package import build, load
-from emulator.plug import accept, plug
-from errors import ConfigError, DigestMismatch, RangeError
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.package.package_reader import load
+from offsite.emulator.runtime.plug_in import accept, plug
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import ConfigError, DigestMismatch, RangeError
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def spec(llama):
 
 def test_plugged_in_equals_written_by_name(llama, spec, tmp_path):
     geometry = Geometry.of(llama.model, 2, 1)
-    build(llama.model, geometry, ("skip_uniform:1",), "int8", Calibration(llama.calibrate), tmp_path / "p")
+    write_package(llama.model, geometry, ("skip_uniform:1",), "int8", Calibration(llama.calibrate), tmp_path / "p")
     emulator = attach(load(tmp_path / "p"), spec)
     full = attach(copy.deepcopy(llama.model), spec)
     vector = np.random.default_rng(0).normal(size=Layout.of(emulator).size).astype(np.float32)

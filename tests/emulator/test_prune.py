@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulator.compressors.prune import STAYS, _least, _two_of_four, scores
-from emulator.traps import _matrix_checks
-from emulator.verdict import Limits
+from offsite.emulator.compressors.prune import STAYS, _least, _two_of_four, scores
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.weight_checks import _matrix_checks
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (192, 576))
 HALF: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,7 +33,7 @@ def root_mean_square(inputs: Tensor) -> Tensor:
 
 def refused(weight: Tensor) -> set[str]:
     draw = torch.Generator().manual_seed(0)
-    return {check.name for check in _matrix_checks("w", weight, Limits(), draw) if not check.passed}
+    return {check.name for check in _matrix_checks("w", weight, VettingThresholds(), draw) if not check.passed}
 
 
 @pytest.mark.parametrize("way", sorted(HALF))

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulator.packing import pack, unpack
-from emulator.quantize import dequantize, quantize
-from emulator.scheme import Scheme
-from errors import ConfigError, RangeError
+from offsite.emulator.package.bit_packing import pack, unpack
+from offsite.emulator.package.quantization_scheme import Scheme
+from offsite.emulator.package.quantize import dequantize, quantize
+from offsite.errors import ConfigError, RangeError
 
 SHAPES = [(3, 64), (1, 1), (2, 130), (5, 63), (4, 65), (3, 7, 11), (2, 3, 4, 5), (7, 128)]
 

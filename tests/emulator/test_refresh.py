@@ -9,23 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from adapter.targets import in_slots, is_linear, leaf_names
-from emulator.compressors.pairs import pairs_of
-from emulator.draft import spans
-from emulator.geometry import PARALLEL, Geometry
-from emulator.middle import Calibration, Middle
-from emulator.package import build, load, read_manifest
-from emulator.plan import Plan
-from emulator.plug import plug
-from emulator.refresh import plain_of, refreshed
-from emulator.refreshable import Frame, Refreshable, size_of
-from emulator.source import MemorySource
-from emulator.verdict import Limits
-from emulator.vet import vet_refresh
-from errors import ConfigError, MalformedMessage, RangeError, UnsupportedModel
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.adapter.targets import in_slots, is_linear, leaf_names
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.draft import spans
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.compressors.pairs import pairs_of
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.package.plan import Plan
+from offsite.emulator.runtime.plug_in import plug
+from offsite.emulator.runtime.refresh import plain_of, refreshed
+from offsite.emulator.runtime.refresh_state import Frame, Refreshable, size_of
+from offsite.emulator.structure.geometry import PARALLEL, Geometry
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import vet_refresh
+from offsite.errors import ConfigError, MalformedMessage, RangeError, UnsupportedModel
 from tests.emulator.conftest import Family
 
 CENTRED = ("int3:16", "center")
@@ -36,7 +37,7 @@ class Opened:
 
     def __init__(self, family: Family, folder: Path, recipe: tuple[str, ...], **more: Any) -> None:
         geometry = Geometry.of(family.model, 2, 1, **more)
-        build(family.model, geometry, recipe, "int8", Calibration(family.calibrate, family.losses), folder)
+        write_package(family.model, geometry, recipe, "int8", Calibration(family.calibrate, family.losses), folder)
         self.folder, self.manifest = folder, read_manifest(folder)
         self.frame = Frame.of(folder, self.manifest)
         self.plain = load(folder)
@@ -151,7 +152,7 @@ def test_both_sides_find_the_biases_that_centering_moved(family: Family, tmp_pat
     geometry = Geometry.of(family.model, 2, 1)
     middle = Middle(MemorySource(family.model), geometry, Calibration(family.calibrate, family.losses))
     try:
-        stations = list(spans(middle, Plan.whole(middle), public=True))
+        stations = list(spans(middle, Plan.whole(middle.blocks, apart=middle.apart), public=True))
         expected = sorted(f"{pairs_of(station)[-1].down}.bias" for station in stations)
     except UnsupportedModel:
         expected = []
@@ -210,7 +211,7 @@ def test_a_bias_that_drowns_all_else_is_found(llama: Family, tmp_path: Path, siz
     opened = Opened(llama, tmp_path / "p", CENTRED)
     plug(opened.emulator, opened.layout, opened.start)
     honest = opened.biases.read(opened.biases.values())
-    limits = Limits()
+    limits = VettingThresholds()
     assert vet_refresh(plain_of(opened.emulator), opened.frame, honest, limits, seed=3).measured > len(honest)
     moved = {name: torch.full_like(bias, size) for name, bias in honest.items()}
     for name, bias in opened.biases.tensors.items():

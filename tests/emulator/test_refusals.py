@@ -8,12 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emulator import files
-from emulator.geometry import Geometry
-from emulator.manifest import CONFIG, MANIFEST, WEIGHTS
-from emulator.package import build, load, read_manifest
-from emulator.rebuild import empty_model
-from errors import ConfigError, DataError, DigestMismatch, MalformedMessage, RangeError, UnknownName, UnsupportedModel
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.package import files
+from offsite.emulator.package.manifest import CONFIG, MANIFEST, WEIGHTS
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.structure.from_config import empty_model
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import (
+    ConfigError,
+    DataError,
+    DigestMismatch,
+    MalformedMessage,
+    RangeError,
+    UnknownName,
+    UnsupportedModel,
+)
 
 
 def rewrite(directory, change):
@@ -214,7 +223,7 @@ def test_a_model_its_configuration_does_not_rebuild(llama, make, tmp_path):
 def test_a_model_without_a_configuration(tmp_path):
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(6)))
     with pytest.raises(UnsupportedModel, match="transformers configuration"):
-        build(model, Geometry("", 1, 1), (), "verbatim", None, tmp_path / "p")
+        write_package(model, Geometry("", 1, 1), (), "verbatim", None, tmp_path / "p")
 
 
 def test_a_directory_in_use_is_refused(llama, package):

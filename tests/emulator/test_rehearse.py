@@ -8,16 +8,16 @@ import torch
 import transformers as hf
 from torch.nn import functional
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.calibrate import PublicExamples
-from emulator.correct import repaired
-from emulator.plug import take
-from emulator.rehearse import Lesson, Text, reference, rehearse
-from errors import RangeError
-from task.examples import Examples
-from task.tasks import TASKS
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.evaluation.rehearse import Lesson, Text, reference, rehearse
+from offsite.emulator.runtime.correction import repaired
+from offsite.emulator.runtime.plug_in import take
+from offsite.errors import RangeError
+from offsite.task.examples import Examples
+from offsite.task.tasks import TASKS
 from tests.emulator.conftest import CAUSAL, _causal
 
 TASK = TASKS["causal_lm"]

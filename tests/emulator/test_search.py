@@ -6,16 +6,16 @@ import pytest
 import torch
 import transformers as hf
 
-from emulator.build import build
-from emulator.calibrate import PublicExamples
-from emulator.cost import Limits
-from emulator.geometry import Geometry
-from emulator.middle import Calibration, Middle
-from emulator.search import LADDERS, Search
-from emulator.source import MemorySource, ShardSource
-from errors import ConfigError
-from task.examples import Examples
-from task.tasks import TASKS
+from offsite.emulator.build.cost import SizeLimits
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.search import LADDERS, Search
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.calibration.source import MemorySource, ShardSource
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import ConfigError
+from offsite.task.examples import Examples
+from offsite.task.tasks import TASKS
 from tests.emulator.conftest import CAUSAL, _causal
 
 IDS = (torch.arange(8 * 16).reshape(8, 16) * 7 + torch.arange(8).unsqueeze(1)) % 61
@@ -42,7 +42,7 @@ def every_choice(search):
 
 @pytest.mark.parametrize("flops", [0.4, 0.75])
 def test_a_search_comes_near_the_best_of_all_combinations(middle, flops):
-    search = Search(middle, Limits(flops=flops), "verbatim")
+    search = Search(middle, SizeLimits(flops=flops), "verbatim")
     found = search.run()
     chosen = found[-1]
     assert chosen.fits
@@ -54,7 +54,7 @@ def test_a_search_comes_near_the_best_of_all_combinations(middle, flops):
 
 
 def test_the_last_candidate_is_what_its_recipe_says(middle):
-    found = Search(middle, Limits(flops=0.75), "verbatim").run()
+    found = Search(middle, SizeLimits(flops=0.75), "verbatim").run()
     assert len(found) == 1 + len(LADDERS["sandwich"].states())
     assert found[0].damage < 0.01  # all blocks at the top of the ladder
     assert [one.fits for one in found][:2] == [False, False]
@@ -69,14 +69,14 @@ def test_bytes_of_a_candidate_are_those_of_its_package(middle, tmp_path, rounded
             parameter.data = parameter.data.to(torch.bfloat16).float()
     model.save_pretrained(tmp_path / "model")
     shards = Middle(ShardSource(tmp_path / "model", torch.float32), middle.geometry, middle.calibration)
-    found = Search(middle, Limits(flops=0.75), "int8").run()
-    assert [one.cost for one in Search(shards, Limits(flops=0.75), "int8").run()] == [one.cost for one in found]
+    found = Search(middle, SizeLimits(flops=0.75), "int8").run()
+    assert [one.cost for one in Search(shards, SizeLimits(flops=0.75), "int8").run()] == [one.cost for one in found]
     for one in found[::3]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        manifest = build(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
+        manifest = write_package(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
         assert manifest.payload_bytes == one.cost.bytes
 
 
 def test_limits_that_nothing_meets_are_refused(middle):
     with pytest.raises(ConfigError, match="max_bytes: the smallest emulator has"):
-        Search(middle, Limits(bytes=100), "verbatim").run()
+        Search(middle, SizeLimits(bytes=100), "verbatim").run()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from emulator.geometry import Geometry
-from emulator.skip import output_form, skipped
-from emulator.source import MemorySource
-from emulator.stream import begin
-from errors import MalformedMessage, UnsupportedModel
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.calibration.stream import begin
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.structure.identity_block import output_form, skipped
+from offsite.errors import MalformedMessage, UnsupportedModel
 
 
 class Residual(nn.Module):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from emulator.compressors import make_plan
-from emulator.geometry import Geometry
-from emulator.gradients import SlotGradients
-from emulator.middle import Calibration, Middle
-from emulator.source import MemorySource
-from errors import OffsiteError, UnsupportedModel
+from offsite.emulator.calibration.gradients import SlotGradients
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.compressors import make_plan
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import OffsiteError, UnsupportedModel
 from tests.emulator.conftest import CAUSAL, IDS, _causal, hf
 
 

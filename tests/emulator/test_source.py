@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from emulator.fidelity import gradient_cosine
-from emulator.geometry import Geometry
-from emulator.gradients import SlotGradients
-from emulator.middle import Calibration, Middle
-from emulator.package import build, load
-from emulator.source import MemorySource, ShardSource
-from errors import DataError, UnsupportedModel
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.gradients import SlotGradients
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource, ShardSource
+from offsite.emulator.evaluation.fidelity import gradient_cosine
+from offsite.emulator.package.package_reader import load
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import DataError, UnsupportedModel
 
 RECIPES = [("skip_gradient:0.34", "patch", "gptq4:16"), ("narrow:0.5", "int8:16"), ("share:0.5",)]
 
@@ -35,7 +36,7 @@ def test_shards_give_the_package_of_the_model_in_memory(make, name, tmp_path):
     source = ShardSource(saved(family, tmp_path / "m"), torch.float32)
     geometry = Geometry.of(family.model, 2, 1)
     for number, recipe in enumerate(RECIPES):
-        mine = build(source, geometry, recipe, "int8", public(family), tmp_path / f"a{number}")
+        mine = write_package(source, geometry, recipe, "int8", public(family), tmp_path / f"a{number}")
         other = family.build(tmp_path / f"b{number}", recipe, "int8")
         assert mine.tensors == other.tensors
         assert mine.to_dict() == other.to_dict()
@@ -75,7 +76,7 @@ def test_what_stands_in_a_place_has_its_own_weights(llama, tmp_path):
 
 
 def test_the_gate_works_on_shards(llama, tmp_path):
-    from adapter.spec import AdapterSpec
+    from offsite.adapter.spec import AdapterSpec
 
     source = ShardSource(saved(llama, tmp_path / "m"), torch.float32)
     geometry = Geometry.of(llama.model, 1, 1)
@@ -108,15 +109,15 @@ def test_a_folder_that_is_no_model_or_not_the_whole_one(llama, tmp_path):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.package import build
-from emulator.source import ShardSource
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.source import ShardSource
 
 ids = torch.arange(16).reshape(2, 8)
 source = ShardSource(Path(sys.argv[1]), torch.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-build(source, Geometry.of(source.model, 1, 1), ("skip@3-9", "patch", "int4:64"), "verbatim",
+write_package(source, Geometry.of(source.model, 1, 1), ("skip@3-9", "patch", "int4:64"), "verbatim",
       Calibration(lambda model: model(input_ids=ids)), Path(sys.argv[2]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(peak - before)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from emulator.geometry import Geometry
-from emulator.middle import Calibration, Middle
-from emulator.source import MemorySource
-from emulator.stream import begin, influence, private
-from emulator.towers import main_tower
-from errors import ConfigError, UnsupportedModel
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.calibration.stream import begin, influence, private
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.structure.towers import main_tower
+from offsite.errors import ConfigError, UnsupportedModel
 from tests.emulator.test_skip import Residual
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from emulator.tensor_file import NAMES, TensorFile
-from errors import DataError
+from offsite.emulator.package.tensor_file import NAMES, TensorFile
+from offsite.errors import DataError
 
 
 def tensors():

@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from emulator.geometry import Geometry
-from emulator.towers import find_towers, main_tower, signature, usual_signature
-from errors import ConfigError, UnknownName, UnsupportedModel
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.structure.towers import find_towers, main_tower, signature, usual_signature
+from offsite.errors import ConfigError, UnknownName, UnsupportedModel
 
 MAIN = {
     "llama_tied": "model.layers",

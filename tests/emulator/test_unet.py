@@ -6,23 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adapter.spec import AdapterSpec
-from emulator import package
-from emulator.calibrate import PublicExamples
-from emulator.fidelity import gradient_cosine
-from emulator.geometry import PARALLEL, Geometry
-from emulator.held import hold
-from emulator.leak import similarity
-from emulator.middle import Calibration, Middle
-from emulator.rebuild import empty_model
-from emulator.refreshable import Frame, Refreshable
-from emulator.source import MemorySource
-from emulator.structure import slot_paths
-from emulator.towers import SCATTERED, find_towers, main_tower
-from emulator.unet_config import check_unet
-from emulator.verdict import Limits
-from emulator.vet import vet
-from errors import ConfigError, MalformedMessage, OffsiteError, UnsupportedModel
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration, Middle
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.calibration.source import MemorySource
+from offsite.emulator.evaluation.fidelity import gradient_cosine
+from offsite.emulator.evaluation.leak import similarity
+from offsite.emulator.package import package_reader
+from offsite.emulator.runtime.quantized_linear import replace_linears
+from offsite.emulator.runtime.refresh_state import Frame, Refreshable
+from offsite.emulator.structure.from_config import empty_model
+from offsite.emulator.structure.geometry import PARALLEL, Geometry, slot_paths
+from offsite.emulator.structure.towers import SCATTERED, find_towers, main_tower
+from offsite.emulator.structure.unet_config import check_unet
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import vet
+from offsite.errors import ConfigError, MalformedMessage, OffsiteError, UnsupportedModel
 from tests.task import latents
 
 GEOMETRY = Geometry(SCATTERED, 1, 1)
@@ -75,8 +75,8 @@ def public(folder, task, model):
 
 def build(model, public, target, recipe, *, geometry=GEOMETRY, embedding="verbatim"):
     calibration = Calibration(public.run, public.losses)
-    manifest = package.build(model, geometry, recipe, embedding, calibration, target)
-    return manifest, package.load(target, expected_digest=manifest.digest())
+    manifest = write_package(model, geometry, recipe, embedding, calibration, target)
+    return manifest, package_reader.load(target, expected_digest=manifest.digest())
 
 
 def losses(public, model):
@@ -132,7 +132,7 @@ RECIPES += ["int8:16", "int4:16", "int3:16", "gptq8:16", "gptq4:16", "gptq3:16"]
 @pytest.mark.parametrize("recipe", [*((one,) for one in RECIPES), ("narrow:0.5", "gptq4:16")])
 def test_every_compressor_gives_an_emulator_that_is_vetted_and_near(recipe, model, public, tmp_path):
     manifest, emulator = build(model, public, tmp_path / "p", recipe)
-    assert vet(tmp_path / "p", emulator, manifest, Limits(), seed=3).checks
+    assert vet(tmp_path / "p", emulator, manifest, VettingThresholds(), seed=3).checks
     exact, found = losses(public, model), losses(public, emulator)
     assert torch.isfinite(found).all()
     assert (found - exact).abs().max() < 0.3 * exact.max()
@@ -170,7 +170,7 @@ def test_what_stands_around_the_blocks_is_stored_as_the_tables_of_others_are(mod
         model.get_parameter(name).numel() for name in around
     )
     assert manifest.package_bytes < 0.5 * plain.package_bytes  # of weights that are float32
-    assert vet(tmp_path / "p", emulator, manifest, Limits(), seed=3).checks
+    assert vet(tmp_path / "p", emulator, manifest, VettingThresholds(), seed=3).checks
     exact = losses(public, model)
     assert (losses(public, emulator) - exact).abs().max() < 0.05 * exact.max()
     for name, tensor in model.state_dict().items():
@@ -182,13 +182,13 @@ def test_a_parallel_emulator_carries_adapters_in_every_block(model, public, tmp_
     geometry = replace(GEOMETRY, first=0, last=0, shape=PARALLEL)
     manifest, emulator = build(model, public, tmp_path / "p", ("gptq4:16", "center"), geometry=geometry)
     assert slot_paths(emulator, geometry)[0] == main_tower(model).blocks
-    assert vet(tmp_path / "p", emulator, manifest, Limits(), seed=3).checks
+    assert vet(tmp_path / "p", emulator, manifest, VettingThresholds(), seed=3).checks
 
 
 def test_held_as_stored_it_computes_the_same(model, public, tmp_path):
     manifest, emulator = build(model, public, tmp_path / "p", ("int8:16",))
     before = losses(public, emulator)
-    assert hold(emulator, tmp_path / "p", manifest) > 0
+    assert replace_linears(emulator, tmp_path / "p", manifest) > 0
     assert torch.equal(losses(public, emulator), before)
 
 

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from adapter.methods import METHODS, attach, invent, places
-from adapter.spec import AdapterSpec
-from emulator.activations import Pass, gradient_checks
-from emulator.geometry import Geometry
-from emulator.manifest import CONFIG
-from emulator.package import build, load, read_manifest
-from emulator.rebuild import config_text, empty_model
-from emulator.source import ShardSource
-from emulator.structure import check_numbers, check_structure
-from emulator.verdict import Check, Limits, passed, report
-from emulator.vet import Slots, vet, vet_adapter
-from errors import MalformedMessage, UnsupportedModel
+from offsite.adapter.methods import METHODS, attach, dummy_tensors, places
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.source import ShardSource
+from offsite.emulator.package.manifest import CONFIG
+from offsite.emulator.package.package_reader import load, read_manifest
+from offsite.emulator.structure.from_config import config_text, empty_model
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.vetting.activation_checks import Pass, gradient_checks
+from offsite.emulator.vetting.limits import Check, VettingThresholds, passed, report
+from offsite.emulator.vetting.structure_checks import check_numbers, check_structure
+from offsite.emulator.vetting.vet import Slots, vet, vet_adapter
+from offsite.errors import MalformedMessage, UnsupportedModel
 from tests.emulator.conftest import BUILDERS, Family
 
 RECIPES: tuple[tuple[str, ...], ...] = (
@@ -43,7 +44,7 @@ WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center")), ("mixtral", ("elevate:0
 
 def vetted(folder: Path, model: nn.Module | None = None, seed: int = 1) -> Any:
     loaded = load(folder, dtype=torch.float32) if model is None else model
-    return vet(folder, loaded, read_manifest(folder), Limits(), seed=seed)
+    return vet(folder, loaded, read_manifest(folder), VettingThresholds(), seed=seed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -63,7 +64,7 @@ def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> 
     from transformers import AutoModelForCausalLM
 
     full = AutoModelForCausalLM.from_pretrained(fed.parent / "model").eval()
-    build(full, Geometry.of(full, 1, 1), ("int4:32",), "int8", None, tmp_path / "p")
+    write_package(full, Geometry.of(full, 1, 1), ("int4:32",), "int8", None, tmp_path / "p")
     for seed in range(8):
         vetted(tmp_path / "p", seed=seed)
 
@@ -72,7 +73,7 @@ def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> 
 
 
 def with_slots_in(family: Family, tower: str, folder: Path) -> Path:
-    build(family.model, Geometry(tower, 2, 1), (), "verbatim", None, folder)
+    write_package(family.model, Geometry(tower, 2, 1), (), "verbatim", None, folder)
     return folder
 
 
@@ -401,7 +402,7 @@ def test_a_slots_block_that_is_left_out_is_refused(honest: tuple[Path, Any]) -> 
     manifest = read_manifest(folder)
     lied = dataclasses.replace(manifest, skipped=manifest.skipped | {"model.layers.0": ("tensor",)})
     with pytest.raises(MalformedMessage, match="not a block of the middle"):
-        vet(folder, model, lied, Limits(), seed=1)
+        vet(folder, model, lied, VettingThresholds(), seed=1)
 
 
 # the adapter
@@ -412,14 +413,14 @@ def adapted(honest: tuple[Path, Any], **spec: Any) -> tuple[Any, AdapterSpec, Sl
     slots = Slots.of(model, read_manifest(folder))
     chosen = AdapterSpec(**{"slots": slots.paths, "targets": ("v_proj",)} | spec)
     where = places(model, chosen)
-    return attach(model, chosen, invent(model, chosen)), chosen, slots, where
+    return attach(model, chosen, dummy_tensors(model, chosen)), chosen, slots, where
 
 
 def test_a_narrow_adapter_passes(honest: tuple[Path, Any]) -> None:
     for facts in ({"rank": 2}, {"method": "ia3", "targets": ()}, {"rank": 2, "options": (("head", True),)}):
         fresh = (honest[0], load(honest[0], dtype=torch.float32))
         model, chosen, slots, where = adapted(fresh, **facts)
-        vet_adapter(model, chosen, slots, Limits(adapter_share=1.0), where)
+        vet_adapter(model, chosen, slots, VettingThresholds(adapter_share=1.0), where)
 
 
 UNFIT = {"bitfit", "clip_adapter", "concept_tokens", "ip_adapter"}  # of a Llama
@@ -429,7 +430,7 @@ UNFIT = {"bitfit", "clip_adapter", "concept_tokens", "ip_adapter"}  # of a Llama
 def test_every_method_trains_in_its_places_alone(honest: tuple[Path, Any], method: str) -> None:
     fresh = (honest[0], load(honest[0], dtype=torch.float32))
     model, chosen, slots, where = adapted(fresh, method=method, rank=2, targets=())
-    vet_adapter(model, chosen, slots, Limits(adapter_share=20.0, adapter_peak=1e6), where)
+    vet_adapter(model, chosen, slots, VettingThresholds(adapter_share=20.0, adapter_peak=1e6), where)
 
 
 @pytest.mark.parametrize("stranger", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"])
@@ -438,20 +439,22 @@ def test_what_trains_outside_its_places_is_refused(honest: tuple[Path, Any], str
     found = [parameter for name, parameter in model.named_parameters() if name.endswith(stranger)]
     found[0].requires_grad_(True)
     with pytest.raises(UnsupportedModel, match="strange_slots=1"):
-        vet_adapter(model, chosen, slots, Limits(adapter_share=20.0), where)
+        vet_adapter(model, chosen, slots, VettingThresholds(adapter_share=20.0), where)
 
 
 @pytest.mark.parametrize(
     ("spec", "limits", "check"),
     [
-        ({"rank": 17}, Limits(), "rank=17"),
-        ({"rank": 9}, Limits(), "first_rank=9"),
-        ({"rank": 9}, Limits.for_owner(17, 0.25), "first_rank=9"),
-        ({"slots": ("model.layers.2",), "rank": 2}, Limits(), "strange_slots=1"),
-        ({"method": "lora", "targets": (), "rank": 8}, Limits(adapter_share=0.01), "adapter_share"),
+        ({"rank": 17}, VettingThresholds(), "rank=17"),
+        ({"rank": 9}, VettingThresholds(), "first_rank=9"),
+        ({"rank": 9}, VettingThresholds.for_owner(17, 0.25), "first_rank=9"),
+        ({"slots": ("model.layers.2",), "rank": 2}, VettingThresholds(), "strange_slots=1"),
+        ({"method": "lora", "targets": (), "rank": 8}, VettingThresholds(adapter_share=0.01), "adapter_share"),
     ],
 )
-def test_a_wide_adapter_is_refused(honest: tuple[Path, Any], spec: dict[str, Any], limits: Limits, check: str) -> None:
+def test_a_wide_adapter_is_refused(
+    honest: tuple[Path, Any], spec: dict[str, Any], limits: VettingThresholds, check: str
+) -> None:
     model, chosen, slots, where = adapted(honest, **spec)
     with pytest.raises(UnsupportedModel, match=f"vetting {check}"):
         vet_adapter(model, chosen, slots, limits, where)
@@ -460,7 +463,7 @@ def test_a_wide_adapter_is_refused(honest: tuple[Path, Any], spec: dict[str, Any
 def test_the_rank_of_a_later_block_may_be_higher(honest: tuple[Path, Any]) -> None:
     last = Slots.of(honest[1], read_manifest(honest[0])).paths[-1:]
     model, chosen, slots, where = adapted(honest, rank=9, slots=last)
-    vet_adapter(model, chosen, slots, Limits(adapter_share=1.0), where)
+    vet_adapter(model, chosen, slots, VettingThresholds(adapter_share=1.0), where)
 
 
 # the verdict
@@ -490,7 +493,7 @@ def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(1e-3)
     with pytest.raises(UnsupportedModel) as refused:
-        vet(folder, model, read_manifest(folder), Limits(least_change=1e9), seed=1)
+        vet(folder, model, read_manifest(folder), VettingThresholds(least_change=1e9), seed=1)
     assert "least_change" in str(refused.value)
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -516,7 +519,7 @@ def seen(**changed: torch.Tensor) -> Pass:
 
 
 def failed(layer: Pass) -> set[str]:
-    return {check.name for check in gradient_checks([layer], Limits(), everywhere=True) if not check.passed}
+    return {check.name for check in gradient_checks([layer], VettingThresholds(), everywhere=True) if not check.passed}
 
 
 def test_mixed_inputs_and_gradients_pass() -> None:

@@ -6,17 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from adapter.layout import Layout
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator import package
-from emulator.calibrate import PublicExamples
-from emulator.geometry import Geometry
-from emulator.middle import Calibration
-from emulator.plug import plug
-from emulator.rebuild import AUTO
-from emulator.verdict import Limits
-from emulator.vet import vet
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.calibration.middle import Calibration
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.package import package_reader
+from offsite.emulator.runtime.plug_in import plug
+from offsite.emulator.structure.from_config import AUTO
+from offsite.emulator.structure.geometry import Geometry
+from offsite.emulator.vetting.limits import VettingThresholds
+from offsite.emulator.vetting.vet import vet
 from tests.task import latents, pictures
 
 CASES: dict[str, tuple[Any, Any, tuple[str, ...], list[str], Any]] = {
@@ -56,7 +57,7 @@ class Opened:
     def build(self, target: Path, recipe: tuple[str, ...], geometry: Geometry) -> Any:
         public = PublicExamples(self.task, self.batch, batch=3, gradients=4)
         calibration = Calibration(public.run, public.losses)
-        return package.build(self.model, geometry, recipe, "verbatim", calibration, target, tokenizer=self.folder)
+        return write_package(self.model, geometry, recipe, "verbatim", calibration, target, tokenizer=self.folder)
 
     def geometry(self) -> Geometry:
         return Geometry(self.tower, 1, 1)
@@ -72,8 +73,8 @@ def test_a_package_without_compression_is_the_model_and_its_processor(opened: Op
     manifest = opened.build(tmp_path / "p", (), opened.geometry())
     assert manifest.auto == opened.task.kind
     assert opened.task.kind in AUTO
-    emulator = package.load(tmp_path / "p", expected_digest=manifest.digest())
-    assert vet(tmp_path / "p", emulator, manifest, Limits(), seed=1).checks
+    emulator = package_reader.load(tmp_path / "p", expected_digest=manifest.digest())
+    assert vet(tmp_path / "p", emulator, manifest, VettingThresholds(), seed=1).checks
     batch = opened.encode(tmp_path / "p", emulator, 6, 0)
     with torch.no_grad():
         assert torch.equal(opened.task.losses(emulator, batch), opened.task.losses(opened.model, opened.batch))
@@ -84,7 +85,7 @@ def test_a_compressed_package_has_losses_near_the_models(
     opened: Opened, recipe: tuple[str, ...], tmp_path: Path
 ) -> None:
     opened.build(tmp_path / "p", recipe, opened.geometry())
-    emulator = package.load(tmp_path / "p")
+    emulator = package_reader.load(tmp_path / "p")
     with torch.no_grad():
         found = opened.task.losses(emulator, opened.encode(tmp_path / "p", emulator, 6, 0))
         exact = opened.task.losses(opened.model, opened.batch)
@@ -98,7 +99,7 @@ def test_the_other_tower_can_be_the_one_that_is_compressed(name: str, tmp_path: 
     opened = Opened(name, tmp_path / "model")
     opened.tower = SECOND[name][0]
     opened.build(tmp_path / "p", ("skip_importance:1.0",), opened.geometry())
-    emulator = package.load(tmp_path / "p")
+    emulator = package_reader.load(tmp_path / "p")
     with torch.no_grad():
         found = opened.task.losses(emulator, opened.batch)
     assert torch.isfinite(found).all()
@@ -106,7 +107,7 @@ def test_the_other_tower_can_be_the_one_that_is_compressed(name: str, tmp_path: 
 
 def test_what_an_adapter_learns_on_an_emulator_helps_the_model(opened: Opened, tmp_path: Path) -> None:
     opened.build(tmp_path / "p", ("int8:16",), opened.geometry())
-    emulator = package.load(tmp_path / "p")
+    emulator = package_reader.load(tmp_path / "p")
     slots = opened.geometry().slots(emulator)
     spec = AdapterSpec(method="lora", rank=4, alpha=8.0, targets=opened.targets, slots=slots)
     tuned, full = attach(emulator, spec), attach(opened.model, spec)

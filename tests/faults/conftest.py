@@ -17,7 +17,7 @@ import pytest
 
 SITES = ("ash", "birch", "cedar")
 SEED = 1
-OFFSITE = [sys.executable, "-m", "cli.main"]
+OFFSITE = [sys.executable, "-m", "offsite.cli.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 POLICY = {
     "models": '["any"]',

@@ -14,28 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from cli.run import columns_in
-from client.data import read
-from coordinator.config import read_config
-from coordinator.correspondence import Correspondence
-from coordinator.delivery import Delivery, deliver
-from coordinator.flower_edge import GridExchange
-from coordinator.ledgers import Ledgers
-from coordinator.link import Link
-from coordinator.muster import Terms
-from coordinator.numbers import Numbers
-from coordinator.provision import Home
-from coordinator.rounds import RoundPlan
-from coordinator.service import Offers, Setting, _depot, _muster, link_place, open_job
-from coordinator.status import Status
-from coordinator.store import Store
-from protos import codec, letters
-from protos.manifest import JobManifest
-from protos.signed_job import package_context, sign_job
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.home.ledger_heads import Ledgers
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.coordinator.home.status import Status
+from offsite.coordinator.job.store import Store
+from offsite.coordinator.network.flower_exchange import GridExchange
+from offsite.coordinator.network.package_delivery import Delivery, deliver
+from offsite.coordinator.network.readiness import ReadinessPolicy
+from offsite.coordinator.network.signed_exchange import SignedExchange
+from offsite.coordinator.network.superlink_session import SuperLinkSession
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.round import RoundPlan
+from offsite.coordinator.service import JobContext, Offers, _depot, _muster, link_place, open_job
+from offsite.protos import codec, signed_messages
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.signed_job import package_context, sign_job
+from offsite.simulation.run_folder import columns_in
+from offsite.task.readers.tables import read
+from offsite.trust import streaming
+from offsite.trust.identity import Identity
+from offsite.trust.sealing import seal
 from tests.faults.conftest import Federation
-from trust import streaming
-from trust.identity import Identity
-from trust.sealing import seal
 
 ANSWER_SECONDS = 30.0
 
@@ -54,10 +54,10 @@ class HostileCoordinator:
 
     def __init__(self, federation: Federation, path: Path) -> None:
         config, _ = read_config(path)
-        self.federation, self.home = federation, Home.open(federation.home)
+        self.federation, self.home = federation, CoordinatorHome.open(federation.home)
         self.epoch = self.home.federation()
         folder = federation.folder / f"hostile-{path.stem}"
-        self.setting = Setting(
+        self.setting = JobContext(
             home=self.home,
             config=config,
             store=Store(folder),
@@ -70,8 +70,8 @@ class HostileCoordinator:
         )
         self.job = open_job(self.setting, self.epoch)
         self.delivery = self.deliver(self.setting.store.package, self.job.manifest)
-        self.numbers = Numbers(self.home.folder / "letters.txt")
-        self.aggregations = Numbers(self.home.folder / "aggregations.txt")
+        self.numbers = MonotonicCounter(self.home.folder / "letters.txt")
+        self.aggregations = MonotonicCounter(self.home.folder / "aggregations.txt")
         self.ledgers = Ledgers(self.home.folder / "ledgers.json", self.home.identity)
         self.bad: list[str] = []  # why an answer was not opened
         self._open = contextlib.ExitStack()
@@ -79,7 +79,7 @@ class HostileCoordinator:
     def __enter__(self) -> "HostileCoordinator":
         self._open.enter_context(_depot(self.home, now))
         nodes = {member.site: member.node for member in self.epoch.members}
-        self.link = self._open.enter_context(Link(link_place(self.home), nodes))
+        self.link = self._open.enter_context(SuperLinkSession(link_place(self.home), nodes))
         self.exchange = GridExchange(self.link.grid, nodes=self.link.node_ids, deadline=ANSWER_SECONDS)
         return self
 
@@ -98,10 +98,10 @@ class HostileCoordinator:
         deliveries = {member.site: self.delivery for member in self.epoch.members}
         muster = _muster(self.setting, self.job, self.epoch, deliveries, offers)
         everyone = len(self.epoch.members)
-        return muster.gather(Terms(everyone, everyone, patience))
+        return muster.gather(ReadinessPolicy(everyone, everyone, patience))
 
-    def correspondence(self) -> Correspondence:
-        return Correspondence(
+    def correspondence(self) -> SignedExchange:
+        return SignedExchange(
             self.exchange, self.home.identity, self.epoch, self.numbers, lambda site, why: self.bad.append(why)
         )
 
@@ -122,11 +122,11 @@ class HostileCoordinator:
         *,
         identity: Identity | None = None,
         recipient: str | None = None,
-        sender: str = letters.COORDINATOR,
+        sender: str = signed_messages.COORDINATOR,
         number: int | None = None,
         federation: bytes | None = None,
     ) -> bytes:
-        return letters.write(
+        return signed_messages.write(
             identity or self.home.identity,
             federation or self.epoch.digest(),
             sender=sender,

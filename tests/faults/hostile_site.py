@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from client import site as site_module
-from client.mailbox import Mailbox
-from protos import codec
-from protos import round_pb2 as wire
-from secagg import member as member_module
-from secagg import messages, ring
-from secagg.member import Member
+from offsite.client.network.message_endpoint import SignedEndpoint
+from offsite.client.site import round_handler as site_module
+from offsite.protos import codec
+from offsite.protos import round_pb2 as wire
+from offsite.secagg import member as member_module
+from offsite.secagg import messages, ring
+from offsite.secagg.member import Member
 from tests.faults.poison import poison
 
 FOLDER = Path(sys.argv[1])
@@ -54,10 +54,10 @@ def answer(original: Any, mailbox: Any, stage: str, data: bytes) -> bytes:
 
 
 def signed_as(mailbox: Any, sender: str, reply: bytes, body: bytes | None = None) -> bytes:
-    from protos import letters
+    from offsite.protos import signed_messages
 
     letter = codec.decode_letter(reply)
-    return letters.write(
+    return signed_messages.write(
         mailbox._identity,
         letter.federation,
         sender=sender,
@@ -134,7 +134,7 @@ def unmask(original: Any, member: Any, signatures: Any) -> Any:
 
 def main() -> None:
     """Runs the client with these changes."""
-    wrap(Mailbox, "answer", answer)
+    wrap(SignedEndpoint, "answer", answer)
     wrap(site_module, "local_update", local_update)
     wrap(site_module, "spend", spend)
     wrap(member_module.ring, "encode", encode)
@@ -142,7 +142,7 @@ def main() -> None:
     wrap(Member, "unmask", unmask)
     site_module.STAGES["masked"] = lambda site, message: site.masked(message)
     sys.argv = ["offsite", "client", "run", str(FOLDER)]
-    from cli.main import main as run
+    from offsite.cli.main import main as run
 
     run()
 

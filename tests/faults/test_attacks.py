@@ -24,12 +24,12 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from coordinator.link import _pem
-from protos.flower_process import QUIET
+from offsite.coordinator.network.superlink_session import _pem
+from offsite.protos.flower_process import QUIET
+from offsite.trust.certificates import create_authority, issue_server, new_key
+from offsite.trust.keys import SiteKeys
 from tests.faults.conftest import Federation, free_ports, wait_for
 from tests.faults.hostile import HostileCoordinator
-from trust.certificates import create_authority, issue_server, new_key
-from trust.keys import SiteKeys
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -272,10 +272,10 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
 
-    from coordinator.grid import GuardedGrid
-    from coordinator.link import _ACQUIRE
-    from protos.flower import pack
-    from protos.guard import Secret
+    from offsite.coordinator.network.flower_grid import GuardedGrid
+    from offsite.coordinator.network.superlink_session import _ACQUIRE
+    from offsite.protos.flower import pack
+    from offsite.protos.guard import Secret
 
     marker, target, folder = tmp_path / "code-ran", target_of(ours), ours.home.link
     guard, master = (folder / "guard").read_text(), (folder / "superexec").read_bytes()

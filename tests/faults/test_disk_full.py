@@ -101,7 +101,11 @@ def test_a_full_disk_under_flowers_superlink_is_survived(four: Federation) -> No
     job = four.job("superlink", rounds=1, training="spare_rounds = 2", coordinator="sites = 4\nattempts = 5")
     process = four.start_coordinator(job)
     four.wait_stage("train", pid=process.pid)
-    (link,) = [one for one in psutil.Process(process.pid).children() if "coordinator.superlink" in one.cmdline()]
+    (link,) = [
+        one
+        for one in psutil.Process(process.pid).children()
+        if "offsite.coordinator.network.superlink" in one.cmdline()
+    ]
     with full(link.pid):
         wait_for(lambda: four.status()["state"] in ("link lost", "waiting for sites", "building"), 90)
     assert four.finish() == 0, four.log("coordinator")

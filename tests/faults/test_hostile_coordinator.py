@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from coordinator.rounds import RoundPlan, run_round, tell_abort
-from emulator.files import TOKENIZER_FILES
-from errors import TooFewSurvivors
-from protos import codec
-from protos.terms import adapter_digest
-from secagg.messages import read_announcement, write_announcement
+from offsite.coordinator.rounds.round import RoundPlan, run_round, tell_abort
+from offsite.emulator.package.files import TOKENIZER_FILES
+from offsite.errors import TooFewSurvivors
+from offsite.protos import codec
+from offsite.protos.terms import adapter_digest
+from offsite.secagg.messages import read_announcement, write_announcement
+from offsite.trust.identity import Identity
 from tests.faults.conftest import Federation, wait_for
 from tests.faults.hostile import HostileCoordinator, Tampered, stream_of
-from trust.identity import Identity
 
 SITES = ("ash", "birch", "cedar", "elm")
 pytestmark = pytest.mark.slow
@@ -434,7 +434,7 @@ def _million_tensors(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
 def _not_finite(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
     import tempfile
 
-    from emulator.files import tensor_sha256
+    from offsite.emulator.package.files import tensor_sha256
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.rounds import RoundResult, run_round
+from offsite.coordinator.rounds.round import RoundResult, run_round
 from tests.faults.conftest import Federation
 from tests.faults.hostile import HostileCoordinator
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from client.installation import Installation
-from coordinator.provision import Home
-from coordinator.rounds import run_round
+from offsite.client.home.installation import SiteHome
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.coordinator.rounds.round import run_round
+from offsite.trust.request import SiteRequest
 from tests.faults.conftest import OFFSITE, SITES, Federation, offsite, wait_for
 from tests.faults.hostile import HostileCoordinator
-from trust.request import SiteRequest
 
 pytestmark = pytest.mark.slow
 
@@ -77,11 +77,11 @@ def test_an_expired_federation_does_not_start(stopped: Federation) -> None:
     past = datetime.now(UTC) - timedelta(days=366)
     for folder in (stopped.home, *(stopped.site(site) for site in SITES)):
         shutil.rmtree(folder)
-    home = Home.create(
+    home = CoordinatorHome.create(
         stopped.home, name="late", host="127.0.0.1", link_port=1, depot_port=2, n_min=3, max_epsilon=8.0, now=past
     )
     data = stopped.world / "data" / "public"
-    made = [Installation.create(stopped.site(site), name=site, data=data, suite=2, now=past) for site in SITES]
+    made = [SiteHome.create(stopped.site(site), name=site, data=data, suite=2, now=past) for site in SITES]
     home.approve([SiteRequest.from_bytes((one.folder / "site.request").read_bytes()) for one in made], past)
     for site in made:
         site.join(home.welcome(site.settings.name).read_bytes(), now=past, expected=None)

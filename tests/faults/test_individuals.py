@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.run import Run, simulated_benches
-from client.plan import plan_for
-from client.train import local_update
-from coordinator.attempt import Attempts
-from coordinator.config import read_config
-from coordinator.federation import Federation as Rounds
-from coordinator.job import reopen
-from coordinator.numbers import Numbers
-from coordinator.store import Store
-from privacy.randomness import Randomness
-from protos.manifest import JobManifest
+from offsite.client.training.local_update import local_update
+from offsite.client.training.privacy_plan import plan_for
+from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.job.prepare import reopen
+from offsite.coordinator.job.store import Store
+from offsite.coordinator.rounds.attempt import Attempts
+from offsite.coordinator.rounds.counter import MonotonicCounter
+from offsite.coordinator.rounds.round_loop import TrainingLoop as Rounds
+from offsite.privacy.randomness import Randomness
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run, simulated_sessions
 from tests.conftest import sentence
 from tests.faults.conftest import ENVIRONMENT, SEED, Federation, preloaded
 from tests.faults.poison import poison
@@ -98,15 +98,15 @@ class Slowly:
         config, sha256 = read_config(open_fed)
         store = Store(federation.run(job))
         self.manifest = JobManifest.from_bytes((store.folder / "job.json").read_bytes())
-        self._run, self._bench = (
+        self._run, self._session = (
             Run(config, sha256, store),
-            simulated_benches(Run(config, sha256, store), self.manifest),
+            simulated_sessions(Run(config, sha256, store), self.manifest),
         )
         public = self._run.records(config.data.public)
         opened = reopen(config, self.manifest, store.read_json("job_facts.json"), records=public, store=store)
-        unused = Attempts(federation.folder, lambda: bytes(32), Numbers(federation.folder / "unused.txt"))
+        unused = Attempts(federation.folder, lambda: bytes(32), MonotonicCounter(federation.folder / "unused.txt"))
         self.rounds, self.untrained = Rounds(opened, config, store, unused), opened.zero_shot.loss
-        self.start = self._bench["ash"].layout.read(self._bench["ash"].model)
+        self.start = self._session["ash"].layout.read(self._session["ash"].model)
         state = store.load_state()
         assert state is not None
         self.adapter, (self.line,) = state.server.adapter, store.rounds()
@@ -114,9 +114,9 @@ class Slowly:
     def update(self, site: str) -> np.ndarray:
         """A site's update of the first round, float32 (d,)."""
         setting = next(one for one in self._run.config.sites if one.name == site)
-        examples = self._run.examples(setting.train, self.manifest, self._bench[site])
+        examples = self._run.examples(setting.train, self.manifest, self._session[site])
         trained = local_update(
-            self._bench[site],
+            self._session[site],
             self.start,
             examples,
             manifest=self.manifest,

@@ -19,7 +19,12 @@ import pytest
 from tests.faults.conftest import ENVIRONMENT, SITES, Federation, preloaded
 
 pytestmark = pytest.mark.slow
-PROGRAMS = ("coordinator.superlink", "client.supernode", "client run", "coordinator run")
+PROGRAMS = (
+    "offsite.coordinator.network.superlink",
+    "offsite.client.network.supernode",
+    "client run",
+    "coordinator run",
+)
 
 
 @dataclass
@@ -93,7 +98,7 @@ def test_the_watch_saw_every_process_and_both_ports(watched: Watched) -> None:
     clients = {pid for pid, program in ran.items() if program == "client run"}
     fetched = {pid for pid, call, _, port in watched.addresses if call == "connect" and port == depot}
     assert clients <= fetched
-    nodes = {pid for pid, program in ran.items() if program == "client.supernode"}
+    nodes = {pid for pid, program in ran.items() if program == "offsite.client.network.supernode"}
     assert nodes <= {pid for pid, call, _, port in watched.addresses if call == "connect" and port == link}
     assert len(watched.addresses) > 50
 

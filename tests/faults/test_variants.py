@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.display import PlainDisplay
-from cli.run import Run, with_options
-from cli.simulate import Options, memory_engine, simulate
-from coordinator.config import read_config
-from protos.manifest import JobManifest
+from offsite.cli.display import PlainDisplay
+from offsite.coordinator.config.federation_file import read_config
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run, with_options
+from offsite.simulation.simulate import Options, memory_engine, simulate
 from tests.faults.conftest import Federation, offsite
 
 

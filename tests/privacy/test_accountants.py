@@ -10,9 +10,9 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from errors import PrivacyRefusal
-from privacy.accountants import ACCOUNTANTS
-from privacy.events import Event
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.events import Event
 
 # sample_rate, noise_multiplier, steps, delta
 SETTINGS = [

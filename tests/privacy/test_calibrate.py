@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from errors import ConfigError, PrivacyRefusal, UnknownName
-from privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
-from privacy.calibrate import noise_multiplier_for, public_delta
-from privacy.events import Event
+from offsite.errors import ConfigError, PrivacyRefusal, UnknownName
+from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
+from offsite.privacy.calibrate import noise_multiplier_for, public_delta
+from offsite.privacy.events import Event
 
 PLANS = [
     (8.0, 1e-4, 0.02, 8),

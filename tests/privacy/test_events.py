@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from errors import ConfigError
-from privacy.events import Event, compose
+from offsite.errors import ConfigError
+from offsite.privacy.events import Event, compose
 
 
 def test_compose_adds_the_steps_of_equal_mechanisms_in_order():

@@ -15,13 +15,13 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from errors import ConfigError, DataError, PrivacyRefusal, ProtocolViolation, UnknownName
-from privacy.accountants import ACCOUNTANTS
-from privacy.events import Event, compose
-from privacy.ledger import Ledger
-from trust.chain import Chain
-from trust.countersign import check_countersigned, countersign
-from trust.identity import Identity
+from offsite.errors import ConfigError, DataError, PrivacyRefusal, ProtocolViolation, UnknownName
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.events import Event, compose
+from offsite.privacy.ledger import Ledger
+from offsite.trust.chain import Chain
+from offsite.trust.countersign import check_countersigned, countersign
+from offsite.trust.identity import Identity
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 EVENT, OTHER = Event(1.1, 0.05, 10), Event(0.8, 0.02, 7)

@@ -8,12 +8,12 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from errors import OffsiteError, PrivacyRefusal
-from privacy.engines import ENGINES
-from privacy.mechanism import Terms, train
-from privacy.optimizer import CLIP_MARGIN
-from privacy.randomness import Randomness
-from privacy.sampler import poisson
+from offsite.errors import OffsiteError, PrivacyRefusal
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.mechanism import DpSgdConfig, train
+from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.randomness import Randomness
+from offsite.privacy.sampler import poisson
 
 
 class Rows:
@@ -45,7 +45,7 @@ def data(count: int = 40) -> Rows:
     return Rows(torch.randn(count, 5, generator=generator) * torch.linspace(0.1, 3, count)[:, None])
 
 
-def terms(**changes: Any) -> Terms:
+def terms(**changes: Any) -> DpSgdConfig:
     values = {
         "noise_multiplier": 1.0,
         "max_grad_norm": 0.3,
@@ -55,10 +55,10 @@ def terms(**changes: Any) -> Terms:
         "learning_rate": 0.5,
         "physical_batch": 4,
     }
-    return Terms(**(values | changes))
+    return DpSgdConfig(**(values | changes))
 
 
-def run(rows: Rows, plan: Terms, randomness: Any, model: nn.Module | None = None) -> tuple[Tensor, Any]:
+def run(rows: Rows, plan: DpSgdConfig, randomness: Any, model: nn.Module | None = None) -> tuple[Tensor, Any]:
     """Returns the change of the trainable weights, flat, and the outcome."""
     model = model or network()
     before = torch.cat([p.detach().clone().flatten() for p in model[2].parameters()])

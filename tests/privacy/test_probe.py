@@ -10,12 +10,12 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from errors import PrivacyRefusal
-from privacy.probe import choose_engine, probe
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.probe import choose_engine, probe
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 TASK = CausalLM()
 

@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
-from privacy.randomness import Randomness
+from offsite.privacy.randomness import Randomness
 
 
 def test_uniform_is_the_top_bits_of_the_aes_ctr_keystream_counted_block_by_block():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from errors import ConfigError
-from privacy.randomness import Randomness
-from privacy.sampler import poisson
+from offsite.errors import ConfigError
+from offsite.privacy.randomness import Randomness
+from offsite.privacy.sampler import poisson
 
 
 def draws(n, rate, steps, seed=21):

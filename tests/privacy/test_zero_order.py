@@ -10,13 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from adapter.layout import Layout
-from errors import ConfigError, PrivacyRefusal
-from privacy.mechanism import Terms
-from privacy.optimizer import CLIP_MARGIN
-from privacy.randomness import Randomness
-from privacy.sampler import poisson
-from privacy.zero_order import Directions, median_slope, replay, train
+from offsite.adapter.layout import Layout
+from offsite.errors import ConfigError, PrivacyRefusal
+from offsite.privacy.mechanism import DpSgdConfig
+from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.randomness import Randomness
+from offsite.privacy.sampler import poisson
+from offsite.privacy.zero_order import Directions, median_slope, replay, train
 
 SIZE = 6
 
@@ -58,7 +58,7 @@ def looking(per_step: int = 4, spacing: float = 0.25, name: str = "a") -> Direct
     return Directions(hashlib.sha256(name.encode()).digest(), per_step, spacing)
 
 
-def terms(**changes: Any) -> Terms:
+def terms(**changes: Any) -> DpSgdConfig:
     values = {
         "noise_multiplier": 1.0,
         "max_grad_norm": 2.0,
@@ -67,7 +67,7 @@ def terms(**changes: Any) -> Terms:
         "steps": 3,
         "learning_rate": 0.1,
     }
-    return Terms(**(values | changes))
+    return DpSgdConfig(**(values | changes))
 
 
 class NoNoise(Randomness):

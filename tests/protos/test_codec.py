@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import MalformedMessage
-from protos import codec
-from protos.messages import LINE as LINE_CHARACTERS
-from protos.messages import MOST_BIASES, MOST_REFRESH_BYTES, one_line
-from trust.federation import MOST_SITES
+from offsite.errors import MalformedMessage
+from offsite.protos import codec
+from offsite.protos.messages import LINE as LINE_CHARACTERS
+from offsite.protos.messages import MOST_BIASES, MOST_REFRESH_BYTES, one_line
+from offsite.trust.federation_manifest import MOST_SITES
 
 DIGEST = st.binary(min_size=32, max_size=32)
 NAME = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
@@ -51,7 +51,7 @@ MESSAGES = st.one_of(
     st.builds(codec.OfferReply, LINE, LINE, LONG, st.binary(max_size=64), MAYBE_HEAD),
     st.builds(codec.Notice, LINE, LINE),
 )
-LETTERS = st.builds(codec.Letter, DIGEST, LINE, LINE, LINE, LONG, st.binary(max_size=40), st.binary(max_size=64))
+LETTERS = st.builds(codec.SignedMessage, DIGEST, LINE, LINE, LINE, LONG, st.binary(max_size=40), st.binary(max_size=64))
 
 
 def same(left: object, right: object) -> bool:
@@ -70,7 +70,7 @@ def test_a_message_comes_back(message: codec.Message) -> None:
 
 
 @given(LETTERS)
-def test_a_letter_comes_back(letter: codec.Letter) -> None:
+def test_a_letter_comes_back(letter: codec.SignedMessage) -> None:
     assert codec.decode_letter(codec.encode_letter(letter)) == letter
 
 

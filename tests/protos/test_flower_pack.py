@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Wire
 
-from protos.flower import BUNDLE, SHORT_BYTES, bundle, pack, unpack
+from offsite.protos.flower import BUNDLE, SHORT_BYTES, bundle, pack, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (0, 1, 3, 255, SHORT_BYTES - 1, SHORT_BYTES, SHORT_BYTES + 1, 3 * SHORT_BYTES + 5)
@@ -81,7 +81,7 @@ def test_the_bundle_holds_no_code() -> None:
 
 
 def test_the_bundle_is_the_same_in_another_process_and_time_zone() -> None:
-    code = "from protos.flower import bundle; import sys; sys.stdout.write(bundle()[1])"
+    code = "from offsite.protos.flower import bundle; import sys; sys.stdout.write(bundle()[1])"
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -28,18 +28,18 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from coordinator.superlink import LIMITS, PUBLIC
-from errors import ConfigError
-from protos import codec
-from protos.flower import pack
-from protos.guard import (
+from offsite.coordinator.network.superlink import LIMITS, PUBLIC
+from offsite.errors import ConfigError
+from offsite.protos import codec
+from offsite.protos.flower import pack
+from offsite.protos.guard import (
     CONTENT,
     HEADER,
     MOST_BODY_BYTES,
     MOST_OBJECT_BYTES,
     VARIABLE,
     Guard,
-    Limits,
+    RequestLimits,
     new_secret,
     secret_of_environment,
 )
@@ -208,7 +208,7 @@ def body_of(*pieces: bytes, announced: bytes | None = None, path: str = "/v1/fle
 
     headers = [PROTOBUF, *[(b"content-length", announced)] * (announced is not None), *[HEALTH] * secret]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    limits = Limits(body=10, longer={"/v1/fleet/long": 20})
+    limits = RequestLimits(body=10, longer={"/v1/fleet/long": 20})
     asyncio.run(Guard(app, SECRET, PUBLIC, limits)(scope, receive, send))
     return got, [message.get("status") for message in sent[:1]], len(asked)
 
@@ -240,7 +240,7 @@ def test_only_the_paths_that_are_named_take_a_longer_body(path: str) -> None:
 class Crowd:
     """Peers at one guard, each of whom sends its pieces when told to."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RequestLimits) -> None:
         self.served: list[bytes] = []
         self.answer = asyncio.Event()
         self._guard = Guard(self._app, SECRET, PUBLIC, limits)
@@ -272,7 +272,7 @@ class Crowd:
 
 def test_a_body_that_does_not_come_is_given_up() -> None:
     async def run() -> None:
-        crowd = Crowd(Limits(seconds=0.05))
+        crowd = Crowd(RequestLimits(seconds=0.05))
         assert await asyncio.wait_for(crowd.begin(b"0", b"1", whole=False), 10) == [408]
         assert await asyncio.wait_for(crowd.begin(whole=False), 10) == [408]
         assert crowd.served == []
@@ -288,7 +288,7 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
 
 def test_all_peers_together_take_only_so_much_memory() -> None:
     async def run() -> None:
-        crowd = Crowd(Limits(body=10, held=20))
+        crowd = Crowd(RequestLimits(body=10, held=20))
         held = [crowd.begin(b"0123456789"), crowd.begin(b"01234", b"5678", whole=False)]
         await asyncio.sleep(0.01)
         assert await asyncio.wait_for(crowd.begin(b"0", b"12"), 10) == [503]

@@ -4,27 +4,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import MalformedMessage, OffsiteError, ProtocolViolation
-from protos import codec, letters
-from trust.identity import Identity
+from offsite.errors import MalformedMessage, OffsiteError, ProtocolViolation
+from offsite.protos import codec, signed_messages
+from offsite.trust.identity import Identity
 
 IDENTITY, STRANGER = Identity.from_bytes(bytes(32)), Identity.from_bytes(bytes([1]) * 32)
 FEDERATION = bytes(range(32))
-TERMS = {"sender": "ash", "recipient": letters.COORDINATOR, "stage": "keys", "number": 7, "body": b"body"}
-LETTER = letters.write(IDENTITY, FEDERATION, **TERMS)
+TERMS = {"sender": "ash", "recipient": signed_messages.COORDINATOR, "stage": "keys", "number": 7, "body": b"body"}
+LETTER = signed_messages.write(IDENTITY, FEDERATION, **TERMS)
 
 NAME = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=128)
 
 
-def read(data: bytes, **changed: object) -> codec.Letter:
-    expected: dict[str, object] = {"sender": "ash", "key": IDENTITY.public, "recipient": letters.COORDINATOR}
-    return letters.read(data, **({"federation": FEDERATION} | expected | changed))
+def read(data: bytes, **changed: object) -> codec.SignedMessage:
+    expected: dict[str, object] = {"sender": "ash", "key": IDENTITY.public, "recipient": signed_messages.COORDINATOR}
+    return signed_messages.read(data, **({"federation": FEDERATION} | expected | changed))
 
 
 @settings(max_examples=60)
 @given(NAME, NAME, NAME, st.integers(0, 2**64 - 1), st.binary(max_size=99))
 def test_a_letter_says_what_was_written(sender: str, recipient: str, stage: str, number: int, body: bytes) -> None:
-    data = letters.write(
+    data = signed_messages.write(
         IDENTITY, FEDERATION, sender=sender, recipient=recipient, stage=stage, number=number, body=body
     )
     letter = read(data, sender=sender, recipient=recipient)
@@ -37,7 +37,7 @@ def test_a_letter_says_what_was_written(sender: str, recipient: str, stage: str,
 )
 @pytest.mark.parametrize("field", ["sender", "recipient", "stage"])
 def test_a_name_that_cannot_stand_in_a_log_is_refused_whoever_signed_it(field: str, name: str) -> None:
-    data = letters.write(IDENTITY, FEDERATION, **(TERMS | {field: name}))
+    data = signed_messages.write(IDENTITY, FEDERATION, **(TERMS | {field: name}))
     with pytest.raises(MalformedMessage, match="letter name: must be a printable ASCII text of at most 128") as caught:
         read(data, sender=name if field == "sender" else "ash")
     assert name not in str(caught.value)
@@ -64,7 +64,7 @@ def test_every_truncation_and_every_byte_more_is_refused() -> None:
 
 def test_two_letters_in_one_are_refused() -> None:
     """Protobuf merges concatenated messages, so that the last signature would stand under fields of both."""
-    other = letters.write(IDENTITY, FEDERATION, **(TERMS | {"number": 8}))
+    other = signed_messages.write(IDENTITY, FEDERATION, **(TERMS | {"number": 8}))
     for pair in (LETTER + LETTER, LETTER + other, other + LETTER):
         with pytest.raises(MalformedMessage):
             read(pair)
@@ -74,7 +74,7 @@ def test_two_letters_in_one_are_refused() -> None:
     ("changed", "match"),
     [
         ({"sender": "birch"}, "sender='ash': 'birch' was expected"),
-        ({"sender": letters.COORDINATOR}, "sender='ash'"),
+        ({"sender": signed_messages.COORDINATOR}, "sender='ash'"),
         ({"recipient": "birch"}, "recipient='coordinator': 'birch'"),
         ({"federation": bytes(32)}, "000000000000 holds here"),
         ({"federation": FEDERATION[:31] + b"x"}, "000102030405 holds here"),
@@ -96,7 +96,7 @@ def test_the_signature_covers_stage_number_and_body(changed: dict[str, object]) 
     """Fields of one letter under the signature of another, which is what somebody in the middle can write."""
     signature = codec.decode_letter(LETTER).signature
     fields = TERMS | changed
-    forged = codec.Letter(
+    forged = codec.SignedMessage(
         FEDERATION, *(fields[name] for name in ("sender", "recipient", "stage", "number", "body")), signature
     )
     with pytest.raises(ProtocolViolation, match="did not sign"):
@@ -105,20 +105,22 @@ def test_the_signature_covers_stage_number_and_body(changed: dict[str, object]) 
 
 def test_a_letter_is_no_answer_to_its_own_writer() -> None:
     """The coordinator's letter sent back to it, or a site's to the site, is not one from the other side."""
-    down = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": letters.COORDINATOR, "recipient": "ash"}))
+    down = signed_messages.write(
+        IDENTITY, FEDERATION, **(TERMS | {"sender": signed_messages.COORDINATOR, "recipient": "ash"})
+    )
     with pytest.raises(ProtocolViolation, match="sender"):
         read(down)
     with pytest.raises(ProtocolViolation, match="recipient"):
-        read(down, sender=letters.COORDINATOR)
+        read(down, sender=signed_messages.COORDINATOR)
 
 
 def test_where_one_field_ends_and_the_next_begins_is_signed() -> None:
     """`ab` + `c` and `a` + `bc` are different letters with different signatures."""
-    one = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "ab", "recipient": "c"}))
-    two = letters.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "a", "recipient": "bc"}))
+    one = signed_messages.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "ab", "recipient": "c"}))
+    two = signed_messages.write(IDENTITY, FEDERATION, **(TERMS | {"sender": "a", "recipient": "bc"}))
     moved = codec.decode_letter(one)
     assert moved.signature != codec.decode_letter(two).signature
-    forged = codec.Letter(FEDERATION, "a", "bc", moved.stage, moved.number, moved.body, moved.signature)
+    forged = codec.SignedMessage(FEDERATION, "a", "bc", moved.stage, moved.number, moved.body, moved.signature)
     with pytest.raises(ProtocolViolation, match="did not sign"):
         read(codec.encode_letter(forged), sender="a", recipient="bc")
 
@@ -127,7 +129,7 @@ def test_a_signature_over_something_else_of_the_same_bytes_is_refused() -> None:
     """An identity also signs manifests and aggregation messages; the label keeps those from being letters."""
     letter = codec.decode_letter(LETTER)
     for signature in (IDENTITY.sign(letter.body), IDENTITY.sign(LETTER), IDENTITY.sign(FEDERATION), b"", bytes(64)):
-        forged = codec.Letter(
+        forged = codec.SignedMessage(
             FEDERATION, letter.sender, letter.recipient, letter.stage, letter.number, letter.body, signature
         )
         with pytest.raises(ProtocolViolation, match="did not sign"):

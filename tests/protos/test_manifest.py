@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from errors import MalformedMessage
-from protos.aggregation import AggregationTerms
-from protos.codec import KeysRequest
-from protos.manifest import JobManifest
-from protos.messages import MOST_STEPS
-from protos.terms import terms_of
+from offsite.errors import MalformedMessage
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.codec import KeysRequest
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.messages import MOST_STEPS
+from offsite.protos.terms import terms_of
 from tests.client.test_policy import JOB as SHORT
 
 JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))

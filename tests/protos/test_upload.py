@@ -6,13 +6,13 @@ import itertools
 import numpy as np
 import pytest
 
-from adapter.layout import Layout
-from adapter.spec import AdapterSpec
-from errors import PrivacyRefusal, RangeError
-from protos.aggregation import AggregationTerms
-from protos.codec import KeysRequest
-from protos.terms import terms_of
-from protos.upload import check_coverage, mean_of, picked, placed, trained_by
+from offsite.adapter.layout import Layout
+from offsite.adapter.spec import AdapterSpec
+from offsite.errors import PrivacyRefusal, RangeError
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.codec import KeysRequest
+from offsite.protos.terms import terms_of
+from offsite.protos.upload import check_coverage, mean_of, scatter_uploaded, select_uploaded, trained_mask
 from tests.client.test_policy import JOB
 
 SITES = ("east", "north", "south", "west")
@@ -39,21 +39,25 @@ def test_in_turn_a_round_holds_one_factor_and_what_is_no_factor() -> None:
         assert LORA.upload_layout(number).names == names
         assert LORA.upload_layout(number + 2) == LORA.upload_layout(number)
         assert LORA.upload_size(number) == len(entries)
-        found = picked(LORA, number, vector)
+        found = select_uploaded(LORA, number, vector)
         assert found.dtype == np.float32
         assert found.tolist() == entries
-        whole = placed(LORA, number, np.stack([found, -found]).astype(np.float64))
+        whole = scatter_uploaded(LORA, number, np.stack([found, -found]).astype(np.float64))
         assert whole.shape == (2, 16)
         assert whole[0].tolist() == [float(entry) if entry in entries else 0.0 for entry in range(16)]
         assert (whole[1] == -whole[0]).all()
         with pytest.raises(RangeError, match="upload size=1"):
-            placed(LORA, number, np.zeros(1))
+            scatter_uploaded(LORA, number, np.zeros(1))
 
 
 def test_by_default_a_round_holds_the_adapter() -> None:
     assert JOB.upload_layout(1) == JOB.upload_layout(2) == JOB.layout
     vector = np.arange(JOB.layout.size, dtype=np.float32)
-    assert picked(JOB, 1, vector).tolist() == vector.tolist() == placed(JOB, 1, vector.astype(np.float64)).tolist()
+    assert (
+        select_uploaded(JOB, 1, vector).tolist()
+        == vector.tolist()
+        == scatter_uploaded(JOB, 1, vector.astype(np.float64)).tolist()
+    )
 
 
 def test_the_terms_of_a_sum_have_the_length_of_the_rounds_vector() -> None:
@@ -74,13 +78,13 @@ def test_an_entry_is_divided_by_the_members_that_train_it() -> None:
             second = entry < 8 and entry % 2 == 1
             trained = [rows[site][entry] for site in members if not (second and site == "south")]
             assert found[entry] == pytest.approx(sum(trained) / len(trained) if trained else 0.0)
-    assert trained_by(NESTED, 1, "south").tolist() == [True, False] * 4 + [True, True]
-    assert trained_by(NESTED, 1, "east").all()
+    assert trained_mask(NESTED, 1, "south").tolist() == [True, False] * 4 + [True, True]
+    assert trained_mask(NESTED, 1, "east").all()
 
 
 def test_no_entry_is_the_sum_of_too_few() -> None:
     for members in itertools.chain.from_iterable(itertools.combinations(SITES, size) for size in range(1, 5)):
-        count = np.sum([trained_by(NESTED, 1, site) for site in members], axis=0)
+        count = np.sum([trained_mask(NESTED, 1, site) for site in members], axis=0)
         if ((count > 0) & (count < NESTED.n_min)).any():
             with pytest.raises(PrivacyRefusal, match="sites train so many columns"):
                 check_coverage(NESTED, members)

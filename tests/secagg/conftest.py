@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from secagg.collector import Collector, Sum
-from secagg.journal import MemoryJournal
-from secagg.member import Member
-from secagg.messages import Signed
-from secagg.terms import Terms
-from trust.identity import Identity
+from offsite.secagg.collector import Collector, Sum
+from offsite.secagg.journal import MemoryJournal
+from offsite.secagg.member import Member
+from offsite.secagg.messages import Signed
+from offsite.secagg.params import SecAggParams
+from offsite.trust.identity import Identity
 
 STEPS = ("keys", "shares", "masked", "survivors", "unmask")
 
@@ -29,7 +29,7 @@ class Federation:
         digests = {
             name: bytes([place]) * 32 for place, name in enumerate(("manifest", "emulator", "adapter", "config"))
         }
-        self.terms = Terms(
+        self.terms = SecAggParams(
             federation="ward",
             epoch=1,
             round=1,
@@ -48,7 +48,7 @@ class Federation:
         }
         self.open(self.terms)
 
-    def open(self, terms: Terms) -> None:
+    def open(self, terms: SecAggParams) -> None:
         """Starts a round with fresh members under the same identities and journals."""
         self.terms = terms
         self.members = {site: self.member(site) for site in self.sites}
@@ -57,7 +57,7 @@ class Federation:
         self.uploads: dict[str, np.ndarray] = {}
         self.announcement = b""
 
-    def member(self, site: str, *, terms: Terms | None = None, minimum: int = 3) -> Member:
+    def member(self, site: str, *, terms: SecAggParams | None = None, minimum: int = 3) -> Member:
         return Member(terms or self.terms, site, self.identities[site], self.journals[site], minimum=minimum)
 
     def rounding(self, site: str) -> Callable[[int], np.ndarray]:

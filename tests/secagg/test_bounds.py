@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bench.secagg import StandIn, flower, main, make_terms, ours
-from secagg import agreement, messages
-from secagg.collector import Collector
-from secagg.journal import MemoryJournal
-from secagg.member import Member
-from trust.identity import Identity
+from offsite.secagg import agreement, messages
+from offsite.secagg.collector import Collector
+from offsite.secagg.journal import MemoryJournal
+from offsite.secagg.member import Member
+from offsite.trust.identity import Identity
 
 MIB = 1 << 20
 

@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from errors import ConfigError, ProtocolViolation, TooFewSurvivors
-from secagg import agreement, mask, shamir
-from trust.identity import Identity, verify
+from offsite.errors import ConfigError, ProtocolViolation, TooFewSurvivors
+from offsite.secagg import agreement, mask, shamir
+from offsite.trust.identity import Identity, verify
 
 vectors = pytest.importorskip("cryptography_vectors")
 FROST = json.loads((Path(__file__).parents[1] / "vectors" / "frost_p256.json").read_text())

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from errors import ConfigError, OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
-from secagg import agreement, messages, shamir
-from secagg.collector import Collector
-from secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Keys, Signed, sign
-from trust.identity import Identity
-from trust.wire import Writer
+from offsite.errors import ConfigError, OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
+from offsite.secagg import agreement, messages, shamir
+from offsite.secagg.collector import Collector
+from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Keys, Signed, sign
+from offsite.trust.identity import Identity
+from offsite.trust.wire import Writer
 
 P = 2**255 - 19
 LOW_ORDER = (

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from errors import ConfigError, RangeError
-from secagg import ring
+from offsite.errors import ConfigError, RangeError
+from offsite.secagg import ring
 
 CLIPS = st.floats(2.0**-100, 2.0**100, allow_nan=False)
 

@@ -7,8 +7,8 @@ from math import floor
 import numpy as np
 import pytest
 
-from errors import ConfigError, ProtocolViolation, TooFewSurvivors
-from secagg import ring
+from offsite.errors import ConfigError, ProtocolViolation, TooFewSurvivors
+from offsite.secagg import ring
 
 STEPS = ("keys", "shares", "masked", "survivors", "unmask")
 

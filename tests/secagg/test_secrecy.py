@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from errors import TooFewSurvivors
-from secagg import agreement, mask, ring, shamir
-from secagg.messages import MASK_KEY, SELF_MASK, read_released
+from offsite.errors import TooFewSurvivors
+from offsite.secagg import agreement, mask, ring, shamir
+from offsite.secagg.messages import MASK_KEY, SELF_MASK, read_released
 
 LENGTH = 120_000
 

@@ -1,4 +1,4 @@
-"""Terms, wire format and journal: what is refused, and that equal values have equal bytes and different ones do not."""
+"""Parameters, wire format and journal: what is refused, and equal values, and only these, have equal bytes."""
 
 import json
 import multiprocessing
@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import ConfigError, DataError, MalformedMessage, ProtocolViolation
-from secagg import messages
-from secagg.journal import FileJournal, MemoryJournal
-from secagg.messages import Keys, Signed
-from secagg.terms import Terms
-from trust.identity import Identity
-from trust.wire import MAX_BODY_BYTES, Reader, Writer
+from offsite.errors import ConfigError, DataError, MalformedMessage, ProtocolViolation
+from offsite.secagg import messages
+from offsite.secagg.journal import FileJournal, MemoryJournal
+from offsite.secagg.messages import Keys, Signed
+from offsite.secagg.params import SecAggParams
+from offsite.trust.identity import Identity
+from offsite.trust.wire import MAX_BODY_BYTES, Reader, Writer
 
 ROSTER = tuple((site, Identity.generate().public) for site in ("a", "b", "c", "d"))
 
@@ -24,7 +24,7 @@ ROSTER = tuple((site, Identity.generate().public) for site in ("a", "b", "c", "d
 def make(**changes):
     digests = {name: bytes([place]) * 32 for place, name in enumerate(("manifest", "emulator", "adapter", "config"))}
     terms = {"federation": "f", "epoch": 1, "round": 2, "nonce": bytes(16), "roster": ROSTER, "n_min": 3}
-    return Terms(**{**terms, "length": 9, "clip": 0.5, **digests, **changes})
+    return SecAggParams(**{**terms, "length": 9, "clip": 0.5, **digests, **changes})
 
 
 @pytest.mark.parametrize(("n", "threshold"), [(3, 3), (4, 3), (5, 4), (6, 5), (10, 7), (50, 34), (64, 43)])
@@ -83,7 +83,7 @@ def test_t0_covers_every_field():
         "clip": 0.25,
         **dict.fromkeys(("manifest", "emulator", "adapter", "config"), b"x" * 32),
     }
-    assert {field.name for field in fields(Terms)} == {*changes, "suite"}
+    assert {field.name for field in fields(SecAggParams)} == {*changes, "suite"}
     hashes = [make().t0(), *(make(**{name: value}).t0() for name, value in changes.items())]
     assert len(set(hashes)) == len(hashes)
     assert make().t0() == make().t0()

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secagg import agreement, mask, messages
-from secagg.messages import KEYS, Keys
-from secagg.terms import Terms
-from trust.identity import Identity
+from offsite.secagg import agreement, mask, messages
+from offsite.secagg.messages import KEYS, Keys
+from offsite.secagg.params import SecAggParams
+from offsite.trust.identity import Identity
 
 FROZEN = json.loads((Path(__file__).parents[1] / "vectors" / "secagg_transcript.json").read_text())
 P = 2**255 - 19
@@ -156,7 +156,7 @@ def our_round(case):
     identities = {site: Identity.from_bytes(bytes.fromhex(sites[site]["identity"])) for site in sorted(sites)}
     digests = {name: bytes.fromhex(terms[name]) for name in ("nonce", "manifest", "emulator", "adapter", "config")}
     plain = {name: terms[name] for name in ("federation", "epoch", "round", "n_min", "length", "clip")}
-    agreed_on = Terms(roster=tuple((site, each.public) for site, each in identities.items()), **plain, **digests)
+    agreed_on = SecAggParams(roster=tuple((site, each.public) for site, each in identities.items()), **plain, **digests)
     scalars = {
         site: {name: int.from_bytes(bytes.fromhex(sites[site][name]), "little") for name in ("channel", "mask")}
         for site in identities

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from emulator.towers import SCATTERED
-from task.diffusion import ClassToImage, TextToImage
+from offsite.emulator.structure.towers import SCATTERED
+from offsite.task.diffusion import ClassToImage, TextToImage
 
 CLASSES, CHANNELS, SIDE, WIDTH = 5, 4, 8, 12
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 4, "sample_size": SIDE}

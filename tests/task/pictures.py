@@ -7,12 +7,12 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from adapter.methods import attach
-from adapter.spec import AdapterSpec
-from emulator.towers import blocks_at
-from task.clip import ClipClassification
-from task.image_classification import ImageClassification
-from task.llava import ImageText
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.structure.towers import blocks_at
+from offsite.task.clip_model import ClipClassification
+from offsite.task.image_classification import ImageClassification
+from offsite.task.llava import ImageText
 
 NAMES = ("across", "down", "rising", "falling", "dots", "plain")  # of patterns, and of the models' labels
 SIDE = 16

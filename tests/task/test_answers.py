@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from errors import ConfigError, DataError
-from task.causal_lm import CausalLM
-from task.examples import Examples
-from task.records import Row
-from task.tasks import TASKS
-from task.tokenizer import Tokenizer
+from offsite.errors import ConfigError, DataError
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
+from offsite.task.records import Row
+from offsite.task.tasks import TASKS
+from offsite.task.tokenizer import Tokenizer
 from tests.task_samples import TEMPLATE, first_of, words_tokenizer
 
 CHAT, COMPLETION = TASKS["chat"], TASKS["prompt_completion"]
@@ -136,7 +136,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_template_that_does_harm_makes_nothing_of_a_record(tmp_path, template, monkeypatch):
-    monkeypatch.setattr("task.tokenizer.TEXT_SECONDS", 3.0)
+    monkeypatch.setattr("offsite.task.tokenizer.TEXT_SECONDS", 3.0)
     words = tokenizer(
         tmp_path, "{% if 'w13' in messages[0].content %}" + template + "{% else %}" + TEMPLATE + "{% endif %}"
     )

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from errors import DataError, OffsiteError, UnsupportedModel
-from task.checkpoint import load, load_tokenizer
+from offsite.errors import DataError, OffsiteError, UnsupportedModel
+from offsite.task.checkpoint import load, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -1,14 +1,14 @@
-"""task.clip: the likelihood by another route, prompts, and why InfoNCE is not there."""
+"""task.clip_model: the likelihood by another route, prompts, and why InfoNCE is not there."""
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import ViTModel
 
-from errors import PrivacyRefusal, UnsupportedModel
-from privacy.engines import ENGINES
-from privacy.probe import choose_engine, probe
-from task.clip import ClipClassification, class_prompts
+from offsite.errors import PrivacyRefusal, UnsupportedModel
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.probe import choose_engine, probe
+from offsite.task.clip_model import ClipClassification, class_prompts
 from tests.task.pictures import LENGTH, NAMES, WORDS, adapted, clip, clip_folder, pictures, tokenizer, vit
 
 TASK = ClipClassification()

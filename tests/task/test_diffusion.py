@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from errors import ConfigError, DataError, UnknownName, UnsupportedModel
-from privacy.probe import probe
-from task.diffusion import ClassToImage, TextToImage
-from task.noise import NoiseSchedule, parse
-from task.records import Forgiving
+from offsite.errors import ConfigError, DataError, UnknownName, UnsupportedModel
+from offsite.privacy.probe import probe
+from offsite.task.diffusion import ClassToImage, TextToImage
+from offsite.task.noise import NoiseSchedule, parse
+from offsite.task.records import LenientRecords
 from tests.task.latents import (
     CHANNELS,
     CLASSES,
@@ -196,7 +196,9 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_loss(name, opened):
     records = latents(4, 0)
     honest = task.losses(model, encoded(task, model, schedule, records))
     told = {"label": CLASSES, "prompt_embeds": np.zeros((3, WIDTH + 1), np.float32)}
-    forgiving = Forgiving([records[0], {**records[1], "latents": records[1]["latents"] * np.nan}, records[2] | told])
+    forgiving = LenientRecords(
+        [records[0], {**records[1], "latents": records[1]["latents"] * np.nan}, records[2] | told]
+    )
     forgiving.append(records[3])
     batch = encoded(task, model, schedule, forgiving)
     assert len(forgiving.faults) == 2

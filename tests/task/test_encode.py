@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from errors import DataError
-from task.encode import encode
-from task.examples import Examples
+from offsite.errors import DataError
+from offsite.task.encode import encode
+from offsite.task.examples import Examples
 
 
 class Letters:

@@ -1,4 +1,4 @@
-"""task.head: losses by chunks against brute force and against all logits at once."""
+"""task.chunked_head: losses by chunks against brute force and against all logits at once."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adapter.targets import is_linear
-from privacy.batches import trainable
-from privacy.engines import ENGINES
-from privacy.probe import single_gradient
-from task.causal_lm import CausalLM
-from task.head import TokenLosses
-from task.spec import Tally
+from offsite.adapter.targets import is_linear
+from offsite.privacy.batches import trainable
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.probe import single_gradient
+from offsite.task.causal_lm import CausalLM
+from offsite.task.chunked_head import TokenLosses
+from offsite.task.spec import Tally
 from tests.task.tiny import CHUNKED, PLAIN, V, batch, build, close, compare, gradient, llama, lora, train_inside
 
 

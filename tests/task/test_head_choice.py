@@ -1,4 +1,4 @@
-"""task.head: which models are done by chunks, and which with all logits at once."""
+"""task.chunked_head: which models are done by chunks, and which with all logits at once."""
 
 import copy
 import logging
@@ -10,9 +10,9 @@ import transformers as hf
 from torch.func import functional_call, grad
 from torch.nn import functional
 
-from errors import UnsupportedModel
-from privacy.batches import trainable
-from task.causal_lm import CausalLM
+from offsite.errors import UnsupportedModel
+from offsite.privacy.batches import trainable
+from offsite.task.causal_lm import CausalLM
 from tests.task.tiny import CHANGED, LLAMA, PLAIN, V, batch, build, compare, llama, lora, train_inside
 
 

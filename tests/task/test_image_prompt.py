@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from errors import DataError
-from task.image_prompt import MOST, ImagePromptToImage
-from task.records import Forgiving
+from offsite.errors import DataError
+from offsite.task.image_prompt import MOST, ImagePromptToImage
+from offsite.task.records import LenientRecords
 from tests.task import latents
 
 TASK = ImagePromptToImage()
@@ -61,6 +61,6 @@ def test_a_wrong_image_is_refused_by_its_place_or_without_a_loss(image, reason, 
     records[1]["image_embeds"] = image
     with pytest.raises(DataError, match=f"record=2.*{reason}"):
         encoded(folder, records)
-    forgiving = Forgiving(records)
+    forgiving = LenientRecords(records)
     assert encoded(folder, forgiving).targets.tolist() == [1, 0, 1]
     assert len(forgiving.faults) == 1

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from errors import ConfigError, DataError
-from privacy.engines import ENGINES
-from privacy.probe import probe
-from task.records import Forgiving
+from offsite.errors import ConfigError, DataError
+from offsite.privacy.engines import ENGINES
+from offsite.privacy.probe import probe
+from offsite.task.records import LenientRecords
 from tests.task.pictures import LENGTH, NAMES, TASKS, adapted, pictures
 
 each = pytest.mark.parametrize("name", sorted(TASKS))
@@ -195,7 +195,7 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_target(name, opened)
     records = pictures(4, 0)
     honest = task.losses(model, encoded(task, model, processor, records))
     wrong = {"label": "a secret"} if "label" in task.columns else {"image": np.zeros((1, 200), np.uint8)}
-    forgiving = Forgiving([records[0], {**records[1], "image": "a secret"}, {**records[2], **wrong}, records[3]])
+    forgiving = LenientRecords([records[0], {**records[1], "image": "a secret"}, {**records[2], **wrong}, records[3]])
     batch = encoded(task, model, processor, forgiving)
     assert len(forgiving.faults) == 2
     assert not any("secret" in fault for fault in forgiving.faults)

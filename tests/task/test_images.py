@@ -11,9 +11,9 @@ from transformers.models.deit.image_processing_pil_deit import DeiTImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from errors import DataError, UnsupportedModel
-from task.image_settings import PROCESSORS, parse
-from task.images import ImageProcessor
+from offsite.errors import DataError, UnsupportedModel
+from offsite.task.image_settings import PROCESSORS, parse
+from offsite.task.images import ImageProcessor
 from tests.task.pictures import settings
 
 THEIRS = {

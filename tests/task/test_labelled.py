@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from errors import ConfigError, DataError, UnsupportedModel
-from task.extractive_qa import LONGEST_ANSWER
-from task.labels import IGNORED, Labels, names_of
-from task.records import Forgiving, Row
-from task.rows import Rows
-from task.sequence_classification import class_tally
-from task.tasks import TASKS
+from offsite.errors import ConfigError, DataError, UnsupportedModel
+from offsite.task.extractive_qa import LONGEST_ANSWER
+from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.records import LenientRecords, Row
+from offsite.task.rows import RowBatch
+from offsite.task.sequence_classification import class_tally
+from offsite.task.tasks import TASKS
 from tests.task_samples import LABELS, SAMPLES, TAGS, WORDS, first_of
 
 LABELLED = ("sequence_classification", "token_classification", "extractive_qa", "seq2seq")
@@ -196,7 +196,7 @@ def test_at_an_approved_job_a_wrong_record_stays_one_and_teaches_nothing(task, r
     """The coordinator chooses the labels, so whether its job goes on must not depend on them."""
     sample = first_of(task)
     first, third = sample.records(2, 1)
-    records = Forgiving([first, Row(record, "line=2"), third])
+    records = LenientRecords([first, Row(record, "line=2"), third])
     batch = encode(opened, sample, records)
     assert len(batch) == 3
     assert [target > 0 for target in batch.targets.tolist()] == [True, False, True]
@@ -279,7 +279,7 @@ def test_rows_that_the_model_would_fail_on_are_emptied_and_the_others_stay(sampl
     for name in names:
         inputs = {key: tensor.clone() for key, tensor in batch.inputs.items()}
         inputs[name][1, 2], inputs[name][3, 0] = 10**6, -1
-        within = Rows(inputs, batch.labels, batch.aside).within(model)
+        within = RowBatch(inputs, batch.labels, batch.aside).within(model)
         assert within.targets[[1, 3]].tolist() == [0, 0]
         losses = task.losses(model, within)
         assert losses[[1, 3]].tolist() == [0.0, 0.0]
@@ -289,7 +289,7 @@ def test_rows_that_the_model_would_fail_on_are_emptied_and_the_others_stay(sampl
 
 def test_rows_of_other_numbers_are_refused():
     with pytest.raises(DataError, match="input_ids rows=2, labels rows=3"):
-        Rows({"input_ids": torch.zeros(2, 4)}, torch.zeros(3))
+        RowBatch({"input_ids": torch.zeros(2, 4)}, torch.zeros(3))
 
 
 def test_the_samples_hold_what_the_tests_need():

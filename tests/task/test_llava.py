@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers as hf
 
-from errors import ConfigError, DataError, UnsupportedModel
-from task.images import Pixels
-from task.llava import ImageText, image_places
+from offsite.errors import ConfigError, DataError, UnsupportedModel
+from offsite.task.images import Pixels
+from offsite.task.llava import ImageText, image_places
 from tests.task.pictures import LENGTH, SIDE, TEXT, VISION, WORDS, llava_folder, pictures
 
 TASK = ImageText()

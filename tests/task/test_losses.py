@@ -8,8 +8,8 @@ import torch
 from torch.func import functional_call, grad, vmap
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 TASK = CausalLM()
 

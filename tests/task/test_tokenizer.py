@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import task.tokenizer
-from errors import DataError
-from task.tokenizer import Tokenizer
+import offsite.task.tokenizer
+from offsite.errors import DataError
+from offsite.task.tokenizer import Tokenizer
 
 WORDS = {word: number for number, word in enumerate(["<end>", "<unk>", "the", "cat", "sat", "hiv", "Grüße"])}
 
@@ -79,13 +79,13 @@ def test_a_text_that_kills_it_has_no_ids() -> None:
 
 
 def test_a_text_that_takes_too_long_has_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task.tokenizer, "TEXT_SECONDS", 2.0)
+    monkeypatch.setattr(offsite.task.tokenizer, "TEXT_SECONDS", 2.0)
     made = library()
     slow = [normalizers.Replace("hiv", "ab" * 3000)] + [normalizers.Replace("a", "aa")] * 12
     made.normalizer = normalizers.Sequence(slow)
     began = time.monotonic()
     assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
-    monkeypatch.setattr(task.tokenizer, "WASTED_SECONDS", 1.0)
+    monkeypatch.setattr(offsite.task.tokenizer, "WASTED_SECONDS", 1.0)
     assert of(made).tokens(["hiv"] * 20 + ["the"]) == [[]] * 21  # given up after the first
     assert time.monotonic() - began < 60
 
@@ -171,7 +171,7 @@ LIES = [[1, 2, 3], list(range(60)), [7] * 6 * 11]
 def test_columns_that_are_none_are_nothing(monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> None:
     """A tokenizer that got hold of its process can answer what it likes."""
     own = of(paired())
-    monkeypatch.setattr(task.tokenizer._Process, "ask", lambda self, request: numbers)
+    monkeypatch.setattr(offsite.task.tokenizer._Process, "ask", lambda self, request: numbers)
     (found,) = own.singles(["the"], 10)
     sizes = {len(column) for column in vars(found).values()}
     assert sizes == ({10} if len(numbers) == 60 else {0})
@@ -198,7 +198,7 @@ found = {
 }
 program.write(json.dumps(found).encode())
 """
-    folder = str(Path(task.tokenizer.__file__).parent)
+    folder = str(Path(offsite.task.tokenizer.__file__).parent)
     done = subprocess.run([sys.executable, "-I", "-c", tries, folder], capture_output=True, check=True)
     found = json.loads(done.stdout[4:])
     assert found == {"file": "OSError", "socket": "OSError", "pipe": "OSError", "write": ""}

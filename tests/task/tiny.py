@@ -4,9 +4,9 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 
-from privacy.batches import trainable
-from task.causal_lm import CausalLM
-from task.examples import Examples
+from offsite.privacy.batches import trainable
+from offsite.task.causal_lm import CausalLM
+from offsite.task.examples import Examples
 
 V = 97
 PLAIN = CausalLM(chunk=None)

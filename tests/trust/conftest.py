@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from trust import certificates
-from trust.federation import Federation, Member
-from trust.identity import Identity
-from trust.keys import SiteKeys
-from trust.request import write_request
-from trust.welcome import Welcome, write_welcome
+from offsite.trust import certificates
+from offsite.trust.federation_manifest import FederationManifest, FederationMember
+from offsite.trust.identity import Identity
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import write_request
+from offsite.trust.welcome import Welcome, write_welcome
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SITES = ("east", "north", "west")
@@ -22,7 +22,7 @@ def make_world(folder: Path, suite: int) -> SimpleNamespace:
     keys = {site: SiteKeys.create(folder / site / "keys", suite) for site in SITES}
     requests = {site: write_request(keys[site], site, now=NOW) for site in SITES}
     coordinator, authority = Identity.generate(), certificates.create_authority("demo", now=NOW)
-    federation = Federation(
+    federation = FederationManifest(
         name="demo",
         epoch=1,
         previous="",
@@ -32,7 +32,7 @@ def make_world(folder: Path, suite: int) -> SimpleNamespace:
         scale=32,
         max_epsilon=8.0,
         coordinator=coordinator.public.hex(),
-        members=tuple(Member(s, r.identity, r.sealing, r.node, r.tls) for s, r in sorted(requests.items())),
+        members=tuple(FederationMember(s, r.identity, r.sealing, r.node, r.tls) for s, r in sorted(requests.items())),
         created="2026-11-24T12:00:00Z",
         expires="2027-11-24T12:00:00Z",
     )

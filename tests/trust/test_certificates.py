@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from errors import Untrusted
-from trust import certificates as room
+from offsite.errors import Untrusted
+from offsite.trust import certificates as room
 
 NOW = datetime.now(UTC).replace(microsecond=0)  # a TLS handshake looks at the machine's own clock
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import ConfigError, DataError
-from trust.chain import NOTHING, Chain
+from offsite.errors import ConfigError, DataError
+from offsite.trust.chain import NOTHING, Chain
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
 FIELDS = ({"a": 1, "b": "ü\n"}, {"a": 2.5, "list": [1, {"x": None}]}, {"a": True})

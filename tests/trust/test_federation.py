@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
-from trust import canonical
-from trust import federation as room
-from trust.federation import Federation, changes, check_follows, check_signatures, sign
-from trust.identity import Identity
-from trust.wire import Writer
+from offsite.errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
+from offsite.trust import canonical
+from offsite.trust import federation_manifest as room
+from offsite.trust.federation_manifest import FederationManifest, changes, check_follows, check_signatures, sign
+from offsite.trust.identity import Identity
+from offsite.trust.wire import Writer
 
 
 def signed(world, federation=None):
@@ -25,7 +25,7 @@ def next_epoch(federation, **changed):
 
 
 def test_round_trip_and_signatures(world):
-    read = Federation.from_bytes(world.federation.to_bytes())
+    read = FederationManifest.from_bytes(world.federation.to_bytes())
     assert read == world.federation
     assert json.loads(read.to_bytes())["members"][0]["site"] == "east"
     check_signatures(read, signed(world))
@@ -38,7 +38,7 @@ def test_every_flipped_byte_of_a_signed_manifest_is_refused(world):
         altered = bytearray(data)
         altered[place] ^= mask
         with pytest.raises(OffsiteError):
-            check_signatures(Federation.from_bytes(bytes(altered)), signatures)
+            check_signatures(FederationManifest.from_bytes(bytes(altered)), signatures)
     for site, place in itertools.product(signatures, range(64)):
         altered = bytearray(signatures[site])
         altered[place] ^= 1 << (place % 8)
@@ -108,7 +108,7 @@ def altered_member(federation, **changed):
 )
 def test_fields_out_of_range_are_refused(small, change, error):
     with pytest.raises(error):
-        Federation.from_bytes(dataclasses.replace(small.federation, **change).to_bytes())
+        FederationManifest.from_bytes(dataclasses.replace(small.federation, **change).to_bytes())
 
 
 def test_nobody_takes_part_twice(small):
@@ -116,27 +116,27 @@ def test_nobody_takes_part_twice(small):
     for name in ("identity", "sealing", "node", "tls"):
         twice = altered_member(small.federation, **{name: getattr(second, name)})
         with pytest.raises(Untrusted, match="share a name or key"):
-            Federation.from_bytes(twice.to_bytes())
+            FederationManifest.from_bytes(twice.to_bytes())
     with pytest.raises(Untrusted, match="share a name or key"):
-        Federation.from_bytes(altered_member(small.federation, site="NORTH").to_bytes())
+        FederationManifest.from_bytes(altered_member(small.federation, site="NORTH").to_bytes())
     with pytest.raises(Untrusted, match="poses as a site"):
-        Federation.from_bytes(dataclasses.replace(small.federation, coordinator=first.identity).to_bytes())
+        FederationManifest.from_bytes(dataclasses.replace(small.federation, coordinator=first.identity).to_bytes())
     for name in ("", "../x", "coordinator", "Coordinator", "x" * 64, "nörth", ".", "-x"):
         with pytest.raises(ConfigError):
-            Federation.from_bytes(altered_member(small.federation, site=name).to_bytes())
+            FederationManifest.from_bytes(altered_member(small.federation, site=name).to_bytes())
     turned = dataclasses.replace(small.federation, members=small.federation.members[::-1])
     with pytest.raises(MalformedMessage, match="sorted"):
-        Federation.from_bytes(turned.to_bytes())
+        FederationManifest.from_bytes(turned.to_bytes())
     for change in ({"node": "x"}, {"identity": "zz"}, {"tls": ""}, {"sealing": ""}, {"site": None}):
         with pytest.raises(OffsiteError):
-            Federation.from_bytes(altered_member(small.federation, **change).to_bytes())
+            FederationManifest.from_bytes(altered_member(small.federation, **change).to_bytes())
 
 
 def test_epochs_follow_one_another(small):
     first = small.federation
     second = next_epoch(first, n_min=4)
     check_follows(second, first)
-    assert Federation.from_bytes(second.to_bytes()) == second
+    assert FederationManifest.from_bytes(second.to_bytes()) == second
     for wrong in (
         dataclasses.replace(second, previous=second.digest().hex()),
         dataclasses.replace(second, epoch=3),
@@ -168,7 +168,7 @@ def test_changes_name_what_the_owner_confirms(small):
 def test_every_field_is_among_what_an_owner_is_told(small):
     """A field added later must be shown too."""
     shown = " ".join(changes(None, small.federation))
-    for field in dataclasses.fields(Federation):
+    for field in dataclasses.fields(FederationManifest):
         if field.name not in ("epoch", "previous", "members", "created"):
             assert f"{field.name}: " in shown, field.name
 
@@ -186,7 +186,7 @@ def test_expiry(small):
 def test_too_many_members_are_refused(small):
     many = dataclasses.replace(small.federation, members=small.federation.members[:1] * (room.MOST_SITES + 1))
     with pytest.raises(MalformedMessage, match="at most 1000"):
-        Federation.from_bytes(many.to_bytes())
+        FederationManifest.from_bytes(many.to_bytes())
 
 
 NASTY = [None, True, -1, 0.5, 2**70, "", "ü", "\ud800", "\x00", "a" * 70_000, [], {}, [None], [[]], [{}]]
@@ -200,10 +200,10 @@ def test_a_field_of_any_other_kind_is_one_of_our_errors(small, value):
     for name in content:
         if (name, value) not in LEGAL:
             with pytest.raises(OffsiteError):
-                Federation.from_bytes(canonical.dump(content | {name: value}))
+                FederationManifest.from_bytes(canonical.dump(content | {name: value}))
     for name in content["members"][0]:
         first = content["members"][0] | {name: value}
         with pytest.raises(OffsiteError):
-            Federation.from_bytes(canonical.dump(content | {"members": [first, *content["members"][1:]]}))
+            FederationManifest.from_bytes(canonical.dump(content | {"members": [first, *content["members"][1:]]}))
     for name, legal in LEGAL:
-        Federation.from_bytes(canonical.dump(content | {name: legal}))
+        FederationManifest.from_bytes(canonical.dump(content | {name: legal}))

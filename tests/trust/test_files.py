@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import DataError
-from trust import files
+from offsite.errors import DataError
+from offsite.trust import files
 
 
 @pytest.mark.parametrize("old", [None, b"old"])

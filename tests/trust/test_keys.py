@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 
-from errors import ConfigError, DataError, Untrusted
-from trust.keys import IDENTITY, NODE, SEALING, TLS, SiteKeys, check_node_public
-from trust.sealing import HYBRID
+from offsite.errors import ConfigError, DataError, Untrusted
+from offsite.trust.keys import IDENTITY, NODE, SEALING, TLS, SiteKeys, check_node_public
+from offsite.trust.sealing import HYBRID
 
 NAMES = (IDENTITY, SEALING, TLS, NODE)
 

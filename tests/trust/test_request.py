@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
-from trust import canonical, certificates
-from trust.identity import Identity
-from trust.keys import SiteKeys
-from trust.request import SiteRequest, _handed, _signed, write_request
-from trust.wire import Writer
+from offsite.errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
+from offsite.trust import canonical, certificates
+from offsite.trust.identity import Identity
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import SiteRequest, _handed, _signed, write_request
+from offsite.trust.wire import Writer
 
 
 def flips(data, masks=(0x01, 0x20, 0x80)):

@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from errors import UnknownName, Untrusted
-from trust.sealing import CLASSIC, HYBRID, PUBLIC_BYTES, SealingKey, read_public, seal
+from offsite.errors import UnknownName, Untrusted
+from offsite.trust.sealing import CLASSIC, HYBRID, PUBLIC_BYTES, SealingKey, read_public, seal
 
 vectors = pytest.importorskip("cryptography_vectors")
 KEMS = {CLASSIC: 0x0020, HYBRID: 0x647A}

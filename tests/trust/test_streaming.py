@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from errors import ConfigError, Untrusted
-from trust.streaming import CHUNK_BYTES, PREFIX_BYTES, TAG_BYTES, decrypt, encrypt
+from offsite.errors import ConfigError, Untrusted
+from offsite.trust.streaming import CHUNK_BYTES, PREFIX_BYTES, TAG_BYTES, decrypt, encrypt
 
 KEY = bytes(range(32))
 SEALED = CHUNK_BYTES + TAG_BYTES

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
-from trust import certificates
-from trust.identity import Identity
-from trust.welcome import Welcome, write_welcome
-from trust.wire import Writer
+from offsite.errors import ConfigError, MalformedMessage, OffsiteError, Untrusted
+from offsite.trust import certificates
+from offsite.trust.identity import Identity
+from offsite.trust.welcome import Welcome, write_welcome
+from offsite.trust.wire import Writer
 
 
 def test_round_trip(world):

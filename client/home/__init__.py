@@ -1,0 +1,1 @@
+"""What a site keeps: its folder, policy, approvals and audit log."""

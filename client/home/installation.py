@@ -1,0 +1,314 @@
+"""A site's folder: its keys, its settings, and the federation that its owner accepted."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+from offsite.client.home.policy import Policy
+from offsite.errors import ConfigError, DataError, Untrusted, lookup
+from offsite.trust import canonical, certificates
+from offsite.trust.certificates import check_issued, check_valid
+from offsite.trust.federation_manifest import FederationManifest, check_follows, sign
+from offsite.trust.files import make_private, read, write_whole
+from offsite.trust.keys import SiteKeys
+from offsite.trust.request import SiteRequest, write_request
+from offsite.trust.settings import quote, read_settings
+from offsite.trust.welcome import MAX_PORT, Welcome
+
+SETTINGS, POLICY, REQUEST = "site.toml", "policy.toml", "site.request"
+_LEFT, _CURRENT, _NEXT, _OLD = "left", "keys", "keys.next", "keys.old"
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """The file `site.toml`; `policy.toml` beside it says what is permitted.
+
+    Attributes:
+      name: of the site, as it stands in the federation.
+      data: file or folder of the records; relative to the site's folder.
+      reader: name in `client.data.READERS`; empty picks by file name.
+      column: column or key that holds the main field of a task's records, as the text; empty for the field's name.
+      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
+      dataset: name under which the privacy ledger counts what was spent on these records.
+      runtime_port: of the SuperNode's own interface on this machine; 0 takes a free one.
+      simulation_seed: makes the noise repeatable for a test; a permission of the policy is needed too.
+      weights: "widened" holds frozen weights as float32; "stored" as the package has them, widened where they run: a
+        fraction of the memory, some percent more time, the same results; "int8" and "nf4" in the numbers of
+        bitsandbytes where the package has wider ones: less memory, nearly the same results. See
+        `emulator.bitsandbytes_layers`.
+    """
+
+    name: str
+    data: str
+    reader: str = ""
+    column: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    dataset: str = "main"
+    runtime_port: int = 0
+    simulation_seed: int | None = None
+    weights: str = "widened"
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        canonical.check_name(self.name, "name")
+        canonical.check_name(self.dataset, "dataset")
+        if not self.data:
+            raise ConfigError("data='': must be the file or folder of the site's records")
+        if not 0 <= self.runtime_port <= MAX_PORT:
+            raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
+        lookup(WEIGHTS, self.weights, "weights")
+        if self.simulation_seed is not None and self.simulation_seed < 0:
+            raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
+
+
+WEIGHTS = {"widened": False, "stored": False, "int8": True, "nf4": True}  # whether it needs bitsandbytes
+
+
+class SiteHome:
+    """A site's folder; `create` or `open` makes one. The pin is `trust/welcome.json`, and all else follows from it."""
+
+    def __init__(self, folder: Path, settings: SiteSettings) -> None:
+        self.folder, self.settings = folder, settings
+        self.data = folder / Path(settings.data).expanduser()
+        self.policy, self.state, self.packages = folder / POLICY, folder / "state", folder / "packages"
+        self.ca, self.certificate = folder / "trust" / "ca.pem", folder / "trust" / "client.pem"
+        self._pin, self._left = folder / "trust" / "welcome.json", folder / _LEFT
+
+    @classmethod
+    def create(cls, folder: Path, *, name: str, data: Path, suite: int, now: datetime) -> "SiteHome":
+        """Makes the folder with new keys, a policy that permits little, and the request file.
+
+        Raises:
+          ConfigError: the folder holds something already, or the name cannot be one.
+          DataError: there is no such data, or the folder cannot be written.
+        """
+        settings = SiteSettings(name, str(data.expanduser().absolute()))
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"folder={str(folder)!r} is not empty; keys are never overwritten; choose another")
+        if not data.expanduser().exists():
+            raise DataError(f"data={str(data)!r}: no such file or folder; give the place of the site's records")
+        make_private(folder)
+        for part in ("trust", "trust/federation", "state", "packages"):
+            make_private(folder / part)
+        SiteKeys.create(folder / _CURRENT, suite)
+        write_whole(folder / POLICY, Policy.template().encode(), mode=0o600)
+        write_whole(folder / SETTINGS, _toml(settings).encode(), mode=0o600)
+        installation = cls(folder, settings)
+        installation.request(now)
+        return installation
+
+    @classmethod
+    def open(cls, folder: Path) -> "SiteHome":
+        """Opens a folder that `create` made.
+
+        Raises:
+          DataError: it is none.
+          ConfigError: `site.toml` is wrong.
+        """
+        if not (folder / SETTINGS).is_file():
+            raise DataError(f"folder={str(folder)!r} is no site's folder; offsite client init makes one")
+        installation = cls(folder, read_settings(folder / SETTINGS, SiteSettings))
+        for part in (installation.state, installation.packages):
+            if not part.is_dir():  # many a backup leaves empty folders out
+                make_private(part)
+        installation._settle()
+        return installation
+
+    @property
+    def keys(self) -> SiteKeys:
+        """The keys in use.
+
+        Raises:
+          Untrusted: the site has left, or a key is damaged or readable by others.
+          DataError: a key is missing.
+        """
+        if self._left.exists():
+            raise Untrusted(f"site={self.settings.name!r} has left and destroyed its keys; offsite client init anew")
+        return SiteKeys.load(self.folder / _CURRENT)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the owner reads to the coordinator: of the keys in the request file."""
+        return SiteRequest.from_bytes(read(self.folder / REQUEST)).fingerprint
+
+    @property
+    def joined(self) -> bool:
+        """Whether a welcome was accepted."""
+        return self._pin.exists()
+
+    @property
+    def welcome(self) -> Welcome:
+        """The welcome that the owner accepted.
+
+        Raises:
+          DataError: none was accepted yet.
+          Untrusted: it was altered on disk.
+        """
+        if not self.joined:
+            raise DataError(f"site={self.settings.name!r} has not joined yet; offsite client sign accepts a welcome")
+        return Welcome.from_bytes(read(self._pin))
+
+    def federation(self) -> FederationManifest:
+        """Returns the pinned epoch; see `welcome` for what is raised."""
+        return self.welcome.manifest
+
+    def check(self, now: datetime) -> dict[str, int]:
+        """Returns the days left of everything that expires; tell the person at `certificates.WARN_DAYS` and below.
+
+        Raises:
+          Untrusted: something has expired, or holds only later.
+        """
+        welcome = self.welcome
+        return {
+            "authority": check_valid(welcome.ca, now, "authority certificate"),
+            "certificate": check_valid(welcome.certificate, now, f"certificate of site {self.settings.name!r}"),
+            "federation": welcome.manifest.check_valid(now),
+        }
+
+    def request(self, now: datetime) -> Path:
+        """Writes the request file again, of the new keys where a rotation has begun, and returns its path."""
+        current, following = self.keys, self._next()
+        previous = current.identity if following else None
+        made = write_request(following or current, self.settings.name, now=now, previous=previous)
+        write_whole(self.folder / REQUEST, made.to_bytes())
+        return self.folder / REQUEST
+
+    def join(self, data: bytes, *, now: datetime, expected: str | None) -> FederationManifest:
+        """Accepts a welcome for its owner, who has compared its fingerprint, and pins its epoch.
+
+        Args:
+          data: the welcome file.
+          now: to check dates.
+          expected: fingerprint that the coordinator told; None where the owner confirmed the one shown.
+
+        Raises:
+          MalformedMessage: not a welcome.
+          Untrusted: another fingerprint, other keys than this site's, expired, or not following from the pinned epoch.
+        """
+        welcome = Welcome.from_bytes(data)
+        if expected is not None and _digits(expected) != _digits(welcome.fingerprint):
+            raise Untrusted(
+                f"fingerprint={welcome.fingerprint}: the coordinator's is said to be {expected}; do not join; "
+                "ask the coordinator by telephone"
+            )
+        federation = welcome.manifest
+        self._check_own(welcome, federation)
+        check_issued(welcome.certificate, welcome.ca, "certificate")
+        check_valid(welcome.ca, now, "authority certificate")
+        check_valid(welcome.certificate, now, f"certificate of site {self.settings.name!r}")
+        federation.check_valid(now)
+        if self.joined:
+            _check_history(self.federation(), welcome, federation)
+        write_whole(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.json", federation.to_bytes())
+        write_whole(self._pin, data)
+        self._settle()
+        return federation
+
+    def sign(self) -> bytes:
+        """Returns this owner's signature of the pinned epoch, and keeps it beside the epoch."""
+        federation = self.federation()
+        signature = sign(federation, self.keys.identity)
+        write_whole(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.sig", signature)
+        return signature
+
+    def rotate(self, now: datetime) -> Path:
+        """Makes new keys and the request in which the old identity hands over to them; the old ones serve until then.
+
+        Raises:
+          DataError: the site has not joined yet.
+        """
+        suite = self.federation().suite
+        if self._next() is None:
+            SiteKeys.create(self.folder / _NEXT, suite)
+        return self.request(now)
+
+    def leave(self) -> None:
+        """Destroys the site's keys and certificate; ledger, audit log and policy stay with the owner.
+
+        Raises:
+          DataError: a key is still there.
+        """
+        write_whole(self._left, b"this site has left; its keys are destroyed\n")
+        for name in (_CURRENT, _NEXT, _OLD):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in (self.certificate, self.folder / REQUEST):
+            path.unlink(missing_ok=True)
+        if still := [name for name in (_CURRENT, _NEXT, _OLD) if (self.folder / name).exists()]:
+            raise DataError(f"keys={', '.join(still)}: cannot be removed; remove them yourself: they act for this site")
+
+    def _next(self) -> SiteKeys | None:
+        return SiteKeys.load(self.folder / _NEXT) if (self.folder / _NEXT).exists() else None
+
+    def _check_own(self, welcome: Welcome, federation: FederationManifest) -> None:
+        """Checks that the manifest and the certificate name this site's own keys, current or next."""
+        name, own = self.settings.name, federation.member(self.settings.name)
+        if welcome.site != name:
+            raise Untrusted(f"welcome is for site={welcome.site!r}, this is {name!r}; ask for this site's own")
+        for keys in (self.keys, self._next()):
+            if keys is None or keys.identity.public.hex() != own.identity:
+                continue
+            mine = (own.identity, keys.sealing.public.hex(), keys.node_public(), keys.tls_public())
+            if own.keys == mine and certificates.certificate_key(welcome.certificate) == own.tls:
+                return
+        raise Untrusted(f"site={name!r}: the manifest or certificate has other keys than this site's; do not join")
+
+    def _settle(self) -> None:
+        """Makes the folder what the pin says, also after a kill in the middle of a rotation."""
+        if self._left.exists() or not self.joined:
+            return
+        welcome, current, following = self.welcome, self.folder / _CURRENT, self.folder / _NEXT
+        identity = welcome.manifest.member(self.settings.name).identity
+        upcoming = self._next()
+        if upcoming is not None and upcoming.identity.public.hex() == identity:
+            if current.exists():
+                shutil.rmtree(self.folder / _OLD, ignore_errors=True)
+                current.rename(self.folder / _OLD)
+            following.rename(current)
+        if current.exists():
+            shutil.rmtree(self.folder / _OLD, ignore_errors=True)
+        for path, content in ((self.ca, welcome.ca), (self.certificate, welcome.certificate)):
+            if not path.exists() or path.read_bytes() != content:
+                write_whole(path, content)
+
+
+def _check_history(pinned: FederationManifest, welcome: Welcome, federation: FederationManifest) -> None:
+    """Checks that an epoch is the pinned one, or follows from it step by step."""
+    if federation.epoch < pinned.epoch:
+        raise Untrusted(f"epoch={federation.epoch} is older than the pinned epoch {pinned.epoch}; a replay; refuse it")
+    if federation.epoch == pinned.epoch:
+        if federation.digest() != pinned.digest():
+            raise Untrusted(
+                f"epoch={federation.epoch} is pinned with another content: the coordinator shows different manifests "
+                "to different sites or times; refuse it and talk to the other owners"
+            )
+        return
+    between = [FederationManifest.from_bytes(one) for one in welcome.earlier]
+    steps = [pinned, *(one for one in between if one.epoch > pinned.epoch), federation]
+    for before, after in pairwise(steps):
+        check_follows(after, before)
+
+
+def _digits(fingerprint: str) -> str:
+    return "".join(fingerprint.split()).replace("-", "").lower()
+
+
+def _toml(settings: SiteSettings) -> str:
+    return (
+        "# This site. What is permitted stands in policy.toml.\n"
+        + "".join(
+            f"{name} = {_toml_value(value)}\n"
+            for name, value in dataclasses.asdict(settings).items()
+            if value is not None
+        )
+        + "# simulation_seed = 1   # repeatable noise, for tests on invented data only\n"
+    )
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{quote(name)} = {quote(one)}" for name, one in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return quote(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,192 @@
+"""The file `policy.toml`: what the data owner permits, whatever a coordinator asks; what is not named is refused."""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite.errors import ConfigError, PolicyRefusal
+from offsite.trust.settings import read_settings
+
+if TYPE_CHECKING:  # a manifest needs torch, and setting a site up does not
+    from offsite.protos.job_manifest import JobManifest
+
+APPROVALS = ("manual", "automatic")
+ANY = "any"
+GIGABYTE = 2**30
+UNPACKING = 3  # a package is there encrypted, decrypted and unpacked at once
+_HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+_TEMPLATE = """\
+# What this site permits. Only its owner changes this file; a job that asks for more is refused before any training.
+epsilon_cap = 8.0          # privacy that may be spent on the data set in all, over every job
+delta_cap = 1e-3           # no job may use a larger delta
+min_cohort = 3             # fewest sites whose sum may be opened
+min_records = 100          # do not train on fewer records than this
+models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
+methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
+splits = ["truncate"]      # how records are cut: truncate, one of each text; blocks, as the tokenizer makes them
+metrics = []               # what may be told beside the masked update; nothing by default
+max_length = 4096          # most tokens of a record
+max_rank = 16              # largest inner width of an adapter
+max_adapter_share = 0.25   # most trained numbers over those of the blocks that carry the adapter; whole blocks need 1.1
+hours = "any"              # local time in which training may begin, for example "20:00-06:00"
+max_threads = 0            # processor threads; 0 leaves it to the system
+max_memory_gb = 0.0        # memory of the site's process; 0 leaves it to the system
+max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
+approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
+allow_variants = false     # true lets other sites of a job train on other emulators than this one
+allow_individual_updates = false # true lets the coordinator see this site's own update, with only its noise before it
+allow_seeded_noise = false # true only for tests on invented data: the noise then protects nobody
+"""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the owner permits; the fields are those of the template, which explains them."""
+
+    epsilon_cap: float
+    delta_cap: float
+    min_cohort: int
+    min_records: int
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    splits: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_length: int
+    max_rank: int
+    max_adapter_share: float
+    hours: str
+    max_threads: int
+    max_memory_gb: float
+    max_disk_gb: float
+    approval: str
+    allow_variants: bool
+    allow_individual_updates: bool
+    allow_seeded_noise: bool
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        for name, lowest in (
+            ("min_cohort", 3),
+            ("min_records", 1),
+            ("max_length", 2),
+            ("max_rank", 1),
+            ("max_threads", 0),
+        ):
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be at least {lowest}")
+        for name in ("epsilon_cap", "max_disk_gb", "max_adapter_share"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be finite and above 0")
+        if not 0 < self.delta_cap < 1:
+            raise ConfigError(f"policy.toml delta_cap={self.delta_cap}: must lie between 0 and 1")
+        if not 0 <= self.max_memory_gb < float("inf"):
+            raise ConfigError(f"policy.toml max_memory_gb={self.max_memory_gb}: must be at least 0")
+        if self.approval not in APPROVALS:
+            raise ConfigError(f"policy.toml approval={self.approval!r}: must be one of {', '.join(APPROVALS)}")
+        if self.hours != ANY and not _HOURS.fullmatch(self.hours):
+            raise ConfigError(f"policy.toml hours={self.hours!r}: must be 'any' or like '20:00-06:00'")
+        if self.hours != ANY and self.hours[:5] == self.hours[6:]:
+            raise ConfigError(f"policy.toml hours={self.hours!r}: begins when it ends; write 'any' for the whole day")
+
+    @classmethod
+    def read(cls, path: Path) -> "Policy":
+        """Reads a policy; every key must be there, so that nothing is permitted by being forgotten.
+
+        Raises:
+          DataError: no such file.
+          ConfigError: not TOML, an unknown or missing key, a wrong type or range.
+        """
+        return read_settings(path, cls)
+
+    @staticmethod
+    def template() -> str:
+        """Returns a policy to start from: it permits no model and no method, and asks for every approval."""
+        return _TEMPLATE
+
+
+def permit(
+    policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, free_disk: int, package_bytes: int
+) -> None:
+    """Checks a job against the policy, before anything of it is fetched.
+
+    Args:
+      policy: the owner's.
+      manifest: the job.
+      site: this site's name, by which the job says which emulator it gets.
+      now: local or aware time, for the permitted hours.
+      free_disk: bytes.
+      package_bytes: of the encrypted package.
+
+    Raises:
+      PolicyRefusal: naming the first rule that says no.
+    """
+    terms, spec = manifest.privacy, manifest.adapter
+    if not terms.private:
+        raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
+    _listed("models", policy.models, manifest.model, manifest.emulator_of(site))
+    _permit_what_shows_more(policy, manifest)
+    _listed("methods", policy.methods, spec.method)
+    _listed("splits", policy.splits, manifest.split)
+    for metric in manifest.metrics:
+        _listed("metrics", policy.metrics, metric)
+    _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)
+    _at_most("length", manifest.length, "max_length", policy.max_length)
+    _at_most("rank", spec.rank, "max_rank", policy.max_rank)
+    _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
+    if manifest.n_min < policy.min_cohort:
+        raise PolicyRefusal(
+            f"n_min={manifest.n_min}: policy.toml has min_cohort={policy.min_cohort}; ask the coordinator for more "
+            "sites, or lower min_cohort"
+        )
+    needed = UNPACKING * package_bytes
+    if free_disk < needed:
+        raise PolicyRefusal(
+            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
+        )
+    permit_now(policy, now)
+
+
+def _permit_what_shows_more(policy: Policy, manifest: "JobManifest") -> None:
+    """Checks what makes one site's update easier to tell, or tells it outright."""
+    if manifest.emulators and not policy.allow_variants:
+        raise PolicyRefusal(
+            f"emulators={len(set(dict(manifest.emulators).values())) + 1}: this job gives other sites another emulator "
+            "than this one, policy.toml has allow_variants=false; ask the coordinator why, or let the owner set it true"
+        )
+    if manifest.aggregation.individuals and not policy.allow_individual_updates:
+        raise PolicyRefusal(
+            "secure aggregation=off: in this job the coordinator sees this site's own update, policy.toml has "
+            "allow_individual_updates=false; ask the coordinator for a rule that needs only the sum, or let the owner "
+            "set it true"
+        )
+
+
+def permit_now(policy: Policy, now: datetime) -> None:
+    """Checks the permitted hours.
+
+    Raises:
+      PolicyRefusal: it is another time of day.
+    """
+    if policy.hours == ANY:
+        return
+    numbers = [int(part) for part in re.split("[:-]", policy.hours)]
+    begin, end, clock = time(numbers[0], numbers[1]), time(numbers[2], numbers[3]), now.astimezone().time()
+    inside = begin <= clock < end if begin <= end else clock >= begin or clock < end
+    if not inside:
+        raise PolicyRefusal(f"time={clock:%H:%M}: policy.toml permits training in hours={policy.hours}; wait for them")
+
+
+def _listed(key: str, permitted: tuple[str, ...], *names: str) -> None:
+    if ANY not in permitted and not set(names) & set(permitted):
+        raise PolicyRefusal(
+            f"{key[:-1]}={names[0]!r}: policy.toml {key} permits {', '.join(permitted) or 'none'}; the owner may add it"
+        )
+
+
+def _at_most(name: str, value: float, key: str, cap: float) -> None:
+    if not value <= cap:  # also for NaN
+        raise PolicyRefusal(
+            f"{name}={value:g}: policy.toml has {key}={cap:g}; ask the coordinator for less, or raise {key}"
+        )

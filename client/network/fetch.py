@@ -1,0 +1,252 @@
+"""Fetching a package from the depot: in chunks, from where an earlier try ended, and checked by its SHA-256."""
+
+import hashlib
+import random
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from offsite.errors import DataError, DigestMismatch, Untrusted
+from offsite.protos import depot_pb2 as wire
+from offsite.protos import depot_pb2_grpc as stubs
+from offsite.trust.files import put_in_place, why
+
+CHUNK, LEAST_CHUNK = 1 << 20, 1 << 14
+MESSAGE_LIMIT = CHUNK + 4096
+IDLE_SECONDS, PATIENCE_SECONDS = 60.0, 3600.0
+BACKOFF_SECONDS = (0.5, 20.0)
+# What another try cannot change; every other code is how gRPC reports a connection that broke or could not be made.
+_FINAL = (
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+_BUSY = "Concurrent RPC limit exceeded"  # gRPC's words for a depot with its hands full; a message too large has others
+_STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")  # gRPC's words for a server that is not the pinned
+
+
+@dataclass(frozen=True)
+class DepotAddress:
+    """Where the depot is, and the PEM bytes with which this site shows who it is."""
+
+    host: str
+    port: int
+    ca: bytes
+    cert: bytes
+    key: bytes = field(repr=False)
+
+
+def fetch(
+    source: DepotAddress,
+    sha256: str,
+    size: int,
+    target: Path,
+    *,
+    on_bytes: Callable[[int], None],
+    idle: float = IDLE_SECONDS,
+    patience: float = PATIENCE_SECONDS,
+) -> Path:
+    """Fetches a file, and returns its path once its hash is right; a try after a kill goes on at the last byte.
+
+    A transfer is never given up while bytes move: on a link that is too slow for a chunk within `idle` seconds, chunks
+    become smaller. `target` with the suffix `.partial` holds what is here; where what an earlier try left there turns
+    out to be damaged, the file is fetched once more from its first byte.
+
+    Args:
+      source: the depot.
+      sha256: of the file, hexadecimal.
+      size: its bytes, as announced; not one more is accepted.
+      target: where it goes.
+      on_bytes: told how many bytes are here.
+      idle: seconds without a chunk after which to connect again.
+      patience: seconds without a byte after which to give up.
+
+    Raises:
+      DigestMismatch: the file is another, longer or shorter than announced; what was fetched is removed.
+      Untrusted: the depot is not the pinned one, or does not let this site in.
+      DataError: no room on the disk, no such package, or the depot is gone for longer than the patience.
+    """
+    if target.is_file() and target.stat().st_size == size and _sha256(target) == sha256:
+        on_bytes(size)
+        return target
+    transfer = _Transfer(source, sha256, size, _touch(target.with_name(target.name + ".partial")), on_bytes, idle)
+    resumed = transfer.here() > 0
+    _complete(transfer, patience)
+    right = transfer.is_right()
+    if resumed and not right:  # of a fetch from the first byte, each chunk was checked; another would end alike
+        transfer.begin_anew()
+        _complete(transfer, patience)
+        right = transfer.is_right()
+    if not right:
+        transfer.refuse("what was fetched is another file; it was removed; fetch it again")
+    try:
+        put_in_place(transfer.partial, target)
+    except DataError as error:  # told to the coordinator, who need not know our folders
+        raise DataError(f"package={target.name}: cannot be written ({why(error)}); free disk space") from error
+    on_bytes(size)
+    return target
+
+
+def _complete(transfer: "_Transfer", patience: float) -> None:
+    """Tries until all bytes are here.
+
+    Raises:
+      DataError: no byte came for `patience` seconds, or what `_Transfer.attempt` raises.
+    """
+    last, pause = time.monotonic(), BACKOFF_SECONDS[0]
+    while (here := transfer.here()) < transfer.size:
+        reason = transfer.attempt()
+        if transfer.here() > here:
+            last, pause = time.monotonic(), BACKOFF_SECONDS[0]
+        elif time.monotonic() - last > patience:
+            raise DataError(f"depot={transfer.where}: {reason}; no byte came for {patience:g} s; try later")
+        if transfer.here() < transfer.size:
+            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads the sites' tries
+            pause = min(2 * pause, BACKOFF_SECONDS[1])
+
+
+class _Transfer:
+    """One file on its way: attempts, each of which goes on where the last one ended."""
+
+    def __init__(
+        self, source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
+    ) -> None:
+        self.partial, self.size, self.where = partial, size, f"{source.host}:{source.port}"
+        self._source, self._sha256 = source, sha256
+        self._on_bytes, self._idle, self._chunk = on_bytes, idle, CHUNK
+
+    def here(self) -> int:
+        """Returns the bytes that are on disk."""
+        return self.partial.stat().st_size
+
+    def is_right(self) -> bool:
+        """Says whether what is on disk is the file."""
+        return self.here() == self.size and _sha256(self.partial) == self._sha256
+
+    def begin_anew(self) -> None:
+        """Empties what is on disk."""
+        self.partial.write_bytes(b"")
+        self._on_bytes(0)
+
+    def attempt(self) -> str:
+        """Fetches until the end or until the connection fails, and returns why it ended."""
+        source = self._source
+        credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
+        options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.enable_http_proxy", 0)]
+        try:
+            with grpc.secure_channel(self.where, credentials, options=options) as channel:
+                depot = stubs.DepotStub(channel)
+                described = depot.Describe(wire.DescribeRequest(sha256=self._sha256), timeout=self._idle)
+                if described.size != self.size:
+                    self.refuse(f"the depot has {described.size} bytes, and {self.size} were announced; refused")
+                return self._receive(depot)
+        except grpc.RpcError as error:
+            return _passing(error)
+        except OSError as error:
+            raise DataError(
+                f"package={self.partial.name}: cannot be written ({error.strerror}); free disk space, then fetch again"
+            ) from error
+
+    def refuse(self, why: str) -> None:
+        """Removes what is here.
+
+        Raises:
+          DigestMismatch: always.
+        """
+        self.partial.unlink()
+        raise DigestMismatch(f"package={self._sha256[:12]}: {why}")
+
+    def _receive(self, depot: Any) -> str:
+        with self.partial.open("ab") as file:
+            offset = began = file.tell()
+            stream = depot.Get(wire.GetRequest(sha256=self._sha256, offset=offset, chunk=self._chunk))
+            with _Watch(stream.cancel, self._idle) as watch:
+                try:
+                    for chunk in stream:
+                        watch.moved()
+                        if not chunk.data or chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
+                            return "a chunk was damaged on the way"  # asked for again from here
+                        offset += len(chunk.data)
+                        if offset > self.size:
+                            self.refuse(f"the depot sends more than the announced {self.size} bytes; refused")
+                        file.write(chunk.data)
+                        file.flush()
+                        self._on_bytes(offset)
+                finally:
+                    stream.cancel()
+                    if watch.expired and offset == began:
+                        self._chunk = max(self._chunk // 2, LEAST_CHUNK)  # not even one chunk came in time
+        if offset < self.size:
+            self.refuse(f"the depot's file ends after {offset} of the announced {self.size} bytes; refused")
+        return "ended"
+
+
+class _Watch:
+    """Calls `cancel` once nothing has moved for `idle` seconds; used as a context manager."""
+
+    def __init__(self, cancel: Callable[[], object], idle: float) -> None:
+        self.expired = False
+        self._cancel, self._idle, self._ended = cancel, idle, False
+        self._event = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fetch watch", daemon=True)
+
+    def moved(self) -> None:
+        """Says that something came."""
+        self._event.set()
+
+    def __enter__(self) -> "_Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._event.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._event.wait(self._idle):
+            self._event.clear()  # before the look at `_ended`, so that an end in between is not missed
+            if self._ended:
+                return
+        self.expired = True
+        self._cancel()
+
+
+def _passing(error: grpc.RpcError) -> str:
+    """Returns the reason of an error that may pass.
+
+    Raises:
+      Untrusted: the depot is not the pinned one, or does not let this site in.
+      DataError: it has no such package, or speaks another version.
+    """
+    code, detail = error.code(), str(error.details())
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        raise Untrusted(f"depot: {detail}") from error
+    if any(sign in detail for sign in _STRANGER):
+        raise Untrusted("depot: it does not show the pinned authority's certificate for this host; compare welcomes")
+    if code in _FINAL and _BUSY not in detail:
+        raise DataError(f"depot: {code.name.lower()}: {detail}") from error
+    if "Socket closed" in detail:
+        return f"{detail} (is this site's certificate still good? see offsite client doctor)"
+    return detail
+
+
+def _touch(partial: Path) -> Path:
+    try:
+        partial.touch()
+    except OSError as error:
+        raise DataError(f"package={partial.name}: cannot be written ({error.strerror}); free disk space") from error
+    return partial
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

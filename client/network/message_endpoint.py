@@ -1,0 +1,88 @@
+"""A site's mailbox: opens letters of its coordinator, each at most once, and signs the answers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from offsite.errors import DataError, MalformedMessage, OffsiteError, ProtocolViolation
+from offsite.protos import codec, signed_messages
+from offsite.trust import files
+from offsite.trust.identity import Identity
+
+Handler = Callable[[str, bytes], bytes]
+
+
+class SignedEndpoint:
+    """Turns letters into calls of a handler.
+
+    Args:
+      site: this site's name.
+      identity: this site's.
+      coordinator: the coordinator's Ed25519 key, pinned when the site joined.
+      federation: SHA-256 of the federation manifest that the owner signed.
+      memory: file that holds the number of the newest letter.
+      handle: (stage, body) -> body.
+      on_refused: told why a letter was not opened.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        identity: Identity,
+        *,
+        coordinator: bytes,
+        federation: bytes,
+        memory: Path,
+        handle: Handler,
+        on_refused: Callable[[str], None],
+    ) -> None:
+        self._site, self._identity, self._coordinator, self._federation = site, identity, coordinator, federation
+        self._memory, self._handle, self._on_refused = memory, handle, on_refused
+
+    def answer(self, stage: str, data: bytes) -> bytes:
+        """Returns the signed answer to a letter; one that may not be opened is answered with the reason and no more."""
+        number = 0
+        try:
+            letter = signed_messages.read(
+                data, self._federation, sender=signed_messages.COORDINATOR, key=self._coordinator, recipient=self._site
+            )
+            number = letter.number
+            if letter.stage != stage:
+                raise ProtocolViolation(f"stage={stage!r}: the letter inside is about {letter.stage!r}; drop it")
+            self._claim(number)
+            body = self._handle(stage, letter.body)
+        except OffsiteError as error:
+            self._on_refused(f"{type(error).__name__}: {error}")
+            body = codec.encode(codec.Refusal(type(error).__name__, str(error)))
+        return signed_messages.write(
+            self._identity,
+            self._federation,
+            sender=self._site,
+            recipient=signed_messages.COORDINATOR,
+            stage=stage,
+            number=number,
+            body=body,
+        )
+
+    def _claim(self, number: int) -> None:
+        last = self._last()
+        if number <= last:
+            raise ProtocolViolation(
+                f"letter number={number}: {last} was opened already, and numbers only go up; it is a copy; drop it"
+            )
+        try:
+            files.write_whole(self._memory, json.dumps({"last": number}).encode())
+        except DataError as error:  # told to the coordinator, who need not know our folders
+            raise DataError(
+                f"state={self._memory.name}: cannot be written ({files.why(error)}); free disk space"
+            ) from error
+
+    def _last(self) -> int:
+        if not self._memory.exists():
+            return 0
+        try:
+            return int(json.loads(self._memory.read_text(encoding="ascii"))["last"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MalformedMessage(
+                f"state={self._memory.name}: damaged; sign a new epoch, then remove it: it is about the old one"
+            ) from error

@@ -1,0 +1,143 @@
+"""The running site: keeps a SuperNode alive and answers what comes through it, until it is told to stop."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.run import RunNotRunningException
+
+from offsite.client.home.redact import local_message
+from offsite.client.network.executor import Executor, Handler
+from offsite.protos.flower_process import FlowerProcess
+from offsite.protos.guard import VARIABLE, new_secret
+
+log = logging.getLogger("offsite.client")
+IDLE_SECONDS = 0.2
+# A node that came back is refused until the coordinator has seen it gone, twice the heartbeat of `client.supernode`.
+BACKOFF_SECONDS = (1.0, 15.0)
+# What Flower's SuperNode writes when it ends, and what that means here.
+MEANINGS = {
+    "Failed to activate SuperNode": "the coordinator does not let this site in: it was revoked, its owner has not "
+    "signed the newest welcome, or another copy of it is connected; one that was just restarted is let in within 20 s",
+    "terminated gracefully": "the coordinator refused this site's node key (401): is the clock off, or was the site "
+    "revoked? offsite client doctor tells",
+    "SSL/TLS handshake error": "the coordinator does not show the pinned authority's certificate; is a proxy breaking "
+    "TLS open?",
+}
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where a SuperNode lives and where it connects.
+
+    Attributes:
+      folder: its log, secrets and Flower's own files.
+      superlink: host:port of the coordinator's SuperLink.
+      ca: PEM file of the coordinator's authority.
+      key: P-384 private key, OpenSSH format.
+      port: of its local interface, on loopback.
+    """
+
+    folder: Path
+    superlink: str
+    ca: Path
+    key: Path
+    port: int
+
+
+class Node:
+    """A SuperNode with our executor behind it.
+
+    Args:
+      place: where it lives.
+      handle: (stage, bytes) -> bytes.
+      note: told (kind, reason) of what the owner should know.
+      stopping: says whether to end.
+    """
+
+    def __init__(
+        self, place: NodePlace, handle: Handler, *, note: Callable[[str, str], None], stopping: Callable[[], bool]
+    ) -> None:
+        self._place, self._handle, self._note, self._stopping = place, handle, note, stopping
+        folder = place.folder
+        guard, secret = new_secret(folder / "guard"), new_secret(folder / "superexec")
+        local = f"127.0.0.1:{place.port}"
+        self._process = FlowerProcess(
+            "offsite.client.network.supernode",
+            [
+                *("--superlink", place.superlink, "--root-certificates", str(place.ca.resolve())),
+                *("--auth-supernode-private-key", str(place.key.resolve())),
+                *("--host", "127.0.0.1", "--port", str(place.port), "--isolation", "process"),
+                *("--superexec-auth-secret-file", str((folder / "superexec").resolve())),
+            ],
+            log=folder / "supernode.log",
+            home=folder / "home",
+            environment={VARIABLE: str((folder / "guard").resolve())},
+        )
+        self._executor = Executor(
+            local, guard=guard, secret=secret.encode(), handle=handle, on_foreign=self._foreign, stopping=stopping
+        )
+        self._wait = BACKOFF_SECONDS[0]
+        self._started = 0.0
+        self._told = ""
+        self._faults: set[str] = set()  # each is told once
+
+    def run(self) -> None:
+        """Answers messages until told to stop, and starts the SuperNode again whenever it has ended."""
+        try:
+            while not self._stopping():
+                self._keep_alive()
+                if not self._step():
+                    time.sleep(IDLE_SECONDS)
+        finally:
+            self._executor.close()
+            self._process.stop()
+
+    def _step(self) -> bool:
+        try:
+            return self._executor.step()
+        except (httpx.HTTPError, ObjectPullError, RuntimeError, RunNotRunningException) as error:
+            # the SuperNode is starting, or the run of a coordinator that was killed is gone; both pass
+            log.debug("no message could be answered (%s)", type(error).__name__)
+        except Exception as error:  # what the other side sends must not end this site
+            if (reason := local_message(error)) not in self._faults:
+                self._faults.add(reason)
+                self._note("message not understood", reason)
+                log.warning("a message could not be answered: %s", reason)
+        return False
+
+    def _keep_alive(self) -> None:
+        if self._process.running:
+            if time.monotonic() - self._started > BACKOFF_SECONDS[1]:
+                self._wait = BACKOFF_SECONDS[0]
+            return
+        if self._started:
+            self._tell(self._process.reason())
+            pause = self._wait * (1 + secrets.randbelow(1000) / 2000)  # all sites lost it at the same moment
+            self._wait = min(2 * self._wait, BACKOFF_SECONDS[1])
+            self._sleep(pause)
+            if self._stopping():
+                return
+        self._process.start()
+        self._started = time.monotonic()
+
+    def _tell(self, reason: str) -> None:
+        """Says why the SuperNode ended, once for each reason; it is started again and again."""
+        reason = next((meaning for sign, meaning in MEANINGS.items() if sign in reason), reason)
+        if reason != self._told:
+            self._told = reason
+            self._note("supernode ended", reason)
+            log.warning("not connected: %s; trying again", reason)
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stopping():
+            time.sleep(IDLE_SECONDS)
+
+    def _foreign(self, digest: str) -> None:
+        self._note("foreign bundle refused", f"sha256={digest}")

@@ -1,0 +1,1 @@
+"""A running site: offers are checked, jobs are loaded, stages are answered."""

@@ -1,0 +1,160 @@
+"""Everything that can be wrong at a site before a job starts, each looked at once."""
+
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import version
+
+from offsite.client.home.audit import verify
+from offsite.client.home.installation import WEIGHTS, SiteHome
+from offsite.client.service.site_runtime import SiteRuntime
+from offsite.emulator.runtime.bitsandbytes_layers import library
+from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
+from offsite.task.readers.columns import columns_for
+from offsite.task.readers.tables import read
+from offsite.task.tasks import TASKS
+from offsite.trust.certificates import WARN_DAYS
+
+FINE, WARNED, FAILED = "ok", "warning", "FAILED"
+PROBE_SECONDS = 5.0
+AHEAD_SECONDS = 5.0  # Flower's SuperLink refuses a node whose clock is further ahead, and the node then ends itself
+BEHIND_SECONDS = 300.0
+LEAST_FREE_GB = 2.0
+FLOWER = ("1.41", "1.42")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, `ok`, `warning` or `FAILED`, and a line for the operator."""
+
+    check: str
+    state: str
+    detail: str
+
+
+def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
+    """Returns what was found, all checks made whatever the earlier ones said."""
+    checks: dict[str, Callable[[], str]] = {
+        "versions": lambda: _versions(site),
+        "keys": lambda: _keys(site),
+        "certificates": lambda: _certificates(site, clock()),
+        "data": lambda: _data(site),
+        "policy": lambda: _opened(site, clock).policy.approval + " approval",
+        "ledger": lambda: _ledger(site, clock),
+        "audit log": lambda: f"{verify(site.state / 'audit.jsonl')} entries, chain whole",
+        "disk": lambda: _disk(site),
+        "link": lambda: _port(site, site.welcome.link_port),
+        "depot": lambda: _port(site, site.welcome.depot_port),
+        "clock": lambda: _clock(site, clock),
+    }
+    return [_find(name, check) for name, check in checks.items()]
+
+
+def _find(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        detail = check()
+    except OffsiteError as error:
+        return Finding(name, FAILED, str(error))
+    except OSError as error:
+        return Finding(name, FAILED, error.strerror or type(error).__name__)
+    return Finding(name, WARNED if detail.startswith("warning: ") else FINE, detail.removeprefix("warning: "))
+
+
+def _versions(site: SiteHome) -> str:
+    flower = version("flwr")
+    if not flower.startswith(FLOWER):
+        raise DataError(f"flwr={flower}: 1.41 or 1.42 is needed, since its private interface is used; install that")
+    text = f"offsite {version('offsite')}, flwr {flower}, torch {version('torch')}"
+    return f"{text}, bitsandbytes {library().__version__}" if WEIGHTS[site.settings.weights] else text
+
+
+def _keys(site: SiteHome) -> str:
+    return f"identity {site.keys.identity.public.hex()[:16]}…, readable by this user only"
+
+
+def _certificates(site: SiteHome, now: datetime) -> str:
+    left = site.check(now)
+    text = ", ".join(f"{name} {days} days" for name, days in left.items())
+    return f"warning: {text}; ask for new ones" if min(left.values()) <= WARN_DAYS else text
+
+
+def _data(site: SiteHome) -> str:
+    settings = site.settings
+    counts, refusals = dict[str, int](), list[DataError]()
+    for task in TASKS:
+        columns = columns_for(task, column=settings.column, names=settings.columns)
+        try:
+            counts[task] = len(read(site.data, reader=settings.reader or None, columns=columns))
+        except DataError as error:
+            refusals.append(error)
+    if not counts:
+        raise refusals[0]
+    return f"{max(counts.values())} records, for the tasks {', '.join(counts)}"
+
+
+def _opened(site: SiteHome, clock: Callable[[], datetime]) -> SiteRuntime:
+    return SiteRuntime.of(site, clock)
+
+
+def _ledger(site: SiteHome, clock: Callable[[], datetime]) -> str:
+    opened = _opened(site, clock)
+    spent, cap = opened.ledger.spent(), opened.policy.epsilon_cap
+    return f"{'warning: ' if spent > 0.9 * cap else ''}epsilon {spent:.3f} of {cap:g} spent"
+
+
+def _disk(site: SiteHome) -> str:
+    free = shutil.disk_usage(site.folder).free / 2**30
+    return f"{'warning: ' if free < LEAST_FREE_GB else ''}{free:.1f} GiB free"
+
+
+def _port(site: SiteHome, port: int) -> str:
+    """Opens a TLS connection with the pinned authority, as the programs do."""
+    host = site.welcome.host
+    context = ssl.create_default_context(cafile=str(site.ca))
+    context.load_cert_chain(str(site.certificate), str(site.keys.tls))
+    try:
+        with (
+            socket.create_connection((host, port), timeout=PROBE_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            return f"{host}:{port} answers with {secure.version()}"
+    except ssl.SSLError as error:
+        raise Untrusted(f"{host}:{port}: {error.reason or 'TLS failed'}; is a proxy breaking TLS open?") from error
+    except OSError as error:
+        raise DataError(
+            f"{host}:{port}: {error.strerror or error}; is the coordinator running and the port open?"
+        ) from error
+
+
+def _clock(site: SiteHome, clock: Callable[[], datetime]) -> str:
+    """Compares this machine's clock with the coordinator's, from the date of an HTTP answer."""
+    ahead = clock().timestamp() - _remote_time(site)
+    if ahead > AHEAD_SECONDS or ahead < -BEHIND_SECONDS:
+        raise PolicyRefusal(f"clock={ahead:+.0f} s from the coordinator's; Flower refuses +5 s or -300 s; start NTP")
+    return f"{ahead:+.1f} s from the coordinator's"
+
+
+def _remote_time(site: SiteHome) -> float:
+    import http.client
+
+    context = ssl.create_default_context(cafile=str(site.ca))
+    connection = http.client.HTTPSConnection(
+        site.welcome.host, site.welcome.link_port, timeout=PROBE_SECONDS, context=context
+    )
+    try:
+        began = time.monotonic()
+        connection.request("GET", "/health")
+        stamp = connection.getresponse().getheader("date")
+        if stamp is None:
+            raise DataError("link: its answer has no date; is it the coordinator's SuperLink?")
+        # the header is cut to whole seconds
+        return parsedate_to_datetime(stamp).timestamp() + 0.5 + (time.monotonic() - began) / 2
+    except OSError as error:
+        raise DataError(f"link: {error.strerror or error}; is the coordinator running?") from error
+    finally:
+        connection.close()

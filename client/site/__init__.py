@@ -1,0 +1,1 @@
+"""The site's side of a round, and what is written down before an update leaves."""

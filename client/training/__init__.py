@@ -1,0 +1,1 @@
+"""Local training on the emulator, with clipping and noise for each record."""

@@ -1,0 +1,69 @@
+"""What one site promises its records: sampling, noise and epsilon, computed here and never taken from a message."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from offsite.errors import PrivacyRefusal, lookup
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.calibrate import noise_multiplier_for, public_delta
+from offsite.privacy.events import Event
+from offsite.privacy.mechanism import DpSgdConfig
+from offsite.protos.job_manifest import JobManifest
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The DP numbers of one site for a whole job.
+
+    Attributes:
+      records: number of records, which this site declares public.
+      sample_rate: chance q of each record to be in a batch, expected batch / records.
+      delta: records ** -1.1.
+      noise_multiplier: sigma, noise standard deviation over `max_grad_norm`; 0 without privacy.
+      epsilon: spent when all steps are done; infinite without privacy.
+      steps: DP-SGD steps over all rounds.
+    """
+
+    records: int
+    sample_rate: float
+    delta: float
+    noise_multiplier: float
+    epsilon: float
+    steps: int
+
+
+@lru_cache(maxsize=128)  # calibration takes seconds, and its result depends on public numbers only
+def plan_for(manifest: JobManifest, records: int) -> SitePlan:
+    """Returns the plan of a site with so many records.
+
+    Raises:
+      PrivacyRefusal: fewer records than the expected batch, so that Poisson sampling would not amplify; or no noise
+        meets the target.
+    """
+    terms = manifest.privacy
+    if records < 2 * terms.batch:
+        raise PrivacyRefusal(
+            f"records={records}: fewer than twice the expected batch={terms.batch}, so sampling hides too little; "
+            "lower training.batch or leave this site out"
+        )
+    rate, delta, steps = terms.batch / records, public_delta(records), manifest.steps
+    if not terms.private:
+        return SitePlan(records, rate, delta, 0.0, float("inf"), steps)
+    sigma = noise_multiplier_for(terms.epsilon, delta, rate, steps, accountant=terms.accountant)
+    account = lookup(ACCOUNTANTS, terms.accountant, "accountant")
+    return SitePlan(records, rate, delta, sigma, account([Event(sigma, rate, steps)], delta), steps)
+
+
+def round_terms(manifest: JobManifest, plan: SitePlan, engine: str) -> DpSgdConfig:
+    """Returns the terms of one round's training."""
+    return DpSgdConfig(
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=manifest.privacy.max_grad_norm,
+        sample_rate=plan.sample_rate,
+        expected_batch_size=manifest.privacy.batch,
+        steps=manifest.local_steps,
+        learning_rate=manifest.learning_rate,
+        physical_batch=manifest.physical_batch,
+        engine=engine,
+        private=manifest.privacy.private,
+    )

@@ -1,0 +1,1 @@
+"""The table of server rules, and what each rule needs."""

@@ -1,0 +1,1 @@
+"""The federation file as frozen dataclasses, checked at the door."""

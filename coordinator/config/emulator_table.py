@@ -1,0 +1,156 @@
+"""The table [emulator] of the federation file: one emulator for all sites, or others for some of them."""
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from offsite.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """Another emulator for some sites, of the same geometry; what is not given is as in [emulator].
+
+    Attributes:
+      sites: names of those that get it.
+      compress, embedding, gate: as there.
+    """
+
+    sites: tuple[str, ...]
+    compress: tuple[str, ...] | None = None
+    embedding: str | None = None
+    gate: float | None = None
+
+
+@dataclass(frozen=True)
+class EmulatorVariant:
+    """One emulator of a job: its settings, and whom it is for.
+
+    Attributes:
+      sites: names, sorted.
+      compress, embedding, gate: as in `EmulatorConfig`.
+    """
+
+    sites: tuple[str, ...]
+    compress: tuple[str, ...]
+    embedding: str
+    gate: float
+
+    @property
+    def settings(self) -> tuple[tuple[str, ...], str]:
+        """What makes the package; kinds of equal ones are one emulator."""
+        return self.compress, self.embedding
+
+    def joined(self, other: "EmulatorVariant") -> "EmulatorVariant":
+        """Returns the kind for the sites of both, which keeps to both gates."""
+        return dataclasses.replace(self, sites=tuple(sorted(self.sites + other.sites)), gate=max(self.gate, other.gate))
+
+
+@dataclass(frozen=True)
+class EmulatorConfig:
+    """How the emulator is made.
+
+    Attributes:
+      first: blocks kept verbatim at the input side; they are slots.
+      last: blocks kept verbatim at the output side; they are slots.
+      shape: "sandwich", adapters in the verbatim blocks, or "parallel", adapters in all of them.
+      compress: compressors of the middle, in order, each `name:argument`.
+      embedding: storage of the embedding tables: verbatim, int8 or int4.
+      gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
+      refresh: after how many rounds the middle's biases are aligned anew; 0 is never.
+      variants: other emulators for some sites.
+    """
+
+    first: int = 2
+    last: int = 2
+    shape: str = "sandwich"
+    compress: tuple[str, ...] = ("int4:64",)
+    embedding: str = "int8"
+    gate: float = 0.6
+    refresh: int = 0
+    variants: tuple[VariantConfig, ...] = ()
+
+    def kinds(self, sites: Collection[str]) -> tuple[EmulatorVariant, ...]:
+        """Returns the emulators that are to be made: the default, then the others by the first of their sites.
+
+        Equal settings give one emulator, for the sites of both and with the higher of both gates.
+
+        Args:
+          sites: of the federation.
+
+        Raises:
+          ConfigError: a variant is for a site that is not there, or nobody is left for the default.
+        """
+        _check_known(self, sites)
+        default = self._default(sites)
+        kinds = {default.settings: default}
+        for kind in map(self._kind, self.variants):
+            known = kinds.get(kind.settings)
+            kinds[kind.settings] = kind if known is None else known.joined(kind)
+        first = kinds.pop(default.settings)
+        if not first.sites:
+            raise ConfigError(
+                "emulator.variants name every site, so that nobody gets the emulator of [emulator]; leave the sites of "
+                "one variant out, and put its settings there"
+            )
+        return (first, *sorted(kinds.values(), key=lambda kind: kind.sites))
+
+    def only(self, sites: Collection[str]) -> "EmulatorConfig":
+        """Returns the settings for some of the sites; a variant that none of them gets is left out."""
+        kept = [
+            dataclasses.replace(variant, sites=tuple(site for site in variant.sites if site in sites))
+            for variant in self.variants
+        ]
+        return dataclasses.replace(self, variants=tuple(variant for variant in kept if variant.sites))
+
+    def _default(self, sites: Collection[str]) -> EmulatorVariant:
+        others = {site for variant in self.variants for site in variant.sites}
+        return EmulatorVariant(tuple(sorted(set(sites) - others)), self.compress, self.embedding, self.gate)
+
+    def _kind(self, variant: VariantConfig) -> EmulatorVariant:
+        return EmulatorVariant(
+            tuple(sorted(variant.sites)),
+            self.compress if variant.compress is None else variant.compress,
+            self.embedding if variant.embedding is None else variant.embedding,
+            self.gate if variant.gate is None else variant.gate,
+        )
+
+
+def check_emulator(emulator: EmulatorConfig) -> None:
+    """Checks what can be checked without knowing the sites.
+
+    Raises:
+      ConfigError: a gate is no cosine, a variant is for nobody or a site in two, or there is a refresh beside them.
+    """
+    if emulator.refresh and emulator.variants:
+        raise ConfigError(
+            f"emulator.refresh={emulator.refresh}: only one emulator can be aligned to what all sites tuned; set it to "
+            "0, or leave emulator.variants out"
+        )
+    _check_gate("emulator.gate", emulator.gate)
+    taken: set[str] = set()
+    for place, variant in enumerate(emulator.variants):
+        where = f"emulator.variants[{place}]"
+        if variant.gate is not None:
+            _check_gate(f"{where}.gate", variant.gate)
+        if not variant.sites:
+            raise ConfigError(f"{where}.sites=[]: a variant is for one site or more; name them, or remove the variant")
+        for site in variant.sites:
+            if site in taken:
+                raise ConfigError(f"{where}.sites={site!r}: named before; a site has one emulator, name it once")
+            taken.add(site)
+
+
+def _check_known(emulator: EmulatorConfig, sites: Collection[str]) -> None:
+    for place, variant in enumerate(emulator.variants):
+        for site in variant.sites:
+            if site not in sites:
+                raise ConfigError(
+                    f"emulator.variants[{place}].sites={site!r}: no site of this federation; "
+                    f"{nearest(site, sorted(sites))}"
+                )
+
+
+def _check_gate(name: str, gate: float) -> None:
+    if not -1 <= gate <= 1:
+        raise ConfigError(f"{name}={gate}: a cosine lies in [-1, 1]; 0.6 is the default")

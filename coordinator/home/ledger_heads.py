@@ -1,0 +1,63 @@
+"""What the coordinator remembers of the sites' privacy ledgers, so that a site notices when its own was set back."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from offsite.coordinator.job.store import write_atomically
+from offsite.errors import DataError
+from offsite.protos.codec import LedgerHead
+from offsite.trust.countersign import countersign
+from offsite.trust.identity import Identity
+
+log = logging.getLogger("offsite.coordinator")
+MOST_LEDGERS = 64  # data sets of one site; it names them, so that without a limit it could fill the disk
+
+
+class Ledgers:
+    """The newest head that each site told; it says how often a site has released, and nothing about its data.
+
+    Of a site with more than `MOST_LEDGERS` data sets, the first ones are kept.
+
+    Args:
+      path: file they are kept in.
+      identity: the coordinator's, which countersigns.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self._path, self._identity = path, identity
+        self._full: set[str] = set()
+        try:
+            self._heads: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise DataError(
+                f"ledgers={str(path)!r} is damaged; without it no site notices a ledger set back"
+            ) from error
+
+    def learn(self, site: str, head: LedgerHead | None) -> None:
+        """Keeps what a site told, when it is newer; an older count never replaces a newer one."""
+        if head is None:
+            return
+        ledgers = self._heads.setdefault(site, {})
+        if head.ledger not in ledgers and len(ledgers) >= MOST_LEDGERS:
+            if site not in self._full:
+                log.warning("site %s: has over %d ledgers; heads of further ones are not kept", site, MOST_LEDGERS)
+            self._full.add(site)
+            return
+        known = ledgers.get(head.ledger, {"count": 0})
+        if head.count > known["count"]:
+            ledgers[head.ledger] = {"count": head.count, "head": head.head}
+            write_atomically(self._path, json.dumps(self._heads, sort_keys=True).encode())
+
+    def countersigned(self, site: str) -> tuple[LedgerHead, ...]:
+        """Returns everything known of a site's ledgers, with the coordinator's signatures."""
+        return tuple(
+            LedgerHead(
+                name, one["count"], one["head"], countersign(self._identity, site, name, one["count"], one["head"])
+            )
+            for name, one in sorted(self._heads.get(site, {}).items())
+        )

@@ -1,0 +1,72 @@
+"""The file `coordinator.toml`: frozen, checked once at the door."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from offsite.errors import ConfigError
+from offsite.trust import canonical, certificates
+from offsite.trust.certificates import DAYS
+from offsite.trust.federation_manifest import LEAST_SITES, MOST_SITES
+from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
+from offsite.trust.settings import quote
+from offsite.trust.welcome import MAX_PORT
+
+_HOST = re.compile(r"[A-Za-z0-9:.-]{1,253}")
+
+
+@dataclass(frozen=True)
+class HomeSettings:
+    """The file `coordinator.toml`.
+
+    Attributes:
+      name: of the federation.
+      host: name or address under which sites reach the coordinator.
+      link_port, depot_port: of the SuperLink and of the depot.
+      suite: of the sites' sealing keys; 1 is X25519, 2 is X-Wing.
+      n_min: fewest sites whose sum a job may open.
+      max_epsilon: no job may plan more epsilon than this.
+      clip: largest `update_bound` that a job may set.
+      days: how long certificates and each epoch hold.
+      bind: address to listen on; empty for `host`.
+    """
+
+    name: str
+    host: str
+    link_port: int
+    depot_port: int
+    suite: int = HYBRID
+    n_min: int = LEAST_SITES
+    max_epsilon: float = 8.0
+    clip: float = 100.0
+    days: int = DAYS
+    bind: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        canonical.check_name(self.name, "name")
+        if not _HOST.fullmatch(self.host):
+            raise ConfigError(f"host={self.host!r}: must be a host name or address that sites can reach")
+        for name in ("link_port", "depot_port"):
+            _in_range(name, getattr(self, name), 1, MAX_PORT)
+        if self.link_port == self.depot_port:
+            raise ConfigError(f"depot_port={self.depot_port}: must differ from link_port; choose another")
+        if self.suite not in PUBLIC_BYTES:
+            raise ConfigError(f"suite={self.suite}: must be one of {sorted(PUBLIC_BYTES)}")
+        _in_range("n_min", self.n_min, LEAST_SITES, MOST_SITES)
+        _in_range("days", self.days, 1, certificates.AUTHORITY_DAYS)
+        for name in ("max_epsilon", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be finite and above 0")
+
+    def to_toml(self) -> str:
+        """Returns the file's content."""
+        lines = ["# The coordinator of one federation. A change counts from the next approve or revoke on.\n"]
+        for name, value in dataclasses.asdict(self).items():
+            lines.append(f"{name} = {quote(value) if isinstance(value, str) else value}\n")
+        return "".join(lines)
+
+
+def _in_range(name: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise ConfigError(f"{name}={value}: must be from {lowest} to {highest}")

@@ -1,0 +1,259 @@
+"""From a configuration to a job: full model, emulator packages, gate, clip, manifest; public records only."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offsite.adapter.auxiliary import AuxiliaryTensors
+from offsite.adapter.layout import Layout
+from offsite.adapter.methods import attach, check_task, known
+from offsite.adapter.spec import AdapterSpec
+from offsite.coordinator.aggregation.compatibility import check_rule
+from offsite.coordinator.aggregation.factor_rules import read_earlier
+from offsite.coordinator.aggregation.rules import AGGREGATORS
+from offsite.coordinator.config.emulator_table import EmulatorVariant
+from offsite.coordinator.config.federation_file import FedConfig, TrainingConfig
+from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
+from offsite.coordinator.job.emulators import Emulator, EmulatorFactory, reopened
+from offsite.coordinator.job.evaluate import Score, score
+from offsite.coordinator.job.public_records import PublicRecords, public_records
+from offsite.coordinator.job.store import Store
+from offsite.emulator.compressors import steps_of
+from offsite.emulator.package import auxiliary_file
+from offsite.emulator.package.files import model_sha256, tokenizer_sha256
+from offsite.emulator.structure.geometry import Geometry
+from offsite.errors import DigestMismatch, lookup
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.protos.aggregation import AggregationTerms
+from offsite.protos.job_manifest import JobManifest, PrivacyTerms
+from offsite.task.spec import Record, Task
+from offsite.task.tasks import TASKS
+
+# An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
+# factors leave ample room; an entry beyond is cut at the site, where it is counted.
+PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
+STAGE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Who takes part in a job.
+
+    Attributes:
+      name, epoch: of the federation.
+      roster: (site, Ed25519 key), sorted.
+      n_min: fewest sites of a sum.
+      job: identifier of the job; random, empty in a simulation.
+    """
+
+    name: str
+    epoch: int
+    roster: tuple[tuple[str, str], ...]
+    n_min: int
+    job: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared job at the coordinator.
+
+    Attributes:
+      manifest: what the sites get.
+      emulators: what was shipped, the default first.
+      full: full model with the adapter attached, at its start.
+      layout: of the adapter.
+      task: of the job.
+      public: public examples.
+      zero_shot: score of the full model on public records before any training.
+      start: initial adapter, float32 (d,).
+      given: what the adapter needs and does not train.
+    """
+
+    manifest: JobManifest
+    emulators: tuple[Emulator, ...]
+    full: Any
+    layout: Layout
+    task: Task
+    public: PublicRecords
+    zero_shot: Score
+    start: np.ndarray
+    given: AuxiliaryTensors = field(default_factory=dict)
+
+    @property
+    def emulator(self) -> Emulator:
+        """The one that every site gets for which the federation file names no other."""
+        return self.emulators[0]
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what `reopen` needs beside the manifest."""
+        return {
+            "zero_shot": dataclasses.asdict(self.zero_shot),
+            "emulators": [one.to_dict() for one in self.emulators],
+        }
+
+
+def check_names(config: FedConfig, kinds: tuple[EmulatorVariant, ...], federation: Parties) -> None:
+    """Looks every name of the configuration up, and whether rule and method fit, before the first slow step.
+
+    Raises:
+      UnknownName: a table has no such entry.
+      UnsupportedModel: the adapter's method is not offered.
+      DataError: an earlier adapter cannot be read.
+      ConfigError: an option is none of the method's, an earlier adapter is none that it takes, a step of a recipe
+        cannot be read, or the server rule does not fit the rest; see `check_rule`.
+    """
+    for kind in kinds:
+        steps_of(kind.compress)
+    lookup(TASKS, config.model.task, "model.task")
+    known(config.adapter.spec(slots=(), seed=config.seed))
+    check_task(config.adapter.method, config.model.task)
+    check_frozen(config)
+    check_mask(config)
+    check_rule(config, [site for site, _ in federation.roster], federation.n_min)
+    lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
+
+
+def prepare(
+    config: FedConfig,
+    *,
+    records: Sequence[Record],
+    federation: Parties,
+    store: Store,
+    on_step: Callable[[str], None],
+) -> Job:
+    """Builds everything that the coordinator does alone.
+
+    Args:
+      config: the federation file.
+      records: public records.
+      federation: who takes part.
+      store: run folder, where the emulator packages go; those that a killed build left are removed.
+      on_step: told what is being done.
+
+    Raises:
+      ConfigError: an emulator is below its gate, is for a site that is not there, or does not fit the model.
+      UnsupportedModel, DataError: the model cannot be used; see `task` and `emulator`.
+    """
+    kinds = config.emulator.kinds([site for site, _ in federation.roster])
+    check_names(config, kinds, federation)
+    task = lookup(TASKS, config.model.task, "model.task")
+    on_step("load the full model")
+    processor = task.load_processor(config.model.path)
+    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
+    public = public_records(config, task, processor, records, full.config)
+    geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
+    spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
+
+    given = collected(config, full, spec, task, public, on_step)
+    workplace = EmulatorFactory(config, kinds, task, public, geometry, spec, store, on_step, given)
+    packages = workplace.build(full)
+    full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
+    on_step("score the full model on public records")
+    zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
+    emulators, clip = workplace.measure(full, packages)
+    full = attach(full, spec, given)
+    layout = Layout.of(full)
+    for folder in config.aggregation.earlier:
+        read_earlier(folder, layout)
+    manifest = _manifest(config, federation, emulators, spec, layout, clip)
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
+
+
+def reopen(
+    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, records: Sequence[Record], store: Store
+) -> Job:
+    """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
+
+    Raises:
+      DigestMismatch: a package in the run folder, or the model, is not the one of the manifest.
+    """
+    task = lookup(TASKS, manifest.task, "task")
+    plain = task.load(config.model.path, dtype=torch.float32)
+    public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
+    emulators = reopened(store, manifest, facts["emulators"])
+    _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
+    for one in emulators:
+        _check_same(store, "emulator", one.facts.digest(), manifest.emulator_of(one.sites[0]))
+    given = auxiliary_file.read(store.package, emulators[0].facts)
+    full = attach(plain, manifest.adapter, given)
+    layout = Layout.of(full)
+    _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
+    zero_shot = Score(**facts["zero_shot"])
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
+
+
+def _check_same(store: Store, what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise DigestMismatch(
+            f"{what}={found[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that one back, or start a "
+            "new run"
+        )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the floating type that a model folder says its weights have; float32 where it says nothing."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return torch.float32  # the loader says what is wrong with the folder
+    name = config.get("dtype") or config.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def _most_moves(training: TrainingConfig) -> float:
+    """Returns how many whole steps one entry of an upload may hold: all of a round, or a direction's part of one."""
+    return 1 / training.directions if training.directions else training.local_steps
+
+
+def _manifest(
+    config: FedConfig,
+    federation: Parties,
+    emulators: tuple[Emulator, ...],
+    spec: AdapterSpec,
+    layout: Layout,
+    clip: float,
+) -> JobManifest:
+    training, privacy = config.training, config.privacy
+    factor = PRIVATE_BOUND if privacy.private else PLAIN_BOUND
+    return JobManifest(
+        federation=federation.name,
+        epoch=federation.epoch,
+        roster=federation.roster,
+        n_min=federation.n_min,
+        task=config.model.task,
+        emulator=emulators[0].facts.digest(),
+        base=model_sha256(Path(config.model.path)),
+        tokenizer=tokenizer_sha256(emulators[0].facts.files),
+        adapter=spec,
+        layout=layout,
+        length=config.data.length,
+        split=config.data.split,
+        rounds=training.rounds,
+        local_steps=training.local_steps,
+        learning_rate=training.learning_rate,
+        update_bound=factor * clip * training.learning_rate * _most_moves(training),
+        privacy=PrivacyTerms(privacy.private, privacy.epsilon, clip, privacy.accountant, training.batch),
+        physical_batch=training.physical_batch,
+        spare_rounds=training.spare_rounds,
+        model=Path(config.model.path).name,
+        release=version("offsite"),
+        identifier=federation.job,
+        deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
+        emulators=tuple(sorted((site, one.facts.digest()) for one in emulators[1:] for site in one.sites)),
+        refresh=config.emulator.refresh,
+        aggregation=AggregationTerms(
+            individuals=not config.secagg.enabled,
+            proximal=config.aggregation.proximal,
+            alternate=lookup(AGGREGATORS, config.aggregation.rule, "aggregation.rule").alternate,
+            ranks=config.aggregation.ranks_by_site(),
+            directions=training.directions,
+            spacing=training.spacing if training.directions else 0.0,
+        ),
+    )

@@ -1,0 +1,63 @@
+"""The coordinator's public examples, by what they are for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.job.evaluate import spread, spread_rows
+from offsite.errors import DataError
+from offsite.task.spec import Batch, Record, Task
+
+CALIBRATION_EXAMPLES = 64
+GATE_EXAMPLES = 8
+CLIP_EXAMPLES = 16
+
+
+@dataclass(frozen=True)
+class PublicRecords:
+    """Public examples by purpose: even ones tune, odd ones test, so that nothing is tested on what it was tuned on.
+
+    Attributes:
+      calibration: what compressors are fitted to.
+      tune: for the gate and the clip.
+      test: for every score.
+    """
+
+    calibration: Batch
+    tune: Batch
+    test: Batch
+
+
+def public_records(
+    config: FedConfig, task: Task, processor: Any, records: Sequence[Record], model_config: Any
+) -> PublicRecords:
+    """Returns the public examples: even ones tune, odd ones test.
+
+    Args:
+      config: the federation file.
+      task: of the job.
+      processor: of the model, see `task.spec`.
+      records: public ones.
+      model_config: of the model.
+
+    Raises:
+      DataError: too few public records, or one is wrong.
+    """
+    data = config.data
+    examples = task.encode(processor, records, length=data.length, split=data.split, model_config=model_config)
+    examples = examples.select(torch.nonzero(examples.targets))  # the others have no gradient to measure
+    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
+    if len(examples) < needed:
+        raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public data")
+    tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
+    others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
+    return PublicRecords(
+        # Where there are no more records than the tests need, a fit and the gate look at the same.
+        calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
+        tune=examples.select(tune),
+        test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
+    )

@@ -1,0 +1,1 @@
+"""How a coordinator reaches its sites: signed messages over Flower's SuperLink, packages in the depot."""

@@ -1,0 +1,184 @@
+"""The depot: hands encrypted packages to the sites of the federation, in chunks, from any offset."""
+
+import logging
+import re
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from offsite.errors import DataError, OffsiteError, Untrusted
+from offsite.protos import depot_pb2 as wire
+from offsite.protos.flower_process import allow_open_files
+
+log = logging.getLogger("offsite.coordinator")
+CHUNK, LEAST_CHUNK = 1 << 20, 1 << 10
+SERVICE = "offsite.depot.v1.Depot"
+WORKERS = 64  # each site that is fetching holds one
+MOST_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
+# Of one site: it fetches one file at a time, and what a broken connection left of earlier tries ends a little later.
+MOST_OF_ONE = 8
+BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MOST_REQUESTS`; a site that reads them tries again
+REQUEST_SECONDS = 10  # within which a site that begins a request says what it wants
+HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
+REQUEST_LIMIT = 4096
+STOP_SECONDS = 1.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM bytes of the authority, of the server's certificate and of its key."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+class Depot:
+    """A gRPC service over a folder whose files are named by their SHA-256; mutual TLS is not optional.
+
+    Args:
+      folder: with the files.
+      address: host:port to listen on; port 0 takes a free one.
+      tls: of the coordinator.
+      allowed: given the peer's certificate (PEM) with every request; raises `Untrusted` for one that may not have it.
+    """
+
+    def __init__(self, folder: Path, *, address: str, tls: Tls, allowed: Callable[[bytes], None]) -> None:
+        self._address = address
+        options = [
+            ("grpc.max_receive_message_length", REQUEST_LIMIT),
+            ("grpc.so_reuseport", 0),
+            ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+        ]
+        workers = futures.ThreadPoolExecutor(WORKERS, "depot")
+        self._server = grpc.server(workers, options=options, maximum_concurrent_rpcs=MOST_REQUESTS)
+        self._server.add_generic_rpc_handlers((_handlers(_Servicer(folder, allowed)),))
+        self._credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.ca, require_client_auth=True)
+
+    def start(self) -> int:
+        """Begins to serve and returns the port.
+
+        Raises:
+          DataError: the address is in use.
+        """
+        allow_open_files()
+        try:
+            port = self._server.add_secure_port(self._address, self._credentials)
+        except RuntimeError as error:
+            raise DataError(f"depot={self._address}: cannot listen there; is the port in use?") from error
+        self._server.start()
+        return int(port)
+
+    def stop(self) -> None:
+        """Ends the service; a transfer that is cut off goes on later from where it was."""
+        self._server.stop(STOP_SECONDS).wait()
+
+
+def _handlers(servicer: "_Servicer") -> grpc.GenericRpcHandler:
+    """Returns the service as `protos/depot.proto` has it, with its one request taken by hand.
+
+    gRPC's own way waits for the request in a worker before it asks who the peer is, and for ever: a site that was
+    revoked could hold them all.
+    """
+    describe = grpc.stream_unary_rpc_method_handler(
+        servicer.describe, wire.DescribeRequest.FromString, wire.Description.SerializeToString
+    )
+    get = grpc.stream_stream_rpc_method_handler(servicer.get, wire.GetRequest.FromString, wire.Chunk.SerializeToString)
+    return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Get": get})
+
+
+class _Servicer:
+    def __init__(self, folder: Path, allowed: Callable[[bytes], None]) -> None:
+        self._folder, self._allowed = folder, allowed
+        self._streams: dict[tuple[bytes, str], Any] = {}
+        self._open: Counter[bytes] = Counter()
+        self._lock = threading.Lock()
+
+    def describe(self, requests: Iterator[Any], context: Any) -> Any:
+        request, path, _ = self._admit(requests, context)
+        return wire.Description(sha256=request.sha256, size=path.stat().st_size, chunk=CHUNK)
+
+    def get(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        request, path, peer = self._admit(requests, context)
+        if request.offset > path.stat().st_size:
+            context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset={request.offset}: beyond the end of the file")
+        self._replace((peer, request.sha256), context)
+        with path.open("rb") as file:
+            file.seek(request.offset)
+            offset = request.offset
+            while data := file.read(_chunk(request.chunk)):
+                yield wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+                offset += len(data)
+
+    def _admit(self, requests: Iterator[Any], context: Any) -> tuple[Any, Path, bytes]:
+        """Returns a permitted request, its file, and the peer; a name is only ever 64 hexadecimal digits."""
+        peer = context.auth_context().get("x509_pem_cert", [b""])[0]
+        try:
+            self._allowed(peer)
+        except Untrusted as error:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        except OffsiteError:
+            log.exception("depot: its sites cannot be looked up")  # the peer is not told of our files
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the depot cannot look up its sites; its log says why")
+        self._count(peer, context)
+        request = _one(requests, context)
+        digest = request.sha256
+        if not _DIGEST.fullmatch(digest) or not (path := self._folder / digest).is_file():
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such package; ask for the current offer")
+        return request, path, peer
+
+    def _count(self, peer: bytes, context: Any) -> None:
+        """Counts this peer's request until it is over, or ends it: one site must not hold what all have together."""
+        with self._lock:
+            full = self._open[peer] >= MOST_OF_ONE
+            self._open[peer] += not full
+        if full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: {MOST_OF_ONE} of one site; end others first")
+        if not context.add_callback(lambda: self._discount(peer)):
+            self._discount(peer)  # it is over already
+
+    def _discount(self, peer: bytes) -> None:
+        with self._lock:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+    def _replace(self, key: tuple[bytes, str], context: Any) -> None:
+        """Ends this peer's older transfer of the same file: after a partition it would hold its thread for ever."""
+        with self._lock:
+            older = self._streams.get(key)
+            self._streams[key] = context
+        if older is not None:
+            older.cancel()
+        if not context.add_callback(lambda: self._forget(key, context)):
+            self._forget(key, context)  # it is over already
+
+    def _forget(self, key: tuple[bytes, str], context: Any) -> None:
+        with self._lock:
+            if self._streams.get(key) is context:
+                del self._streams[key]
+
+
+def _one(requests: Iterator[Any], context: Any) -> Any:
+    """Returns the request of a peer, which has some seconds to send it."""
+    watch = threading.Timer(REQUEST_SECONDS, context.cancel)
+    watch.start()
+    try:
+        return next(requests)
+    except StopIteration:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no request came")
+    finally:
+        watch.cancel()
+
+
+def _chunk(wanted: int) -> int:
+    """Returns the bytes of one chunk; a peer may ask for less than ours, not for so little that headers outweigh it."""
+    return min(max(wanted, LEAST_CHUNK), CHUNK) if wanted else CHUNK

@@ -1,0 +1,87 @@
+"""The Flower form of an exchange: stages as messages over a Grid, one flat byte array each."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from offsite.coordinator.rounds.exchange import cut
+from offsite.errors import DataError, MalformedMessage
+from offsite.protos.flower import NAME_STAGE, pack, unpack
+
+log = logging.getLogger("offsite.coordinator")
+POLL_SECONDS = 0.05
+Nodes = Callable[[], Mapping[str, int]]
+
+
+class GridExchange:
+    """Sends stages to the sites behind a Flower grid.
+
+    Args:
+      grid: Flower's grid of the running server task.
+      nodes: gives the nodes that are connected now, by site; a site that is not is missing from the replies.
+      deadline: seconds that one stage may take.
+    """
+
+    def __init__(self, grid: Grid, *, nodes: Nodes, deadline: float) -> None:
+        self._grid, self._nodes, self._deadline = grid, nodes, deadline
+
+    def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Returns the answers that came before the deadline, by site."""
+        nodes = self._nodes()
+        messages = {site: _message(nodes[site], stage, body) for site, body in payloads.items() if site in nodes}
+        return call(self._grid, messages, self._deadline)
+
+
+def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[str, bytes]:
+    """Sends one message under each name and returns the answers with content that came in time, by name.
+
+    An error of Flower's, such as a node that went away, is an answer without content and is not waited for.
+    """
+    identifiers = grid.push_messages(list(messages.values()))
+    waiting = {one: name for one, name in zip(identifiers, messages, strict=True) if one is not None}
+    answers: dict[str, bytes] = {}
+    until = time.monotonic() + deadline
+    late = False
+    while waiting and not late:
+        late = time.monotonic() >= until  # what came until then is still taken
+        for reply in grid.pull_messages(list(waiting)):
+            name = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if name is None:
+                continue
+            if reply.has_content():
+                _take(answers, name, reply.content)
+            else:
+                log.warning("site %s: Flower says: %s", name, cut(reply.error.reason))
+        if not late:
+            time.sleep(POLL_SECONDS)
+    return answers
+
+
+def _take(answers: dict[str, bytes], name: str, content: RecordDict) -> None:
+    """Keeps an answer; what is none costs its site this question, since nothing of it is signed yet."""
+    try:
+        answers[name] = unpack(content)[1]
+    except (KeyError, TypeError, ValueError, AttributeError, MalformedMessage) as error:
+        log.warning("site %s: its answer is not a stage of offsite (%s)", name, type(error).__name__)
+
+
+def meet(grid: Grid, *, sites: int, deadline: float) -> dict[str, int]:
+    """Asks every node of a simulation which site it is, and returns the nodes by site.
+
+    Raises:
+      DataError: fewer nodes than sites.
+    """
+    until = time.monotonic() + deadline
+    while len(nodes := list(grid.get_node_ids())) < sites:
+        if time.monotonic() > until:
+            raise DataError(f"nodes={len(nodes)}: {sites} sites were expected; start the missing clients")
+        time.sleep(POLL_SECONDS)
+    names = call(grid, {str(node): _message(node, NAME_STAGE, b"") for node in nodes}, deadline)
+    return {body.decode(): int(node) for node, body in names.items()}
+
+
+def _message(node: int, stage: str, body: bytes) -> Message:
+    return Message(content=pack(stage, body), dst_node_id=node, message_type=MessageType.TRAIN)

@@ -1,0 +1,163 @@
+"""A job's packages, ready to hand out: each one stream, encrypted once, its key sealed to the sites that get it."""
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.coordinator.job.emulators import folders
+from offsite.coordinator.job.store import Store, write_atomically
+from offsite.emulator.package import archive
+from offsite.errors import DataError
+from offsite.protos.job_manifest import JobManifest
+from offsite.protos.signed_job import package_context
+from offsite.trust import streaming
+from offsite.trust.federation_manifest import FederationManifest
+from offsite.trust.files import put_in_place
+from offsite.trust.sealing import seal
+
+log = logging.getLogger("offsite.coordinator")
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """An encrypted package in the depot.
+
+    Attributes:
+      sha256: of the encrypted file, 32 bytes.
+      size: its bytes.
+      sealed: the key, sealed to each site that gets the package.
+    """
+
+    sha256: bytes
+    size: int
+    sealed: dict[str, bytes]
+
+
+def deliver_all(
+    store: Store, depot: Path, manifest: JobManifest, federation: FederationManifest
+) -> dict[str, Delivery]:
+    """Puts every package of a job into the depot and returns each site's own, which no other emulator's site can open.
+
+    Args:
+      store: run folder, with the packages; what is returned is kept there too.
+      depot: folder of the depot.
+      manifest: the job.
+      federation: whose members they are sealed to.
+
+    Raises:
+      DataError: no room on the disk, or the depot's folder cannot be made.
+    """
+    found: dict[str, Delivery] = {}
+    places = folders(store, manifest)
+    for digest, sites in manifest.shipped().items():
+        package = places[digest]
+        name = "delivery" if digest == manifest.emulator else f"delivery-{package.name}"
+        facts = store.folder / f"{name}.json"
+        found |= dict.fromkeys(sites, deliver(package, depot, manifest, federation, facts, sites=sites))
+    return found
+
+
+def deliver(
+    package: Path,
+    depot: Path,
+    manifest: JobManifest,
+    federation: FederationManifest,
+    facts: Path,
+    *,
+    sites: Collection[str],
+) -> Delivery:
+    """Puts a package of a job into the depot and returns what its offers say; the same again after a restart.
+
+    Where the file or the facts are damaged, both are made anew, under another key and name. A site that had fetched a
+    part under the old name begins again with its next offer; the old file, if whole, stays for those who still fetch.
+
+    Args:
+      package: package folder.
+      depot: folder of the depot; the file is named by its SHA-256.
+      manifest: the job.
+      federation: whose members get it.
+      facts: file that keeps what is returned.
+      sites: those of them that it is sealed to.
+
+    Raises:
+      DataError: no room on the disk, or the depot's folder cannot be made.
+    """
+    if (known := _known(facts)) is not None and _is_whole(depot, known, sites):
+        return known
+    _make(depot)
+    for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
+        left.unlink()
+    key = secrets.token_bytes(KEY_BYTES)
+    sealed_file = _encrypt(package, depot, key)
+    digest = _sha256(sealed_file)
+    path = depot / digest.hex()
+    put_in_place(sealed_file, path)
+    context = package_context(manifest, digest)
+    sealed = {
+        member.site: seal(federation.suite, bytes.fromhex(member.sealing), key, context)
+        for member in federation.members
+        if member.site in sites
+    }
+    boxes = {site: box.hex() for site, box in sealed.items()}
+    delivery = Delivery(digest, path.stat().st_size, sealed)
+    write_atomically(facts, json.dumps({"sha256": digest.hex(), "size": delivery.size, "sealed": boxes}).encode())
+    return delivery
+
+
+def _make(depot: Path) -> None:
+    try:
+        depot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"depot={str(depot)!r}: cannot be made ({error.strerror}); free disk space") from error
+
+
+def _known(facts: Path) -> Delivery | None:
+    """Returns what an earlier start wrote down, None where that is nothing or damaged."""
+    try:
+        content = json.loads(facts.read_text(encoding="utf-8"))
+        sealed = {site: bytes.fromhex(box) for site, box in content["sealed"].items()}
+        return Delivery(bytes.fromhex(content["sha256"]), int(content["size"]), sealed)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("delivery=%r is damaged (%s); the package is encrypted anew", str(facts), type(error).__name__)
+        return None
+
+
+def _is_whole(depot: Path, delivery: Delivery, sites: Collection[str]) -> bool:
+    """Says whether a file is what its facts say, for these sites; a torn one is removed and not offered again."""
+    path = depot / delivery.sha256.hex()
+    if not path.is_file() or delivery.sealed.keys() != set(sites):
+        return False
+    if path.stat().st_size == delivery.size and _sha256(path) == delivery.sha256:
+        return True
+    log.warning("package=%r is damaged; it is encrypted anew", str(path))
+    path.unlink()
+    return False
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _encrypt(package: Path, depot: Path, key: bytes) -> Path:
+    """Writes the encrypted stream of a package under a temporary name and returns its path."""
+    name = secrets.token_hex(8)
+    plain, target = depot / f".{name}.plain", depot / f".{name}.sealed"
+    try:
+        with plain.open("wb") as stream:
+            archive.write(package, stream)
+        with plain.open("rb") as stream, target.open("wb") as sealed:
+            streaming.encrypt(stream, sealed, key)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        raise DataError(f"depot={str(depot)!r}: cannot be written ({error.strerror}); free disk space") from error
+    finally:
+        plain.unlink(missing_ok=True)
+    return target

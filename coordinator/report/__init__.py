@@ -1,0 +1,1 @@
+"""The report of a job: sentences, tables, plots and the privacy statement."""

@@ -1,0 +1,1 @@
+"""One round from top to bottom, and the loop over all of them."""

@@ -1,0 +1,205 @@
+"""The rounds of one job, from the start or from where a run stopped."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from offsite.coordinator.aggregation.factor_rules import read_earlier
+from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, Aggregator, RuleSettings, ServerState
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.store import Progress, Store
+from offsite.coordinator.rounds.attempt import Attempt, Attempts
+from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
+from offsite.coordinator.rounds.exchange import Exchange
+from offsite.coordinator.rounds.plug_in import PlugIn, corrected, plainly
+from offsite.coordinator.rounds.round import OnLedger, RoundResult, run_round, tell_abort
+from offsite.emulator.runtime.correction import correctable
+from offsite.emulator.runtime.plug_in import plug, take
+from offsite.emulator.runtime.refresh_state import size_of
+from offsite.errors import ConfigError, TooFewSurvivors, lookup
+from offsite.protos.upload import scatter_uploaded
+
+
+@dataclass(frozen=True)
+class TrainingLoop:
+    """What stays the same over all rounds of a job.
+
+    Attributes:
+      job: full model, adapter and manifest.
+      config: rule of aggregation and tolerance of the acceptance test.
+      store: where the run is kept.
+      attempts: at the rounds of this run.
+      tries: how often a round that found too few sites is tried.
+      on_ledger: told each site's newest ledger entry, see `run_round`.
+    """
+
+    job: Job
+    config: FedConfig
+    store: Store
+    attempts: Attempts
+    tries: int = 1
+    on_ledger: OnLedger = lambda site, head: None
+
+    def public_loss(self, adapter: np.ndarray) -> float:
+        """Plugs an adapter into the full model and returns its loss on public text, nats per token."""
+        job = self.job
+        plug(job.full, job.layout, adapter)
+        return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
+
+    @property
+    def rule(self) -> Aggregator:
+        """The server rule."""
+        return lookup(AGGREGATORS, self.config.aggregation.rule, "rule")
+
+    @cached_property
+    def rule_settings(self) -> RuleSettings:
+        """What the rule is told; earlier adapters are read where it asks for them."""
+        config, layout = self.config.aggregation, self.job.layout
+        earlier = tuple(read_earlier(folder, layout) for folder in config.earlier)
+        return RuleSettings(config.learning_rate, config.momentum, config.faulty, config.penalty, layout, earlier)
+
+    @cached_property
+    def shipped(self) -> DeployedEmulator:
+        """The emulator that the sites have; loaded where something asks for it."""
+        return DeployedEmulator.open(self.store.package, self.job)
+
+    def plug_in(self, adapter: np.ndarray) -> PlugIn:
+        """Returns what of an adapter that was tuned on the emulator is best plugged into the full model."""
+        job, plain = self.job, plainly(adapter, self.public_loss)
+        # What an adapter learnt to repair is known where it was tuned on one emulator, and not on several.
+        one = len(job.emulators) == 1
+        if not one or not correctable(job.emulator.facts.geometry, job.manifest.adapter.method):
+            return plain
+        return corrected(plain, job.full, job.layout, self.shipped.model, self.public_loss)
+
+    def start(self) -> Progress:
+        """Returns the resume point, or the state before the first round, which it stores."""
+        if (progress := self.store.load_state()) is not None:
+            self.store.drop_rounds_after(progress.round)
+            return progress
+        initial = self.job.layout.read(self.job.full)
+        progress = Progress(ServerState.start(initial), 0, self.public_loss(initial))
+        self.store.save_state(progress)
+        return progress
+
+    def run(
+        self,
+        exchange: Exchange,
+        on_round: Callable[[dict[str, Any]], None],
+        cohort: Callable[[], tuple[str, ...]] | None = None,
+        farewell: Exchange | None = None,
+    ) -> Progress:
+        """Runs all rounds that are left and returns where the job stands.
+
+        Args:
+          exchange: transport to the sites.
+          on_round: told each whole round's line.
+          cohort: gives the sites that are asked in the next round; all by default.
+          farewell: transport to the sites for what needs no answer and is not waited for long; `exchange` by default.
+
+        Raises:
+          TooFewSurvivors: a round had no sum, as often as it was tried; the run folder stands at the round before.
+        """
+        progress = self.start()
+        manifest = self.job.manifest
+        everyone = tuple(site for site, _ in manifest.roster)
+        for number in range(progress.round + 1, manifest.rounds + 1):
+            open_attempt = partial(self.attempts.open, number, cohort or (lambda: everyone), exchange)
+            progress, line = self._round(progress, open_attempt, farewell or exchange)
+            self.store.save(progress, line)
+            self.attempts.close()
+            on_round(line)
+        return progress
+
+    def _round(
+        self, progress: Progress, open_attempt: Callable[[], Attempt], farewell: Exchange
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Tries a round until it has a sum; the attempt that a crash left does not count as a try."""
+        failed = 0
+        while True:
+            attempt = open_attempt()
+            try:
+                return self.advance(progress, attempt)
+            except TooFewSurvivors as error:
+                failed += not attempt.resumed
+                self.attempts.close()
+                tell_abort(farewell, attempt.plan.cohort, str(error))
+                if failed >= self.tries or self.attempts.count.spent >= self.job.manifest.releases:
+                    raise
+
+    def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
+        """Runs one attempt at a round, its acceptance test, and what is due after it; nothing is stored."""
+        began, number = time.monotonic(), attempt.plan.number
+        manifest, server = self.job.manifest, progress.server
+        result = run_round(manifest, attempt.plan, server.adapter, attempt, self.on_ledger, refresh=progress.refresh)
+        after, judged = self._judge(replace(progress, round=number), self._uploads(number, result))
+        line = _line(number, result, time.monotonic() - began) | judged
+        if manifest.refresh:
+            carried = size_of(progress.refresh)
+            line |= {"refresh_bytes": carried, "refresh_share": carried / self.job.emulator.facts.package_bytes}
+        if judged["accepted"] and self._refresh_due(number):
+            refresh, facts = self.shipped.refreshed(after)
+            return replace(after, refresh=refresh), line | facts
+        return after, line
+
+    def _uploads(self, number: int, result: RoundResult) -> np.ndarray:
+        """Returns what the rule is given, float64 in the adapter's layout: the mean, or each member's own."""
+        uploads = result.update
+        if self.rule.needs == INDIVIDUALS:
+            if result.individuals is None:
+                raise ConfigError(f"rule={self.rule.name!r}: needs what secure aggregation hid; start a new run")
+            uploads = result.individuals
+        return scatter_uploaded(self.job.manifest, number, uploads)
+
+    def _judge(self, progress: Progress, uploads: np.ndarray) -> tuple[Progress, dict[str, Any]]:
+        """Returns where the job stands after as much of what was uploaded as does no harm, and what is said of it."""
+        tried: dict[float, tuple[ServerState, PlugIn]] = {}
+
+        def loss_at(scale: float) -> float:
+            server = self.rule.step(progress.server, uploads * scale, self.rule_settings)
+            tried[scale] = server, self.plug_in(server.adapter)
+            return tried[scale][1].loss
+
+        scale, loss, verdict = take(progress.public_loss, loss_at, self.config.evaluation.tolerance)
+        server, plugged = tried[scale]
+        facts = {
+            "accepted": verdict.accepted,
+            "reason": verdict.reason,
+            "scale": scale,
+            "correction": plugged.correction,
+            "public_loss": loss if np.isfinite(loss) else None,
+        }
+        if not verdict.accepted:
+            return progress, facts
+        # compared with the best so far, so that many small steps down are not taken over one by one
+        best = min(loss, progress.public_loss)
+        plugged_in = replace(progress, correction=plugged.correction, corrected=plugged.corrected)
+        return replace(plugged_in, server=server, public_loss=best), facts
+
+    def _refresh_due(self, number: int) -> bool:
+        """Whether the emulator is refreshed after a round; after the last nobody trains on it."""
+        every = self.job.manifest.refresh
+        return every > 0 and number % every == 0 and number < self.job.manifest.rounds
+
+
+def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:
+    return {
+        "round": number,
+        "members": list(result.members),
+        "threshold": result.threshold,
+        "dropped": [{"site": r.site, "stage": r.stage, "reason": r.reason} for r in result.refused],
+        "faulty": list(result.faulty),
+        "update_norm": float(np.linalg.norm(result.update)),
+        "bytes_down": result.traffic.down,
+        "bytes_up": result.traffic.up,
+        "upload_bytes": result.upload_bytes,
+        "payload_bytes": result.payload_bytes,
+        "individuals": result.individuals is not None,
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,1 @@
+"""Demos on real models and data that package indexes carry."""

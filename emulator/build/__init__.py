@@ -1,0 +1,1 @@
+"""From limits or a recipe to a package."""

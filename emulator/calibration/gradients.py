@@ -1,0 +1,89 @@
+"""How far the gradients of the slots' blocks turn when something stands in the place of blocks of the middle."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from offsite.emulator.calibration.middle import Middle
+from offsite.emulator.structure.identity_block import skipped
+from offsite.errors import RangeError
+
+# Entries looked at of one matrix, evenly spaced: a cosine over hundreds of thousands is sure to the third digit.
+SAMPLE = 1 << 18
+
+
+class SlotGradients:
+    """The gradient of the public loss with respect to the ends' own matrices, in the full model, to compare with.
+
+    The principle is GradOT's (ACL 2025): what an adapter in a block learns follows from the gradient at the block.
+
+    Args:
+      middle: with losses on public examples.
+    """
+
+    def __init__(self, middle: Middle) -> None:
+        self._middle = middle
+        self._ends = middle.geometry.ends(middle.source.model)
+        middle.source.keep(self._ends)
+        self._full = self._gradient()
+
+    def damage(self, gone: tuple[str, ...]) -> float:
+        """Returns 1 - cosine of the gradient without some blocks, 0 for no change and 2 for the opposite."""
+        model, forms = self._middle.source.model, self._middle.stream.forms
+        return self.damage_of({path: skipped(model.get_submodule(path), forms[path]) for path in gone})
+
+    def damage_of(self, stand_ins: Mapping[str, nn.Module]) -> float:
+        """Returns 1 - cosine of the gradient with others in the place of some blocks; 2 where it is no number."""
+        with _standing(self._middle.source.model, stand_ins):
+            try:
+                return 1 - float(self._full @ self._gradient())
+            except RangeError:
+                return 2.0
+
+    def _gradient(self) -> Tensor:
+        """Returns the gradient as one float32 vector of length 1."""
+        model = self._middle.source.model
+        blocks = [model.get_submodule(path) for path in self._ends]
+        trained = [p for block in blocks for p in block.parameters() if p.dim() >= 2]
+        total = [torch.zeros(0)] * len(trained)
+        with _requiring(trained), self._middle.source.passing(), torch.enable_grad():
+            chunks = self._middle.losses(model)
+            for loss in (chunks,) if isinstance(chunks, Tensor) else chunks:
+                pieces = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+                found = [piece.reshape(-1)[:: max(1, piece.numel() // SAMPLE)].float() for piece in pieces]
+                total = [new if not len(old) else old + new for old, new in zip(total, found, strict=True)]
+        flat = torch.cat(total)
+        norm = float(flat.norm())
+        if not 0 < norm < float("inf"):
+            raise RangeError(
+                f"gradient_norm={norm}: it must be finite and above 0; check the loss and the public examples"
+            )
+        return flat / norm
+
+
+@contextmanager
+def _standing(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it other modules stand in the place of some blocks."""
+    originals = {path: model.get_submodule(path) for path in stand_ins}
+    try:
+        for path, module in stand_ins.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            model.set_submodule(path, module)
+
+
+@contextmanager
+def _requiring(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it the parameters require a gradient."""
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)

@@ -1,0 +1,60 @@
+"""Weighted ridge regression, the bias that takes a mean error away, and the weights that make positions count alike."""
+
+import torch
+from torch import Tensor
+
+from offsite.emulator.calibration.stream import Hidden
+
+
+def rows(hidden: Hidden) -> Tensor:
+    """Returns hidden states as one matrix (positions, width)."""
+    return torch.cat([states.reshape(-1, states.shape[-1]) for states in hidden])
+
+
+def position_weights(target: Tensor) -> Tensor:
+    """Returns 1 / mean square of each row of (positions, width), float32 (positions,).
+
+    The first position of a text often has hidden states a hundred times larger than all others, and every block reads
+    them through a norm: an error counts by its share of the row, not by its size.
+    """
+    return 1 / target.square().mean(-1).clamp_min(1e-9)
+
+
+def weighted_error(target: Tensor, outputs: Tensor) -> Tensor:
+    """Returns the sum over positions of the weighted square error of (positions, width), a scalar."""
+    return (position_weights(target).unsqueeze(-1) * (target - outputs).square()).sum()
+
+
+def centred(bias: Tensor | None, target: Tensor, outputs: Tensor) -> Tensor:
+    """Returns the bias (width,) with which the weighted mean of what leaves a stretch is the target's.
+
+    Exact where the layer's output is added to what leaves, as a block's last layer's is (Nagel et al. 2019, section
+    4.2).
+
+    Args:
+      bias: as it is, None for zeros.
+      target: what should leave the stretch, (positions, width).
+      outputs: what leaves it with this bias, (positions, width).
+    """
+    weights = position_weights(target).unsqueeze(-1)
+    shift = (weights * (target - outputs)).sum(0) / weights.sum()
+    return shift if bias is None else bias + shift
+
+
+def ridge(inputs: Tensor, outputs: Tensor, weights: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Returns (matrix (out, in), bias (out,)) with the least weighted square error of inputs matrix^T + bias.
+
+    Args:
+      inputs: (positions, in).
+      outputs: (positions, out).
+      weights: (positions,), > 0.
+      strength: of the penalty on the matrix, over the mean of the inputs' weighted second moments, > 0: about 1e-2
+        where there are few positions for each input, 1e-4 where there are many.
+    """
+    x, y, w = inputs.double(), outputs.double(), weights.double().unsqueeze(-1)
+    mean_x, mean_y = (w * x).sum(0) / w.sum(), (w * y).sum(0) / w.sum()
+    centred = x - mean_x
+    moments = centred.T @ (w * centred)
+    moments.diagonal().add_(strength * moments.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    matrix = torch.linalg.solve(moments, centred.T @ (w * (y - mean_y)))
+    return matrix.T.float(), (mean_y - mean_x @ matrix).float()

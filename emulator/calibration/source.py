@@ -1,0 +1,229 @@
+"""Where a build takes the full model's weights from: a model in memory, or the safetensors shards of its folder.
+
+From shards only the blocks that are needed at the moment are in memory, so a model may be larger than the machine.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from offsite.emulator.structure.from_config import empty_model, kind_of, own_config_text
+from offsite.emulator.structure.towers import main_tower
+from offsite.errors import DataError, UnsupportedModel
+
+INDEX = "model.safetensors.index.json"
+
+
+class Source(Protocol):
+    """A full model, some of whose blocks may be on disk.
+
+    Attributes:
+      model: its modules; a block of the tower has weights within `open` only.
+    """
+
+    model: nn.Module
+
+    def open(self, path: str) -> AbstractContextManager[nn.Module]:
+        """Yields a block of the tower with its weights in memory."""
+
+    def keep(self, paths: tuple[str, ...]) -> None:
+        """Holds blocks in memory from now on, because adapters will be attached to them."""
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Within it the whole model can be called, with and without gradients; blocks come and go."""
+
+
+class MemorySource:
+    """A model that is in memory as a whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def open(self, path: str) -> AbstractContextManager[nn.Module]:
+        """Yields the block."""
+        return nullcontext(self.model.get_submodule(path))
+
+    def keep(self, paths: tuple[str, ...]) -> None:
+        """Does nothing: all blocks are in memory."""
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Yields; the model can be called at any time."""
+        return nullcontext()
+
+
+class ShardSource:
+    """A model folder with safetensors files, read block by block.
+
+    Args:
+      folder: of the model, with config.json.
+      dtype: floating dtype of the weights in memory.
+
+    Raises:
+      DataError: a file is missing or is not what it says.
+      UnsupportedModel: the checkpoint's names are not the model's.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        text = own_config_text(folder)
+        self._files = _files(folder)
+        self.model: Any = empty_model(text, kind_of(text), dtype)
+        self._blocks = main_tower(self.model).blocks
+        self._dtype = dtype
+        names = self.model.state_dict(keep_vars=True)
+        self._stored = _stored_names(self.model, names, self._files)
+        inside = tuple(f"{path}." for path in self._blocks)
+        for path in self._blocks:
+            self.model.get_submodule(path).to("meta")
+        self._fill({name: tensor for name, tensor in names.items() if not name.startswith(inside)})
+        self._originals: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in self._blocks}
+        self._kept: set[str] = set()
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[nn.Module]:
+        """Yields a block whose weights are read from disk, and are let go of afterwards."""
+        block = self.model.get_submodule(path)
+        if path in self._kept:
+            yield block
+            return
+        self._load(path, block)
+        try:
+            yield block
+        finally:
+            # New objects, so that a graph which still needs the weights keeps them, and nothing else does.
+            for owner, leaf, tensor in _own_tensors(block):
+                owner[leaf] = _like(tensor, tensor.to("meta"))
+
+    def keep(self, paths: tuple[str, ...]) -> None:
+        """Reads blocks, once, and holds them."""
+        for path in paths:
+            if path in self._blocks and path not in self._kept:
+                self._load(path, self.model.get_submodule(path))
+                self._kept.add(path)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Lets each block read its weights when it is called, and again when its gradient is computed."""
+        # What stands in the place of a block has its own weights.
+        loose = {
+            path: block
+            for path, block in self._originals.items()
+            if path not in self._kept and self.model.get_submodule(path) is block
+        }
+        for path, block in loose.items():
+            block.forward = self._visit(path, block)
+        try:
+            yield
+        finally:
+            for block in loose.values():
+                vars(block).pop("forward", None)
+
+    def _visit(self, path: str, block: nn.Module) -> Callable[..., Any]:
+        kind: Any = type(block)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.open(path):
+                return kind.forward(block, *args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return checkpoint(call, *args, use_reentrant=False, **kwargs)
+            return call(*args, **kwargs)
+
+        return forward
+
+    def _load(self, path: str, block: nn.Module) -> None:
+        names = {f"{path}.{name}" for name in block.state_dict()}
+        with torch.no_grad():
+            read = self._read(names)
+            for name in names:
+                owner, leaf = _owner(self.model, name)
+                owner[leaf] = _like(owner[leaf], read[name])
+
+    def _fill(self, targets: dict[str, Tensor]) -> None:
+        read = self._read(set(targets))
+        with torch.no_grad():
+            for name, tensor in read.items():
+                targets[name].copy_(tensor)
+
+    def _read(self, names: set[str]) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for name in sorted(names & self._stored.keys()):
+            by_file.setdefault(self._files[self._stored[name]], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as stored:
+                for name in wanted:
+                    tensor = stored.get_tensor(self._stored[name])
+                    # A copy: the file's pages go when it is closed.
+                    found[name] = (tensor.to(self._dtype) if tensor.is_floating_point() else tensor).clone()
+        return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"path={str(path)!r}: cannot be read ({error}); give a model folder") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Returns the file of each stored tensor, by its name in the checkpoint."""
+    if (folder / INDEX).is_file():
+        try:
+            table = json.loads(_read(folder / INDEX))["weight_map"]
+            return {str(name): folder / Path(str(file)).name for name, file in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"path={str(folder / INDEX)!r}: not an index of shards ({error}); fetch it again"
+            ) from error
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                names |= dict.fromkeys(stored.keys(), file)
+        except SafetensorError as error:
+            raise DataError(f"path={str(file)!r}: not a safetensors file ({error}); fetch it again") from error
+    if not names:
+        raise DataError(f"model={str(folder)!r}: no safetensors file; give a model folder")
+    return names
+
+
+def _stored_names(model: Any, names: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
+    """Returns the checkpoint's name of each of the model's tensors, by transformers' own table of renamings."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found = {rename_source_key(name, renamings, [], prefix, names)[0]: name for name in files}
+    found = {name: stored for name, stored in found.items() if name in names}
+    present = {id(names[name]) for name in found}
+    missing = [name for name, tensor in names.items() if id(tensor) not in present]
+    if missing:
+        raise UnsupportedModel(
+            f"tensor={missing[0]} is not in the checkpoint under this name ({len(missing)} missing), so it is not read "
+            "block by block; build with the whole model in memory"
+        )
+    return found
+
+
+def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if leaf in module._parameters else module._buffers), leaf
+
+
+def _own_tensors(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        owner, leaf = _owner(block, name)
+        yield owner, leaf, tensor
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new

@@ -1,0 +1,179 @@
+"""Public examples pass through the full model block by block, so that memory holds a few blocks and not the model.
+
+First the model is called once with blocks that hand their input on: this tells what enters the tower and what else each
+block is called with. From then on a block is one function from hidden states to hidden states.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+
+from offsite.emulator.calibration.source import Source
+from offsite.emulator.structure.identity_block import Form, bind, in_form, output_form
+from offsite.errors import ConfigError, UnsupportedModel
+
+Hidden = list[Tensor]
+Run = Callable[[nn.Module], object]
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """One call of a block but for its hidden states: what the model around it hands to it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def on(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Returns the block's output, in whatever form it has."""
+        if self.args:
+            return block(hidden, *_as_float(self.args[1:]), **_as_float(self.kwargs))
+        first = next(iter(self.kwargs))
+        return block(**{**_as_float(self.kwargs), first: hidden})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the public examples are at a tower's entry, and how each of its blocks is called with them.
+
+    Attributes:
+      inputs: float32 hidden states that enter the first block, one tensor (examples, positions, width) for each call.
+      calls: by block path, one for each call of the model.
+      forms: how each block hands its result on.
+      apart: what enters each block of the model that was called, where other modules stand between the blocks; else
+        nothing, since what leaves one block enters the next.
+    """
+
+    inputs: Hidden
+    calls: dict[str, list[ForwardCall]]
+    forms: dict[str, Form]
+    apart: dict[str, Hidden] = field(default_factory=dict)
+
+    def entering(self, path: str, before: Hidden) -> Hidden:
+        """Returns what enters a block: what left the one before it, unless they stand apart."""
+        return self.apart.get(path, before)
+
+    def run(self, block: nn.Module, path: str, hidden: Hidden) -> Hidden:
+        """Returns what a block, standing at `path`, makes of hidden states; float32, without gradients."""
+        with torch.no_grad():
+            return list(self.each(block, path, hidden))
+
+    def each(self, block: nn.Module, path: str, hidden: Hidden) -> Iterator[Tensor]:
+        """Yields what `run` returns, one call at a time and with gradients where they are enabled."""
+        for call, states in zip(self.calls[path], hidden, strict=True):
+            yield bare(call.on(block, states))
+
+
+def bare(output: Any) -> Tensor:
+    """Returns the hidden states of a block's output."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def begin(
+    source: Source, blocks: tuple[str, ...], alone: tuple[str, ...], run: Run | None, *, apart: bool = False
+) -> Stream:
+    """Returns the stream of public examples at a tower's entry.
+
+    Args:
+      source: of the full model.
+      blocks: of the tower, in order.
+      alone: those of them that have a tensor of their own which the others use; they are run at each call.
+      run: calls the model it is given with public examples only; its result is ignored.
+      apart: whether other modules stand between the blocks; then all blocks are run.
+
+    Raises:
+      ConfigError: no examples were given.
+      UnsupportedModel: a block was not called, or hands its result on in a form that is not understood.
+    """
+    if run is None:
+        raise ConfigError("calibration=None: this compressor needs public examples to run; give public records")
+    recorders = {path: _Recorder(source, path, always=apart or path in alone) for path in blocks}
+    for path, recorder in recorders.items():
+        source.model.get_submodule(path).forward = recorder
+    try:
+        with torch.no_grad():
+            run(source.model)
+    finally:
+        for path in blocks:
+            vars(source.model.get_submodule(path)).pop("forward", None)
+    if missing := [path for path, recorder in recorders.items() if not recorder.calls]:
+        raise UnsupportedModel(f"block={missing[0]}: the public examples never call it; use another tower")
+    first = recorders[blocks[0]]
+    return Stream(
+        first.inputs,
+        {path: recorder.calls for path, recorder in recorders.items()},
+        {path: recorder.form for path, recorder in recorders.items()},
+        {path: recorder.inputs for path, recorder in recorders.items()} if apart else {},
+    )
+
+
+def private(block: nn.Module) -> nn.Module:
+    """Returns a float32 copy of a block that may be changed."""
+    return copy.deepcopy(block).float().requires_grad_(False)
+
+
+def influence(before: Hidden, after: Hidden) -> float:
+    """Returns the mean over positions of 1 - cosine(input, output), in 0..2: Block Influence.
+
+    Men et al. 2024 (ShortGPT), equation 1.
+    """
+    pairs = zip(before, after, strict=True)
+    distances = [1 - functional.cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
+    return float(torch.cat(distances).mean())
+
+
+class _Recorder:
+    """Stands for a block's forward: notes the call, and returns the input in the block's own form."""
+
+    def __init__(self, source: Source, path: str, *, always: bool) -> None:
+        self._source, self._path, self._always = source, path, always
+        self._block = source.model.get_submodule(path)
+        self._signature = inspect.signature(type(self._block).forward)
+        self.calls: list[ForwardCall] = []
+        self.inputs: Hidden = []
+        self.form: Form = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keys and values kept from an earlier call would be read, and added to, by each of the calls to come.
+        args, kwargs = tuple(map(_without_cache, args)), {key: _without_cache(one) for key, one in kwargs.items()}
+        arguments = bind(self._signature, self._block, args, kwargs)
+        hidden = next(iter(arguments.values()))
+        self.inputs.append(hidden.detach().float())
+        if args:
+            self.calls.append(ForwardCall((None, *args[1:]), kwargs))
+        else:
+            first = next(iter(arguments))
+            self.calls.append(ForwardCall((), {first: None, **{k: v for k, v in kwargs.items() if k != first}}))
+        if self._always or not self.form:
+            output = self._real(args, kwargs)
+            self.form = output_form(self._block, arguments, output)
+            if self._always:
+                return output
+        return in_form(self.form, arguments, None)
+
+    def _real(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind: Any = type(self._block)
+        with self._source.open(self._path) as block:
+            return kind.forward(block, *args, **kwargs)
+
+
+def _without_cache(value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
+
+
+def _as_float(value: Any) -> Any:
+    """Returns a value whose floating tensors are float32, whatever holds them."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_as_float(member) for member in value)
+    if type(value) is dict:
+        return {key: _as_float(member) for key, member in value.items()}
+    return value

@@ -1,0 +1,170 @@
+"""The files of a package and their hashes: what is copied in, and what is refused."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offsite.emulator.package.manifest import CONFIG, MANIFEST, FileEntry
+from offsite.errors import ConfigError, DataError, DigestMismatch
+from offsite.trust.files import sync_folder
+
+# What a tokenizer or an image processor is read from; nothing else is copied from the model's folder.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "scheduler_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+MANIFEST_LIMIT = 1 << 26
+
+
+def prepare(directory: Path) -> Path:
+    """Returns the folder a package is written to, made where it is missing.
+
+    Raises:
+      ConfigError: it is a file, or holds files already.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ConfigError(f"directory={str(directory)!r} exists and is not empty; choose another or remove it")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def copy_tokenizer(source: Path | str | None, target: Path) -> None:
+    """Copies the tokenizer files of a model's folder into a package.
+
+    Raises:
+      DataError: the folder holds none.
+    """
+    if source is None:
+        return
+    found = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not found:
+        raise DataError(f"tokenizer={str(source)!r} holds no tokenizer file; give the model's folder")
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+
+
+def sync(folder: Path) -> None:
+    """Brings every file of a folder to the disk, and the names of the files and of the folder itself.
+
+    Raises:
+      DataError: the disk does not take them.
+    """
+    try:
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(folder)
+        sync_folder(folder.resolve().parent)
+    except OSError as error:
+        raise DataError(
+            f"package={str(folder)!r}: cannot be written ({error.strerror}); free disk space, then build again"
+        ) from error
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Returns size and hash of every file of a folder, by name."""
+    paths = sorted(folder.iterdir())
+    return {path.name: FileEntry(_sha256(path), path.stat().st_size) for path in paths}
+
+
+def read_manifest_bytes(folder: Path, expected_digest: str | None) -> bytes:
+    """Returns the bytes of a package's manifest, which are the expected ones where a digest is expected.
+
+    Raises:
+      DataError: there is no manifest.
+      DigestMismatch: its SHA-256 is another.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"package={str(folder)!r} has no {MANIFEST}; build the emulator or fetch its package")
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise DigestMismatch(f"{MANIFEST}: over {MANIFEST_LIMIT} bytes, no manifest is; fetch the package again")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if expected_digest is not None and found != expected_digest:
+        raise DigestMismatch(f"{MANIFEST}: sha256={found}, announced {expected_digest}; fetch the package again")
+    return content
+
+
+def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
+    """Refuses a package whose files are not exactly the announced ones.
+
+    Raises:
+      DigestMismatch: a file is missing, was added, is a link, or has another size or hash.
+    """
+    found = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+    if different := sorted(found.keys() ^ announced.keys()):
+        raise DigestMismatch(f"file={different[0]!r} is missing or was added; fetch the package again")
+    for name, entry in announced.items():
+        path = found[name]
+        if path.is_symlink() or not path.is_file():
+            raise DigestMismatch(f"file={name!r} is not a plain file; fetch the package again")
+        if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
+            raise DigestMismatch(f"file={name!r} is not the one its manifest announces; fetch the package again")
+
+
+def read_checked(path: Path, entry: FileEntry) -> bytes:
+    """Returns the bytes of one file, which are the announced ones also where it changed after `check`.
+
+    Raises:
+      DigestMismatch: it is missing, a link, or has another size or hash.
+    """
+    plain = path.is_file() and not path.is_symlink() and path.stat().st_size == entry.bytes
+    content = path.read_bytes() if plain else b""
+    if not plain or hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise DigestMismatch(f"file={path.name!r} is not the one its manifest announces; fetch the package again")
+    return content
+
+
+def tokenizer_sha256(announced: Mapping[str, FileEntry]) -> str:
+    """Returns the SHA-256 over the tokenizer's files of a package, by name and hash, 64 hexadecimal digits."""
+    return _together({name: entry.sha256 for name, entry in announced.items() if name in TOKENIZER_FILES})
+
+
+def model_sha256(folder: Path) -> str:
+    """Returns the SHA-256 over a model folder's configuration and weights, by name and hash, 64 hexadecimal digits."""
+    paths = [*folder.glob("*.safetensors"), folder / CONFIG]
+    return _together({path.name: _sha256(path) for path in paths if path.is_file()})
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Returns the SHA-256 of a contiguous tensor's bytes, 64 hexadecimal digits."""
+    content = tensor.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(content)).hexdigest()
+
+
+def check_tensors(pieces: Mapping[str, Tensor], announced: Mapping[str, str]) -> None:
+    """Refuses a tensor whose bytes are not the announced ones, also where the file changed after it was checked.
+
+    Raises:
+      DigestMismatch: a hash is another.
+    """
+    for name, piece in pieces.items():
+        if tensor_sha256(piece) != announced[name]:
+            raise DigestMismatch(f"tensor={name} is not the one its manifest announces; fetch the package again")
+
+
+def _together(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

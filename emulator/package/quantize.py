@@ -1,0 +1,193 @@
+"""Group-wise asymmetric weight quantisation: pure functions between a tensor and small integer codes.
+
+A weight becomes `minimum + scale * code` with one minimum and one scale per group of consecutive inputs, fp16 or fine:
+4 bits and a group of 64 cost 4 + 32/64 = 4.5 bits per weight; with fine grids a group of 32 costs 4 + 12/32 and 32 bits
+for each row. Minima are rounded down and scales up, so that no weight lies outside its group's grid and every error is
+at most half a scale.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offsite.emulator.package.bit_packing import pack, packed_bytes, unpack
+from offsite.emulator.package.quantization_scheme import FINE_BITS, Scheme
+from offsite.errors import RangeError
+
+HALF = torch.float16
+FINEST = 2**FINE_BITS - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the points of each group lie; `rows` is a tensor's first dimension.
+
+    Attributes:
+      minima: the lowest points, float32 (rows, groups).
+      scales: the distances between neighbours, >= 0, float32 (rows, groups).
+      fine: their codes, where they are multiples of something; None where they are fp16.
+    """
+
+    minima: Tensor
+    scales: Tensor
+    fine: "Fine | None" = None
+
+
+@dataclass(frozen=True)
+class Fine:
+    """Scales and minima as multiples of two numbers for each row: scale = span 0 * code, minimum = -span 1 * code.
+
+    Attributes:
+      scales, minima: codes, uint8 (rows, groups), each below 64.
+      spans: fp16 (rows, 2), >= 0.
+    """
+
+    scales: Tensor
+    minima: Tensor
+    spans: Tensor
+
+    def grid(self) -> Grid:
+        """Returns the grid; a 6-bit multiple of an fp16 number is exact in float32."""
+        step, drop = (one.float().unsqueeze(-1) for one in self.spans.unbind(-1))
+        return Grid(-drop * self.minima.float(), step * self.scales.float(), self)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor as codes; `rows` below is the tensor's first dimension and `columns` the product of the others.
+
+    Attributes:
+      codes: uint8, the packed codes of (rows * columns,).
+      scales: fp16 (rows, ceil(columns / group)), >= 0; of a fine scheme their packed 6-bit codes, uint8.
+      minima: as `scales`, of any sign.
+      spans: of a fine scheme, what these are multiples of, fp16 (rows, 2); else None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor
+    spans: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, grid: Grid, bits: int) -> "Quantised":
+        """Packs codes (rows * columns,) on a grid."""
+        packed, fine = pack(codes, bits), grid.fine
+        if fine is None:
+            return cls(packed, grid.scales.to(torch.float16), grid.minima.to(torch.float16))
+        scales, minima = (pack(one.reshape(-1), FINE_BITS) for one in (fine.scales, fine.minima))
+        return cls(packed, scales, minima, fine.spans)
+
+    @property
+    def pieces(self) -> tuple[Tensor, ...]:
+        """What is stored, in the order of the scheme's names."""
+        return tuple(one for one in (self.codes, self.scales, self.minima, self.spans) if one is not None)
+
+    def grid(self, shape: tuple[int, ...], scheme: Scheme) -> Grid:
+        """Returns the grid of the tensor of a shape.
+
+        Raises:
+          RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
+        """
+        rows, groups = shape[0], ceil(prod(shape[1:]) / scheme.group)
+        self._check(shape, scheme, rows, groups)
+        if self.spans is None:
+            return Grid(self.minima.float(), self.scales.float())
+        scales, minima = (unpack(one, rows * groups, FINE_BITS).reshape(rows, -1) for one in (self.scales, self.minima))
+        return Fine(scales, minima, self.spans).grid()
+
+    def _check(self, shape: tuple[int, ...], scheme: Scheme, rows: int, groups: int) -> None:
+        sides = ((packed_bytes(rows * groups, FINE_BITS),), torch.uint8) if scheme.fine else ((rows, groups), HALF)
+        expected = [((packed_bytes(prod(shape), scheme.bits),), torch.uint8), sides, sides]
+        expected += [((rows, 2), HALF)] if scheme.fine else []
+        if [(tuple(piece.shape), piece.dtype) for piece in self.pieces] != expected:
+            raise RangeError(f"shape={shape}: the stored codes, scales and minima do not belong to it; build again")
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> Quantised:
+    """Returns the codes of a floating-point tensor of at least two dimensions.
+
+    Args:
+      weight: (rows, ...) finite, within +-65504; any floating dtype. All but the first dimension are one row of inputs.
+      scheme: the last group of a row may be smaller than its group.
+
+    Raises:
+      RangeError: a weight is not finite, or a group does not fit fp16.
+    """
+    rows, columns = weight.shape[0], prod(weight.shape[1:])
+    flat = weight.detach().reshape(rows, columns).to(torch.float32)
+    groups = grouped(flat, scheme.group)
+    grid = covering(groups, scheme)
+    codes = nearest(groups, grid, scheme.bits).to(torch.uint8)
+    return Quantised.of(codes.reshape(rows, -1)[:, :columns].reshape(-1), grid, scheme.bits)
+
+
+def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+    """Returns the fp32 tensor of a shape; exact in every step but one fp32 addition, so equal on every machine.
+
+    Raises:
+      RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
+    """
+    grid = quantised.grid(shape, scheme)
+    rows, columns = shape[0], prod(shape[1:])
+    flat = unpack(quantised.codes, rows * columns, scheme.bits).reshape(rows, columns)
+    missing = grid.scales.shape[1] * scheme.group - columns
+    filled = functional.pad(flat, (0, missing)) if missing else flat
+    weight = filled.reshape(rows, -1, scheme.group).float()
+    weight = weight.mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1)).reshape(rows, -1)
+    return weight[:, :columns].reshape(shape)
+
+
+def grouped(flat: Tensor, group: int) -> Tensor:
+    """Returns (rows, columns) as (rows, groups, group), the last input repeated: that moves no smallest or largest."""
+    rows, columns = flat.shape
+    groups = ceil(columns / group)
+    return torch.cat([flat, flat[:, -1:].expand(rows, groups * group - columns)], dim=1).reshape(rows, groups, group)
+
+
+def nearest(groups: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Returns the codes, float32, of the points nearest to (rows, groups, group)."""
+    low, step = grid.minima.unsqueeze(-1), grid.scales.unsqueeze(-1)
+    return ((groups - low) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
+
+
+def covering(groups: Tensor, scheme: Scheme) -> Grid:
+    """Returns the grid such that minimum..minimum + levels * scale covers each group of (rows, groups, group).
+
+    Raises:
+      RangeError: a weight is not finite, or a group does not fit fp16.
+    """
+    low, high = (extreme.to(torch.float64) for extreme in (groups.amin(-1), groups.amax(-1)))
+    levels = 2**scheme.bits - 1
+    if scheme.fine:
+        grid = _fine(low, high, levels)
+    else:
+        minima = half(low, -torch.inf).double()
+        grid = Grid(minima.float(), half((high - minima) / levels, torch.inf).float())
+    if not (torch.isfinite(grid.minima).all() and torch.isfinite(grid.scales).all()):
+        raise RangeError("weight group outside +-65504 or not finite: its scale does not fit fp16; ship it verbatim")
+    return grid
+
+
+def half(values: Tensor, direction: float) -> Tensor:
+    """Returns fp16 values, those that fp16 does not hold rounded towards -inf or inf; float64 values."""
+    rounded = values.to(HALF)
+    wrong = rounded.double() > values if direction < 0 else rounded.double() < values
+    return torch.where(wrong, torch.nextafter(rounded, torch.full_like(rounded, direction)), rounded)
+
+
+def _fine(low: Tensor, high: Tensor, levels: int) -> Grid:
+    """Returns the fine grid that covers low..high, float64 (rows, groups); it always holds 0."""
+    drop = half((-low).clamp_min(0).amax(-1, keepdim=True) / FINEST, torch.inf)
+    minima = _multiples((-low).clamp_min(0), drop)
+    wanted = (high.clamp_min(0) + drop.double() * minima) / levels
+    step = half(wanted.amax(-1, keepdim=True) / FINEST, torch.inf)
+    scales = _multiples(wanted, step)
+    return Fine(scales.to(torch.uint8), minima.to(torch.uint8), torch.cat([step, drop], dim=-1)).grid()
+
+
+def _multiples(values: Tensor, unit: Tensor) -> Tensor:
+    """Returns the least multiples of a unit >= values, float64 (rows, groups), at most 63."""
+    return (values / torch.where(unit == 0, 1.0, unit.double())).ceil().clamp(0, FINEST)

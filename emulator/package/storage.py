@@ -1,0 +1,142 @@
+"""How one tensor lies in the package: as it is, as codes, or without its zeros; the way's name is in the manifest."""
+
+import torch
+from torch import Tensor
+
+from offsite.emulator.package.quantization_scheme import BITS, Scheme
+from offsite.emulator.package.quantize import Quantised, dequantize, quantize
+from offsite.errors import MalformedMessage, RangeError, UnsupportedModel
+
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+SPARSE = "sparse"
+ZEROS = ("places", "values")
+
+
+def verbatim(tensor: Tensor) -> str:
+    """Returns the name of the narrowest dtype that holds a tensor bit for bit.
+
+    A bf16 checkpoint that was loaded as fp32 is stored as bf16: widening it again gives the same fp32 bits.
+
+    Raises:
+      UnsupportedModel: the tensor's dtype is not in `DTYPES`.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if tensor.dtype not in names:
+        raise UnsupportedModel(f"dtype={tensor.dtype} cannot be stored; load the model in {', '.join(DTYPES)}")
+    if tensor.dtype == torch.float32:
+        for narrow in ("bf16", "fp16"):
+            if torch.equal(tensor.to(DTYPES[narrow]).to(torch.float32), tensor):
+                return narrow
+    return names[tensor.dtype]
+
+
+def parse(storage: str) -> Scheme | None:
+    """Returns the scheme of a quantised storage such as "int4:64", or None for any other.
+
+    Raises:
+      MalformedMessage: it is no storage.
+    """
+    if storage in DTYPES or storage == SPARSE:
+        return None
+    name, _, argument = storage.partition(":")
+    scheme = Scheme.of(name, argument)
+    if scheme is None:
+        known = ", ".join((*DTYPES, SPARSE, *(f"int{bits}:GROUP" for bits in BITS)))
+        raise MalformedMessage(f"storage={storage!r} is not known; known: {known}")
+    return scheme
+
+
+def is_verbatim(storage: str) -> bool:
+    """Whether a storage keeps every bit of a tensor of its dtype."""
+    parse(storage)
+    return storage in DTYPES
+
+
+def names(name: str, storage: str) -> tuple[str, ...]:
+    """Returns the names under which a tensor's pieces lie in the safetensors file."""
+    scheme = parse(storage)
+    if scheme is None and storage != SPARSE:
+        return (name,)
+    return tuple(f"{name}#{piece}" for piece in (scheme.pieces if scheme else ZEROS))
+
+
+def encode(name: str, tensor: Tensor, storage: str, chosen: Quantised | None = None) -> dict[str, Tensor]:
+    """Returns the pieces of a tensor under their stored names, on the CPU and contiguous.
+
+    Args:
+      name: of the tensor.
+      tensor: any shape; of two dimensions and more where it becomes codes.
+      storage: how it is stored.
+      chosen: its codes, where a compressor has chosen them; else they are rounded to nearest.
+
+    Raises:
+      UnsupportedModel: a value does not fit the storage.
+    """
+    scheme = parse(storage)
+    if scheme is None:
+        tensor = tensor.detach().cpu()
+        pieces = _without_zeros(name, tensor) if storage == SPARSE else (tensor.to(DTYPES[storage]).contiguous(),)
+        return dict(zip(names(name, storage), pieces, strict=True))
+    try:
+        quantised = chosen or quantize(tensor.cpu(), scheme)
+    except RangeError as error:
+        raise UnsupportedModel(f"tensor={name}: {error}") from error
+    return dict(zip(names(name, storage), quantised.pieces, strict=True))
+
+
+def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Returns the tensor of a shape from its pieces; the inverse of `encode` for verbatim storage.
+
+    Raises:
+      RangeError: a piece has another shape or dtype, or a value is not finite.
+    """
+    scheme = parse(storage)
+    ordered = [pieces[piece] for piece in names(name, storage)]
+    if scheme is not None:
+        tensor = dequantize(Quantised(*ordered), shape, scheme)
+    elif storage == SPARSE:
+        tensor = _with_zeros(name, ordered, shape)
+    else:
+        tensor = ordered[0]
+        if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[storage]:
+            raise RangeError(f"tensor={name}: stored {tuple(tensor.shape)}, the model has {shape}; build again")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise RangeError(f"tensor={name}: a value is not finite; refuse this package and ask for another")
+    return tensor
+
+
+def _without_zeros(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (one bit for each entry that is not zero, uint8; their values, fp16)."""
+    flat = tensor.reshape(-1)
+    places = flat != 0
+    values = flat[places].to(torch.float16)
+    if not torch.isfinite(values).all():
+        raise UnsupportedModel(f"tensor={name}: a value does not fit fp16; take prune from the recipe")
+    padded = torch.cat([places, places.new_zeros(-places.numel() % 8)]).reshape(-1, 8).to(torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.int64).to(torch.uint8), values
+
+
+def _with_zeros(name: str, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    bits, values = pieces
+    count = 1
+    for length in shape:
+        count *= length
+    fits = bits.dtype == torch.uint8 and values.dtype == torch.float16 and bits.shape == ((count + 7) // 8,)
+    if not fits or values.dim() != 1:
+        raise RangeError(f"tensor={name}: the stored places and values do not belong to {shape}; build again")
+    places = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)[:count].bool()
+    if int(places.sum()) != len(values):
+        raise RangeError(f"tensor={name}: {len(values)} values for {int(places.sum())} places; build again")
+    flat = torch.zeros(count)
+    flat[places] = values.float()
+    return flat.reshape(shape)

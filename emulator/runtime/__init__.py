@@ -1,0 +1,1 @@
+"""What runs while sites train: quantised layers, refreshes, plug-in and correction."""

@@ -1,0 +1,136 @@
+"""What the configuration of a U-net may say: the models of Stable Diffusion 1 and 2, of bounded size.
+
+Of the arguments of diffusers' class most choose variants whose inputs are others; those are fixed here. Lists are of
+plain values and short, and sizes are bounded, before anything is allocated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from offsite.errors import MalformedMessage, UnsupportedModel
+
+MOST_LEVELS = 8  # Stable Diffusion has 4
+MOST_LAYERS = 16  # in one level, or transformer blocks in one layer
+MOST_CHANNELS = 4096  # Stable Diffusion has 1280 at most
+MOST_WIDTH = 16384  # of a text; 768 or 1024
+MOST_SIDE = 256  # of latents; 64 or 96
+MOST_ENTRIES = 1 << 26  # of the largest map, (side, side, channels)
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+MIDDLE = ("UNetMidBlock2DCrossAttn",)
+# Everything here must be as it is in Stable Diffusion, absent or written out.
+FIXED: dict[str, Any] = {
+    "center_input_sample": False,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "num_class_embeds": None,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "cross_attention_norm": None,
+    "addition_embed_type_num_heads": 64,
+}
+
+
+def check_unet(values: dict[str, Any]) -> None:
+    """Refuses a configuration of another kind of U-net, and one of no honest size.
+
+    Args:
+      values: arguments of `UNet2DConditionModel`, by name, all of them known to it.
+
+    Raises:
+      UnsupportedModel: a fixed argument is another.
+      MalformedMessage: an argument is not of its type, a list is too long, or a size is out of range.
+    """
+    for key, wanted in FIXED.items():
+        found = values.get(key, wanted)
+        # 1 and 1.0 are one value here, True is another.
+        if found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
+            raise UnsupportedModel(f"config {key}={found!r}: only {wanted!r} is known of a U-net; use another model")
+    for key, value in values.items():
+        if key not in FIXED:
+            _check(key, value)
+    levels = {key: len(values[key]) for key in _LEVELS if isinstance(values.get(key), list)}
+    if len(set(levels.values())) > 1:
+        raise MalformedMessage(f"config {levels}: each must have one entry for each level; refuse this package")
+    channels = values.get("block_out_channels", [0])
+    if (values.get("sample_size") or 0) ** 2 * max(channels) > MOST_ENTRIES:
+        raise MalformedMessage(
+            f"config sample_size={values['sample_size']} block_out_channels={channels}: no honest model has maps of "
+            f"over {MOST_ENTRIES} entries; refuse this package"
+        )
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _each(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Allows one value, or a list with one for each level."""
+    return lambda value: single(value) or _list(single)(value)
+
+
+def _list(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and 0 < len(value) <= MOST_LEVELS and all(map(single, value))
+
+
+def _one_of(*known: Any) -> Callable[[Any], bool]:
+    return lambda value: type(value) in {type(one) for one in known} and value in known
+
+
+_number = (int, float)
+_LEVELS = [
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "transformer_layers_per_block",
+]
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "sample_size": _whole(1, MOST_SIDE),
+    "in_channels": _whole(1, MOST_CHANNELS),
+    "out_channels": _whole(1, MOST_CHANNELS),
+    "flip_sin_to_cos": _one_of(True, False),
+    "freq_shift": _whole(0, 1),
+    "down_block_types": _list(_one_of(*DOWN)),
+    "mid_block_type": _one_of(*MIDDLE),
+    "up_block_types": _list(_one_of(*UP)),
+    "block_out_channels": _list(_whole(1, MOST_CHANNELS)),
+    "layers_per_block": _each(_whole(1, MOST_LAYERS)),
+    "dropout": lambda value: type(value) in _number and 0 <= value <= 0.5,
+    "act_fn": _one_of("silu", "swish", "mish", "gelu"),
+    "norm_num_groups": _whole(1, MOST_CHANNELS),
+    "norm_eps": lambda value: type(value) in _number and 0 < value <= 1e-2,
+    "cross_attention_dim": _whole(1, MOST_WIDTH),
+    "transformer_layers_per_block": _each(_whole(1, MOST_LAYERS)),
+    "attention_head_dim": _each(_whole(1, MOST_CHANNELS)),
+    "num_attention_heads": lambda value: value is None or _each(_whole(1, MOST_CHANNELS))(value),
+    "use_linear_projection": _one_of(True, False),
+    "upcast_attention": _one_of(True, False),
+    "resnet_time_scale_shift": _one_of("default", "scale_shift"),
+}
+
+
+def _check(key: str, value: Any) -> None:
+    if key not in _RULES or not _RULES[key](value):
+        raise MalformedMessage(f"config {key}={str(value)[:80]!r}: no U-net of Stable Diffusion says so; refuse it")

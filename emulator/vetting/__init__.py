@@ -1,0 +1,1 @@
+"""What a site checks before it loads an emulator."""

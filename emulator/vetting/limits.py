@@ -1,0 +1,130 @@
+"""What a vetting measures against: one limit per trap, and the report of every check's worst number."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from offsite.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class VettingThresholds:
+    """The bounds of an honest emulator; each is an upper bound unless its name begins with `least_`."""
+
+    weight_peak: float = 1e3
+    table_rms: float = 100.0
+    matrix_rms: float = 10.0
+    least_rms: float = 1e-5
+    one_hot: float = 0.05
+    one_hot_rows: float = 0.1
+    table_outlier: float = 50.0
+    token_crowd: float = 0.9
+    crowd: float = 0.05
+    outlier: float = 50.0
+    zeros: float = 0.5
+    gain: float = 1e3
+    closed_gains: float = 0.5
+    dead_gradients: float = 0.5
+    token_share: float = 0.8
+    single_rows: float = 0.25
+    least_mixed: float = 0.02
+    least_change: float = 1e-3
+    growth: float = 1e3
+    least_apart: float = 1e-4
+    sureness: float = 0.99
+    least_context: float = 1e-4
+    max_rank: int = 16
+    max_first_rank: int = 8
+    adapter_share: float = 0.25
+    adapter_peak: float = 100.0
+
+    @classmethod
+    def for_owner(cls, rank: int, share: float) -> "VettingThresholds":
+        """Returns the limits of an owner who permits adapters up to a rank, half of it in the first block, and a share.
+
+        Args:
+          rank: largest inner width.
+          share: most trained numbers over those of the slots' blocks.
+        """
+        return cls(max_rank=rank, max_first_rank=max(rank // 2, 1), adapter_share=share)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured number beside its limit.
+
+    Attributes:
+      name: of the check.
+      where: tensor, block or module it was measured at.
+      value: what was measured; one that is not finite never passes.
+      limit: the bound.
+      why: what a number beyond the limit would mean.
+      least: the limit is a lower bound.
+    """
+
+    name: str
+    where: str
+    value: float
+    limit: float
+    why: str
+    least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the number keeps to its limit."""
+        if not math.isfinite(self.value):
+            return False
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+    @property
+    def used(self) -> float:
+        """How much of the room up to the limit is used; infinite for a check that failed."""
+        if not self.passed:
+            return float("inf")
+        part, whole = (self.limit, self.value) if self.least else (self.value, self.limit)
+        return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
+class Vetting:
+    """The report of a vetting that found nothing: for each check the number that came nearest to its limit.
+
+    Attributes:
+      checks: one per kind of check, in the order in which they ran.
+      measured: how many numbers were held against a limit.
+    """
+
+    checks: tuple[Check, ...]
+    measured: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form, for the audit log."""
+        return {"measured": self.measured, "checks": [asdict(check) for check in self.checks]}
+
+
+def passed(checks: Iterable[Check]) -> Iterator[Check]:
+    """Yields checks as long as they pass.
+
+    Raises:
+      UnsupportedModel: the first that does not, with its number, its limit and what it would mean.
+    """
+    for check in checks:
+        if not check.passed:
+            word = "at least" if check.least else "at most"
+            raise UnsupportedModel(
+                f"vetting {check.name}={check.value:.4g} at {check.where}: must be {word} {check.limit:g}, or "
+                f"{check.why}; do not train on this emulator, ask the coordinator for another"
+            )
+        yield check
+
+
+def report(checks: Iterable[Check]) -> Vetting:
+    """Returns the report over checks that all passed."""
+    worst: dict[str, Check] = {}
+    measured = 0
+    for check in checks:
+        measured += 1
+        if check.name not in worst or check.used > worst[check.name].used:
+            worst[check.name] = check
+    return Vetting(tuple(worst.values()), measured)

@@ -1,0 +1,185 @@
+"""Weights that would carry a record out in its own gradient, told by statistics that honest weights do not have.
+
+Each trap is published: rows that all point one way, whose biases sort records into bins (Fowl et al. 2022, Robbing the
+Fed; Zhao et al. 2024, LOKI); identity, permutation and one-hot maps that hand an input on unmixed (Fowl et al. 2023,
+Decepticons; PEFTLeak 2025); amplified rows that latch one example (Feng and Tramer 2024, Privacy Backdoors).
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from offsite.adapter.targets import is_linear, is_norm
+from offsite.emulator.structure.towers import token_embeddings
+from offsite.emulator.vetting.limits import Check, VettingThresholds
+
+# Statistics of shape need some rows and columns; below this only magnitudes are checked.
+SMALLEST = 16
+# Rows and columns looked at, drawn at random. Exact for models up to this width; in a wider one a trap that holds one
+# row in a hundred still gives ten sampled rows. Magnitudes and finiteness are always exact.
+ROWS, COLUMNS = 1024, 8192
+SKETCH = 64
+TWIN_COSINE = 0.95
+
+
+def weight_checks(model: nn.Module, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
+    """Yields the checks of every parameter of a model, tied ones once.
+
+    Args:
+      model: on the CPU.
+      limits: the bounds.
+      generator: draws the rows that are looked at and what the norms are tried on.
+    """
+    tokens = _token_tables(model)
+    for name, module, parameter in _parameters(model):
+        table = _is_table(name, module)
+        yield from _magnitudes(name, parameter, limits, table=table)
+        if parameter.dim() < 2:
+            continue
+        for where, view in _matrices(name, module, parameter.detach()):
+            if min(view.shape) >= SMALLEST:
+                if table:
+                    yield from _table_checks(where, view, limits, generator, tokens=id(parameter) in tokens)
+                else:
+                    yield from _matrix_checks(where, view, limits, generator)
+    for name, module in model.named_modules():
+        if is_norm(module):
+            yield from _gain_checks(name, module, limits, generator)
+
+
+def bias_checks(biases: Mapping[str, Tensor], limits: VettingThresholds) -> Iterator[Check]:
+    """Yields the checks of vectors by their names, as `weight_checks` does for those of a model."""
+    for name, bias in biases.items():
+        yield from _magnitudes(name, bias, limits, table=False)
+
+
+def participation(rows: Tensor) -> Tensor:
+    """Returns for each row which share of its entries carries its energy, float (n,): 1/d for one-hot, 1 for all alike.
+
+    Gaussian rows give a third. Rows and columns are first brought to equal energy, so that a column that is large in
+    every row (trained models have such outlier features) does not make each row look one-hot.
+    """
+    energy = balanced(rows).square()
+    return energy.sum(1).square() / (energy.square().sum(1) * rows.shape[1]).clamp_min(1e-30)
+
+
+def few(least: float, rows: Tensor) -> float:
+    """Returns the participation below which a row of this width is one-hot or nearly so: never under 1.5 entries."""
+    return max(least, 1.5 / rows.shape[1])
+
+
+def balanced(rows: Tensor) -> Tensor:
+    """Returns a matrix (n, d) whose rows and columns were twice scaled to the same energy; zero ones stay zero."""
+    for _ in range(2):
+        rows = rows / rows.square().mean(0, keepdim=True).sqrt().clamp_min(1e-30)
+        rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    return rows
+
+
+def crowd(rows: Tensor, generator: torch.Generator) -> float:
+    """Returns the share of rows (n, d) that point along or against the same one row: |cosine| above `TWIN_COSINE`.
+
+    Directions are compared in a random projection to 64 dimensions, where two unrelated rows come as near with a
+    probability under 1e-20 and twins stay twins.
+    """
+    rows = balanced(rows[rows.square().sum(1) > 0])
+    if rows.shape[1] > SKETCH:
+        rows = rows @ torch.randn(rows.shape[1], SKETCH, generator=generator)
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    alike = (rows @ rows.T).abs().fill_diagonal_(0) > TWIN_COSINE
+    return float(alike.sum(1).max() / len(rows)) if len(rows) else 0.0
+
+
+def _magnitudes(name: str, parameter: Tensor, limits: VettingThresholds, *, table: bool) -> Iterator[Check]:
+    values = parameter.detach().float()
+    peak = float(values.abs().max())
+    yield Check("weight_peak", name, peak, limits.weight_peak, "one weight drowns all others")
+    if parameter.dim() < 2 or parameter.numel() < SMALLEST**2:
+        return
+    rms = float(values.square().mean().sqrt())
+    if table:
+        yield Check("table_rms", name, rms, limits.table_rms, "the embedding drowns every block: a hidden identity")
+        return
+    yield Check("matrix_rms", name, rms, limits.matrix_rms, "the block is saturated and hands on a code of its input")
+    yield Check("least_rms", name, rms, limits.least_rms, "the matrix is dead and its block the identity", least=True)
+
+
+def _table_checks(
+    where: str, view: Tensor, limits: VettingThresholds, generator: torch.Generator, *, tokens: bool
+) -> Iterator[Check]:
+    rows = _sample(view, generator)
+    filled = rows[rows.square().sum(1) > 0]
+    if len(filled) >= SMALLEST:
+        share = float((participation(filled) < few(limits.one_hot, filled)).float().mean())
+        yield Check("table_one_hot", where, share, limits.one_hot_rows, "its gradient spells tokens out one by one")
+        norms = filled.norm(dim=1)
+        ratio = float(norms.max() / norms.median())
+        yield Check("table_outlier", where, ratio, limits.table_outlier, "one token marks its record in every layer")
+    if tokens:
+        # Unused tokens of a padded vocabulary are alike in honest models: only tables that are mostly so are refused.
+        yield Check("token_crowd", where, crowd(rows, generator), limits.token_crowd, "different tokens look the same")
+
+
+def _matrix_checks(where: str, view: Tensor, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
+    for side, oriented in (("rows", view), ("columns", view.T)):
+        rows = _sample(oriented, generator)
+        place = f"{where} {side}"
+        share = float((participation(rows) < few(limits.one_hot, rows)).float().mean())
+        yield Check("one_hot", place, share, limits.one_hot_rows, "it hands single entries on: identity or permutation")
+        yield Check("crowd", place, crowd(rows, generator), limits.crowd, "alike rows sort records into bins")
+        norms = oriented.float().norm(dim=1)
+        ratio = float(norms.max() / norms.median().clamp_min(1e-30))
+        yield Check("outlier", place, ratio, limits.outlier, "amplified rows latch a single example")
+    zeros = float((_sample(view, generator) == 0).float().mean())
+    yield Check("zeros", where, zeros, limits.zeros, "a sparse map hands single entries on")
+
+
+def _gain_checks(
+    name: str, module: nn.Module, limits: VettingThresholds, generator: torch.Generator
+) -> Iterator[Check]:
+    """Tries a norm instead of reading its weight, which means 1 + weight in some families."""
+    width = next(module.parameters(recurse=False)).numel()
+    with torch.no_grad():
+        gains = module(torch.randn(64, width, generator=generator)).std(0)
+    largest = float(gains.max())
+    closed = float((gains < 1e-3 * largest).float().mean()) if largest > 0 else 1.0
+    yield Check("gain", name, largest, limits.gain, "the norm amplifies chosen features")
+    yield Check("closed_gains", name, closed, limits.closed_gains, "the norm lets only chosen features pass")
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{leaf}".lstrip("."), module, parameter
+
+
+def _matrices(name: str, module: nn.Module, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yields a tensor as matrices: stacked experts one by one, kernels with their window flattened."""
+    if tensor.dim() == 3 and not isinstance(module, nn.Conv1d):
+        yield from ((f"{name}[{i}]" if len(tensor) > 1 else name, matrix) for i, matrix in enumerate(tensor))
+    else:
+        yield name, tensor.reshape(tensor.shape[0], -1)
+
+
+def _is_table(name: str, module: nn.Module) -> bool:
+    """Whether a parameter is looked up or added and not multiplied with: embeddings, positions, class tokens."""
+    leaf = name.rpartition(".")[2]
+    added = not (is_linear(module) or isinstance(module, nn.modules.conv._ConvNd))
+    return isinstance(module, nn.Embedding) or (added and any(part in leaf for part in ("position", "embed", "token")))
+
+
+def _token_tables(model: nn.Module) -> set[int]:
+    tables = (getattr(one, "weight", None) for one in token_embeddings(model))
+    return {id(table) for table in tables if isinstance(table, nn.Parameter)}
+
+
+def _sample(view: Tensor, generator: torch.Generator) -> Tensor:
+    for dimension, most in ((0, ROWS), (1, COLUMNS)):
+        if view.shape[dimension] > most:
+            chosen = torch.randperm(view.shape[dimension], generator=generator)[:most]
+            view = view.index_select(dimension, chosen)
+    return view.float()

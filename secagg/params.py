@@ -1,0 +1,145 @@
+"""What one round is about, agreed before it opens, and the hash T0 that ties every message to it."""
+
+import hashlib
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+from offsite.errors import ConfigError
+from offsite.secagg import ring
+from offsite.trust.identity import KEY_BYTES
+from offsite.trust.wire import MAX_SITE_BYTES, Writer
+
+SUITE = 1
+FEWEST = 3  # with two sites each learns the other's update from the sum
+MOST = 64  # a complete graph of pair masks; above it a sparse graph would be needed
+DIGEST_BYTES = 32
+NONCE_BYTES = (16, 64)
+_OPEN = "offsite secagg open"
+_NUMBER_LIMIT = 1 << 63
+
+
+@dataclass(frozen=True)
+class SecAggParams:
+    """The public terms of a round; equal bytes at every site, or the signatures do not verify.
+
+    Attributes:
+      federation: id of the federation, UTF-8.
+      epoch: version of the manifest, >= 0.
+      round: number of the round in this epoch, >= 0.
+      nonce: 16 to 64 bytes chosen by the coordinator.
+      manifest: SHA-256 of the manifest that every owner signed.
+      emulator: SHA-256 of the emulator package.
+      adapter: SHA-256 of the adapter layout and start values.
+      config: SHA-256 of the training configuration.
+      roster: the invited sites, sorted by id, each with its raw Ed25519 public key.
+      n_min: fewest sites in a sum, >= 3.
+      length: coordinates of an update.
+      clip: per-coordinate bound of an update, finite and > 0; used as the nearest float32.
+      suite: 1 (X25519, Ed25519, HKDF-SHA256, AES-256-GCM, AES-256-CTR).
+    """
+
+    federation: str
+    epoch: int
+    round: int
+    nonce: bytes
+    manifest: bytes
+    emulator: bytes
+    adapter: bytes
+    config: bytes
+    roster: tuple[tuple[str, bytes], ...]
+    n_min: int
+    length: int
+    clip: float
+    suite: int = SUITE
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_digests(self)
+        _check_roster(self.roster)
+        if not FEWEST <= self.n_min <= len(self.roster):
+            raise ConfigError(
+                f"n_min={self.n_min} with invited={len(self.roster)}; {FEWEST} <= n_min <= invited; invite more sites"
+            )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The invited ids in order; a site's place, counted from one, is its Shamir point."""
+        return tuple(site for site, _ in self.roster)
+
+    @property
+    def threshold(self) -> int:
+        """Shares that reconstruct, floor(2n/3)+1 of the *invited* n.
+
+        Two different survivor sets would each need this many honest signatures, which takes more than n/3 colluders
+        (Bonawitz et al. 2017, section 6.2); counting those who answered instead would let the coordinator choose it.
+        """
+        return 2 * len(self.roster) // 3 + 1
+
+    @property
+    def fewest(self) -> int:
+        """Fewest sites of any set in this round: the larger of the threshold and n_min."""
+        return max(self.threshold, self.n_min)
+
+    def public_key(self, site: str) -> bytes | None:
+        """Returns the site's Ed25519 public key, or None when it is not invited."""
+        return self._public_keys.get(site)
+
+    @cached_property
+    def _public_keys(self) -> dict[str, bytes]:
+        return dict(self.roster)
+
+    def t0(self) -> bytes:
+        """Returns T0, the SHA-256 over every term, each field with its length in front."""
+        return self._t0
+
+    @cached_property
+    def _t0(self) -> bytes:
+        writer = Writer().text(_OPEN).number(self.suite).text(self.federation).number(self.epoch).number(self.round)
+        for value in (self.nonce, self.manifest, self.emulator, self.adapter, self.config):
+            writer.field(value)
+        writer.number(len(self.roster))
+        for site, key in self.roster:
+            writer.text(site).field(key)
+        writer.number(self.n_min).number(self.length).field(struct.pack(">d", self.clip))
+        return hashlib.sha256(writer.done()).digest()
+
+
+def _check_numbers(terms: SecAggParams) -> None:
+    if terms.suite != SUITE:
+        raise ConfigError(f"suite={terms.suite} is not implemented; suite {SUITE} is; change the manifest")
+    for name, lowest in (("epoch", 0), ("round", 0), ("length", 1), ("n_min", FEWEST)):
+        value = getattr(terms, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < _NUMBER_LIMIT:
+            raise ConfigError(f"{name}={value!r}; a whole number of at least {lowest} is needed; change the manifest")
+    if not isinstance(terms.clip, float) or not math.isfinite(terms.clip) or terms.clip <= 0:
+        raise ConfigError(f"clip={terms.clip!r}; a finite number above zero is needed; change the manifest")
+    ring.bound(terms.clip)
+
+
+def _check_digests(terms: SecAggParams) -> None:
+    if not terms.federation or len(terms.federation.encode()) > MAX_SITE_BYTES:
+        raise ConfigError(f"federation={terms.federation!r}; 1 to {MAX_SITE_BYTES} bytes are needed; rename it")
+    low, high = NONCE_BYTES
+    if not isinstance(terms.nonce, bytes) or not low <= len(terms.nonce) <= high:
+        raise ConfigError(f"nonce={len(terms.nonce)} bytes; {low} to {high} random bytes are needed; draw it again")
+    for name in ("manifest", "emulator", "adapter", "config"):
+        value = getattr(terms, name)
+        if not isinstance(value, bytes) or len(value) != DIGEST_BYTES:
+            raise ConfigError(f"{name}={value!r} is not a digest; pass the {DIGEST_BYTES} bytes of a SHA-256")
+
+
+def _check_roster(roster: tuple[tuple[str, bytes], ...]) -> None:
+    if not FEWEST <= len(roster) <= MOST:
+        raise ConfigError(f"invited={len(roster)}; {FEWEST} to {MOST} sites make a round; change the cohort")
+    sites = [site for site, _ in roster]
+    if sites != sorted(set(sites)):
+        raise ConfigError("roster has its ids out of order or twice; sort them and keep each once")
+    for site, key in roster:
+        if not site or len(site.encode()) > MAX_SITE_BYTES:
+            raise ConfigError(f"site={site!r}; an id has 1 to {MAX_SITE_BYTES} bytes; rename the site")
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            raise ConfigError(f"site={site!r} has no raw Ed25519 key of {KEY_BYTES} bytes; correct the manifest")
+    if len({key for _, key in roster}) != len(roster):
+        raise ConfigError("roster lists one public key for two sites; every site needs its own; correct the manifest")

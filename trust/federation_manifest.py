@@ -1,0 +1,242 @@
+"""The federation manifest: who takes part with which keys, on which outer terms; every owner signs it.
+
+A change of anything is a new epoch, which names the digest of the one before.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from offsite.errors import MalformedMessage, ProtocolViolation, Untrusted
+from offsite.trust import canonical
+from offsite.trust.certificates import EARLY, check_dates
+from offsite.trust.identity import KEY_BYTES, Identity, verify
+from offsite.trust.keys import check_node_public
+from offsite.trust.sealing import CLASSIC, HYBRID, PUBLIC_BYTES
+from offsite.trust.wire import Writer
+
+FORMAT, RING_BITS = 1, 32
+LEAST_SITES, MOST_SITES = 3, 1000
+DIGEST_BYTES = 32
+_LABEL = "offsite federation"
+
+
+@dataclass(frozen=True)
+class FederationMember:
+    """One site.
+
+    Attributes:
+      site: name.
+      identity: Ed25519 public key, hexadecimal.
+      sealing: public sealing key, hexadecimal.
+      node: P-384 public key for Flower, an OpenSSH line.
+      tls: SHA-256 of the public key of its client certificate, hexadecimal.
+    """
+
+    site: str
+    identity: str
+    sealing: str
+    node: str
+    tls: str
+
+    @property
+    def keys(self) -> tuple[str, str, str, str]:
+        """Identity, sealing, node and TLS key: what no two sites may share."""
+        return self.identity, self.sealing, self.node, self.tls
+
+
+@dataclass(frozen=True)
+class FederationManifest:
+    """One epoch of a federation.
+
+    Attributes:
+      name: of the federation.
+      epoch: from 1; every change counts on.
+      previous: digest of the epoch before, hexadecimal; empty in epoch 1.
+      suite: of every sealing key, 1 or 2.
+      n_min: fewest sites whose sum a job may open, at least 3.
+      clip: largest `update_bound` that a job may set.
+      scale: bits of the ring of the secure sum.
+      max_epsilon: no job may plan more epsilon than this.
+      coordinator: Ed25519 public key of the coordinator, hexadecimal.
+      members: the sites, sorted by name.
+      created: from when it holds, UTC.
+      expires: until when it holds, UTC.
+    """
+
+    name: str
+    epoch: int
+    previous: str
+    suite: int
+    n_min: int
+    clip: float
+    scale: int
+    max_epsilon: float
+    coordinator: str
+    members: tuple[FederationMember, ...]
+    created: str
+    expires: str
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical bytes; equal manifests give equal bytes."""
+        return canonical.dump(dataclasses.asdict(self) | {"format": FORMAT})
+
+    def digest(self) -> bytes:
+        """Returns the SHA-256 of the canonical bytes, 32 bytes."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+    def member(self, site: str) -> FederationMember:
+        """Returns a site's entry.
+
+        Raises:
+          Untrusted: the site is not a member.
+        """
+        for one in self.members:
+            if one.site == site:
+                return one
+        raise Untrusted(
+            f"site={site!r} is not in epoch {self.epoch} of {self.name!r}; was it revoked, or never approved?"
+        )
+
+    def check_valid(self, now: datetime) -> int:
+        """Returns the whole days that this epoch still holds.
+
+        Raises:
+          Untrusted: it does not hold yet, or not any more.
+        """
+        since, until = canonical.moment(self.created, "created"), canonical.moment(self.expires, "expires")
+        return check_dates(since - EARLY, until, now, f"epoch {self.epoch} of federation {self.name!r}")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "FederationManifest":
+        """Reads a manifest strictly; its signatures are checked apart.
+
+        Raises:
+          MalformedMessage: not a manifest of this release, or a field is out of its range.
+          ConfigError: a name cannot be one.
+          Untrusted: two members share a name or key, or a key is not one.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        content = canonical.load(data, "federation manifest", ["format", *names])
+        canonical.whole(content.pop("format"), "federation format", lowest=FORMAT, highest=FORMAT)
+        federation = cls(**content | {"members": _members(content["members"])})
+        _check(federation)
+        return federation
+
+
+def sign(federation: FederationManifest, identity: Identity) -> bytes:
+    """Returns an owner's signature over the whole manifest, 64 bytes."""
+    return identity.sign(_signed(federation))
+
+
+def check_signature(federation: FederationManifest, site: str, signature: bytes) -> None:
+    """Checks one owner's signature.
+
+    Raises:
+      Untrusted: the site is not a member, or did not sign this manifest.
+    """
+    try:
+        verify(bytes.fromhex(federation.member(site).identity), _signed(federation), signature, sender=site)
+    except ProtocolViolation as error:
+        raise Untrusted(
+            f"site={site!r} has not signed epoch {federation.epoch} of {federation.name!r} as it stands here; "
+            "its owner runs offsite client sign"
+        ) from error
+
+
+def check_signatures(federation: FederationManifest, signatures: Mapping[str, bytes]) -> None:
+    """Checks that every member signed, and nobody else.
+
+    Raises:
+      Untrusted: a signature is missing, wrong, or of a stranger.
+    """
+    names = {one.site for one in federation.members}
+    if missing := sorted(names - signatures.keys()):
+        raise Untrusted(
+            f"sites={missing} have not signed epoch {federation.epoch} of {federation.name!r}; "
+            "every owner runs offsite client sign"
+        )
+    for site, signature in signatures.items():
+        check_signature(federation, site, signature)
+
+
+def check_follows(federation: FederationManifest, previous: FederationManifest) -> None:
+    """Checks that an epoch is the very next one of the same federation.
+
+    Raises:
+      Untrusted: it is not.
+    """
+    where = f"epoch {federation.epoch} of {federation.name!r}"
+    if federation.name != previous.name or federation.coordinator != previous.coordinator:
+        raise Untrusted(f"{where} belongs to another federation or coordinator than the pinned one; refuse it")
+    if federation.epoch != previous.epoch + 1 or federation.previous != previous.digest().hex():
+        raise Untrusted(
+            f"{where} does not follow from the pinned epoch {previous.epoch}: another history was signed here; "
+            "ask the coordinator which one holds"
+        )
+
+
+def changes(old: FederationManifest | None, new: FederationManifest) -> tuple[str, ...]:
+    """Returns what a new epoch changes, one line each, for the owner to confirm."""
+    before = {one.site: one for one in old.members} if old else {}
+    after = {one.site: one for one in new.members}
+    lines = [f"added: {site}" for site in sorted(after.keys() - before.keys())]
+    lines += [f"removed: {site}" for site in sorted(before.keys() - after.keys())]
+    lines += [f"new keys: {site}" for site in sorted(after.keys() & before.keys()) if after[site] != before[site]]
+    for name in ("name", "coordinator", "suite", "n_min", "clip", "scale", "max_epsilon", "expires"):
+        value = getattr(new, name)
+        if old is None:
+            lines.append(f"{name}: {value}")
+        elif getattr(old, name) != value:
+            lines.append(f"{name}: {getattr(old, name)} becomes {value}")
+    return tuple(lines)
+
+
+def _members(content: Any) -> tuple[FederationMember, ...]:
+    names = {f.name for f in dataclasses.fields(FederationMember)}
+    if not isinstance(content, list) or len(content) > MOST_SITES:
+        raise MalformedMessage(f"federation members: must be a list of at most {MOST_SITES}; ask for it again")
+    for one in content:
+        if not isinstance(one, dict) or one.keys() != names:
+            raise MalformedMessage("federation members: other fields than this release knows; ask for it again")
+    return tuple(FederationMember(**one) for one in content)
+
+
+def _check(federation: FederationManifest) -> None:
+    canonical.check_name(federation.name, "federation")
+    epoch = canonical.whole(federation.epoch, "federation epoch", lowest=1, highest=1 << 31)
+    canonical.hexadecimal(federation.previous, "federation previous", size=DIGEST_BYTES if epoch > 1 else 0)
+    canonical.whole(federation.suite, "federation suite", lowest=CLASSIC, highest=HYBRID)
+    canonical.whole(federation.n_min, "federation n_min", lowest=LEAST_SITES, highest=MOST_SITES)
+    canonical.whole(federation.scale, "federation scale", lowest=RING_BITS, highest=RING_BITS)
+    canonical.positive(federation.clip, "federation clip")
+    canonical.positive(federation.max_epsilon, "federation max_epsilon")
+    canonical.hexadecimal(federation.coordinator, "federation coordinator", size=KEY_BYTES)
+    created = canonical.moment(federation.created, "federation created")
+    if canonical.moment(federation.expires, "federation expires") <= created:
+        raise MalformedMessage("federation expires before it begins; ask for it again")
+    _check_members(federation)
+
+
+def _check_members(federation: FederationManifest) -> None:
+    for one in federation.members:
+        canonical.check_name(one.site, "site")
+        canonical.hexadecimal(one.identity, "member identity", size=KEY_BYTES)
+        canonical.hexadecimal(one.sealing, "member sealing", size=PUBLIC_BYTES[federation.suite])
+        canonical.hexadecimal(one.tls, "member tls", size=DIGEST_BYTES)
+        check_node_public(canonical.text(one.node, "member node", limit=1 << 10, lines=True))
+    names = [one.site for one in federation.members]
+    if names != sorted(names):
+        raise MalformedMessage("federation members: must be sorted by name; ask for it again")
+    keys = [key for one in federation.members for key in one.keys]
+    if len({name.lower() for name in names}) < len(names) or len(set(keys)) < len(keys):
+        raise Untrusted(f"epoch {federation.epoch} of {federation.name!r}: two members share a name or key; refuse it")
+    if federation.coordinator in keys:
+        raise Untrusted(f"epoch {federation.epoch} of {federation.name!r}: the coordinator poses as a site; refuse it")
+
+
+def _signed(federation: FederationManifest) -> bytes:
+    return Writer().text(_LABEL).field(federation.digest()).done()
