@@ -14,7 +14,7 @@ from offsite.errors import MalformedMessage
 
 AuxiliaryTensors = Mapping[str, Tensor]
 NO_AUXILIARY: AuxiliaryTensors = MappingProxyType({})
-MOST_LENGTH = 4096  # of a dimension that the sender chooses
+MAX_LENGTH = 4096  # of a dimension that the sender chooses
 INVENTED_SCALE = 0.1
 
 
@@ -23,7 +23,7 @@ class TensorSpec:
     """One tensor that a method takes.
 
     Attributes:
-      shape: its lengths; a word stands for a length of 1 to `MOST_LENGTH` that its sender chose, the same wherever the
+      shape: its lengths; a word stands for a length of 1 to `MAX_LENGTH` that its sender chose, the same wherever the
         word stands.
       dtype: float32 for values; for positions int32 or int64.
       below: positions are ascending, each once, from 0 to below this; 0 for values.
@@ -108,7 +108,7 @@ def _fits(shape: tuple[int, ...], want: TensorSpec, lengths: dict[str, int]) -> 
     if len(shape) != len(want.shape):
         return False
     for found, length in zip(shape, want.shape, strict=True):
-        chosen = isinstance(length, str) and 1 <= found <= MOST_LENGTH
+        chosen = isinstance(length, str) and 1 <= found <= MAX_LENGTH
         if found != (lengths.setdefault(str(length), found) if chosen else length):
             return False
     return True

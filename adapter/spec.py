@@ -8,7 +8,7 @@ from typing import Any
 from offsite.adapter.options import Options, Scalar
 from offsite.errors import ConfigError, nearest
 
-MOST_OPTIONS = 16
+MAX_OPTIONS = 16
 LONGEST_OPTION = 64  # characters of an option's name, and of a word as its value
 
 
@@ -85,8 +85,8 @@ def _check_options(options: Options) -> None:
     Raises:
       ConfigError: they are not.
     """
-    if len(options) > MOST_OPTIONS:
-        raise ConfigError(f"options={len(options)}, at most {MOST_OPTIONS} are read; no method has more")
+    if len(options) > MAX_OPTIONS:
+        raise ConfigError(f"options={len(options)}, at most {MAX_OPTIONS} are read; no method has more")
     names = [name for name, _ in options]
     if not all(isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_OPTION for name in names):
         raise ConfigError("options: each name must be letters, digits and _; take them from `offsite methods`")

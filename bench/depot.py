@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 SITES = ("ash", "birch")
-LEAST_RATIO, MOST_CLIENT_MB = 3.0, 150.0
+MIN_RATIO, MAX_CLIENT_MB = 3.0, 150.0
 FLOWER_SECONDS = 600.0
 KILLED_AT = (0.2, 0.5, 0.8)
 
@@ -297,7 +297,7 @@ def measure(world: World, repeats: int) -> dict[str, Any]:
     seconds = {way: statistics.median(run["seconds"] for run in of) for way, of in runs.items()}
     ratios = {way: round(seconds[way] / seconds["depot"], 2) for way in ("flower", "flower_in_memory")}
     peak = max(run["peak_mb"] for run in runs["depot"])
-    met = {"ratio": min(ratios.values()) >= LEAST_RATIO, "client_peak": peak < MOST_CLIENT_MB}
+    met = {"ratio": min(ratios.values()) >= MIN_RATIO, "client_peak": peak < MAX_CLIENT_MB}
     return {
         "bytes": world.size,
         "sites": len(SITES),

@@ -150,8 +150,8 @@ def open_job(setting: JobContext, epoch: owners.FederationManifest) -> Job:
     path = setting.store.folder / "job.json"
     if not path.exists():
         roster = tuple((member.site, member.identity) for member in epoch.members)
-        fewest = max(epoch.n_min, setting.config.secagg.n_min)
-        parties = Parties(epoch.name, epoch.epoch, roster, fewest, job=setting.nonce().hex())
+        min_sites = max(epoch.n_min, setting.config.secagg.n_min)
+        parties = Parties(epoch.name, epoch.epoch, roster, min_sites, job=setting.nonce().hex())
         job = prepare(
             setting.config,
             records=setting.records,
@@ -188,7 +188,7 @@ def _over_link(setting: JobContext, job: Job, epoch: owners.FederationManifest, 
         setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
         rules = setting.rules
         wanted = rules.sites or len(nodes)
-        ready = muster.gather(ReadinessPolicy(wanted, job.manifest.n_min, rules.patience))
+        ready = muster.wait(ReadinessPolicy(wanted, job.manifest.n_min, rules.patience))
         exchange = _StatusReportingExchange(
             _letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status
         )
@@ -203,7 +203,7 @@ def _over_link(setting: JobContext, job: Job, epoch: owners.FederationManifest, 
 
 
 def _cohort(
-    setting: JobContext, muster: ReadinessPoller, ready: tuple[str, ...], fewest: int
+    setting: JobContext, muster: ReadinessPoller, ready: tuple[str, ...], min_sites: int
 ) -> Callable[[], tuple[str, ...]]:
     """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
     first, began = [ready], time.monotonic()
@@ -213,7 +213,7 @@ def _cohort(
             return first.pop()
         first.clear()
         setting.status.set("waiting for sites")
-        return muster.gather(ReadinessPolicy(fewest, fewest, setting.rules.patience))
+        return muster.wait(ReadinessPolicy(min_sites, min_sites, setting.rules.patience))
 
     return cohort
 

@@ -11,7 +11,7 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.errors import MalformedMessage
 from offsite.trust import canonical
 
-MOST_DIRECTIONS = 4096  # of one step; beyond, a gradient is cheaper
+MAX_DIRECTIONS = 4096  # of one step; beyond, a gradient is cheaper
 RANKED, ALTERNATED = "ffa_lora", "lora"
 DOWN, UP = ".lora_A.", ".lora_B."  # of a parameter's name: the factor that is applied first, and the second
 
@@ -99,7 +99,7 @@ class AggregationTerms:
             raise MalformedMessage("job ranks: the adapter's rank is 1, so no site can have a smaller one; refuse it")
 
     def _check_directions(self) -> None:
-        canonical.whole(self.directions, "job directions", lowest=0, highest=MOST_DIRECTIONS)
+        canonical.whole(self.directions, "job directions", lowest=0, highest=MAX_DIRECTIONS)
         if type(self.spacing) is not float or not 0 <= self.spacing < 1 or (self.spacing > 0) != (self.directions > 0):
             raise MalformedMessage("job spacing: must be from 0 to 1, and 0 without directions; refuse the job")
         if self.directions and (self.alternate or self.ranks or self.proximal):

@@ -11,8 +11,8 @@ from offsite.errors import MalformedMessage
 from offsite.protos import round_pb2 as wire
 from offsite.protos.messages import (
     LINE,
-    MOST_BIASES,
-    MOST_REFRESH_BYTES,
+    MAX_BIASES,
+    MAX_REFRESH_BYTES,
     NAME,
     Announcement,
     KeysRequest,
@@ -33,7 +33,7 @@ from offsite.protos.messages import (
     one_line,
 )
 from offsite.trust import canonical
-from offsite.trust.federation_manifest import MOST_SITES
+from offsite.trust.federation_manifest import MAX_SITES
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
 
 __all__ = [
@@ -63,7 +63,7 @@ K = TypeVar("K", wire.Refusal, wire.Notice)
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
-MOST = MOST_SITES  # entries of any list: one for each site at most
+MOST = MAX_SITES  # entries of any list: one for each site at most
 
 
 def encode(message: Message) -> bytes:
@@ -143,9 +143,9 @@ def _write_train_request(message: TrainRequest) -> wire.TrainRequest:
 def _refresh(moved: Sequence[wire.Bias]) -> tuple[tuple[str, bytes], ...]:
     """Reads moved biases; whether they are those that may move is known to who has the emulator."""
     size = sum(len(one.values) for one in moved)
-    if len(moved) > MOST_BIASES or size > MOST_REFRESH_BYTES:
+    if len(moved) > MAX_BIASES or size > MAX_REFRESH_BYTES:
         raise MalformedMessage(
-            f"refresh tensors={len(moved)} bytes={size}: at most {MOST_BIASES} and {MOST_REFRESH_BYTES}; refuse it"
+            f"refresh tensors={len(moved)} bytes={size}: at most {MAX_BIASES} and {MAX_REFRESH_BYTES}; refuse it"
         )
     names = [canonical.text(one.name, "refresh tensor", limit=LINE) for one in moved]
     if names != sorted(set(names)):

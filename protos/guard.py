@@ -22,13 +22,13 @@ HEADER = "x-offsite-secret"
 VARIABLE = "OFFSITE_GUARD"  # names the file that holds the secret; a secret itself would show in a process list
 # The longest request that carries no content lists the pieces of a message: 70 kB for 1 GiB. Flower writes each name
 # into its database under one lock, so that a list of 8 MiB would stop it for minutes.
-MOST_BODY_BYTES = 128 << 10
+MAX_BODY_BYTES = 128 << 10
 # The largest body that an honest SuperNode sends is one piece of an array: 1 MiB by `protos.flower_process.QUIET`, and
 # 5 MiB by Flower's default.
-MOST_OBJECT_BYTES = 8 << 20
+MAX_OBJECT_BYTES = 8 << 20
 # Of all peers at once; a site uploads two pieces of 1 MiB at a time, and one that is told 503 comes back with its piece
 # (`_RETRYABLE_STATUS_CODES` in flwr/supercore/retry/http_retry.py).
-MOST_HELD_BYTES = 256 << 20
+MAX_HELD_BYTES = 256 << 20
 READ_SECONDS = 60.0  # an upload that moved no piece for so long counts as dead: `coordinator.superlink`
 CONTENT = b"application/protobuf"  # of each request of Flower's client: `PROTOBUF_MEDIA_TYPE`
 _Message = MutableMapping[str, Any]
@@ -48,9 +48,9 @@ class RequestLimits:
       seconds: within which a body is here whole.
     """
 
-    body: int = MOST_BODY_BYTES
+    body: int = MAX_BODY_BYTES
     longer: Mapping[str, int] = field(default_factory=dict)
-    held: int = MOST_HELD_BYTES
+    held: int = MAX_HELD_BYTES
     seconds: float = READ_SECONDS
 
     def of(self, path: str) -> int:

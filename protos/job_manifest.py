@@ -9,9 +9,9 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, MalformedMessage
 from offsite.protos.aggregation import AggregationTerms
-from offsite.protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
+from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
 from offsite.trust import canonical
-from offsite.trust.federation_manifest import MOST_SITES
+from offsite.trust.federation_manifest import MAX_SITES
 from offsite.trust.identity import KEY_BYTES
 
 FORMAT, MAX_BYTES = 3, 1 << 20
@@ -53,14 +53,14 @@ class JobManifest:
       tokenizer: SHA-256 over the tokenizer's files, hexadecimal.
       adapter: what is trained, and where.
       layout: names and shapes of the trained tensors, as `Layout.to_dict()`.
-      length: tokens in a record, at most `MOST_TOKENS`.
+      length: tokens in a record, at most `MAX_TOKENS`.
       split: how texts become records, `blocks` or `truncate`.
       rounds: training rounds in all.
-      local_steps: DP-SGD steps of a site per round; over all rounds and spare ones at most `MOST_STEPS`.
+      local_steps: DP-SGD steps of a site per round; over all rounds and spare ones at most `MAX_STEPS`.
       learning_rate: of the sites' SGD.
       update_bound: largest absolute entry of an update; sets the step of the secure sum.
       privacy: the terms above.
-      physical_batch: records in one forward pass, at most `MOST_PHYSICAL_BATCH`; changes memory and speed, not the
+      physical_batch: records in one forward pass, at most `MAX_PHYSICAL_BATCH`; changes memory and speed, not the
         result's privacy.
       spare_rounds: rounds beyond `rounds` that the noise is planned for, to repeat some that were lost after an upload.
       model: name of the full model, for the data owner to know and to permit.
@@ -201,20 +201,20 @@ def _check(manifest: JobManifest) -> None:
         canonical.text(name, "job adapter or metrics", limit=1 << 10)  # an owner reads them before approving
     for name, lowest, highest in (
         ("epoch", 0, _MANY),
-        ("rounds", 1, MOST_STEPS),
-        ("spare_rounds", 0, MOST_STEPS),
-        ("local_steps", 1, MOST_STEPS),
-        ("refresh", 0, MOST_STEPS),
-        ("length", 2, MOST_TOKENS),
-        ("physical_batch", 1, MOST_PHYSICAL_BATCH),
+        ("rounds", 1, MAX_STEPS),
+        ("spare_rounds", 0, MAX_STEPS),
+        ("local_steps", 1, MAX_STEPS),
+        ("refresh", 0, MAX_STEPS),
+        ("length", 2, MAX_TOKENS),
+        ("physical_batch", 1, MAX_PHYSICAL_BATCH),
     ):
         canonical.whole(getattr(manifest, name), f"job {name}", lowest=lowest, highest=highest)
     canonical.whole(
-        manifest.steps, "job steps (rounds and spare rounds, times local_steps)", lowest=1, highest=MOST_STEPS
+        manifest.steps, "job steps (rounds and spare rounds, times local_steps)", lowest=1, highest=MAX_STEPS
     )
-    canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MOST_SITES)
+    canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MAX_SITES)
     canonical.whole(terms.batch, "job batch", lowest=1, highest=_MANY)
-    if type(terms.private) is not bool or len(manifest.roster) > MOST_SITES or len(manifest.metrics) > MOST_SITES:
+    if type(terms.private) is not bool or len(manifest.roster) > MAX_SITES or len(manifest.metrics) > MAX_SITES:
         raise MalformedMessage("job private, roster or metrics: not what this release knows; refuse the job")
     for name in ("learning_rate", "update_bound", "deadline"):
         canonical.positive(getattr(manifest, name), f"job {name}")

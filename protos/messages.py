@@ -6,9 +6,9 @@ import numpy as np
 
 NAME, LINE = 128, 1 << 10  # most characters of a name, and of what a person reads
 # Of a refresh: a bias for each block of the deepest towers, and bytes that no honest one comes near.
-MOST_BIASES, MOST_REFRESH_BYTES = 1 << 10, 1 << 24
+MAX_BIASES, MAX_REFRESH_BYTES = 1 << 10, 1 << 24
 # Of a job: a site computes for as long as an approved one says, and these are far beyond any that ends.
-MOST_TOKENS, MOST_PHYSICAL_BATCH, MOST_STEPS = 1 << 20, 1 << 16, 10**6
+MAX_TOKENS, MAX_PHYSICAL_BATCH, MAX_STEPS = 1 << 20, 1 << 16, 10**6
 
 
 def printable(text: str, most: int = LINE) -> str:

@@ -12,7 +12,7 @@ import torch
 from offsite.errors import DataError, UnsupportedModel, lookup
 
 FILE = "scheduler_config.json"
-MOST_STEPS = 10_000  # all published models have 1000
+MAX_STEPS = 10_000  # all published models have 1000
 # Schedulers whose noise is that of Ho et al. 2020, whatever they do when they take it away.
 SCHEDULERS = (
     "DDPMScheduler",
@@ -88,9 +88,9 @@ def parse(content: dict[str, Any]) -> NoiseSchedule:
     start: Any = content.get("beta_start", 1e-4)
     end: Any = content.get("beta_end", 0.02)
     numbers = all(isinstance(one, int | float) and math.isfinite(one) for one in (start, end))
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS or not numbers or not 0 < start <= end < 1:
+    if type(steps) is not int or not 1 <= steps <= MAX_STEPS or not numbers or not 0 < start <= end < 1:
         raise UnsupportedModel(
-            f"scheduler num_train_timesteps={steps!r} must be 1..{MOST_STEPS}, and 0 < beta_start <= beta_end < 1; "
+            f"scheduler num_train_timesteps={steps!r} must be 1..{MAX_STEPS}, and 0 < beta_start <= beta_end < 1; "
             "save the scheduler again"
         )
     betas = lookup(BETAS, str(content.get("beta_schedule", "linear")), "beta_schedule")(steps, start, end)

@@ -24,7 +24,7 @@ from offsite.errors import DataError
 
 START_SECONDS, TEXT_SECONDS, BYTES_PER_SECOND = 60.0, 10.0, 50_000
 WASTED_SECONDS = 600.0  # spent on texts that came to nothing; the rest is given up then
-MOST_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 _PROGRAM = Path(__file__).with_name("tokenizer_process.py")
 _NONE = 0xFFFFFFFF
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that a chat template may write
@@ -96,8 +96,8 @@ class Tokenizer:
                 f"tokenizer={folder.name!r} has no tokenizer.json; copy the model's tokenizer files there, or save it "
                 "again with a fast tokenizer"
             )
-        if path.stat().st_size > MOST_BYTES:
-            raise DataError(f"tokenizer={folder.name!r}: tokenizer.json has over {MOST_BYTES} bytes; no tokenizer has")
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"tokenizer={folder.name!r}: tokenizer.json has over {MAX_BYTES} bytes; no tokenizer has")
         special = _special_tokens(folder)
         return cls(path.read_bytes(), special.get("eos_token"), _chat_template(folder), special)
 

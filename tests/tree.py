@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- tree -->\n```text\n", "```\n<!-- /tree -->"
 TOP = ("CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "docker-compose.yml", "pyproject.toml", "README.md")
 ROOMS = ("errors", "trust", "adapter", "task", "emulator", "privacy", "secagg", "protos", "coordinator", "client")
-ROOMS = (*ROOMS, "cli", "bench", "deploy", "docs", "examples", "tests")
+ROOMS = (*ROOMS, "simulation", "demo", "cli", "bench", "deploy", "docs", "examples", "tests")
 # What has no first line of its own to show.
 TOLD = {
     "CHANGELOG.md": "What changed, by release.",

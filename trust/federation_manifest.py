@@ -19,7 +19,7 @@ from offsite.trust.sealing import CLASSIC, HYBRID, PUBLIC_BYTES
 from offsite.trust.wire import Writer
 
 FORMAT, RING_BITS = 1, 32
-LEAST_SITES, MOST_SITES = 3, 1000
+MIN_SITES, MAX_SITES = 3, 1000
 DIGEST_BYTES = 32
 _LABEL = "offsite federation"
 
@@ -197,8 +197,8 @@ def changes(old: FederationManifest | None, new: FederationManifest) -> tuple[st
 
 def _members(content: Any) -> tuple[FederationMember, ...]:
     names = {f.name for f in dataclasses.fields(FederationMember)}
-    if not isinstance(content, list) or len(content) > MOST_SITES:
-        raise MalformedMessage(f"federation members: must be a list of at most {MOST_SITES}; ask for it again")
+    if not isinstance(content, list) or len(content) > MAX_SITES:
+        raise MalformedMessage(f"federation members: must be a list of at most {MAX_SITES}; ask for it again")
     for one in content:
         if not isinstance(one, dict) or one.keys() != names:
             raise MalformedMessage("federation members: other fields than this release knows; ask for it again")
@@ -210,7 +210,7 @@ def _check(federation: FederationManifest) -> None:
     epoch = canonical.whole(federation.epoch, "federation epoch", lowest=1, highest=1 << 31)
     canonical.hexadecimal(federation.previous, "federation previous", size=DIGEST_BYTES if epoch > 1 else 0)
     canonical.whole(federation.suite, "federation suite", lowest=CLASSIC, highest=HYBRID)
-    canonical.whole(federation.n_min, "federation n_min", lowest=LEAST_SITES, highest=MOST_SITES)
+    canonical.whole(federation.n_min, "federation n_min", lowest=MIN_SITES, highest=MAX_SITES)
     canonical.whole(federation.scale, "federation scale", lowest=RING_BITS, highest=RING_BITS)
     canonical.positive(federation.clip, "federation clip")
     canonical.positive(federation.max_epsilon, "federation max_epsilon")

@@ -11,7 +11,7 @@ from offsite.trust.identity import SIGNATURE_BYTES, Identity, verify
 from offsite.trust.wire import Writer
 
 FORMAT, MAX_BYTES, MAX_PORT = 1, 1 << 26, 65535
-MOST_EARLIER = 8
+MAX_EARLIER = 8
 _LABEL, _FINGERPRINT = "offsite welcome", "offsite welcome fingerprint"
 
 

@@ -11,7 +11,7 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import check_job
 from offsite.trust.files import make_private, write_whole
 
-MOST_UNAPPROVED = 100  # offers that are kept for an owner who has not looked
+MAX_UNAPPROVED = 100  # offers that are kept for an owner who has not looked
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job
 
 
@@ -51,7 +51,7 @@ class Jobs:
         write_whole(place / "manifest.json", manifest)  # last: a folder without it is no offer
         waiting = [name for name in self.names() if name not in self.approved()]
         waiting.sort(key=lambda name: (name == digest, (self._folder / name / "manifest.json").stat().st_mtime_ns))
-        for name in waiting[:-MOST_UNAPPROVED]:
+        for name in waiting[:-MAX_UNAPPROVED]:
             shutil.rmtree(self._folder / name)
 
     def approve(self, name: str, *, by: str, at: str) -> str:

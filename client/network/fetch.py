@@ -17,7 +17,7 @@ from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
 from offsite.trust.files import put_in_place, why
 
-CHUNK, LEAST_CHUNK = 1 << 20, 1 << 14
+CHUNK, MIN_CHUNK = 1 << 20, 1 << 14
 MESSAGE_LIMIT = CHUNK + 4096
 IDLE_SECONDS, PATIENCE_SECONDS = 60.0, 3600.0
 BACKOFF_SECONDS = (0.5, 20.0)
@@ -183,7 +183,7 @@ class _Transfer:
                 finally:
                     stream.cancel()
                     if watch.expired and offset == began:
-                        self._chunk = max(self._chunk // 2, LEAST_CHUNK)  # not even one chunk came in time
+                        self._chunk = max(self._chunk // 2, MIN_CHUNK)  # not even one chunk came in time
         if offset < self.size:
             self.refuse(f"the depot's file ends after {offset} of the announced {self.size} bytes; refused")
         return "ended"

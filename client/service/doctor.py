@@ -24,7 +24,7 @@ FINE, WARNED, FAILED = "ok", "warning", "FAILED"
 PROBE_SECONDS = 5.0
 AHEAD_SECONDS = 5.0  # Flower's SuperLink refuses a node whose clock is further ahead, and the node then ends itself
 BEHIND_SECONDS = 300.0
-LEAST_FREE_GB = 2.0
+MIN_FREE_GB = 2.0
 FLOWER = ("1.41", "1.42")
 
 
@@ -109,7 +109,7 @@ def _ledger(site: SiteHome, clock: Callable[[], datetime]) -> str:
 
 def _disk(site: SiteHome) -> str:
     free = shutil.disk_usage(site.folder).free / 2**30
-    return f"{'warning: ' if free < LEAST_FREE_GB else ''}{free:.1f} GiB free"
+    return f"{'warning: ' if free < MIN_FREE_GB else ''}{free:.1f} GiB free"
 
 
 def _port(site: SiteHome, port: int) -> str:

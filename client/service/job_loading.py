@@ -43,7 +43,7 @@ class Means:
       fetch: (SHA-256, bytes, file, told the bytes that are here) -> file; resumes.
       open_session: (manifest, package folder) -> workbench; vets and loads, and reads no record.
       open_site: (manifest, workbench) -> site; reads the records.
-      most_bytes: room for all packages together.
+      max_bytes: room for all packages together.
     """
 
     site: str
@@ -52,7 +52,7 @@ class Means:
     fetch: Fetch
     open_session: Callable[[JobManifest, Path], EmulatorSession]
     open_site: Callable[[JobManifest, EmulatorSession], Site]
-    most_bytes: float = math.inf
+    max_bytes: float = math.inf
 
 
 class JobLoader:
@@ -165,7 +165,7 @@ class JobLoader:
             return folder
         means.packages.mkdir(parents=True, exist_ok=True)
         digest = offer.package.hex()
-        _make_way(means.packages, means.most_bytes - UNPACKING * offer.package_bytes, keep=digest)
+        _make_way(means.packages, means.max_bytes - UNPACKING * offer.package_bytes, keep=digest)
         sealed = means.fetch(digest, offer.package_bytes, means.packages / f"{digest}.sealed", self._moved)
         key = means.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
         plain, partial = means.packages / f"{digest}.plain", means.packages / f"{emulator}.partial"
@@ -195,19 +195,19 @@ class _GivenUp(Exception):
     """Another job came, or this one ended."""
 
 
-def _make_way(packages: Path, most_bytes: float, *, keep: str) -> None:
+def _make_way(packages: Path, max_bytes: float, *, keep: str) -> None:
     """Removes what earlier jobs left, the oldest first, until all that is left takes no more than so many bytes.
 
     Args:
       packages: the folder.
-      most_bytes: that may stay.
+      max_bytes: that may stay.
       keep: beginning of the names of what is fetched now.
     """
     left = (path for path in packages.iterdir() if not path.name.startswith(keep))
     ages = sorted(left, key=lambda path: path.lstat().st_mtime)
     sizes = {path: sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file()) for path in ages}
     for path in ages:
-        if sum(sizes.values()) <= most_bytes:
+        if sum(sizes.values()) <= max_bytes:
             return
         del sizes[path]
         _remove(path)

@@ -39,7 +39,7 @@ from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
 
 log = logging.getLogger("offsite.client")
-MOST_FAULTS = 20  # records that are told one by one in the log
+MAX_FAULTS = 20  # records that are told one by one in the log
 ACCOUNTANT = "pld"
 Clock = Callable[[], datetime]
 
@@ -114,7 +114,7 @@ class SiteRuntime:
                     self._fetch,
                     self.session,
                     self.site,
-                    most_bytes=self.policy.max_disk_gb * GIGABYTE,
+                    max_bytes=self.policy.max_disk_gb * GIGABYTE,
                 ),
                 permit=self._permit,
                 clock=self.clock,
@@ -238,7 +238,7 @@ class SiteRuntime:
                 f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
                 "add records, or raise it"
             )
-        for wrong in records.faults[:MOST_FAULTS] if isinstance(records, LenientRecords) else ():
+        for wrong in records.faults[:MAX_FAULTS] if isinstance(records, LenientRecords) else ():
             log.warning("a record adds nothing: %s", printable(wrong))
         if empty := int((examples.targets == 0).sum()):
             log.warning("records=%d: %d have nothing to learn from, and add nothing", len(examples), empty)

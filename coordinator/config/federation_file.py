@@ -14,8 +14,8 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.aggregation_table import AggregationConfig, SecaggConfig, check_aggregation
 from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
 from offsite.errors import ConfigError, DataError, nearest
-from offsite.protos.aggregation import MOST_DIRECTIONS
-from offsite.protos.messages import MOST_PHYSICAL_BATCH, MOST_STEPS, MOST_TOKENS
+from offsite.protos.aggregation import MAX_DIRECTIONS
+from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,15 @@ class FedConfig:
         _at_least("training.rounds", training.rounds, 1)
         _at_least("training.local_steps", training.local_steps, 1)
         _at_least("training.batch", training.batch, 1)
-        _within("emulator.refresh", self.emulator.refresh, 0, MOST_STEPS)
-        _within("training.physical_batch", training.physical_batch, 1, MOST_PHYSICAL_BATCH)
+        _within("emulator.refresh", self.emulator.refresh, 0, MAX_STEPS)
+        _within("training.physical_batch", training.physical_batch, 1, MAX_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
-        _within("training.directions", training.directions, 0, MOST_DIRECTIONS)
+        _within("training.directions", training.directions, 0, MAX_DIRECTIONS)
         if not 0 < training.spacing < 1:
             raise ConfigError(f"training.spacing={training.spacing}: must lie between 0 and 1; 0.001 is usual")
         steps = (training.rounds + training.spare_rounds) * training.local_steps
-        _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MOST_STEPS)
-        _within("data.length", self.data.length, 2, MOST_TOKENS)
+        _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MAX_STEPS)
+        _within("data.length", self.data.length, 2, MAX_TOKENS)
         _at_least("evaluation.examples", self.evaluation.examples, 1)
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
         _at_least("secagg.n_min", self.secagg.n_min, 3)

@@ -12,13 +12,13 @@ from offsite.trust.countersign import countersign
 from offsite.trust.identity import Identity
 
 log = logging.getLogger("offsite.coordinator")
-MOST_LEDGERS = 64  # data sets of one site; it names them, so that without a limit it could fill the disk
+MAX_LEDGERS = 64  # data sets of one site; it names them, so that without a limit it could fill the disk
 
 
 class Ledgers:
     """The newest head that each site told; it says how often a site has released, and nothing about its data.
 
-    Of a site with more than `MOST_LEDGERS` data sets, the first ones are kept.
+    Of a site with more than `MAX_LEDGERS` data sets, the first ones are kept.
 
     Args:
       path: file they are kept in.
@@ -43,9 +43,9 @@ class Ledgers:
         if head is None:
             return
         ledgers = self._heads.setdefault(site, {})
-        if head.ledger not in ledgers and len(ledgers) >= MOST_LEDGERS:
+        if head.ledger not in ledgers and len(ledgers) >= MAX_LEDGERS:
             if site not in self._full:
-                log.warning("site %s: has over %d ledgers; heads of further ones are not kept", site, MOST_LEDGERS)
+                log.warning("site %s: has over %d ledgers; heads of further ones are not kept", site, MAX_LEDGERS)
             self._full.add(site)
             return
         known = ledgers.get(head.ledger, {"count": 0})

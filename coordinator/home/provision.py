@@ -19,7 +19,7 @@ from offsite.trust.identity import SIGNATURE_BYTES, Identity
 from offsite.trust.request import SiteRequest
 from offsite.trust.sealing import HYBRID
 from offsite.trust.settings import read_settings
-from offsite.trust.welcome import MOST_EARLIER, Welcome, write_welcome
+from offsite.trust.welcome import MAX_EARLIER, Welcome, write_welcome
 
 SETTINGS, SITES = "coordinator.toml", "sites.json"
 CA_KEY, CA, SERVER_KEY, SERVER, IDENTITY = "ca.key", "ca.pem", "server.key", "server.pem", "identity.key"
@@ -259,7 +259,7 @@ class CoordinatorHome:
     def _earlier(self, federation: FederationManifest, site: str) -> tuple[bytes, ...]:
         """Returns the epochs before this one, back to where the site came in; it learns nothing of the time before."""
         found: list[bytes] = []
-        for epoch in range(federation.epoch - 1, max(0, federation.epoch - 1 - MOST_EARLIER), -1):
+        for epoch in range(federation.epoch - 1, max(0, federation.epoch - 1 - MAX_EARLIER), -1):
             data = read(self._epoch(epoch))
             if site not in {one.site for one in FederationManifest.from_bytes(data).members}:
                 break

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from offsite.errors import ConfigError
 from offsite.trust import canonical, certificates
 from offsite.trust.certificates import DAYS
-from offsite.trust.federation_manifest import LEAST_SITES, MOST_SITES
+from offsite.trust.federation_manifest import MAX_SITES, MIN_SITES
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
 from offsite.trust.settings import quote
 from offsite.trust.welcome import MAX_PORT
@@ -36,7 +36,7 @@ class HomeSettings:
     link_port: int
     depot_port: int
     suite: int = HYBRID
-    n_min: int = LEAST_SITES
+    n_min: int = MIN_SITES
     max_epsilon: float = 8.0
     clip: float = 100.0
     days: int = DAYS
@@ -53,7 +53,7 @@ class HomeSettings:
             raise ConfigError(f"depot_port={self.depot_port}: must differ from link_port; choose another")
         if self.suite not in PUBLIC_BYTES:
             raise ConfigError(f"suite={self.suite}: must be one of {sorted(PUBLIC_BYTES)}")
-        _in_range("n_min", self.n_min, LEAST_SITES, MOST_SITES)
+        _in_range("n_min", self.n_min, MIN_SITES, MAX_SITES)
         _in_range("days", self.days, 1, certificates.AUTHORITY_DAYS)
         for name in ("max_epsilon", "clip"):
             if not 0 < getattr(self, name) < float("inf"):

@@ -18,13 +18,13 @@ from offsite.protos import depot_pb2 as wire
 from offsite.protos.flower_process import allow_open_files
 
 log = logging.getLogger("offsite.coordinator")
-CHUNK, LEAST_CHUNK = 1 << 20, 1 << 10
+CHUNK, MIN_CHUNK = 1 << 20, 1 << 10
 SERVICE = "offsite.depot.v1.Depot"
 WORKERS = 64  # each site that is fetching holds one
-MOST_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
+MAX_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
 # Of one site: it fetches one file at a time, and what a broken connection left of earlier tries ends a little later.
-MOST_OF_ONE = 8
-BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MOST_REQUESTS`; a site that reads them tries again
+MAX_OF_ONE = 8
+BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MAX_REQUESTS`; a site that reads them tries again
 REQUEST_SECONDS = 10  # within which a site that begins a request says what it wants
 HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
 REQUEST_LIMIT = 4096
@@ -59,7 +59,7 @@ class Depot:
             ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
         ]
         workers = futures.ThreadPoolExecutor(WORKERS, "depot")
-        self._server = grpc.server(workers, options=options, maximum_concurrent_rpcs=MOST_REQUESTS)
+        self._server = grpc.server(workers, options=options, maximum_concurrent_rpcs=MAX_REQUESTS)
         self._server.add_generic_rpc_handlers((_handlers(_Servicer(folder, allowed)),))
         self._credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.ca, require_client_auth=True)
 
@@ -138,10 +138,10 @@ class _Servicer:
     def _count(self, peer: bytes, context: Any) -> None:
         """Counts this peer's request until it is over, or ends it: one site must not hold what all have together."""
         with self._lock:
-            full = self._open[peer] >= MOST_OF_ONE
+            full = self._open[peer] >= MAX_OF_ONE
             self._open[peer] += not full
         if full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: {MOST_OF_ONE} of one site; end others first")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: {MAX_OF_ONE} of one site; end others first")
         if not context.add_callback(lambda: self._discount(peer)):
             self._discount(peer)  # it is over already
 
@@ -181,4 +181,4 @@ def _one(requests: Iterator[Any], context: Any) -> Any:
 
 def _chunk(wanted: int) -> int:
     """Returns the bytes of one chunk; a peer may ask for less than ours, not for so little that headers outweigh it."""
-    return min(max(wanted, LEAST_CHUNK), CHUNK) if wanted else CHUNK
+    return min(max(wanted, MIN_CHUNK), CHUNK) if wanted else CHUNK

@@ -24,12 +24,12 @@ class ReadinessPolicy:
 
     Attributes:
       wanted: sites that should be ready before the first round.
-      fewest: sites without which no round can be.
+      min_sites: sites without which no round can be.
       patience: seconds without any progress after which to stop waiting.
     """
 
     wanted: int
-    fewest: int
+    min_sites: int
     patience: float
 
 
@@ -99,7 +99,7 @@ class ReadinessPoller:
         self._unopened, self._current = unopened, current
         self._clock, self._sleep = clock, sleep
 
-    def gather(self, terms: ReadinessPolicy) -> tuple[str, ...]:
+    def wait(self, terms: ReadinessPolicy) -> tuple[str, ...]:
         """Returns the ready sites once enough are, waiting as long as there is progress.
 
         Raises:
@@ -115,12 +115,12 @@ class ReadinessPoller:
             if course.note(stands):
                 moved = self._clock()
             if self._clock() - moved > terms.patience:
-                if len(ready) >= terms.fewest:
+                if len(ready) >= terms.min_sites:
                     return ready
                 self._check_epoch()
                 raise TooFewSurvivors(
-                    f"sites={len(ready)} ready, {terms.fewest} are needed: {self._status.reasons()}; nothing moved for "
-                    f"{terms.patience:g} s; start the missing clients and run again"
+                    f"sites={len(ready)} ready, {terms.min_sites} are needed: {self._status.reasons()}; nothing moved "
+                    f"for {terms.patience:g} s; start the missing clients and run again"
                 )
             self._sleep(POLL_SECONDS)
 

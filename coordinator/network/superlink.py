@@ -5,12 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from offsite.protos.flower_process import allow_open_files, die_with_parent
-from offsite.protos.guard import MOST_OBJECT_BYTES, Guard, RequestLimits, secret_of_environment
+from offsite.protos.guard import MAX_OBJECT_BYTES, Guard, RequestLimits, secret_of_environment
 
 UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
 # What a SuperNode needs; everything else on this port starts runs, hands out tasks or describes itself.
 PUBLIC = ("/v1/fleet/", "/health")
-LIMITS = RequestLimits(longer={"/v1/fleet/push-object": MOST_OBJECT_BYTES})
+LIMITS = RequestLimits(longer={"/v1/fleet/push-object": MAX_OBJECT_BYTES})
 
 
 def main() -> None:

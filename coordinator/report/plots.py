@@ -14,7 +14,7 @@ from offsite.coordinator.report.formatting import number, signed
 from offsite.coordinator.report.sections import FOUR
 from offsite.coordinator.report.svg import COLOURS, INK, MARKERS, STYLE, WIDTH, Line, draw_lines, to_svg
 
-MOST_NAMED = 8  # lines with a name of their own; more would not be told apart
+MAX_NAMED = 8  # lines with a name of their own; more would not be told apart
 BETTER, WORSE, NEUTRAL = COLOURS[0], COLOURS[1], COLOURS[2]
 PANELS = {"private": "Held-out private text", "public": "Public text (what was forgotten)"}
 Report = Mapping[str, Any]
@@ -123,7 +123,7 @@ def _epsilon(privacy: Mapping[str, Any]) -> str:
 
 def _lines(numbers: Sequence[int], values: Mapping[str, Sequence[Any]]) -> list[Line]:
     """Returns one named line for each site, or thin unnamed ones when there are too many to tell apart."""
-    if len(values) > MOST_NAMED:
+    if len(values) > MAX_NAMED:
         names = [f"{len(values)} sites", *[""] * (len(values) - 1)]
         return [
             Line(name, list(numbers), _floats(v), COLOURS[0], "")

@@ -9,7 +9,7 @@ from offsite.protos import codec
 from offsite.protos.messages import printable
 
 M = TypeVar("M")
-MOST_TOLD = 500
+MAX_TOLD = 500
 
 
 class Exchange(Protocol):
@@ -61,8 +61,8 @@ class Refused:
 
 
 def cut(text: str) -> str:
-    """Returns what another party wrote as one printable line of at most `MOST_TOLD` characters."""
-    return printable(text, MOST_TOLD)
+    """Returns what another party wrote as one printable line of at most `MAX_TOLD` characters."""
+    return printable(text, MAX_TOLD)
 
 
 class Conversation:

@@ -102,11 +102,11 @@ def run_round(
     start = adapter_digest(adapter, refresh)
     opening = codec.KeysRequest(plan.number, plan.sequence, plan.nonce, start, invited=tuple(sorted(ready)))
     if manifest.aggregation.individuals:
-        return _one_by_one(manifest, opening, plan.secret, talk, on_ledger)
-    return _in_secret(manifest, opening, talk, on_ledger)
+        return _plaintext_round(manifest, opening, plan.secret, talk, on_ledger)
+    return _secure_round(manifest, opening, talk, on_ledger)
 
 
-def _in_secret(
+def _secure_round(
     manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation, on_ledger: OnLedger
 ) -> RoundResult:
     """Adds the updates up so that only their sum is learnt."""
@@ -157,7 +157,7 @@ def _in_secret(
     )
 
 
-def _one_by_one(
+def _plaintext_round(
     manifest: JobManifest, opening: codec.KeysRequest, secret: bytes, talk: Conversation, on_ledger: OnLedger
 ) -> RoundResult:
     """Takes each site's update as it is, where the job says so and every owner has permitted it."""

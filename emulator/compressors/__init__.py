@@ -8,7 +8,6 @@ from offsite.emulator.calibration.draft import DraftSegment, Station, spans
 from offsite.emulator.calibration.middle import Middle
 from offsite.emulator.compressors.center import center
 from offsite.emulator.compressors.distill import distill
-from offsite.emulator.compressors.elevate import elevate
 from offsite.emulator.compressors.gptq import gptq
 from offsite.emulator.compressors.integers import rounded
 from offsite.emulator.compressors.lowrank import lowrank
@@ -50,7 +49,6 @@ COMPRESSORS: dict[str, Compressor] = {
     "lowrank": Compressor(rewrite=lowrank),
     "center": Compressor(rewrite=center),
     "distill": Compressor(rewrite=distill),
-    "elevate": Compressor(rewrite=elevate),
     "prune": Compressor(rewrite=prune),
     "prune_2_4": Compressor(rewrite=prune_2_4),
     "int8": Compressor(rewrite=partial(rounded, 8), public=False),

@@ -10,7 +10,7 @@ from offsite.emulator.structure.geometry import PARALLEL
 from offsite.errors import ConfigError
 
 RATE = 2e-4
-MOST_STEPS = 100_000
+MAX_STEPS = 100_000
 
 
 def distill(station: Station, argument: str) -> None:
@@ -19,7 +19,7 @@ def distill(station: Station, argument: str) -> None:
     The target is the full model's hidden states behind the stretch, each position counting alike (FedBiOT, Wu et al.
     2024, aligns by hidden states too). No gradient passes from one stretch to the next, so memory is one block's.
     """
-    steps = whole("distill", argument, "the number of steps", 1, MOST_STEPS)
+    steps = whole("distill", argument, "the number of steps", 1, MAX_STEPS)
     if station.middle.geometry.shape == PARALLEL:
         raise ConfigError(
             f"distill={argument!r}: in a parallel emulator a block stays the model's own but for fewer bits; use gptq4"

@@ -9,7 +9,7 @@ from offsite.errors import ConfigError
 BITS = (3, 4, 8)
 FINE_BITS = 6
 FINE = f"/{FINE_BITS}"
-MOST_GROUP = 2**20
+MAX_GROUP = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scheme:
     fine: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or not 2 <= self.group < MOST_GROUP or (self.fine and self.bits == max(BITS)):
+        if self.bits not in BITS or not 2 <= self.group < MAX_GROUP or (self.fine and self.bits == max(BITS)):
             raise ConfigError(
                 f"bits={self.bits} group={self.group} fine={self.fine}: bits must be 3, 4 or 8, the group at least 2, "
                 "and scales fine with 3 or 4 bits only; use int4:64, int4:32/6 or int8:64"

@@ -20,7 +20,7 @@ from offsite.errors import ConfigError, MalformedMessage, RangeError
 
 # The values of all biases that may move, (name, float16 little endian), by name; () where none has moved.
 Refresh = tuple[tuple[str, bytes], ...]
-MOST_SHARE = 0.02  # of the package's bytes
+MAX_SHARE = 0.02  # of the package's bytes
 FLOATS = ("bf16", "fp16", "fp32")
 WIRE = "<f2"
 
@@ -113,9 +113,9 @@ class Refreshable:
                 f"could move; {remedy}set emulator.refresh = 0"
             )
         share = size_of(self.values()) / manifest.package_bytes
-        if share > MOST_SHARE:
+        if share > MAX_SHARE:
             raise ConfigError(
-                f"emulator.refresh={every}: a refresh is {share:.1%} of the package, and at most {MOST_SHARE:.0%} may "
+                f"emulator.refresh={every}: a refresh is {share:.1%} of the package, and at most {MAX_SHARE:.0%} may "
                 "be; ship the middle at more bits, or set emulator.refresh = 0"
             )
 

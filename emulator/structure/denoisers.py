@@ -17,7 +17,7 @@ from offsite.errors import MalformedMessage, OffsiteError
 from offsite.task.diffusion_models import CLASS as CLASS
 from offsite.task.diffusion_models import UNET, model_class
 
-MOST_ENTRIES = 1 << 26  # of the table of positions, which is computed; the largest published has some millions
+MAX_ENTRIES = 1 << 26  # of the table of positions, which is computed; the largest published has some millions
 STEPS = 1000  # of noise, in every diffusion transformer that was published
 TOKENS = 12  # of a text
 _SIZES = ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")
@@ -134,7 +134,7 @@ def _check_values(config: DiffusionConfig, known: set[str]) -> None:
     size, patch, heads, width = (values.get(key, 1) for key in _SIZES)
     if any(type(one) is not int or one < 1 for one in (size, patch, heads, width)):
         raise MalformedMessage(f"config {', '.join(_SIZES)}: each must be at least 1; refuse this package")
-    if (size // patch) ** 2 * heads * width > MOST_ENTRIES:
+    if (size // patch) ** 2 * heads * width > MAX_ENTRIES:
         raise MalformedMessage(
-            f"config sample_size={size}: no honest model computes over {MOST_ENTRIES} positions; refuse this package"
+            f"config sample_size={size}: no honest model computes over {MAX_ENTRIES} positions; refuse this package"
         )

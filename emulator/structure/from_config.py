@@ -23,9 +23,9 @@ AUTO: dict[str, Any] = {**KINDS, "diffusion": denoisers.AutoDiffusion}
 UNSAFE = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
 
 
-MOST_MODULES = 100_000  # the largest models, of hundreds of experts in each block, have some tens of thousands
+MAX_MODULES = 100_000  # the largest models, of hundreds of experts in each block, have some tens of thousands
 _HARMLESS = ("theta", "window", "seed")  # no table is as long as these say
-MOST_ENTRIES = 1 << 26  # the longest positions are some ten millions, the largest vocabularies a million
+MAX_ENTRIES = 1 << 26  # the longest positions are some ten millions, the largest vocabularies a million
 
 
 def config_text(model: nn.Module) -> str:
@@ -104,7 +104,7 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
     """
     kind = lookup(AUTO, auto, "auto")
     config = _parse_config(text)
-    with no_init_weights(), _at_most(MOST_MODULES):
+    with no_init_weights(), _at_most(MAX_MODULES):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()  # the context above turns tying off together with initialisation
@@ -215,8 +215,8 @@ def _check_numbers(value: Any, key: str = "") -> None:
     elif isinstance(value, list):
         for item in value:
             _check_numbers(item, key)
-    elif type(value) is int and abs(value) > MOST_ENTRIES and not any(part in key for part in _HARMLESS):
-        raise MalformedMessage(f"config {key}={value}: no honest model has over {MOST_ENTRIES}; refuse this package")
+    elif type(value) is int and abs(value) > MAX_ENTRIES and not any(part in key for part in _HARMLESS):
+        raise MalformedMessage(f"config {key}={value}: no honest model has over {MAX_ENTRIES}; refuse this package")
 
 
 def _text(document: dict[str, Any]) -> str:

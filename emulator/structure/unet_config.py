@@ -9,12 +9,12 @@ from typing import Any
 
 from offsite.errors import MalformedMessage, UnsupportedModel
 
-MOST_LEVELS = 8  # Stable Diffusion has 4
-MOST_LAYERS = 16  # in one level, or transformer blocks in one layer
-MOST_CHANNELS = 4096  # Stable Diffusion has 1280 at most
-MOST_WIDTH = 16384  # of a text; 768 or 1024
-MOST_SIDE = 256  # of latents; 64 or 96
-MOST_ENTRIES = 1 << 26  # of the largest map, (side, side, channels)
+MAX_LEVELS = 8  # Stable Diffusion has 4
+MAX_LAYERS = 16  # in one level, or transformer blocks in one layer
+MAX_CHANNELS = 4096  # Stable Diffusion has 1280 at most
+MAX_WIDTH = 16384  # of a text; 768 or 1024
+MAX_SIDE = 256  # of latents; 64 or 96
+MAX_ENTRIES = 1 << 26  # of the largest map, (side, side, channels)
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 MIDDLE = ("UNetMidBlock2DCrossAttn",)
@@ -72,10 +72,10 @@ def check_unet(values: dict[str, Any]) -> None:
     if len(set(levels.values())) > 1:
         raise MalformedMessage(f"config {levels}: each must have one entry for each level; refuse this package")
     channels = values.get("block_out_channels", [0])
-    if (values.get("sample_size") or 0) ** 2 * max(channels) > MOST_ENTRIES:
+    if (values.get("sample_size") or 0) ** 2 * max(channels) > MAX_ENTRIES:
         raise MalformedMessage(
             f"config sample_size={values['sample_size']} block_out_channels={channels}: no honest model has maps of "
-            f"over {MOST_ENTRIES} entries; refuse this package"
+            f"over {MAX_ENTRIES} entries; refuse this package"
         )
 
 
@@ -89,7 +89,7 @@ def _each(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _list(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) is list and 0 < len(value) <= MOST_LEVELS and all(map(single, value))
+    return lambda value: type(value) is list and 0 < len(value) <= MAX_LEVELS and all(map(single, value))
 
 
 def _one_of(*known: Any) -> Callable[[Any], bool]:
@@ -107,24 +107,24 @@ _LEVELS = [
     "transformer_layers_per_block",
 ]
 _RULES: dict[str, Callable[[Any], bool]] = {
-    "sample_size": _whole(1, MOST_SIDE),
-    "in_channels": _whole(1, MOST_CHANNELS),
-    "out_channels": _whole(1, MOST_CHANNELS),
+    "sample_size": _whole(1, MAX_SIDE),
+    "in_channels": _whole(1, MAX_CHANNELS),
+    "out_channels": _whole(1, MAX_CHANNELS),
     "flip_sin_to_cos": _one_of(True, False),
     "freq_shift": _whole(0, 1),
     "down_block_types": _list(_one_of(*DOWN)),
     "mid_block_type": _one_of(*MIDDLE),
     "up_block_types": _list(_one_of(*UP)),
-    "block_out_channels": _list(_whole(1, MOST_CHANNELS)),
-    "layers_per_block": _each(_whole(1, MOST_LAYERS)),
+    "block_out_channels": _list(_whole(1, MAX_CHANNELS)),
+    "layers_per_block": _each(_whole(1, MAX_LAYERS)),
     "dropout": lambda value: type(value) in _number and 0 <= value <= 0.5,
     "act_fn": _one_of("silu", "swish", "mish", "gelu"),
-    "norm_num_groups": _whole(1, MOST_CHANNELS),
+    "norm_num_groups": _whole(1, MAX_CHANNELS),
     "norm_eps": lambda value: type(value) in _number and 0 < value <= 1e-2,
-    "cross_attention_dim": _whole(1, MOST_WIDTH),
-    "transformer_layers_per_block": _each(_whole(1, MOST_LAYERS)),
-    "attention_head_dim": _each(_whole(1, MOST_CHANNELS)),
-    "num_attention_heads": lambda value: value is None or _each(_whole(1, MOST_CHANNELS))(value),
+    "cross_attention_dim": _whole(1, MAX_WIDTH),
+    "transformer_layers_per_block": _each(_whole(1, MAX_LAYERS)),
+    "attention_head_dim": _each(_whole(1, MAX_CHANNELS)),
+    "num_attention_heads": lambda value: value is None or _each(_whole(1, MAX_CHANNELS))(value),
     "use_linear_projection": _one_of(True, False),
     "upcast_attention": _one_of(True, False),
     "resnet_time_scale_shift": _one_of("default", "scale_shift"),

@@ -16,8 +16,8 @@ from offsite.task.spec import Record
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # the first image of those that hold several
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MOST_PIXELS = 1 << 26  # of one image; a file of few bytes can ask for more memory than there is
-MOST_BYTES = 8 << 30  # of all decoded images of a file or folder
+MAX_PIXELS = 1 << 26  # of one image; a file of few bytes can ask for more memory than there is
+MAX_BYTES = 8 << 30  # of all decoded images of a file or folder
 DEEP = ("I", "F")  # PIL's modes of 16 and 32 bits, of which a conversion would make white whatever is over 255
 LENGTHS = "_length"  # ending of an array that says how much of each row of another is not padding
 
@@ -36,7 +36,7 @@ def read_images(path: Path, columns: Columns) -> list[Record]:
             f"data={str(path)!r} has no images in folders; put those of each class into a folder of its name "
             f"({', '.join(SUFFIXES)})"
         )
-    rows, left = [], MOST_BYTES
+    rows, left = [], MAX_BYTES
     for number, file in enumerate(files, start=1):
         where = f"image={number}"
         try:
@@ -97,7 +97,7 @@ def _check_lengths(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _parquet_rows(path: Path, columns: Columns, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
-    left = MOST_BYTES
+    left = MAX_BYTES
     for number, values in enumerate(rows, start=1):
         where = f"row={number}"
         fields: dict[str, Any] = {}
@@ -140,8 +140,8 @@ def _decoded(path: Path, where: str, content: bytes) -> np.ndarray:
     """Returns an encoded image as uint8, (H, W) where it is grey and (H, W, 3) otherwise."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"data={str(path)!r} {where} has over {MOST_PIXELS} pixels; make it smaller first")
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"data={str(path)!r} {where} has over {MAX_PIXELS} pixels; make it smaller first")
             if image.mode.startswith(DEEP):
                 raise DataError(
                     f"data={str(path)!r} {where} has over 8 bits a channel; choose the window that matters, and write "
@@ -156,7 +156,7 @@ def _less(path: Path, left: int, image: np.ndarray) -> int:
     """Returns how many bytes are left for further images."""
     if image.nbytes > left:
         raise DataError(
-            f"data={str(path)!r}: its images take over {MOST_BYTES >> 30} GiB in memory; make them smaller first, a "
+            f"data={str(path)!r}: its images take over {MAX_BYTES >> 30} GiB in memory; make them smaller first, a "
             "model sees a few hundred pixels a side"
         )
     return left - image.nbytes

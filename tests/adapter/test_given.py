@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offsite.adapter.auxiliary import MOST_LENGTH, TensorSpec, check_auxiliary, dummy_tensors_for, positions
+from offsite.adapter.auxiliary import MAX_LENGTH, TensorSpec, check_auxiliary, dummy_tensors_for, positions
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, dummy_tensors, frozen_count, needs_public_data, required_tensors
 from offsite.adapter.spec import AdapterSpec
@@ -33,7 +33,7 @@ def spec_of(method, family, options):
         (VALUES, torch.zeros(2, 4), r"must be torch.float32 \('r', 3\)|must be torch.float32 \(2, 3\)"),
         (VALUES, torch.zeros(3), "must be torch.float32"),
         (VALUES, torch.zeros(0, 3), "must be torch.float32"),
-        (VALUES, torch.zeros(MOST_LENGTH + 1, 3), "must be torch.float32"),
+        (VALUES, torch.zeros(MAX_LENGTH + 1, 3), "must be torch.float32"),
         (VALUES, torch.zeros(2, 3, dtype=torch.float64), "is torch.float64"),
         (VALUES, torch.zeros(2, 3, dtype=torch.bfloat16), "is torch.bfloat16"),
         (VALUES, torch.full((2, 3), float("nan")), "NaN or Inf"),

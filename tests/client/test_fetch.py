@@ -342,7 +342,7 @@ def test_a_depot_with_its_hands_full_is_waited_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another site has its one worker, and gives it back after a while."""
-    monkeypatch.setattr(offsite.coordinator.network.depot, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "MAX_REQUESTS", 1)
     small = Depot(world.folder, address="127.0.0.1:0", tls=world.tls, allowed=world.allowed)
     world.wire.to = port = small.start()
     credentials = grpc.ssl_channel_credentials(world.tls.ca, world.key, world.cert)

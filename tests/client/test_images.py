@@ -135,14 +135,14 @@ def test_lengths_that_no_row_can_have_are_refused(tmp_path, lengths):
 
 def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
     path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
-    monkeypatch.setattr(image_files, "MOST_PIXELS", 62)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 62)
     with pytest.raises(DataError, match="image=1 has over 62 pixels"):
         read(path, reader="images", columns=columns())
-    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
-    monkeypatch.setattr(image_files, "MOST_BYTES", 2 * 189 - 1)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 63)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 2 * 189 - 1)
     with pytest.raises(DataError, match="in memory"):
         read(path, reader="images", columns=columns())
-    monkeypatch.setattr(image_files, "MOST_BYTES", 2 * 189)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 2 * 189)
     assert len(read(path, reader="images", columns=columns())) == 2
 
 

@@ -14,7 +14,7 @@ from offsite.client.site.round_handler import answer
 from offsite.coordinator.network.signed_exchange import SignedExchange
 from offsite.coordinator.rounds.attempt import SPENDS, Attempt, Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
-from offsite.coordinator.rounds.exchange import MOST_TOLD, MemoryExchange
+from offsite.coordinator.rounds.exchange import MAX_TOLD, MemoryExchange
 from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round, tell_abort
 from offsite.errors import DataError, TooFewSurvivors
 from offsite.protos import codec
@@ -479,5 +479,5 @@ def test_a_refusal_is_cut_before_it_is_recorded_and_told(world: World, tmp_path:
     coordinator = Coordinator(world, tmp_path / "run", sites)
     with pytest.raises(TooFewSurvivors) as caught:
         coordinator.run(coordinator.open()[0])
-    assert len(str(caught.value)) < 2 * MOST_TOLD
+    assert len(str(caught.value)) < 2 * MAX_TOLD
     assert str(caught.value).isprintable()

@@ -19,7 +19,7 @@ import pytest
 
 import offsite.client.network.fetch
 import offsite.coordinator.network.depot
-from offsite.coordinator.network.depot import BUSY, CHUNK, MOST_OF_ONE, MOST_REQUESTS, WORKERS, Depot, Tls
+from offsite.coordinator.network.depot import BUSY, CHUNK, MAX_OF_ONE, MAX_REQUESTS, WORKERS, Depot, Tls
 from offsite.errors import DataError, Untrusted
 from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
@@ -264,7 +264,7 @@ def silent(channel: grpc.Channel) -> object:
 
 def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 1)
-    monkeypatch.setattr(offsite.coordinator.network.depot, "MOST_REQUESTS", 3)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "MAX_REQUESTS", 3)
     with served_anew(world), world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(3)]
         until = time.monotonic() + 10
@@ -293,7 +293,7 @@ def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch:
 def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
     """More silent requests than the depot takes of all sites, and its neighbour is answered at once."""
     with world.channel(world.ash) as channel:
-        calls = [silent(channel) for _ in range(MOST_REQUESTS + 20)]
+        calls = [silent(channel) for _ in range(MAX_REQUESTS + 20)]
         began = time.monotonic()
         while describes(world) != grpc.StatusCode.OK and time.monotonic() - began < 5:
             time.sleep(0.05)
@@ -310,17 +310,17 @@ def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
 def test_a_request_counts_until_it_ends_in_any_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answered, refused, called off, given up as silent, cut off: none of them is held against the site."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 1)
-    for _ in range(MOST_OF_ONE + 2):
+    for _ in range(MAX_OF_ONE + 2):
         assert retried(lambda: world.describe(world.ash)) == grpc.StatusCode.OK
         assert retried(lambda: world.describe(world.ash, "f" * 64)) == grpc.StatusCode.NOT_FOUND
         assert retried(lambda: world.get(world.ash, offset=SIZE + 1)) == grpc.StatusCode.OUT_OF_RANGE
         assert retried(lambda: world.get(world.ash)) == grpc.StatusCode.OK
     with world.channel(world.ash) as channel:
-        given_up = [silent(channel) for _ in range(MOST_OF_ONE)]
+        given_up = [silent(channel) for _ in range(MAX_OF_ONE)]
         assert {read_to_its_end(call) for call in given_up} == {grpc.StatusCode.CANCELLED}
     assert comes_in_again(world)
     with world.channel(world.ash) as channel:
-        for _ in range(MOST_OF_ONE):
+        for _ in range(MAX_OF_ONE):
             silent(channel)
     assert comes_in_again(world)
 
@@ -357,7 +357,7 @@ def describes(world: World) -> grpc.StatusCode:
 
 
 def test_more_requests_may_wait_than_are_answered_at_once() -> None:
-    assert MOST_REQUESTS > WORKERS
+    assert MAX_REQUESTS > WORKERS
 
 
 def test_strangers_hold_no_worker_and_are_disconnected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

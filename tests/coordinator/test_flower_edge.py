@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from offsite.coordinator.network.flower_exchange import _message, call
-from offsite.coordinator.rounds.exchange import MOST_TOLD
+from offsite.coordinator.rounds.exchange import MAX_TOLD
 from offsite.protos.flower import pack
 
 
@@ -70,5 +70,5 @@ def test_what_flower_says_of_a_site_is_cut(monkeypatch: pytest.MonkeyPatch, capl
     grid = Answering({1: Error(code=0, reason="\x1b[2J" + "x" * 10**6)})
     assert call(cast(Grid, cast(Any, grid)), {"elm": _message(1, "offer", b"")}, 5.0) == {}
     (said,) = (record.getMessage() for record in caplog.records)
-    assert len(said) < 2 * MOST_TOLD
+    assert len(said) < 2 * MAX_TOLD
     assert said.isprintable()

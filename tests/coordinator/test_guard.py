@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
-from offsite.protos.guard import CONTENT, MOST_BODY_BYTES, MOST_OBJECT_BYTES
+from offsite.protos.guard import CONTENT, MAX_BODY_BYTES, MAX_OBJECT_BYTES
 from tests.coordinator import test_link
 from tests.coordinator.test_link import keys
 
@@ -28,7 +28,7 @@ def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: SuperLin
             assert peer.post(path, content=b"x").status_code in range(400, 500)
             assert peer.post(path, content=b"x", headers=named).status_code in range(400, 500)
             assert peer.post(path, headers={"content-type": "anything"}).status_code in range(400, 500)
-        for path, most in (("push-object", MOST_OBJECT_BYTES), ("push-messages", MOST_BODY_BYTES)):
+        for path, most in (("push-object", MAX_OBJECT_BYTES), ("push-messages", MAX_BODY_BYTES)):
             try:
                 status = peer.post(f"/v1/fleet/{path}", content=bytes(most + 1), headers=named).status_code
             except httpx.TransportError:  # answered and closed while it still sends

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.coordinator.home.ledger_heads import MOST_LEDGERS, Ledgers
+from offsite.coordinator.home.ledger_heads import MAX_LEDGERS, Ledgers
 from offsite.errors import DataError
 from offsite.protos.codec import LedgerHead
 from offsite.trust.countersign import check_countersigned
@@ -33,13 +33,13 @@ def test_the_newest_head_is_kept_signed_and_found_again(tmp_path: Path) -> None:
 def test_a_site_with_ever_new_ledgers_fills_no_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ledgers = Ledgers(tmp_path / "ledgers.json", IDENTITY)
     with caplog.at_level(logging.WARNING):
-        for number in range(3 * MOST_LEDGERS):
+        for number in range(3 * MAX_LEDGERS):
             ledgers.learn("ash", head(number, 1))
     assert len(caplog.records) == 1
     ledgers.learn("ash", head(0, 7))
     ledgers.learn("birch", head(999, 1))
     again = Ledgers(tmp_path / "ledgers.json", IDENTITY)
-    assert [one.ledger for one in again.countersigned("ash")] == [head(n, 1).ledger for n in range(MOST_LEDGERS)]
+    assert [one.ledger for one in again.countersigned("ash")] == [head(n, 1).ledger for n in range(MAX_LEDGERS)]
     assert again.countersigned("ash")[0].count == 7
     assert len(again.countersigned("birch")) == 1
 

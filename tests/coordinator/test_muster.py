@@ -12,7 +12,7 @@ import pytest
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.status import Status, read_status
 from offsite.coordinator.network.readiness import PIECE, ReadinessPolicy, ReadinessPoller
-from offsite.coordinator.rounds.exchange import MOST_TOLD, cut
+from offsite.coordinator.rounds.exchange import MAX_TOLD, cut
 from offsite.errors import TooFewSurvivors, Untrusted
 from offsite.protos import codec
 from offsite.trust.federation_manifest import FederationManifest, sign
@@ -85,14 +85,14 @@ class Waiting:
             return said
         return codec.OfferReply(said.state, said.detail, said.fetched, sign(self.federation, self.identities[site]))
 
-    def gather(self, wanted: int = 3, fewest: int = 3, patience: float = PATIENCE) -> tuple[str, ...]:
-        return self.muster.gather(ReadinessPolicy(wanted, fewest, patience))
+    def wait(self, wanted: int = 3, fewest: int = 3, patience: float = PATIENCE) -> tuple[str, ...]:
+        return self.muster.wait(ReadinessPolicy(wanted, fewest, patience))
 
     def waits(self, least: float, most: float) -> TooFewSurvivors:
         """The muster gives up after so many seconds."""
         began = self.time
         with pytest.raises(TooFewSurvivors) as caught:
-            self.gather()
+            self.wait()
         assert least <= self.time - began <= most
         return caught.value
 
@@ -147,7 +147,7 @@ def test_a_slow_site_that_fetches_is_waited_for(tmp_path: Path) -> None:
 
     waiting = Waiting(tmp_path, sites(fetching()))
     began = waiting.time
-    assert waiting.gather() == NAMES
+    assert waiting.wait() == NAMES
     assert waiting.time - began > 10 * PATIENCE
     assert waiting.site("ash")["fetched"] == PACKAGE
 
@@ -164,14 +164,14 @@ def test_each_step_of_a_site_is_progress_once_in_each_wait(tmp_path: Path) -> No
         yield from cycle([reply("ready")])
 
     waiting = Waiting(tmp_path, sites(coming()))
-    assert waiting.gather() == NAMES
-    assert waiting.gather() == NAMES
+    assert waiting.wait() == NAMES
+    assert waiting.wait() == NAMES
     assert waiting.time - 1000.0 > 4 * PATIENCE
 
 
 def test_enough_sites_go_on_without_one_that_flaps(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(cycle([reply("fetching"), None])))
-    assert waiting.gather(wanted=3, fewest=2) == ("birch", "cedar")
+    assert waiting.wait(wanted=3, fewest=2) == ("birch", "cedar")
 
 
 def test_ready_without_the_owners_signature_is_refused(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_why_an_answer_was_not_opened_is_told_once(tmp_path: Path) -> None:
     waiting.unopened["ash"] = "letter: not signed by ash"
     seen: list[object] = []
     waiting.muster._sleep = lambda seconds: seen.append(waiting.site("ash")["detail"])
-    assert waiting.gather() == NAMES
+    assert waiting.wait() == NAMES
     assert seen == ["letter: not signed by ash"]
     assert waiting.unopened == {}
 
@@ -220,26 +220,26 @@ def test_why_an_answer_was_not_opened_is_told_once(tmp_path: Path) -> None:
 def test_what_a_site_tells_is_cut_before_it_goes_anywhere(tmp_path: Path, says: Said) -> None:
     waiting = Waiting(tmp_path, sites(cycle([says])))
     error = str(waiting.waits(PATIENCE, PATIENCE + 5))
-    assert len(error) < 2 * MOST_TOLD
+    assert len(error) < 2 * MAX_TOLD
     assert error.isprintable()
     detail = str(waiting.site("ash")["detail"])
-    assert len(detail) == MOST_TOLD
+    assert len(detail) == MAX_TOLD
     assert detail.endswith("...")
-    assert len(json.dumps(read_status(waiting.path))) < 4 * MOST_TOLD
+    assert len(json.dumps(read_status(waiting.path))) < 4 * MAX_TOLD
 
 
 def test_an_unopened_answer_is_cut_too(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(cycle([None])))
     waiting.unopened["ash"] = "w" * 10**6
     waiting.muster._look()
-    assert len(str(waiting.site("ash")["detail"])) == MOST_TOLD
+    assert len(str(waiting.site("ash")["detail"])) == MAX_TOLD
 
 
 def test_what_is_short_is_told_as_it_is() -> None:
     assert cut("DataError: Grüße, x=1") == "DataError: Grüße, x=1"
     assert cut("a\tb\x00c\u202ed") == "a b c d"
-    assert cut("x" * MOST_TOLD) == "x" * MOST_TOLD
-    assert cut("x" * (MOST_TOLD + 1)) == "x" * (MOST_TOLD - 3) + "..."
+    assert cut("x" * MAX_TOLD) == "x" * MAX_TOLD
+    assert cut("x" * (MAX_TOLD + 1)) == "x" * (MAX_TOLD - 3) + "..."
 
 
 CHANGED = (
@@ -257,7 +257,7 @@ def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path)
 
     waiting.muster._sleep = change
     with pytest.raises(Untrusted) as caught:
-        waiting.gather()
+        waiting.wait()
     assert str(caught.value) == CHANGED
     assert set(waiting.kept) == {"birch", "cedar"}
 
@@ -265,12 +265,12 @@ def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path)
 def test_another_epoch_does_not_end_a_job_that_all_have_signed(tmp_path: Path) -> None:
     """Who has gone on to it is missing, and when too many are, it is told why."""
     waiting = Waiting(tmp_path, sites(iter([reply("ready"), *[None] * 50, *[reply("ready")] * 2, *[None] * 1000])))
-    assert waiting.gather() == NAMES
+    assert waiting.wait() == NAMES
     waiting.current = following(waiting.federation)
-    assert waiting.gather() == NAMES
-    assert waiting.gather() == NAMES
+    assert waiting.wait() == NAMES
+    assert waiting.wait() == NAMES
     with pytest.raises(Untrusted) as caught:
-        waiting.gather()
+        waiting.wait()
     assert str(caught.value) == CHANGED
 
 

@@ -125,7 +125,7 @@ def test_each_block_sees_what_enters_it_in_the_full_model(model, public):
 
 
 RECIPES = ["skip@1", "skip_uniform:0.5", "skip_importance:0.5", "skip_gradient:0.5", "narrow:0.5", "lowrank:0.5"]
-RECIPES += ["refit", "patch", "center", "distill:2", "elevate:0.25", "prune:0.25", "prune_2_4"]
+RECIPES += ["refit", "patch", "center", "distill:2", "prune:0.25", "prune_2_4"]
 RECIPES += ["int8:16", "int4:16", "int3:16", "gptq8:16", "gptq4:16", "gptq3:16"]
 
 

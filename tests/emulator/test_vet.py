@@ -36,10 +36,9 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     ("share:0.5", "int8:16"),
     ("prune:0.5",),
     ("prune_2_4",),
-    ("elevate:0.3", "int8:16"),
 )
-# A mixture's experts are one stacked tensor: there is no pair of dense layers to narrow, centre or elevate.
-WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center")), ("mixtral", ("elevate:0.3", "int8:16"))}
+# A mixture's experts are one stacked tensor: there is no pair of dense layers to narrow or centre.
+WITHOUT_PAIRS = {("mixtral", ("lowrank:0.7", "center"))}
 
 
 def vetted(folder: Path, model: nn.Module | None = None, seed: int = 1) -> Any:

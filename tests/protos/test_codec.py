@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from offsite.errors import MalformedMessage
 from offsite.protos import codec
 from offsite.protos.messages import LINE as LINE_CHARACTERS
-from offsite.protos.messages import MOST_BIASES, MOST_REFRESH_BYTES, one_line
-from offsite.trust.federation_manifest import MOST_SITES
+from offsite.protos.messages import MAX_BIASES, MAX_REFRESH_BYTES, one_line
+from offsite.trust.federation_manifest import MAX_SITES
 
 DIGEST = st.binary(min_size=32, max_size=32)
 NAME = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
@@ -195,9 +195,9 @@ LISTS = {
 
 @pytest.mark.parametrize("kind", LISTS)
 def test_a_list_has_one_entry_for_each_site_at_most(kind: str) -> None:
-    assert same(codec.decode(codec.encode(LISTS[kind](MOST_SITES))), LISTS[kind](MOST_SITES))
-    with pytest.raises(MalformedMessage, match=f"entries={MOST_SITES + 1}"):
-        codec.decode(codec.encode(LISTS[kind](MOST_SITES + 1)))
+    assert same(codec.decode(codec.encode(LISTS[kind](MAX_SITES))), LISTS[kind](MAX_SITES))
+    with pytest.raises(MalformedMessage, match=f"entries={MAX_SITES + 1}"):
+        codec.decode(codec.encode(LISTS[kind](MAX_SITES + 1)))
 
 
 MOVES = {
@@ -205,8 +205,8 @@ MOVES = {
     "twice": (("a", b"12"), ("a", b"12")),
     "screen": (("a\x1b[2J", b"12"),),
     "long name": (("a" * (LINE_CHARACTERS + 1), b"12"),),
-    "many": tuple((f"{i:05}", b"12") for i in range(MOST_BIASES + 1)),
-    "large": (("a", bytes(MOST_REFRESH_BYTES // 2)), ("b", bytes(MOST_REFRESH_BYTES // 2 + 1))),
+    "many": tuple((f"{i:05}", b"12") for i in range(MAX_BIASES + 1)),
+    "large": (("a", bytes(MAX_REFRESH_BYTES // 2)), ("b", bytes(MAX_REFRESH_BYTES // 2 + 1))),
 }
 
 

@@ -35,8 +35,8 @@ from offsite.protos.flower import pack
 from offsite.protos.guard import (
     CONTENT,
     HEADER,
-    MOST_BODY_BYTES,
-    MOST_OBJECT_BYTES,
+    MAX_BODY_BYTES,
+    MAX_OBJECT_BYTES,
     VARIABLE,
     Guard,
     RequestLimits,
@@ -320,7 +320,7 @@ def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: 
     record = pack("masked", os.urandom(12 << 20))
     objects = [one.deflate() for one in get_all_nested_objects(record).values()]
     assert max(map(len, objects)) > piece
-    assert max(map(len, objects)) + 1000 < LIMITS.of("/v1/fleet/push-object") == MOST_OBJECT_BYTES
+    assert max(map(len, objects)) + 1000 < LIMITS.of("/v1/fleet/push-object") == MAX_OBJECT_BYTES
 
 
 def test_every_other_request_of_an_honest_site_is_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_every_other_request_of_an_honest_site_is_below_the_limit(monkeypatch: p
         node=node, messages_list=[message], message_object_trees=[tree], clientapp_runtime_list=[1.5]
     ).ByteSize()
     assert 60_000 < longest < LIMITS.of("/v1/fleet/push-messages") * 2 // 3
-    assert LIMITS.of("/v1/fleet/push-messages") == MOST_BODY_BYTES == 128 << 10
+    assert LIMITS.of("/v1/fleet/push-messages") == MAX_BODY_BYTES == 128 << 10
     short = (
         PullMessagesRequest(node=node),
         ActivateNodeRequest(public_key=bytes(120), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
@@ -490,17 +490,17 @@ def test_over_http_a_body_without_end_is_cut_off(program: Program) -> None:
     chunked = (b"%x\r\n" % len(piece) + piece + b"\r\n" for _ in range(4096))
     status, moved = program.sends(chunked, "Transfer-Encoding: chunked")
     assert status in (0, 413)
-    assert moved < MOST_OBJECT_BYTES + (16 << 20)  # what lies in the buffers of both sockets
+    assert moved < MAX_OBJECT_BYTES + (16 << 20)  # what lies in the buffers of both sockets
     status, moved = program.sends((piece for _ in range(4096)), f"Content-Length: {4096 * len(piece)}")
     assert status in (0, 413)
     assert moved < 16 << 20
     assert program.largest == 0
-    for path, most in (("size", MOST_BODY_BYTES), ("push-object", MOST_OBJECT_BYTES)):
+    for path, most in (("size", MAX_BODY_BYTES), ("push-object", MAX_OBJECT_BYTES)):
         whole = iter([bytes(most)])
         lines = (f"Content-Length: {most}", "Connection: close")
         assert program.sends(whole, *lines, path=path)[0] == 200
         assert program.largest == most
-    lines = (f"Content-Length: {MOST_BODY_BYTES + 1}", "Connection: close")
+    lines = (f"Content-Length: {MAX_BODY_BYTES + 1}", "Connection: close")
     assert program.sends(iter([]), *lines, path="size")[0] == 413
 
 

@@ -10,7 +10,7 @@ from offsite.errors import MalformedMessage
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
 from offsite.protos.job_manifest import JobManifest
-from offsite.protos.messages import MOST_STEPS
+from offsite.protos.messages import MAX_STEPS
 from offsite.protos.terms import terms_of
 from tests.client.test_policy import JOB as SHORT
 
@@ -63,12 +63,12 @@ def test_every_field_counts(field: str) -> None:
         {"rounds": 1.0},
         {"rounds": "2"},
         {"rounds": 1 << 40},
-        {"rounds": MOST_STEPS + 1, "local_steps": 1},
-        {"rounds": MOST_STEPS // 8 + 1, "local_steps": 8},
-        {"rounds": 1, "spare_rounds": MOST_STEPS, "local_steps": 1},
+        {"rounds": MAX_STEPS + 1, "local_steps": 1},
+        {"rounds": MAX_STEPS // 8 + 1, "local_steps": 8},
+        {"rounds": 1, "spare_rounds": MAX_STEPS, "local_steps": 1},
         {"rounds": 1, "spare_rounds": 1 << 31},
         {"rounds": 1000, "spare_rounds": 1000, "local_steps": 501},
-        {"local_steps": MOST_STEPS},
+        {"local_steps": MAX_STEPS},
         {"local_steps": -1},
         {"length": 0},
         {"length": (1 << 20) + 1},
@@ -159,7 +159,7 @@ def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
         {"identifier": "0a" * 32},
         {"length": 1 << 20, "physical_batch": 1 << 16},
         {"rounds": 1000, "spare_rounds": 1000, "local_steps": 500},
-        {"rounds": MOST_STEPS, "local_steps": 1},
+        {"rounds": MAX_STEPS, "local_steps": 1},
         {"emulators": (("east", "e2" * 32), ("west", "e3" * 32))},
         {"aggregation": AggregationTerms(individuals=True, proximal=10.0, ranks=(("east", 7), ("west", 1)))},
     ],

@@ -184,7 +184,7 @@ def test_expiry(small):
 
 
 def test_too_many_members_are_refused(small):
-    many = dataclasses.replace(small.federation, members=small.federation.members[:1] * (room.MOST_SITES + 1))
+    many = dataclasses.replace(small.federation, members=small.federation.members[:1] * (room.MAX_SITES + 1))
     with pytest.raises(MalformedMessage, match="at most 1000"):
         FederationManifest.from_bytes(many.to_bytes())
 
