@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 ROUNDED := tests/emulator/test_bitsandbytes.py tests/client/test_rounded_weights.py
 
-.PHONY: help setup demo test check protos tree bench lock clean
+.PHONY: help setup demo test check protos tree docs bench lock clean
 
 help: ## lists the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ help: ## lists the targets
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation,diffusion]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation,diffusion,demo,docs]'
 	touch $@
 
 setup: $(BIN)/.ready ## makes the virtual environment with pinned packages
@@ -47,8 +47,12 @@ check: setup ## lint, format, types, import contracts, generated stubs
 protos: setup ## generates the stubs from protos/*.proto
 	$(BIN)/python -m offsite.protos.fresh --write
 
-tree: setup ## draws README's tree from the first line of each file
+tree: setup ## draws docs/tree.md from the first line of each file
 	$(BIN)/python -m tests.tree
+
+docs: setup ## writes the generated pages of docs/ anew, and builds the site in build/site; a broken link fails
+	$(BIN)/python -m tests.docs.generate
+	$(BIN)/zensical build --strict --config-file mkdocs.yml
 
 bench: setup ## compares secure aggregation with Flower's and with CKKS in one process
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'

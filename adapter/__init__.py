@@ -1,1 +1,1 @@
-"""What is trained: adapter methods, their layout as a vector, their files."""
+"""Adapter methods, the layout of an adapter as one vector, and adapter files."""

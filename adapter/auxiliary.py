@@ -1,4 +1,4 @@
-"""Auxiliary tensors: an adapter needs them, does not train them and cannot make them up; they come beside its spec."""
+"""Auxiliary tensors: frozen inputs of an adapter that do not follow from its spec, and so travel beside the spec."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,19 +14,19 @@ from offsite.errors import MalformedMessage
 
 AuxiliaryTensors = Mapping[str, Tensor]
 NO_AUXILIARY: AuxiliaryTensors = MappingProxyType({})
-MAX_LENGTH = 4096  # of a dimension that the sender chooses
-INVENTED_SCALE = 0.1
+MAX_LENGTH = 4096  # of a dimension whose length the sender chooses
+DUMMY_SCALE = 0.1
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that a method takes.
+    """The shape and dtype of one auxiliary tensor.
 
     Attributes:
-      shape: its lengths; a word stands for a length of 1 to `MAX_LENGTH` that its sender chose, the same wherever the
-        word stands.
-      dtype: float32 for values; for positions int32 or int64.
-      below: positions are ascending, each once, from 0 to below this; 0 for values.
+      shape: lengths of the dimensions; a word stands for a length in 1..`MAX_LENGTH` that the sender chooses, and for
+        the same length in all tensors of the adapter.
+      dtype: float32 for values, int32 or int64 for positions.
+      below: upper bound, excluded, of positions, which ascend from 0 without repetition; 0 for values.
     """
 
     shape: tuple[int | str, ...]
@@ -39,81 +39,87 @@ RequiredTensors = Mapping[str, TensorSpec]
 
 @dataclass(frozen=True)
 class AuxiliarySpec:
-    """What a method that takes given tensors says of them.
+    """What a method needs to know about its auxiliary tensors.
 
     Attributes:
-      wants: which ones, of a model before or after the adapter is attached; none where the spec's options need none.
-      attach: as the method's own, with the tensors that were checked.
-      hint: the way to them, for messages.
-      frozen: how many earlier bottleneck adapters they are, by the spec.
+      required: function from a model, before or after `attach`, and a spec to the tensors that the adapter needs; an
+        empty mapping where the spec's options need no tensor.
+      attach: the method's own `attach` with checked tensors as its third argument.
+      hint: advice for messages on how to get the tensors.
+      frozen_count: function from a spec to the number of earlier bottleneck adapters that the tensors hold.
     """
 
-    wants: Callable[[nn.Module, AdapterSpec], RequiredTensors]
+    required: Callable[[nn.Module, AdapterSpec], RequiredTensors]
     attach: Callable[[nn.Module, AdapterSpec, AuxiliaryTensors], nn.Module]
     hint: str
-    frozen: Callable[[AdapterSpec], int] = field(default=lambda spec: 0)
+    frozen_count: Callable[[AdapterSpec], int] = field(default=lambda spec: 0)
 
 
 def positions(count: int, entries: int) -> TensorSpec:
-    """Returns what stands for `count` positions in a flattened matrix of so many entries."""
+    """Returns the spec of `count` positions in a flattened matrix of `entries` entries."""
     narrow = entries <= torch.iinfo(torch.int32).max
     return TensorSpec((count,), torch.int32 if narrow else torch.int64, below=entries)
 
 
-def check_auxiliary(wanted: RequiredTensors, given: AuxiliaryTensors, *, hint: str) -> None:
-    """Refuses tensors that are not exactly the wanted ones: whoever sent them is not trusted.
-
-    Raises:
-      MalformedMessage: one is missing or of no use, has another shape or dtype, is not finite, or is no ascending list
-        of positions.
-    """
-    if different := sorted(wanted.keys() ^ given.keys()):
-        rule = "is missing" if different[0] in wanted else "has no use here"
-        raise MalformedMessage(f"given={different[0]!r} {rule}: {hint}")
-    lengths: dict[str, int] = {}
-    for name, want in wanted.items():
-        tensor = given[name]
-        if tensor.dtype != want.dtype or not _fits(tuple(tensor.shape), want, lengths):
-            shape = tuple(lengths.get(length, length) if isinstance(length, str) else length for length in want.shape)
-            raise MalformedMessage(
-                f"given={name!r} is {tensor.dtype} {tuple(tensor.shape)}, must be {want.dtype} {shape}: {hint}"
-            )
-        if want.below and not _ascending(tensor, want.below):
-            raise MalformedMessage(f"given={name!r} must be ascending positions in 0..{want.below - 1}: {hint}")
-        if not want.below and not torch.isfinite(tensor).all():
-            raise MalformedMessage(f"given={name!r} holds NaN or Inf, must be finite: {hint}")
-
-
-def dummy_tensors_for(wanted: RequiredTensors, *, free: int, seed: int) -> dict[str, Tensor]:
-    """Returns tensors that nobody made, to try a method on; they depend on the seed and the shapes alone.
+def check_auxiliary(required: RequiredTensors, tensors: AuxiliaryTensors, *, hint: str) -> None:
+    """Refuses tensors that differ in any way from the required tensors, because their sender is not trusted.
 
     Args:
-      wanted: of the method.
+      required: the specs of all tensors that the adapter needs, by name.
+      tensors: the tensors that the sender gave, by name.
+      hint: advice that ends each message.
+
+    Raises:
+      MalformedMessage: a tensor is missing or superfluous, has another shape or dtype, is not finite, or is not an
+        ascending list of positions.
+    """
+    if different := sorted(required.keys() ^ tensors.keys()):
+        rule = "is missing" if different[0] in required else "has no use here"
+        raise MalformedMessage(f"auxiliary tensor={different[0]!r} {rule}: {hint}")
+    lengths: dict[str, int] = {}
+    for name, spec in required.items():
+        tensor, label = tensors[name], f"auxiliary tensor={name!r}"
+        if tensor.dtype != spec.dtype or not _fits(tuple(tensor.shape), spec, lengths):
+            shape = tuple(lengths.get(length, length) if isinstance(length, str) else length for length in spec.shape)
+            raise MalformedMessage(
+                f"{label} is {tensor.dtype} {tuple(tensor.shape)}, must be {spec.dtype} {shape}: {hint}"
+            )
+        if spec.below and not _ascending(tensor, spec.below):
+            raise MalformedMessage(f"{label} must be ascending positions in 0..{spec.below - 1}: {hint}")
+        if not spec.below and not torch.isfinite(tensor).all():
+            raise MalformedMessage(f"{label} holds NaN or Inf, must be finite: {hint}")
+
+
+def dummy_tensors_for(required: RequiredTensors, *, free: int, seed: int) -> dict[str, Tensor]:
+    """Returns random tensors for a trial of a method; the values depend on the seed and the shapes alone.
+
+    Args:
+      required: the specs of the method's tensors, by name.
       free: value of every length that a sender may choose, >= 1.
-      seed: public.
+      seed: public seed of the values.
     """
     generator = seeded(seed)
-    return {name: _drawn(wanted[name], free, generator) for name in sorted(wanted)}
+    return {name: _random_tensor(required[name], free, generator) for name in sorted(required)}
 
 
-def _drawn(want: TensorSpec, free: int, generator: torch.Generator) -> Tensor:
-    shape = [free if isinstance(length, str) else length for length in want.shape]
-    if want.below:
-        found = torch.randperm(want.below, generator=generator)[: math.prod(shape)]
-        return found.sort().values.to(want.dtype)
-    return INVENTED_SCALE * torch.randn(shape, generator=generator)
+def _random_tensor(spec: TensorSpec, free: int, generator: torch.Generator) -> Tensor:
+    shape = [free if isinstance(length, str) else length for length in spec.shape]
+    if spec.below:
+        chosen = torch.randperm(spec.below, generator=generator)[: math.prod(shape)]
+        return chosen.sort().values.to(spec.dtype)
+    return DUMMY_SCALE * torch.randn(shape, generator=generator)
 
 
-def _fits(shape: tuple[int, ...], want: TensorSpec, lengths: dict[str, int]) -> bool:
-    if len(shape) != len(want.shape):
+def _fits(shape: tuple[int, ...], spec: TensorSpec, lengths: dict[str, int]) -> bool:
+    if len(shape) != len(spec.shape):
         return False
-    for found, length in zip(shape, want.shape, strict=True):
-        chosen = isinstance(length, str) and 1 <= found <= MAX_LENGTH
-        if found != (lengths.setdefault(str(length), found) if chosen else length):
+    for actual, length in zip(shape, spec.shape, strict=True):
+        chosen = isinstance(length, str) and 1 <= actual <= MAX_LENGTH
+        if actual != (lengths.setdefault(str(length), actual) if chosen else length):
             return False
     return True
 
 
 def _ascending(tensor: Tensor, below: int) -> bool:
-    steps = tensor[1:] > tensor[:-1]  # no difference is taken, which could wrap
+    steps = tensor[1:] > tensor[:-1]  # a comparison and not a difference, which could wrap
     return bool(steps.all()) and int(tensor[0]) >= 0 and int(tensor[-1]) < below

@@ -1,4 +1,4 @@
-"""Exported bottleneck adapters of earlier jobs, read as given tensors of a new one."""
+"""Reads exported bottleneck adapters of earlier jobs as auxiliary tensors of a new adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 from offsite.adapter.auxiliary import AuxiliaryTensors
 from offsite.adapter.export import own_spec, read
 from offsite.adapter.methods.bottleneck import CHILD
-from offsite.adapter.methods.frozen_bottleneck import PARTS, given_name
+from offsite.adapter.methods.frozen_bottleneck import PARTS, frozen_tensor_name
 from offsite.adapter.methods.task_head import wants_head
 from offsite.errors import ConfigError, DataError
 
@@ -16,27 +16,31 @@ METHOD = "bottleneck"
 
 
 def earlier_bottlenecks(folders: Sequence[Path | str], slots: Sequence[str]) -> AuxiliaryTensors:
-    """Returns the tensors of exported adapters of method "bottleneck", of any rank, in the order of their folders.
+    """Returns the tensors of exported adapters of method "bottleneck", of any rank, numbered in the order of `folders`.
 
     Args:
-      folders: each as `export.export` wrote it.
-      slots: the slots of the new adapter; those of each export must be the same.
+      folders: adapter folders that `export.export` wrote.
+      slots: the slots of the new adapter, and of each earlier adapter.
 
     Raises:
-      DataError: a folder or a file in it is missing, or is no adapter.
-      ConfigError: an adapter is of another method, has a trained head, or is for other slots.
+      DataError: a folder or a file in it is missing, or is not an adapter.
+      ConfigError: an adapter has another method, a trained head, or other slots.
       RangeError: a tensor holds NaN or Inf.
     """
-    found: dict[str, Tensor] = {}
+    auxiliary: dict[str, Tensor] = {}
     for number, folder in enumerate(folders):
         tensors = read_bottleneck(folder, slots)
         for slot in slots:
-            found |= {given_name(slot, number, part): tensors[f"{slot}.{CHILD}.{part}"] for part in PARTS}
-    return found
+            auxiliary |= {frozen_tensor_name(slot, number, part): tensors[f"{slot}.{CHILD}.{part}"] for part in PARTS}
+    return auxiliary
 
 
 def read_bottleneck(folder: Path | str, slots: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of one export by their names in it; `slots` None takes those of any slots.
+    """Returns the tensors of one exported adapter by name.
+
+    Args:
+      folder: an adapter folder that `export.export` wrote.
+      slots: the slots that the adapter must have; None accepts any slots.
 
     Raises:
       DataError, ConfigError, RangeError: as for `earlier_bottlenecks`.
@@ -50,13 +54,15 @@ def read_bottleneck(folder: Path | str, slots: Sequence[str] | None = None) -> d
         raise ConfigError(f"{name}: its method is {other!r}, must be {METHOD!r}; take another adapter")
     spec = own_spec(config)
     if wants_head(spec.options):
-        raise ConfigError(f"{name}: it has a trained head, which would be left out; take an adapter without one")
+        raise ConfigError(
+            f"{name}: the adapter has a trained head, which would be lost; take an adapter without a head"
+        )
     if slots is not None and set(slots) != set(spec.slots):
         raise ConfigError(
-            f"{name}: its slots are {', '.join(spec.slots)}, and the new adapter's {', '.join(slots)}; set "
-            "emulator.first and emulator.last as they were in its job"
+            f"{name}: its slots are {', '.join(spec.slots)}, must be the new adapter's {', '.join(slots)}; set "
+            "emulator.first and emulator.last as in the earlier job"
         )
     expected = {f"{slot}.{CHILD}.{part}" for slot in spec.slots for part in PARTS}
     if different := sorted(expected ^ tensors.keys()):
-        raise DataError(f"{name}: tensor={different[0]!r} is missing or was added; export it again")
+        raise DataError(f"{name}: tensor={different[0]!r} is missing or was added; export the adapter again")
     return tensors

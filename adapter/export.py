@@ -1,4 +1,4 @@
-"""An adapter as a directory of two files, and back into a full model."""
+"""Writes an adapter as a directory of two files, and loads the directory into a full model."""
 
 import copy
 import json
@@ -31,58 +31,61 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OWN_KEYS = ("base_model_name_or_path", "offsite_method", "offsite_version", "spec")
 VERSION = 1
-GIVEN = "given."  # before the names of given tensors, which lie beside the trained ones
+GIVEN = "given."  # in the file before the names of auxiliary tensors, which lie beside the trained tensors
 
 
 def export(
-    model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, given: AuxiliaryTensors = NO_AUXILIARY
+    model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, auxiliary: AuxiliaryTensors = NO_AUXILIARY
 ) -> None:
     """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
 
-    Methods of peft are in its own format, frozen factors included, so that `PeftModel.from_pretrained(full, directory)`
-    needs nothing else. Our own methods, and any with a trained head, have a config with the key `offsite_method`;
-    `load` reads both.
+    A method of peft is written in peft's format, frozen factors included, so that
+    `PeftModel.from_pretrained(full, directory)` needs nothing else. A method of our own, or any method with a trained
+    head, is written with the key `offsite_method` in its config. `load` reads both formats.
 
     Args:
-      model: what `attach` returned.
-      spec: the spec it was attached with.
-      directory: created if missing; the two files in it are overwritten.
-      base: what the config names as the base model; a public name, since the file is meant to travel.
-      given: the tensors it was attached with; they become part of the export, so that `load` needs nothing else.
+      model: the model that `attach` returned.
+      spec: the spec of the model's adapter.
+      directory: the adapter folder, created if missing; its two files are overwritten.
+      base: the name of the base model in the config; a public name, since the file is meant to travel.
+      auxiliary: the tensors of the call of `attach`; the export holds them, so that `load` needs nothing else.
 
     Raises:
-      MalformedMessage: the given tensors are not those that the spec needs.
+      MalformedMessage: the auxiliary tensors are not exactly the tensors that the spec needs.
     """
-    check_auxiliary(required_tensors(model, spec), given, hint="pass what it was attached with")
+    check_auxiliary(
+        required_tensors(model, spec), auxiliary, hint="pass the tensors that the adapter was attached with"
+    )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if in_peft_format(spec):
         config, tensors = _peft_form(model, spec, base)
     else:
         config, tensors = _own_form(model, spec, base)
-    tensors |= {f"{GIVEN}{name}": tensor for name, tensor in given.items()}
+    tensors |= {f"{GIVEN}{name}": tensor for name, tensor in auxiliary.items()}
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def in_peft_format(spec: AdapterSpec) -> bool:
-    """Whether the export of an adapter loads with `PeftModel.from_pretrained`: peft's without a trained head."""
+    """Whether the export loads with `PeftModel.from_pretrained`: the method is peft's, and no head is trained."""
     return lookup(METHODS, spec.method, "method").peft and not wants_head(spec.options)
 
 
-def load(model: nn.Module, directory: Path | str, *, given: AuxiliaryTensors | None = None) -> nn.Module:
-    """Attaches an exported adapter to a plain full model, in place, frozen, and returns the model to use.
+def load(model: nn.Module, directory: Path | str, *, auxiliary: AuxiliaryTensors | None = None) -> nn.Module:
+    """Attaches an exported adapter to a plain full model, in place and frozen, and returns the model to use.
 
     Args:
       model: the full model.
-      directory: what `export` wrote.
-      given: tensors in the place of those in the export, as `earlier.earlier_bottlenecks` reads them: a task adapter
-        trained on one language's adapter is so used on another's (MAD-X, arXiv 2005.00052, section 3.3).
+      directory: the adapter folder that `export` wrote.
+      auxiliary: tensors that replace the auxiliary tensors of the export, for example from
+        `earlier.earlier_bottlenecks`: a task adapter that was trained on the adapter of one language then works on the
+        adapter of another (MAD-X, arXiv 2005.00052, section 3.3).
 
     Raises:
-      DataError: a file is missing or is no adapter.
-      MalformedMessage: the given tensors are not those that the method takes.
+      DataError: a file is missing or is not an adapter.
+      MalformedMessage: the auxiliary tensors are not exactly the tensors that the method takes.
       UnsupportedModel: the adapter does not fit this model.
       RangeError: a tensor holds NaN or Inf.
     """
@@ -90,16 +93,20 @@ def load(model: nn.Module, directory: Path | str, *, given: AuxiliaryTensors | N
     config, tensors = read(folder)
     refuse_second(model)
     if "offsite_method" in config:
-        return _load_own(model, config, tensors, given).requires_grad_(False).eval()
-    if given:
-        raise MalformedMessage(f"given={min(given)!r} has no use here: an adapter of peft takes none; leave it out")
+        return _load_own(model, config, tensors, auxiliary).requires_grad_(False).eval()
+    if auxiliary:
+        raise MalformedMessage(
+            f"auxiliary tensor={min(auxiliary)!r} has no use here: an adapter of peft takes none; leave it out"
+        )
     loaded: nn.Module = _load_peft(model, folder, tensors)
     return loaded.requires_grad_(False).eval()
 
 
 def _peft_form(model: Any, spec: AdapterSpec, base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(model, PeftModel):
-        raise UnsupportedModel(f"method={spec.method!r} is not attached to this model; pass what attach returned")
+        raise UnsupportedModel(
+            f"method={spec.method!r} is not attached to this model; pass the model that attach returned"
+        )
     config = copy.copy(model.peft_config[ADAPTER])
     config.inference_mode = True
     config.base_model_name_or_path = base
@@ -122,10 +129,10 @@ def _own_form(model: Any, spec: AdapterSpec, base: str) -> tuple[dict[str, Any],
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the config and the tensors of an adapter directory; never a pickle, never the network.
+    """Returns the config and the tensors of an adapter directory, without pickles and without the network.
 
     Raises:
-      DataError: a file is missing or is no adapter.
+      DataError: a file is missing or is not an adapter.
       RangeError: a tensor holds NaN or Inf.
     """
     for name in (CONFIG, WEIGHTS):
@@ -151,19 +158,22 @@ def _load_peft(model: nn.Module, folder: Path, tensors: dict[str, Any]) -> Any:
             loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=device)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UnsupportedModel(
-            f"adapter={str(folder)!r} does not fit this model; load the base it was made for"
+            f"adapter={str(folder)!r} does not fit this model; load the base the adapter was made for"
         ) from error
     known = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if known != set(tensors):
-        raise UnsupportedModel(f"tensor={min(known ^ set(tensors))!r} has no partner; load the base it was made for")
+        raise UnsupportedModel(
+            f"tensor={min(known ^ set(tensors))!r} is only in the adapter or only in the model; load the base the "
+            "adapter was made for"
+        )
     return loaded
 
 
 def own_spec(config: dict[str, Any]) -> AdapterSpec:
-    """Returns the spec in the config of an adapter that is not in peft's format.
+    """Returns the spec in the config of an adapter in our own format.
 
     Raises:
-      DataError, ConfigError: it is not one that `export` wrote.
+      DataError, ConfigError: `export` did not write this config.
     """
     if sorted(config) != list(OWN_KEYS) or config["offsite_version"] != VERSION:
         raise DataError(f"adapter config keys={sorted(config)} must be {list(OWN_KEYS)}; export it again")
@@ -174,15 +184,17 @@ def own_spec(config: dict[str, Any]) -> AdapterSpec:
 
 
 def _load_own(
-    model: nn.Module, config: dict[str, Any], tensors: dict[str, Any], given: AuxiliaryTensors | None
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Any], auxiliary: AuxiliaryTensors | None
 ) -> nn.Module:
     spec = own_spec(config)
     stored = {name.removeprefix(GIVEN): tensors.pop(name) for name in sorted(tensors) if name.startswith(GIVEN)}
-    adapted = attach(model, spec, stored if given is None else given)
+    adapted = attach(model, spec, stored if auxiliary is None else auxiliary)
     layout = Layout.of(adapted)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != dict(zip(layout.names, layout.shapes, strict=True)):
-        raise DigestMismatch("adapter tensors are not the layout of this model and spec; load the base it was made for")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != dict(zip(layout.names, layout.shapes, strict=True)):
+        raise DigestMismatch(
+            "adapter tensors do not have the layout of this model and spec; load the base the adapter was made for"
+        )
     parameters = dict(adapted.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():

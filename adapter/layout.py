@@ -4,14 +4,15 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from offsite.errors import DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
+
+if TYPE_CHECKING:  # a manifest has a layout, and is read where no model is
+    from torch import nn
 
 KEYS = ("names", "shapes")
 
@@ -42,7 +43,7 @@ class Layout:
             raise MalformedMessage("layout shapes must have lengths of at least 1; ask for the layout again")
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Layout":
+    def of(cls, model: "nn.Module") -> "Layout":
         """Returns the layout of a model's trainable parameters.
 
         Raises:
@@ -69,12 +70,12 @@ class Layout:
                 state.update(length.to_bytes(8, "big"))
         return state.digest()
 
-    def read(self, model: nn.Module) -> NDArray[np.float32]:
+    def read(self, model: "nn.Module") -> NDArray[np.float32]:
         """Returns the parameters as one vector, float32 (size,)."""
-        parts = [p.detach().to("cpu", torch.float32).reshape(-1).numpy() for p in self._parameters(model)]
+        parts = [p.detach().cpu().float().reshape(-1).numpy() for p in self._parameters(model)]
         return np.concatenate(parts)
 
-    def write(self, model: nn.Module, vector: NDArray[Any]) -> None:
+    def write(self, model: "nn.Module", vector: NDArray[Any]) -> None:
         """Copies a vector into the parameters, in place.
 
         Args:
@@ -85,6 +86,8 @@ class Layout:
           RangeError: the length is wrong or a value is not finite.
           DigestMismatch: the model has another layout.
         """
+        import torch  # whoever has a model has loaded it
+
         named = self.named(vector)
         parameters = self._parameters(model)
         with torch.no_grad():
@@ -133,7 +136,7 @@ class Layout:
             yield name, shape, slice(start, stop)
             start = stop
 
-    def _parameters(self, model: nn.Module) -> list[Any]:
+    def _parameters(self, model: "nn.Module") -> list[Any]:
         if Layout.of(model) != self:
             raise DigestMismatch(
                 f"layout={self.digest().hex()[:12]} is not the model's; attach the adapter of the same spec"

@@ -1,4 +1,4 @@
-"""The scalars of their own that methods take, and their ranges."""
+"""The options of methods: scalars with a type and a range."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Option:
     """One scalar that a method takes.
 
     Attributes:
-      name: of the option; for a method of peft, of the field of its configuration.
-      default: value where a spec names none; its type is the option's.
-      low, high: ends of the range, both included; for numbers only.
-      choices: the values there are, for words only.
+      name: name of the option; for a method of peft, the field of peft's configuration.
+      default: value for a spec without this option; the option has the type of the default.
+      low, high: bounds of the value, both included; for numbers only.
+      choices: all allowed values; for words only.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def read(self, value: Scalar, method: str) -> Scalar:
-        """Returns a value after a check of its type and range; a whole number is taken for a float.
+        """Returns a value after a check of its type and range; a whole number counts as a float.
 
         Raises:
-          ConfigError: it is of another type, or outside the range.
+          ConfigError: the value has another type, or is outside the range.
         """
         kind = type(self.default)
         if kind is float and type(value) is int:
@@ -38,22 +38,22 @@ class Option:
         if type(value) is not kind:
             raise ConfigError(f"{self.name}={value!r}: method {method!r} needs a value of type {kind.__name__}")
         if isinstance(value, str) and value not in self.choices:
-            raise ConfigError(f"{self.name}={value!r}: method {method!r} knows {', '.join(self.choices)}")
+            raise ConfigError(f"{self.name}={value!r}: method {method!r} takes one of {', '.join(self.choices)}")
         if kind in (int, float) and not self.low <= float(value) <= self.high:
-            raise ConfigError(f"{self.name}={value}: method {method!r} needs one in {self.low:g}..{self.high:g}")
+            raise ConfigError(f"{self.name}={value}: method {method!r} needs a value in {self.low:g}..{self.high:g}")
         return value
 
 
 def resolve(options: Options, known: Sequence[Option], method: str) -> Mapping[str, Scalar]:
-    """Returns the value of every option of a method: the spec's, or else the default.
+    """Returns the value of every option of a method: the spec's value, or else the default.
 
     Raises:
-      ConfigError: a name is no option of the method, or a value is not of its type or range.
+      ConfigError: a name is not an option of the method, or a value has the wrong type or is out of range.
     """
     table = {option.name: option for option in known}
     for name, _ in options:
         if name not in table:
-            hint = nearest(name, list(table)) if table else "it takes none"
-            raise ConfigError(f"option={name!r} is not one of method {method!r}; {hint}")
-    given = dict(options)
-    return {name: option.read(given.get(name, option.default), method) for name, option in table.items()}
+            hint = nearest(name, list(table)) if table else "the method takes no options"
+            raise ConfigError(f"option={name!r} is not an option of method {method!r}; {hint}")
+    chosen = dict(options)
+    return {name: option.read(chosen.get(name, option.default), method) for name, option in table.items()}

@@ -1,4 +1,4 @@
-"""For a while only the first columns of each LoRA factor B train, as for a site of smaller rank."""
+"""Trains only the first columns of each LoRA factor B for a while, as a site of smaller rank does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,13 @@ from offsite.errors import UnsupportedModel
 
 
 class Columns(nn.Module):
-    """A linear layer in two: its first columns, which train, and the others, which stay as the round began."""
+    """A linear layer in two parts: the first columns train, the other columns keep the values of the round's start."""
 
     def __init__(self, whole: nn.Linear, rank: int) -> None:
         super().__init__()
         weight = whole.weight.detach()
-        # Two layers and not a slice of one, so that each engine finds a plain layer whose gradient is all there is.
+        # A separate layer and not a slice, so that each engine finds a plain layer whose gradient is the whole
+        # gradient.
         self.first = nn.Linear(rank, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
         self.first.weight = nn.Parameter(weight[:, :rank].clone())
         self.register_buffer("others", weight[:, rank:].clone(), persistent=False)
@@ -24,15 +25,23 @@ class Columns(nn.Module):
         self.train(whole.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Returns what the whole layer gives, (..., out), of (..., columns)."""
+        """Returns the output of the whole layer, (..., out), for inputs (..., columns)."""
         others: Tensor = self.others
-        found: Tensor = self.first(inputs[..., : self.rank])
-        return found + nn.functional.linear(inputs[..., self.rank :], others)
+        trained: Tensor = self.first(inputs[..., : self.rank])
+        return trained + nn.functional.linear(inputs[..., self.rank :], others)
 
 
 @contextmanager
 def first_columns(model: nn.Module, rank: int) -> Iterator[None]:
-    """Puts a layer in the place of each B of which only the first columns train."""
+    """Replaces each factor B by a layer that trains only its first columns, and writes these back at the end.
+
+    Args:
+      model: a model with a LoRA adapter.
+      rank: number of columns that train, >= 1.
+
+    Raises:
+      UnsupportedModel: the adapter has no factor B that is a plain linear layer without a bias.
+    """
     wholes: list[tuple[nn.ModuleDict, str, nn.Linear]] = []
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

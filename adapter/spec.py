@@ -1,4 +1,4 @@
-"""What an adapter is: a method, its size, and the slots that carry it."""
+"""The spec of an adapter: a method, its size, and the slots that carry the adapter."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from offsite.adapter.options import Options, Scalar
 from offsite.errors import ConfigError, nearest
 
 MAX_OPTIONS = 16
-LONGEST_OPTION = 64  # characters of an option's name, and of a word as its value
+LONGEST_OPTION = 64  # characters of an option's name, and of a word that is its value
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class AdapterSpec:
 
     Attributes:
       method: a key of `adapter.methods.METHODS`.
-      rank: inner width of the methods that have one, >= 1; the others ignore it.
-      alpha: the methods that have a scale multiply their effect by alpha / rank, > 0; the others ignore it.
-      targets: leaf module names inside a slot ("q_proj"); () = the method's default for the model.
+      rank: inner width, >= 1; methods without an inner width ignore the rank.
+      alpha: numerator of the scale alpha / rank that a method's effect is multiplied by, finite, > 0; methods without a
+        scale ignore alpha.
+      targets: leaf module names inside a slot ("q_proj"); () takes the method's default for the model.
       slots: paths of the blocks that carry the adapter, for example "model.layers.0".
       seed: public seed of every random initial value, 0 <= seed < 2**63.
-      options: (name, value) of the method's own scalars, sorted by name, each once; `adapter.methods.METHODS` lists
-        what each method takes. Scalars only: the spec comes over the network, and no path or code may ride on it.
+      options: (name, value) pairs of the method's own options in `adapter.methods.METHODS`, sorted by name, each name
+        once. Scalars only: the spec comes over the network, and must carry neither a path nor code.
     """
 
     method: str = "ffa_lora"
@@ -36,13 +37,13 @@ class AdapterSpec:
     options: Options = ()
 
     def __post_init__(self) -> None:
-        """Refuses values that no method could use."""
+        """Refuses values that no method can use."""
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be at least 1; 2 is the default")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"alpha={self.alpha} must be finite and above 0; twice the rank is usual")
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} must be in 0..2**63-1; choose another")
+            raise ConfigError(f"seed={self.seed} must be in 0..2**63-1; choose another seed")
         for name, values in (("slots", self.slots), ("targets", self.targets)):
             if isinstance(values, str) or not all(isinstance(value, str) and value for value in values):
                 raise ConfigError(f"{name}={values!r} must be a tuple of non-empty names; write one name per element")
@@ -80,16 +81,16 @@ class AdapterSpec:
 
 
 def _check_options(options: Options) -> None:
-    """Refuses options that are not scalars by name in order; `adapter.methods.known` asks whether the method has them.
+    """Checks the form of options; `adapter.methods.known` checks whether the method has them.
 
     Raises:
-      ConfigError: they are not.
+      ConfigError: there are too many options, the names are not sorted identifiers, or a value is not a scalar.
     """
     if len(options) > MAX_OPTIONS:
-        raise ConfigError(f"options={len(options)}, at most {MAX_OPTIONS} are read; no method has more")
+        raise ConfigError(f"options={len(options)} must be at most {MAX_OPTIONS}; no method has more")
     names = [name for name, _ in options]
     if not all(isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_OPTION for name in names):
-        raise ConfigError("options: each name must be letters, digits and _; take them from `offsite methods`")
+        raise ConfigError("options: each name must be letters, digits and _; take the names from `offsite methods`")
     if names != sorted(set(names)):
         raise ConfigError(f"options={names} must be sorted by name, each once; sort them")
     for name, value in options:
@@ -98,11 +99,11 @@ def _check_options(options: Options) -> None:
         if isinstance(value, str) and not (value.isidentifier() and len(value) <= LONGEST_OPTION):
             raise ConfigError(f"option {name}: a word must be letters, digits and _; no option takes a path")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"option {name}={value} must be finite; choose another")
+            raise ConfigError(f"option {name}={value} must be finite; choose another value")
 
 
 def _typed(values: Mapping[str, object], key: str, *kinds: type) -> Any:
-    """Returns a value after a check of its JSON type; bool is no number here."""
+    """Returns a value after a check of its JSON type; a bool does not count as a number."""
     value = values[key]
     if isinstance(value, bool) or not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)

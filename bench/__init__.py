@@ -1,1 +1,1 @@
-"""Experiments and their tables; nothing imports this room."""
+"""Benchmarks and their tables; no other room imports this one."""

@@ -1,7 +1,7 @@
-"""One training step of a client with all logits at once and by chunks: peak memory and time.
+"""Peak memory and time of a client's training step, with all logits at once and by chunks.
 
-`python -m bench.head` runs each case in fresh processes with one thread, the ways in turn, and prints JSON: per-example
-gradients by Opacus' hooks, as a client takes them, on invented tokens. `--chunks` compares sizes of chunks.
+`python -m bench.chunked_head` runs each case in fresh processes with one thread, the ways in turn, and prints JSON. A
+step takes per-example gradients by book-keeping, as a client does, on random tokens. `--chunks` compares chunk sizes.
 """
 
 import argparse
@@ -16,14 +16,21 @@ from typing import Any
 
 MODEL = Path.home() / ".cache/offsite/models/smollm2-135m-instruct"
 BATCH, LENGTH = 4, 256
-BLOCKS = {"all": None, "ends": (0, 1, 28, 29)}  # which of the tower carry LoRA
+BLOCKS = {"all": None, "ends": (0, 1, 28, 29)}  # blocks of the tower that carry LoRA; None is every block
 CHUNKS = (64, 128, 256, 512, 1024)
 WHOLE = "whole"
 MIN_SAVED_MB, MAX_TIME = 300.0, 1.05
 
 
 def step(folder: Path, blocks: tuple[int, ...] | None, chunk: int | None, steps: int) -> dict[str, Any]:
-    """Takes per-example gradients a few times and returns what they cost; the first is for warming up."""
+    """Returns time, memory and results of `steps` steps with per-example gradients, after one step to warm up.
+
+    Args:
+      folder: folder of the model.
+      blocks: numbers of the blocks that carry LoRA; None is every block.
+      chunk: tokens of a chunk; None takes all logits at once.
+      steps: number of timed steps.
+    """
     import torch
 
     from offsite.adapter.methods import attach
@@ -40,8 +47,8 @@ def step(folder: Path, blocks: tuple[int, ...] | None, chunk: int | None, steps:
     model = attach(model, AdapterSpec(method="lora", slots=slots))
     ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     examples = Examples(ids, torch.ones_like(ids))
-    if chunk is not None and (found := task.obstacle(model)):
-        raise RuntimeError(f"obstacle={found!r}: this model cannot be done by chunks")
+    if chunk is not None and (obstacle := task.obstacle(model)):
+        raise RuntimeError(f"obstacle={obstacle!r}: this model's logits cannot be taken by chunks")
     before, seconds = _status("VmRSS"), []
     with ENGINES["bookkeeping"](model) as engine:
         for _ in range(steps + 1):
@@ -64,18 +71,18 @@ def _status(field: str) -> float:
 
 
 def fresh(folder: Path, blocks: str, way: str, steps: int) -> dict[str, Any]:
-    """Runs `step` in a process of its own."""
-    command = [sys.executable, "-m", "bench.head", "--model", str(folder), "--steps", str(steps)]
+    """Runs `step` in a process of its own and returns its result."""
+    command = [sys.executable, "-m", "bench.chunked_head", "--model", str(folder), "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, "--blocks", blocks, "--way", way], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    costs: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return costs
 
 
 def measure(folder: Path, ways: tuple[str, ...], repeats: int, steps: int) -> dict[str, Any]:
-    """Runs all ways in turn, `repeats` times, and compares medians of time and highest peaks with the first way's."""
+    """Runs all ways in turn, `repeats` times; compares median time and highest peak with those of the first way."""
     load, result = os.getloadavg()[0], {}
     for blocks in BLOCKS:
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
@@ -98,13 +105,13 @@ def measure(folder: Path, ways: tuple[str, ...], repeats: int, steps: int) -> di
 
 
 def _apart(runs: dict[str, list[dict[str, Any]]], way: str, what: str) -> float:
-    """Returns how far a way's result is from all logits' at once, relative."""
+    """Returns the relative difference of a way's result from the result with all logits at once."""
     right: float = runs[WHOLE][0][what]
     return abs(float(runs[way][0][what]) - right) / abs(right)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures and prints JSON, or takes the steps of one case."""
+    """Measures and prints JSON, or runs the steps of one case."""
     from offsite.task.chunked_head import CHUNK
 
     parser = argparse.ArgumentParser(description="a training step with all logits at once and by chunks")

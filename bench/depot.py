@@ -1,7 +1,7 @@
-"""A package on its way to two sites: by the depot, by Flower messages, and by the depot with a site killed three times.
+"""Delivery of a package to two sites: by the depot, by Flower messages, and by the depot to a site killed three times.
 
 `python -m bench.depot` starts every party as a process of its own, over TLS on loopback, one way after the other, and
-prints JSON. Flower runs as we run it: warm programs and a poll every 0.3 s, which is faster than as it comes.
+prints JSON. Flower runs as offsite runs it: warm programs and a poll every 0.3 s, which is faster than its defaults.
 """
 
 import argparse
@@ -31,19 +31,25 @@ KILLED_AT = (0.2, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class World:
-    """What the parties share: a folder with certificates and keys, and the package."""
+    """The files that the parties share.
+
+    Attributes:
+      folder: folder with certificates, keys and the package.
+      size: size of the package in bytes.
+      sha256: hash of the package, hexadecimal.
+    """
 
     folder: Path
     size: int
     sha256: str
 
     def pem(self, name: str) -> bytes:
-        """Returns a file of the folder."""
+        """Returns the content of a file in the folder."""
         return (self.folder / name).read_bytes()
 
     @property
     def package(self) -> Path:
-        """The package, named as the depot wants it."""
+        """Path of the package, under the name that the depot expects."""
         return self.folder / "depot" / self.sha256
 
 
@@ -74,7 +80,7 @@ def build(folder: Path, size: int) -> World:
 
 
 def site_by_depot(world: World, site: str, port: int) -> None:
-    """Fetches the package once told to."""
+    """Fetches the package when the parent process gives the start signal."""
     from offsite.client.network.fetch import DepotAddress, fetch
 
     address = DepotAddress(
@@ -88,12 +94,12 @@ def site_by_depot(world: World, site: str, port: int) -> None:
 
 
 def site_by_flower(world: World, site: str, port: int) -> None:
-    """Takes the package as one message: a SuperNode, and our executor behind it."""
+    """Receives the package as one message, by a SuperNode with offsite's executor behind it."""
     import psutil
 
-    from offsite.client.network.node import Node, NodePlace
+    from offsite.client.network.node import Node, SuperNodeConfig
 
-    told: list[bool] = []
+    stop_signals: list[bool] = []
 
     def handle(stage: str, body: bytes) -> bytes:
         if hashlib.sha256(body).hexdigest() != world.sha256:
@@ -108,17 +114,17 @@ def site_by_flower(world: World, site: str, port: int) -> None:
         return b"here"
 
     def stopping() -> bool:
-        return bool(told)
+        return bool(stop_signals)
 
-    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    place = NodePlace(
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(True))
+    config = SuperNodeConfig(
         world.folder / f"{site}.node",
         f"127.0.0.1:{port}",
         ca=world.folder / "ca.pem",
         key=world.folder / site / "node.key",
         port=_free_port(),
     )
-    Node(place, handle, note=lambda kind, reason: None, stopping=stopping).run()
+    Node(config, handle, note=lambda kind, reason: None, stopping=stopping).run()
 
 
 def _wait_for_go() -> None:
@@ -131,7 +137,7 @@ def _say(**facts: Any) -> None:
 
 
 def _peak(pid: int) -> float:
-    """Returns the highest resident memory that a process ever had, MB; getrusage's would be that of its parent too."""
+    """Returns a process's highest resident memory so far, MB; getrusage would also count its parent's."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -141,7 +147,7 @@ def _peak(pid: int) -> float:
 
 @contextmanager
 def sites(world: World, way: str, port: int, names: tuple[str, ...] = SITES) -> Iterator[list[subprocess.Popen[str]]]:
-    """Runs one process for each site, and ends them."""
+    """Runs a process for each site, and ends the processes afterwards."""
     command = [sys.executable, "-m", "bench.depot", "--folder", str(world.folder), "--size", str(world.size)]
     command += ["--sha256", world.sha256, "--port", str(port), "--way", way, "--site"]
     running = [
@@ -157,7 +163,7 @@ def sites(world: World, way: str, port: int, names: tuple[str, ...] = SITES) -> 
 
 
 def by_depot(world: World, *, kills: bool = False) -> dict[str, Any]:
-    """Serves the package to both sites at once; with `kills`, to one that is killed on the way three times."""
+    """Serves the package to both sites at once; with `kills`, to one site that is killed three times on the way."""
     from offsite.coordinator.network.depot import Depot, Tls
 
     tls = Tls(world.pem("ca.pem"), world.pem("server.pem"), world.pem("server.key"))
@@ -187,7 +193,7 @@ def _killed(world: World, port: int) -> dict[str, Any]:
             _release(process)
             while not partial.exists() or partial.stat().st_size < share * world.size:
                 if process.poll() is not None:
-                    raise RuntimeError("the site ended before it was killed; take a larger package")
+                    raise RuntimeError("the site ended before it was killed; use a larger package")
                 time.sleep(0.001)
             process.kill()
             process.wait()
@@ -199,7 +205,7 @@ def _killed(world: World, port: int) -> dict[str, Any]:
 
 
 def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
-    """Sends the package to both sites as one message each, one flat array of bytes."""
+    """Sends the package to each site as one message with a flat array of bytes."""
     from flwr.app import Message
 
     from offsite.coordinator.network.flower_exchange import call
@@ -223,7 +229,7 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
     with link, sites(world, "flower", place.port) as running:
         while len(nodes := link.node_ids()) < len(SITES):
             time.sleep(0.1)
-        time.sleep(3.0)  # both have started their programs and wait
+        time.sleep(3.0)  # both sites have started their programs and wait
         body, began = world.package.read_bytes(), time.monotonic()
         messages = {
             site: Message(content=pack("package", body), dst_node_id=nodes[site], message_type="train")
@@ -238,7 +244,7 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
 
 
 def _release(process: subprocess.Popen[str]) -> float:
-    """Waits until a site is ready, and tells it to begin."""
+    """Waits until a site is ready, gives the start signal, and returns the time of the signal, seconds."""
     assert process.stdin is not None
     _hear(process)
     began = time.monotonic()
@@ -256,24 +262,24 @@ def _hear(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"site ended with {process.wait()}")
+        raise RuntimeError(f"exit_code={process.wait()}: the site ended without an answer; see its output above")
     said: dict[str, Any] = json.loads(line)
     return said
 
 
 def _result(began: float, said: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = {
-        key: round(max(one[key] for one in said), 1)
+        key: round(max(answer[key] for answer in said), 1)
         for key in ("before_mb", "peak_mb", "supernode_peak_mb")
         if key in said[0]
     }
-    return {"seconds": round(max(one["end"] for one in said) - began, 2)} | peaks
+    return {"seconds": round(max(answer["end"] for answer in said) - began, 2)} | peaks
 
 
 def _check(world: World, site: str) -> None:
     with (world.folder / f"{site}.package").open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != world.sha256:
-            raise RuntimeError(f"site={site}: its package is another")
+            raise RuntimeError(f"site={site}: its package has another hash; look at the depot")
 
 
 def _partial(world: World, site: str) -> Path:
@@ -313,7 +319,7 @@ def measure(world: World, repeats: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures and prints JSON, or plays a site."""
+    """Measures and prints JSON, or runs as a site."""
     parser = argparse.ArgumentParser(description="a package by the depot and by Flower messages")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,8 +1,9 @@
-"""One private training step against a plain one: ours, Opacus' four ways, and one example at a time; time and memory.
+"""Time and memory of a private training step over a plain one: offsite's three engines and three ways of Opacus.
 
-`python -m bench.dp_step` runs every way in one process, in turn, one thread, process time, and then each in a process
-of its own for its peak of memory. Each step is whole: forward, backward, clip, noise, update, per-example mean losses.
-`--model FOLDER` takes a causal language model from there; else a random Llama of 23 million parameters.
+`python -m bench.dp_step` runs all ways in turn in one process with one thread for the times (process time), and then
+each way in a process of its own for its peak of memory. Each step is whole: forward, backward, clip, noise, update,
+per-example mean losses. `--model FOLDER` takes a causal language model; the default is a random Llama of 23 million
+parameters.
 """
 
 import argparse
@@ -21,30 +22,33 @@ BATCH, LENGTH, CLIP, NOISE = 8, 128, 1.0, 1.0
 ADAPTERS = ("lora", "blocks")
 OURS = ("bookkeeping", "slot", "loop")
 REPEATS = 3  # processes for a peak of memory, which varies by some percent
-PEERS = ("hooks", "functorch", "ghost")  # stock Opacus, its own optimizer and noise
+PEERS = ("hooks", "functorch", "ghost")  # stock Opacus with its own optimizer and noise
 WAYS = ("plain", *OURS, *PEERS)
-BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # most time, most memory, of the plain step's
+BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # largest time and largest peak of memory over the plain step's
 Step = Callable[[], None]
 
 
 def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any]:
-    """Returns a model that trains LoRA on its ends' dense layers or these blocks whole, its task and its examples.
+    """Returns a model, its task and its examples; the model trains LoRA on its end blocks, or these blocks whole.
 
-    Whole blocks are trained by method `blocks` if attached, as ours are, and else their weights themselves, as in plain
-    fine-tuning, which is what a step is compared with, and as Opacus knows their layers.
+    Args:
+      folder: folder of a causal language model; "" makes a random model.
+      adapter: "lora", or "blocks" for whole blocks.
+      attached: True trains whole blocks by method `blocks`, as offsite's engines need it; False trains the blocks' own
+        weights, as in plain fine-tuning and as Opacus knows their layers.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from offsite.adapter.methods import attach
     from offsite.adapter.spec import AdapterSpec
-    from offsite.privacy import optimizer  # noqa: F401 - with Opacus: every way has the libraries of all in its memory
+    from offsite.privacy import optimizer  # noqa: F401 - loads Opacus, so that each way has the same libraries in memory
     from offsite.privacy.engines import ENGINES
     from offsite.task.causal_lm import CausalLM
     from offsite.task.examples import Examples
 
     if unknown := set(OURS) - ENGINES.keys():
-        raise RuntimeError(f"engines={unknown}: are no more; change WAYS")
+        raise RuntimeError(f"engines={unknown}: not in ENGINES any more; change WAYS")
     task = CausalLM()
     torch.manual_seed(0)
     if folder:
@@ -68,7 +72,7 @@ def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any
 
 
 def plain(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
-    """Returns a step without clipping and noise."""
+    """Returns the function of a plain step, without clip and noise."""
     import torch
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -82,7 +86,7 @@ def plain(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
 
 
 def ours(engine: str) -> Callable[..., Step]:
-    """Returns what makes a step of one of our engines, with our optimizer and noise of the operating system."""
+    """Returns the maker of a step by an engine of offsite, with its optimizer and the operating system's noise."""
 
     def make(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
         import torch
@@ -113,7 +117,7 @@ def ours(engine: str) -> Callable[..., Step]:
 
 
 def opacus(way: str) -> Callable[..., Step]:
-    """Returns what makes a step of stock Opacus."""
+    """Returns the maker of a step by stock Opacus."""
 
     def make(model: Any, task: Any, examples: Any, stack: ExitStack) -> Step:
         import torch
@@ -153,19 +157,19 @@ def opacus(way: str) -> Callable[..., Step]:
 
 
 def maker(way: str) -> Callable[..., Step]:
-    """Returns what makes a way's step."""
+    """Returns the maker of a way's step."""
     if way == "plain":
         return plain
     return opacus(way) if way in PEERS else ours(way)
 
 
 def times(folder: str, adapter: str, rounds: int) -> dict[str, list[float]]:
-    """Returns process seconds of each way's steps, the ways in turn in every round; the first round warms up."""
+    """Returns process seconds of each way's steps; every round runs the ways in turn, after one round to warm up."""
     import torch
 
     torch.set_num_threads(1)
     subjects = {attached: subject(folder, adapter, attached=attached) for attached in (True, False)}
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
         for way in WAYS:
             model, task, examples = subjects[way in OURS]
@@ -173,13 +177,13 @@ def times(folder: str, adapter: str, rounds: int) -> dict[str, list[float]]:
                 step = maker(way)(model, task, examples, stack)
                 began = time.process_time()
                 step()
-                found[way].append(time.process_time() - began)
+                seconds[way].append(time.process_time() - began)
             model.zero_grad(set_to_none=True)
-    return {way: seconds[1:] for way, seconds in found.items()}
+    return {way: of[1:] for way, of in seconds.items()}
 
 
 def peak(folder: str, adapter: str, way: str) -> dict[str, float]:
-    """Returns the peak of memory of three steps of one way, and what the model took before, in MB."""
+    """Returns the peak of memory of three steps of one way, and the memory before the steps, both in MB."""
     import torch
 
     torch.set_num_threads(1)
@@ -194,13 +198,13 @@ def peak(folder: str, adapter: str, way: str) -> dict[str, float]:
 
 def peaks_of(folder: str, adapter: str, repeats: int) -> dict[str, dict[str, float]]:
     """Returns the median peak of each way over some processes, the ways in turn."""
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
-            found[way].append(fresh("--adapter", adapter, "--model", folder, "--way", way))
+            runs[way].append(fresh("--adapter", adapter, "--model", folder, "--way", way))
     return {
-        way: {key: statistics.median(one[key] for one in of) for key in ("before_mb", "peak_mb")}
-        for way, of in found.items()
+        way: {key: statistics.median(run[key] for run in of) for key in ("before_mb", "peak_mb")}
+        for way, of in runs.items()
     }
 
 
@@ -210,7 +214,7 @@ def _status(field: str) -> float:
 
 
 def fresh(*arguments: str) -> Any:
-    """Runs this program with other arguments in a process of its own and returns what it printed, read as JSON."""
+    """Runs this program with other arguments in a process of its own, and returns the printed JSON."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.dp_step", *arguments],
@@ -223,7 +227,7 @@ def fresh(*arguments: str) -> Any:
 
 
 def measure(folder: str, rounds: int) -> dict[str, Any]:
-    """Returns for each adapter the ways' times and peaks over the plain step's, and whether the bars are met."""
+    """Returns each adapter's times and peaks over those of the plain step, and whether the bars are met."""
     result: dict[str, Any] = {"tokens": [BATCH, LENGTH], "load_before": round(os.getloadavg()[0], 2)}
     for adapter in ADAPTERS:
         seconds = fresh("--adapter", adapter, "--model", folder, "--rounds", str(rounds))
@@ -233,15 +237,15 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
         }
         peaks = peaks_of(folder, adapter, REPEATS)
         rise = {way: of["peak_mb"] / peaks["plain"]["peak_mb"] for way, of in peaks.items()}
-        most_time, most_memory = BARS[adapter]
+        max_time, max_memory = BARS[adapter]
         result[adapter] = {
             "plain_seconds": round(statistics.median(seconds["plain"]), 3),
             "time": ratios,
             "peak_mb": {way: of["peak_mb"] for way, of in peaks.items()},
             "peak": {way: round(value, 3) for way, value in rise.items()},
             "bars_met": {
-                "time": ratios["bookkeeping"] <= most_time,
-                "memory": most_memory is None or rise["bookkeeping"] <= most_memory,
+                "time": ratios["bookkeeping"] <= max_time,
+                "memory": max_memory is None or rise["bookkeeping"] <= max_memory,
                 "never_slower_than_opacus": ratios["bookkeeping"] <= min(ratios[peer] for peer in PEERS),
             },
         }
@@ -249,10 +253,12 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures and prints JSON, or takes the steps of one case."""
+    """Measures and prints JSON, or runs the steps of one case."""
     parser = argparse.ArgumentParser(description="a private training step against a plain one")
     parser.add_argument("--model", default="", help="folder of a causal language model")
-    parser.add_argument("--rounds", type=int, default=36, help="7 tell whole blocks apart, but not LoRA")
+    parser.add_argument(
+        "--rounds", type=int, default=36, help="rounds of timed steps; 7 are enough for whole blocks, but not for LoRA"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--adapter", choices=ADAPTERS, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

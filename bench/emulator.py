@@ -1,9 +1,9 @@
-"""Transfer, leak, bytes and compute of emulators on real text, beside the gate that would have judged them before.
+"""Transfer, leak, bytes and compute of emulators on real text, beside the gate's judgement before any training.
 
-`python -m bench.emulator --cache ~/.cache/offsite --out runs/emulator` builds every recipe of the table of a model
-(`--model smollm2` or `minilm`) with public text (Moby-Dick), trains the adapter on it with the text of an owner (State
-of the Union), plugs it in and scores everything on that owner's held-out text. Dev case: abraham-lincoln, seed 0;
-nothing was chosen on the others. Results are kept line by line, so a stopped run goes on.
+`python -m bench.emulator --cache ~/.cache/offsite --out runs/emulator` builds every recipe of a model's table
+(`--model smollm2` or `minilm`) with public text (Moby-Dick), trains the adapter on the emulator with an owner's text
+(State of the Union), plugs the adapter in, and scores all models on that owner's held-out text. The development case is
+abraham-lincoln, seed 0; nothing was chosen on the other cases. Results are kept line by line, so a stopped run goes on.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from bench.emulator_report import write_report
 from bench.subjects import DOMAINS, KINDS, Recipe, Subject
 from offsite.adapter.layout import Layout
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.source import MemorySource
 from offsite.emulator.evaluation.fidelity import gradient_cosine, visiting
@@ -30,13 +30,36 @@ from offsite.emulator.package import package_reader
 from offsite.emulator.runtime.correction import repaired
 from offsite.emulator.runtime.plug_in import plug, take
 
-# A new domain may cost a little on public text; what is taken may not cost more than this, nats per token.
+# A new domain may cost a little on public text: largest accepted rise of the public loss, nats per token.
 TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class TunedAdapter:
+    """An adapter before and after its training on an emulator.
+
+    Attributes:
+      layout: layout of the adapter.
+      start: values before the training, float32 (layout.size,).
+      vector: values after the training, float32 (layout.size,).
+    """
+
+    layout: Layout
+    start: torch.Tensor
+    vector: torch.Tensor
 
 
 @dataclass
 class Bench:
-    """The run: what was measured stands in `lines`, by its key."""
+    """One run of the bench.
+
+    Attributes:
+      subject: the model with its texts.
+      out: folder of the packages and results.
+      lines: measured results, by key.
+      relearn: numbers of tokens on which an attacker relearns.
+      rehearsed: True to rehearse each emulator on public text as well.
+    """
 
     subject: Subject
     out: Path
@@ -46,7 +69,7 @@ class Bench:
     _public: float | None = None
 
     def measure(self, names: list[str], domains: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
-        """Yields one line for each emulator, then for each emulator, domain and seed."""
+        """Yields, for each emulator, a line of facts and then a line for each domain and seed."""
         for name in names:
             recipe = self.subject.kind.recipes[name]
             emulator, facts = self._emulator(name, recipe)
@@ -56,7 +79,7 @@ class Bench:
                     yield self._case(name, recipe.shape, emulator, domain, seed)
 
     def _emulator(self, name: str, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-        """Builds a package, or opens the one of an earlier run, and holds it against the gate."""
+        """Returns an emulator and its facts; builds the package, or opens the package of an earlier run."""
         folder = self.out / "packages" / name.replace(" ", "_").replace("/", "-").replace("%", "pc")
         key = f"emulator|{name}"
         known = self.lines.get(key, {})
@@ -82,30 +105,32 @@ class Bench:
     def _build(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         subject = self.subject
         calibration = Calibration(subject.public.run, subject.gate.losses)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped in the middle
+        shutil.rmtree(folder, ignore_errors=True)  # a package of a run that was stopped in the middle
         began, cpu = time.perf_counter(), time.process_time()
         geometry = subject.geometry(recipe.shape, recipe.ends)
-        write_package(MemorySource(subject.model), geometry, recipe.steps, recipe.embedding, calibration, folder)
+        write_package(
+            MemorySource(subject.model), EmulatorDesign(geometry, recipe.steps, recipe.embedding), calibration, folder
+        )
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
 
     def _judged(self, shape: str, emulator: Any) -> dict[str, Any]:
-        """Returns what is known before any site trains: the gate's cosine, the emulator's loss, a rehearsal's G."""
+        """Returns the facts known before any site trains: the gate's cosine, the emulator's loss, a rehearsal's G."""
         subject = self.subject
         plan, text = subject.lesson(shape, 0), subject.public_text
-        found = {
+        facts = {
             "cosine": gradient_cosine(subject.model, emulator, plan.spec, subject.gate.losses),
             "public_loss": text.test.loss(emulator),
         }
         if self.rehearsed:
             known = self._reference(shape, "public", text, plan)
-            found["public"] = rehearse(subject.model, emulator, plan, text, known).transfer
-        return found
+            facts["public"] = rehearse(subject.model, emulator, plan, text, known).transfer
+        return facts
 
     def _reference(self, shape: str, domain: str, text: Text, plan: Lesson) -> Reference:
         key = f"reference|{shape}|{domain}|{plan.seed}"
         if key not in self.lines:
-            found = reference(self.subject.model, plan, text)
-            self.lines[key] = {"key": key, "zero_shot": found.zero_shot, "slot_tuned": found.slot_tuned}
+            known = reference(self.subject.model, plan, text)
+            self.lines[key] = {"key": key, "zero_shot": known.zero_shot, "slot_tuned": known.slot_tuned}
             keep(self.out, self.lines[key])
         line = self.lines[key]
         return Reference(line["zero_shot"], line["slot_tuned"])
@@ -125,8 +150,8 @@ class Bench:
             line |= {"zero_shot": known.zero_shot, "slot_tuned": known.slot_tuned}
             line |= self._exchanged(shape, emulator, plan, text)
         if missing:
-            found = {str(tokens): relearned_loss(emulator, plan, text, tokens) for tokens in missing}
-            line = {**line, "relearned": {**line.get("relearned", {}), **found}}
+            losses = {str(tokens): relearned_loss(emulator, plan, text, tokens) for tokens in missing}
+            line = {**line, "relearned": {**line.get("relearned", {}), **losses}}
         return line
 
     def _exchanged(self, shape: str, emulator: Any, plan: Lesson, text: Text) -> dict[str, Any]:
@@ -135,25 +160,16 @@ class Bench:
             layout = Layout.of(model)
             start = torch.from_numpy(layout.read(model))
             train(model, plan, text.train)
-            tuned, vector = text.test.loss(model), torch.from_numpy(layout.read(model))
-        return {"emulator_tuned": tuned, **self._plugged(shape, emulator, plan, layout, start, vector, text)}
+            loss, tuned = text.test.loss(model), TunedAdapter(layout, start, torch.from_numpy(layout.read(model)))
+        return {"emulator_tuned": loss, **self._plugged(shape, emulator, plan, tuned, text)}
 
-    def _plugged(
-        self,
-        shape: str,
-        emulator: Any,
-        plan: Lesson,
-        layout: Layout,
-        start: torch.Tensor,
-        vector: torch.Tensor,
-        text: Text,
-    ) -> dict[str, Any]:
-        """Returns the loss of the plug-in as it came, and of what the coordinator takes by public text alone."""
-        public = self.subject.public_text.test
+    def _plugged(self, shape: str, emulator: Any, plan: Lesson, tuned: TunedAdapter, text: Text) -> dict[str, Any]:
+        """Returns the losses of the whole plug-in, and of the share that the coordinator takes by public text alone."""
+        public, start, vector = self.subject.public_text.test, tuned.start, tuned.vector
         with visiting(self.subject.model, plan.spec) as full:
 
             def at(candidate: torch.Tensor, examples: Any) -> float:
-                plug(full, layout, candidate.numpy())
+                plug(full, tuned.layout, candidate.numpy())
                 return float(examples.loss(full))
 
             if self._public is None:  # an adapter at its start changes nothing, whatever the seed
@@ -165,24 +181,24 @@ class Bench:
             whole = verdict.accepted and scale == 1
             losses["taken"] = plug_in if whole else at(taken if verdict.accepted else start, text.test)
             if shape == "parallel":
-                plug(full, layout, vector.numpy())
+                plug(full, tuned.layout, vector.numpy())
                 losses["corrected"] = at(repaired(full, emulator, 1.0), text.test)
         return losses
 
 
 def keep(out: Path, line: dict[str, Any]) -> None:
-    """Adds a line to the results."""
+    """Appends a line to the file of results."""
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
-    """Runs what is not there yet, and writes the report over all."""
+    """Runs the missing cases, and writes the report over all cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "offsite")
-    parser.add_argument("--out", type=Path, default=Path("runs/emulator"), help="a folder for each model is made in it")
+    parser.add_argument("--out", type=Path, default=Path("runs/emulator"), help="parent of the folders of the models")
     parser.add_argument("--model", choices=list(KINDS), default="smollm2")
-    parser.add_argument("--only", nargs="*", help="names of recipes; all by default")
+    parser.add_argument("--only", nargs="*", help="names of recipes; default: all")
     parser.add_argument("--domains", nargs="*", default=list(DOMAINS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--rehearse", action="store_true", help="also rehearse each emulator on public text")

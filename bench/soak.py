@@ -1,4 +1,4 @@
-"""A long federation on a tiny model with random kills: nothing may grow, and every ledger must equal its replay.
+"""A long federation on a tiny model with random kills: no process may grow, and every ledger must equal its replay.
 
 `python -m bench.soak --rounds 100 --out runs/soak` prints JSON. Sites and coordinator are real processes over TLS.
 """
@@ -21,19 +21,24 @@ from tests.conftest import make_world
 from tests.faults.conftest import POLICY, Federation
 
 SITES = ("ash", "birch", "cedar", "elm")
-STEADY = "ash"  # never killed, so that what grows shows
+STEADY = "ash"  # never killed, so that growth shows
 SAMPLE_SECONDS = 5.0
 
 
 @dataclass
 class Series:
-    """What one process held, sample by sample: resident bytes, descriptors, threads."""
+    """Samples of one process.
+
+    Attributes:
+      pid: number of the process.
+      samples: round, resident bytes, file descriptors and threads of each sample.
+    """
 
     pid: int
-    samples: list[tuple[int, int, int, int]] = field(default_factory=list)  # round, rss, fds, threads
+    samples: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def take(self, number: int) -> None:
-        """Adds a sample, if the process is there."""
+        """Adds a sample, if the process is alive."""
         try:
             process = psutil.Process(self.pid)
             sample = (number, process.memory_info().rss, process.num_fds(), process.num_threads())
@@ -42,7 +47,11 @@ class Series:
         self.samples.append(sample)
 
     def growth(self) -> dict[str, float] | None:
-        """Compares the last quarter of the samples with the second; the first is start-up."""
+        """Returns the means of the second and the last quarter of the samples; the first quarter is the start.
+
+        Returns:
+          The means by name; None with fewer than 12 samples.
+        """
         quarter = len(self.samples) // 4
         if quarter < 3:
             return None
@@ -60,7 +69,14 @@ class Series:
 
 
 def soak(folder: Path, rounds: int, *, kill_every: float, seed: int) -> dict[str, Any]:
-    """Runs the federation to its end under kills, and returns what was measured."""
+    """Runs the federation to its end under kills, and returns the measurements.
+
+    Args:
+      folder: empty folder for the federation.
+      rounds: number of rounds.
+      kill_every: mean seconds between kills.
+      seed: seed of times and victims.
+    """
     draw = random.Random(seed)
     federation = Federation(folder, make_world(folder / "world"), sites=SITES)
     for site in SITES:
@@ -84,7 +100,7 @@ def soak(folder: Path, rounds: int, *, kill_every: float, seed: int) -> dict[str
             coordinators[-1].take(done)
             if time.monotonic() > next_kill:
                 next_kill = time.monotonic() + kill_every * draw.uniform(0.5, 1.5)
-                # the coordinator is left alone in the second half, so that what grows in it shows too
+                # the coordinator is left alone in the second half, so that its growth shows too
                 victim = draw.choice(SITES[1:] if done > rounds / 2 else (*SITES[1:], "coordinator"))
                 kills.append((done, victim))
                 federation.kill(victim, signal.SIGKILL)
@@ -109,10 +125,10 @@ def soak(folder: Path, rounds: int, *, kill_every: float, seed: int) -> dict[str
 
 
 def replay(federation: Federation, site: str) -> dict[str, Any]:
-    """Computes a site's spent epsilon again from its audit log and compares it with its ledger."""
+    """Computes a site's spent epsilon again from the debits, and compares ledger and audit log."""
     ledger = [entry["fields"] for entry in federation.ledger(site)]
     left = federation.audit(site, "egress")
-    events = [Event(one["noise_multiplier"], one["sample_rate"], one["steps"]) for one in ledger]
+    events = [Event(debit["noise_multiplier"], debit["sample_rate"], debit["steps"]) for debit in ledger]
     total = ACCOUNTANTS["pld"](events, 0.01) if events else 0.0
     recorded = ledger[-1]["epsilon_total"] if ledger else 0.0
     return {
@@ -125,18 +141,18 @@ def replay(federation: Federation, site: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the soak and prints what was measured."""
+    """Runs the soak and prints the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--kill-every", type=float, default=40.0, help="mean seconds between kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="folder to keep; a temporary one by default")
+    parser.add_argument("--out", type=Path, default=None, help="folder to keep; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch) / "soak"
         folder.mkdir(parents=True, exist_ok=True)
-        found = soak(folder, options.rounds, kill_every=options.kill_every, seed=options.seed)
-    print(json.dumps(found, indent=1))
+        measured = soak(folder, options.rounds, kill_every=options.kill_every, seed=options.seed)
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

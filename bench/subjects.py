@@ -1,4 +1,4 @@
-"""What the emulator bench is run on: two real models, each with its task, its adapter and its recipes."""
+"""The subjects of the emulator bench: two real models, each with its task, its adapter and its recipes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch
 
 from bench.encoder import HiddenWords, fetch, with_head
 from offsite.adapter.spec import AdapterSpec
-from offsite.coordinator.job.evaluate import spread
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.evaluation.rehearse import Lesson, Text
 from offsite.emulator.structure.geometry import Geometry
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
+from offsite.task.selection import spread
 from offsite.task.tasks import TASKS
 
 DOMAINS = ("abraham-lincoln", "andrew-jackson", "ronald-reagan")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PUBLIC_PARTS = (64, 16, 128, 32, 1024)  # for fits, gate, adapters, scores and an attacker; no example serves two
+PUBLIC_PARTS = (64, 16, 128, 32, 1024)  # examples for fits, gate, adapters, scores and an attacker; none serves two
 HEAD_EXAMPLES = 2048
 
 
@@ -31,7 +31,7 @@ class Recipe:
       shape: "sandwich" or "parallel".
       steps: compressors, in order.
       embedding: storage of the word tables.
-      ends: blocks that are shipped verbatim at each end; None is the kind's slots.
+      ends: number of blocks shipped verbatim at each end; None takes the number of the model's `Kind`.
     """
 
     shape: str
@@ -48,14 +48,15 @@ class Kind:
     """One model of the bench.
 
     Attributes:
-      title: its name in the report.
-      folder: of the model, made from the cache where it is not there.
-      task: what it is trained for.
-      ends: slots' blocks at each end.
+      title: name of the model in the report.
+      folder: function that returns the model's folder for a cache folder, and makes the model's folder if missing.
+      task: task of the model.
+      ends: number of slots' blocks at each end.
       length: tokens in an example.
-      targets: layers that carry adapters.
-      batch, rate: of the adapter's training with Adam.
-      recipes: by name.
+      targets: names of the layers that carry adapters.
+      batch: examples in a step of the adapter's training.
+      rate: learning rate of the adapter's training with Adam.
+      recipes: recipes of the bench, by name.
     """
 
     title: str
@@ -71,7 +72,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Subject:
-    """One bench: the model, its public text by purpose, and the owners' texts."""
+    """One model of the bench with its texts.
+
+    Attributes:
+      kind: the model's entry in the table.
+      model: the full model, float32.
+      folder: folder of the model.
+      public: public examples for fits.
+      gate: public examples for the gate.
+      public_text: public examples for rehearsals, by purpose.
+      sites: folder of the owners' texts.
+    """
 
     kind: Kind
     model: Any
@@ -83,7 +94,7 @@ class Subject:
 
     @classmethod
     def open(cls, kind: Kind, cache: Path) -> "Subject":
-        """Returns the bench over what `offsite prepare` fetched."""
+        """Returns the subject of a kind, from the files that `offsite prepare` fetched."""
         folder = kind.folder(cache)
         examples = public_examples(kind.task, folder, cache, kind.length)
         fit, gate, *rest = (
@@ -94,18 +105,18 @@ class Subject:
         return cls(kind, model, folder, fit, gate, Text(*rest, kind.length), cache / "data" / "sites")
 
     def geometry(self, shape: str, ends: int | None = None) -> Geometry:
-        """Returns which blocks carry adapters."""
+        """Returns the geometry of a shape, with so many verbatim blocks at each end; None takes the kind's number."""
         count = self.kind.ends if ends is None else ends
         return Geometry.of(self.model, count, count, shape)
 
     def lesson(self, shape: str, seed: int) -> Lesson:
-        """Returns how the adapter is trained: LoRA of rank 8 on every dense layer of the slots, Adam, no privacy."""
+        """Returns the adapter's training: LoRA of rank 8 on every dense layer of the slots, Adam, no privacy."""
         slots = self.geometry(shape).slots(self.model)
         spec = AdapterSpec("lora", rank=8, alpha=16.0, targets=self.kind.targets, slots=slots, seed=seed)
         return Lesson(spec, steps=30, batch=self.kind.batch, learning_rate=self.kind.rate, seed=seed)
 
     def domain(self, name: str) -> Text:
-        """Returns an owner's text: trained on, scored on; an attacker relearns on public text."""
+        """Returns an owner's text for training and scores; an attacker relearns on public text."""
         task, tokenizer = self.kind.task, self.kind.task.load_processor(self.folder)
         parts = []
         for split, count in (("train", 128), ("heldout", 32)):
@@ -149,7 +160,7 @@ SMOLLM: Recipes = {
     "gptq4 + center": Recipe("sandwich", ("gptq4:128", "center")),
     "gptq3": Recipe("sandwich", ("gptq3:64",)),
     "parallel gptq4": Recipe("parallel", ("gptq4:32/6", "center")),
-    # The smallest: no block verbatim, three bits for all blocks but those whose absence harms most, and the outermost.
+    # The smallest: no block verbatim; three bits, but four for the outermost blocks and those whose absence harms most.
     "parallel 3-4 bits": Recipe(
         "parallel",
         ("gptq4:32/6@0-2,8,11,24,28-29", "gptq3:32/6@3-7,9-10,12-23,25-27", "center"),

@@ -7,16 +7,15 @@ from typing import Annotated
 import typer
 
 from offsite.cli.confirm import confirm, warn_of_expiry
+from offsite.cli.typer_app import command_group
 from offsite.client.home.installation import SiteHome
 from offsite.errors import DataError
 from offsite.trust.federation_manifest import changes
 from offsite.trust.sealing import HYBRID
 from offsite.trust.welcome import MAX_BYTES, Welcome
 
-app = typer.Typer(
-    name="client", help="A data owner's side of a federation.", no_args_is_help=True, add_completion=False
-)
-Folder = Annotated[Path, typer.Argument(help="the site's folder")]
+app = command_group("client", about="A data owner's side of a federation.")
+Folder = Annotated[Path, typer.Argument(help="folder of the site")]
 
 
 @app.command()
@@ -24,7 +23,7 @@ def init(
     folder: Folder,
     name: Annotated[str, typer.Option(help="name of this site")],
     data: Annotated[Path, typer.Option(help="file or folder of the site's records")],
-    suite: Annotated[int, typer.Option(help="of the sealing key, as the coordinator says")] = HYBRID,
+    suite: Annotated[int, typer.Option(help="kind of the sealing key, as the coordinator says")] = HYBRID,
 ) -> None:
     """Make a site's folder with its keys, its policy and its request."""
     site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
@@ -34,7 +33,7 @@ def init(
 
 @app.command()
 def request(folder: Folder) -> None:
-    """Write the request file again."""
+    """Write the request file of the site again."""
     site = SiteHome.open(folder)
     _show_request(site, site.request(datetime.now(UTC)))
 
@@ -42,12 +41,12 @@ def request(folder: Folder) -> None:
 @app.command()
 def sign(
     folder: Folder,
-    welcome: Annotated[Path, typer.Argument(help="the welcome file from the coordinator")],
+    welcome: Annotated[Path, typer.Argument(help="welcome file from the coordinator")],
     fingerprint: Annotated[
-        str | None, typer.Option(help="what the coordinator told, instead of a question; for scripts")
+        str | None, typer.Option(help="fingerprint that the coordinator read to you, in place of the question")
     ] = None,
 ) -> None:
-    """Accept a welcome: see what it changes, compare its fingerprint, pin it and sign it."""
+    """Accept a welcome: show its changes, compare its fingerprint, pin it and sign it."""
     site, now = SiteHome.open(folder), datetime.now(UTC)
     if not welcome.is_file() or welcome.stat().st_size > MAX_BYTES:
         raise DataError(f"welcome={str(welcome)!r}: no such file, or too large; ask the coordinator for it")
@@ -69,7 +68,7 @@ def sign(
 
 @app.command()
 def rotate(folder: Folder) -> None:
-    """Make new keys; the old ones serve until the coordinator's new welcome is signed."""
+    """Make new keys. The old keys serve until the coordinator's new welcome is signed."""
     site = SiteHome.open(folder)
     _show_request(site, site.rotate(datetime.now(UTC)))
 
@@ -77,9 +76,9 @@ def rotate(folder: Folder) -> None:
 @app.command()
 def leave(
     folder: Folder,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="consent in place of the question")] = False,
 ) -> None:
-    """Leave the federation: destroy this site's keys; ledger and audit log stay."""
+    """Leave the federation and destroy this site's keys. Ledger and audit log stay."""
     site = SiteHome.open(folder)
     confirm(f"destroy the keys of {site.settings.name!r}? the site cannot come back with them", yes=yes)
     site.leave()

@@ -15,20 +15,14 @@ import typer
 
 from offsite.cli.client import app
 from offsite.cli.confirm import warn_of_expiry
-from offsite.client.home.installation import SETTINGS, SiteHome
+from offsite.cli.typer_app import command_group
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.settings import SETTINGS
 from offsite.errors import DataError
 from offsite.trust.files import alone
 
 EXIT_WARNED, EXIT_STOPPED = 1, 143
-SPLITS = {
-    "truncate": "one of each text, cut after so many tokens",
-    "blocks": "texts joined and cut, so that the job's tokenizer says how many there are",
-}
-IN_THE_OPEN = (
-    "secure aggregation is OFF in this job: the coordinator sees this site's own update in every round; what protects "
-    "the records from it is the noise of this site, and nothing else"
-)
-Place = Annotated[Path, typer.Argument(help="the site's folder, or its site.toml")]
+Place = Annotated[Path, typer.Argument(help="folder of the site, or its file site.toml")]
 log = logging.getLogger("offsite.client")
 __all__ = ["app"]
 
@@ -45,26 +39,28 @@ def now() -> datetime:
 
 @app.command()
 def run(folder: Place) -> None:
-    """Run this site: connect, look at offers, train what is permitted, until stopped."""
-    from offsite.client.network.node import Node
-    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
-
+    """Run this site until it is stopped: connect, read offers, and train what the policy permits."""
     installation = open_folder(folder)
     warn_of_expiry(installation.check(now()))
+    # The model libraries take six seconds, and a wrong folder needs none of them.
+    from offsite.client.network.node import Node
+    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
+    from offsite.client.service.stage_handler import StageHandler
+
     with alone(installation.state, "a client"):
-        opened = SiteRuntime.of(installation, now)
-        limit_resources(opened.policy)
+        runtime = SiteRuntime.of(installation, now)
+        limit_resources(runtime.policy)
         if installation.settings.simulation_seed is not None:
             log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
-        opened.tidy()
+        runtime.tidy()
         stopping = _stop_on_signals()
-        mailbox = opened.mailbox()
-        place = opened.node_place()
-        opened.note("started", f"pid {os.getpid()}")
-        log.info("site %s: connecting to %s", installation.settings.name, place.superlink)
+        endpoint = StageHandler(runtime).endpoint()
+        supernode = runtime.supernode()
+        runtime.note("started", f"pid {os.getpid()}")
+        log.info("site %s: connecting to %s", runtime.name, supernode.superlink)
         with contextlib.suppress(KeyboardInterrupt):
-            Node(place, mailbox.answer, note=opened.note, stopping=lambda: bool(stopping)).run()
-        opened.note("stopped", "by a signal")
+            Node(supernode, endpoint.answer, note=runtime.note, stopping=lambda: bool(stopping)).run()
+        runtime.note("stopped", "by a signal")
     typer.echo("offsite: stopped; what was spent is in the ledger; start again with the same command", err=True)
     raise typer.Exit(EXIT_STOPPED)
 
@@ -85,10 +81,13 @@ def _stop_on_signals() -> list[int]:
 @app.command()
 def inspect(
     folder: Place,
-    job: Annotated[str | None, typer.Argument(help="eight or more digits of a job's hash; none lists all")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+    job: Annotated[
+        str | None, typer.Argument(help="first eight or more digits of a job's hash; all jobs by default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, in place of the text")] = False,
 ) -> None:
-    """Show what a coordinator asks for."""
+    """List the offered jobs, or show what one of them asks for."""
+    from offsite.cli.job_text import job_lines
     from offsite.client.home.jobs import Jobs
 
     installation = open_folder(folder)
@@ -98,94 +97,28 @@ def inspect(
         for digest in jobs.names():
             typer.echo(f"{digest}  {'approved' if digest in approved else 'not approved'}")
         return
-    found = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
-    facts, own = json.loads(found.manifest.to_bytes()), found.manifest.emulator_of(installation.settings.name)
+    offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    manifest, site = offered.manifest, installation.settings.name
     if as_json:
-        told = {"job": found.digest, "approved": found.approved, "emulator": own, "manifest": facts}
-        typer.echo(json.dumps(told))
+        facts = {"job": offered.digest, "approved": offered.approved, "emulator": manifest.emulator_of(site)}
+        typer.echo(json.dumps(facts | {"manifest": json.loads(manifest.to_bytes())}))
         return
-    lines = _lines(found.digest, found.approved, facts, own)
-    if found.manifest.aggregation.individuals:
-        lines.insert(1, f"WARNING    {IN_THE_OPEN}")
-    if others := {digest: sites for digest, sites in found.manifest.shipped().items() if digest != own}:
-        lines.insert(2, f"others     {_others(others)}")
-    typer.echo("\n".join(lines))
-
-
-def _others(others: dict[str, tuple[str, ...]]) -> str:
-    """Says in one sentence which sites get another emulator than this one."""
-    told = ", ".join(f"{' and '.join(sites)} {digest[:16]}…" for digest, sites in others.items())
-    return f"other sites train on other emulators than this one: {told}"
-
-
-def _lines(digest: str, approved: bool, facts: dict[str, Any], emulator: str) -> list[str]:
-    privacy, adapter, layout = facts["privacy"], facts["adapter"], facts["layout"]
-    parameters = sum(_size(shape) for shape in layout["shapes"])
-    rule = facts["aggregation"]
-    return [
-        f"job        {digest}  ({'approved' if approved else 'not approved'})",
-        f"model      {facts['model']} ({facts['base'][:16]}…), task {facts['task']}, "
-        f"emulator {emulator[:16]}…, tokenizer {facts['tokenizer'][:16]}…",
-        f"refresh    {_refresh(facts['refresh'])}",
-        f"adapter    {adapter['method']} rank {adapter['rank']}, {parameters} parameters in all"
-        + "".join(f", {name} {value}" for name, value in adapter["options"].items()),
-        f"training   {facts['rounds']} rounds (+{facts['spare_rounds']} spare) of {facts['local_steps']} steps, "
-        f"{facts['length']} tokens a record, expected batch {privacy['batch']}",
-        f"records    {SPLITS.get(facts['split'], 'cut in a way that this release does not know')} ({facts['split']})",
-        f"privacy    epsilon {privacy['epsilon']} for the whole job, clip {privacy['max_grad_norm']:.4g}, "
-        f"accountant {privacy['accountant']}",
-        f"{'round' if rule['individuals'] else 'sum':<10} of at least {facts['n_min']} of {len(facts['roster'])} "
-        f"sites: {', '.join(site for site, _ in facts['roster'])}",
-        *_of_rule(rule, adapter["rank"]),
-        f"leaves     one {'signed, plain' if rule['individuals'] else 'masked'} update a round; "
-        f"metrics: {', '.join(facts['metrics']) or 'none'}",
-        f"next       offsite client approve DIR {digest[:12]}",
-    ]
-
-
-def _of_rule(rule: dict[str, Any], rank: int) -> list[str]:
-    """Says what the sites do for the coordinator's rule, where that is more than to train and send."""
-    lines = []
-    if rule["proximal"]:
-        lines.append(f"pull       each step is pulled back to where the round began (FedProx), mu {rule['proximal']:g}")
-    if rule["directions"]:
-        count = rule["directions"]
-        lines.append(f"forward    no gradients: a step looks along {count} directions, one number leaves for each")
-    if rule["alternate"]:
-        lines.append("turns      B is trained in odd rounds and A in even ones; only that part leaves")
-    if rule["ranks"]:
-        told = ", ".join(f"{site} {own}" for site, own in rule["ranks"])
-        lines.append(f"ranks      of {rank} columns these sites train fewer: {told}")
-    return lines
-
-
-def _refresh(every: int) -> str:
-    """Says whether the emulator stays what was vetted when its owner approved the job."""
-    if not every:
-        return "never: the emulator stays as it is fetched"
-    return (
-        f"after every {every} rounds the biases at the ends of the emulator's middle blocks may move, and nothing else "
-        "of it; they are vetted before anything is trained on them"
-    )
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+    typer.echo("\n".join(job_lines(manifest, site=site, approved=offered.approved)))
 
 
 @app.command()
-def approve(folder: Place, job: Annotated[str, typer.Argument(help="eight or more digits of a job's hash")]) -> None:
-    """Approve one job, pinned to the hash of its manifest."""
+def approve(
+    folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")]
+) -> None:
+    """Approve one job by the hash of its manifest."""
     from offsite.client.home.jobs import Jobs
+    from offsite.protos.aggregation import NO_SECAGG_WARNING
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     if offered.manifest.aggregation.individuals:
-        typer.echo(f"WARNING {IN_THE_OPEN}")
+        typer.echo(f"WARNING {NO_SECAGG_WARNING}")
     digest = jobs.approve(job, by=_user(), at=now().isoformat(timespec="seconds"))
     typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
 
@@ -199,7 +132,9 @@ def _user() -> str:
 
 
 @app.command()
-def doctor(folder: Place, as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False) -> None:
+def doctor(
+    folder: Place, as_json: Annotated[bool, typer.Option("--json", help="JSON, in place of the text")] = False
+) -> None:
     """Check versions, keys, certificates, clock, ports, disk, data, policy, ledger and audit log."""
     from offsite.client.service.doctor import FAILED, examine
 
@@ -214,23 +149,22 @@ def doctor(folder: Place, as_json: Annotated[bool, typer.Option("--json", help="
 
 
 @app.command("dry-run")
-def dry_run(folder: Place, job: Annotated[str, typer.Argument(help="digits of an offered job's hash")]) -> None:
-    """Train one round of an offered job without a network; nothing leaves, and no privacy is spent."""
+def dry_run(
+    folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")]
+) -> None:
+    """Train one round of an offered job without a network. Nothing leaves, and no privacy is spent."""
     from offsite.client.home.jobs import Jobs
     from offsite.client.service.site_runtime import SiteRuntime, limit_resources
-    from offsite.client.site.release_log import CountingReleaseLog
-    from offsite.secagg.journal import MemoryJournal
 
     installation = open_folder(folder)
-    opened = SiteRuntime.of(installation, now)
-    limit_resources(opened.policy)
+    runtime = SiteRuntime.of(installation, now)
+    limit_resources(runtime.policy)
     found = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
     package = installation.packages / found.manifest.emulator_of(installation.settings.name)
     if not package.is_dir():
         raise DataError(f"job={found.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
     with tempfile.TemporaryDirectory() as scratch:
-        books = CountingReleaseLog(found.manifest.releases)
-        site = opened.site_with(found.manifest, package, books, MemoryJournal(), record=Path(scratch) / "rounds")
+        site = runtime.open_dry_run(found.manifest, package, Path(scratch) / "rounds")
         line = site.rehearse()
     plan = site.plan
     typer.echo(
@@ -244,7 +178,7 @@ def dry_run(folder: Place, job: Annotated[str, typer.Argument(help="digits of an
     )
 
 
-audit = typer.Typer(help="The site's audit log.", no_args_is_help=True)
+audit = command_group(about="The audit log of a site.")
 app.add_typer(audit, name="audit")
 
 
@@ -252,12 +186,10 @@ app.add_typer(audit, name="audit")
 def verify(folder: Place) -> None:
     """Check the hash chain of the audit log and of the ledger."""
     from offsite.client.home.audit import verify as check
-    from offsite.client.service.site_runtime import SiteRuntime
 
-    installation = open_folder(folder)
-    entries = check(installation.state / "audit.jsonl")
-    opened = SiteRuntime.of(installation, now)
-    count, head = opened.ledger.head()
+    site = open_folder(folder)
+    entries = check(site.state / "audit.jsonl")
+    ledger = site.ledger(site.read_policy())
+    count, head = ledger.head()
     typer.echo(f"audit log: {entries} entries, chain whole")
-    spent, dataset = opened.ledger.spent(), installation.settings.dataset
-    typer.echo(f"ledger of {dataset!r}: {count} entries, epsilon {spent:.4f}, head {head[:16]}…")
+    typer.echo(f"ledger of {ledger.dataset!r}: {count} entries, epsilon {ledger.recorded():.4f}, head {head[:16]}…")

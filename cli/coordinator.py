@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from offsite.cli.confirm import confirm, same_fingerprint, warn_of_expiry
+from offsite.cli.typer_app import command_group
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.errors import DataError
 from offsite.trust.federation_manifest import FederationManifest
@@ -14,10 +15,8 @@ from offsite.trust.request import SiteRequest
 from offsite.trust.sealing import HYBRID
 from offsite.trust.welcome import Welcome
 
-app = typer.Typer(
-    name="coordinator", help="The model owner's side of a federation.", no_args_is_help=True, add_completion=False
-)
-Folder = Annotated[Path, typer.Argument(help="the coordinator's folder")]
+app = command_group("coordinator", about="The model owner's side of a federation.")
+Folder = Annotated[Path, typer.Argument(help="folder of the coordinator")]
 MAX_REQUEST_BYTES = 1 << 16
 
 
@@ -26,15 +25,18 @@ def init(
     folder: Folder,
     name: Annotated[str, typer.Option(help="name of the federation")] = "offsite",
     host: Annotated[str, typer.Option(help="name or address under which sites reach this machine")] = "127.0.0.1",
-    link_port: Annotated[int, typer.Option(help="port of the SuperLink")] = 8443,
-    depot_port: Annotated[int, typer.Option(help="port of the depot")] = 8444,
-    n_min: Annotated[int, typer.Option(help="fewest sites whose sum a job may open, at least 3")] = 3,
-    max_epsilon: Annotated[float, typer.Option(help="no job may plan more epsilon than this")] = 8.0,
-    clip: Annotated[float, typer.Option(help="largest entry of an update that a job may set")] = 100.0,
-    suite: Annotated[int, typer.Option(help="of sealing keys: 2 X-Wing, safe against recording; 1 X25519")] = HYBRID,
-    days: Annotated[int, typer.Option(help="how long certificates and each epoch hold")] = 365,
+    link_port: Annotated[int, typer.Option(help="port of the SuperLink, which carries the messages")] = 8443,
+    depot_port: Annotated[int, typer.Option(help="port of the depot, from which sites fetch packages")] = 8444,
+    n_min: Annotated[int, typer.Option(help="smallest number of sites whose sum a job may open, at least 3")] = 3,
+    max_epsilon: Annotated[float, typer.Option(help="largest epsilon that a job may plan")] = 8.0,
+    clip: Annotated[float, typer.Option(help="largest bound on an update's entries that a job may set")] = 100.0,
+    suite: Annotated[
+        int,
+        typer.Option(help="kind of the sealing keys: 2 for X-Wing, which is post-quantum; 1 for X25519"),
+    ] = HYBRID,
+    days: Annotated[int, typer.Option(help="lifetime of certificates and of each epoch, in days")] = 365,
 ) -> None:
-    """Make the coordinator's folder: authority, server certificate, identity."""
+    """Make the coordinator's folder with an authority, a server certificate and an identity."""
     home = CoordinatorHome.create(
         folder,
         name=name,
@@ -58,13 +60,21 @@ def init(
 @app.command()
 def approve(
     folder: Folder,
-    requests: Annotated[list[Path] | None, typer.Argument(help="request files; none renews what expires")] = None,
-    fingerprint: Annotated[
-        list[str] | None, typer.Option(help="the site's own fingerprint, one for each request, instead of a question")
+    requests: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="request files of the sites to admit; none by default, which renews certificates and epoch"
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask; the fingerprints were compared already")] = False,
+    fingerprint: Annotated[
+        list[str] | None,
+        typer.Option(help="fingerprint that a site's owner read to you, once for each request; replaces the question"),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="consent in place of the question, for fingerprints that were compared before")
+    ] = False,
 ) -> None:
-    """Admit sites and write a welcome for every member; without requests, renew certificates and epoch."""
+    """Admit sites and write a welcome for every member. Without requests, renew certificates and epoch."""
     home, now = CoordinatorHome.open(folder), datetime.now(UTC)
     if not requests:
         confirm("renew every certificate and make a new epoch?", yes=yes)
@@ -84,10 +94,10 @@ def approve(
 @app.command()
 def revoke(
     folder: Folder,
-    site: Annotated[str, typer.Argument(help="name of the site")],
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    site: Annotated[str, typer.Argument(help="name of the site to revoke")],
+    yes: Annotated[bool, typer.Option("--yes", help="consent in place of the question")] = False,
 ) -> None:
-    """Put a site out: its keys never count again, and the others sign a new epoch."""
+    """Remove a site. Its keys never count again, and the other sites sign a new epoch."""
     home, now = CoordinatorHome.open(folder), datetime.now(UTC)
     confirm(f"revoke {site!r}? its keys never count again", yes=yes)
     _show(home, home.revoke(site, now), now)

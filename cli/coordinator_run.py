@@ -33,23 +33,29 @@ def now() -> datetime:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="federation file with a table [coordinator]")],
-    out: Annotated[Path | None, typer.Option(help="run folder; default: one for these settings, in the home")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
+    config: Annotated[Path, typer.Argument(help="federation file with a table for the coordinator")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="run folder for the results; by default one in the coordinator's folder for each set of settings"
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
+    ] = False,
 ) -> None:
-    """Run a job with the sites of the federation; the same command again goes on where it was."""
+    """Run a job with the sites of the federation. After a stop, the same command continues the job."""
     from transformers.utils.logging import disable_progress_bar
 
     from offsite.cli.display import LiveDisplay, PlainDisplay
     from offsite.coordinator.config.federation_file import read_config
+    from offsite.coordinator.home.job_settings import run_folder
     from offsite.coordinator.home.provision import CoordinatorHome
-    from offsite.coordinator.home.run_folder import run_folder
     from offsite.coordinator.home.status import Status
     from offsite.coordinator.job.store import Store
-    from offsite.coordinator.report.federation_outcome import conclude
+    from offsite.coordinator.report.federation_outcome import Started, conclude
+    from offsite.coordinator.report.write import one_line
     from offsite.coordinator.service import JobContext, run_job
-    from offsite.simulation.run_folder import columns_in
-    from offsite.task.readers.tables import read
 
     disable_progress_bar()
     settings, sha256 = read_config(config)
@@ -57,31 +63,30 @@ def run(
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     home = CoordinatorHome.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
-    public, reader = Path(settings.data.public), settings.data.reader
-    records = read(public, reader=reader or None, columns=columns_in(settings))
     _interrupt_on_signals()
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
     with alone(home.link, "a coordinator"):
-        setting = JobContext(
+        context = JobContext(
             home=home,
             config=settings,
             store=Store(run_folder(home, settings, out)),
             status=Status(home.folder / "status.json", now),
-            records=records,
             nonce=lambda: secrets.token_bytes(32),
             now=now,
             on_step=display.step,
-            on_round=lambda line: display.round(line, settings.training.rounds),
+            on_round=lambda record: display.round(record, settings.training.rounds),
         )
-        with _ended(setting.status, config), display:
-            job, progress = run_job(setting)
-            report = conclude(settings, sha256, setting.store, job, progress)
-        setting.status.set("finished", detail=str(setting.store.folder))
+        folder, started = context.store.folder, Started(sha256, now().isoformat(timespec="seconds"))
+        with _ended(context.status, config), display:
+            job, progress = run_job(context)
+            report = conclude(settings, context.store, job, progress, started)
+        context.status.set("finished", detail=str(folder))
     if as_json:
-        typer.echo(json.dumps(report, allow_nan=False))
+        typer.echo(one_line(report))
         return
-    typer.echo((setting.store.folder / "report.md").read_text(encoding="utf-8").strip())
+    typer.echo((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0].strip())
+    typer.echo(f"\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
 
 
 @contextmanager
@@ -105,10 +110,10 @@ def _ended(status: "Status", config: Path) -> Iterator[None]:
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="the coordinator's folder")],
-    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+    folder: Annotated[Path, typer.Argument(help="folder of the coordinator")],
+    as_json: Annotated[bool, typer.Option("--json", help="status as JSON, in place of the text")] = False,
 ) -> None:
-    """Tell who is there, which round it is, and what is awaited."""
+    """Show which sites are there, which round runs, and whose answers are missing."""
     from offsite.coordinator.home.status import read_status
 
     facts = read_status(folder / "status.json")

@@ -4,23 +4,23 @@ import logging
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from offsite.coordinator.job.round_record import RoundRecord
+
 logger = logging.getLogger("offsite")
 
 
-def round_text(line: dict[str, Any], planned: int) -> str:
+def round_text(record: RoundRecord, planned: int) -> str:
     """Returns one line about a finished round."""
-    verdict = "taken over" if line["accepted"] else "NOT taken over"
-    loss = "not finite" if line["public_loss"] is None else f"{line['public_loss']:.4f}"
-    # the key is missing in what an earlier release wrote
-    how = "sites' updates seen one by one" if line.get("individuals") else "sites summed"
+    verdict = "taken over" if record.accepted else "NOT taken over"
+    loss = "not finite" if record.public_loss is None else f"{record.public_loss:.4f}"
+    how = "sites' updates seen one by one" if record.individuals else "sites summed"
     return (
-        f"round {line['round']} of {planned}: {len(line['members'])} {how}, "
-        f"public loss {loss} nats, {verdict}, {line['seconds']:.0f} s"
+        f"round {record.round} of {planned}: {len(record.members)} {how}, "
+        f"public loss {loss} nats, {verdict}, {record.seconds:.0f} s"
     )
 
 
@@ -42,9 +42,9 @@ class PlainDisplay(AbstractContextManager["PlainDisplay"]):
         if stage == "train":
             self._say(f"train at {site}")
 
-    def round(self, line: dict[str, Any], planned: int) -> None:
+    def round(self, record: RoundRecord, planned: int) -> None:
         """Says how a round ended."""
-        self._say(round_text(line, planned))
+        self._say(round_text(record, planned))
 
     def _say(self, text: str) -> None:
         logger.info("%6.0f s  %s", time.monotonic() - self._began, text)
@@ -82,7 +82,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         """Shows which site is at which stage."""
         self._progress.update(self._task, description=f"{stage} at {site}")
 
-    def round(self, line: dict[str, Any], planned: int) -> None:
+    def round(self, record: RoundRecord, planned: int) -> None:
         """Moves the bar and prints the round's line above it."""
-        self._progress.console.print(round_text(line, planned), highlight=False)
-        self._progress.update(self._task, completed=line["round"])
+        self._progress.console.print(round_text(record, planned), highlight=False)
+        self._progress.update(self._task, completed=record.round)

@@ -7,61 +7,67 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offsite.errors import ConfigError, DataError
+from offsite.cli.typer_app import command_group
+from offsite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from offsite.emulator.build.pipeline import Built, Order
-    from offsite.emulator.calibration.source import Source
+    from offsite.emulator.build.pipeline import Built
     from offsite.emulator.package.manifest import Manifest
-    from offsite.task.spec import Batch, Task
 
-app = typer.Typer(
-    name="emulator",
-    help="The stand-in that is shipped in place of the model.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+app = command_group("emulator", about="The stand-in that is shipped in place of the model.")
 UNITS = {"": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
-Package = Annotated[Path, typer.Argument(help="folder of a package")]
+Package = Annotated[Path, typer.Argument(help="folder of the package")]
 
 
 @app.command()
 def build(
-    model: Annotated[Path, typer.Argument(help="the model's folder, with safetensors")],
-    out: Annotated[Path, typer.Option(help="package folder to write; must be empty")],
+    model: Annotated[Path, typer.Argument(help="folder of the model, with safetensors")],
+    out: Annotated[Path, typer.Option(help="new or empty folder for the package")],
     calibration: Annotated[Path, typer.Option(help="public records of your own: a file, or a folder of text files")],
-    task: Annotated[str, typer.Option(help="what the model does: a name in task.tasks.TASKS")] = "causal_lm",
+    task: Annotated[
+        str, typer.Option(help="task of the model, for example causal_lm or image_classification")
+    ] = "causal_lm",
     columns: Annotated[
-        str, typer.Option(help="columns of the task's fields where named otherwise: 'text=body label=spam'")
+        str,
+        typer.Option(
+            help="columns of the task's fields where the file names them otherwise, for example 'text=body label=spam'"
+        ),
     ] = "",
-    shape: Annotated[str, typer.Option(help="sandwich, parallel or auto")] = "sandwich",
+    shape: Annotated[str, typer.Option(help="shape of the emulator: sandwich, parallel or auto")] = "sandwich",
     recipe: Annotated[str, typer.Option(help="compressors in order, for example 'narrow:0.34 gptq4:64'")] = "",
-    max_bytes: Annotated[str, typer.Option(help="most bytes of the shipped weights, for example 80MB")] = "",
-    max_memory: Annotated[str, typer.Option(help="most memory of its weights at a site, for example 300MB")] = "",
+    max_bytes: Annotated[str, typer.Option(help="largest size of the shipped weights, for example 80MB")] = "",
+    max_memory: Annotated[str, typer.Option(help="largest memory of the weights at a site, for example 300MB")] = "",
     max_flops: Annotated[
-        float | None, typer.Option(help="share of the middle's multiply-adds, for example 0.5")
+        float | None, typer.Option(help="largest share of the middle's multiply-adds that stays, for example 0.5")
     ] = None,
     max_leak: Annotated[float | None, typer.Option(help="largest leak in a rehearsal, relearning included")] = None,
-    first: Annotated[int, typer.Option(help="blocks shipped unchanged at the input side")] = 2,
-    last: Annotated[int, typer.Option(help="blocks shipped unchanged at the output side")] = 2,
+    first: Annotated[int, typer.Option(help="number of blocks at the input that are shipped unchanged")] = 2,
+    last: Annotated[int, typer.Option(help="number of blocks at the output that are shipped unchanged")] = 2,
     embedding: Annotated[str, typer.Option(help="storage of the word tables: verbatim, int8 or int4")] = "int8",
     method: Annotated[str, typer.Option(help="adapter method that will be trained")] = "lora",
-    rank: Annotated[int, typer.Option(help="of the adapter")] = 8,
+    rank: Annotated[int, typer.Option(help="rank of the adapter")] = 8,
     targets: Annotated[
-        str, typer.Option(help="layers that carry it, for example 'query value'; default: its own")
+        str, typer.Option(help="layers that carry the adapter, for example 'query value'; the method's own by default")
     ] = "",
-    gate: Annotated[float, typer.Option(help="least cosine of the adapter's gradients, in [-1, 1]")] = 0.3,
-    sequences: Annotated[int, typer.Option(help="public examples that compressors look at")] = 64,
-    length: Annotated[int, typer.Option(help="most tokens of an example")] = 128,
+    gate: Annotated[
+        float, typer.Option(help="smallest cosine between the adapter's gradients on emulator and model, in [-1, 1]")
+    ] = 0.3,
+    sequences: Annotated[int, typer.Option(help="number of public examples that the compressors look at")] = 64,
+    length: Annotated[int, typer.Option(help="largest number of tokens in an example")] = 128,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="train and plug in on public records; takes minutes")
+        bool, typer.Option("--rehearse", help="rehearsal of training and plug-in on public records; takes minutes")
     ] = False,
-    relearn: Annotated[str, typer.Option(help="tokens an attacker relearns on in a rehearsal")] = "10000",
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    relearn: Annotated[
+        str, typer.Option(help="number of tokens on which an attacker relearns in a rehearsal")
+    ] = "10000",
+    as_json: Annotated[bool, typer.Option("--json", help="report as JSON, in place of the text")] = False,
 ) -> None:
-    """Build an emulator of a model within limits, and refuse one that would not serve."""
+    """Build an emulator of a model within limits, and refuse an emulator that would not serve."""
+    from transformers.utils.logging import disable_progress_bar
+
     from offsite.adapter.spec import AdapterSpec
     from offsite.emulator.build.cost import SizeLimits
+    from offsite.emulator.build.from_folder import PublicData, build_from_folder
     from offsite.emulator.build.pipeline import Order
 
     order = Order(
@@ -76,10 +82,9 @@ def build(
         rehearse=rehearse,
         relearn=tuple(_whole("relearn", part) for part in relearn.split(",") if part),
     )
-    task_of = _task(task)
-    source = _source(task_of, model)
-    examples = _examples(task_of, source.model.config, model, calibration, columns, length)
-    built = _build(task_of, source, examples, model, out, order, sequences, length)
+    data = PublicData(calibration, task, _columns(columns), sequences, length)
+    disable_progress_bar()
+    built = build_from_folder(model, out, order, data, _step)
     report = out.with_name(f"{out.name}.report.json")
     report.write_text(json.dumps(built.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     typer.echo(json.dumps(built.to_dict(), allow_nan=False) if as_json else _summary(built, out, report))
@@ -87,17 +92,17 @@ def build(
 
 @app.command()
 def inspect(package: Package) -> None:
-    """Show what a package holds, after every byte of it was checked."""
-    from offsite.emulator.package import files
+    """Check every byte of a package and show what it holds."""
+    from offsite.emulator.package import package_folder
     from offsite.emulator.package.package_reader import read_manifest
 
     manifest = read_manifest(package)
-    files.check(package, manifest.files)
+    package_folder.check(package, manifest.files)
     typer.echo("\n".join(_facts(manifest)))
 
 
 @app.command()
-def compare(packages: Annotated[list[Path], typer.Argument(help="folders of packages")]) -> None:
+def compare(packages: Annotated[list[Path], typer.Argument(help="folders of the packages to compare")]) -> None:
     """Show packages side by side."""
     from rich.console import Console
     from rich.table import Table
@@ -139,9 +144,11 @@ def compare(packages: Annotated[list[Path], typer.Argument(help="folders of pack
 @app.command()
 def vet(
     package: Package,
-    seed: Annotated[int | None, typer.Option(help="of what is drawn; default: the system's randomness")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of the random draws; the system's randomness by default")
+    ] = None,
 ) -> None:
-    """Check a package for traps, as a site does before it trains."""
+    """Check a package for traps, as a site does before training."""
     import secrets
 
     import torch
@@ -157,78 +164,6 @@ def vet(
     for check in report.checks:
         typer.echo(f"{check.name:16} {check.value:10.4g}  limit {check.limit:<8g} {check.where}")
     typer.echo(f"no known trap in {package}: {report.measured} numbers measured")
-
-
-def _task(name: str) -> "Task":
-    from offsite.errors import lookup
-    from offsite.task.tasks import TASKS
-
-    return lookup(TASKS, name, "task")
-
-
-def _examples(task: "Task", model_config: Any, model: Path, calibration: Path, columns: str, length: int) -> "Batch":
-    """Returns public records as the task's examples; plain texts are joined and cut, so that none is mostly padding."""
-    from offsite.task.readers.columns import columns_of
-    from offsite.task.readers.tables import read
-
-    if wrong := [pair for pair in columns.split() if "=" not in pair]:
-        raise ConfigError(f"columns={wrong[0]!r}: write field=column, for example 'text=body label=spam'")
-    names = dict(pair.split("=", 1) for pair in columns.split())
-    _step(f"read {calibration}")
-    return task.encode(
-        task.load_processor(model),
-        read(calibration, reader=None, columns=columns_of(task.columns, names=names)),
-        length=length,
-        split="blocks" if tuple(task.columns) == ("text",) else "truncate",
-        model_config=model_config,
-    )
-
-
-def _build(
-    task: "Task",
-    source: "Source",
-    examples: "Batch",
-    model: Path,
-    out: Path,
-    order: "Order",
-    sequences: int,
-    length: int,
-) -> "Built":
-    from transformers.utils.logging import disable_progress_bar
-
-    from offsite.coordinator.job.evaluate import spread
-    from offsite.emulator.build.pipeline import BuildPipeline, Public
-    from offsite.emulator.calibration.public_examples import PublicExamples
-    from offsite.emulator.evaluation.rehearse import Text
-
-    disable_progress_bar()
-    needed = sequences + 4 * 8
-    if len(examples) < needed:
-        raise DataError(
-            f"calibration: {len(examples)} examples of {length} tokens, {needed} are needed; give more public data, or "
-            "smaller --sequences or --length"
-        )
-    # Every fifth one each, so that no example is both learnt from and tested on.
-    parts = [
-        PublicExamples(task, spread(examples, count, offset=i, stride=5))
-        for i, count in enumerate((sequences, 16, 128, 32, 1024))
-    ]
-    public = Public(parts[0], parts[1], Text(train=parts[2], test=parts[3], attack=parts[4], length=length))
-    return BuildPipeline(source, order, public, model, _step).build(out)
-
-
-def _source(task: "Task", model: Path) -> "Source":
-    """Reads the model block by block where its checkpoint allows it, and says so where it does not."""
-    import torch
-
-    from offsite.emulator.calibration.source import MemorySource, ShardSource
-    from offsite.errors import UnsupportedModel
-
-    try:
-        return ShardSource(model, torch.float32)
-    except UnsupportedModel as error:
-        _step(f"the whole model is loaded: {error}")
-        return MemorySource(task.load(model, dtype=torch.float32))
 
 
 def _summary(built: "Built", out: Path, report: Path) -> str:
@@ -280,6 +215,12 @@ def _report(package: Path) -> dict[str, Any]:
 
 def _number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "-"
+
+
+def _columns(text: str) -> dict[str, str]:
+    if wrong := [pair for pair in text.split() if "=" not in pair]:
+        raise ConfigError(f"columns={wrong[0]!r}: write field=column, for example 'text=body label=spam'")
+    return dict(pair.split("=", 1) for pair in text.split())
 
 
 def _size(name: str, text: str) -> int | None:

@@ -1,40 +1,39 @@
 """The command `offsite`: the only place that prints, and that turns errors into a line and an exit code."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import warnings
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from offsite.cli import client_run, coordinator_run, emulator, methods
+from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
 from offsite.protos.flower_process import QUIET
 
-app = typer.Typer(
-    name="offsite",
-    help="Fine-tune a model that may not leave its owner on data that may not leave theirs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+if TYPE_CHECKING:  # needs torch, and most commands do not
+    from offsite.simulation.run_folder import Run
+
+ABOUT = "Fine-tune a model that may not leave its owner on data that may not leave theirs."
+app = command_group("offsite", about=ABOUT, completion=True)
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 TEMPLATE = """\
-# offsite simulate fed.toml     every key is explained in README.md
+# offsite simulate fed.toml     every key is explained in docs/configuration.md
 seed = 0
 
 [model]
 path = "model"                  # a Hugging Face folder with safetensors
 
 [data]
-public = "public.txt"           # text of the coordinator's own: gate, clip, acceptance test
+public = "public.jsonl"         # records of the coordinator's own: gate, clip, acceptance test
 sites_dir = "sites"             # one folder per owner, with train and heldout inside
 owners = ["north", "south", "west"]
 
@@ -43,9 +42,19 @@ epsilon = 8.0
 """
 
 
-@app.callback()
-def _setup() -> None:
-    """Fine-tune a model that may not leave its owner on data that may not leave theirs."""
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"offsite {version('offsite')}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def _setup(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Quietens the libraries before a command loads them."""
     os.environ.update(QUIET)  # before anything of Flower's is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -57,23 +66,32 @@ def _setup() -> None:
 
 @app.command()
 def simulate(
-    config: Annotated[Path | None, typer.Argument(help="federation file, fed.toml")] = None,
-    out: Annotated[Path, typer.Option(help="run folder to write; must be empty")] = Path("runs/latest"),
-    resume: Annotated[Path | None, typer.Option(help="run folder to go on with")] = None,
-    engine: Annotated[str, typer.Option(help="memory, or flower (Flower's simulation runtime)")] = "memory",
-    seed: Annotated[int | None, typer.Option(help="instead of the file's seed")] = None,
-    rounds: Annotated[int | None, typer.Option(help="instead of the file's training.rounds")] = None,
-    sites: Annotated[int | None, typer.Option(help="only the first N sites of the file")] = None,
-    no_privacy: Annotated[bool, typer.Option("--no-privacy", help="train without clip and noise, to compare")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON on standard output")] = False,
+    config: Annotated[Path | None, typer.Argument(help="federation file, for example fed.toml")] = None,
+    out: Annotated[Path, typer.Option(help="new or empty run folder for the results")] = Path("runs/latest"),
+    resume: Annotated[Path | None, typer.Option(help="run folder of a stopped run, to continue")] = None,
+    engine: Annotated[
+        str, typer.Option(help="carrier of the messages: memory, or flower for Flower's simulation runtime")
+    ] = "memory",
+    seed: Annotated[int | None, typer.Option(help="seed in place of the file's")] = None,
+    rounds: Annotated[int | None, typer.Option(help="number of training rounds in place of the file's")] = None,
+    sites: Annotated[
+        int | None, typer.Option(help="number of sites to keep, counted from the first in the file")
+    ] = None,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="training without clipping and noise, for comparison only")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
+    ] = False,
 ) -> None:
     """Run a whole federation on this machine and write a report."""
     import dataclasses
 
     from offsite.coordinator.config.federation_file import read_config
+    from offsite.simulation.engine_table import ENGINES
     from offsite.simulation.run_folder import Run, with_options
 
-    carry = lookup({"memory": "memory", "flower": "flower"}, engine, "engine")
+    lookup(ENGINES, engine, "engine")
     if (config is None) == (resume is None):
         raise ConfigError("simulate: give either a federation file or --resume DIR")
     if resume is not None:
@@ -86,34 +104,31 @@ def simulate(
         if no_privacy:
             settings = dataclasses.replace(settings, privacy=dataclasses.replace(settings.privacy, private=False))
         run = Run.create(settings, sha256, out)
-    _run(run, carry, as_json)
+    _run(run, engine, as_json)
 
 
-def _run(run: object, engine: str, as_json: bool) -> None:
-    """Loads the heavy libraries, runs, and prints where the result lies."""
+def _run(run: "Run", engine: str, as_json: bool) -> None:
+    """Runs, and prints where the result lies."""
     from transformers.utils.logging import disable_progress_bar
 
     from offsite.cli.display import LiveDisplay, PlainDisplay
-    from offsite.simulation.flower_engine import flower_engine
-    from offsite.simulation.run_folder import Run
-    from offsite.simulation.simulate import Options, memory_engine, simulate
+    from offsite.coordinator.report.write import one_line
+    from offsite.simulation.engine_table import ENGINES
+    from offsite.simulation.simulate import Options, simulate
 
     disable_progress_bar()  # ours says what is loaded, on a terminal and in a log alike
-    if not isinstance(run, Run):
-        raise TypeError("run must be a Run")
     console = Console(stderr=True)
     display = LiveDisplay(console, run.config.training.rounds) if console.is_terminal else PlainDisplay()
-    carry = {"memory": memory_engine, "flower": flower_engine}[engine]
     now = datetime.now(UTC).isoformat(timespec="seconds")
     folder = run.store.folder
     try:
         with display:
-            report = simulate(run, Options(carry, engine, display, now))
+            report = simulate(run, Options(lookup(ENGINES, engine, "engine"), engine, display, now))
     except KeyboardInterrupt:
         typer.echo(f"offsite: stopped; go on with: offsite simulate --resume {folder}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if as_json:
-        typer.echo(json.dumps(report, allow_nan=False))
+        typer.echo(one_line(report))
         return
     typer.echo((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0].strip())
     typer.echo(f"\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
@@ -121,20 +136,22 @@ def _run(run: object, engine: str, as_json: bool) -> None:
 
 @app.command()
 def prepare(
-    cache: Annotated[Path | None, typer.Option(help="cache folder; default: the user's cache")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="folder for what is fetched; the user's cache folder by default")
+    ] = None,
     out: Annotated[Path, typer.Option(help="federation file to write")] = Path("runs/demo.toml"),
     data: Annotated[
-        Path | None, typer.Option(help="instead of the demo's texts: DIR/public and DIR/sites/OWNER/…")
+        Path | None, typer.Option(help="folder of own texts in place of the demo's, as DIR/public and DIR/sites/OWNER")
     ] = None,
     demo: Annotated[
         str,
         typer.Option(
-            help="speeches: a language model learns to write them; mail: a classifier, to tell spam; clothes: one of "
-            "images, three new kinds"
+            help="demo to prepare: speeches, for a language model; mail, for a classifier of spam; clothes, for a "
+            "classifier of images"
         ),
     ] = "speeches",
 ) -> None:
-    """Fetch, verify and convert a demo's model and data once, and write its federation file."""
+    """Fetch, check and convert the model and data of a demo once, and write its federation file."""
     from offsite.demo import clothes, mail
     from offsite.demo import speeches as room
 

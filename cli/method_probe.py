@@ -1,6 +1,6 @@
-"""What a method is on a tiny model of a family: measured, not looked up."""
+"""The live probe of `offsite methods --probe`: each method is attached to a tiny model, and measured there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,15 +21,17 @@ from transformers import (
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, dummy_tensors
+from offsite.adapter.methods.refused import REFUSED
+from offsite.adapter.methods.task_head import HEAD
 from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import is_linear, lengths
+from offsite.cli.method_table import Finding, MethodFacts, MethodTable
 from offsite.errors import ConfigError, PrivacyRefusal, UnsupportedModel
 from offsite.privacy.probe import choose_engine
 from offsite.secagg.ring import BITS
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 WORDS, CLASSES, EXAMPLES, TOKENS = 97, 3, 3, 8
-EXACT = 1e-5  # a gap below it is rounding
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Family:
     """A kind of model to probe on.
 
     Attributes:
-      tower: path of its blocks.
-      images: whether it reads images and not tokens.
+      tower: path of the list of blocks.
+      images: whether the model reads images and not tokens.
     """
 
     tower: str
@@ -54,35 +56,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was measured of a method.
-
-    Attributes:
-      method: its name.
-      parameters: trained numbers in two blocks of the tiny model.
-      bytes_up: of one masked upload of them.
-      gap: how far the mean of uploads is from the mean of their effects, relative; below `EXACT` they are the same.
-      engine: the per-example gradient engine that passed the privacy probe, or "".
-      refused: why the method cannot be used on this family, or "" where it can.
-      no_privacy: why no engine may be used, or "" where one may.
-    """
-
-    method: str
-    parameters: int = 0
-    bytes_up: int = 0
-    gap: float = 0.0
-    engine: str = ""
-    refused: str = ""
-    no_privacy: str = ""
-
-    @property
-    def linear(self) -> bool:
-        """Whether the mean of the uploads is the mean of their effects."""
-        return self.gap < EXACT
-
-
-@dataclass(frozen=True)
-class Batch:
+class ProbeBatch:
     """Examples that anybody may know: arguments of a model's forward pass, and classes."""
 
     values: dict[str, Tensor]
@@ -91,13 +65,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def select(self, indices: Any) -> "Batch":
+    def select(self, indices: Any) -> "ProbeBatch":
         """Returns the batch of the examples at these integer indices."""
         rows = torch.as_tensor(indices, dtype=torch.long)
-        return Batch({name: value[rows] for name, value in self.values.items()}, self.classes[rows])
+        return ProbeBatch({name: value[rows] for name, value in self.values.items()}, self.classes[rows])
 
 
-def losses(model: nn.Module, batch: Batch) -> Tensor:
+def losses(model: nn.Module, batch: ProbeBatch) -> Tensor:
     """Returns one cross entropy per example, (B,): of its class, or the mean over its words behind the first."""
     logits = model(**batch.values).logits
     if logits.ndim == 2:
@@ -117,17 +91,23 @@ def probe(method: str, family: str) -> Finding:
     except (UnsupportedModel, ConfigError) as refusal:
         return Finding(method, refused=str(refusal))
     layout = Layout.of(model)
-    found = Finding(method, layout.size, layout.size * BITS // 8, _gap(model, family, paths))
+    finding = Finding(method, layout.size, layout.size * BITS // 8, _gap(model, family, paths))
     try:
-        return replace(found, engine=choose_engine(model, losses, _batch(family)))
+        return replace(finding, engine=choose_engine(model, losses, _batch(family)))
     except PrivacyRefusal as refusal:
-        return replace(found, no_privacy=str(refusal))
+        return replace(finding, no_privacy=str(refusal))
 
 
-def probe_all(family: str) -> Iterator[Finding]:
-    """Yields the findings of every method in the table."""
-    for method in METHODS:
-        yield probe(method, family)
+def probe_table(family: str) -> MethodTable:
+    """Returns the findings of every method on a family, with what the table of methods says."""
+    return described(family, {method: probe(method, family) for method in METHODS})
+
+
+def described(family: str, findings: Mapping[str, Finding]) -> MethodTable:
+    """Returns findings of methods, by name and in the order of the table of methods, with what that table says."""
+    facts = {method.name: MethodFacts(method.why, method.peft, method.options) for method in METHODS.values()}
+    ordered = tuple(findings[method] for method in METHODS)
+    return MethodTable(family, SIZES["hidden_size"], ordered, facts, REFUSED, HEAD)
 
 
 @contextmanager
@@ -154,12 +134,12 @@ def _model(family: str) -> nn.Module:
     return model.eval()
 
 
-def _batch(family: str) -> Batch:
+def _batch(family: str) -> ProbeBatch:
     with _drawn():
         classes = torch.arange(EXAMPLES) % CLASSES
         if FAMILIES[family].images:
-            return Batch({"pixel_values": torch.randn(EXAMPLES, 3, 8, 8)}, classes)
-        return Batch({"input_ids": torch.randint(1, WORDS, (EXAMPLES, TOKENS))}, classes)
+            return ProbeBatch({"pixel_values": torch.randn(EXAMPLES, 3, 8, 8)}, classes)
+        return ProbeBatch({"input_ids": torch.randint(1, WORDS, (EXAMPLES, TOKENS))}, classes)
 
 
 def _gap(model: nn.Module, family: str, paths: set[str]) -> float:
@@ -182,7 +162,7 @@ def _gap(model: nn.Module, family: str, paths: set[str]) -> float:
 
 def _outputs(model: nn.Module, family: str, paths: set[str]) -> Tensor:
     """Returns what the adapted layers make of random inputs; if one is a block, what the first makes of a batch."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     with _drawn(), torch.no_grad():
         for path in sorted({_host(name, paths) for name in Layout.of(model).names}):
             layer: Any = model.get_submodule(path)
@@ -190,8 +170,8 @@ def _outputs(model: nn.Module, family: str, paths: set[str]) -> Tensor:
             if not hasattr(inner, "weight"):
                 return _first_block(model, family)
             width = lengths(inner)[0] if is_linear(inner) else len(inner.weight)  # or of a norm
-            found.append(layer(torch.randn(4, width)).flatten())
-    return torch.cat(found)
+            outputs.append(layer(torch.randn(4, width)).flatten())
+    return torch.cat(outputs)
 
 
 def _host(name: str, paths: set[str]) -> str:

@@ -2,36 +2,36 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from offsite.coordinator.config.federation_file import CoordinatorConfig, FedConfig
+from offsite.coordinator.home.job_settings import settings_sha256
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.provision import CoordinatorHome
-from offsite.coordinator.home.run_folder import check_settings, keep_settings
 from offsite.coordinator.home.status import Status
-from offsite.coordinator.job.prepare import Job, Parties, prepare, reopen
-from offsite.coordinator.job.store import Progress, Store, write_atomically
+from offsite.coordinator.job.lifecycle import finished, open_or_prepare
+from offsite.coordinator.job.prepare import Job, Parties
+from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.network.depot import Depot, Tls
 from offsite.coordinator.network.flower_exchange import GridExchange
 from offsite.coordinator.network.flower_grid import LOST, why_lost
 from offsite.coordinator.network.package_delivery import Delivery, deliver_all
 from offsite.coordinator.network.readiness import ReadinessPolicy, ReadinessPoller
 from offsite.coordinator.network.signed_exchange import SignedExchange
+from offsite.coordinator.network.status_exchange import StatusReportingExchange
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
-from offsite.coordinator.report.aggregation_section import SAID_OPENLY
 from offsite.coordinator.rounds.attempt import Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.exchange import Conversation, Exchange
 from offsite.coordinator.rounds.round_loop import TrainingLoop
-from offsite.errors import ConfigError, DataError, Untrusted
+from offsite.errors import ConfigError, DataError
 from offsite.protos import codec
-from offsite.protos.job_manifest import JobManifest
+from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.signed_job import sign_job
-from offsite.task.spec import Record
 from offsite.trust import federation_manifest as owners
 from offsite.trust.certificates import certificate_key
 
@@ -53,22 +53,20 @@ class JobContext:
       config: the federation file.
       store: run folder.
       status: where the job stands.
-      records: public records.
-      nonce: gives 32 fresh random bytes.
-      now: gives the time.
-      on_step: told what is being done.
-      on_round: told each whole round's line.
+      nonce: source of 32 fresh random bytes.
+      now: clock.
+      on_step: function that takes a text about what is being done.
+      on_round: function that takes the record of each whole round.
     """
 
     home: CoordinatorHome
     config: FedConfig
     store: Store
     status: Status
-    records: Sequence[Record]
     nonce: Callable[[], bytes]
     now: Callable[[], datetime]
     on_step: Callable[[str], None]
-    on_round: Callable[[dict[str, Any]], None]
+    on_round: Callable[[RoundRecord], None]
 
     @property
     def rules(self) -> CoordinatorConfig:
@@ -82,7 +80,7 @@ class JobContext:
         return self.config.coordinator
 
 
-def run_job(setting: JobContext) -> tuple[Job, Progress]:
+def run_job(context: JobContext) -> tuple[Job, Progress]:
     """Runs a job to its end, or on from where it stopped; one whose rounds are all whole needs no site any more.
 
     Returns:
@@ -91,45 +89,39 @@ def run_job(setting: JobContext) -> tuple[Job, Progress]:
     Raises:
       OffsiteError: with what to change; the run folder then stands at the last whole round.
     """
-    setting.status.set("building")
-    epoch = setting.home.federation()
-    job = open_job(setting, epoch)
-    if job.manifest.aggregation.individuals:
-        setting.on_step(SAID_OPENLY)
-    if (done := _done(setting.store, job.manifest)) is not None:
-        _attempts(setting).close()  # the last round's, where the kill came before it was closed
-        setting.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)
+    context.status.set("building")
+    epoch = context.home.federation()
+    job = open_job(context, epoch)
+    if not job.manifest.aggregation.secure_aggregation:
+        context.on_step(NO_SECAGG_WARNING)
+    if (done := finished(context.store, job.manifest)) is not None:
+        _attempts(context).close()  # the last round's, where the kill came before it was closed
+        context.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)
         return job, done
-    deliveries = deliver_all(setting.store, setting.home.folder / "depot", job.manifest, epoch)
-    with _depot(setting.home, setting.now):
-        return job, _over_links(setting, job, epoch, deliveries)
+    deliveries = deliver_all(context.store, context.home.folder / "depot", job.manifest, epoch)
+    with _depot(context.home, context.now):
+        return job, _over_links(context, job, epoch, deliveries)
 
 
-def _done(store: Store, manifest: JobManifest) -> Progress | None:
-    """Returns where a job stands whose rounds are all whole, None for another."""
-    progress = store.load_state()
-    return progress if progress is not None and progress.round >= manifest.rounds else None
-
-
-def _over_links(setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
+def _over_links(context: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
     """Runs the rounds over one link after the other, as long as there are whole rounds between their losses.
 
     Raises:
       DataError: a link was lost too often.
     """
-    tried, before = 0, _rounds(setting.store)
+    tried, before = 0, _rounds(context.store)
     while True:
         try:
-            return _over_link(setting, job, epoch, deliveries)
+            return _over_link(context, job, epoch, deliveries)
         except LOST as error:
-            if (done := _done(setting.store, job.manifest)) is not None:
+            if (done := finished(context.store, job.manifest)) is not None:
                 return done  # only the farewell was lost
-            why, now = why_lost(error), _rounds(setting.store)
+            why, now = why_lost(error), _rounds(context.store)
             tried, before = (tried + 1 if now == before else 1), now
-            setting.status.set("link lost", detail=why, awaited=[])
+            context.status.set("link lost", detail=why, awaited=[])
             log.warning("Flower's SuperLink was lost (%s); loss %d of %d", why, tried, LINK_TRIES)
             if tried == LINK_TRIES:
-                where = setting.home.link / "superlink.log"
+                where = context.home.link / "superlink.log"
                 raise DataError(
                     f"link: Flower's SuperLink was lost {LINK_TRIES} times without a whole round ({why}); see {where}, "
                     "then run again"
@@ -140,70 +132,49 @@ def _rounds(store: Store) -> int:
     return 0 if (progress := store.load_state()) is None else progress.round
 
 
-def open_job(setting: JobContext, epoch: owners.FederationManifest) -> Job:
-    """Prepares the job, or opens the one that this run folder holds.
+def open_job(context: JobContext, epoch: owners.FederationManifest) -> Job:
+    """Prepares the job, or opens the job that this run folder holds.
 
     Raises:
       Untrusted: the owners signed another epoch since, and rounds are left that its sites would refuse.
       ConfigError: the run began with other settings.
     """
-    path = setting.store.folder / "job.json"
-    if not path.exists():
-        roster = tuple((member.site, member.identity) for member in epoch.members)
-        min_sites = max(epoch.n_min, setting.config.secagg.n_min)
-        parties = Parties(epoch.name, epoch.epoch, roster, min_sites, job=setting.nonce().hex())
-        job = prepare(
-            setting.config,
-            records=setting.records,
-            federation=parties,
-            store=setting.store,
-            on_step=setting.on_step,
-        )
-        setting.store.write_json("job_facts.json", job.facts())
-        keep_settings(setting.store, setting.config)
-        write_atomically(path, job.manifest.to_bytes())  # last: from here on the job is this one
-        return job
-    check_settings(setting.store, setting.config)
-    manifest = JobManifest.from_bytes(path.read_bytes())
-    if (manifest.federation, manifest.epoch) != (epoch.name, epoch.epoch) and _done(setting.store, manifest) is None:
-        raise Untrusted(
-            f"epoch={manifest.epoch}: this run was made under it, and the owners are at {epoch.epoch}; start a new run "
-            "with --out FOLDER"
-        )
-    setting.on_step("open the prepared job")
-    facts = setting.store.read_json("job_facts.json")
-    return reopen(setting.config, manifest, facts, records=setting.records, store=setting.store)
+    roster = tuple((member.site, member.identity) for member in epoch.members)
+    min_sites = max(epoch.n_min, context.config.secagg.n_min)
+    parties = Parties(epoch.name, epoch.epoch, roster, min_sites, job=context.nonce().hex())
+    settings = settings_sha256(context.config)
+    return open_or_prepare(context.config, parties, context.store, on_step=context.on_step, settings=settings)
 
 
-def _over_link(setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
+def _over_link(context: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
     nodes = {member.site: member.node for member in epoch.members}
-    setting.on_step("start Flower's SuperLink")
+    context.on_step("start Flower's SuperLink")
     largest = UPLOAD_BYTES * job.manifest.layout.size + OTHER_BYTES
-    with SuperLinkSession(link_place(setting.home), nodes, largest=largest) as link:
+    with SuperLinkSession(link_place(context.home), nodes, largest=largest) as link:
         unopened: dict[str, str] = {}
-        offers = _letters(setting, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
-        ledgers = Ledgers(setting.home.folder / "ledgers.json", setting.home.identity)
-        muster = _muster(setting, job, epoch, deliveries, Offers(offers, ledgers, unopened))
-        setting.on_step("wait for the sites")
-        setting.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
-        rules = setting.rules
+        offers = _letters(context, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)
+        ledgers = Ledgers(context.home.folder / "ledgers.json", context.home.identity)
+        poller = _readiness_poller(context, job, epoch, deliveries, Offers(offers, ledgers, unopened))
+        context.on_step("wait for the sites")
+        context.status.set("waiting for sites", job=job.manifest.digest().hex(), rounds=job.manifest.rounds)
+        rules = context.rules
         wanted = rules.sites or len(nodes)
-        ready = muster.wait(ReadinessPolicy(wanted, job.manifest.n_min, rules.patience))
-        exchange = _StatusReportingExchange(
-            _letters(setting, epoch, link, job.manifest.deadline, tries=ASKED), setting.status
+        ready = poller.wait(ReadinessPolicy(wanted, job.manifest.n_min, rules.patience))
+        exchange = StatusReportingExchange(
+            _letters(context, epoch, link, job.manifest.deadline, tries=ASKED), context.status
         )
-        farewell = _letters(setting, epoch, link, FINISH_SECONDS)
-        progress = _federation(setting, job, ledgers).run(
-            exchange, _tell(setting), _cohort(setting, muster, ready, job.manifest.n_min), farewell
+        farewell = _letters(context, epoch, link, FINISH_SECONDS)
+        progress = _federation(context, job, ledgers).run(
+            exchange, _on_round(context), _cohort(context, poller, ready, job.manifest.n_min), farewell
         )
-        setting.status.set("finishing", awaited=[])
+        context.status.set("finishing", awaited=[])
         notice = codec.Notice("finish", "all rounds are done")
         Conversation(farewell).ask("finish", dict.fromkeys(nodes, notice), codec.Notice)
         return progress
 
 
 def _cohort(
-    setting: JobContext, muster: ReadinessPoller, ready: tuple[str, ...], min_sites: int
+    context: JobContext, poller: ReadinessPoller, ready: tuple[str, ...], min_sites: int
 ) -> Callable[[], tuple[str, ...]]:
     """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
     first, began = [ready], time.monotonic()
@@ -212,34 +183,22 @@ def _cohort(
         if first and time.monotonic() - began < FRESH_SECONDS:  # not after an attempt that was resumed before it
             return first.pop()
         first.clear()
-        setting.status.set("waiting for sites")
-        return muster.wait(ReadinessPolicy(min_sites, min_sites, setting.rules.patience))
+        context.status.set("waiting for sites")
+        return poller.wait(ReadinessPolicy(min_sites, min_sites, context.rules.patience))
 
     return cohort
 
 
-def _tell(setting: JobContext) -> Callable[[dict[str, Any]], None]:
-    def tell(line: dict[str, Any]) -> None:
-        setting.status.set("round done", round=line["round"], stage="", awaited=[])
-        setting.on_round(line)
+def _on_round(context: JobContext) -> Callable[[RoundRecord], None]:
+    def show(record: RoundRecord) -> None:
+        context.status.set("round done", round=record.round, stage="", awaited=[])
+        context.on_round(record)
 
-    return tell
-
-
-class _StatusReportingExchange:
-    """An exchange that says in the status what is awaited from whom."""
-
-    def __init__(self, exchange: Exchange, status: Status) -> None:
-        self._exchange, self._status = exchange, status
-
-    def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Sends a stage."""
-        self._status.set("in a round", stage=stage, awaited=sorted(payloads))
-        return self._exchange.send(stage, payloads)
+    return show
 
 
 def _letters(
-    setting: JobContext,
+    context: JobContext,
     epoch: owners.FederationManifest,
     link: SuperLinkSession,
     deadline: float,
@@ -249,9 +208,9 @@ def _letters(
 ) -> SignedExchange:
     return SignedExchange(
         GridExchange(link.grid, nodes=link.node_ids, deadline=deadline),
-        setting.home.identity,
+        context.home.identity,
         epoch,
-        MonotonicCounter(setting.home.folder / "letters.txt"),
+        MonotonicCounter(context.home.folder / "letters.txt"),
         on_bad,
         tries=tries,
     )
@@ -266,11 +225,11 @@ class Offers:
     unopened: dict[str, str]
 
 
-def _muster(
-    setting: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries, offers: Offers
+def _readiness_poller(
+    context: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries, offers: Offers
 ) -> ReadinessPoller:
     manifest = job.manifest.to_bytes()
-    signature = sign_job(setting.home.identity, manifest)
+    signature = sign_job(context.home.identity, manifest)
 
     def offer_for(site: str, signatures: Mapping[str, bytes]) -> codec.Offer:
         return codec.Offer(
@@ -287,22 +246,22 @@ def _muster(
         offers.exchange,
         epoch,
         offer_for,
-        signatures=setting.home.signatures(),
+        signatures=context.home.signatures(),
         ledgers=offers.ledgers,
-        status=setting.status,
-        keep=setting.home.add_signature,
+        status=context.status,
+        keep=context.home.add_signature,
         unopened=offers.unopened,
-        current=setting.home.federation,
+        current=context.home.federation,
     )
 
 
-def _federation(setting: JobContext, job: Job, ledgers: Ledgers) -> TrainingLoop:
-    tries = setting.rules.attempts
-    return TrainingLoop(job, setting.config, setting.store, _attempts(setting), tries=tries, on_ledger=ledgers.learn)
+def _federation(context: JobContext, job: Job, ledgers: Ledgers) -> TrainingLoop:
+    tries = context.rules.attempts
+    return TrainingLoop(job, context.config, context.store, _attempts(context), tries=tries, on_ledger=ledgers.learn)
 
 
-def _attempts(setting: JobContext) -> Attempts:
-    return Attempts(setting.store.folder, setting.nonce, MonotonicCounter(setting.home.folder / "aggregations.txt"))
+def _attempts(context: JobContext) -> Attempts:
+    return Attempts(context.store.folder, context.nonce, MonotonicCounter(context.home.folder / "aggregations.txt"))
 
 
 def link_place(home: CoordinatorHome) -> SuperLinkPlace:

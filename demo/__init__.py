@@ -1,1 +1,1 @@
-"""Demos on real models and data that package indexes carry."""
+"""Demos with real models and data from package indexes."""

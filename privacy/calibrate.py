@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 from offsite.errors import ConfigError, PrivacyRefusal, lookup
 from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
@@ -48,6 +49,18 @@ def noise_multiplier_for(
       UnknownName: there is no such accountant.
       PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or by none.
     """
+    return calibrated(epsilon, delta, sample_rate, steps, accountant)[0]
+
+
+@lru_cache(maxsize=256)  # seconds of work, and its result depends on these five numbers only
+def calibrated(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> Point:
+    """Returns the noise multiplier of `noise_multiplier_for` and the epsilon that this noise spends.
+
+    Raises:
+      ConfigError: a number is out of its range.
+      UnknownName: there is no such accountant.
+      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or by none.
+    """
     account = lookup(ACCOUNTANTS, accountant, "accountant")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(
@@ -60,7 +73,6 @@ def noise_multiplier_for(
     def spent(noise: float) -> float:
         return _spent(account, Event(noise, sample_rate, steps), delta)
 
-    _refuse_below_floor(epsilon, spent(NOISE_FLOOR))
     low, high = _bracket(epsilon, spent)
     return _narrow(epsilon, spent, low, high)
 
@@ -82,7 +94,11 @@ def _refuse_below_floor(epsilon: float, at_floor: float) -> None:
 
 
 def _bracket(epsilon: float, spent: Spent) -> tuple[Point, Point]:
-    """Returns two points, the first above the target epsilon and the second at or below it."""
+    """Returns two points, the first above the target epsilon and the second at or below it.
+
+    Raises:
+      PrivacyRefusal: the floor's epsilon is not above the target, or the ceiling's is.
+    """
     high = (1.0, spent(1.0))
     low = high
     while high[1] > epsilon:
@@ -95,10 +111,12 @@ def _bracket(epsilon: float, spent: Spent) -> tuple[Point, Point]:
     while low[1] <= epsilon:
         high, noise = low, max(low[0] / 2, NOISE_FLOOR)
         low = (noise, spent(noise))
+        if noise == NOISE_FLOOR:
+            _refuse_below_floor(epsilon, low[1])
     return low, high
 
 
-def _narrow(epsilon: float, spent: Spent, low: Point, high: Point) -> float:
+def _narrow(epsilon: float, spent: Spent, low: Point, high: Point) -> Point:
     """Returns the upper end of the bracket once its epsilon is near enough to the target."""
     slack = min(TOLERANCE, epsilon / 100)
     for turn in range(MAX_EVALUATIONS):
@@ -107,7 +125,7 @@ def _narrow(epsilon: float, spent: Spent, low: Point, high: Point) -> float:
         noise = _guess(epsilon - slack / 2, low, high) if turn % 3 < 2 else math.sqrt(low[0] * high[0])
         point = (noise, spent(noise))
         low, high = (point, high) if point[1] > epsilon else (low, point)
-    return high[0]
+    return high
 
 
 def _guess(target: float, low: Point, high: Point) -> float:

@@ -1,4 +1,4 @@
-"""Per-example gradients of one batch, held whole or as the factors they are products of; norms and weighted sums."""
+"""Per-example gradients of one batch, held whole or as their two factors; norms and weighted sums."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from offsite.privacy.norms import row_norms
 from offsite.privacy.per_example import Weigh, add_to_sum
 
-# A dense layer's gradients are held whole up to so many times the numbers that they are products of. Above, their norms
-# are taken from one example's gradient at a time, which is computed twice: a third more work and no more memory. Norms
-# from Gram matrices ("ghost norms") would be cheaper for short texts, but where positions cancel they lose in float32
-# what a bound on one record's influence needs, and come out too small.
+# A dense layer's gradients are held whole as long as they have at most this many times the numbers of their factors.
+# Above, norms are taken from one example's gradient at a time, which is computed twice: a third more work and no more
+# memory. Norms from Gram matrices ("ghost norms") would be cheaper for short texts, but where positions cancel they
+# come out too small in float32 for a bound on one record's influence.
 KEEP_UP_TO = 4
 
 
@@ -21,8 +21,8 @@ class Pair:
     """A dense layer's per-example gradients as their factors: example i has outer[i].T @ inner[i].
 
     Attributes:
-      outer: (B, T, outputs of the matrix's first dimension).
-      inner: (B, T, of its second).
+      outer: factor of the matrix's first dimension, (B, T, first).
+      inner: factor of the matrix's second dimension, (B, T, second).
     """
 
     outer: Tensor
@@ -33,7 +33,7 @@ class Pair:
         return self.outer[row].T @ self.inner[row]
 
     def joined(self, other: "Pair") -> "Pair":
-        """Returns the gradients of a layer that ran twice: sums over all its positions."""
+        """Returns the gradients of a layer that ran twice: sums over the positions of both runs."""
         return Pair(torch.cat([self.outer, other.outer], 1), torch.cat([self.inner, other.inner], 1))
 
 
@@ -42,9 +42,9 @@ class Captured:
     """What a backward pass left of one batch, by parameter.
 
     Attributes:
-      size: B, examples of the batch.
+      size: B, number of examples in the batch.
       rows: whole gradients, (B, *shape), by the parameter's id.
-      pairs: factors, by the parameter's id.
+      pairs: factors of gradients, by the parameter's id.
     """
 
     size: int
@@ -52,7 +52,7 @@ class Captured:
     pairs: dict[int, Pair] = field(default_factory=dict)
 
     def put(self, parameter: nn.Parameter, rows: Tensor) -> None:
-        """Adds whole gradients, (B, *shape), to those of a parameter; one that is used twice has the sum of both."""
+        """Adds whole gradients, (B, *shape), to a parameter's; a parameter that is used twice has the sum of both."""
         held = self.rows.get(id(parameter))
         self.rows[id(parameter)] = rows if held is None else held + rows
 
@@ -76,22 +76,22 @@ class Captured:
         """Adds the weighted sums to the parameters' `summed_grad`.
 
         Args:
-          parameters: all that train; one without a gradient here gets zeros.
+          parameters: all trainable parameters; a parameter without a gradient here gets zeros.
           weigh: see `privacy.per_example.Weigh`.
           kept: position in the batch of each of the B examples.
 
         Returns:
-          The examples, of the B, whose gradient is finite, and their norms.
+          Indices of the examples, in [0, B), whose gradient is finite, and their norms, float64.
         """
         norms = self.norms(parameters)
         finite = torch.nonzero(torch.isfinite(norms)).flatten()  # an index, since 0 * NaN is NaN
-        found: list[int] = finite.tolist()
-        factors = weigh(norms[finite], tuple(kept[row] for row in found))
-        everyone = len(found) == self.size
+        rows: list[int] = finite.tolist()
+        factors = weigh(norms[finite], tuple(kept[row] for row in rows))
+        everyone = len(rows) == self.size
         totals = [self._weighted(parameter, factors, None if everyone else finite) for parameter in parameters]
         for parameter, total in zip(parameters, totals, strict=True):
             add_to_sum(parameter, total)
-        return found, norms[finite]
+        return rows, norms[finite]
 
     def _squares(self, parameter: nn.Parameter) -> Tensor:
         rows, pair = self.rows.get(id(parameter)), self.pairs.get(id(parameter))

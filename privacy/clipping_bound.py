@@ -15,13 +15,13 @@ from offsite.privacy.engines import ENGINES
 def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], engine: str = "bookkeeping") -> float:
     """Returns the median gradient norm of single examples, the default `max_grad_norm`.
 
-    Clipping bounds differ by orders of magnitude between models and adapters, and one far above the norms drowns the
-    update in noise. Andrew et al. 2021 (arXiv 1905.03871) find the median a good bound.
+    Clipping bounds differ by orders of magnitude between models and adapters, and a bound far above the norms drowns
+    the update in noise. Andrew et al. 2021 (arXiv 1905.03871) find the median a good bound.
 
     Args:
-      model: with its adapter attached.
+      model: model with its adapter attached.
       losses_fn: (model, batch) -> one loss per example, (B,).
-      batches: PUBLIC examples; a bound from private ones would itself have to be paid for.
+      batches: PUBLIC examples; a bound from private examples would itself have to be paid for.
       engine: a key of `privacy.engines.ENGINES`.
 
     Raises:

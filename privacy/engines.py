@@ -1,4 +1,4 @@
-"""The table of engines: ways to get one gradient per example, in the order in which they are tried."""
+"""The table of engines: ways to get one gradient per example, in the order in which `choose_engine` tries them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
@@ -13,7 +13,7 @@ from offsite.privacy.per_example import Engine
 
 
 def _opened(make: Callable[[nn.Module], Engine]) -> Callable[[nn.Module], AbstractContextManager[Engine]]:
-    """Returns what opens an engine on a model until the end of a `with` block."""
+    """Returns a function that opens an engine on a model until the end of a `with` block."""
     return lambda model: closing(make(model))
 
 

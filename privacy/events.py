@@ -34,7 +34,7 @@ def check_sample_rate(sample_rate: float) -> None:
     """Checks that a sample rate is a probability above 0.
 
     Raises:
-      ConfigError: it is not in (0, 1].
+      ConfigError: the sample rate is not in (0, 1].
     """
     if not 0 < sample_rate <= 1:  # False for NaN too
         raise ConfigError(f"sample_rate={sample_rate} must be in (0, 1]; 0.01 to 0.2 is usual")
@@ -44,7 +44,7 @@ def check_steps(steps: int) -> None:
     """Checks that a number of steps is a whole number of at least 1.
 
     Raises:
-      ConfigError: it is not.
+      ConfigError: the number is no whole number, or below 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r} must be a whole number >= 1; count the logical steps of the whole job")

@@ -1,9 +1,8 @@
-"""Opacus' hooks as an engine: the reference that the others are compared with."""
+"""Opacus' hooks as an engine: the reference for the other engines."""
 
 import warnings
 
 import torch
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from offsite.errors import PrivacyRefusal
@@ -19,14 +18,22 @@ class HooksEngine:
     """One forward and one backward for the whole batch, one gradient row per example and parameter.
 
     Opacus records a module's inputs only in training mode, so the modules that own trainable parameters are put in
-    it; all others keep the mode they have, and the dropout of a frozen base stays off.
+    training mode. All others keep their mode, and the dropout of a frozen base stays off.
+
+    Args:
+      model: model with an adapter.
+
+    Raises:
+      PrivacyRefusal: Opacus does not support the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from opacus.grad_sample import GradSampleHooks  # takes 2 s of CPU, and most models are served by other engines
+
         self._model = model
         self._parameters = trainable(model)
         try:
-            # loss_reduction="sum": our losses are summed, so a row of the backward pass is that example's own.
+            # loss_reduction="sum": our losses are summed, so a row of the backward pass is one example's own.
             self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=True)
         except Exception as error:  # Opacus has no type of its own for what it does not support
             for handle in model.__dict__.get("autograd_grad_sample_hooks", ()):
@@ -52,11 +59,11 @@ class HooksEngine:
             self._reset()
             return checked_losses(losses_fn, self._model, part)
 
-        found = finite_losses(forward, batch)
-        if found is None:
+        finite = finite_losses(forward, batch)
+        if finite is None:
             self._reset()
             return Rows()
-        losses, kept = found
+        losses, kept = finite
         captured = self._backward(losses, len(kept))
         rows, norms = captured.add(list(self._parameters.values()), weigh, kept)
         self._reset()
@@ -73,9 +80,9 @@ class HooksEngine:
             parameter.grad = None  # the plain sum of gradients, which must not be stepped on
             rows = parameter.grad_sample
             if not isinstance(rows, torch.Tensor) or rows.shape != (size, *parameter.shape):
-                found = tuple(rows.shape) if isinstance(rows, torch.Tensor) else None
+                shape = tuple(rows.shape) if isinstance(rows, torch.Tensor) else None
                 raise PrivacyRefusal(
-                    f"engine='hooks': grad_sample of {name!r} has shape={found}, must be one row for each of "
+                    f"engine='hooks': grad_sample of {name!r} has shape={shape}, must be one row for each of "
                     f"{size} examples; use engine='loop'"
                 )
             captured.put(parameter, rows.detach())

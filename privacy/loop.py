@@ -1,4 +1,4 @@
-"""A batch of one example at a time: exact for every method, and the least memory."""
+"""A batch of one example at a time: exact for every method, with the least memory."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,11 @@ from offsite.privacy.per_example import Rows, Weigh, add_to_sum, checked_losses
 
 
 class LoopEngine:
-    """One forward and one backward per example; only the weighted sum is kept of them."""
+    """One forward and one backward per example; only the weighted sum of the gradients is kept.
+
+    Args:
+      model: model with an adapter.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -25,7 +29,7 @@ class LoopEngine:
 
     def add(self, losses_fn: Losses, batch: Batch, weigh: Weigh) -> Rows:
         """See `privacy.per_example.Engine`."""
-        # Apart from the parameters' sums: of a batch on which the model fails half way, nothing may stay there.
+        # Apart from the parameters' sums: a batch on which the model fails half way must leave nothing there.
         totals = [torch.zeros_like(parameter) for parameter in self._parameters]
         kept, values, norms = [], [], []
         for position in range(len(batch)):
@@ -48,9 +52,9 @@ class LoopEngine:
 
 
 def one_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Returns the gradient of one loss; zero where a parameter had no part in it."""
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    """Returns the gradient of one loss by parameter; zero for a parameter that the loss does not depend on."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return tuple(
         torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
     )

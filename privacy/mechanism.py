@@ -1,9 +1,9 @@
-"""Record-level DP-SGD: one training at one site, and the event that it spent."""
+"""Record-level DP-SGD: one training at one site, and the event that it spends."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,13 +11,15 @@ from torch import nn
 
 from offsite.errors import ConfigError, PrivacyRefusal, lookup
 from offsite.privacy.accountants import check_noise
-from offsite.privacy.batches import Losses, trainable
+from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.events import Event, check_sample_rate, check_steps
-from offsite.privacy.optimizer import NoisyMeanOptimizer
 from offsite.privacy.per_example import Engine
 from offsite.privacy.randomness import Randomness
 from offsite.privacy.sampler import poisson
+
+if TYPE_CHECKING:
+    from offsite.privacy.optimizer import NoisyMeanOptimizer
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,15 @@ class DpSgdConfig:
     """Public constants of a plan, agreed before any private record is read.
 
     Attributes:
-      noise_multiplier: noise standard deviation / max_grad_norm; None or 0 only when not private.
-      max_grad_norm: bound on one record's gradient norm, > 0; ignored when not private.
+      noise_multiplier: standard deviation of the noise over `max_grad_norm`; None or 0 only without privacy.
+      max_grad_norm: bound on the norm of one record's gradient, > 0; ignored without privacy.
       sample_rate: probability with which a record joins a step, in (0, 1].
-      expected_batch_size: what the sum is divided by, > 0; a constant, never the number of records present.
-      steps: logical steps of this training, >= 1.
-      learning_rate: of plain SGD, > 0.
-      physical_batch: examples per backward pass, >= 1; changes memory and speed, not the result.
-      engine: a key of `privacy.engines.ENGINES`.
-      private: False = no clipping and no noise, to compare with; the outcome then has no event.
+      expected_batch_size: divisor of the sum, > 0; a constant, never the number of records present.
+      steps: number of logical steps, >= 1.
+      learning_rate: step size of plain SGD, > 0.
+      physical_batch: number of examples in one backward pass, >= 1; it changes memory and speed, not the result.
+      engine: key of `privacy.engines.ENGINES`.
+      private: whether to clip and to add noise; False serves comparisons, and the outcome then has no event.
     """
 
     noise_multiplier: float | None
@@ -47,7 +49,7 @@ class DpSgdConfig:
     private: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses terms under which the mechanism would not be the one that is accounted for."""
+        """Refuses terms under which the accountant would compute the privacy of another mechanism."""
         check_sample_rate(self.sample_rate)
         check_steps(self.steps)
         lookup(ENGINES, self.engine, "engine")
@@ -67,7 +69,7 @@ class DpSgdConfig:
             raise ConfigError(f"noise_multiplier={self.noise_multiplier} has no use with private=False; set it to None")
 
     def event(self) -> Event:
-        """Returns what one training under these terms spends.
+        """Returns the event that one training under these terms spends.
 
         Raises:
           ConfigError: the terms have no noise, so no epsilon exists.
@@ -77,17 +79,17 @@ class DpSgdConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training spent, and diagnostics of it.
+    """The event of a training, and diagnostics.
 
-    Only `event` may leave the site. All else is computed from private records without noise.
+    Only `event` may leave the site. Every other field is computed from private records without noise.
 
     Attributes:
-      event: what the accountant has to count; None when not private.
-      losses: mean loss per step before the update, nats; NaN for a step without examples.
-      norm_median: median gradient norm before clipping; NaN without examples.
-      batch_sizes: number of records drawn per step.
-      clipped_fraction: share of gradients above the bound, 0 when not private.
-      dropped: examples left out because their loss or gradient was not finite, or the model failed on them.
+      event: spending that the accountant has to count; None without privacy.
+      losses: mean loss of each step before its update, nats; NaN for a step without examples.
+      norm_median: median gradient norm before clipping, over the examples of all steps; NaN without examples.
+      batch_sizes: number of records drawn in each step.
+      clipped_fraction: share of gradients above the bound; 0 without privacy.
+      dropped: number of examples left out because their loss or gradient was not finite, or the model failed on them.
     """
 
     event: Event | None
@@ -98,56 +100,86 @@ class Outcome:
     dropped: int
 
 
-def train(
-    model: nn.Module,
-    losses_fn: Losses,
-    select: Callable[[np.ndarray], Any],
-    n: int,
-    terms: DpSgdConfig,
-    randomness: Randomness,
-) -> Outcome:
-    """Trains the trainable parameters of a model in place, privately for each of n records.
+@dataclass(frozen=True, eq=False)
+class DpTraining:
+    """One training with record-level privacy: the input of `train` and of `privacy.zero_order.train`.
 
     Run `privacy.probe.probe` first: it refuses models for which the clipped gradients would not be one record's own.
 
-    Args:
-      model: only parameters with `requires_grad` change; modes and hooks are as before afterwards.
-      losses_fn: (model, batch) -> one loss per example, (B,).
-      select: indices int64 (B,) -> the batch of those records, a `privacy.batches.Batch`.
-      n: number of records here, >= 0; it decides nothing but who can be drawn.
+    Attributes:
+      model: model to train in place; only parameters with `requires_grad` change.
+      losses: function from model and batch to one loss per example, (B,).
+      records: private records of this site; their number decides nothing but who can be drawn.
       terms: public constants.
-      randomness: of the sampling and of the noise; `Randomness.from_os()` on private data.
+      randomness: source of the sampling and of the noise; `Randomness.from_os()` on private data.
+    """
+
+    model: nn.Module = field(repr=False)
+    losses: Losses
+    records: Batch = field(repr=False)
+    terms: DpSgdConfig
+    randomness: Randomness = field(repr=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that train.
+
+        Raises:
+          PrivacyRefusal: nothing trains.
+        """
+        if not (parameters := list(trainable(self.model).values())):
+            raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
+        return parameters
+
+    def draw(self) -> np.ndarray:
+        """Returns the records of the next step, indices int64 (size,)."""
+        return poisson(len(self.records), self.terms.sample_rate, self.randomness)
+
+
+def _nothing() -> None:
+    """Does nothing after a step."""
+
+
+def train(training: DpTraining, after_step: Callable[[], None] = _nothing) -> Outcome:
+    """Trains the trainable parameters of a model in place, privately for each record.
+
+    Args:
+      training: model, records and terms; modes and hooks of the model are as before afterwards.
+      after_step: function called after each noisy step. The function may change the parameters, but may not look at
+        the records: all that leaves the site has to follow from the noisy steps.
 
     Raises:
       PrivacyRefusal: nothing trains, or the engine cannot tell the examples apart.
     """
-    parameters = list(trainable(model).values())
-    if not parameters:
-        raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
-    losses: list[float] = []
+    terms, parameters = training.terms, training.parameters()
+    means: list[float] = []
     sizes: list[int] = []
-    unseen = 0
-    with lookup(ENGINES, terms.engine, "engine")(model) as engine:
-        optimizer = _optimizer(parameters, terms, randomness)
+    dropped = 0
+    with lookup(ENGINES, terms.engine, "engine")(training.model) as engine:
+        optimizer = _optimizer(parameters, terms, training.randomness)
         for _ in range(terms.steps):
-            drawn = poisson(n, terms.sample_rate, randomness)
-            found = _accumulate(model, losses_fn, select, drawn, terms.physical_batch, engine, optimizer)
+            drawn = training.draw()
+            losses = _accumulate(training, drawn, engine, optimizer)
             optimizer.step()  # noise and update, the same whether or not there were examples
             optimizer.zero_grad(set_to_none=True)
+            after_step()
             sizes.append(len(drawn))
-            losses.append(float(np.mean(found)) if found else math.nan)
-            unseen += len(drawn) - len(found)
+            means.append(float(np.mean(losses)) if losses else math.nan)
+            dropped += len(drawn) - len(losses)
     return Outcome(
         event=terms.event() if terms.private else None,
-        losses=tuple(losses),
+        losses=tuple(means),
         norm_median=optimizer.median_norm,
         batch_sizes=tuple(sizes),
         clipped_fraction=optimizer.clipped / max(len(optimizer.norms), 1),
-        dropped=unseen,
+        dropped=dropped,
     )
 
 
-def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: Randomness) -> NoisyMeanOptimizer:
+def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: Randomness) -> "NoisyMeanOptimizer":
+    from offsite.privacy.optimizer import (
+        NoisyMeanOptimizer,  # Opacus takes 2 s of CPU, and a site waits before it trains
+    )
+
     return NoisyMeanOptimizer(
         torch.optim.SGD(parameters, lr=terms.learning_rate),
         randomness=randomness,
@@ -159,32 +191,27 @@ def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: R
 
 
 def _accumulate(
-    model: nn.Module,
-    losses_fn: Losses,
-    select: Callable[[np.ndarray], Any],
-    drawn: np.ndarray,
-    physical_batch: int,
-    engine: Engine,
-    optimizer: NoisyMeanOptimizer,
+    training: DpTraining, drawn: np.ndarray, engine: Engine, optimizer: "NoisyMeanOptimizer"
 ) -> list[float]:
-    """Adds the clipped gradients of one logical batch to the optimizer's sum; returns the finite losses."""
-    found: list[float] = []
+    """Adds the clipped gradients of one logical batch to the optimizer's sum, and returns the finite losses."""
+    losses: list[float] = []
 
     def add(batch: Any) -> None:
-        rows = engine.add(losses_fn, batch, optimizer.weigh)
+        rows = engine.add(training.losses, batch, optimizer.weigh)
         optimizer.seen(rows.norms)
-        found.extend(rows.losses)
+        losses.extend(rows.losses)
 
-    for start in range(0, len(drawn), physical_batch):
-        batch = select(drawn[start : start + physical_batch])
-        if fails(add, batch):  # a model must not tell by a fault on which records it fails: those are left out
+    size = training.terms.physical_batch
+    for start in range(0, len(drawn), size):
+        batch = training.records.select(drawn[start : start + size])
+        if fails(add, batch):  # a fault may not tell on which records the model fails: such records are left out
             for row in range(len(batch)):
                 fails(add, batch.select([row]))
-    return found
+    return losses
 
 
 def fails(add: Callable[[Any], None], batch: Any) -> bool:
-    """Adds a batch to the sum, and says whether the model failed on it; nothing of it is in the sum then.
+    """Adds a batch to the sum, and says whether the model failed on the batch; the sum then holds nothing of it.
 
     Raises:
       PrivacyRefusal: the engine cannot tell the examples apart.

@@ -1,6 +1,6 @@
-"""One gradient per example: what every engine does with a batch, and what it tells of it.
+"""One gradient per example: what every engine does with a batch, and what it reports.
 
-An engine is opened on a model for the length of one training, and leaves no trace on it when closed:
+An engine is opened on a model for the length of one training, and leaves no trace on the model when closed:
 
     with ENGINES["bookkeeping"](model) as engine:
         rows = engine.add(losses_fn, batch, weigh)  # p.summed_grad += sum over examples of factor * gradient
@@ -22,12 +22,12 @@ Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """Which examples of a batch have a part in the sum; private, all fields.
+    """The examples of a batch that are in the sum; every field is private.
 
     Attributes:
-      kept: positions in the batch, ascending; an example whose loss or gradient is not finite has no part.
-      losses: their losses, in the same order.
-      norms: Euclidean norms of their whole gradients.
+      kept: positions in the batch, ascending; an example whose loss or gradient is not finite is missing.
+      losses: losses of these examples, in the same order.
+      norms: Euclidean norms of their whole gradients, in the same order.
     """
 
     kept: tuple[int, ...] = ()
@@ -41,11 +41,16 @@ class Engine(Protocol):
     def add(self, losses_fn: Losses, batch: Batch, weigh: Weigh) -> Rows:
         """Adds each example's gradient times its factor to `p.summed_grad`, float64, of every trainable parameter.
 
-        All of a batch is added, or, where this raises, nothing of it. `weigh` sees finite norms only: an example whose
+        The whole batch is added, or, where this raises, nothing of it. `weigh` sees finite norms only: an example whose
         loss or gradient is NaN or infinite leaves no trace in the sum.
 
+        Args:
+          losses_fn: (model, batch) -> one loss per example, (B,).
+          batch: B examples.
+          weigh: factors of the gradients, see `Weigh`.
+
         Raises:
-          PrivacyRefusal: the gradients cannot be told apart by example.
+          PrivacyRefusal: the gradients cannot be split by example.
         """
         ...
 
@@ -58,7 +63,7 @@ def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> Tensor:
     """Returns the losses of a batch, (B,).
 
     Raises:
-      PrivacyRefusal: they are not one number per example.
+      PrivacyRefusal: `losses_fn` did not return one number per example.
     """
     losses = losses_fn(model, batch)
     if tuple(losses.shape) != (len(batch),):
@@ -70,13 +75,14 @@ def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def finite_losses(forward: Callable[[Any], Tensor], batch: Batch) -> tuple[Tensor, list[int]] | None:
-    """Returns the losses of the examples that have a finite one, with their positions; None where none has.
+    """Returns the finite losses of a batch with their positions; None if no loss is finite.
 
-    The model runs again without the others: a NaN must not meet them in the backward pass, where 0 * NaN is NaN.
+    The model runs again without the other examples: a NaN must not meet them in the backward pass, where 0 * NaN is
+    NaN.
 
     Args:
       forward: batch -> losses (B,), starting from nothing each time.
-      batch: of examples.
+      batch: B examples.
     """
     kept = list(range(len(batch)))
     while kept:
@@ -96,5 +102,5 @@ def add_to_sum(parameter: nn.Parameter, total: Tensor) -> None:
 
 
 def line_of(error: Exception) -> str:
-    """Returns the first line of a foreign exception, short."""
+    """Returns the first line of a foreign exception, cut to 160 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -26,11 +26,11 @@ Gradients = dict[str, Tensor]
 def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> None:
     """Compares an engine's per-example gradients with a batch-of-one loop, on public examples.
 
-    The trainable parameters are moved off their initial value for the comparison, since an adapter that starts at zero
-    has zero gradients that would prove nothing, and are put back.
+    The trainable parameters are moved off their initial values for the comparison and put back, since an adapter that
+    starts at zero has zero gradients, which would prove nothing.
 
     Args:
-      model: with its adapter attached, in the modes in which it will train.
+      model: model with its adapter attached, in the modes in which it will train.
       losses_fn: (model, batch) -> one loss per example, (B,).
       batch: two or more public examples, best of different lengths.
       engine: a key of `privacy.engines.ENGINES`.
@@ -55,7 +55,7 @@ def choose_engine(model: nn.Module, losses_fn: Losses, batch: Batch) -> str:
 
     Raises:
       ConfigError: the batch has fewer than two examples.
-      PrivacyRefusal: no engine is exact; the message is about the last, to which least can happen.
+      PrivacyRefusal: no engine is exact; the message is about the loop, the engine that fails least often.
     """
     return _first_exact(model, losses_fn, batch, tuple(ENGINES))
 
@@ -84,19 +84,26 @@ def _first_exact(model: nn.Module, losses_fn: Losses, batch: Batch, engines: Seq
 
 
 def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], engine: str) -> None:
-    """Raises PrivacyRefusal where an engine's gradients are not the references', or it fails."""
+    """Raises PrivacyRefusal if an engine fails, or if its gradients differ from the references."""
     try:
         with ENGINES[engine](model) as opened:
-            found = [single_gradient(model, losses_fn, batch, opened, row) for row in range(len(batch))]
+            gradients = [single_gradient(model, losses_fn, batch, opened, row) for row in range(len(batch))]
     except (OffsiteError, MemoryError):
         raise
-    except Exception as error:  # whatever an engine meets in a model that it was not made for
+    except Exception as error:  # an engine may meet any fault in a model that it was not made for
         raise PrivacyRefusal(f"engine={engine!r} fails: {line_of(error)}; use engine='loop'") from error
-    _refuse_inexact(found, references, _tolerance(model), engine)
+    _refuse_inexact(gradients, references, _tolerance(model), engine)
 
 
 def single_gradient(model: nn.Module, losses_fn: Losses, batch: Batch, opened: Engine, row: int) -> Gradients:
-    """Returns what an open engine takes for one example's gradient, with the others beside it in the batch.
+    """Returns an open engine's gradient of one example, with the other examples in the same batch.
+
+    Args:
+      model: as for `probe`.
+      losses_fn: as for `probe`.
+      batch: as for `probe`.
+      opened: engine that is open on the model.
+      row: index of the example in the batch.
 
     Raises:
       PrivacyRefusal: a loss or gradient of the batch is not finite.
@@ -128,13 +135,13 @@ def _reference(model: nn.Module, losses_fn: Losses, batch: Batch, row: int) -> G
 
 def _gradient(loss: Tensor, model: nn.Module) -> Gradients:
     parameters = trainable(model)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
-    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if unused:
         raise PrivacyRefusal(
-            f"trainable parameter={unused[0]!r} has no part in the loss, must have; freeze it, or choose other slots"
+            f"trainable parameter={unused[0]!r}: the loss does not depend on it; freeze it, or choose other slots"
         )
-    return dict(zip(parameters, found, strict=True))
+    return dict(zip(parameters, gradients, strict=True))
 
 
 def _refuse_silence(references: Sequence[Gradients]) -> None:
@@ -155,7 +162,7 @@ def _refuse_randomness(first: Gradients, second: Gradients, tolerance: float) ->
 def _refuse_coupling(
     model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerance: float
 ) -> None:
-    """Refuses a model or loss under which example 0's gradient depends on who else is in the batch."""
+    """Refuses a model or loss under which example 0's gradient depends on the other examples of the batch."""
     last = len(batch) - 1
     for company in ([0, last], [last, 0], [0, 0], [0, *range(1, len(batch))]):
         losses = checked_losses(losses_fn, model, batch.select(company))
@@ -168,12 +175,14 @@ def _refuse_coupling(
             )
 
 
-def _refuse_inexact(found: Sequence[Gradients], references: Sequence[Gradients], tolerance: float, engine: str) -> None:
+def _refuse_inexact(
+    gradients: Sequence[Gradients], references: Sequence[Gradients], tolerance: float, engine: str
+) -> None:
     for row, reference in enumerate(references):
         for name, right in reference.items():
-            # The second term: a parameter whose true gradient is 0, as of a key's bias, has nothing but rounding.
+            # The second term: a true gradient of 0, as a key's bias has, consists of rounding only.
             allowed = tolerance * (float(right.double().norm()) + _norm(reference) / 100)
-            error = float((found[row][name].double() - right.double()).norm())
+            error = float((gradients[row][name].double() - right.double()).norm())
             if not error <= allowed:
                 raise PrivacyRefusal(
                     f"engine={engine!r}: gradient of {name!r} for example {row} is off by {error:.1e}, must be below "
@@ -181,9 +190,9 @@ def _refuse_inexact(found: Sequence[Gradients], references: Sequence[Gradients],
                 )
 
 
-def _error(found: Gradients, right: Gradients) -> float:
-    """Returns the relative error of a gradient, or infinity for one that is not finite."""
-    difference = {name: found[name].double() - right[name].double() for name in right}
+def _error(gradients: Gradients, right: Gradients) -> float:
+    """Returns the relative error of a gradient, or infinity for a gradient that is not finite."""
+    difference = {name: gradients[name].double() - right[name].double() for name in right}
     error = _norm(difference) / _norm(right)
     return error if math.isfinite(error) else math.inf
 
@@ -215,7 +224,7 @@ def _perturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Refuses a model that remembers its batches in buffers, which no noise covers; puts them back."""
+    """Refuses a model that keeps its batches in buffers, which no noise covers; puts the buffers back."""
     before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     try:
         yield

@@ -13,7 +13,7 @@ class Randomness:
     """Uniform and normal numbers from an AES-256-CTR keystream.
 
     Use one of the two constructors. A generator that a peer could seed would let that peer subtract the noise, so the
-    only seeded one says in its name what it is for.
+    name of the only seeded constructor says what it is for.
 
     Attributes:
       seeded: whether the numbers can be computed again from a seed; a report of such a run claims no privacy.
@@ -26,7 +26,7 @@ class Randomness:
 
     @classmethod
     def from_os(cls) -> "Randomness":
-        """Returns randomness under a fresh 256-bit key of the operating system; the one to use on private data."""
+        """Returns randomness under a fresh 256-bit key of the operating system, for use on private data."""
         return cls(os.urandom(32), seeded=False)
 
     @classmethod
@@ -35,7 +35,7 @@ class Randomness:
 
         Args:
           seed: any integer.
-          labels: what the numbers are for; each tuple of labels has a stream of its own.
+          labels: words that name the use; each tuple of labels has a stream of its own.
         """
         digest = hashlib.sha256(b"offsite/randomness/simulation/1")
         for label in (str(seed), *labels):
@@ -47,7 +47,7 @@ class Randomness:
         """Returns n independent numbers in the open interval (0, 1), float64 (n,), on a grid of 2**-52."""
         words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
         numbers = (words >> np.uint64(12)).astype(np.float64)
-        # The half step keeps 0 out, of which Box-Muller takes a logarithm. In place: millions are drawn for a step.
+        # The half step keeps 0 out, since Box-Muller takes a logarithm. In place: millions are drawn for a step.
         numbers += 0.5
         numbers *= 2.0**-52
         return numbers
@@ -55,7 +55,8 @@ class Randomness:
     def normal(self, n: int) -> np.ndarray:
         """Returns n independent standard normal numbers, float64 (n,).
 
-        Box and Muller 1958. The grid of the uniforms bounds them by 8.6, beyond which lie 1e-17 of all.
+        Box and Muller 1958. The grid of the uniforms bounds the numbers by 8.6, beyond which 1e-17 of a normal's mass
+        lies.
         """
         half = (n + 1) // 2
         # torch's functions of float64 take half of numpy's time where the processor has no AVX-512

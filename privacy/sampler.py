@@ -10,9 +10,9 @@ def poisson(n: int, sample_rate: float, randomness: Randomness) -> np.ndarray:
     """Returns the records of one step: each of n joins with probability `sample_rate`, independently.
 
     Args:
-      n: number of records here, >= 0; private, and used for nothing else.
-      sample_rate: a public constant of the plan, in (0, 1]; never a batch size divided by n.
-      randomness: one uniform number per record is taken from it.
+      n: number of the site's records, >= 0; private, and used for nothing else.
+      sample_rate: public constant of the plan, in (0, 1]; never a batch size divided by n.
+      randomness: source of one uniform number per record.
 
     Returns:
       Ascending indices, int64 (size,); the size is random and may be 0.

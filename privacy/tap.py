@@ -1,4 +1,4 @@
-"""A tap on a module: what went in and what gradient came back, handed over once, in the one backward pass."""
+"""A tap on a module: hands over the module's inputs and output gradients once, in the one backward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Call:
     """One call of a tapped module; private.
 
     Attributes:
-      inputs: tensors among its arguments, in order, detached.
-      rest: the other arguments, None in the places of tensors.
-      spec: how arguments and keyword arguments are put together again.
+      inputs: tensors among the call's arguments, in order, detached.
+      rest: all arguments in order, with a marker in place of each tensor.
+      spec: structure from which arguments and keyword arguments are put together again.
     """
 
     inputs: tuple[Tensor, ...]
@@ -35,16 +35,16 @@ class Call:
 
 
 class _Tensor:
-    """Stands where a tensor was among the arguments."""
+    """Marks the place of a tensor among the arguments."""
 
 
 _TENSOR = _Tensor()
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a module's outputs; its backward pass hands over what the module got and what came back.
+    """The identity on a module's outputs; its backward pass hands over the module's inputs and its outputs' gradients.
 
-    Inputs are kept as autograd keeps them, so gradient checkpointing drops and recomputes them like any other.
+    Inputs are saved by autograd's own means, so gradient checkpointing drops and recomputes them like any other tensor.
     """
 
     @staticmethod
@@ -54,8 +54,8 @@ class _Tap(torch.autograd.Function):
         ctx.received, ctx.rest, ctx.spec = received, rest, spec
         ctx.needed = len(tensors) - outputs
         ctx.save_for_backward(*tensors[outputs:])
-        found = tuple(tensor.view_as(tensor) for tensor in tensors[:outputs])
-        return found[0] if outputs == 1 else found
+        views = tuple(tensor.view_as(tensor) for tensor in tensors[:outputs])
+        return views[0] if outputs == 1 else views
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -67,11 +67,12 @@ class _Tap(torch.autograd.Function):
 class Taps:
     """Taps on some modules of a model, until closed.
 
-    A tapped module computes as before, but autograd forms no gradient of its parameters: that would be the sum over
-    the batch, which nobody may use.
+    A tapped module computes as before, but autograd forms no gradient of its parameters: that would be the sum over the
+    batch, which nobody may use.
 
     Args:
-      modules: each with what is called in the backward pass, once for each of its calls in the forward pass.
+      modules: pairs of a module and the function that the backward pass calls, once for each of the module's calls in
+        the forward pass.
     """
 
     def __init__(self, modules: Sequence[tuple[nn.Module, Received]]) -> None:
@@ -109,9 +110,9 @@ class Taps:
         leaves, spec = pytree.tree_flatten(arguments)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        found, shape = pytree.tree_flatten(output)
-        places = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        tapped = _Tap.apply(received, rest, spec, len(places), self._anchor, *(found[i] for i in places), *inputs)
+        outputs, shape = pytree.tree_flatten(output)
+        places = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        tapped = _Tap.apply(received, rest, spec, len(places), self._anchor, *(outputs[i] for i in places), *inputs)
         for i, tensor in zip(places, (tapped,) if isinstance(tapped, Tensor) else tapped, strict=True):
-            found[i] = tensor
-        return pytree.tree_unflatten(found, shape)
+            outputs[i] = tensor
+        return pytree.tree_unflatten(outputs, shape)

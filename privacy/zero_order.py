@@ -1,11 +1,11 @@
-"""DP-ZO: training by forward passes alone; per step and direction one privatised number leaves, not a gradient.
+"""DP-ZO: training by forward passes alone; one privatised number leaves per step and direction, not a gradient.
 
 Zhang et al. 2024, arXiv 2401.04343, algorithm 1; directions from shared seeds as in Qin et al. 2023, arXiv 2312.06353.
 The mechanism sees a model only through its losses, so it is private for any adapter method and any quantised weight.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from offsite.adapter.layout import Layout
-from offsite.errors import ConfigError, PrivacyRefusal
-from offsite.privacy.batches import Losses, trainable
-from offsite.privacy.mechanism import DpSgdConfig, Outcome, fails
-from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.errors import ConfigError
+from offsite.privacy.batches import Losses
+from offsite.privacy.mechanism import DpSgdConfig, DpTraining, Outcome, fails
+from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.per_example import checked_losses
-from offsite.privacy.randomness import Randomness
-from offsite.privacy.sampler import poisson
 
 SEED_BYTES = 32
 
@@ -33,8 +31,8 @@ class Directions:
 
     Attributes:
       seed: 32 bytes that belong to this training alone.
-      per_step: K, directions that each step looks along, >= 1.
-      spacing: how far along a direction a loss is taken, to both sides, > 0.
+      per_step: number K of directions that each step looks along, >= 1.
+      spacing: distance along a direction at which a loss is taken, on both sides, > 0.
     """
 
     seed: bytes
@@ -42,9 +40,9 @@ class Directions:
     spacing: float
 
     def __post_init__(self) -> None:
-        """Refuses what gives no direction."""
+        """Refuses a seed, a number or a spacing that gives no direction."""
         if len(self.seed) != SEED_BYTES:
-            raise ConfigError(f"seed bytes={len(self.seed)} must be {SEED_BYTES}; hash what the training is known by")
+            raise ConfigError(f"seed bytes={len(self.seed)} must be {SEED_BYTES}; hash the name of the training")
         if self.per_step < 1:
             raise ConfigError(f"directions={self.per_step} must be at least 1; 8 is usual")
         if not (math.isfinite(self.spacing) and self.spacing > 0):
@@ -53,8 +51,8 @@ class Directions:
     def draw(self, index: int, size: int) -> NDArray[np.float64]:
         """Returns direction `index` of the training, float64 (size,), each entry +1 or -1.
 
-        Signs and not normal numbers: they are bits of an AES-256-CTR keystream, the same on every machine, where
-        logarithms and cosines may differ in their last bit.
+        Signs are bits of an AES-256-CTR keystream and the same on every machine. Normal numbers would need logarithms
+        and cosines, which may differ in their last bit.
         """
         stream = Cipher(algorithms.AES256(self.seed), modes.CTR(index.to_bytes(8, "big") + bytes(8))).encryptor()
         bits = np.unpackbits(np.frombuffer(stream.update(bytes((size + 7) // 8)), dtype=np.uint8), count=size)
@@ -65,9 +63,9 @@ def displacement(coefficients: NDArray[Any], directions: Directions, size: int) 
     """Returns how far an adapter moved in all, float64 (size,).
 
     Args:
-      coefficients: along each direction, in order, real (steps * per_step,).
-      directions: of that training.
-      size: d, of the adapter.
+      coefficients: distance moved along each direction, in order, real (steps * per_step,).
+      directions: directions of that training.
+      size: number d of the adapter's scalars.
     """
     moved = np.zeros(size)
     for index, coefficient in enumerate(coefficients):
@@ -76,64 +74,52 @@ def displacement(coefficients: NDArray[Any], directions: Directions, size: int) 
 
 
 def replay(start: NDArray[np.float32], coefficients: NDArray[Any], directions: Directions) -> NDArray[np.float32]:
-    """Returns an adapter after all steps of a training, from the numbers that left; bit for bit what the site has.
+    """Returns an adapter after all steps of a training from the released numbers; bit for bit the site's adapter.
 
     Args:
-      start: adapter before, float32 (d,).
-      coefficients: as for `displacement`.
-      directions: of that training.
+      start: adapter before the training, float32 (d,).
+      coefficients: distance moved along each direction, as for `displacement`.
+      directions: directions of that training.
     """
     return (start + displacement(coefficients, directions, start.size)).astype(np.float32)
 
 
-def train(
-    model: nn.Module,
-    losses_fn: Losses,
-    select: Callable[[np.ndarray], Any],
-    n: int,
-    terms: DpSgdConfig,
-    randomness: Randomness,
-    directions: Directions,
-) -> tuple[Outcome, NDArray[np.float32]]:
-    """Trains as `privacy.mechanism.train` does and spends what it spends, without any backward pass.
+def train(training: DpTraining, directions: Directions) -> tuple[Outcome, NDArray[np.float32]]:
+    """Trains as `privacy.mechanism.train` does, with the same spending and without any backward pass.
 
-    Each record drawn gives K numbers, its loss' slopes along the step's directions. They are clipped together to
-    `max_grad_norm`, added up, and get noise of noise_multiplier * max_grad_norm each: the Gaussian mechanism in K
-    dimensions.
+    Each drawn record gives K numbers: the slopes of its loss along the step's directions. The K numbers are clipped
+    together to `max_grad_norm` and added up over the records. Each sum gets noise of standard deviation
+    noise_multiplier * max_grad_norm: the Gaussian mechanism in K dimensions.
 
     Args:
-      model: as for `privacy.mechanism.train`.
-      losses_fn: as there.
-      select: as there.
-      n: as there.
-      terms: public constants; `engine` and `physical_batch` are ignored. A record is always alone in its batch: the
-        slopes divide differences of losses by the spacing, and by how others change the rounding of a batch they
-        would tell of them.
-      randomness: as there.
-      directions: of this training.
+      training: model, records and terms; `engine` and `physical_batch` are ignored. A record is always alone in its
+        batch: slopes divide differences of losses by the spacing, so the rounding of a shared batch would tell of the
+        other records.
+      directions: public directions of this training.
 
     Returns:
-      What was spent, and how far the adapter moved along each direction, float32 (steps * K,); `replay` gives the
-      adapter of them.
+      The outcome, and how far the adapter moved along each direction, float32 (steps * K,); `replay` turns these
+      numbers into the adapter.
 
     Raises:
       PrivacyRefusal: nothing trains, or losses are not one number per example.
     """
-    if not trainable(model):
-        raise PrivacyRefusal("trainable parameters=0, must be at least 1; attach an adapter before training")
-    walk = _DirectionalState(model, directions)
+    training.parameters()
+    terms, records = training.terms, training.records
+    walk = _DirectionalState(training.model, directions)
     norms: list[float] = []
     sizes: list[int] = []
     losses: list[float] = []
     for step in range(terms.steps):
-        drawn = poisson(n, terms.sample_rate, randomness)
-        slopes, means = walk.slopes(losses_fn, [select(drawn[[row]]) for row in range(len(drawn))], step)
-        found = np.linalg.norm(slopes, axis=1)
-        total = (slopes * _factors(found, terms)[:, None]).sum(axis=0)
+        drawn = training.draw()
+        slopes, means = walk.slopes(training.losses, [records.select(drawn[[row]]) for row in range(len(drawn))], step)
+        step_norms = np.linalg.norm(slopes, axis=1)
+        total = (slopes * _factors(step_norms, terms)[:, None]).sum(axis=0)
         if terms.private:
-            total += randomness.normal(directions.per_step) * (terms.noise_multiplier or 0.0) * terms.max_grad_norm
+            noise = training.randomness.normal(directions.per_step)
+            total += noise * (terms.noise_multiplier or 0.0) * terms.max_grad_norm
         walk.move(step, -terms.learning_rate * total / terms.expected_batch_size / directions.per_step)
-        norms += found.tolist()
+        norms += step_norms.tolist()
         sizes.append(len(drawn))
         losses.append(float(np.mean(means)) if means else math.nan)
     walk.settle()
@@ -154,10 +140,10 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     """Returns the median norm of single examples' K slopes on PUBLIC examples, the default `max_grad_norm` of DP-ZO.
 
     Args:
-      model: with its adapter attached; as before afterwards.
-      losses_fn: (model, batch) -> one loss per example, (B,).
+      model: model with its adapter attached; unchanged afterwards.
+      losses_fn: function from model and batch to one loss per example, (B,).
       batches: public examples, one in each batch.
-      directions: any of the same number and spacing.
+      directions: any directions of the same number and spacing as the job's.
 
     Raises:
       ConfigError: no example has finite slopes, or the median is 0.
@@ -172,7 +158,7 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
 
 
 class _DirectionalState:
-    """A model's adapter on its way along directions; how far it is from its start is float64, beside the model."""
+    """A model's adapter on its way along directions; the distance from the start is kept in float64."""
 
     def __init__(self, model: nn.Module, directions: Directions) -> None:
         self._model, self._directions, self._layout = model, directions, Layout.of(model)
@@ -180,7 +166,7 @@ class _DirectionalState:
         self.moved: list[np.float32] = []
 
     def slopes(self, losses_fn: Losses, examples: list[Any], step: int) -> tuple[NDArray[np.float64], list[float]]:
-        """Returns the slopes of those examples that have finite ones, (b, K), and their losses' means."""
+        """Returns the slopes of the examples whose slopes are finite, (b, K), and the means of their losses."""
         spacing, count = self._directions.spacing, self._directions.per_step
         rows, means = np.zeros((len(examples), count)), np.zeros(len(examples))
         for k in range(count):
@@ -193,7 +179,7 @@ class _DirectionalState:
         return rows[finite], means[finite].tolist()
 
     def move(self, step: int, along: NDArray[np.float64]) -> None:
-        """Moves the adapter along the step's directions, by what float32 keeps of the numbers, which is what leaves."""
+        """Moves the adapter along the step's directions by the numbers as they leave, rounded to float32."""
         for k, coefficient in enumerate(along.astype(np.float32)):
             self._sum += float(coefficient) * self._direction(step, k)
             self.moved.append(coefficient)
@@ -207,15 +193,15 @@ class _DirectionalState:
 
     def _losses(self, losses_fn: Losses, examples: list[Any], adapter: NDArray[np.float64]) -> NDArray[np.float64]:
         self._write(adapter)
-        found = np.full(len(examples), np.nan)
+        losses = np.full(len(examples), np.nan)
         for row, example in enumerate(examples):
 
-            def take(one: Any, row: int = row) -> None:
+            def take(batch: Any, row: int = row) -> None:
                 with torch.no_grad():
-                    found[row] = float(checked_losses(losses_fn, self._model, one)[0])
+                    losses[row] = float(checked_losses(losses_fn, self._model, batch)[0])
 
-            fails(take, example)  # one on which the model fails stays NaN, and is left out
-        return found
+            fails(take, example)  # the loss stays NaN where the model fails, and the example is left out
+        return losses
 
     def _write(self, adapter: NDArray[np.float64]) -> None:
         self._layout.write(self._model, adapter)

@@ -1,4 +1,4 @@
-"""What the sites of a job do for the coordinator's rule, as everybody reads it in the manifest."""
+"""The sites' part in a job's aggregation rule, as everybody reads it in the manifest."""
 
 import dataclasses
 import math
@@ -11,25 +11,29 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.errors import MalformedMessage
 from offsite.trust import canonical
 
-MAX_DIRECTIONS = 4096  # of one step; beyond, a gradient is cheaper
+MAX_DIRECTIONS = 4096  # per step; beyond this number a gradient is cheaper
 RANKED, ALTERNATED = "ffa_lora", "lora"
-DOWN, UP = ".lora_A.", ".lora_B."  # of a parameter's name: the factor that is applied first, and the second
+NO_SECAGG_WARNING = (
+    "secure aggregation is OFF: the coordinator sees each site's own update in every round. What protects a site's "
+    "records from it is the noise that the site adds, if any, and nothing else"
+)
+DOWN, UP = ".lora_A.", ".lora_B."  # in a parameter's name: LoRA's factor A, applied first, and B
 
 
 @dataclass(frozen=True)
 class AggregationTerms:
-    """What of a job's rule concerns its sites; what the coordinator then makes of a sum does not.
+    """The sites' part in a job's rule; how the coordinator then uses a sum does not concern them.
 
     Attributes:
-      individuals: whether updates leave their sites as they are, so that the coordinator sees each one; False is secure
+      individuals: whether updates leave their sites unmasked, so that the coordinator sees each update; False is secure
         aggregation.
-      proximal: mu of FedProx, >= 0: how hard each step pulls back to where the round began. Li et al. 2020
-        (arXiv 1812.06127), equation 2. It sees parameters only, so it costs no privacy.
+      proximal: mu of FedProx, >= 0, the strength with which each step pulls back to the round's start. Li et al. 2020
+        (arXiv 1812.06127), equation 2. The pull sees parameters only, so it costs no privacy.
       alternate: whether B and A of LoRA are trained in turn, B in the odd rounds. arXiv 2502.01755.
       ranks: (site, rank) of the sites that train fewer than the adapter's `rank` columns of B, sorted by site.
-      directions: of DP-ZO: how many directions each step of a site looks along, by forward passes alone; it uploads one
-        number for each of them. 0 trains by gradients.
-      spacing: of DP-ZO: how far along a direction losses are taken; 0 where there is none.
+      directions: number of directions per step of DP-ZO, from 0 to `MAX_DIRECTIONS`. A site takes losses along each by
+        forward passes alone and uploads one number per direction. 0 trains by gradients.
+      spacing: distance along a direction at which DP-ZO takes losses, in [0, 1); 0 without directions.
     """
 
     individuals: bool = False
@@ -39,15 +43,20 @@ class AggregationTerms:
     directions: int = 0
     spacing: float = 0.0
 
-    def part(self, layout: Layout, number: int) -> Layout:
-        """Returns what of an adapter is trained and leaves a site in a round.
+    @property
+    def secure_aggregation(self) -> bool:
+        """Whether the coordinator sees sums of updates only."""
+        return not self.individuals
 
-        B comes first: as long as it is zero, A has no gradient. Both sides take it from the round's number and the
-        manifest, so no message can ask for another part.
+    def part(self, layout: Layout, number: int) -> Layout:
+        """Returns the part of an adapter that is trained and leaves a site in a round.
+
+        B comes first: as long as B is zero, A has no gradient. Both sides derive the part from the round's number and
+        the manifest, so no message can ask for another part.
 
         Args:
-          layout: of the adapter.
-          number: of the round, from 1.
+          layout: layout of the whole adapter.
+          number: number of the round, from 1.
         """
         if not self.alternate:
             return layout
@@ -64,20 +73,20 @@ class AggregationTerms:
         """Returns the terms of a JSON object; `check` says whether they fit a job.
 
         Raises:
-          TypeError, ValueError, KeyError: it is not one of `to_dict`.
+          TypeError, ValueError, KeyError: the object is no output of `to_dict`.
         """
         return cls(**{**values, "ranks": tuple((str(site), rank) for site, rank in values["ranks"])})
 
     def check(self, adapter: AdapterSpec, sites: Collection[str], learning_rate: float) -> None:
-        """Checks types, ranges, and that an adapter and its sites can do this.
+        """Checks types and ranges, and that the terms fit an adapter and its sites.
 
         Args:
-          adapter: of the job.
-          sites: its roster.
-          learning_rate: of the sites; above 1 / proximal a step would overshoot where it is pulled back to.
+          adapter: the job's adapter.
+          sites: names in the job's roster.
+          learning_rate: the sites' learning rate; above 1 / proximal a step would overshoot the round's start.
 
         Raises:
-          MalformedMessage: they cannot.
+          MalformedMessage: a value has the wrong type or range, or does not fit the adapter or the roster.
         """
         if type(self.individuals) is not bool or type(self.alternate) is not bool:
             raise MalformedMessage("job aggregation individuals, alternate: must be true or false; refuse the job")

@@ -1,4 +1,4 @@
-"""The one reader and writer of the generated stubs: messages of a round <-> bytes, versioned and size-limited."""
+"""The only reader and writer of the generated stubs: messages to and from bytes, versioned and size-limited."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,7 +24,6 @@ from offsite.protos.messages import (
     OfferReply,
     Refusal,
     SignedBatch,
-    SignedBytes,
     SignedMessage,
     TrainReply,
     TrainRequest,
@@ -32,6 +31,7 @@ from offsite.protos.messages import (
     UpdateRequest,
     one_line,
 )
+from offsite.secagg.signed_bodies import Signed
 from offsite.trust import canonical
 from offsite.trust.federation_manifest import MAX_SITES
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
@@ -46,30 +46,30 @@ __all__ = [
     "Offer",
     "OfferReply",
     "Refusal",
+    "Signed",
     "SignedBatch",
-    "SignedBytes",
     "SignedMessage",
     "TrainReply",
     "TrainRequest",
     "UpdateReply",
     "UpdateRequest",
     "decode",
-    "decode_letter",
+    "decode_signed_message",
     "encode",
-    "encode_letter",
+    "encode_signed_message",
 ]
 T = TypeVar("T")
 K = TypeVar("K", wire.Refusal, wire.Notice)
 VERSION = 1
 MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32
-MOST = MAX_SITES  # entries of any list: one for each site at most
+MAX_ENTRIES = MAX_SITES  # most entries of any list, one per site
 
 
 def encode(message: Message) -> bytes:
     """Writes a message as the bytes of a versioned envelope; the same message always gives the same bytes.
 
-    What people read of it is written by `one_line`, so that a reason of any length is a message and not a crash.
+    Texts for people are written by `one_line`, so that a reason of any length is a message and not a crash.
     """
     name, write = _WRITERS[type(message)]
     envelope = wire.Envelope(version=VERSION)
@@ -77,29 +77,29 @@ def encode(message: Message) -> bytes:
     return envelope.SerializeToString(deterministic=True)
 
 
-def encode_letter(letter: SignedMessage) -> bytes:
-    """Writes a letter; the same letter always gives the same bytes."""
-    return wire.Letter(version=VERSION, **_fields(letter)).SerializeToString(deterministic=True)
+def encode_signed_message(message: SignedMessage) -> bytes:
+    """Writes a signed message; the same message always gives the same bytes."""
+    return wire.Letter(version=VERSION, **_fields(message)).SerializeToString(deterministic=True)
 
 
-def decode_letter(data: bytes) -> SignedMessage:
-    """Reads the bytes of a letter as strictly as `decode`; who signed it is not checked here.
+def decode_signed_message(data: bytes) -> SignedMessage:
+    """Reads the bytes of a signed message as strictly as `decode`; `signed_messages.read` checks the signature.
 
     Raises:
       MalformedMessage: as for `decode`.
     """
     _limit(data)
-    letter = wire.Letter()
+    parsed = wire.Letter()
     try:
-        letter.ParseFromString(data)
+        parsed.ParseFromString(data)
     except DecodeError as error:
         raise MalformedMessage("message does not parse as a letter; was it cut off") from error
-    _check_version(letter.version)
-    names = (letter.sender, letter.recipient, letter.stage)
-    for name in names:  # they stand in audit logs and on terminals, also where nobody signed them
+    _check_version(parsed.version)
+    names = (parsed.sender, parsed.recipient, parsed.stage)
+    for name in names:  # audit logs and terminals show these names, also when nobody signed them
         canonical.text(name, "letter name", limit=NAME)
-    read = SignedMessage(_digest(letter.federation), *names, letter.number, letter.body, letter.signature)
-    if encode_letter(read) != data:
+    read = SignedMessage(_digest(parsed.federation), *names, parsed.number, parsed.body, parsed.signature)
+    if encode_signed_message(read) != data:
         raise MalformedMessage("letter is not in canonical form; was it altered on the way")
     return read
 
@@ -108,8 +108,8 @@ def decode(data: bytes) -> Message:
     """Reads the bytes of an envelope.
 
     Raises:
-      MalformedMessage: too long, not an envelope, another version, unknown fields, or a field of the wrong length. The
-        check is strict: bytes that `encode` would not have written are refused.
+      MalformedMessage: the bytes are too long, no envelope, or have another version, unknown fields, or a field of the
+        wrong length. The check is strict: bytes that `encode` would not have written are refused.
     """
     _limit(data)
     envelope = wire.Envelope()
@@ -141,21 +141,23 @@ def _write_train_request(message: TrainRequest) -> wire.TrainRequest:
 
 
 def _refresh(moved: Sequence[wire.Bias]) -> tuple[tuple[str, bytes], ...]:
-    """Reads moved biases; whether they are those that may move is known to who has the emulator."""
-    size = sum(len(one.values) for one in moved)
+    """Reads moved biases; only an owner of the emulator can tell whether these biases may move."""
+    size = sum(len(bias.values) for bias in moved)
     if len(moved) > MAX_BIASES or size > MAX_REFRESH_BYTES:
         raise MalformedMessage(
             f"refresh tensors={len(moved)} bytes={size}: at most {MAX_BIASES} and {MAX_REFRESH_BYTES}; refuse it"
         )
-    names = [canonical.text(one.name, "refresh tensor", limit=LINE) for one in moved]
+    names = [canonical.text(bias.name, "refresh tensor", limit=LINE) for bias in moved]
     if names != sorted(set(names)):
-        raise MalformedMessage("refresh: its tensors are not in the order of their names, each once; refuse it")
-    return tuple((one.name, one.values) for one in moved)
+        raise MalformedMessage("refresh: tensors must stand in the order of their names, each once; refuse it")
+    return tuple((bias.name, bias.values) for bias in moved)
 
 
 def _keys_request(keys: wire.KeysRequest) -> KeysRequest:
     nonce, adapter = _digest(keys.nonce), _digest(keys.adapter)
-    return KeysRequest(keys.round, keys.sequence, nonce, adapter, tuple(_name(site) for site in _few(keys.invited)))
+    return KeysRequest(
+        keys.round, keys.sequence, nonce, adapter, tuple(_name(site) for site in _checked_length(keys.invited))
+    )
 
 
 def _write_keys_request(message: KeysRequest) -> wire.KeysRequest:
@@ -219,11 +221,11 @@ def _offer(offer: wire.Offer) -> Offer:
     return Offer(
         manifest=offer.manifest,
         manifest_signature=offer.manifest_signature,
-        owners=tuple((_name(one.site), one.signature) for one in _few(offer.owners)),
+        owners=tuple((_name(owner.site), owner.signature) for owner in _checked_length(offer.owners)),
         package=_digest(offer.package),
         package_bytes=offer.package_bytes,
         sealed_key=offer.sealed_key,
-        ledgers=tuple(_head(head) for head in _few(offer.ledgers)),
+        ledgers=tuple(_head(head) for head in _checked_length(offer.ledgers)),
     )
 
 
@@ -234,7 +236,7 @@ def _fields(message: Any) -> dict[str, Any]:
 def _limit(data: bytes) -> None:
     if len(data) > MAX_BYTES:
         raise MalformedMessage(
-            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send one round's vector at most"
+            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send at most one round's vector"
         )
 
 
@@ -243,22 +245,24 @@ def _check_version(version: int) -> None:
         raise MalformedMessage(f"version={version}: this side speaks {VERSION}; install the same release")
 
 
-def _batch(messages: Sequence[wire.Signed]) -> tuple[SignedBytes, ...]:
-    return tuple(SignedBytes(_name(m.sender), m.body, m.signature) for m in _few(messages))
+def _batch(messages: Sequence[wire.Signed]) -> tuple[Signed, ...]:
+    return tuple(Signed(_name(m.sender), m.body, m.signature) for m in _checked_length(messages))
 
 
-def _signed(message: SignedBytes) -> wire.Signed:
+def _signed(message: Signed) -> wire.Signed:
     return wire.Signed(sender=message.sender, body=message.body, signature=message.signature)
 
 
-def _few(entries: Sequence[T]) -> Sequence[T]:
-    if len(entries) > MOST:
-        raise MalformedMessage(f"entries={len(entries)}: a list has at most {MOST}, one for each site; refuse it")
+def _checked_length(entries: Sequence[T]) -> Sequence[T]:
+    if len(entries) > MAX_ENTRIES:
+        raise MalformedMessage(
+            f"entries={len(entries)}: a list has at most {MAX_ENTRIES}, one for each site; refuse it"
+        )
     return entries
 
 
 def _name(name: str) -> str:
-    """Returns a site's name; which ones there are is known where it is looked up, and a simulation's may be any."""
+    """Returns a site's name; the roster is checked where the name is looked up, and a simulation's names may be any."""
     if len(name) > NAME:
         raise MalformedMessage(f"name_characters={len(name)}: a site's name has at most {NAME}; refuse it")
     return name
@@ -292,7 +296,7 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     TrainRequest: ("train_request", _write_train_request),
     TrainReply: ("train_reply", lambda m: wire.TrainReply(round=m.round)),
     KeysRequest: ("keys_request", _write_keys_request),
-    SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(one) for one in m.messages])),
+    SignedBatch: ("signed_batch", lambda m: wire.SignedBatch(messages=[_signed(signed) for signed in m.messages])),
     MaskedReply: ("masked_reply", _write_masked_reply),
     UpdateRequest: (
         "update_request",

@@ -1,4 +1,4 @@
-"""Stages as Flower records, and the bundle without code: the only forms in which ours pass through Flower."""
+"""Stages as Flower records, and the bundle without code: the only forms in which our messages pass through Flower."""
 
 import hashlib
 from functools import cache
@@ -10,9 +10,10 @@ from offsite.errors import MalformedMessage
 from offsite.protos.messages import NAME
 
 SHORT_BYTES = 1 << 16
-NAME_STAGE = "name"  # asks a node which site it is; its bytes are the site's name
+NAME_STAGE = "name"  # asks a node for its site; the answer's bytes are the site's name
 
-# Flower wants a bundle with every run. Ours names the app that is installed at the site and holds no code.
+# Flower wants a bundle with every run. Ours holds no code; it only names apps. The names are those of an earlier layout
+# of our modules and stay: sites accept a bundle by the SHA-256 of these bytes, and nothing loads an app by its name.
 BUNDLE = b"""\
 [project]
 name = "offsite"
@@ -32,7 +33,7 @@ clientapp = "client.flower_edge:app"
 
 @cache
 def bundle() -> tuple[bytes, str]:
-    """Returns the one bundle that sites accept, and its SHA-256 in hexadecimal; the same bytes in every process."""
+    """Returns the only bundle that sites accept, and its SHA-256 in hexadecimal; every process makes the same bytes."""
     from flwr.cli.build import build_fab_from_files
 
     content, _ = build_fab_from_files({"pyproject.toml": BUNDLE})
@@ -40,11 +41,11 @@ def bundle() -> tuple[bytes, str]:
 
 
 def pack(stage: str, body: bytes) -> RecordDict:
-    """Returns a record of a stage: its name and its bytes, short ones in place, long ones as one flat uint8 array.
+    """Returns the record of a stage: its name and its bytes, short bytes in place, long bytes as one flat uint8 array.
 
     Flower moves every array as several objects, each with a request of its own at every hop, so that 500 small tensors
-    are 30 to 40 times slower than one flat array of the same bytes; bytes in place cost no object more, and are not cut
-    into pieces, which long ones need.
+    are 30 to 40 times slower than one flat array of the same bytes. Bytes in place cost no further object, but are not
+    cut into pieces, which long bytes need.
     """
     if len(body) <= SHORT_BYTES:
         return RecordDict({"stage": ConfigRecord({"name": stage, "body": body})})
@@ -56,7 +57,7 @@ def unpack(record: RecordDict) -> tuple[str, bytes]:
     """Returns stage and bytes of a record.
 
     Raises:
-      MalformedMessage: its stage has no name of one; what else is wrong raises what Flower raises.
+      MalformedMessage: the stage has a name that no stage has; any other fault raises Flower's own exception.
     """
     config = record.config_records["stage"]
     stage, short = str(config["name"]), config.get("body")

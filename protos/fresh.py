@@ -1,4 +1,4 @@
-"""Checks that the stubs are what the .proto files generate, or writes them, with `--write`."""
+"""Checks that the stubs are what the .proto files generate, or writes the stubs, with `--write`."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def generate(root: Path) -> None:
 
 
 def stale() -> list[str]:
-    """Returns the committed stubs that differ from what the compiler generates now."""
+    """Returns the names of the committed stubs that differ from the compiler's output now."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
         fresh = {name: (Path(folder) / "protos" / name).read_bytes() for name in STUBS}

@@ -1,8 +1,8 @@
-"""A lock in front of Flower's HTTP programs: without the secret of this machine, only the paths a peer needs answer.
+"""A lock in front of Flower's HTTP programs: without this machine's secret, only the paths that peers need answer.
 
-Stock Flower 1.41 serves the interface that starts runs and hands out tasks on the port that data owners reach, and asks
-nobody who holds the CA certificate for more: such a peer can run code on every node. It also reads a request whole
-before it asks who sent it, and writes into its log what a stranger calls the content.
+On the port that data owners reach, stock Flower 1.41 also serves the interface that starts runs and hands out tasks,
+and asks a peer for no more than the CA certificate: such a peer can run code on every node. It also reads a whole
+request before it checks the sender, and writes a stranger's content type into its log.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from typing import Any
 from offsite.errors import ConfigError
 
 HEADER = "x-offsite-secret"
-VARIABLE = "OFFSITE_GUARD"  # names the file that holds the secret; a secret itself would show in a process list
+VARIABLE = "OFFSITE_GUARD"  # names the secret's file; the secret itself would show in a process list
 # The longest request that carries no content lists the pieces of a message: 70 kB for 1 GiB. Flower writes each name
 # into its database under one lock, so that a list of 8 MiB would stop it for minutes.
 MAX_BODY_BYTES = 128 << 10
 # The largest body that an honest SuperNode sends is one piece of an array: 1 MiB by `protos.flower_process.QUIET`, and
 # 5 MiB by Flower's default.
 MAX_OBJECT_BYTES = 8 << 20
-# Of all peers at once; a site uploads two pieces of 1 MiB at a time, and one that is told 503 comes back with its piece
+# Of all peers at once; a site uploads two pieces of 1 MiB at a time, and sends a piece again after a 503
 # (`_RETRYABLE_STATUS_CODES` in flwr/supercore/retry/http_retry.py).
 MAX_HELD_BYTES = 256 << 20
-READ_SECONDS = 60.0  # an upload that moved no piece for so long counts as dead: `coordinator.superlink`
-CONTENT = b"application/protobuf"  # of each request of Flower's client: `PROTOBUF_MEDIA_TYPE`
+READ_SECONDS = 60.0  # an upload that moved no piece for so long counts as dead: `coordinator.network.superlink`
+CONTENT = b"application/protobuf"  # content type of every request of Flower's client: `PROTOBUF_MEDIA_TYPE`
 _Message = MutableMapping[str, Any]
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -42,10 +42,10 @@ class RequestLimits:
     """What peers without the secret may send.
 
     Attributes:
-      body: bytes of one body.
-      longer: bytes of one body on the paths that take more.
-      held: bytes of the bodies of all peers that are read or worked on at once.
-      seconds: within which a body is here whole.
+      body: most bytes of one body.
+      longer: most bytes of one body by path, for the paths that allow more than `body`.
+      held: most bytes of all peers' bodies that are read or worked on at once.
+      seconds: time within which a whole body must have arrived.
     """
 
     body: int = MAX_BODY_BYTES
@@ -54,18 +54,18 @@ class RequestLimits:
     seconds: float = READ_SECONDS
 
     def of(self, path: str) -> int:
-        """Returns the bytes that a body on this path may have."""
+        """Returns the most bytes that a body on this path may have."""
         return self.longer.get(path, self.body)
 
 
 class Guard:
-    """ASGI middleware: without the secret, 404 for what is not public, and an error for what no honest peer sends.
+    """ASGI middleware: without the secret, 404 for paths that are not public, and errors for what no honest peer sends.
 
     Args:
       app: the guarded application.
-      secret: of this machine; compared in constant time.
-      public: paths that peers may reach; one that ends with a slash stands for all below it.
-      limits: of what peers send there.
+      secret: secret of this machine; compared in constant time.
+      public: paths that peers may reach; a path that ends with a slash stands for all paths below it.
+      limits: limits of what peers send to public paths.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Guard:
             await self._pass_on(scope, receive, send)
 
     async def _pass_on(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Reads a body and hands it to the application, which has the memory until it has answered."""
+        """Reads a body and hands it to the application; its memory counts as held until the application answered."""
         with self._room.share() as share:
             first = await self._first(scope, receive, share)
             if isinstance(first, HTTPStatus):
@@ -111,7 +111,7 @@ class Guard:
             return HTTPStatus.REQUEST_TIMEOUT
 
     def _is_public(self, path: str) -> bool:
-        return any(path.startswith(one) if one.endswith("/") else path == one for one in self._public)
+        return any(path.startswith(known) if known.endswith("/") else path == known for known in self._public)
 
     def _is_ours(self, scope: _Scope) -> bool:
         given = _values(scope, HEADER)
@@ -119,10 +119,10 @@ class Guard:
 
 
 class _Room:
-    """The memory that the bodies of all peers have together; what is only announced takes none of it."""
+    """The memory that all peers' bodies share; a body that is only announced takes none."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
 
     @contextmanager
     def share(self) -> Iterator["_Share"]:
@@ -139,10 +139,10 @@ class _Share:
         self._room, self.held = room, 0
 
     def take(self, count: int) -> bool:
-        """Takes memory, and says whether there was room for it."""
+        """Takes memory; returns whether there was room for it."""
         self.held += count
         self._room.held += count
-        return self._room.held <= self._room.most
+        return self._room.held <= self._room.limit
 
 
 def _values(scope: _Scope, header: str) -> list[bytes]:
@@ -150,20 +150,20 @@ def _values(scope: _Scope, header: str) -> list[bytes]:
 
 
 def _announced(scope: _Scope) -> int:
-    """Returns the bytes that a request announces, 0 where it does not say; what comes is counted all the same."""
+    """Returns the bytes that a request announces, 0 without an announcement; arriving bytes are counted anyway."""
     # twenty digits are beyond any limit, and Python refuses to read thousands
     return max((int(value[:20]) for value in _values(scope, "content-length") if value.isdigit()), default=0)
 
 
-async def _read(receive: _Receive, most: int, share: _Share) -> _Message | HTTPStatus:
-    """Returns the whole body as one message, or the peer's going away; a status where it is too long or has no room."""
+async def _read(receive: _Receive, limit: int, share: _Share) -> _Message | HTTPStatus:
+    """Returns the whole body as one message, or the peer's disconnect; a status if it is too long or has no room."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return message
         piece = message.get("body", b"")
-        if len(body) + len(piece) > most:
+        if len(body) + len(piece) > limit:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         if not share.take(len(piece)):
             return HTTPStatus.SERVICE_UNAVAILABLE
@@ -173,7 +173,7 @@ async def _read(receive: _Receive, most: int, share: _Share) -> _Message | HTTPS
 
 
 def _after(first: _Message, receive: _Receive) -> _Receive:
-    """Returns what an application receives when a message was taken out already."""
+    """Returns the receiver of an application whose first message was taken out already."""
     waiting = [first]
 
     async def next_message() -> _Message:
@@ -183,14 +183,18 @@ def _after(first: _Message, receive: _Receive) -> _Receive:
 
 
 async def _end(send: _Send, status: HTTPStatus) -> None:
-    # closed, or the rest of a refused body would still be read
+    # the connection is closed, or the rest of a refused body would still be read
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
 
 class Secret:
-    """Adds this machine's secret to the requests of a Flower client, so that our guard lets them through."""
+    """Adds this machine's secret to the requests of a Flower client, so that our guard lets them through.
+
+    Args:
+      secret: secret of this machine.
+    """
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -213,7 +217,7 @@ def new_secret(path: Path) -> str:
 
 
 def secret_of_environment() -> str:
-    """Returns the secret whose file the parent process named.
+    """Returns the secret from the file that the parent process named.
 
     Raises:
       ConfigError: no file is named.

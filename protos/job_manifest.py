@@ -103,6 +103,11 @@ class JobManifest:
     emulators: tuple[tuple[str, str], ...] = ()
     aggregation: AggregationTerms = field(default_factory=AggregationTerms)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the roster's sites, in its order."""
+        return tuple(site for site, _ in self.roster)
+
     def upload_layout(self, number: int) -> Layout:
         """Returns names and shapes of what each site uploads in a round, from 1.
 
@@ -127,7 +132,7 @@ class JobManifest:
     def shipped(self) -> dict[str, tuple[str, ...]]:
         """Returns whom each emulator is for, by its SHA-256: `emulator` first, then by the first of their sites."""
         sites: dict[str, list[str]] = {self.emulator: []}
-        for site, _ in self.roster:
+        for site in self.sites:
             sites.setdefault(self.emulator_of(site), []).append(site)
         return {digest: tuple(names) for digest, names in sites.items()}
 
@@ -223,13 +228,13 @@ def _check(manifest: JobManifest) -> None:
     for site, key in manifest.roster:
         canonical.text(site, "job roster", limit=1 << 10)
         canonical.hexadecimal(key, "job roster", size=KEY_BYTES)
-    manifest.aggregation.check(manifest.adapter, [site for site, _ in manifest.roster], manifest.learning_rate)
+    manifest.aggregation.check(manifest.adapter, list(manifest.sites), manifest.learning_rate)
     _check_emulators(manifest)
 
 
 def _check_emulators(manifest: JobManifest) -> None:
     """Checks that what is said of other emulators is said in one way: each site once, and `emulator` is somebody's."""
-    sites, roster = [site for site, _ in manifest.emulators], {site for site, _ in manifest.roster}
+    sites, roster = [site for site, _ in manifest.emulators], set(manifest.sites)
     if sites != sorted(set(sites)) or not roster.issuperset(sites) or (sites and len(sites) == len(roster)):
         raise MalformedMessage(
             "job emulators: must name sites of the roster, sorted, each once and not all of them; refuse the job"

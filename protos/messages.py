@@ -1,25 +1,27 @@
-"""What is said in a round and before it, as plain frozen values."""
+"""The messages of a round and of its preparation, as plain frozen values."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-NAME, LINE = 128, 1 << 10  # most characters of a name, and of what a person reads
-# Of a refresh: a bias for each block of the deepest towers, and bytes that no honest one comes near.
+from offsite.secagg.signed_bodies import Signed
+
+NAME, LINE = 128, 1 << 10  # most characters of a name, and of a line for people
+# Of a refresh: a bias for each block of the deepest towers, and more bytes than any honest refresh has.
 MAX_BIASES, MAX_REFRESH_BYTES = 1 << 10, 1 << 24
-# Of a job: a site computes for as long as an approved one says, and these are far beyond any that ends.
+# Of a job: a site computes for as long as an approved job says, and these are far beyond any job that ends.
 MAX_TOKENS, MAX_PHYSICAL_BATCH, MAX_STEPS = 1 << 20, 1 << 16, 10**6
 
 
-def printable(text: str, most: int = LINE) -> str:
-    """Returns what somebody wrote as one line of at most `most` characters, which neither fills nor steers a screen."""
-    line = "".join(one if one.isprintable() else " " for one in text[:most])
-    return line if len(text) <= most else f"{line[:-3]}..."
+def printable(text: str, limit: int = LINE) -> str:
+    """Returns somebody's text as one line of at most `limit` characters, which neither fills nor steers a screen."""
+    line = "".join(character if character.isprintable() else " " for character in text[:limit])
+    return line if len(text) <= limit else f"{line[:-3]}..."
 
 
-def one_line(text: str, most: int = LINE) -> str:
-    """Returns a text as it may travel: as `printable`, in ASCII, with `?` for every other character."""
-    return printable(text, most).encode("ascii", "replace").decode()
+def one_line(text: str, limit: int = LINE) -> str:
+    """Returns a text as it may travel: like `printable`, in ASCII, with `?` for every other character."""
+    return printable(text, limit).encode("ascii", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class TrainRequest:
 
     Attributes:
       job: digest of the job, 32 bytes.
-      round: from 1.
-      adapter: float32 (d,).
-      refresh: the emulator's biases that moved, (name, float16 little endian), by name; empty where none did.
+      round: number of the round, from 1.
+      adapter: adapter to start from, float32 (d,).
+      refresh: the emulator's biases that moved, (name, values as float16 little endian), sorted by name; may be empty.
     """
 
     job: bytes
@@ -41,14 +43,26 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """Says that a site holds a finished update of a round; nothing about the data travels."""
+    """Reports that a site holds a finished update of a round; nothing about the data travels.
+
+    Attributes:
+      round: number of the round, from 1.
+    """
 
     round: int
 
 
 @dataclass(frozen=True)
 class KeysRequest:
-    """Opens the aggregation of a round's updates among the sites that finished training."""
+    """Opens the aggregation of a round's updates among the sites that finished training.
+
+    Attributes:
+      round: number of the training round, from 1.
+      sequence: number of the aggregation, never repeated within an epoch.
+      nonce: 32 random bytes of the coordinator.
+      adapter: SHA-256 of the training's start, 32 bytes; see `secagg_params.adapter_digest`.
+      invited: names of the sites that finished training, sorted.
+    """
 
     round: int
     sequence: int
@@ -58,19 +72,14 @@ class KeysRequest:
 
 
 @dataclass(frozen=True)
-class SignedBytes:
-    """A signed secure-aggregation message; body and signature pass through untouched."""
-
-    sender: str
-    body: bytes
-    signature: bytes
-
-
-@dataclass(frozen=True)
 class SignedBatch:
-    """Several signed messages, in the order in which they were given."""
+    """Several signed messages, in the order in which they were given.
 
-    messages: tuple[SignedBytes, ...]
+    Attributes:
+      messages: the signed messages.
+    """
+
+    messages: tuple[Signed, ...]
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,9 @@ class LedgerHead:
 
     Attributes:
       ledger: SHA-256 of the data set's name, hexadecimal.
-      count: entries.
-      head: digest of the last, hexadecimal.
-      signature: the coordinator's, where it countersigned; else empty.
+      count: number of entries.
+      head: digest of the last entry, hexadecimal.
+      signature: the coordinator's countersignature, 64 bytes; empty before it countersigned.
     """
 
     ledger: str
@@ -92,19 +101,25 @@ class LedgerHead:
 
 @dataclass(frozen=True)
 class MaskedReply:
-    """A signed commitment and the masked vector, uint32 of shape (d,)."""
+    """A masked upload.
 
-    commitment: SignedBytes
+    Attributes:
+      commitment: signed SHA-256 of the vector.
+      vector: masked update, uint32 (d,).
+      ledger: head of the site's ledger with this release; None in a simulation.
+    """
+
+    commitment: Signed
     vector: np.ndarray
     ledger: LedgerHead | None = None
 
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """Asks for an update as it is, in a job without secure aggregation.
+    """Asks for an unmasked update, in a job without secure aggregation.
 
     Attributes:
-      opening: the round; the same for all its sites.
+      opening: opening of the round; the same for all its sites.
       sealing: public X-Wing key of this attempt, 1216 bytes, to which the update is sealed.
     """
 
@@ -114,23 +129,38 @@ class UpdateRequest:
 
 @dataclass(frozen=True)
 class UpdateReply:
-    """A commitment to a box and the box, in which the update is as it is; see `protos.sealed_update`."""
+    """A sealed, unmasked update; see `protos.sealed_update`.
 
-    commitment: SignedBytes
+    Attributes:
+      commitment: signed SHA-256 of the box.
+      box: the update, sealed to the request's key.
+      ledger: head of the site's ledger with this release; None in a simulation.
+    """
+
+    commitment: Signed
     box: bytes
     ledger: LedgerHead | None = None
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """The collector's list of survivors, as the members will sign it."""
+    """The collector's list of survivors, as the members will sign it.
+
+    Attributes:
+      body: canonical bytes, see `secagg.signed_bodies.write_announcement`.
+    """
 
     body: bytes
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A site's refusal: name of the error and one line without private data; longer ones are cut as they leave."""
+    """A site's refusal.
+
+    Attributes:
+      kind: name of the error.
+      reason: one line without private data; a longer line is cut when it is encoded.
+    """
 
     kind: str
     reason: str
@@ -138,16 +168,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A job as it is offered to one site.
+    """A job as the coordinator offers it to one site.
 
     Attributes:
       manifest: canonical bytes of the job manifest.
-      manifest_signature: the coordinator's, 64 bytes.
+      manifest_signature: the coordinator's signature, 64 bytes.
       owners: (site, signature of the federation manifest), sorted by site.
       package: SHA-256 of the encrypted package, 32 bytes.
-      package_bytes: its size.
-      sealed_key: its key, sealed to this site.
-      ledgers: what the coordinator countersigned of this site's ledgers.
+      package_bytes: size of the encrypted package in bytes.
+      sealed_key: key of the package, sealed to this site.
+      ledgers: heads of this site's ledgers that the coordinator countersigned.
     """
 
     manifest: bytes
@@ -161,7 +191,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class OfferReply:
-    """Where a site stands with an offer: `fetching`, `waiting` for its owner, `ready` or `refused`."""
+    """A site's answer to an offer.
+
+    Attributes:
+      state: `fetching`, `waiting` for the owner, `ready` or `refused`.
+      detail: one line without private data.
+      fetched: bytes of the package that the site holds.
+      owner_signature: the owner's signature of the federation manifest, 64 bytes; may be empty.
+      ledger: head of the site's ledger, not countersigned; None without a ledger.
+    """
 
     state: str
     detail: str
@@ -172,7 +210,12 @@ class OfferReply:
 
 @dataclass(frozen=True)
 class Notice:
-    """Tells a site that a round was given up (`abort`) or a job is done (`finish`)."""
+    """Informs a site that a round was given up (`abort`) or a job is done (`finish`).
+
+    Attributes:
+      kind: `abort` or `finish`.
+      reason: one line for people.
+    """
 
     kind: str
     reason: str
@@ -180,7 +223,17 @@ class Notice:
 
 @dataclass(frozen=True)
 class SignedMessage:
-    """One signed message between the coordinator and a site; see `protos.letters` for what is checked."""
+    """One signed message between the coordinator and a site; see `protos.signed_messages` for the checks.
+
+    Attributes:
+      federation: SHA-256 of the federation manifest, 32 bytes.
+      sender: a site's name, or "coordinator".
+      recipient: a site's name, or "coordinator".
+      stage: name of the stage.
+      number: number of the message, unsigned 64-bit.
+      body: an envelope.
+      signature: the sender's Ed25519 signature over every field above; empty before signing.
+    """
 
     federation: bytes
     sender: str

@@ -1,4 +1,4 @@
-"""A site's own update on its way to the coordinator: closed to everybody between, and for one round of one job only."""
+"""A site's own update on its way to the coordinator, sealed for one round of one job."""
 
 import hashlib
 
@@ -10,50 +10,50 @@ from offsite.secagg.params import SecAggParams
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES, SealingKey, seal
 from offsite.trust.wire import Writer
 
-UPDATE = "update"  # the step under which a site signs the hash of its box, in the place of the masked upload
-SUITE = HYBRID  # also where a federation's packages are of suite 1: a recorded update would stay worth opening
+UPDATE = "update"  # the step under which a site signs the hash of its box, in place of a masked upload's
+SUITE = HYBRID  # also in a federation of suite 1: a recorded update would stay worth opening
 KEY_BYTES = PUBLIC_BYTES[SUITE]
 _LABEL = "offsite sealed update"
-_ENTRY_BYTES, _TAG_BYTES, _ENCAPSULATED_BYTES = 4, 16, 1088 + 32  # X-Wing: of ML-KEM-768 and of X25519
+_ENTRY_BYTES, _TAG_BYTES, _ENCAPSULATED_BYTES = 4, 16, 1088 + 32  # X-Wing: ML-KEM-768 and X25519
 
 
 def key_of(secret: bytes) -> SealingKey:
-    """Returns the key of an attempt from its 32 secret bytes; its public half goes into the request."""
+    """Returns the key of an attempt from its 32 secret bytes; the request carries its public half."""
     return SealingKey(SUITE, secret)
 
 
 def close(update: NDArray[np.float32], terms: SecAggParams, site: str, sealing: bytes) -> bytes:
-    """Returns the box of an update, which only the coordinator opens, and only as this site's of this round.
+    """Returns the box of an update, which only the coordinator can open, and only as this site's update of this round.
 
     HPKE binds the round's T0 and the site's name (RFC 9180, section 5.1: info), so a box that is moved does not open.
 
     Args:
       update: float32 (d,).
-      terms: of the round.
-      site: whose update it is.
+      terms: terms of the round.
+      site: name of the update's site.
       sealing: public key of the request, `KEY_BYTES` long.
 
     Raises:
-      Untrusted: the public key is none.
+      Untrusted: the public key is not usable.
     """
     return seal(SUITE, sealing, np.ascontiguousarray(update, dtype="<f4").tobytes(), _info(terms, site))
 
 
 def unclose(box: bytes, terms: SecAggParams, site: str, key: SealingKey) -> NDArray[np.float32]:
-    """Returns the update in a box; its entries are not checked.
+    """Returns the update in a box; the caller checks its entries.
 
     Args:
-      box: as it came.
-      terms: of the round.
-      site: who was asked.
-      key: of the attempt.
+      box: sealed bytes as they arrived.
+      terms: terms of the round.
+      site: name of the site that was asked.
+      key: key of the attempt.
 
     Returns:
-      float32 (d,), read-only; d is that of the terms.
+      Read-only float32 (d,), with the d of the terms.
 
     Raises:
-      RangeError: an update of another length.
-      Untrusted: it does not open: another key, round or site, or it was altered.
+      RangeError: the update has another length.
+      Untrusted: the box was sealed to another key, round or site, or was altered.
     """
     entries, rest = divmod(len(box) - _TAG_BYTES - _ENCAPSULATED_BYTES, _ENTRY_BYTES)
     if rest or entries != terms.length:
@@ -62,7 +62,7 @@ def unclose(box: bytes, terms: SecAggParams, site: str, key: SealingKey) -> NDAr
 
 
 def digest_of(box: bytes) -> bytes:
-    """Returns what a site signs of its box: the SHA-256, 32 bytes."""
+    """Returns the SHA-256 of a box, 32 bytes, which the site signs."""
     return hashlib.sha256(box).digest()
 
 

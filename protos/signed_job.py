@@ -1,4 +1,4 @@
-"""The coordinator's signature of a job manifest, and of what it hands out for the job."""
+"""The coordinator's signature of a job manifest, and the context to which a package's key is sealed."""
 
 from offsite.protos.job_manifest import JobManifest
 from offsite.trust.identity import Identity, verify
@@ -28,5 +28,5 @@ def _signed(manifest: bytes) -> bytes:
 
 
 def package_context(manifest: JobManifest, package: bytes) -> bytes:
-    """Returns what the sealed key of a package is bound to: the job, and the SHA-256 of the encrypted package."""
+    """Returns the context of a package's sealed key: the job, and the SHA-256 of the encrypted package."""
     return Writer().text(_PACKAGE).field(manifest.digest()).field(package).done()

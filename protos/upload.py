@@ -1,4 +1,4 @@
-"""Between an adapter's vector and what a site uploads in a round: all of it, a part, or its way along directions."""
+"""Between an adapter's vector and a site's upload in a round: the whole vector, a part, or its way along directions."""
 
 import hashlib
 import math
@@ -19,18 +19,18 @@ def directions_of(manifest: JobManifest, number: int) -> Directions:
 
     Args:
       manifest: the job.
-      number: of the round, from 1.
+      number: number of the round, from 1.
     """
     seed = hashlib.sha256(b"offsite directions 1" + manifest.digest() + number.to_bytes(8, "big")).digest()
     return Directions(seed, manifest.aggregation.directions, manifest.aggregation.spacing)
 
 
 def select_uploaded(manifest: JobManifest, number: int, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns what of an adapter's vector is uploaded in a round.
+    """Returns the entries of an adapter's vector that a round uploads.
 
     Args:
       manifest: the job.
-      number: of the round, from 1.
+      number: number of the round, from 1.
       vector: float32 (d,), in the adapter's layout.
 
     Returns:
@@ -40,20 +40,20 @@ def select_uploaded(manifest: JobManifest, number: int, vector: NDArray[np.float
 
 
 def scatter_uploaded(manifest: JobManifest, number: int, uploads: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns uploaded vectors in the adapter's layout; what was not uploaded in the round does not move.
+    """Returns uploaded vectors in the adapter's layout; entries that the round did not upload are zero.
 
-    Of DP-ZO they are replayed along the round's directions.
+    Uploads of DP-ZO are replayed along the round's directions.
 
     Args:
       manifest: the job.
-      number: of the round, from 1.
+      number: number of the round, from 1.
       uploads: float64 (..., upload_size).
 
     Returns:
       float64 (..., d).
 
     Raises:
-      RangeError: they have another length.
+      RangeError: the uploads have another length.
     """
     size = manifest.upload_size(number)
     if uploads.shape[-1] != size:
@@ -68,7 +68,7 @@ def scatter_uploaded(manifest: JobManifest, number: int, uploads: NDArray[np.flo
 
 
 def trained_mask(manifest: JobManifest, number: int, site: str) -> NDArray[np.bool_]:
-    """Returns which entries of a round's upload a site trains, bool (upload_size,); the others it leaves at zero."""
+    """Returns which entries of a round's upload a site trains, bool (upload_size,); it leaves all others at zero."""
     layout, rank = manifest.upload_layout(number), manifest.rank_of(site)
     parts = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
@@ -82,13 +82,13 @@ def trained_mask(manifest: JobManifest, number: int, site: str) -> NDArray[np.bo
 def mean_of(
     manifest: JobManifest, number: int, total: NDArray[np.float64], members: Collection[str]
 ) -> NDArray[np.float64]:
-    """Returns the mean of a sum, over those of its members that train an entry; zero where none of them does.
+    """Returns the mean of a sum; each entry is divided by the number of members that train it, and is zero without any.
 
     Args:
       manifest: the job.
-      number: of the round, from 1.
+      number: number of the round, from 1.
       total: sum of the members' uploads, float64 (upload_size,).
-      members: sites in the sum.
+      members: names of the sites in the sum.
     """
     if not manifest.aggregation.ranks:
         return total / len(members)
@@ -97,12 +97,12 @@ def mean_of(
 
 
 def check_coverage(manifest: JobManifest, sites: Collection[str]) -> None:
-    """Checks that every entry of a sum over some sites is a sum of at least n_min of them, or of none.
+    """Checks that at least n_min of some sites, or none, train each entry of their sum.
 
-    Where ranks differ, the last columns are trained by few: those entries of the sum are theirs alone.
+    Where ranks differ, few sites train the last columns, and those entries of the sum are theirs alone.
 
     Raises:
-      PrivacyRefusal: an entry would be the sum of too few.
+      PrivacyRefusal: an entry would be the sum of fewer than n_min sites.
     """
     if not manifest.aggregation.ranks or manifest.aggregation.individuals:
         return
@@ -111,7 +111,7 @@ def check_coverage(manifest: JobManifest, sites: Collection[str]) -> None:
         covering = sum(other >= rank for other in ranks)
         if covering < manifest.n_min:
             raise PrivacyRefusal(
-                f"rank={rank}: only {covering} of {len(ranks)} sites train so many columns, and their sum is opened "
+                f"rank={rank}: only {covering} of {len(ranks)} sites train so many columns, and a sum is opened "
                 f"for n_min={manifest.n_min} or more; wait for more of those sites, or give them smaller ranks"
             )
 

@@ -1,1 +1,1 @@
-"""Secure aggregation: the coordinator learns the sum of at least m updates and nothing else of them."""
+"""Secure aggregation: the coordinator learns the sum of at least `min_sites` updates and nothing else about them."""

@@ -1,7 +1,7 @@
 """The coordinator's side of a round: it relays, adds, and learns the sum.
 
 Every rule that protects a site is checked by the site; what is checked here keeps one bad site from spoiling the round
-for the others. Memory is one accumulator and the upload that is being added.
+for the others. The collector holds one accumulator and the upload that it is adding.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offsite.errors import MalformedMessage, ProtocolViolation, TooFewSurvivors
-from offsite.secagg import agreement, mask, messages, ring
+from offsite.secagg import agreement, mask, ring, signed_bodies
 from offsite.secagg.agreement import Agreed
-from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
 from offsite.secagg.params import SecAggParams
 from offsite.secagg.recovery import Recovery
+from offsite.secagg.signed_bodies import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
 
 T = TypeVar("T")
 _DONE = "done"
@@ -29,9 +29,9 @@ class Sum:
     """The sum of the survivors' updates.
 
     Attributes:
-      ring: (d,) uint32, exact sum modulo 2**32.
-      members: the sites in it, sorted.
-      decoded: (d,) float64, the sum in units of an update.
+      ring: exact sum modulo 2**32, uint32 (d,).
+      members: sites in the sum, sorted.
+      decoded: sum in units of an update, float64 (d,).
     """
 
     ring: NDArray[np.uint32]
@@ -44,6 +44,9 @@ class Collector:
 
     A message that breaks a rule raises `ProtocolViolation` and changes nothing, so the caller drops that site and goes
     on. Reading the outcome of a step (`roster`, `inbox`, `announcement`, `signatures`) ends that step.
+
+    Args:
+      terms: public terms of the round.
     """
 
     def __init__(self, terms: SecAggParams) -> None:
@@ -64,25 +67,26 @@ class Collector:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Sites still in the round: those of the last step that ended, sorted."""
+        """Sites still in the round, sorted: the sites of the last step that ended."""
         sets: dict[str, Collection[str]] = {KEYS: self._terms.sites, SHARES: self._keys, MASKED: self._sealed}
         return tuple(sorted(sets.get(self._stage, self._digests)))
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Invited sites that are not in the round any more, sorted."""
+        """Invited sites that are no longer in the round, sorted."""
         return tuple(sorted(set(self._terms.sites) - set(self.members)))
 
     @property
     def faulty(self) -> tuple[str, ...]:
-        """Sites whose share did not fit the polynomial that the others agree on; the sum went on without them."""
+        """Sites whose share did not fit the polynomial on which the others agree; the sum left these shares out."""
         return tuple(sorted(self._faulty))
 
     def add_keys(self, message: Signed) -> None:
         """Takes the signed keys of a site.
 
         Raises:
-          ProtocolViolation: not invited, not signed for these terms, a low-order or repeated point, or sent twice.
+          ProtocolViolation: the site is not invited, or its message is not signed for these terms, has a low-order or
+            repeated point, or was sent before.
         """
         self._expect(KEYS)
         keys = _parsed(message, lambda: agreement.check_keys(self._terms, message))
@@ -95,12 +99,12 @@ class Collector:
         self._keys[message.sender] = message
 
     def roster(self) -> list[Signed]:
-        """Ends the keys step and returns the signed keys of U1, for every site in it.
+        """Ends the keys step and returns the signed keys of U1, for every site in U1.
 
         Raises:
-          TooFewSurvivors: fewer sites than the threshold or n_min.
+          TooFewSurvivors: U1 has fewer sites than the threshold or n_min.
         """
-        if self._end(KEYS, len(self._keys), self._terms.fewest):
+        if self._end(KEYS, len(self._keys), self._terms.min_sites):
             self._agreed = agreement.agree(self._terms, list(self._keys.values()))
         return [self._keys[site] for site in sorted(self._keys)]
 
@@ -108,35 +112,37 @@ class Collector:
         """Takes the sealed shares of a site of U1.
 
         Raises:
-          ProtocolViolation: not in U1, not signed for T1, not one ciphertext per peer, or sent twice.
+          ProtocolViolation: the site is not in U1, or its message is not signed for T1, does not hold exactly one
+            ciphertext per peer, or was sent before.
         """
         self._check(SHARES, message, self._keys, self._sealed)
-        sealed = _parsed(message, lambda: messages.read_sealed(message.body))
+        sealed = _parsed(message, lambda: signed_bodies.read_sealed(message.body))
         if sealed.keys() != self._keys.keys() - {message.sender}:
             raise ProtocolViolation(f"sender={message.sender!r} did not seal a share for every peer; drop the site")
         self._sealed[message.sender] = message
 
     def inbox(self, site: str) -> list[Signed]:
-        """Ends the shares step and returns the shares messages of U2 that a site of it reads.
+        """Ends the shares step and returns the shares messages that a site of U2 reads.
 
         Raises:
-          TooFewSurvivors: fewer sites than the threshold or n_min.
+          TooFewSurvivors: U2 has fewer sites than the threshold or n_min.
           ProtocolViolation: the site is not in U2.
         """
-        self._end(SHARES, len(self._sealed), self._terms.fewest)
+        self._end(SHARES, len(self._sealed), self._terms.min_sites)
         if site not in self._sealed:
             raise ProtocolViolation(f"site={site!r} sent no shares and has no inbox; it is out of this round")
         return [self._sealed[peer] for peer in sorted(self._sealed) if peer != site]
 
     def add_masked(self, message: Signed, vector: NDArray[np.uint32]) -> None:
-        """Adds the masked upload of a site of U2 to the accumulator; the vector can be freed afterwards.
+        """Adds the masked upload of a site of U2 to the accumulator; the caller may free the vector afterwards.
 
         Args:
-          message: the signed SHA-256 of the upload.
-          vector: (d,) uint32; read only.
+          message: signed SHA-256 of the upload.
+          vector: the upload, uint32 (d,); read only.
 
         Raises:
-          ProtocolViolation: not in U2, not signed for T1, another vector than was signed, or sent twice.
+          ProtocolViolation: the site is not in U2, or its message is not signed for T1, is the hash of another vector,
+            or was sent before.
         """
         self._check(MASKED, message, self._sealed, self._digests)
         if vector.shape != self._total.shape or vector.dtype != np.uint32:
@@ -153,17 +159,18 @@ class Collector:
         """Ends the masked step and returns the survivor set U3 with the hash of every upload.
 
         Raises:
-          TooFewSurvivors: fewer sites than the threshold or n_min.
+          TooFewSurvivors: U3 has fewer sites than the threshold or n_min.
         """
-        if self._end(MASKED, len(self._digests), self._terms.fewest):
-            self._announcement = messages.write_announcement(self._agreed.transcript, self._digests)
+        if self._end(MASKED, len(self._digests), self._terms.min_sites):
+            self._announcement = signed_bodies.write_announcement(self._agreed.transcript, self._digests)
         return self._announcement
 
     def add_survivors(self, message: Signed) -> None:
         """Takes a survivor's signature on the announcement.
 
         Raises:
-          ProtocolViolation: not in U3, not signed for T1, another set, or sent twice.
+          ProtocolViolation: the site is not in U3, or its message is not signed for T1, names another set, or was sent
+            before.
         """
         self._check(SURVIVORS, message, self._digests, self._signed)
         if message.body != hashlib.sha256(self._announcement).digest():
@@ -174,7 +181,7 @@ class Collector:
         """Ends the survivors step and returns the signatures on the survivor set.
 
         Raises:
-          TooFewSurvivors: fewer signatures than the threshold.
+          TooFewSurvivors: fewer survivors than the threshold have signed.
         """
         self._end(SURVIVORS, len(self._signed), self._terms.threshold)
         return [self._signed[site] for site in sorted(self._signed)]
@@ -183,10 +190,11 @@ class Collector:
         """Takes the shares that a survivor releases.
 
         Raises:
-          ProtocolViolation: not in U3, not signed for T1, a share of the wrong kind or site, or sent twice.
+          ProtocolViolation: the site is not in U3, or its message is not signed for T1, holds a share of the wrong kind
+            or site, or was sent before.
         """
         self._check(UNMASK, message, self._digests, self._released)
-        released = _parsed(message, lambda: messages.read_released(message.body))
+        released = _parsed(message, lambda: signed_bodies.read_released(message.body))
         wanted = {site: SELF_MASK if site in self._digests else MASK_KEY for site in self._sealed}
         if {site: kind for site, (kind, _) in released.items()} != wanted:
             raise ProtocolViolation(
@@ -195,11 +203,11 @@ class Collector:
         self._released[message.sender] = released
 
     def sum(self) -> Sum:
-        """Reconstructs what the survivors released, takes the masks off and returns the sum of their updates.
+        """Reconstructs the released secrets, takes the masks off and returns the sum of the survivors' updates.
 
         Raises:
-          TooFewSurvivors: fewer answers than the threshold; more may still be added.
-          ProtocolViolation: a reconstructed secret is not the announced one; more answers may still be added.
+          TooFewSurvivors: fewer survivors than the threshold have answered; answers may still be added.
+          ProtocolViolation: a reconstructed secret is not the announced secret; answers may still be added.
         """
         if self._sum is None:
             self._expect(UNMASK)
@@ -230,14 +238,14 @@ class Collector:
             raise ProtocolViolation(f"sender={message.sender!r} has no place in step={step}; drop the message")
         if message.sender in before:
             raise ProtocolViolation(f"sender={message.sender!r} already sent step={step}; drop the second message")
-        messages.check(public, step, self._agreed.transcript, message)
+        signed_bodies.check(public, step, self._agreed.transcript, message)
 
     def _expect(self, step: str) -> None:
         if self._stage != step:
             raise ProtocolViolation(f"step={step} while the round is at step={self._stage}; drop the message")
 
     def _end(self, step: str, count: int, needed: int) -> bool:
-        """Ends a step when it is the current one; says whether it did."""
+        """Ends a step if it is the current step; returns whether the step ended now."""
         if _ORDER.index(self._stage) > _ORDER.index(step):
             return False
         self._expect(step)

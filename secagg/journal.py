@@ -1,4 +1,4 @@
-"""What a site must not forget over a crash: the last round it took part in, and the updates it has uploaded."""
+"""A site's memory that must survive a crash: the last round that the site entered, and the updates that it uploaded."""
 
 import errno
 import fcntl
@@ -17,10 +17,10 @@ class Journal(Protocol):
     """The memory of one site; both methods return only when the entry is durable."""
 
     def claim(self, federation: str, epoch: int, round: int) -> None:
-        """Enters a round; refuses one that is not newer than the last of its federation."""
+        """Enters a round; refuses a round that is not newer than the last round of its federation."""
 
     def spend(self, digest: bytes) -> None:
-        """Enters an update as uploaded; refuses one that was uploaded before."""
+        """Records an update as uploaded; refuses an update that was uploaded before."""
 
 
 class MemoryJournal:
@@ -34,7 +34,7 @@ class MemoryJournal:
         """Enters a round.
 
         Raises:
-          ProtocolViolation: the epoch is older than the last one, or the round is not newer within it.
+          ProtocolViolation: the epoch is older than the last epoch, or the round is not newer within its epoch.
         """
         last = self._last.get(federation)
         if last is not None and (epoch, round) <= last:
@@ -45,14 +45,14 @@ class MemoryJournal:
         self._last[federation] = (epoch, round)
 
     def spend(self, digest: bytes) -> None:
-        """Enters an update as uploaded.
+        """Records an update as uploaded.
 
         Raises:
-          ProtocolViolation: this update was uploaded before.
+          ProtocolViolation: the update was uploaded before.
         """
         if digest in self._spent:
             raise ProtocolViolation(
-                "update was uploaded before; sent with a second cohort it could be told apart; train again"
+                "update was uploaded before; a second upload, with another cohort, could reveal it; train again"
             )
         self._spent.add(digest)
 
@@ -60,8 +60,11 @@ class MemoryJournal:
 class FileJournal:
     """A journal in an append-only file, one JSON line per entry, fsynced before a method returns.
 
-    A line that a crash cut off was never acted upon and is removed. Restoring an old copy of the file makes the site
-    forget, so keep it out of backups.
+    A line that a crash cut off was never acted upon and is removed. A restored old copy of the file makes the site
+    forget, so keep the file out of backups.
+
+    Args:
+      path: the journal's file; made with its first entry.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -71,7 +74,7 @@ class FileJournal:
         """Enters a round, durably.
 
         Raises:
-          ProtocolViolation: the epoch is older than the last one, or the round is not newer within it.
+          ProtocolViolation: the epoch is older than the last epoch, or the round is not newer within its epoch.
           DataError: the file is damaged, or the disk is full.
         """
         with self._locked() as file:
@@ -79,10 +82,10 @@ class FileJournal:
             _append(file, ["round", federation, epoch, round])
 
     def spend(self, digest: bytes) -> None:
-        """Enters an update as uploaded, durably.
+        """Records an update as uploaded, durably.
 
         Raises:
-          ProtocolViolation: this update was uploaded before.
+          ProtocolViolation: the update was uploaded before.
           DataError: the file is damaged, or the disk is full.
         """
         with self._locked() as file:
@@ -118,7 +121,7 @@ class FileJournal:
                         raise ValueError(other)
         except (ValueError, ProtocolViolation) as error:
             raise DataError(
-                f"journal={self._path} is damaged; sign a new epoch, then remove it: it is about the old one"
+                f"journal={self._path} is damaged; sign a new epoch, then remove the file, which is about the old epoch"
             ) from error
         return memory
 

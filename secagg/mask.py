@@ -1,7 +1,8 @@
-"""Masks: AES-256-CTR keystreams added to ring elements in place.
+"""Masks: AES-256-CTR keystreams, added to ring elements in place.
 
-Zero IV, one key per vector and never a second use of a key; the words are little-endian on every machine. A chunk of
-1 MiB stays in the cache, and all keys of a vector go over one chunk before the next, so memory is passed only once.
+The IV is zero, and a key masks one vector and is never used again; the words are little-endian on every machine. A
+chunk of 1 MiB stays in the cache, and all keys of a vector go over one chunk before the next, so the vector passes
+through memory only once.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,13 @@ _ZERO_IV = bytes(_BLOCK_BYTES)
 
 
 class Keystream:
-    """The keystream of one key as little-endian 32-bit words; NIST SP 800-38A, section 6.5, with initial counter 0."""
+    """The keystream of one key as little-endian 32-bit words; NIST SP 800-38A, section 6.5, with initial counter 0.
+
+    Args:
+      key: 32 bytes, used for this stream only.
+      chunk: most bytes that one call of `words` gives.
+      initial: initial counter block, 16 bytes.
+    """
 
     def __init__(self, key: bytes, *, chunk: int = CHUNK_BYTES, initial: bytes = _ZERO_IV) -> None:
         self._encryptor = _encryptor(key, initial)
@@ -33,12 +40,12 @@ class Keystream:
 
 
 def add(total: NDArray[np.uint32], key: bytes) -> None:
-    """Adds the mask of a key to (d,) uint32 ring elements in place."""
+    """Adds the mask of a key to ring elements, uint32 (d,), in place."""
     apply(total, added=(key,))
 
 
 def subtract(total: NDArray[np.uint32], key: bytes) -> None:
-    """Takes the mask of a key off (d,) uint32 ring elements in place."""
+    """Takes the mask of a key off ring elements, uint32 (d,), in place."""
     apply(total, subtracted=(key,))
 
 
@@ -46,7 +53,7 @@ def apply(total: NDArray[np.uint32], *, added: Sequence[bytes] = (), subtracted:
     """Adds and subtracts the masks of many keys in place, modulo 2**32.
 
     Args:
-      total: (d,) uint32, contiguous; changed in place.
+      total: ring elements, uint32 (d,), contiguous; changed in place.
       added: 32-byte keys whose masks are added.
       subtracted: 32-byte keys whose masks are taken off.
 
@@ -80,7 +87,7 @@ def _encryptor(key: bytes, initial: bytes) -> CipherContext:
 
 
 class _Buffers:
-    """One block of zeros and one block of output, used again for every chunk and every key."""
+    """One block of zeros and one block of output, reused for every chunk and every key."""
 
     def __init__(self, size: int) -> None:
         self.zeros = memoryview(bytes(size))

@@ -1,8 +1,8 @@
-"""A site's side of a round: five steps, each once, in order, and then nothing is left.
+"""A site's side of a round: five steps, each once, in order, after which no secret is left.
 
 Bonawitz et al. 2017, section 4, figure 4, with the signed keys and the consistency round of the active-security form.
-The class does no input or output besides the journal. Python cannot wipe memory; secrets are dropped, and a process
-per round is the way to be sure.
+The class does no input or output besides the journal. Python cannot wipe memory: secrets are only dropped, so a process
+per round is the sure way.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offsite.errors import ConfigError, MalformedMessage, ProtocolViolation, TooFewSurvivors
-from offsite.secagg import agreement, mask, messages, ring, shamir
+from offsite.secagg import agreement, mask, ring, shamir, signed_bodies
 from offsite.secagg.agreement import Agreed
 from offsite.secagg.journal import Journal
-from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
-from offsite.secagg.params import FEWEST, SecAggParams
+from offsite.secagg.params import MIN_SITES, SecAggParams
+from offsite.secagg.signed_bodies import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
 from offsite.trust.identity import Identity
 
 _ORDER = (KEYS, SHARES, MASKED, SURVIVORS, UNMASK)
@@ -42,34 +42,35 @@ class _Secrets:
 class Member:
     """One site in one round.
 
-    Any call out of order and any message that breaks a rule raises, drops all secrets and leaves the member spent.
+    Any call out of order and any message that breaks a rule raises, drops all secrets and ends the member's part.
 
     Args:
-      terms: the terms this site agreed to, from its own copy of the manifest.
+      terms: terms to which this site agreed, from its own copy of the manifest.
       site: id of this site in the roster.
       identity: this site's long-term key.
       journal: this site's durable memory of rounds and uploads.
       minimum: fewest sites in a sum by this site's own policy, >= 3; the strictest floor wins.
 
     Raises:
-      ProtocolViolation: the site is not invited, or not under this key.
-      ConfigError: a minimum below 3 or above the number of invited sites.
+      ProtocolViolation: the site is not invited under this key.
+      ConfigError: the minimum is below 3 or above the number of invited sites.
     """
 
     def __init__(
-        self, terms: SecAggParams, site: str, identity: Identity, journal: Journal, *, minimum: int = FEWEST
+        self, terms: SecAggParams, site: str, identity: Identity, journal: Journal, *, minimum: int = MIN_SITES
     ) -> None:
         if terms.public_key(site) != identity.public:
             raise ProtocolViolation(f"site={site!r} is not invited under this key; compare the manifest with the key")
-        if not FEWEST <= minimum <= len(terms.roster):
+        if not MIN_SITES <= minimum <= len(terms.roster):
             raise ConfigError(
-                f"minimum={minimum} with invited={len(terms.roster)}; {FEWEST} <= minimum <= invited; change the policy"
+                f"minimum={minimum} with invited={len(terms.roster)}; {MIN_SITES} <= minimum <= invited; "
+                "change the policy"
             )
         self.site = site
         self._terms = terms
         self._identity = identity
         self._journal = journal
-        self._fewest = max(terms.fewest, minimum)
+        self._min_sites = max(terms.min_sites, minimum)
         self._next = KEYS
         self._secrets = _Secrets()
         self._keys: Signed | None = None
@@ -84,12 +85,13 @@ class Member:
         """Enters the round: claims it in the journal, encodes the update, then makes the ephemeral keys.
 
         Args:
-          update: (d,) float32 within the clip of the terms, finite.
-          rounding: uniform numbers in [0, 1) for the stochastic rounding of a simulation.
+          update: float32 (d,), finite and within the clip of the terms.
+          rounding: source of uniform numbers in [0, 1) for the stochastic rounding of a simulation; None for fresh
+            ones.
 
         Raises:
           RangeError: the update may not be sent; no key was made.
-          ProtocolViolation: the round is not newer than the last one, or the step is out of order.
+          ProtocolViolation: the round is not newer than the last round, or the step is out of order.
         """
         with self._step(KEYS):
             terms, secret = self._terms, self._secrets
@@ -100,19 +102,19 @@ class Member:
             self._update = hashlib.sha256(np.ascontiguousarray(update).data).digest()
             secret.channel, secret.mask = agreement.new_scalar(), agreement.new_scalar()
             secret.seed = randbelow(shamir.ORDER)
-            body = messages.Keys(
+            body = signed_bodies.Keys(
                 channel=agreement.public_of(secret.channel),
                 mask=agreement.public_of(secret.mask),
                 commitment=agreement.commit(terms, self.site, secret.seed),
             ).to_bytes()
-            self._keys = messages.sign(self._identity, KEYS, terms.t0(), self.site, body)
+            self._keys = signed_bodies.sign(self._identity, KEYS, terms.t0(), self.site, body)
             return self._keys
 
     def shares(self, roster: Sequence[Signed]) -> Signed:
         """Checks the signed keys of U1, fixes T1 and seals a share of both secrets to every peer.
 
         Raises:
-          ProtocolViolation: a message is not valid, or this site's own is missing or changed.
+          ProtocolViolation: a message is not valid, or this site's own message is missing or changed.
           TooFewSurvivors: U1 is smaller than the threshold or a floor.
         """
         with self._step(SHARES):
@@ -123,7 +125,7 @@ class Member:
             self._exchange(agreed)
             sealed = self._seal(agreed)
             self._secrets.channel = self._secrets.mask = 0
-            return self._sign(SHARES, messages.write_sealed(sealed))
+            return self._sign(SHARES, signed_bodies.write_sealed(sealed))
 
     def masked(self, inbox: Sequence[Signed]) -> tuple[Signed, NDArray[np.uint32]]:
         """Opens the peers' shares, fixes U2, marks the update as spent and returns it under all masks.
@@ -155,14 +157,14 @@ class Member:
             return self._sign(MASKED, self._upload), vector
 
     def survivors(self, announcement: bytes) -> Signed:
-        """Checks the survivor set U3 that the coordinator announces and signs it; a site signs at most one.
+        """Checks the survivor set U3 that the coordinator announces and signs it; a site signs at most one set.
 
         Raises:
-          ProtocolViolation: another round, a site outside U2, or this site or its own upload is missing.
+          ProtocolViolation: the set is of another round, names a site outside U2, or lacks this site or its own upload.
           TooFewSurvivors: U3 is smaller than the threshold or a floor.
         """
         with self._step(SURVIVORS):
-            transcript, digests = messages.read_announcement(announcement)
+            transcript, digests = signed_bodies.read_announcement(announcement)
             if transcript != self._agreed.transcript:
                 raise ProtocolViolation(
                     "survivors announced for another transcript; sites saw different keys; stop here"
@@ -177,13 +179,14 @@ class Member:
             return self._sign(SURVIVORS, self._announced)
 
     def unmask(self, signatures: Sequence[Signed]) -> Signed:
-        """Checks that enough survivors signed the same set, then releases one share per site of U2, and wipes.
+        """Checks that enough survivors signed the same set, releases one share per site of U2, and wipes the secrets.
 
-        A survivor's self-mask share, or the mask-key share of a site that dropped: never both of one site.
+        A site releases a survivor's self-mask share, or the mask-key share of a site that dropped, and never both of
+        one site.
 
         Raises:
-          ProtocolViolation: a signature is not valid, not on this set, not of a survivor, or there twice.
-          TooFewSurvivors: fewer signatures than the threshold.
+          ProtocolViolation: a signature is not valid, not on this set, not a survivor's, or occurs twice.
+          TooFewSurvivors: fewer survivors than the threshold have signed.
         """
         with self._step(UNMASK):
             for message in signatures:
@@ -201,7 +204,7 @@ class Member:
                 peer: (SELF_MASK, seed) if peer in self._survivors else (MASK_KEY, key)
                 for peer, (seed, key) in self._secrets.held.items()
             }
-            answer = self._sign(UNMASK, messages.write_released(released))
+            answer = self._sign(UNMASK, signed_bodies.write_released(released))
             self._wipe()
             return answer
 
@@ -215,7 +218,7 @@ class Member:
                 secret.pairs[peer] = agreement.pair_key(shared, agreed.transcript, self.site, peer)
 
     def _seal(self, agreed: Agreed) -> dict[str, bytes]:
-        # Points are places in the invited roster, which T0 fixes, not in whatever set the coordinator forwards.
+        # Points are places in the invited roster, which T0 fixes, and not in the set that the coordinator forwards.
         points = {site: place for place, site in enumerate(self._terms.sites, start=1) if site in agreed.keys}
         threshold = self._terms.threshold
         seeds = shamir.split(self._secrets.seed, threshold=threshold, points=points.values())
@@ -233,28 +236,34 @@ class Member:
         sender = message.sender
         self._check(MASKED, message, self._agreed.keys, step=SHARES)
         if sender in self._secrets.held:
-            raise ProtocolViolation(f"sender={sender!r} is in the inbox twice, or is this site; each peer sends once")
-        sealed = messages.read_sealed(message.body)
+            raise ProtocolViolation(
+                f"sender={sender!r} is in the inbox twice, or is this site; each peer sends once; stop here"
+            )
+        sealed = signed_bodies.read_sealed(message.body)
         if sealed.keys() != self._agreed.keys.keys() - {sender}:
-            raise ProtocolViolation(f"sender={sender!r} did not seal a share for every peer; drop that site and repeat")
+            raise ProtocolViolation(
+                f"sender={sender!r} did not seal a share for every peer; drop that site and repeat the round"
+            )
         self._secrets.held[sender] = agreement.unseal(
             self._secrets.channels.pop(sender), self._agreed.transcript, sender, self.site, sealed[self.site]
         )
 
     def _check(
-        self, where: str, message: Signed, allowed: Sequence[str] | dict[str, messages.Keys], *, step: str
+        self, where: str, message: Signed, allowed: Sequence[str] | dict[str, signed_bodies.Keys], *, step: str
     ) -> None:
         public = self._terms.public_key(message.sender)
         if public is None or message.sender not in allowed:
             raise ProtocolViolation(f"sender={message.sender!r} has no place in step={where}; stop here")
-        messages.check(public, step, self._agreed.transcript, message)
+        signed_bodies.check(public, step, self._agreed.transcript, message)
 
     def _sign(self, step: str, body: bytes) -> Signed:
-        return messages.sign(self._identity, step, self._agreed.transcript, self.site, body)
+        return signed_bodies.sign(self._identity, step, self._agreed.transcript, self.site, body)
 
     def _enough(self, count: int, what: str) -> None:
-        if count < self._fewest:
-            raise TooFewSurvivors(f"{what}={count} sites; this site needs {self._fewest}; repeat the round with more")
+        if count < self._min_sites:
+            raise TooFewSurvivors(
+                f"{what}={count} sites; this site needs {self._min_sites}; repeat the round with more"
+            )
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:

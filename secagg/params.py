@@ -1,4 +1,4 @@
-"""What one round is about, agreed before it opens, and the hash T0 that ties every message to it."""
+"""The public terms of one round, agreed before the round opens, and the hash T0 that ties every message to them."""
 
 import hashlib
 import math
@@ -12,8 +12,8 @@ from offsite.trust.identity import KEY_BYTES
 from offsite.trust.wire import MAX_SITE_BYTES, Writer
 
 SUITE = 1
-FEWEST = 3  # with two sites each learns the other's update from the sum
-MOST = 64  # a complete graph of pair masks; above it a sparse graph would be needed
+MIN_SITES = 3  # with two sites each learns the other's update from the sum
+MAX_SITES = 64  # a complete graph of pair masks; above it a sparse graph would be needed
 DIGEST_BYTES = 32
 NONCE_BYTES = (16, 64)
 _OPEN = "offsite secagg open"
@@ -22,20 +22,20 @@ _NUMBER_LIMIT = 1 << 63
 
 @dataclass(frozen=True)
 class SecAggParams:
-    """The public terms of a round; equal bytes at every site, or the signatures do not verify.
+    """The public terms of a round; they have equal bytes at every site, or the signatures do not verify.
 
     Attributes:
       federation: id of the federation, UTF-8.
       epoch: version of the manifest, >= 0.
       round: number of the round in this epoch, >= 0.
-      nonce: 16 to 64 bytes chosen by the coordinator.
+      nonce: 16 to 64 random bytes chosen by the coordinator.
       manifest: SHA-256 of the manifest that every owner signed.
       emulator: SHA-256 of the emulator package.
       adapter: SHA-256 of the adapter layout and start values.
       config: SHA-256 of the training configuration.
-      roster: the invited sites, sorted by id, each with its raw Ed25519 public key.
+      roster: invited sites, sorted by id, each with its raw Ed25519 public key.
       n_min: fewest sites in a sum, >= 3.
-      length: coordinates of an update.
+      length: coordinates of an update, d.
       clip: per-coordinate bound of an update, finite and > 0; used as the nearest float32.
       suite: 1 (X25519, Ed25519, HKDF-SHA256, AES-256-GCM, AES-256-CTR).
     """
@@ -58,27 +58,29 @@ class SecAggParams:
         _check_numbers(self)
         _check_digests(self)
         _check_roster(self.roster)
-        if not FEWEST <= self.n_min <= len(self.roster):
+        if not MIN_SITES <= self.n_min <= len(self.roster):
             raise ConfigError(
-                f"n_min={self.n_min} with invited={len(self.roster)}; {FEWEST} <= n_min <= invited; invite more sites"
+                f"n_min={self.n_min} with invited={len(self.roster)}; {MIN_SITES} <= n_min <= invited; "
+                "invite more sites"
             )
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The invited ids in order; a site's place, counted from one, is its Shamir point."""
+        """The invited ids in order; the place of a site, counted from one, is its Shamir point."""
         return tuple(site for site, _ in self.roster)
 
     @property
     def threshold(self) -> int:
-        """Shares that reconstruct, floor(2n/3)+1 of the *invited* n.
+        """Number of shares that reconstruct a secret, floor(2n/3)+1 of the *invited* n.
 
         Two different survivor sets would each need this many honest signatures, which takes more than n/3 colluders
-        (Bonawitz et al. 2017, section 6.2); counting those who answered instead would let the coordinator choose it.
+        (Bonawitz et al. 2017, section 6.2). A count of the sites that answered would let the coordinator choose the
+        number.
         """
         return 2 * len(self.roster) // 3 + 1
 
     @property
-    def fewest(self) -> int:
+    def min_sites(self) -> int:
         """Fewest sites of any set in this round: the larger of the threshold and n_min."""
         return max(self.threshold, self.n_min)
 
@@ -109,7 +111,7 @@ class SecAggParams:
 def _check_numbers(terms: SecAggParams) -> None:
     if terms.suite != SUITE:
         raise ConfigError(f"suite={terms.suite} is not implemented; suite {SUITE} is; change the manifest")
-    for name, lowest in (("epoch", 0), ("round", 0), ("length", 1), ("n_min", FEWEST)):
+    for name, lowest in (("epoch", 0), ("round", 0), ("length", 1), ("n_min", MIN_SITES)):
         value = getattr(terms, name)
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < _NUMBER_LIMIT:
             raise ConfigError(f"{name}={value!r}; a whole number of at least {lowest} is needed; change the manifest")
@@ -131,8 +133,8 @@ def _check_digests(terms: SecAggParams) -> None:
 
 
 def _check_roster(roster: tuple[tuple[str, bytes], ...]) -> None:
-    if not FEWEST <= len(roster) <= MOST:
-        raise ConfigError(f"invited={len(roster)}; {FEWEST} to {MOST} sites make a round; change the cohort")
+    if not MIN_SITES <= len(roster) <= MAX_SITES:
+        raise ConfigError(f"invited={len(roster)}; {MIN_SITES} to {MAX_SITES} sites make a round; change the cohort")
     sites = [site for site, _ in roster]
     if sites != sorted(set(sites)):
         raise ConfigError("roster has its ids out of order or twice; sort them and keep each once")

@@ -1,7 +1,8 @@
 """Updates as integers modulo 2**32, such that the sum of all sites cannot wrap.
 
-A value takes q bits with q + ceil(log2 n) <= 32, so n of them stay inside the signed 32-bit range and the decoded sum
-is the exact integer sum. Rounding is stochastic: its error has mean zero and does not add up over sites and rounds.
+A value takes q bits with q + ceil(log2 n) <= 32, so the sum of n values stays inside the signed 32-bit range and the
+decoded sum is the exact integer sum. Rounding is stochastic: its error has mean zero and does not add up over sites and
+rounds.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ Rounding = Callable[[int], NDArray[np.float64]]
 
 
 def levels(members: int) -> int:
-    """Returns the largest integer one site may send: 2**(q-1) - 1 with q = 32 - ceil(log2 n)."""
+    """Returns the largest integer that one site may send: 2**(q-1) - 1 with q = 32 - ceil(log2 n)."""
     if not 1 <= members <= 1 << (BITS - 2):
         raise ConfigError(f"members={members}; one to 2**{BITS - 2} sites fit into the ring; change the cohort")
     return (1 << (BITS - 1 - (members - 1).bit_length())) - 1
 
 
 def bound(clip: float) -> float:
-    """Returns the clip as the nearest float32: updates are float32, and one clipped at `clip` must be accepted."""
+    """Returns the clip as the nearest float32, since a float32 update that was clipped at `clip` must be accepted."""
     with np.errstate(over="ignore", under="ignore"):
         nearest = float(np.float32(clip))
     if not math.isfinite(nearest) or nearest < float(np.finfo(np.float32).tiny):
@@ -38,7 +39,7 @@ def bound(clip: float) -> float:
 
 
 def scale(clip: float, members: int) -> float:
-    """Returns integer steps per unit of an update; bound(clip) * scale never exceeds levels(members)."""
+    """Returns the integer steps per unit of an update; bound(clip) * scale never exceeds levels(members)."""
     top, edge = levels(members), bound(clip)
     factor = top / edge
     while factor * edge > top:
@@ -57,15 +58,15 @@ def encode(
     """Returns an update as ring elements, stochastically rounded.
 
     Args:
-      update: (d,) float32, every value finite and within [-clip, clip].
+      update: float32 (d,), every value finite and within [-clip, clip].
       clip: per-coordinate bound of the terms.
-      members: invited sites, which the ring must be able to add up.
-      randomness: gives n float64 values in [0, 1), for a simulation that must repeat itself; by default a keystream
+      members: number of invited sites, whose sum the ring must hold.
+      randomness: source of n float64 values in [0, 1), for a simulation that must repeat itself; None uses a keystream
         under a fresh key of the operating system.
-      length: the d that was agreed; None takes any.
+      length: agreed d; None allows any.
 
     Raises:
-      RangeError: wrong shape or dtype, a value that is not finite or out of range; nothing is clipped silently.
+      RangeError: wrong shape or dtype, or a value that is not finite or out of range; nothing is clipped silently.
     """
     check(update, clip=clip, length=length)
     factor, top = scale(clip, members), float(levels(members))
@@ -87,10 +88,10 @@ def encode(
 
 
 def check(update: NDArray[np.float32], *, clip: float, length: int | None = None) -> None:
-    """Checks shape, dtype and range of an update, without a copy of it.
+    """Checks shape, dtype and range of an update, without a copy.
 
     Raises:
-      RangeError: the update may not be sent; the message holds no value of it.
+      RangeError: the update may not be sent; the message holds no value of the update.
     """
     if not isinstance(update, np.ndarray) or update.ndim != 1 or update.dtype != np.float32:
         raise RangeError("update is not a one-dimensional float32 array; flatten and convert it")
@@ -101,23 +102,25 @@ def check(update: NDArray[np.float32], *, clip: float, length: int | None = None
         part = update[start : start + CHUNK]
         # Written so that NaN fails as well: a comparison with NaN is false.
         if not (part.max() <= edge and part.min() >= -edge):
-            raise RangeError(f"clip={clip}; an update has a value outside it or not finite; clip or repair the update")
+            raise RangeError(
+                f"clip={clip}; an update has a value outside the clip or not finite; clip or repair the update"
+            )
 
 
 def decode(total: NDArray[np.uint32], *, clip: float, members: int, summed: int) -> NDArray[np.float64]:
     """Returns the sum of updates from the sum of their ring elements.
 
     Args:
-      total: (d,) uint32, the unmasked sum modulo 2**32.
+      total: unmasked sum modulo 2**32, uint32 (d,).
       clip: per-coordinate bound of the terms.
-      members: invited sites, as in `encode`.
-      summed: sites in this sum, 1 <= summed <= members.
+      members: number of invited sites, as in `encode`.
+      summed: number of sites in this sum, 1 <= summed <= members.
 
     Raises:
-      RangeError: a coordinate is larger than that many sites can make it, so a mask is left in the sum.
+      RangeError: a coordinate is larger than this many sites can make it, so a mask is left in the sum.
     """
     if not 1 <= summed <= members:
-        raise RangeError(f"summed={summed} of members={members}; a sum has one to all of them; check the survivors")
+        raise RangeError(f"summed={summed} of members={members}; a sum has from 1 to all members; check the survivors")
     signed = total.view(np.int32)
     reach = summed * levels(members)
     if signed.size and (int(signed.max()) > reach or int(signed.min()) < -reach):
@@ -128,12 +131,12 @@ def decode(total: NDArray[np.uint32], *, clip: float, members: int, summed: int)
 
 
 def digest(vector: NDArray[np.uint32]) -> bytes:
-    """Returns the SHA-256 over the little-endian bytes of (d,) ring elements."""
+    """Returns the SHA-256 over the little-endian bytes of ring elements, (d,)."""
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<u4").data).digest()
 
 
 class _Uniform:
-    """Uniform float64 in [0, 1 - 2**-32] from AES-256-CTR under a fresh key; the array is reused by the next call."""
+    """Uniform float64 in [0, 1 - 2**-32] from AES-256-CTR under a fresh key; the next call reuses the array."""
 
     def __init__(self) -> None:
         self._stream = Keystream(os.urandom(32), chunk=4 * CHUNK)
@@ -146,7 +149,7 @@ class _Uniform:
 
 
 class _Checked:
-    """A caller's randomness, refused when it is not what `encode` documents."""
+    """A caller's randomness, refused when it breaks what `encode` documents."""
 
     def __init__(self, randomness: Rounding) -> None:
         self._randomness = randomness

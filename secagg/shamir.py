@@ -14,20 +14,20 @@ SHARE_BYTES = 32
 
 
 def split(secret: int, *, threshold: int, points: Iterable[int]) -> dict[int, int]:
-    """Returns one share per point; any `threshold` of them give the secret, fewer say nothing about it.
+    """Returns one share per point; any `threshold` shares give the secret, and fewer say nothing about it.
 
     Args:
-      secret: 0 <= secret < ORDER.
-      threshold: shares needed, >= 1.
-      points: distinct numbers from 1 below ORDER, at least `threshold` of them.
+      secret: field element, 0 <= secret < ORDER.
+      threshold: number of shares that give the secret, >= 1.
+      points: distinct numbers, 1 <= point < ORDER, at least `threshold` of them.
 
     Raises:
-      ConfigError: a number out of range, or too few points.
+      ConfigError: a number is out of range, or there are too few points.
     """
     places = list(points)
     if not 0 <= secret < ORDER or not 1 <= threshold <= len(places):
         raise ConfigError(
-            f"threshold={threshold} of points={len(places)}; 1 <= threshold <= points and a field element"
+            f"threshold={threshold} of points={len(places)}; 1 <= threshold <= points, and a secret in the field"
         )
     if len(set(places)) != len(places) or not all(1 <= place < ORDER for place in places):
         raise ConfigError(f"points={len(places)} repeat or leave the field; use the numbers 1 to n")
@@ -36,7 +36,7 @@ def split(secret: int, *, threshold: int, points: Iterable[int]) -> dict[int, in
 
 
 def evaluate(coefficients: Sequence[int], point: int) -> int:
-    """Returns the polynomial at a point, constant term first (Horner)."""
+    """Returns the value of a polynomial at a point by Horner's rule; coefficients start with the constant term."""
     value = 0
     for coefficient in reversed(coefficients):
         value = (value * point + coefficient) % ORDER
@@ -46,14 +46,14 @@ def evaluate(coefficients: Sequence[int], point: int) -> int:
 def combine(shares: Mapping[int, int], *, threshold: int) -> int:
     """Returns the secret of the shares, by Lagrange interpolation at zero.
 
-    A share that was changed gives another secret, so the caller compares the result with what was announced.
+    A share that was changed gives another secret, so the caller compares the result with the announced secret.
 
     Args:
-      shares: point to share; at least `threshold`, all of which are used.
-      threshold: shares needed.
+      shares: share by point, at least `threshold`; all are used.
+      threshold: number of shares that give the secret.
 
     Raises:
-      TooFewSurvivors: fewer shares than the threshold.
+      TooFewSurvivors: there are fewer shares than the threshold.
       ProtocolViolation: a point or share is not in the field.
     """
     if len(shares) < threshold:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,33 @@ from offsite.coordinator.rounds.exchange import Exchange
 from offsite.errors import ConfigError, OffsiteError
 from offsite.protos.flower_process import QUIET
 from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.engine import Display, Sessions
 from offsite.simulation.run_folder import Run, simulated_sessions
 
 STAGE_DEADLINE = 3600.0
 
 _SITES: dict[tuple[str, str], Site] = {}
-_BENCHES: dict[str, dict[str, EmulatorSession]] = {}
+_SESSIONS: dict[str, dict[str, EmulatorSession]] = {}
 
 
 def open_site(folder: str, name: str) -> Site:
     """Returns the site of a run folder, opened once in this process; a round's keys live in it between messages."""
     if (folder, name) not in _SITES:
         run = Run.open(Path(folder))
-        manifest = run.job()
+        manifest = run.store.job()
         if manifest is None:
             raise ConfigError(f"run={folder!r}: no prepared job; start the run again")
-        if folder not in _BENCHES:
-            _BENCHES[folder] = simulated_sessions(run, manifest)
-        _SITES[folder, name] = run.site(name, manifest, _BENCHES[folder][name])
+        if folder not in _SESSIONS:
+            _SESSIONS[folder] = simulated_sessions(run, manifest)
+        _SITES[folder, name] = run.site(name, manifest, _SESSIONS[folder][name])
     return _SITES[folder, name]
 
 
 def flower_engine(
     run: Run,
     manifest: JobManifest,
-    sessions: Mapping[str, EmulatorSession],
-    display: Any,
+    sessions: Sessions,
+    display: Display,
     rounds: Callable[[Exchange], Progress],
 ) -> Progress:
     """Runs the rounds over Flower's simulation runtime.
@@ -61,7 +62,7 @@ def flower_engine(
     from offsite.coordinator.network.flower_exchange import GridExchange, meet
 
     folder = str(run.store.folder.resolve())
-    names = [name for name, _ in manifest.roster]
+    names = list(manifest.sites)
     outcome: list[Progress | BaseException] = []
     coordinator = ServerApp()
 

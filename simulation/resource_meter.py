@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from offsite.coordinator.report.model import PhaseCost
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -40,7 +42,7 @@ class Meter:
             phase.seconds = round(phase.seconds + time.monotonic() - began, 3)
             phase.peak_rss_bytes = max(phase.peak_rss_bytes, _peak())
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
+    def costs(self) -> dict[str, PhaseCost]:
         """Returns all phases and their total; the total's memory is the largest of any."""
         phases = list(self.phases.values())
         total = Phase(
@@ -49,7 +51,10 @@ class Meter:
             seconds=round(sum(p.seconds for p in phases), 3),
             peak_rss_bytes=max((p.peak_rss_bytes for p in phases), default=0),
         )
-        return {name: asdict(phase) for name, phase in (*self.phases.items(), ("total", total))}
+        return {
+            name: PhaseCost(phase.bytes_up, phase.bytes_down, phase.seconds, phase.peak_rss_bytes)
+            for name, phase in (*self.phases.items(), ("total", total))
+        }
 
 
 def _reset_peak() -> None:

@@ -1,31 +1,41 @@
 """A simulated federation's run folder: what is on disk, and the sites that are opened from it."""
 
 import dataclasses
-import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offsite.client.site.release_log import CountingReleaseLog
 from offsite.client.site.round_handler import Site
-from offsite.client.training.emulator_session import EmulatorSession, encoded, open_session
+from offsite.client.site.site_randomness import SiteRandomness
+from offsite.client.training.emulator_session import EmulatorSession, encode_records, open_session
+from offsite.client.training.local_update import SiteJob
 from offsite.client.training.privacy_plan import plan_for
 from offsite.coordinator.config.federation_file import FedConfig, parse_config
 from offsite.coordinator.job.emulators import folders
-from offsite.coordinator.job.store import Store, write_atomically
+from offsite.coordinator.job.json_form import decode, encode
+from offsite.coordinator.job.lifecycle import open_or_prepare
+from offsite.coordinator.job.prepare import Job, Parties
+from offsite.coordinator.job.public_records import read_records
+from offsite.coordinator.job.store import Store
 from offsite.emulator.vetting.limits import VettingThresholds
-from offsite.errors import ConfigError, DataError, lookup
-from offsite.privacy.randomness import Randomness
+from offsite.errors import ConfigError, DataError
 from offsite.protos.job_manifest import JobManifest
 from offsite.secagg.journal import MemoryJournal
-from offsite.task.readers.columns import Columns, columns_of
-from offsite.task.readers.tables import read
+from offsite.simulation.site_log import SiteRound, read_site_log
 from offsite.task.spec import Batch, Record
-from offsite.task.tasks import TASKS
 from offsite.trust.identity import Identity
 
-CONFIG, JOB = "config.json", "job.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Content of `config.json`: the configuration as plain values, and the SHA-256 of the federation file."""
+
+    config: Mapping[str, object]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,11 @@ class Run:
         if not config.sites:
             raise ConfigError("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
         store = Store(folder)
-        store.write_json(CONFIG, {"config": config.to_dict(), "sha256": config_sha256})
+        store.write_json(CONFIG, encode(_Kept(config.to_dict(), config_sha256)))
+        run = cls(config, config_sha256, store)
         for site in config.sites:
-            _new_identity(store.site(site.name))
-        return cls(config, config_sha256, store)
+            _new_identity(run.site_folder(site.name))
+        return run
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -63,31 +74,38 @@ class Run:
         if not (folder / CONFIG).is_file():
             raise DataError(f"resume={str(folder)!r}: no run folder; give the --out folder of an earlier run")
         store = Store(folder)
-        content = store.read_json(CONFIG)
-        return cls(parse_config(content["config"], folder), content["sha256"], store)
+        kept = decode(_Kept, store.read_json(CONFIG), CONFIG)
+        return cls(parse_config(dict(kept.config), folder), kept.sha256, store)
 
     def roster(self) -> tuple[tuple[str, str], ...]:
         """Returns the sites with their public signing keys, sorted by name."""
         names = sorted(site.name for site in self.config.sites)
-        return tuple((name, _identity(self.store.site(name)).public.hex()) for name in names)
+        return tuple((name, _identity(self.site_folder(name)).public.hex()) for name in names)
 
-    def save_job(self, manifest: JobManifest, facts: dict[str, Any]) -> None:
-        """Stores the job's manifest, and what the report needs of how it was prepared."""
-        self.store.write_json("job_facts.json", facts)
-        write_atomically(self.store.folder / JOB, manifest.to_bytes())
+    def site_folder(self, name: str) -> Path:
+        """Returns the folder of one simulated site."""
+        return self.store.folder / "sites" / name
 
-    def job(self) -> JobManifest | None:
-        """Returns the stored manifest, or None when preparation did not finish."""
-        path = self.store.folder / JOB
-        return JobManifest.from_bytes(path.read_bytes()) if path.exists() else None
+    def open_job(self, on_step: Callable[[str], None] = lambda text: None) -> Job:
+        """Prepares the job of this run, or opens the job that the run was prepared for.
+
+        Args:
+          on_step: takes a text about what is being done.
+
+        Raises:
+          OffsiteError: see `open_or_prepare`.
+        """
+        secagg = self.config.secagg
+        parties = Parties(secagg.federation, 1, self.roster(), secagg.n_min)
+        return open_or_prepare(self.config, parties, self.store, on_step=on_step)
 
     def records(self, path: str) -> list[Record]:
         """Returns the records of a file or folder, read as the configuration says."""
-        return read(Path(path), reader=self.config.data.reader or None, columns=columns_in(self.config))
+        return read_records(self.config, path)
 
     def examples(self, path: str, manifest: JobManifest, session: EmulatorSession) -> Batch:
         """Returns the records of a file or folder as a job's examples."""
-        return encoded(session, manifest, self.records(path))
+        return encode_records(session, manifest, self.records(path))
 
     def site(self, name: str, manifest: JobManifest, session: EmulatorSession) -> Site:
         """Opens one simulated site.
@@ -101,43 +119,19 @@ class Run:
             plan = plan_for(manifest, len(examples))
         except DataError as error:
             raise DataError(f"site={name}: {error}") from error
-        seed, folder = self.config.seed, self.store.site(name)
+        folder = self.site_folder(name)
         return Site(
-            name,
-            manifest=manifest,
-            session=session,
-            examples=examples,
-            plan=plan,
+            SiteJob(name, manifest, session, examples, plan),
             identity=_identity(folder),
             journal=MemoryJournal(),
-            books=CountingReleaseLog(manifest.releases),
-            record=folder / "rounds.jsonl",
-            noise=lambda training: Randomness.for_simulation(seed, "noise", name, training),
-            rounding=lambda training: Randomness.for_simulation(seed, "rounding", name, training).uniform,
+            release_log=CountingReleaseLog(manifest.releases),
+            training_log=folder / "rounds.jsonl",
+            randomness=SiteRandomness(name, self.config.seed),
         )
 
-    def site_lines(self, name: str) -> list[dict[str, Any]]:
-        """Returns what a simulated site wrote about its rounds, one line per round.
-
-        A round that was done again after a kill stands there twice; with the same seed it was the same computation, so
-        it is one release and counts once.
-        """
-        path = self.store.site(name) / "rounds.jsonl"
-        if not path.exists():
-            return []
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-        return list({line["round"]: line for line in lines}.values())
-
-
-def columns_in(config: FedConfig) -> Columns:
-    """Returns the columns that a federation file names for its task.
-
-    Raises:
-      UnknownName: there is no such task.
-      ConfigError: the task has no such field.
-    """
-    fields = lookup(TASKS, config.model.task, "model.task").columns
-    return columns_of(fields, column=config.data.column, names=config.data.columns)
+    def site_log(self, name: str) -> tuple[SiteRound, ...]:
+        """Returns what a simulated site wrote about its rounds."""
+        return read_site_log(self.site_folder(name) / "rounds.jsonl")
 
 
 def simulated_sessions(run: Run, manifest: JobManifest) -> dict[str, EmulatorSession]:

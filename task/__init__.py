@@ -1,1 +1,1 @@
-"""What a model is trained for: loading, encoding, per-example losses."""
+"""Tasks: loading models, reading and encoding records, and per-example losses."""

@@ -1,4 +1,4 @@
-"""Arrays of floating numbers in records, of a shape that a model wants."""
+"""Reads arrays of floating-point numbers from records, with the shape that a model needs."""
 
 from collections.abc import Sequence
 
@@ -11,28 +11,29 @@ from offsite.task.spec import Record
 
 
 def floats(records: Sequence[Record], index: int, field: str, shape: tuple[int | None, ...]) -> Tensor | None:
-    """Returns numbers of a record, float32, None where they are wrong and that is forgiven.
+    """Returns the array in a field of a record, float32; None for a faulty array in `LenientRecords`.
 
     Args:
-      records: of a task.
-      index: of the record among them.
-      field: that holds the numbers.
-      shape: that they must have; None in it is any length from 1.
+      records: records of a task.
+      index: index of the record.
+      field: name of the field that holds the array.
+      shape: required shape; None stands for any length >= 1.
 
     Raises:
-      DataError: they are of another shape, or not finite, and the records are not `Forgiving`; names their place.
+      DataError: the array has another shape or is not finite, and the records are not `LenientRecords`; the message
+        names the record's place.
     """
     value = records[index][field]
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        fault(records, index, field, "must be an array of floating numbers; read it with 'npz'")
+        fault(records, index, field, "must be an array of floating-point numbers; read it with reader 'npz'")
         return None
     alike = all(have == want or (want is None and have) for have, want in zip(value.shape, shape, strict=False))
     if value.ndim != len(shape) or not alike:
         wanted = " x ".join("any" if want is None else str(want) for want in shape)
-        fault(records, index, field, f"its shape must be {wanted}, as the model's; make it again")
+        fault(records, index, field, f"shape must be {wanted}, the model's; make the array again")
         return None
-    found = torch.from_numpy(value.astype(np.float64)).float()  # numpy warns of what is too large for float32
-    if not torch.isfinite(found).all():
-        fault(records, index, field, "must be finite; make it again")
+    array = torch.from_numpy(value.astype(np.float64)).float()  # numpy would warn about numbers too large for float32
+    if not torch.isfinite(array).all():
+        fault(records, index, field, "must be finite; make the array again")
         return None
-    return found
+    return array

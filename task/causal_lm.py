@@ -13,6 +13,7 @@ from torch.nn import functional
 from offsite.task import checkpoint, chunked_head
 from offsite.task.encode import encode
 from offsite.task.examples import Examples, vocabulary_of
+from offsite.task.record_fields import FIELDS
 from offsite.task.spec import Record, Tally
 
 log = logging.getLogger("offsite.task")
@@ -22,21 +23,23 @@ class CausalLM:
     """The task of any causal language model of transformers.
 
     Args:
-      chunk: tokens whose logits exist at once where the model allows it, >= 1; None holds those of a whole batch.
+      chunk: number of tokens whose logits exist at the same time where the model allows chunks, >= 1; None computes the
+        logits of a whole batch at once.
     """
 
     name: ClassVar[str] = "causal_lm"
     kind: ClassVar[str] = "causal_lm"
-    columns: ClassVar[Mapping[str, type]] = {"text": str}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["causal_lm"]
 
     def __init__(self, chunk: int | None = chunked_head.CHUNK) -> None:
         self._chunk = chunk
-        # What was found of a model, and what was last logged of it; both go with the model.
+        # The obstacle that a trial of each model found, and the obstacle last logged; entries live as long as the
+        # model.
         self._tried: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self._told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._logged: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type["CausalLM"], tuple[int | None]]:
-        # A worker of another process meets models of its own.
+        # Without the dictionaries: a worker process has models of its own.
         return type(self), (self._chunk,)
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
@@ -56,55 +59,55 @@ class CausalLM:
     def losses(self, model: nn.Module, batch: Examples) -> torch.Tensor:
         """Returns each example's mean negative log-likelihood per target token, nats, float32 (B,), differentiable.
 
-        The mean is over that example's own targets, so no example weighs on another. `outputs.loss` of transformers is
-        a mean over all tokens of the batch, from which no per-example gradient follows. Differentiable once where
-        `obstacle` finds nothing.
+        The mean is over the example's own targets, so no example influences another. `outputs.loss` of transformers is
+        a mean over all tokens of the batch, from which no per-example gradient follows. The losses are differentiable
+        only once where `obstacle` returns "".
         """
         sums, counts = self._sums(model, batch)
         return (sums / counts.clamp(min=1)).float()
 
     def tally(self, model: nn.Module, batch: Examples) -> Tally:
-        """Returns the sum of negative log-likelihoods in nats over all targets, without gradients."""
+        """Returns the sum of the negative log-likelihoods of all targets, nats, without gradients."""
         with torch.no_grad():
             sums, counts = self._sums(model, batch)
         loss, targets = float(sums.double().sum()), int(counts.sum())
         return Tally(loss, targets, {"perplexity": (loss, targets)})
 
     def run(self, model: nn.Module, batch: Examples) -> None:
-        """Calls a model once with examples, for what its blocks do with them; see `task.head.run`."""
+        """Calls a model once with examples, so that hooks see the activations; see `task.chunked_head.run`."""
         chunked_head.run(model, batch.input_ids)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Examples:
-        """Returns two records that nobody wrote; see `Examples.invented`."""
-        return Examples.invented(vocabulary_of(model), length, seed=seed)
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> Examples:
+        """Returns two random records; see `Examples.dummy_batch`."""
+        return Examples.dummy_batch(vocabulary_of(model), length, seed=seed)
 
     def obstacle(self, model: nn.Module, device: torch.device | str = "cpu") -> str:
-        """Returns why the losses of a model need the logits of a whole batch at once, or "" where they do not.
+        """Returns why the losses of a model need the logits of a whole batch at once, or "" where chunks are possible.
 
-        What the model does with its logits is tried out once, on invented tokens; whether its head is trained is asked
-        every time.
+        A trial on dummy tokens shows once for each model what the model does with its logits. Whether the head is
+        trained is checked at every call.
 
         Args:
           model: any causal language model.
-          device: of its inputs.
+          device: device of the model's inputs.
         """
         if self._chunk is None:
             return "chunk=None"
-        if found := chunked_head.obstacle(model):
-            return found
+        if reason := chunked_head.obstacle(model):
+            return reason
         if model not in self._tried:
             self._tried[model] = chunked_head.aftermath(model, torch.device(device))
         return self._tried[model]
 
     def _sums(self, model: nn.Module, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns per example the sum of its targets' losses, (B,), and their number, int64 (B,).
+        """Returns for each example the sum of its targets' losses, (B,), and the number of targets, int64 (B,).
 
-        The model gets no attention mask: padding is on the right, where causal attention never looks from a valid
-        token, and a mask would make transformers branch on its values, which `torch.func` cannot follow.
+        The model gets no attention mask. Padding is on the right, where causal attention of a valid token never looks,
+        and a mask would make transformers branch on the mask's values, which `torch.func` cannot follow.
         """
         obstacle = self.obstacle(model, examples.input_ids.device)
-        if self._told.get(model, "") != obstacle:
-            self._told[model] = obstacle
+        if self._logged.get(model, "") != obstacle:
+            self._logged[model] = obstacle
             log.info("logits of a whole batch are held at once: %s", obstacle or "no longer")
         if obstacle or self._chunk is None:
             return _whole(model, examples), examples.targets
@@ -112,7 +115,7 @@ class CausalLM:
 
 
 def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor:
-    """Returns the sums of a model whose logits are its frozen head's output; the head sees nothing but targets."""
+    """Returns the sums of a model whose logits are its frozen head's output; the head gets only scored positions."""
     last = chunked_head.head_of(model)
     keep = examples.predicted.bool()
     hidden = chunked_head.hidden_states(model, examples.input_ids)[:, :-1][keep]
@@ -121,10 +124,10 @@ def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor
 
 
 def _whole(model: nn.Module, examples: Examples) -> torch.Tensor:
-    """Returns the sums of any model, from its logits."""
+    """Returns the sums of any model from its logits."""
     logits = model(input_ids=examples.input_ids).logits
     valid = examples.predicted
-    # One example at a time: a slice of one row is a view, and float32 copies of half-precision logits stay small.
+    # One example at a time: a row is a view, and float32 copies of half-precision logits stay small.
     sums = [
         (_token_losses(row[:-1], ids[1:]) * keep).sum()
         for row, ids, keep in zip(logits, examples.input_ids, valid, strict=True)

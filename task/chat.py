@@ -1,4 +1,4 @@
-"""Conversations: a causal language model learns the assistant's answers, through its own chat template."""
+"""Conversations: a causal language model learns the assistant's answers through its own chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from offsite.task.causal_lm import CausalLM
 from offsite.task.examples import Examples
 from offsite.task.prompt_completion import answered
+from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split, fault
 from offsite.task.spec import Record
 
@@ -15,12 +16,12 @@ ASSISTANT = "assistant"
 class Chat(CausalLM):
     """Causal language modelling of the assistant's answers.
 
-    The template is a program of the model's owner, so it runs where the tokenizer does, in a process of its own; see
+    The template is a program by the model's owner, so it runs with the tokenizer in a separate process; see
     `task.tokenizer_process`.
     """
 
     name: ClassVar[str] = "chat"
-    columns: ClassVar[Mapping[str, type]] = {"messages": list}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["chat"]
 
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
@@ -29,22 +30,24 @@ class Chat(CausalLM):
 
         Raises:
           ConfigError: the length is too small, or the split is not "truncate".
-          DataError: there is no record, one is no conversation, or the tokenizer has no chat template.
+          DataError: there is no record, a record is not a conversation, or the tokenizer has no chat template.
         """
         check_split(split, self.name)
         talks = [_messages(records, index) for index in range(len(records))]
-        found = processor.chats(talks, length)
-        return answered([ids for ids, _ in found], [flags for _, flags in found], length)
+        encoded = processor.chats(talks, length)
+        return answered([ids for ids, _ in encoded], [flags for _, flags in encoded], length)
 
 
 def _messages(records: Sequence[Record], index: int) -> list[dict[str, str]]:
     messages = records[index]["messages"]
-    shaped = [isinstance(one, Mapping) and all(isinstance(one.get(key), str) for key in ("role", "content"))
-              for one in messages]  # fmt: skip
+    shaped = [isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+              for message in messages]  # fmt: skip
     if not shaped or not all(shaped):
-        fault(records, index, "messages", "must be a list of {role, content}, both texts; correct it")
+        fault(records, index, "messages", "must be a list of {role, content} with two texts; correct the field")
         return []
-    if not any(one["role"] == ASSISTANT for one in messages):
-        fault(records, index, "messages", "no message has role 'assistant', so there is nothing to learn")
+    if not any(message["role"] == ASSISTANT for message in messages):
+        fault(
+            records, index, "messages", "must have a message with role 'assistant' to learn; add or remove the record"
+        )
         return []
-    return [{"role": one["role"], "content": one["content"]} for one in messages]
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,4 +1,4 @@
-"""Reading a model directory, with every way it can be wrong as one line."""
+"""Reads a model directory, with a message of one line for every fault of the directory."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
     Args:
       path: a Hugging Face model directory.
       dtype: of every parameter, whatever the files hold.
-      kind: a key of `task.kinds.KINDS`.
+      kind: key of `task.kinds.KINDS`.
 
     Raises:
       DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
-      UnsupportedModel: the model is not one of this kind that transformers knows.
+      UnsupportedModel: transformers knows no such model of this kind.
     """
     folder = Path(path)
     _check_config(folder, kind)
@@ -70,7 +70,7 @@ def _check_folder(folder: Path) -> None:
 def _check_config(folder: Path, kind: str) -> None:
     _check_folder(folder)
     if not (folder / "config.json").is_file():
-        raise DataError(f"model={str(folder)!r} has no config.json; give the directory save_pretrained wrote")
+        raise DataError(f"model={str(folder)!r} has no config.json; give the directory that save_pretrained wrote")
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -79,33 +79,34 @@ def _check_config(folder: Path, kind: str) -> None:
     name = values.get("model_type") if isinstance(values, dict) else None
     if name not in known:
         raise UnsupportedModel(
-            f"model_type={name!r} is no {WORDS[kind]} of transformers, and code in the model's directory is never "
-            "run; choose another model"
+            f"model_type={name!r} must be a {WORDS[kind]} of transformers, and code in the model's directory is "
+            "never run; choose another model"
         )
     if values.get("quantization_config"):
         raise UnsupportedModel(
-            f"quantization_config in model={str(folder)!r}, adapters need plain weights; save a dequantised copy"
+            f"model={str(folder)!r} has a quantization_config, must have plain weights; save a dequantised copy"
         )
     names = values.get("architectures") or known[name]
-    if not set(names) & {one for several in known.values() for one in several}:
-        raise UnsupportedModel(f"architectures={names} is no {WORDS[kind]}; choose another model")
+    if not set(names) & {class_name for class_names_of_type in known.values() for class_name in class_names_of_type}:
+        raise UnsupportedModel(f"architectures={names} must be a {WORDS[kind]}; choose another model")
 
 
 def _check_weights(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    if pickles := sorted(found.name for pattern in PICKLES for found in folder.glob(pattern)):
+    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
         raise DataError(
-            f"model={str(folder)!r} has weights only as {pickles[0]}, a pickle; convert them to safetensors first"
+            f"model={str(folder)!r} has its weights only in a pickle, {pickles[0]}; convert the weights to safetensors"
         )
-    raise DataError(f"model={str(folder)!r} has no *.safetensors; copy the model's weights there")
+    raise DataError(f"model={str(folder)!r} has no *.safetensors; copy the model's weights into it")
 
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError(
-                f"model={str(folder)!r} tensor={name!r} holds NaN or Inf as {tensor.dtype}; repair it or widen dtype"
+                f"model={str(folder)!r} tensor={name!r} holds NaN or Inf as {tensor.dtype}; repair the tensor or take "
+                "a wider dtype"
             )
 
 

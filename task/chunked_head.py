@@ -1,4 +1,4 @@
-"""A frozen head and its losses, some tokens at a time, so that the logits of a whole batch never exist at once."""
+"""Losses of a frozen head, computed in chunks of tokens, so that the logits of a whole batch never exist at once."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from torch.nn import functional
 
 from offsite.errors import UnsupportedModel
 
-# Tokens whose logits exist at once. Measured by `python -m bench.head --chunks`.
+# Number of tokens whose logits exist at once; measured by `python -m bench.chunked_head --chunks`.
 CHUNK = 256
 
 
 class TokenLosses(torch.autograd.Function):
-    """Each token's negative log-likelihood, from the hidden states in front of a frozen head.
+    """The negative log-likelihood of each token, from the hidden states in front of a frozen head.
 
-    No weight of the head takes a gradient, so all that a backward pass needs is the gradient with respect to the hidden
-    states, and that is known as soon as a token's logits are. The forward pass computes it and keeps nothing else; the
-    logits of one chunk are gone before those of the next exist. There are no second derivatives.
+    No weight of the head takes a gradient, so a backward pass needs only the gradient with respect to the hidden
+    states, and this gradient is known as soon as a token's logits are known. The forward pass computes the gradient and
+    keeps nothing else; the logits of one chunk are freed before the logits of the next exist. There are no second
+    derivatives.
     """
 
     @staticmethod
@@ -32,21 +33,22 @@ class TokenLosses(torch.autograd.Function):
         """Returns losses in nats, (N,), float32 or the head's own dtype where that is wider.
 
         Args:
-          ctx: of this call.
-          hidden: floating (N, width).
-          targets: int64 (N,), ids within the vocabulary.
-          weight: of the head, (vocabulary, width), not trained.
-          bias: of the head, (vocabulary,), not trained, or None.
-          chunk: tokens whose logits exist at once, >= 1; changes memory and speed only.
+          ctx: autograd's context of this call.
+          hidden: hidden states, floating (N, width).
+          targets: token ids, int64 (N,), in 0..vocabulary - 1.
+          weight: frozen weight of the head, (vocabulary, width).
+          bias: frozen bias of the head, (vocabulary,), or None.
+          chunk: number of tokens whose logits exist at once, >= 1; changes only memory and speed.
         """
         losses, gradients = [], []
-        # split and not range: no tokens are one empty chunk, so there is a loss tensor of the right dtype to return.
-        for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = functional.linear(part, weight, bias)
-            found, slope = _loss_and_slope(logits, wanted, slope=ctx.needs_input_grad[0])
-            losses.append(found)
+        # split and not range: without tokens there is one empty chunk, and so a loss tensor of the right dtype to
+        # return.
+        for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = functional.linear(states, weight, bias)
+            loss, slope = _loss_and_slope(logits, ids, slope=ctx.needs_input_grad[0])
+            losses.append(loss)
             if slope is not None:
-                # As the backward pass of `linear` does it: in the dtype of the logits, also under autocast.
+                # In the dtype of the logits, as in the backward pass of `linear`, also under autocast.
                 gradients.append(torch.matmul(slope.to(logits.dtype), weight))
             del logits, slope  # before the next chunk's are made
         if gradients:
@@ -55,11 +57,11 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Returns the kept gradient times what came in for each token.
+        """Returns the kept gradient times the incoming gradient of each token.
 
         Raises:
-          RuntimeError: `create_graph` was asked for. torch's once_differentiable would stay silent where `outer` is
-            constant, as for a sum of losses, and the second derivative lack what the kept gradient depends on.
+          RuntimeError: the caller set `create_graph`. torch's once_differentiable would stay silent where `outer` is
+            constant, as for a sum of losses, and the second derivative would lack the part through the kept gradient.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("losses by chunks cannot be differentiated twice; use CausalLM(chunk=None)")
@@ -70,9 +72,10 @@ class TokenLosses(torch.autograd.Function):
 def _loss_and_slope(
     logits: torch.Tensor, targets: torch.Tensor, *, slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the losses of a chunk, (n,), and if asked for their gradient with respect to the logits; spends these.
+    """Returns the losses of a chunk, (n,), and with `slope` their gradient with respect to the logits.
 
-    Everything happens in one table of n x vocabulary numbers, where log-softmax and its gradient would be two more.
+    All computation overwrites one table of n x vocabulary numbers (the logits, where these are wide enough);
+    log-softmax and its gradient would take two more tables.
     """
     table = logits.to(wide(logits.dtype))
     picked = table.gather(1, targets[:, None])
@@ -90,41 +93,41 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def head_of(model: nn.Module) -> Any:
-    """Returns the module that makes logits of hidden states, or None where the model names none."""
+    """Returns the module that makes logits from hidden states, or None where the model names no such module."""
     return _named(model, "get_output_embeddings")
 
 
 def _named(model: nn.Module, getter: str) -> Any:
-    found = getattr(model, getter, None)
-    return found() if found is not None else None
+    get = getattr(model, getter, None)
+    return get() if get is not None else None
 
 
 def obstacle(model: nn.Module) -> str:
-    """Returns why the head of a model has to see all hidden states at once, or "" where nothing speaks against parts.
+    """Returns why the head of a model must get all hidden states at once, or "" where chunks are possible.
 
-    Cheap, and true for this moment only, since what trains may change. What a model does with its logits is told by
-    `aftermath`.
+    The check is cheap and holds only for this moment, since the set of trained parameters may change. `aftermath`
+    checks what the model does with its logits.
     """
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
-    head, entrance = head_of(model), _named(model, "get_input_embeddings")
+    head, embedding = head_of(model), _named(model, "get_input_embeddings")
     if type(head) is not nn.Linear or "forward" in vars(head):
-        return f"the head, a {type(head).__name__}, is not an nn.Linear that runs as torch has it"
+        return f"the head, a {type(head).__name__}, is not an nn.Linear with torch's own forward"
     if any(vars(head)[f"_{kind}_hooks"] for kind in ("forward_pre", "forward", "backward_pre", "backward")):
-        return "hooks of others watch the head"
+        return "the head has hooks"
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "the head is trained"
-    if entrance is not None and any(parameter.requires_grad for parameter in entrance.parameters()):
+    if embedding is not None and any(parameter.requires_grad for parameter in embedding.parameters()):
         return "the input embedding is trained"
     return ""
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> None:
-    """Calls a model once on tokens, for what its blocks do with them; its head gets one position of each example.
+    """Calls a model once on tokens, so that hooks see the activations; the head gets one position of each example.
 
     Args:
       model: any causal language model.
-      ids: int64 (B, T).
+      ids: token ids, int64 (B, T).
     """
     head = head_of(model)
 
@@ -141,36 +144,37 @@ def run(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 def aftermath(model: nn.Module, device: torch.device) -> str:
-    """Returns why a model's logits are more than its head's output, or "" where they are exactly that.
+    """Returns how a model's logits differ from its head's output, or "" where both are the same.
 
-    Runs the model on two invented tokens, without gradients, so that hooks which record training see nothing.
+    Runs the model on two dummy tokens, without gradients, so that hooks which record training see nothing.
 
     Args:
-      model: for which `obstacle` finds nothing.
-      device: of its inputs.
+      model: a model for which `obstacle` returns "".
+      device: device of the model's inputs.
     """
     devices = [device] if device.type == "cuda" else []
     try:
-        # Also if called in inference mode, where no write to the logits would be seen.
+        # Leaves inference mode, in which a write to the logits would go unseen.
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
             hidden_states(model, torch.zeros((1, 2), dtype=torch.long, device=device))
     except UnsupportedModel as refusal:
         return str(refusal)
-    except Exception as error:  # whatever a foreign model does when its logits are of no token
-        return f"the model fails on logits of no token: {type(error).__name__}"
+    except Exception as error:  # a foreign model may fail in any way on logits without tokens
+        return f"the model fails on logits without tokens: {type(error).__name__}"
     return ""
 
 
 def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Returns what a model gives to its head, floating (B, T, width), differentiable; the head works on no token.
+    """Returns the input of a model's head, floating (B, T, width), differentiable; the head itself gets no token.
 
-    The model runs as it always does, but the head gets none of the tokens, so its output has no size. That output has
-    to be what the model returns as logits: the same object, never written to. So whatever a model does with logits (a
-    cap, a scale, a mask, in place or not) is seen whatever its name or configuration. Not for two threads on one model.
+    The model runs as always, but the head gets an empty slice of the tokens, so its output is empty. The model must
+    return exactly this output as its logits: the same object, never written to. So any change of the logits (a cap, a
+    scale, a mask, in place or not) is detected, whatever the model's name or configuration. Two threads must not share
+    a model.
 
     Args:
-      model: for which `obstacle` finds nothing.
-      ids: int64 (B, T).
+      model: a model for which `obstacle` returns "".
+      ids: token ids, int64 (B, T).
 
     Raises:
       UnsupportedModel: the model's logits are not its head's output.
@@ -193,7 +197,9 @@ def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         for handle in handles:
             handle.remove()
     if len(outputs) != 1 or inputs[0].shape != (*ids.shape, head.in_features):
-        raise UnsupportedModel(f"the model calls its head {len(outputs)} times, or not on one hidden state per token")
+        raise UnsupportedModel(
+            f"the model calls its head {len(outputs)} times, or not with one hidden state for each token"
+        )
     output, version = outputs[0]
     if logits is not output or _version(logits) != version:
         raise UnsupportedModel("the model changes its logits after the head")
@@ -201,5 +207,5 @@ def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written to; torch does not count for tensors of inference mode."""
+    """Returns how often a tensor was written to; torch does not count writes to tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version

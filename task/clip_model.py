@@ -1,9 +1,9 @@
-"""Zero-shot classification with CLIP, trained: which of a fixed set of class prompts belongs to an image.
+"""Trained zero-shot classification with CLIP: which of a fixed set of class prompts belongs to an image.
 
-The loss that CLIP was trained with compares each image with the texts of all others in its batch (InfoNCE, Radford et
-al. 2021, arXiv 2103.00020, section 2.3). Under it an example's gradient depends on who else was drawn, and alone it
-is 0, so there is no gradient of one example to clip, and no differential privacy for a record. Against a set of prompts
-that is the same for all, the loss is one example's own.
+The loss that CLIP was trained with compares each image with the texts of all other images in its batch (InfoNCE,
+Radford et al. 2021, arXiv 2103.00020, section 2.3). Under this loss an example's gradient depends on the other examples
+of the batch, and is 0 for an example alone, so there is no gradient of one example to clip, and no differential privacy
+for a record. With one set of prompts for all images, each loss depends on one example only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,20 +27,22 @@ from offsite.task.image_classification import (
 from offsite.task.image_text_processor import ImageTextProcessor
 from offsite.task.images import check_records, plain_pixels
 from offsite.task.labels import names_of
+from offsite.task.record_fields import FIELDS
 from offsite.task.spec import Record, Tally
 from offsite.task.tokenizer import Tokenizer
 
 TEMPLATE = "a photo of a {}."  # arXiv 2103.00020, section 3.1.4
-HIGHEST_ENDS = 2  # an end-of-text id that old configurations have by mistake; CLIP then reads at the highest id
+HIGHEST_ENDS = 2  # a wrong end-of-text id of old configurations; CLIP then reads at the highest id of the text
 
 
 @dataclass(frozen=True)
 class PromptedImages:
-    """Labelled images with the prompts of all labels; one row is one image, and every row has the same prompts.
+    """Labelled images with the prompts of all labels; each row is one image, and all rows share the prompts.
 
     Attributes:
       images: n images with their labels.
-      prompts: int64 (classes, T), public; padded on the right with their own end, behind which CLIP does not look.
+      prompts: public token ids, int64 (classes, T); each prompt is padded on the right with its end-of-text token,
+        after which CLIP reads nothing.
     """
 
     images: LabelledImages
@@ -51,11 +53,11 @@ class PromptedImages:
 
     @property
     def targets(self) -> torch.Tensor:
-        """1 for each image that is scored, else 0, int64 (n,)."""
+        """1 for each scored image, else 0, int64 (n,)."""
         return self.images.targets
 
     def select(self, indices: Any) -> "PromptedImages":
-        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         return replace(self, images=self.images.select(indices))
 
     def to(self, device: torch.device | str) -> "PromptedImages":
@@ -63,23 +65,23 @@ class PromptedImages:
         return PromptedImages(self.images.to(device), self.prompts.to(device))
 
     def within(self, model: nn.Module) -> "PromptedImages":
-        """Returns the examples with the label taken from those whose label the model does not have."""
+        """Returns the examples; a label that the model does not have becomes `IGNORED`."""
         return replace(self, images=self.images.within(model))
 
 
 class ClipClassification:
-    """The task of CLIP: the image through one tower, the prompts through the other, a likelihood over the prompts.
+    """The task of CLIP: one tower encodes the image, the other the prompts; the output is a likelihood over prompts.
 
-    The prompts go through the model once a call, whatever the number of images, with gradients where an adapter sits in
-    the text tower.
+    The prompts go through the model once for each call, whatever the number of images, with gradients where an adapter
+    sits in the text tower.
 
     Args:
-      template: text of a prompt, with {} for the label's name.
+      template: text of a prompt, with {} in the place of the label's name.
     """
 
     name: ClassVar[str] = "clip_classification"
     kind: ClassVar[str] = "encoder"
-    columns: ClassVar[Mapping[str, type]] = {"image": object, "label": object}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["clip_classification"]
 
     def __init__(self, template: str = TEMPLATE) -> None:
         self._template = template
@@ -88,11 +90,13 @@ class ClipClassification:
         """Returns the model of a directory; see `task.checkpoint.load`.
 
         Raises:
-          UnsupportedModel: it is an encoder, but not CLIP.
+          UnsupportedModel: the model is an encoder, but not CLIP.
         """
         model = checkpoint.load(path, dtype=dtype, kind=self.kind)
         if model.config.model_type != "clip":
-            raise UnsupportedModel(f"model_type={model.config.model_type!r}: prompts need 'clip'; choose another model")
+            raise UnsupportedModel(
+                f"model_type={model.config.model_type!r} must be 'clip'; choose another model or task"
+            )
         return model
 
     def load_processor(self, path: Path | str) -> ImageTextProcessor:
@@ -102,11 +106,11 @@ class ClipClassification:
     def encode(
         self, processor: ImageTextProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> PromptedImages:
-        """Returns each record as an example; prompts are as long as the names in the model's id2label make them.
+        """Returns each record as an example, with prompts from the names in the model's id2label; `length` is ignored.
 
         Raises:
           ConfigError: the split is not "truncate".
-          DataError: there is no record, a record's image is none, or its label is none of the model's.
+          DataError: there is no record, a record has no valid image, or its label is not a label of the model.
           UnsupportedModel: the labels have no names, or processor and model do not belong together.
         """
         check_records(records, split, self.name)
@@ -127,8 +131,8 @@ class ClipClassification:
         with torch.no_grad():
             self._logits(model, batch)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> PromptedImages:
-        """Returns two images that nobody took, with prompts of different lengths that nobody wrote."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> PromptedImages:
+        """Returns two random images, with random prompts of different lengths."""
         config: Any = model.config
         count, text = len(names_of(config)), config.text_config
         generator = torch.Generator().manual_seed(seed)
@@ -148,26 +152,29 @@ class ClipClassification:
 
 
 def class_prompts(words: Tokenizer, model_config: Any, template: str) -> torch.Tensor:
-    """Returns the prompt of each label of a CLIP model, int64 (classes, T), padded with its own last token.
+    """Returns the prompt of each label of a CLIP model, int64 (classes, T), padded with the prompt's last token.
 
     Raises:
-      UnsupportedModel: the labels have no names, or the tokenizer does not end a text where the model reads it.
+      UnsupportedModel: the labels have no names, or the tokenizer does not end a text with the token that CLIP reads.
     """
     names, text = names_of(model_config), model_config.text_config
     if names == [f"LABEL_{number}" for number in range(len(names))]:
-        raise UnsupportedModel("id2label: the names of the labels are what CLIP reads; write them into config.json")
-    found = words.singles([template.format(name) for name in names], int(text.max_position_embeddings))
-    for name, one in zip(names, found, strict=True):
-        if not one.ids or not 0 <= max(one.ids) < text.vocab_size or _read_at(one.ids, text) != len(one.ids) - 1:
+        raise UnsupportedModel(
+            "id2label must name the labels, because CLIP reads the names; write them into config.json"
+        )
+    encodings = words.singles([template.format(name) for name in names], int(text.max_position_embeddings))
+    prompts = [encoding.ids for encoding in encodings]
+    for name, ids in zip(names, prompts, strict=True):
+        if not ids or not 0 <= max(ids) < text.vocab_size or _read_at(ids, text) != len(ids) - 1:
             raise UnsupportedModel(
-                f"label={name!r}: its prompt does not end with the model's end-of-text token, where CLIP reads it; "
+                f"label={name!r}: its prompt must end with the model's end-of-text token, where CLIP reads the text; "
                 "copy the model's own tokenizer.json"
             )
-    width = max(len(one.ids) for one in found)
-    return torch.tensor([one.ids + one.ids[-1:] * (width - len(one.ids)) for one in found], dtype=torch.long)
+    width = max(len(ids) for ids in prompts)
+    return torch.tensor([ids + ids[-1:] * (width - len(ids)) for ids in prompts], dtype=torch.long)
 
 
 def _read_at(ids: Sequence[int], text_config: Any) -> int:
-    """Returns the place at which CLIP reads a text: its first end, or its highest id; -1 where there is none."""
+    """Returns the place at which CLIP reads a text: its first end-of-text token, or its highest id; -1 for neither."""
     end = max(ids) if text_config.eos_token_id == HIGHEST_ENDS else int(text_config.eos_token_id)
     return ids.index(end) if end in ids else -1

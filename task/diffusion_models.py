@@ -1,4 +1,4 @@
-"""The denoisers of diffusers, an optional extra, whose blocks and inputs are known, and reading one."""
+"""The supported denoisers of diffusers, which is an optional extra, and the reading of a model directory."""
 
 import importlib
 import json
@@ -10,22 +10,22 @@ from safetensors import SafetensorError
 
 from offsite.errors import DataError, UnsupportedModel
 
-CLASS = "_class_name"  # diffusers' key; every other key with an underscore is its own bookkeeping
-# What a configuration may name; diffusers has many more.
+CLASS = "_class_name"  # diffusers' key for the class; its other keys with an underscore are bookkeeping
+# The classes that a configuration may name; diffusers has many more.
 UNET = "UNet2DConditionModel"
 NAMES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", UNET)
 
 
 def model_class(name: str) -> Any:
-    """Returns a class of the table.
+    """Returns a class of diffusers that is in `NAMES`.
 
     Raises:
       UnsupportedModel: diffusers is not installed, or the class is not in the table.
     """
     if name not in NAMES:
-        raise UnsupportedModel(f"model={name}: of diffusers only {', '.join(NAMES)} are supported; use another model")
+        raise UnsupportedModel(f"model={name} must be {' or '.join(NAMES)} of diffusers; choose another model")
     try:
-        return getattr(importlib.import_module("diffusers"), name)  # not at the top: it is optional, and takes seconds
+        return getattr(importlib.import_module("diffusers"), name)  # late, as diffusers is optional and takes seconds
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UnsupportedModel(
             f"model={name}: diffusers cannot be imported ({error}); pip install 'offsite[diffusion]'"
@@ -40,16 +40,18 @@ def load_diffusion(path: Path | str, *, dtype: torch.dtype, names: tuple[str, ..
     Args:
       path: the folder "transformer" or "unet" of a pipeline.
       dtype: of every parameter, whatever the files hold.
-      names: of the classes it may be, some of `NAMES`.
+      names: classes that the model may have, a part of `NAMES`.
 
     Raises:
       DataError: the directory, config or weights are missing, damaged, or hold NaN or Inf.
-      UnsupportedModel: the model is another, or diffusers is not installed.
+      UnsupportedModel: the model has another class, or diffusers is not installed.
     """
     folder = Path(path)
     name = _known_class(folder, names)
     if not any(folder.glob("*.safetensors")):
-        raise DataError(f"model={str(folder)!r} has no *.safetensors; convert the model's weights, and copy them there")
+        raise DataError(
+            f"model={str(folder)!r} has no *.safetensors; convert the model's weights and copy them into it"
+        )
     kind = model_class(name)
     try:
         model, report = kind.from_pretrained(
@@ -67,7 +69,9 @@ def load_diffusion(path: Path | str, *, dtype: torch.dtype, names: tuple[str, ..
         raise DataError(f"model={str(folder)!r} lacks tensor={missing[0]!r}; save all weights again with diffusers")
     for tensor_name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DataError(f"model={str(folder)!r} tensor={tensor_name!r} holds NaN or Inf; repair it or widen dtype")
+            raise DataError(
+                f"model={str(folder)!r} tensor={tensor_name!r} holds NaN or Inf; repair it or take a wider dtype"
+            )
     return model.requires_grad_(False).eval()
 
 
@@ -76,9 +80,9 @@ def _known_class(folder: Path, names: tuple[str, ...]) -> str:
     if not path.is_file():
         raise DataError(f"model={str(folder)!r} has no config.json; give a pipeline's folder 'transformer' or 'unet'")
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get(CLASS)
+        class_name = json.loads(path.read_text(encoding="utf-8")).get(CLASS)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
-    if found not in names:
-        raise UnsupportedModel(f"model={found!r}: this task needs a {' or '.join(names)}; choose another model or task")
-    return str(found)
+    if class_name not in names:
+        raise UnsupportedModel(f"model={class_name!r} must be {' or '.join(names)}; choose another model or task")
+    return str(class_name)

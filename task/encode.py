@@ -1,4 +1,4 @@
-"""From texts to examples."""
+"""Encodes texts as examples of one length."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,36 +9,36 @@ import torch
 from offsite.errors import ConfigError, DataError, lookup
 from offsite.task.examples import Examples
 
-SHORTEST = 2  # tokens; a shorter record has no target to predict
+SHORTEST = 2  # tokens; a shorter record has no next token to predict
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> Examples:
     """Returns texts as examples of one length.
 
     Args:
-      tokenizer: a `task.tokenizer.Tokenizer`; its end-of-text token, where there is one, ends each text.
-      texts: one document or record each.
-      length: tokens per example, >= 2.
-      split: "blocks" joins all texts and cuts consecutive blocks of exactly `length` tokens, dropping the remainder, so
-        that the tokenizer has a say in how many there are; "truncate" makes one example of each text, cut or padded on
-        the right, whatever the tokenizer makes of it: a text of fewer than 2 tokens is an example without a target.
+      tokenizer: a `task.tokenizer.Tokenizer`; its end-of-text token, where it has one, ends each text.
+      texts: documents, or records.
+      length: tokens of each example, >= 2.
+      split: "blocks" joins all texts, cuts consecutive blocks of exactly `length` tokens and drops the remainder, so
+        that the number of examples depends on the tokenizer; "truncate" makes one example from each text, cut or padded
+        on the right, whatever the tokenizer returns. A text of fewer than 2 tokens is then an example without a target.
 
     Raises:
       ConfigError: the length is too small.
-      UnknownName: no such split.
+      UnknownName: there is no such split.
       DataError: there is no example.
     """
     check_length(length)
     cut = lookup(SPLITS, split, "split")
     rows = cut(tokenizer.tokens(texts), end_of(tokenizer), length)
     if not rows:
-        raise DataError(f"examples=0 from {len(texts)} texts at length={length}; give more text or a smaller length")
-    # The pad value is never a target and, being on the right, never seen by a causal model: any valid id will do.
+        raise DataError(f"examples=0 from {len(texts)} texts at length={length}; give more text or lower the length")
+    # Padding is never a target, and a causal model never sees padding on the right, so any valid id will do.
     return Examples(padded(rows, length), mask_of(rows, length))
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, value: int = 0) -> torch.Tensor:
-    """Returns rows of at most `width` numbers as int64 (n, width), filled up on the right."""
+    """Returns rows of at most `width` numbers as int64 (n, width), padded on the right with `value`."""
     table = torch.full((len(rows), width), value, dtype=torch.long)
     for row, numbers in zip(table, rows, strict=True):
         row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
@@ -46,12 +46,12 @@ def padded(rows: Sequence[Sequence[int]], width: int, value: int = 0) -> torch.T
 
 
 def mask_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Returns 1 where `padded` has a number and 0 where it filled up, int64 (n, width)."""
+    """Returns 1 for each number of `padded` and 0 for its padding, int64 (n, width)."""
     return (torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows])[:, None]).long()
 
 
 def end_of(tokenizer: Any) -> list[int]:
-    """Returns the end-of-text token as a list, none where the tokenizer has none."""
+    """Returns the end-of-text token in a list; an empty list where the tokenizer has no such token."""
     eos = tokenizer.eos_token_id
     return [] if eos is None else [int(eos)]
 
@@ -60,7 +60,7 @@ def check_length(length: int) -> None:
     """Refuses examples without room for a target.
 
     Raises:
-      ConfigError: fewer than 2 tokens.
+      ConfigError: the length is below 2 tokens.
     """
     if length < SHORTEST:
         raise ConfigError(f"length={length} must be at least {SHORTEST} tokens; 128 is usual")

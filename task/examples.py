@@ -1,4 +1,4 @@
-"""Tokenised examples."""
+"""Batches of tokenised examples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from offsite.errors import DataError
 
 @dataclass(frozen=True)
 class Examples:
-    """Token sequences of one length; one row is one record, the unit that differential privacy protects.
+    """Token sequences of one length; each row is one record, the unit that differential privacy protects.
 
     Attributes:
-      input_ids: int64 (n, T).
-      attention_mask: int64 (n, T), 1 on tokens, 0 on padding; padding only on the right.
-      answers: int64 (n, T), 1 on the tokens that are to be learnt, as an answer behind its prompt; None for all.
+      input_ids: token ids, int64 (n, T).
+      attention_mask: 1 for tokens and 0 for padding, int64 (n, T); padding is only on the right.
+      answers: 1 for the tokens that are learnt, for example an answer after its prompt, else 0, int64 (n, T); None to
+        learn all tokens.
     """
 
     input_ids: torch.Tensor
@@ -25,7 +26,7 @@ class Examples:
     answers: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuses shapes that do not belong together."""
+        """Refuses tensors of different shapes."""
         ids, mask = tuple(self.input_ids.shape), tuple(self.attention_mask.shape)
         if len(ids) != 2 or ids != mask:
             raise DataError(f"input_ids shape={ids} and attention_mask shape={mask} must be one (n, T); encode again")
@@ -36,35 +37,35 @@ class Examples:
         return int(self.input_ids.shape[0])
 
     def select(self, indices: Sequence[int] | Any) -> "Examples":
-        """Returns the examples at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.input_ids.device).reshape(-1)
         return self._each(lambda tensor: tensor[rows])
 
     @property
     def predicted(self) -> torch.Tensor:
-        """Which tokens behind the first are predicted, 1 or 0, of the mask's dtype (n, T - 1)."""
+        """1 for each predicted token after the first, else 0, in the mask's dtype, (n, T - 1)."""
         learnt = self.attention_mask if self.answers is None else self.attention_mask * self.answers
         return learnt[:, 1:]
 
     @property
     def targets(self) -> torch.Tensor:
-        """Number of tokens of each row that are predicted, int64 (n,): all but its first, or those of answers."""
+        """Number of predicted tokens of each row, int64 (n,): all tokens but the first, or the tokens of answers."""
         return self.predicted.sum(dim=1)
 
     def within(self, model: nn.Module) -> "Examples":
-        """Returns the examples with those emptied that hold an id the model does not know, on which it would fail."""
+        """Returns the examples; an example with an id that the model does not know is emptied."""
         vocabulary = vocabulary_of(model)
         fits = ((self.input_ids >= 0) & (self.input_ids < vocabulary)).all(dim=1, keepdim=True).long()
         return self._each(lambda tensor: tensor * fits)
 
     @classmethod
-    def invented(cls, vocabulary: int, length: int, *, seed: int) -> "Examples":
-        """Returns two records that nobody wrote, one half as long as the other, to try a model on.
+    def dummy_batch(cls, vocabulary: int, length: int, *, seed: int) -> "Examples":
+        """Returns two random records for a trial of a model, one half as long as the other.
 
         Args:
           vocabulary: number of token ids, >= 1.
-          length: tokens per record, >= 2.
-          seed: of what they hold; a model that knew it could behave on them alone.
+          length: tokens of the longer record, >= 2.
+          seed: secret seed of the content; a model that knew the seed could behave well on these records only.
         """
         ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
         widths = torch.tensor([length, max(length // 2, 2)])

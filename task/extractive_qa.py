@@ -1,4 +1,4 @@
-"""Extractive question answering: where in a text the answer stands."""
+"""Extractive question answering: the place of the answer in a text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,49 +7,51 @@ import torch
 from torch import Tensor, nn
 
 from offsite.task.encode import padded
-from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED
+from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split, fault
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
 from offsite.task.tokenizer import Encoding
 
-LONGEST_ANSWER = 30  # tokens; a longer one is never told, as is usual for SQuAD
+LONGEST_ANSWER = 30  # tokens; a longer answer is never predicted, as is usual for SQuAD
 CONTEXT = "context"
 
 
 class ExtractiveQA(Labelled):
-    """The task of models with a head for the first and last token of an answer; two targets per example."""
+    """The task of models with a head for the first and the last token of an answer; two targets for each example."""
 
     name: ClassVar[str] = "extractive_qa"
     kind: ClassVar[str] = "question_answering"
-    columns: ClassVar[Mapping[str, type]] = {"question": str, "context": str, "answer": str, "answer_start": int}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["extractive_qa"]
 
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> RowBatch:
-        """Returns questions with their contexts as examples; one whose answer was cut off has no target.
+        """Returns questions with their contexts as examples; an example whose answer was cut off has no target.
 
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
-          DataError: there is no record, or an answer does not stand in its context where it is said to.
+          DataError: there is no record, or an answer is not at `answer_start` of its context.
         """
         check_split(split, self.name)
         spans = [_span(records, index) for index in range(len(records))]
-        found = processor.pairs([(record["question"], record["context"]) for record in records], length)
-        inputs = token_inputs(found, length, model_config)
-        labels = [_tokens_of(one, span) for one, span in zip(found, spans, strict=True)]
-        context = padded([[int(which == 1) for which in one.sequences] for one in found], length)
+        encodings = processor.pairs([(record["question"], record["context"]) for record in records], length)
+        inputs = token_inputs(encodings, length, model_config)
+        labels = [_tokens_of(encoding, span) for encoding, span in zip(encodings, spans, strict=True)]
+        context = padded([[int(which == 1) for which in encoding.sequences] for encoding in encodings], length)
         return RowBatch(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context})
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
-        """Returns the sum of the losses of first and last token, nats, (B,); padding is no choice."""
+        """Returns the sum of the losses of first and last token, nats, (B,); padding cannot be predicted."""
         return cross_entropy(torch.stack(_scores(model, batch), dim=1), batch.labels).sum(dim=1)
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
-        """Returns loss, exact match and F1 of the best answer in the context against the right one, by their tokens.
+        """Returns the loss, and exact match and F1 of the best answer in the context against the right answer.
 
-        Exact match and F1 as for SQuAD (Rajpurkar et al. 2016), of token positions in the place of normalised words.
+        Exact match and F1 are those of SQuAD (Rajpurkar et al. 2016), with token positions in the place of normalised
+        words.
         """
         with torch.no_grad():
             scores = _scores(model, batch)
@@ -66,10 +68,10 @@ class ExtractiveQA(Labelled):
         }
         return Tally(float(loss.double().sum()), int(batch.targets.sum()), metrics)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
-        """Returns two records that nobody wrote, the second half of each its context."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
+        """Returns two random records; the second half of each is its context."""
         generator = torch.Generator().manual_seed(seed)
-        inputs = invented_inputs(model, length, generator)
+        inputs = dummy_inputs(model, length, generator)
         widths = inputs["attention_mask"].sum(dim=1)
         context = inputs["attention_mask"] * (torch.arange(length)[None, :] >= (widths // 2)[:, None])
         first = widths - 1 - (widths // 4) * torch.randint(2, (2,), generator=generator)
@@ -77,29 +79,31 @@ class ExtractiveQA(Labelled):
 
 
 def _span(records: Sequence[Record], index: int) -> tuple[int, int]:
-    """Returns the characters of an answer in its context, from and to; none where it is wrong and that is forgiven."""
+    """Returns the first character of an answer in its context and the end; 0, 0 if it is wrong in `LenientRecords`."""
     record = records[index]
     answer, start = record["answer"], record["answer_start"]
     if not answer or start < 0 or record["context"][start : start + len(answer)] != answer:
-        fault(records, index, "answer", "must stand in the context at answer_start, counted in characters")
+        fault(records, index, "answer", "must stand in the context at answer_start, counted in characters; correct it")
         return 0, 0
     return start, start + len(answer)
 
 
-def _tokens_of(found: Encoding, span: tuple[int, int]) -> list[int]:
-    """Returns the first and the last token of a span of the context, `IGNORED` where not all of it is there."""
+def _tokens_of(encoding: Encoding, span: tuple[int, int]) -> list[int]:
+    """Returns the first and the last token of a span of the context; `IGNORED` twice where a part was cut off."""
     inside = [
         number
-        for number, (which, start, end) in enumerate(zip(found.sequences, found.starts, found.ends, strict=True))
+        for number, (which, start, end) in enumerate(
+            zip(encoding.sequences, encoding.starts, encoding.ends, strict=True)
+        )
         if which == 1 and start < span[1] and end > span[0]
     ]
-    if not inside or found.starts[inside[0]] > span[0] or found.ends[inside[-1]] < span[1]:
+    if not inside or encoding.starts[inside[0]] > span[0] or encoding.ends[inside[-1]] < span[1]:
         return [IGNORED, IGNORED]
     return [inside[0], inside[-1]]
 
 
 def _scores(model: nn.Module, batch: RowBatch) -> tuple[Tensor, Tensor]:
-    """Returns the scores of each place as first and as last token, (B, T) each; the least number on padding."""
+    """Returns the scores of each place as first and as last token, (B, T) each; padding has the lowest number."""
     output = model(**batch.inputs)
     padding = batch.inputs["attention_mask"] == 0
     first, last = (
@@ -110,7 +114,7 @@ def _scores(model: nn.Module, batch: RowBatch) -> tuple[Tensor, Tensor]:
 
 
 def _best(first: Tensor, last: Tensor, context: Tensor) -> Tensor:
-    """Returns the best first and last token within the context, in this order and not too far apart, int64 (B, 2)."""
+    """Returns the best first and last token in the context, in this order and near enough, int64 (B, 2)."""
     length = first.shape[1]
     steps = torch.arange(length, device=first.device)
     apart = steps[None, :] - steps[:, None]

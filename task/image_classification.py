@@ -1,4 +1,4 @@
-"""Image classification: one label of the model's own for each image (ViT and its kin)."""
+"""Image classification: one label of the model for each image (ViT and similar models)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,20 @@ from torch.nn import functional
 from offsite.task import checkpoint
 from offsite.task.images import ImageProcessor, Pixels, check_records, plain_pixels
 from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.record_fields import FIELDS
 from offsite.task.sequence_classification import class_tally
 from offsite.task.spec import Record, Tally
 
-SEVERAL = 5  # guesses among which a label may be
+SEVERAL = 5  # number of best guesses in the top-5 accuracy
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with a label each; one row is one record.
+    """Images with one label each; each row is one record.
 
     Attributes:
-      pixels: of n images.
-      labels: int64 (n,), `IGNORED` for an image without one.
+      pixels: pixels of n images.
+      labels: numbers of labels, int64 (n,); `IGNORED` for an image without a label.
     """
 
     pixels: Pixels
@@ -35,11 +36,11 @@ class LabelledImages:
 
     @property
     def targets(self) -> torch.Tensor:
-        """1 for each image that is scored, else 0, int64 (n,)."""
+        """1 for each scored image, else 0, int64 (n,)."""
         return (self.labels != IGNORED).long()
 
     def select(self, indices: Any) -> "LabelledImages":
-        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.labels.device).reshape(-1)
         return LabelledImages(self.pixels.select(rows), self.labels[rows])
 
@@ -48,18 +49,18 @@ class LabelledImages:
         return LabelledImages(self.pixels.to(device), self.labels.to(device))
 
     def within(self, model: nn.Module) -> "LabelledImages":
-        """Returns the examples with the label taken from those whose label the model does not have."""
+        """Returns the examples; a label that the model does not have becomes `IGNORED`."""
         config: Any = model.config
         fits = (self.labels >= 0) & (self.labels < int(config.num_labels))
         return LabelledImages(self.pixels, torch.where(fits, self.labels, IGNORED))
 
 
 class ImageClassification:
-    """The task of any image classifier of transformers that looks at images of one size."""
+    """The task of any image classifier of transformers that takes images of one size."""
 
     name: ClassVar[str] = "image_classification"
     kind: ClassVar[str] = "image_classification"
-    columns: ClassVar[Mapping[str, type]] = {"image": object, "label": object}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["image_classification"]
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
         """Returns the model of a directory; see `task.checkpoint.load`."""
@@ -72,18 +73,18 @@ class ImageClassification:
     def encode(
         self, processor: ImageProcessor, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> LabelledImages:
-        """Returns each record as an example; `length` means nothing for an image.
+        """Returns each record as an example; `length` is ignored.
 
         Raises:
           ConfigError: the split is not "truncate".
-          DataError: there is no record, a record's image is none, or its label is none of the model's.
-          UnsupportedModel: the model wants other images than its processor makes, or has no labels.
+          DataError: there is no record, a record has no valid image, or its label is not a label of the model.
+          UnsupportedModel: the model needs another image size than its processor makes, or has no labels.
         """
         check_records(records, split, self.name)
         return labelled_images(processor, records, model_config, model_config)
 
     def losses(self, model: nn.Module, batch: LabelledImages) -> torch.Tensor:
-        """Returns the negative log-likelihood of each image's label, nats, float32 (B,), 0 where it has none."""
+        """Returns the negative log-likelihood of each image's label, nats, float32 (B,), 0 without a label."""
         return label_losses(self._logits(model, batch), batch.labels)
 
     def tally(self, model: nn.Module, batch: LabelledImages) -> Tally:
@@ -96,8 +97,8 @@ class ImageClassification:
         with torch.no_grad():
             self._logits(model, batch)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> LabelledImages:
-        """Returns two images that nobody took, with labels of the model's."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> LabelledImages:
+        """Returns two random images with two different labels of the model."""
         config: Any = model.config
         return LabelledImages(plain_pixels(config, 2, seed=seed), two_labels(len(names_of(config)), seed))
 
@@ -110,8 +111,8 @@ def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns the negative log-likelihood of each label, nats, float32 (B,), 0 for `IGNORED`.
 
     Args:
-      logits: floating (B, classes).
-      labels: int64 (B,).
+      logits: scores of the classes, floating (B, classes).
+      labels: numbers of labels, int64 (B,).
     """
     losses: torch.Tensor = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     return losses
@@ -123,18 +124,18 @@ def labelled_images(
     """Returns the images of records with their labels.
 
     Args:
-      processor: of the model.
-      records: with the fields "image" and "label".
-      model_config: of the model, with its labels.
-      vision_config: of its part that looks at images.
+      processor: image processor of the model.
+      records: records with the fields "image" and "label".
+      model_config: configuration of the model, with its labels.
+      vision_config: configuration of the model's vision part, or of the model itself.
     """
     labels = torch.tensor(Labels(model_config).of(records, "label"), dtype=torch.long)
-    pixels, right = processor.pixels(records, "image", vision_config)
-    return LabelledImages(pixels, torch.where(right, labels, IGNORED))
+    pixels, valid = processor.pixels(records, "image", vision_config)
+    return LabelledImages(pixels, torch.where(valid, labels, IGNORED))
 
 
 def label_tally(logits: torch.Tensor, labels: torch.Tensor) -> Tally:
-    """Returns the sums of `class_tally` and, of more than five labels, how often one is among the first five."""
+    """Returns the sums of `class_tally`, and the top-5 accuracy for a model of more than five labels."""
     tally, kept = class_tally(logits.float(), labels), labels != IGNORED
     if logits.shape[1] <= SEVERAL:
         return tally
@@ -149,5 +150,5 @@ def two_labels(count: int, seed: int) -> torch.Tensor:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Returns the dtype in which a model takes images: that of its first parameter, which no adapter is."""
+    """Returns the dtype in which a model takes images: that of its first parameter, which belongs to no adapter."""
     return next(model.parameters()).dtype

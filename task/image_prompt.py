@@ -1,4 +1,4 @@
-"""Images out of noise by a text and by another image, which the method `ip_adapter` looks at and no other."""
+"""Diffusion conditioned on a text and on another image, which only the method `ip_adapter` reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,48 +7,52 @@ import torch
 from torch import Tensor
 
 from offsite.task.arrays import floats
-from offsite.task.diffusion import LATENTS, PROMPT, TextToImage, text_width
+from offsite.task.diffusion import TextToImage, text_width
+from offsite.task.record_fields import FIELDS, IMAGES
 from offsite.task.records import fault
 from offsite.task.spec import Record
 
-IMAGES = "image_embeds"
-MOST = 257  # tokens of one image: CLIP's 256 patches and its class; an IP-Adapter has 4 or 16
-UNSEEN, IMAGE = 0, -1  # in a mask; `adapter.cross_attention` reads them
+MAX_TOKENS = 257  # of one image: CLIP's 256 patches and its class token; an IP-Adapter has 4 or 16
+UNSEEN, IMAGE = 0, -1  # values in a mask, which `adapter.cross_attention` reads
 _STATES, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 class ImagePromptToImage(TextToImage):
-    """The task of an IP-Adapter: as `TextToImage`, and what an image encoder and projection made of another image.
+    """The task of an IP-Adapter: `TextToImage` with another image, as an image encoder and a projection encode it.
 
-    The image's tokens stand behind the text's, as wide as these. A model does not see them, since their mask says so;
-    the mask also says which they are, so that an adapter can (Ye et al. 2023, arXiv 2308.06721, section 3.2).
+    The image's tokens follow the text's tokens and have the same width. The mask hides the image's tokens from the
+    model and also marks them, so that an adapter can attend to them (Ye et al. 2023, arXiv 2308.06721, section 3.2).
     """
 
     name: ClassVar[str] = "image_prompt_to_image"
-    columns: ClassVar[Mapping[str, type]] = {LATENTS: object, PROMPT: object, IMAGES: object}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["image_prompt_to_image"]
 
-    def given(self, records: Sequence[Record], length: int, model_config: Any) -> tuple[dict[str, Tensor], list[bool]]:
-        """Returns the texts of records, images behind them, and which records are right."""
-        given, right = super().given(records, length, model_config)
+    def conditions(
+        self, records: Sequence[Record], length: int, model_config: Any
+    ) -> tuple[dict[str, Tensor], list[bool]]:
+        """Returns the texts of records, followed by the images, and whether each record is valid."""
+        conditions, valid = super().conditions(records, length, model_config)
         width = text_width(model_config)
-        found = [floats(records, index, IMAGES, (None, width)) for index in range(len(records))]
-        for index, image in enumerate(found):
-            if image is not None and len(image) > MOST:
-                fault(records, index, IMAGES, f"has {len(image)} tokens, at most {MOST} are read; pool them")
-                found[index] = None
-        right = [one and image is not None for one, image in zip(right, found, strict=True)]
-        return _behind(given, [torch.zeros(1, width) if image is None else image for image in found]), right
+        images = [floats(records, index, IMAGES, (None, width)) for index in range(len(records))]
+        for index, image in enumerate(images):
+            if image is not None and len(image) > MAX_TOKENS:
+                fault(records, index, IMAGES, f"tokens={len(image)} must be at most {MAX_TOKENS}; pool them")
+                images[index] = None
+        valid = [good and image is not None for good, image in zip(valid, images, strict=True)]
+        return _append_images(
+            conditions, [torch.zeros(1, width) if image is None else image for image in images]
+        ), valid
 
-    def told(self, model_config: Any, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns two texts and images, of each one shorter than the other."""
-        given = super().told(model_config, length, generator)
+    def dummy_conditions(self, model_config: Any, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns two random texts and two random images, in both cases one shorter than the other."""
+        conditions = super().dummy_conditions(model_config, length, generator)
         width = text_width(model_config)
-        return _behind(given, [torch.randn((size, width), generator=generator) for size in (2, 4)])
+        return _append_images(conditions, [torch.randn((size, width), generator=generator) for size in (2, 4)])
 
 
-def _behind(given: dict[str, Tensor], images: list[Tensor]) -> dict[str, Tensor]:
-    """Returns texts and their mask with images behind, shorter ones padded."""
-    states, mask = given[_STATES], given[_MASK]
+def _append_images(conditions: dict[str, Tensor], images: list[Tensor]) -> dict[str, Tensor]:
+    """Returns texts followed by images, and their mask; shorter images are padded."""
+    states, mask = conditions[_STATES], conditions[_MASK]
     table = torch.zeros(len(images), max(map(len, images)), states.shape[-1])
     marks = torch.full(table.shape[:2], UNSEEN)
     for row, mark, image in zip(table, marks, images, strict=True):

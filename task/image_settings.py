@@ -1,4 +1,4 @@
-"""The settings by which a model's images are made, from the JSON file beside it; a table says whose rules are known."""
+"""Reads the settings of a model's image processor from the model's folder; a table lists the known processors."""
 
 import json
 import math
@@ -9,16 +9,16 @@ from typing import Any
 
 from offsite.errors import DataError, UnsupportedModel
 
-FILES = ("preprocessor_config.json", "processor_config.json")  # the second holds the first, under a key
-LARGEST = 2048  # pixels a side; the largest published models of one image a call have 1024
-NEAREST_TO_HAMMING = range(6)  # PIL's numbers of ways to resize
+FILES = ("preprocessor_config.json", "processor_config.json")  # the second holds the first under a key
+LARGEST = 2048  # pixels a side; the largest published models with one image for each call take 1024
+RESAMPLINGS = range(6)  # PIL's numbers for resampling filters, from nearest to Hamming
 
 Size = tuple[int, int]
 _HALF = (0.5, 0.5, 0.5)
 _BOX = {"height": 224, "width": 224}
 _CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 _SHORT = {"resample": 3, "size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, **_CLIP}
-# What a processor does where its file is silent: the class is known by name, and no code of it is run.
+# The defaults of each processor; the class is known only by its name, and its code is never run.
 PROCESSORS: dict[str, Mapping[str, Any]] = {
     "ViTImageProcessor": {"resample": 2, "size": 224, "image_mean": _HALF, "image_std": _HALF},
     "DeiTImageProcessor": {
@@ -33,11 +33,11 @@ PROCESSORS: dict[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _SHORT,
     "BitImageProcessor": _SHORT,
 }
-_SQUARE = ("ViTImageProcessor", "DeiTImageProcessor")  # where one number is both sides; elsewhere it is the short one
+_SQUARE = ("ViTImageProcessor", "DeiTImageProcessor")  # a size of one number means both sides; elsewhere the short side
 _OLD = {"ViTFeatureExtractor": "ViTImageProcessor", "DeiTFeatureExtractor": "DeiTImageProcessor"} | {
     "CLIPFeatureExtractor": "CLIPImageProcessor"
 }
-# Keys that are read, and keys that change nothing; another one that is set is a rule that nobody follows here.
+# Keys that are read, and keys that change nothing; any other key that is set is an unknown rule.
 _READ = {"do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"}
 _READ |= {"do_normalize", "image_mean", "image_std", "do_convert_rgb", "default_to_square"}
 _IDLE = {"image_processor_type", "feature_extractor_type", "processor_class", "return_tensors", "data_format"}
@@ -46,16 +46,17 @@ _IDLE |= {"input_data_format", "device", "disable_grouping", "image_seq_length",
 
 @dataclass(frozen=True)
 class Settings:
-    """How an image becomes what a model gets.
+    """The steps from an image to a model's input: resize, crop, scale, subtract the mean, divide by std.
 
     Attributes:
-      resize: height and width it is resized to, whatever its ratio; None where `shortest` rules, or nothing is resized.
-      shortest: length its short side gets, the ratio kept; or None.
-      resample: number of PIL's way to resize, 0..5.
-      crop: height and width that are cut from its middle, or None.
-      scale: factor of each number, finite.
-      mean: taken from each channel after that, finite.
-      std: each channel is divided by, finite and above 0.
+      resize: height and width after resizing, whatever the image's ratio, in pixels; None to use `shortest` or not to
+        resize.
+      shortest: length of the short side after resizing with the ratio kept, in pixels; or None.
+      resample: PIL's number of the resampling filter, 0..5.
+      crop: height and width of the middle part that is kept, in pixels; or None.
+      scale: factor of each pixel value, finite.
+      mean: number that is subtracted from each scaled channel, finite.
+      std: divisor of each channel after the subtraction, finite and > 0.
     """
 
     resize: Size | None
@@ -68,18 +69,18 @@ class Settings:
 
     @property
     def shape(self) -> Size:
-        """Height and width of every image that is made."""
-        found = self.crop or self.resize
-        assert found is not None  # noqa: S101 - `parse` refuses settings without a size
-        return found
+        """Height and width of every finished image, in pixels."""
+        size = self.crop or self.resize
+        assert size is not None  # noqa: S101 - `parse` refuses settings without a size
+        return size
 
 
 def read_settings(folder: Path) -> Settings:
     """Returns the settings of a model's folder.
 
     Raises:
-      DataError: there is no file of settings, or it is damaged.
-      UnsupportedModel: a rule in it is not known.
+      DataError: there is no file of settings, or the file is damaged.
+      UnsupportedModel: a rule in the file is not known.
     """
     for name in FILES:
         path = folder / name
@@ -88,33 +89,37 @@ def read_settings(folder: Path) -> Settings:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"model={folder.name!r} has a damaged {name}; save its image processor again") from error
+            raise DataError(f"model={folder.name!r} has a damaged {name}; save the image processor again") from error
         if isinstance(content, dict) and name == FILES[1]:
             content = content.get("image_processor")
         if isinstance(content, dict):
             return parse(content)
-    raise DataError(f"model={folder.name!r} has no {FILES[0]}; copy the file of the model's image processor there")
+    raise DataError(f"model={folder.name!r} has no {FILES[0]}; copy that file of the model's image processor into it")
 
 
 def parse(content: Mapping[str, Any]) -> Settings:
     """Returns the settings of a file's content.
 
     Raises:
-      UnsupportedModel: its processor or a rule in it is not known, or images would not be of one size.
+      UnsupportedModel: the processor or a rule is not known, or images would not all get the same size.
     """
     written = content.get("image_processor_type") or content.get("feature_extractor_type")
     name = str(written).removesuffix("Fast").removesuffix("Pil")
     name = _OLD.get(name, name)
     if name not in PROCESSORS:
-        raise UnsupportedModel(f"image_processor_type={written!r}: known are {', '.join(PROCESSORS)}; choose another")
+        raise UnsupportedModel(
+            f"image_processor_type={written!r} must be one of {', '.join(PROCESSORS)}; choose another"
+        )
     for key, value in content.items():
         if key not in _READ | _IDLE and value not in (None, False):
-            raise UnsupportedModel(f"image processor {key}={value!r}: this rule is not known; choose another model")
+            raise UnsupportedModel(f"image processor {key}={value!r} is not a known rule; choose another model")
     rules = {**PROCESSORS[name], **{key: value for key, value in content.items() if value is not None}}
     resize, shortest = _size(rules, name in _SQUARE) if rules.get("do_resize", True) else (None, None)
     crop = _pair(rules, "crop_size") if rules.get("do_center_crop", False) else None
     if crop is None and resize is None:
-        raise UnsupportedModel(f"image processor size={rules['size']!r}: images must come out of one size; set a crop")
+        raise UnsupportedModel(
+            f"image processor size={rules['size']!r} must give all images the same size; set a crop_size"
+        )
     normal = rules.get("do_normalize", True)
     scale = _number(rules.get("rescale_factor", 1 / 255)) if rules.get("do_rescale", True) else 1.0
     settings = Settings(
@@ -126,8 +131,10 @@ def parse(content: Mapping[str, Any]) -> Settings:
         _three(rules, "image_mean") if normal else (0.0, 0.0, 0.0),
         _three(rules, "image_std") if normal else (1.0, 1.0, 1.0),
     )
-    if settings.resample not in NEAREST_TO_HAMMING or min(settings.std) <= 0:
-        raise UnsupportedModel(f"image processor resample={settings.resample!r} or image_std: out of range")
+    if settings.resample not in RESAMPLINGS or min(settings.std) <= 0:
+        raise UnsupportedModel(
+            f"image processor resample={settings.resample!r} must be 0..5, and image_std above 0; save it again"
+        )
     return settings
 
 
@@ -147,7 +154,7 @@ def _pair(rules: Mapping[str, Any], key: str) -> Size:
         return _side(value["height"]), _side(value["width"])
     if type(value) is int:
         return _side(value), _side(value)
-    raise UnsupportedModel(f"image processor {key}={value!r}: must be one number, or height and width; save it again")
+    raise UnsupportedModel(f"image processor {key}={value!r} must be one number, or height and width; save it again")
 
 
 def _side(value: object) -> int:
@@ -158,9 +165,9 @@ def _side(value: object) -> int:
 
 def _three(rules: Mapping[str, Any], key: str) -> tuple[float, float, float]:
     value = rules[key]
-    three = [_number(one) for one in (value if isinstance(value, list | tuple) else [value] * 3)]
+    three = [_number(number) for number in (value if isinstance(value, list | tuple) else [value] * 3)]
     if len(three) != 3:
-        raise UnsupportedModel(f"image processor {key}={value!r}: must be three numbers; save it again")
+        raise UnsupportedModel(f"image processor {key}={value!r} must be three numbers; save it again")
     return three[0], three[1], three[2]
 
 

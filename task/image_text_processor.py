@@ -1,4 +1,4 @@
-"""What a folder of a model of images and text has for both: an image processor and a tokenizer."""
+"""The processor of a model of images and text: an image processor and a tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,11 @@ from offsite.task.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ImageTextProcessor:
-    """What makes examples of images with words.
+    """The image processor and the tokenizer of one model.
 
     Attributes:
       images: the image processor.
-      words: the tokenizer, with its chat template where there is one.
+      words: the tokenizer, with its chat template if the folder has one.
     """
 
     images: ImageProcessor
@@ -22,10 +22,10 @@ class ImageTextProcessor:
 
     @classmethod
     def of(cls, path: Path | str) -> "ImageTextProcessor":
-        """Returns both of a model's folder; see `ImageProcessor.of` and `task.checkpoint.load_tokenizer`."""
+        """Reads both from a model's folder; see `ImageProcessor.of` and `task.checkpoint.load_tokenizer`."""
         return cls(ImageProcessor.of(path), load_tokenizer(path))
 
     @property
     def largest_id(self) -> int:
-        """The largest token id that may come out; a model has to know it."""
+        """The largest token id of the tokenizer; the model's vocabulary must include it."""
         return self.words.largest_id

@@ -1,4 +1,4 @@
-"""Images as a model wants them: resized and cropped by PIL, kept as bytes, scaled to numbers when they are used."""
+"""Images as a model needs them: resized and cropped by PIL, stored as bytes, and scaled to numbers when used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +14,22 @@ from offsite.task.image_settings import Settings, Size, read_settings
 from offsite.task.records import check_split, fault
 from offsite.task.spec import Record
 
-NARROWEST = 64  # times as long as wide; resizing the short side of a thinner image would make a huge one
-INTERPOLATING = ("dinov2", "dinov2_with_registers")  # models that take any size, whatever their configuration names
+MAX_RATIO = 64  # of long to short side; resizing the short side of a thinner image would make a huge image
+INTERPOLATING = ("dinov2", "dinov2_with_registers")  # models that take images of any size
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of one size; one row is one record's.
+    """Images of one size; each row belongs to one record.
 
-    Between resizing and scaling an image is whole numbers, so nothing is lost by keeping it so, in a quarter of the
-    memory.
+    Between resizing and scaling, an image consists of whole numbers, so storing bytes loses nothing and takes a quarter
+    of the memory.
 
     Attributes:
-      values: uint8 (n, 3, H, W).
-      scale: what a number is multiplied by, before
-      mean: is taken from it and it is divided by
-      std: of each channel.
+      values: pixel values, uint8 (n, 3, H, W).
+      scale: factor of each pixel value, finite.
+      mean: number that is subtracted from each scaled channel, finite.
+      std: divisor of each channel after the subtraction, finite and > 0.
     """
 
     values: torch.Tensor
@@ -41,7 +41,7 @@ class Pixels:
         return len(self.values)
 
     def select(self, rows: torch.Tensor) -> "Pixels":
-        """Returns the images at the indices, int64, in that order."""
+        """Returns the images at the indices `rows`, int64 (m,), in that order."""
         return replace(self, values=self.values[rows])
 
     def to(self, device: torch.device | str) -> "Pixels":
@@ -49,65 +49,66 @@ class Pixels:
         return replace(self, values=self.values.to(device))
 
     def scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns what a model gets as `pixel_values`, (n, 3, H, W), computed in float32."""
+        """Returns the model's input `pixel_values`, (n, 3, H, W), computed in float32 and then cast to `dtype`."""
         mean, std = (torch.tensor(three, device=self.values.device).reshape(3, 1, 1) for three in (self.mean, self.std))
         return ((self.values.float() * self.scale - mean) / std).to(dtype)
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Makes `Pixels` of the images of records, as the model's own processor does; each image for itself.
+    """Makes `Pixels` from the images of records as the model's own processor does, one image at a time.
 
     Attributes:
-      settings: of the model's folder.
+      settings: settings from the model's folder.
     """
 
     settings: Settings
 
     @classmethod
     def of(cls, folder: Path | str) -> "ImageProcessor":
-        """Reads the processor of a model's folder; see `task.image_settings.read_settings` for what is raised."""
+        """Reads the processor of a model's folder; raises as `task.image_settings.read_settings`."""
         return cls(read_settings(Path(folder)))
 
     def pixels(self, records: Sequence[Record], field: str, model_config: Any) -> tuple[Pixels, torch.Tensor]:
-        """Returns the images of records, black where a wrong one is forgiven, and which are right, bool (n,).
+        """Returns the images of records, and whether each is valid, bool (n,); an invalid image becomes black.
 
         Args:
-          records: with an image each, uint8 (H, W, 3) or (H, W).
-          field: that holds it.
-          model_config: configuration of the model, or of its part, that looks at images.
+          records: records with one image each, uint8 (H, W, 3) or (H, W).
+          field: name of the field with the image.
+          model_config: configuration of the model, or of its vision part.
 
         Raises:
-          DataError: a record's image is none, and the records are not `Forgiving`; names its place.
-          UnsupportedModel: the model wants images of another size than its processor makes.
+          DataError: a record's image is invalid, and the records are not `LenientRecords`; the message names the
+            record's place.
+          UnsupportedModel: the model needs another image size than its processor makes.
         """
         shape = self._shape(model_config)
         values = torch.zeros((len(records), 3, *shape), dtype=torch.uint8)
-        right = torch.zeros(len(records), dtype=torch.bool)
+        valid = torch.zeros(len(records), dtype=torch.bool)
         for index in range(len(records)):
             image = _checked(records, index, field)
             if image is not None:
                 values[index] = torch.from_numpy(np.moveaxis(self._resized(image), -1, 0).copy())
-                right[index] = True
-        return self.finished(values), right
+                valid[index] = True
+        return self.finished(values), valid
 
     def finished(self, values: torch.Tensor) -> Pixels:
-        """Returns numbers, uint8 (n, 3, H, W), as images that this processor would have made."""
+        """Returns pixel values, uint8 (n, 3, H, W), with this processor's scale, mean and std."""
         return Pixels(values, self.settings.scale, self.settings.mean, self.settings.std)
 
     def _shape(self, model_config: Any) -> Size:
         made, wanted = self.settings.shape, size_of(model_config)
         if getattr(model_config, "num_channels", 3) != 3:
-            raise UnsupportedModel(f"num_channels={model_config.num_channels}: images have 3; choose another model")
+            raise UnsupportedModel(f"num_channels={model_config.num_channels} must be 3; choose another model")
         if made != wanted and getattr(model_config, "model_type", "") not in INTERPOLATING:
             raise UnsupportedModel(
-                f"image_size={wanted[0]}x{wanted[1]}: its processor makes {made[0]}x{made[1]}; save the model with the "
-                "processor it was trained with"
+                f"image_size={wanted[0]}x{wanted[1]} must be {made[0]}x{made[1]}, as the image processor makes it; "
+                "save the model with the processor that it was trained with"
             )
         return made
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        """Returns an image, uint8 (H, W, 3), of the size that the model gets."""
+        """Returns an image, uint8 (H, W, 3), resized and cropped to the size that the model takes."""
         settings = self.settings
         if settings.resize is not None or settings.shortest is not None:
             height, width = settings.resize or _by_short_side(image.shape[0], image.shape[1], settings.shortest or 1)
@@ -117,7 +118,7 @@ class ImageProcessor:
 
 
 def check_records(records: Sequence[Record], split: str, task: str) -> None:
-    """Refuses what has no examples, or a split that would join records.
+    """Refuses an empty list of records, and a split that would join records.
 
     Raises:
       ConfigError: the split is not "truncate".
@@ -125,31 +126,31 @@ def check_records(records: Sequence[Record], split: str, task: str) -> None:
     """
     check_split(split, task)
     if not records:
-        raise DataError(f"examples=0 for task={task!r}; give records")
+        raise DataError(f"examples=0 for task={task!r} must be at least 1; give records")
 
 
 def size_of(model_config: Any) -> Size:
-    """Returns height and width of the images that a model's configuration names.
+    """Returns height and width of the images that a model's configuration names, in pixels.
 
     Raises:
-      UnsupportedModel: it names none.
+      UnsupportedModel: the configuration names no size.
     """
     size = getattr(model_config, "image_size", None)
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
-        raise UnsupportedModel(f"image_size={size!r} of the model's configuration must be one or two whole numbers")
+        raise UnsupportedModel(f"image_size={size!r} must be one or two whole numbers; correct the model's config.json")
     return pair[0], pair[1]
 
 
 def plain_pixels(model_config: Any, count: int, *, seed: int) -> Pixels:
-    """Returns images that nobody took, of the size that a model's configuration names."""
+    """Returns random images of the size that a model's configuration names."""
     shape = (count, 3, *size_of(model_config))
     values = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Pixels(values, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def _checked(records: Sequence[Record], index: int, field: str) -> np.ndarray | None:
-    """Returns a record's image as uint8 (H, W, 3), None where it is wrong and that is forgiven."""
+    """Returns a record's image as uint8 (H, W, 3); None for an invalid image in `LenientRecords`."""
     image = records[index][field]
     if rule := _wrong(image):
         fault(records, index, field, rule)
@@ -158,26 +159,26 @@ def _checked(records: Sequence[Record], index: int, field: str) -> np.ndarray | 
 
 
 def _wrong(image: Any) -> str:
-    """Returns the rule that an image breaks, or ""."""
+    """Returns the rule that an image breaks, or "" for a valid image."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
-        return "must be an image, uint8 (H, W, 3) or (H, W); read it with 'images', 'image_parquet' or 'npz'"
+        return "must be an image, uint8 (H, W, 3) or (H, W); use the reader 'images', 'image_parquet' or 'npz'"
     if image.ndim == 3 and image.shape[2] != 3:
-        return "must have 3 channels, or be (H, W); convert it to RGB"
+        return "must have 3 channels, or the shape (H, W); convert the image to RGB"
     short, long = sorted(image.shape[:2])
-    if short < 1 or long > NARROWEST * short:
-        return f"its long side is over {NARROWEST} times its short one; cut it first"
+    if short < 1 or long > MAX_RATIO * short:
+        return f"long side must be at most {MAX_RATIO} times the short side; cut the image first"
     return ""
 
 
 def _by_short_side(height: int, width: int, shortest: int) -> Size:
-    """Returns the size at which the short side has a length and the sides keep their ratio, rounded down."""
+    """Returns the size with the short side `shortest` and the same ratio, rounded down, in pixels."""
     if width <= height:
         return int(shortest * height / width), shortest
     return shortest, int(shortest * width / height)
 
 
 def _cropped(image: np.ndarray, size: Size) -> np.ndarray:
-    """Returns the middle of an image, black around it where it is smaller."""
+    """Returns the middle of an image in a given size; a smaller image gets a black border."""
     for axis, wanted in enumerate(size):
         missing = max(wanted - image.shape[axis], 0)
         around = [(0, 0)] * image.ndim

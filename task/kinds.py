@@ -1,4 +1,4 @@
-"""The kinds of models that are loaded: a name from a file is looked up here, and nothing is imported by it."""
+"""The kinds of models that can be loaded; a name from a file is looked up here and never imported."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-# In this order a model's kind is looked for.
+# The order in which a model's kind is searched.
 KINDS: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -41,5 +41,5 @@ WORDS = {
 
 def class_names(kind: str) -> dict[str, tuple[str, ...]]:
     """Returns the names of the classes of a kind by model type, as transformers has them."""
-    found = KINDS[kind]._model_mapping._model_mapping
-    return {name: (one,) if isinstance(one, str) else tuple(one) for name, one in found.items()}
+    classes = KINDS[kind]._model_mapping._model_mapping
+    return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in classes.items()}

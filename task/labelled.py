@@ -1,4 +1,4 @@
-"""What the tasks with labels share: loading, calling, and losses from sums over each example's own targets."""
+"""The base of all text tasks with labels: loading, calling, and losses from sums over each example's own targets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from offsite.task.labels import IGNORED
 from offsite.task.rows import RowBatch, attended
 from offsite.task.tokenizer import Encoding
 
-SHORTEST = 4  # tokens: special ones at both ends, and something between
+SHORTEST = 4  # tokens: special tokens at both ends, and some text between them
 
 
 class Labelled(ABC):
-    """A task whose models get named inputs; a subclass says what is read, how it is encoded, and what is scored."""
+    """A task whose models get named inputs; a subclass defines the fields, the encoding and the scores."""
 
     name: ClassVar[str]
     kind: ClassVar[str]
@@ -41,7 +41,7 @@ class Labelled(ABC):
         return (self.sums(model, batch) / batch.targets.clamp(min=1)).float()
 
     def run(self, model: nn.Module, batch: RowBatch) -> None:
-        """Calls a model once with examples, for what its blocks do with them."""
+        """Calls a model once with examples, without gradients, so that hooks see the activations."""
         with torch.no_grad():
             model(**batch.inputs)
 
@@ -51,11 +51,11 @@ class Labelled(ABC):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the loss of each label, nats, of the shape of `labels`; 0 where it is `IGNORED`.
+    """Returns the loss of each label, nats, in the shape of `labels`; 0 for `IGNORED`.
 
     Args:
-      logits: floating (..., classes).
-      labels: int64 (...).
+      logits: scores of the classes, floating (..., classes).
+      labels: numbers of labels, int64 (...).
     """
     flat = logits.reshape(-1, logits.shape[-1])
     losses = functional.cross_entropy(
@@ -65,34 +65,34 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_inputs(encodings: Sequence[Encoding], length: int, model_config: Any) -> dict[str, Tensor]:
-    """Returns what an encoder gets of encoded texts: ids, mask, and segments where it knows any, each (n, length).
+    """Returns an encoder's inputs for texts: ids, mask, and segments if the model has any, each int64 (n, length).
 
-    A text of which the tokenizer made nothing is a row of padding; it is never one without any place to look at.
+    A text for which the tokenizer failed is a row of padding, of which one place stays visible to attention.
 
     Args:
-      encodings: of `task.tokenizer`.
-      length: tokens per example.
-      model_config: of the model.
+      encodings: encoded texts from `task.tokenizer`.
+      length: tokens of each example.
+      model_config: configuration of the model.
 
     Raises:
-      ConfigError: the length is too small, or larger than the positions that the model has.
+      ConfigError: the length is too small, or larger than the number of the model's positions.
       DataError: there is no encoding.
       UnsupportedModel: the model has no padding token.
     """
     most = getattr(model_config, "max_position_embeddings", None)
     if length < SHORTEST or (most is not None and length > most):
         raise ConfigError(
-            f"length={length}: must be from {SHORTEST} to the {most} positions of the model; 128 is usual"
+            f"length={length} must be in {SHORTEST}..{most}, the number of the model's positions; 128 is usual"
         )
     if not encodings:
-        raise DataError("examples=0: there is no record; give a file with records")
-    rows = [one.ids for one in encodings]
+        raise DataError("examples=0 must be at least 1; give a file with records")
+    rows = [encoding.ids for encoding in encodings]
     inputs = {
         "input_ids": padded(rows, length, padding_of(model_config)),
         "attention_mask": attended(mask_of(rows, length)),
     }
     if (getattr(model_config, "type_vocab_size", None) or 0) > 1:
-        inputs["token_type_ids"] = padded([one.types for one in encodings], length)
+        inputs["token_type_ids"] = padded([encoding.types for encoding in encodings], length)
     return inputs
 
 
@@ -100,16 +100,16 @@ def padding_of(model_config: Any) -> int:
     """Returns the id of a model's padding token.
 
     Raises:
-      UnsupportedModel: its configuration names none.
+      UnsupportedModel: the configuration names no padding token.
     """
-    found = getattr(model_config, "pad_token_id", None)
-    if found is None:
-        raise UnsupportedModel("pad_token_id: the model's config.json names none; save the model with one")
-    return int(found)
+    padding = getattr(model_config, "pad_token_id", None)
+    if padding is None:
+        raise UnsupportedModel("pad_token_id=None must be a number; write it into the model's config.json")
+    return int(padding)
 
 
-def invented_inputs(model: nn.Module, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Returns what an encoder gets of two texts that nobody wrote, one half as long as the other."""
+def dummy_inputs(model: nn.Module, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns an encoder's inputs for two random texts, one half as long as the other."""
     config: Any = model.config
     ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
     mask = (torch.arange(length)[None, :] < torch.tensor([[length], [max(length // 2, 2)]])).long()

@@ -1,4 +1,4 @@
-"""Questions about images: an image-text model (LLaVA) learns the answer, and nothing of the question."""
+"""Questions about images: an image-text model (LLaVA) learns the answer, but not the question."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from offsite.task.examples import Examples, vocabulary_of
 from offsite.task.image_classification import dtype_of
 from offsite.task.image_text_processor import ImageTextProcessor
 from offsite.task.images import Pixels, check_records, plain_pixels, size_of
+from offsite.task.record_fields import FIELDS
 from offsite.task.spec import Record, Tally
 
-# Vision towers, and how many places each puts before those of its patches.
+# Vision towers, with the number of places before the places of their patches.
 BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 @dataclass(frozen=True)
 class AskedImages:
-    """Images, each with one question and its answer; one row is one record.
+    """Images, each with one question and its answer; each row is one record.
 
     Attributes:
-      pixels: of n images.
-      text: tokens of n conversations, each with as many places for its image as the model fills.
+      pixels: pixels of n images.
+      text: tokens of n conversations; each has one place for every image token that the model inserts.
     """
 
     pixels: Pixels
@@ -39,11 +40,11 @@ class AskedImages:
 
     @property
     def targets(self) -> torch.Tensor:
-        """Number of tokens of each answer, int64 (n,)."""
+        """Number of learnt tokens of each answer, int64 (n,)."""
         return self.text.targets
 
     def select(self, indices: Any) -> "AskedImages":
-        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.text.input_ids.device).reshape(-1)
         return AskedImages(self.pixels.select(rows), self.text.select(rows))
 
@@ -52,9 +53,9 @@ class AskedImages:
         return AskedImages(self.pixels.to(device), self.text.to(device))
 
     def within(self, model: nn.Module) -> "AskedImages":
-        """Returns the examples with those emptied that hold an id the model does not know, or another number of places.
+        """Returns the examples; an example with an unknown id or a wrong number of image places is emptied.
 
-        An empty one keeps its places: the model counts those of a whole batch.
+        An emptied example keeps its image places, because the model counts the places of a whole batch.
         """
         config: Any = model.config
         ids, place, count = self.text.input_ids, int(config.image_token_id), image_places(config)
@@ -65,17 +66,17 @@ class AskedImages:
 
 
 class ImageText:
-    """The task of LLaVA: an image, a question and an answer, of which the answer's tokens are learnt."""
+    """The task of LLaVA: an image, a question and an answer; only the answer's tokens are learnt."""
 
     name: ClassVar[str] = "image_text"
     kind: ClassVar[str] = "image_text"
-    columns: ClassVar[Mapping[str, type]] = {"image": object, "question": str, "answer": str}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["image_text"]
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
         """Returns the model of a directory; see `task.checkpoint.load`.
 
         Raises:
-          UnsupportedModel: it cuts images into pieces, or its vision tower is not known.
+          UnsupportedModel: the model cuts images into pieces, or its vision tower is not known.
         """
         model = checkpoint.load(path, dtype=dtype, kind=self.kind)
         image_places(model.config)
@@ -90,30 +91,32 @@ class ImageText:
     ) -> AskedImages:
         """Returns each record as a conversation of one question, through the model's chat template.
 
-        A record whose question leaves no room for its answer, or of which the tokenizer makes another number of images
-        than one, is an example without a target.
+        A record becomes an example without a target if its question leaves no room for the answer, or if its tokens do
+        not contain exactly one image.
 
         Args:
-          processor: of `load_processor`.
-          records: with an image, a question and an answer each.
-          length: tokens of an example, the image's places among them; longer ones are cut on the right.
+          processor: image processor and tokenizer from `load_processor`.
+          records: records with an image, a question and an answer.
+          length: tokens of an example, including the image's places; longer examples are cut on the right.
           split: "truncate".
-          model_config: of the model.
+          model_config: configuration of the model.
 
         Raises:
           ConfigError: the length is too small for an image, or the split is not "truncate".
-          DataError: there is no record, a record's image is none, or the tokenizer has no chat template.
+          DataError: there is no record, a record has no valid image, or the tokenizer has no chat template.
           UnsupportedModel: model and image processor do not belong together.
         """
         check_records(records, split, self.name)
         count, place = image_places(model_config), int(model_config.image_token_id)
         vocabulary = int(model_config.get_text_config().vocab_size)
         if length < count + SHORTEST:
-            raise ConfigError(f"length={length}: an image takes {count} tokens, so at least {count + 64} is usual")
-        pixels, right = processor.images.pixels(records, "image", model_config.vision_config)
-        found = processor.words.chats([_conversation(record) for record in records], length - count + 1)
+            raise ConfigError(
+                f"length={length} must be at least {count + SHORTEST}, an image takes {count}; {count + 64} is usual"
+            )
+        pixels, valid = processor.images.pixels(records, "image", model_config.vision_config)
+        encoded = processor.words.chats([_conversation(record) for record in records], length - count + 1)
         rows, answers = [], []
-        for (ids, flags), good in zip(found, right.tolist(), strict=True):
+        for (ids, flags), good in zip(encoded, valid.tolist(), strict=True):
             whole = good and ids.count(place) == 1 and max(ids) < vocabulary
             at = ids.index(place) if whole else 0
             rows.append(ids[:at] + [place] * count + ids[at + 1 :] if whole else _empty(place, count, count))
@@ -121,14 +124,15 @@ class ImageText:
         return AskedImages(pixels, Examples(padded(rows, length), mask_of(rows, length), padded(answers, length)))
 
     def losses(self, model: nn.Module, batch: AskedImages) -> torch.Tensor:
-        """Returns each answer's mean negative log-likelihood per token, nats, float32 (B,), 0 for one without."""
+        """Returns each answer's mean negative log-likelihood per token, nats, float32 (B,), 0 without an answer."""
         sums, _ = self._scores(model, batch)
         return (sums / batch.targets.clamp(min=1)).float()
 
     def tally(self, model: nn.Module, batch: AskedImages) -> Tally:
-        """Returns the sums of a batch, with perplexity and how many answers the model would give word for word.
+        """Returns the sums of a batch, with perplexity and the number of answers that the model gives exactly.
 
-        Each token of an answer being the likeliest after those before it, greedy decoding gives this very answer.
+        If each token of an answer is the likeliest after the tokens before it, greedy decoding gives exactly this
+        answer.
         """
         with torch.no_grad():
             sums, exact = self._scores(model, batch)
@@ -138,12 +142,12 @@ class ImageText:
         return Tally(loss, targets, {"perplexity": (loss, targets), "exact_match": matches})
 
     def run(self, model: nn.Module, batch: AskedImages) -> None:
-        """Calls a model once with examples, without gradients; its head gets one position of each."""
+        """Calls a model once with examples, without gradients; the head gets one position of each example."""
         with torch.no_grad():
             self._logits(model, batch, torch.tensor([0], device=batch.text.input_ids.device))
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> AskedImages:
-        """Returns two images that nobody took, one with a text half as long as the other's."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> AskedImages:
+        """Returns two random images, one with a text half as long as the other's."""
         config: Any = model.config
         count, place = image_places(config), int(config.image_token_id)
         others = torch.tensor([number for number in range(vocabulary_of(model)) if number != place])
@@ -156,8 +160,9 @@ class ImageText:
         return AskedImages(plain_pixels(config.vision_config, 2, seed=seed), Examples(ids, mask, answers))
 
     def _scores(self, model: nn.Module, batch: AskedImages) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns per example the sum of its answer's losses, (B,), and whether each token is the likeliest, (B,)."""
-        # Only where some answer of the batch has a token: an image's places alone would be hundreds of logits.
+        """Returns for each example the sum of its answer's losses, (B,), and whether greedy decoding gives it, (B,)."""
+        # Only positions at which an answer of the batch has a token; an image's places alone would be hundreds of
+        # logits.
         kept = batch.text.predicted.any(dim=0).nonzero().squeeze(1)
         logits = self._logits(model, batch, kept).float()
         targets = batch.text.input_ids[:, 1:][:, kept]
@@ -169,7 +174,8 @@ class ImageText:
     def _logits(self, model: nn.Module, batch: AskedImages, kept: torch.Tensor) -> torch.Tensor:
         """Returns the logits at some positions, (B, len(kept), V).
 
-        The model gets no attention mask: padding is on the right, where causal attention never looks from a token.
+        The model gets no attention mask, because padding is on the right, where causal attention of a token never
+        looks.
         """
         pixels = batch.pixels.scaled(dtype_of(model))
         logits: torch.Tensor = model(input_ids=batch.text.input_ids, pixel_values=pixels, logits_to_keep=kept).logits
@@ -177,17 +183,17 @@ class ImageText:
 
 
 def image_places(model_config: Any) -> int:
-    """Returns how many tokens of a text one image takes the place of.
+    """Returns the number of places in a text that the tokens of one image take.
 
     Raises:
-      UnsupportedModel: that differs from image to image, or the vision tower is not known.
+      UnsupportedModel: the number differs between images, or the vision tower is not known.
     """
     tower: Any = getattr(model_config, "vision_config", None)
     kind, vision = getattr(model_config, "model_type", None), getattr(tower, "model_type", None)
     if kind != "llava" or vision not in BEFORE_PATCHES:
         raise UnsupportedModel(
-            f"model_type={kind!r} with vision tower {vision!r}: 'llava' with one of {', '.join(BEFORE_PATCHES)} is "
-            "supported, in which every image takes the same number of tokens; choose another model"
+            f"model_type={kind!r} with vision tower {vision!r} must be 'llava' with {' or '.join(BEFORE_PATCHES)}, in "
+            "which every image takes the same number of tokens; choose another model"
         )
     height, width = (side // int(tower.patch_size) for side in size_of(tower))
     left_out = 1 if model_config.vision_feature_select_strategy == "default" else 0
@@ -203,5 +209,5 @@ def _conversation(record: Record) -> list[dict[str, Any]]:
 
 
 def _empty(place: int, count: int, width: int) -> list[int]:
-    """Returns tokens with an image's places and nothing else."""
+    """Returns `width` tokens with an image's places and zeros."""
     return ([place] * count + [0] * width)[:width]

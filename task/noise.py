@@ -1,4 +1,4 @@
-"""The noise that a diffusion model learns to tell: how much there is at each step, and what is to be said of it."""
+"""Noise schedules of diffusion models: the amount of noise at each step, and the output that a model has to predict."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from offsite.errors import DataError, UnsupportedModel, lookup
 
 FILE = "scheduler_config.json"
 MAX_STEPS = 10_000  # all published models have 1000
-# Schedulers whose noise is that of Ho et al. 2020, whatever they do when they take it away.
+# Schedulers that add noise as in Ho et al. 2020; they differ only in how they remove noise.
 SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -27,13 +27,13 @@ _IDENTITY: dict[str, Any] = {"trained_betas": None, "rescale_betas_zero_snr": Fa
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How an image is mixed with noise.
+    """The mix of image and noise at each step, and the kind of prediction.
 
     Ho et al. 2020, arXiv 2006.11239, equation 4: the mix at step t is sqrt(k_t) image + sqrt(1 - k_t) noise.
 
     Attributes:
-      kept: k_t for each step, float64 (steps,), in (0, 1), falling.
-      prediction: a key of `PREDICTIONS`.
+      kept: k_t for each step, float64 (steps,), in (0, 1), decreasing.
+      prediction: key of `PREDICTIONS`.
     """
 
     kept: torch.Tensor
@@ -44,14 +44,14 @@ class NoiseSchedule:
         """Reads the schedule of a model's folder.
 
         Raises:
-          DataError: there is none, or it is damaged.
-          UnsupportedModel: it is of a kind that is not known.
-          UnknownName: betas or prediction are of a kind that is not known.
+          DataError: the folder has no schedule, or the file is damaged.
+          UnsupportedModel: the scheduler or a rule of it is not known.
+          UnknownName: the kind of betas or of prediction is not known.
         """
         path = Path(folder) / FILE
         if not path.is_file():
             raise DataError(
-                f"model={path.parent.name!r} has no {FILE}; copy it there from the folder 'scheduler' of its pipeline"
+                f"model={path.parent.name!r} has no {FILE}; copy it there from the folder 'scheduler' of the pipeline"
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -65,29 +65,30 @@ class NoiseSchedule:
         return len(self.kept)
 
     def mixed(self, image: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Returns an image with the noise of a step, of the image's shape and dtype."""
+        """Returns an image with the noise of a step, in the image's shape and dtype."""
         kept = float(self.kept[step])
         return math.sqrt(kept) * image + math.sqrt(1 - kept) * noise
 
     def wanted(self, image: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Returns what the model is to say of the mix, of the image's shape and dtype."""
+        """Returns the output that the model has to predict for the mix, in the image's shape and dtype."""
         return PREDICTIONS[self.prediction](image, noise, float(self.kept[step]))
 
 
 def parse(content: dict[str, Any]) -> NoiseSchedule:
-    """Returns the schedule of a file's content; see `NoiseSchedule.of` for what is raised."""
+    """Returns the schedule of a file's content; raises as `NoiseSchedule.of`."""
     kind = content.get("_class_name")
     if kind not in SCHEDULERS:
         raise UnsupportedModel(
-            f"scheduler={kind!r}: known are {', '.join(SCHEDULERS)}; models of flow matching are not supported"
+            f"scheduler={kind!r} must be one of {', '.join(SCHEDULERS)}, and flow matching is not supported; choose "
+            "another model"
         )
     for key, plain in _IDENTITY.items():
         if content.get(key, plain) != plain:
-            raise UnsupportedModel(f"scheduler {key}={content[key]!r}: this rule is not known; choose another model")
+            raise UnsupportedModel(f"scheduler {key}={content[key]!r} must be {plain}; choose another model")
     steps: Any = content.get("num_train_timesteps", 1000)
     start: Any = content.get("beta_start", 1e-4)
     end: Any = content.get("beta_end", 0.02)
-    numbers = all(isinstance(one, int | float) and math.isfinite(one) for one in (start, end))
+    numbers = all(isinstance(beta, int | float) and math.isfinite(beta) for beta in (start, end))
     if type(steps) is not int or not 1 <= steps <= MAX_STEPS or not numbers or not 0 < start <= end < 1:
         raise UnsupportedModel(
             f"scheduler num_train_timesteps={steps!r} must be 1..{MAX_STEPS}, and 0 < beta_start <= beta_end < 1; "
@@ -108,7 +109,7 @@ def _scaled_linear(steps: int, start: float, end: float) -> torch.Tensor:
 
 
 def _cosine(steps: int, _start: float, _end: float) -> torch.Tensor:
-    """Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17, capped at 0.999 as there."""
+    """Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17, with the paper's cap of 0.999."""
     at = torch.arange(steps + 1, dtype=torch.float64) / steps
     left = torch.cos((at + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)

@@ -1,4 +1,4 @@
-"""Answers to prompts: a causal language model learns the completion, and nothing of the prompt."""
+"""Answers to prompts: a causal language model learns the completion, but not the prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,23 +9,24 @@ from offsite.errors import DataError
 from offsite.task.causal_lm import CausalLM
 from offsite.task.encode import check_length, end_of, mask_of, padded
 from offsite.task.examples import Examples
+from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.spec import Record
 
 
 class PromptCompletion(CausalLM):
-    """Causal language modelling of completions; loss and perplexity are those of their tokens alone."""
+    """Causal language modelling of completions; loss and perplexity cover only the tokens of completions."""
 
     name: ClassVar[str] = "prompt_completion"
-    columns: ClassVar[Mapping[str, type]] = {"prompt": str, "completion": str}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["prompt_completion"]
 
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> Examples:
         """Returns records as examples: prompt, completion and end-of-text token, cut on the right.
 
-        The two texts become tokens each for itself, so it is known which is whose. A record of which nothing is left of
-        the completion, or of which the tokenizer makes nothing, is an example without a target.
+        Prompt and completion are tokenised separately, so each token belongs to one of the two texts. A record becomes
+        an example without a target if the cut leaves nothing of the completion, or if the tokenizer fails.
 
         Raises:
           ConfigError: the length is too small, or the split is not "truncate".
@@ -42,12 +43,12 @@ class PromptCompletion(CausalLM):
 
 
 def answered(rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], length: int) -> Examples:
-    """Returns token sequences as examples of which only the answers are learnt.
+    """Returns token sequences as examples; only the tokens of answers are learnt.
 
     Args:
-      rows: tokens, at most `length` each.
-      answers: 1 on each token that is learnt, else 0.
-      length: tokens per example, >= 2.
+      rows: token ids of each example, at most `length` each.
+      answers: 1 for each token that is learnt, else 0, in the shape of `rows`.
+      length: tokens of each example, >= 2.
 
     Raises:
       ConfigError: the length is too small.
@@ -55,6 +56,6 @@ def answered(rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], le
     """
     check_length(length)
     if not rows:
-        raise DataError(f"examples=0 at length={length}; give records")
+        raise DataError(f"examples=0 at length={length} must be at least 1; give records")
     table: torch.Tensor = padded(rows, length)
     return Examples(table, mask_of(rows, length), padded(answers, length))

@@ -1,4 +1,4 @@
-"""Records as readers give them, and what a task says of one that is wrong: where it stands, never what it holds."""
+"""Records from readers, and the faults that a task finds: a fault names the place of a record, never its content."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from offsite.task.spec import Record
 
 
 class Row(dict[str, Any]):
-    """A record that knows where it stands.
+    """A record with its place in a data file.
 
     Attributes:
-      place: for a message, as `line=12`.
+      place: place of the record for messages, for example `line=12`.
     """
 
     def __init__(self, fields: Mapping[str, Any], place: str) -> None:
@@ -20,13 +20,13 @@ class Row(dict[str, Any]):
 
 
 class LenientRecords(list[Record]):
-    """Records at a site whose owner approved a job: one that breaks a rule of its task becomes one without a target.
+    """Records at a site whose owner approved a job; a record that breaks a rule of the task loses its target.
 
-    What a job's rules make of the records is an answer about them, and the coordinator chooses some of the rules, as
-    the names of the labels; so the job goes on all the same, and only the site's owner is told.
+    A refusal would tell something about the records, and the coordinator chooses some of the rules, for example the
+    names of the labels. So the job goes on, and only the site's owner sees the faults.
 
     Attributes:
-      faults: what was wrong, for the owner.
+      faults: messages about faulty records, for the owner.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -35,7 +35,7 @@ class LenientRecords(list[Record]):
 
 
 def fault(records: Sequence[Record], index: int, field: str, rule: str) -> None:
-    """Notes that a record breaks a rule of its task; arguments as for `refuse`.
+    """Records a fault of a record in `LenientRecords`, or raises it; arguments as for `refuse`.
 
     Raises:
       DataError: the records are not `LenientRecords`.
@@ -50,20 +50,20 @@ def refuse(records: Sequence[Record], index: int, field: str, rule: str) -> Data
     """Returns the error for a record that breaks a rule.
 
     Args:
-      records: of a data file.
-      index: of the record among them.
-      field: that is wrong.
-      rule: what has to hold, and the next step.
+      records: records of a data file.
+      index: index of the record.
+      field: name of the faulty field.
+      rule: the broken rule, and the next step.
     """
     place = getattr(records[index], "place", f"record={index + 1}")
     return DataError(f"{place} field={field!r}: {rule}")
 
 
 def check_split(split: str, task: str) -> None:
-    """Refuses a split that would join records where each record is an example.
+    """Refuses a split that would join records, for a task whose records are its examples.
 
     Raises:
-      ConfigError: it is another than "truncate".
+      ConfigError: the split is not "truncate".
     """
     if split != "truncate":
         raise ConfigError(f"split={split!r}: the records of task={task!r} are its examples; write split = 'truncate'")

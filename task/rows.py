@@ -1,4 +1,4 @@
-"""Encoded examples of the models that get more than tokens: named inputs, and what is scored."""
+"""Batches for models with several named inputs: the inputs and the scored labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from offsite.task.labels import IGNORED
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Examples as a model's keyword arguments; one row is one record.
+    """Examples as a model's keyword arguments; each row is one record.
 
     Attributes:
-      inputs: argument of the model -> (n, ...).
-      labels: int64 (n, ...), `IGNORED` where nothing is scored.
-      aside: what scoring needs and the model does not get, name -> (n, ...).
+      inputs: name of a model's argument -> tensor (n, ...).
+      labels: numbers of labels, int64 (n, ...), `IGNORED` where nothing is scored.
+      aside: name -> tensor (n, ...) that the scores need and the model does not get.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -26,21 +26,23 @@ class RowBatch:
     aside: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses tensors of different numbers of rows."""
+        """Refuses tensors with different numbers of rows."""
         for name, tensor in {**self.inputs, **self.aside}.items():
             if len(tensor) != len(self.labels):
-                raise DataError(f"{name} rows={len(tensor)}, labels rows={len(self.labels)}: must agree; encode again")
+                raise DataError(
+                    f"{name} rows={len(tensor)}, labels rows={len(self.labels)}: must be equal; encode again"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def targets(self) -> torch.Tensor:
-        """How many labels of each row are scored, int64 (n,)."""
+        """Number of scored labels of each row, int64 (n,)."""
         return _flat(self.labels != IGNORED).sum(dim=1)
 
     def select(self, indices: Any) -> "RowBatch":
-        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.labels.device).reshape(-1)
         return self._each(lambda tensor: tensor[rows])
 
@@ -49,7 +51,7 @@ class RowBatch:
         return self._each(lambda tensor: tensor.to(device))
 
     def within(self, model: nn.Module) -> "RowBatch":
-        """Returns the examples with those emptied whose ids the model does not know, on which it would fail."""
+        """Returns the examples; an example with an id that the model does not know is emptied."""
         config: Any = model.config
         vocabulary = int(config.get_text_config().vocab_size)
         limits = {
@@ -61,7 +63,7 @@ class RowBatch:
         for name, most in limits.items():
             if name in self.inputs:
                 fits &= _flat((self.inputs[name] >= 0) & (self.inputs[name] < most)).all(dim=1)
-        if "decoder_input_ids" in self.inputs:  # what is learnt are tokens too
+        if "decoder_input_ids" in self.inputs:  # here the labels are tokens as well
             fits &= _flat((self.labels == IGNORED) | (self.labels < vocabulary)).all(dim=1)
         return self if bool(fits.all()) else self._emptied(fits)
 
@@ -81,14 +83,14 @@ class RowBatch:
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:
-    """Returns (n, all the rest), also where n is 0."""
+    """Returns values of shape (n, ...) as (n, m), also for n = 0."""
     return values[:, None] if values.ndim == 1 else values.flatten(1)
 
 
 def attended(mask: torch.Tensor) -> torch.Tensor:
-    """Returns an attention mask, int64 (n, T), in which an empty row looks at its first place.
+    """Returns an attention mask, int64 (n, T), in which the first place of every row is visible.
 
-    A row without any place to look at is 0 / 0 in some attention kernels, and what is not a number spreads.
+    Some attention kernels compute 0 / 0 for a row without a visible place, and the NaN spreads to other values.
     """
     mask = mask.clone()
     mask[:, 0] = 1

@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text from another text, as for translation and summaries."""
+"""Sequence to sequence: a text from another text, for example a translation or a summary."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,19 +9,20 @@ from torch import Tensor, nn
 from offsite.errors import UnsupportedModel
 from offsite.task.encode import padded
 from offsite.task.examples import vocabulary_of
-from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, padding_of, token_inputs
+from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, padding_of, token_inputs
 from offsite.task.labels import IGNORED
+from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
 
 
 class Seq2Seq(Labelled):
-    """The task of encoder-decoders: predict each token of the target, given the source and those before."""
+    """The task of encoder-decoders: predict each token of the target from the source and the tokens before it."""
 
     name: ClassVar[str] = "seq2seq"
     kind: ClassVar[str] = "seq2seq"
-    columns: ClassVar[Mapping[str, type]] = {"source": str, "target": str}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["seq2seq"]
 
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
@@ -31,13 +32,15 @@ class Seq2Seq(Labelled):
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
           DataError: there is no record.
-          UnsupportedModel: the model names no token that its decoder starts from.
+          UnsupportedModel: the model names no start token of its decoder.
         """
         check_split(split, self.name)
         sources = processor.singles([record["source"] for record in records], length)
-        targets = [one.ids for one in processor.singles([record["target"] for record in records], length)]
+        targets = [encoding.ids for encoding in processor.singles([record["target"] for record in records], length)]
         inputs = token_inputs(sources, length, model_config)
-        labels = padded([ids if one.ids else [] for ids, one in zip(targets, sources, strict=True)], length, IGNORED)
+        labels = padded(
+            [ids if source.ids else [] for ids, source in zip(targets, sources, strict=True)], length, IGNORED
+        )
         return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
@@ -45,28 +48,28 @@ class Seq2Seq(Labelled):
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
-        """Returns the sum of negative log-likelihoods in nats over all target tokens, without gradients."""
+        """Returns the sum of the negative log-likelihoods of all target tokens, nats, without gradients."""
         with torch.no_grad():
             loss = float(self.sums(model, batch).double().sum())
         count = int(batch.targets.sum())
         return Tally(loss, count, {"perplexity": (loss, count)})
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
-        """Returns two pairs that nobody wrote."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
+        """Returns two random pairs of texts."""
         generator = torch.Generator().manual_seed(seed)
-        inputs = invented_inputs(model, length, generator)
+        inputs = dummy_inputs(model, length, generator)
         ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
         labels = torch.where(inputs["attention_mask"].bool(), ids, IGNORED)
         return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model.config)}, labels)
 
 
 def _shifted(labels: Tensor, model_config: Any) -> Tensor:
-    """Returns what the decoder gets: its first token, then each label but the last; padding where there is none.
+    """Returns the decoder's input: its start token, then each label but the last; padding in the place of `IGNORED`.
 
-    It needs no mask: padding is on the right, where no token that is scored looks.
+    The input needs no mask, because padding is on the right, where no scored token attends.
     """
     start = getattr(model_config, "decoder_start_token_id", None)
     if start is None:
-        raise UnsupportedModel("decoder_start_token_id: the model's config.json names none; save the model with one")
+        raise UnsupportedModel("decoder_start_token_id=None must be a number; write it into the model's config.json")
     ids = torch.where(labels == IGNORED, padding_of(model_config), labels)
     return torch.cat([torch.full_like(ids[:, :1], int(start)), ids[:, :-1]], dim=1)

@@ -1,45 +1,48 @@
-"""What a kind of task has to provide."""
+"""The protocols of a task and of its batches, and the sums that an evaluation collects."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # records are read where no model is
+    import torch
+    from torch import nn
 
-_MOST = 700.0  # whose exponential is still a number
-# One record: strings, whole numbers, lists of them; an image is uint8 (H, W, 3) or (H, W).
+_MAX_EXPONENT = 700.0  # a larger exponent would overflow a float
+# One record: fields hold strings, whole numbers, lists, or arrays; an image is uint8 (H, W, 3) or (H, W).
 Record: TypeAlias = Mapping[str, Any]
 
 
 class Batch(Protocol):
-    """Examples of which any can be taken; one row is one record, the unit that differential privacy protects."""
+    """Encoded examples; each row is one record, the unit that differential privacy protects."""
 
     def __len__(self) -> int: ...
 
     @property
     def targets(self) -> torch.Tensor:
-        """How many things each row is scored on, int64 (n,); 0 for an example without a loss."""
+        """Number of scored targets of each row, int64 (n,); 0 for an example without a loss."""
 
     def select(self, indices: Any) -> Self:
-        """Returns the rows at the indices, in that order; integers of any sequence, array or tensor, none too."""
+        """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
 
     def to(self, device: torch.device | str) -> Self:
         """Returns the examples on a device."""
 
     def within(self, model: nn.Module) -> Self:
-        """Returns the examples with those emptied on which this model would fail, so that it fails on none."""
+        """Returns the examples; each example on which this model would fail is replaced by one without a target."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over scored examples; those of parts add up to those of the whole.
+    """Sums over scored examples; the tallies of all parts add up to the tally of the whole.
 
     Attributes:
       loss: sum of the losses of all targets.
-      targets: their number.
+      targets: number of targets, >= 0.
       metrics: name -> (sum, count) of each further measure; see `means`.
     """
 
@@ -47,36 +50,36 @@ class Tally:
     targets: int
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: Tally) -> Tally:
         names = [*self.metrics, *(name for name in other.metrics if name not in self.metrics)]
         pairs = {name: (self.metrics.get(name, (0.0, 0)), other.metrics.get(name, (0.0, 0))) for name in names}
-        metrics = {name: (one[0] + two[0], one[1] + two[1]) for name, (one, two) in pairs.items()}
+        metrics = {name: (mine[0] + its[0], mine[1] + its[1]) for name, (mine, its) in pairs.items()}
         return Tally(self.loss + other.loss, self.targets + other.targets, metrics)
 
     def means(self) -> dict[str, float]:
         """Returns the value of each measure: sum / count.
 
-        Of "perplexity" it is the exponential of that. All "group/member" are one measure "group", the plain mean of its
-        members, as a class weighs as much as another in macro F1; a member that nothing was counted for is left out.
+        "perplexity" is the exponential of sum / count. All names "group/member" form one measure "group", which is the
+        plain mean of its members, since in macro F1 every class has the same weight. A member with count 0 is left out.
         """
         groups: dict[str, list[float]] = {}
         for name, (total, count) in self.metrics.items():
             values = groups.setdefault(name.partition("/")[0], [])
             values += [total / count] if count else []
-        found = {name: sum(values) / len(values) for name, values in groups.items() if values}
-        return found | {name: math.exp(min(found[name], _MOST)) for name in ("perplexity",) if name in found}
+        means = {name: sum(values) / len(values) for name, values in groups.items() if values}
+        return means | {name: math.exp(min(means[name], _MAX_EXPONENT)) for name in ("perplexity",) if name in means}
 
 
 class Task(Protocol):
-    """One kind of model with its data: how it is loaded, encoded and scored.
+    """One kind of model with its data: loads a model, encodes records, and computes losses and metrics.
 
-    A `batch` is always one that this task's own `encode` or `invented` made.
+    Every argument `batch` comes from this task's own `encode` or `dummy_batch`.
 
     Attributes:
-      name: its key in `task.tasks.TASKS`.
-      kind: the key of `emulator.rebuild.AUTO` that loads its models.
-      columns: the fields of a record that it reads and the type of each, the main one first; `object` where a name or a
-        number may stand.
+      name: key in `task.tasks.TASKS`.
+      kind: key in `task.kinds.KINDS` of the class that loads the models, or "diffusion".
+      columns: the fields of a record that the task reads, with their types, the main field first; `object` stands for a
+        name, a number or an array.
     """
 
     name: ClassVar[str]
@@ -84,7 +87,7 @@ class Task(Protocol):
     columns: ClassVar[Mapping[str, type]]
 
     def load(self, path: Path | str, *, dtype: torch.dtype) -> Any:
-        """Returns the model of a directory, frozen, in eval mode, from safetensors, without network or remote code."""
+        """Returns the model of a directory, frozen and in eval mode; safetensors only, no network, no remote code."""
 
     def load_processor(self, path: Path | str) -> Any:
         """Returns the tokenizer or image processor of a directory."""
@@ -93,31 +96,31 @@ class Task(Protocol):
         """Returns the records as examples.
 
         Args:
-          processor: of `load_processor`.
-          records: each with the fields of `columns`.
-          length: most tokens of an example.
-          split: name in `task.encode.SPLITS`; tasks whose records are examples take "truncate" only.
-          model_config: of the model; names its labels and special tokens.
+          processor: tokenizer or image processor from `load_processor`.
+          records: records with the fields of `columns`.
+          length: maximum number of tokens of an example, >= 1.
+          split: name in `task.encode.SPLITS`; a task whose records are its examples takes "truncate" only.
+          model_config: configuration of the model, with its labels and special tokens.
         """
 
     def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Returns one loss per example, float32 (B,), differentiable; no example may touch another's.
+        """Returns one loss for each example, float32 (B,), differentiable; no loss may depend on another example.
 
-        Each is the mean over that example's own targets, 0 where it has none; never the `loss` of transformers'
-        outputs, which is a mean over the whole batch.
+        A loss is the mean over the example's own targets, and 0 for an example without a target. The `loss` of
+        transformers' outputs is a mean over the whole batch, and must not be used.
         """
 
     def tally(self, model: nn.Module, batch: Any) -> Tally:
-        """Returns the sums of a batch for evaluation, without gradients."""
+        """Returns the sums of a batch for an evaluation, without gradients."""
 
     def run(self, model: nn.Module, batch: Any) -> None:
-        """Calls a model exactly once with examples, without gradients, for what its blocks do with them."""
+        """Calls a model exactly once with examples, without gradients, so that hooks see the activations."""
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> Batch:
-        """Returns two records that nobody wrote, of different size where sizes vary, to try a model on.
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> Batch:
+        """Returns two random records for a trial of a model, of different sizes where sizes vary.
 
         Args:
-          model: that will get them; must not be called.
-          length: most tokens of an example.
-          seed: of what they hold; a model that knew it could behave on them alone.
+          model: the model that will get the records; must not be called here.
+          length: maximum number of tokens of an example, >= 1.
+          seed: secret seed of the content; a model that knew the seed could behave well on these records only.
         """

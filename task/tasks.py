@@ -1,4 +1,4 @@
-"""The table of tasks."""
+"""The table of tasks by the names that configurations use."""
 
 from offsite.task.causal_lm import CausalLM
 from offsite.task.chat import Chat

@@ -1,4 +1,4 @@
-"""Token classification: one label for each word, as for named entities."""
+"""Token classification: one label for each word, for example for named entities."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,22 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from offsite.task.encode import padded
-from offsite.task.labelled import Labelled, cross_entropy, invented_inputs, token_inputs
+from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split, fault
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
 from offsite.task.tokenizer import Encoding
 
-OUTSIDE = "O"  # the label of a word that is part of nothing, in the schemes that data sets use
+OUTSIDE = "O"  # usual label of a word outside all entities
 
 
 class TokenClassification(Labelled):
-    """The task of models with a head for one label per token; a word's label is learnt at its first token."""
+    """The task of models with a head for one label of each token; a word's label is learnt at its first token."""
 
     name: ClassVar[str] = "token_classification"
     kind: ClassVar[str] = "token_classification"
-    columns: ClassVar[Mapping[str, type]] = {"words": list, "labels": list}
+    columns: ClassVar[Mapping[str, type]] = FIELDS["token_classification"]
 
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
@@ -31,15 +32,15 @@ class TokenClassification(Labelled):
 
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
-          DataError: there is no record, words and labels are not as many, or a label is none of the model's.
-          UnsupportedModel: see `task.labels.names_of`.
+          DataError: there is no record, words and labels differ in number, or a label is not a label of the model.
+          UnsupportedModel: the model has no usable labels; see `task.labels.names_of`.
         """
         check_split(split, self.name)
         words = [_words(records, index) for index in range(len(records))]
         labels = Labels(model_config).lists_of(records, "labels")
-        found = processor.worded(words, length)
-        inputs = token_inputs(found, length, model_config)
-        rows = [_at_first_tokens(one, own) for one, own in zip(found, labels, strict=True)]
+        encodings = processor.worded(words, length)
+        inputs = token_inputs(encodings, length, model_config)
+        rows = [_at_first_tokens(encoding, own) for encoding, own in zip(encodings, labels, strict=True)]
         return RowBatch(inputs, padded(rows, length, IGNORED))
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
@@ -47,9 +48,9 @@ class TokenClassification(Labelled):
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
-        """Returns loss, accuracy over all words, and F1 over the words that have or get another label than "O".
+        """Returns loss, accuracy over all words, and F1 over words with a true or predicted label other than "O".
 
-        F1 counts words, not whole entities: 2 TP / (2 TP + FP + FN), so its sums add up over batches.
+        F1 counts words and not whole entities, 2 TP / (2 TP + FP + FN), so its sums add up over batches.
         """
         with torch.no_grad():
             logits = model(**batch.inputs).logits
@@ -64,30 +65,30 @@ class TokenClassification(Labelled):
         }
         return Tally(float(cross_entropy(logits, batch.labels).double().sum()), len(truth), metrics)
 
-    def invented(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
-        """Returns two labelled records that nobody wrote; every token has a label."""
+    def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
+        """Returns two random records with a random label for every token."""
         generator = torch.Generator().manual_seed(seed)
-        inputs = invented_inputs(model, length, generator)
+        inputs = dummy_inputs(model, length, generator)
         labels = torch.randint(len(names_of(model.config)), (2, length), generator=generator)
         return RowBatch(inputs, torch.where(inputs["attention_mask"].bool(), labels, IGNORED))
 
 
 def _words(records: Sequence[Record], index: int) -> list[str]:
-    """Returns a record's words, none where they are wrong and that is forgiven."""
+    """Returns a record's words; an empty list for a faulty record in `LenientRecords`."""
     words, labels = records[index]["words"], records[index]["labels"]
     if not all(isinstance(word, str) for word in words):
-        fault(records, index, "words", "must be a list of texts; correct it")
+        fault(records, index, "words", "must be a list of texts; correct the field")
         return []
     if len(words) != len(labels):
-        fault(records, index, "labels", "must be as many as the words; correct it")
+        fault(records, index, "labels", "must be as many as the words; correct the field")
         return []
     return list(words)
 
 
-def _at_first_tokens(found: Encoding, labels: Sequence[int]) -> list[int]:
-    """Returns each token's label: a word's at its first token, else `IGNORED`."""
+def _at_first_tokens(encoding: Encoding, labels: Sequence[int]) -> list[int]:
+    """Returns the label of each token: the word's label at its first token, else `IGNORED`."""
     row, seen = [], set[int]()
-    for word in found.words:
+    for word in encoding.words:
         first = 0 <= word < len(labels) and word not in seen
         row.append(labels[word] if first else IGNORED)
         seen.add(word)

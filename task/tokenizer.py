@@ -1,9 +1,9 @@
-"""A tokenizer that works in a process of its own: what its rules do to a text ends there, also when they kill it.
+"""A tokenizer in a process of its own, so that its rules can harm only that process, even if they kill it.
 
-A package's tokenizer was written by the model's owner, who could have written it to tell some texts from others: by a
-fault, by memory without end, by a chat template, which is a program, or by the files that a tokenizer's settings name.
-So of a model's folder only tokenizer.json, the names of a few special tokens and the chat template are read, and no
-text makes a difference but in its own ids.
+The tokenizer of a package was written by the model's owner, who could use it to distinguish some texts from others: by
+a crash, by endless use of memory, by a chat template, which is a program, or by the files that a tokenizer's settings
+name. So only tokenizer.json, the names of a few special tokens and the chat template are read from a model's folder,
+and a text influences nothing but its own ids.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from typing import Any
 from offsite.errors import DataError
 
 START_SECONDS, TEXT_SECONDS, BYTES_PER_SECOND = 60.0, 10.0, 50_000
-WASTED_SECONDS = 600.0  # spent on texts that came to nothing; the rest is given up then
+WASTED_SECONDS = 600.0  # limit of the time for texts on which the tokenizer fails; later texts are then not tried
 MAX_BYTES = 1 << 28
 _PROGRAM = Path(__file__).with_name("tokenizer_process.py")
 _NONE = 0xFFFFFFFF
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that a chat template may write
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens that a chat template may write
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a tokenizer made of a text, a pair or a list of words; all of one length, none where it failed.
+    """The encoding of a text, a pair or a list of words: lists of one length, all empty where the tokenizer failed.
 
     Attributes:
-      ids: with special tokens.
-      types: of the segment, 0 or 1 as the tokenizer has it.
-      sequences: 0 or 1, which text of a pair a token is of; -1 for a special token.
-      words: index of the word; -1 for a special token.
-      starts, ends: characters of its own text, or its own word.
+      ids: token ids, including special tokens.
+      types: segment of each token, 0 or 1, as the tokenizer numbers them.
+      sequences: index of each token's text in a pair, 0 or 1; -1 for a special token.
+      words: index of each token's word; -1 for a special token.
+      starts, ends: range of each token's characters in its own text, or in its own word.
     """
 
     ids: list[int]
@@ -54,18 +54,18 @@ class Tokenizer:
     """The tokenizer of a model's folder.
 
     Args:
-      content: bytes of its tokenizer.json.
+      content: bytes of tokenizer.json.
       eos: the token that ends a text, or None.
-      template: chat template, or None.
+      template: the chat template, or None.
       special: tokens that the template may write, by their names in the settings.
 
     Attributes:
-      eos_token_id: of that token; None where there is none.
-      largest_id: of its vocabulary.
-      has_template: whether it can take conversations.
+      eos_token_id: id of the token that ends a text, or None.
+      largest_id: largest token id of the vocabulary.
+      has_template: whether the tokenizer has a chat template, and so takes conversations.
 
     Raises:
-      DataError: it is none, or a library fails on it or on its chat template.
+      DataError: the content is not a tokenizer, or a library fails on it or on the chat template.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Tokenizer:
             with _Process(self._start) as process:
                 facts = json.loads(process.facts)
         except (OSError, EOFError, ValueError) as error:
-            what = "tokenizer.json or its chat template" if template else "tokenizer.json"
-            raise DataError(f"{what} cannot be read; save it again with a fast tokenizer") from error
+            files = "tokenizer.json or its chat template" if template else "tokenizer.json"
+            raise DataError(f"{files} cannot be read; save it again with a fast tokenizer") from error
         self.eos_token_id: int | None = facts["eos"]
         self.largest_id = int(facts["largest"])
 
@@ -88,7 +88,7 @@ class Tokenizer:
         """Reads the tokenizer of a folder.
 
         Raises:
-          DataError: it has none, or one that is no fast tokenizer.
+          DataError: the folder has no tokenizer, or a tokenizer that is not a fast tokenizer.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -97,51 +97,55 @@ class Tokenizer:
                 "again with a fast tokenizer"
             )
         if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"tokenizer={folder.name!r}: tokenizer.json has over {MAX_BYTES} bytes; no tokenizer has")
+            raise DataError(
+                f"tokenizer={folder.name!r}: tokenizer.json must have at most {MAX_BYTES} bytes; copy it again"
+            )
         special = _special_tokens(folder)
         return cls(path.read_bytes(), special.get("eos_token"), _chat_template(folder), special)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns each text's ids without special tokens; none for one on which it fails, takes too long, or dies."""
+        """Returns each text's ids without special tokens; an empty list where the tokenizer fails or takes too long."""
         return self._answers([{"kind": "text", "of": text} for text in texts])
 
     def singles(self, texts: Sequence[str], length: int) -> list[Encoding]:
-        """Returns each text with special tokens, cut to a length; empty for one on which it fails."""
+        """Returns each text with special tokens, cut to a length; an empty encoding where the tokenizer fails."""
         return self._encodings("single", list(texts), length)
 
     def pairs(self, pairs: Sequence[tuple[str, str]], length: int) -> list[Encoding]:
-        """Returns each pair with special tokens, its second text cut so that both fit; empty where it fails."""
+        """Returns each pair with special tokens, the second text cut so that both fit; empty if the tokenizer fails."""
         return self._encodings("pair", [list(pair) for pair in pairs], length)
 
     def worded(self, lists: Sequence[Sequence[str]], length: int) -> list[Encoding]:
-        """Returns each list of words with special tokens, cut to a length; empty where it fails."""
+        """Returns each list of words with special tokens, cut to a length; empty where the tokenizer fails."""
         return self._encodings("words", [list(words) for words in lists], length)
 
     def chats(
         self, conversations: Sequence[Sequence[Mapping[str, str]]], length: int
     ) -> list[tuple[list[int], list[int]]]:
-        """Returns each conversation's ids through the chat template, and 1 where a token is of an answer, else 0.
+        """Returns each conversation's ids through the chat template, and 1 for each token of an answer, else 0.
 
         Raises:
           DataError: the folder has no chat template.
         """
         if not self.has_template:
             raise DataError(
-                "tokenizer: no chat template; add chat_template.jinja to the model's folder, or use the task "
+                "tokenizer has no chat template; add chat_template.jinja to the model's folder, or take the task "
                 "prompt_completion"
             )
-        asked = [{"kind": "chat", "of": [dict(one) for one in talk], "length": length} for talk in conversations]
+        asked = [
+            {"kind": "chat", "of": [dict(message) for message in talk], "length": length} for talk in conversations
+        ]
         columns = [_columns(words, 2, length) for words in self._answers(asked)]
         return [(ids, [int(flag == 1) for flag in flags]) for ids, flags in columns]
 
     def _encodings(self, kind: str, pieces: Sequence[Any], length: int) -> list[Encoding]:
-        found = self._answers([{"kind": kind, "of": piece, "length": length} for piece in pieces])
-        return [Encoding(*_columns(words, 6, length)) for words in found]
+        answers = self._answers([{"kind": kind, "of": piece, "length": length} for piece in pieces])
+        return [Encoding(*_columns(words, 6, length)) for words in answers]
 
     def _answers(self, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """Returns the numbers that come back for each request; none where it fails, takes too long, or dies."""
+        """Returns the numbers of each answer; an empty list where the process fails, takes too long, or dies."""
         with contextlib.ExitStack() as stack:
-            process, wasted, found = None, 0.0, list[list[int]]()
+            process, wasted, answers = None, 0.0, list[list[int]]()
             for request in requests:
                 began, numbers = time.monotonic(), None
                 if wasted < WASTED_SECONDS:
@@ -151,15 +155,15 @@ class Tokenizer:
                 if numbers is None:
                     stack.close()
                     process, wasted = None, wasted + time.monotonic() - began
-                found.append(numbers or [])
-        return found
+                answers.append(numbers or [])
+        return answers
 
 
 class _Process:
-    """One running tokenizer; a context manager.
+    """One running tokenizer process; a context manager.
 
     Raises:
-      OSError, EOFError: it died, or took too long.
+      OSError, EOFError: the process died, or took too long.
     """
 
     def __init__(self, start: Sequence[bytes]) -> None:
@@ -170,7 +174,7 @@ class _Process:
             [sys.executable, "-I", str(_PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a panic quotes what it was at
+            stderr=subprocess.DEVNULL,  # a panic's message quotes the text
             env={"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
             bufsize=0,
         )
@@ -195,7 +199,7 @@ class _Process:
         self._process.wait()
 
     def ask(self, request: dict[str, Any]) -> list[int]:
-        """Returns the numbers that come back for a request."""
+        """Returns the numbers that the process answers to a request."""
         content = json.dumps(request).encode()
         self._write(content)
         words = array("I", self._read(TEXT_SECONDS + len(content) / BYTES_PER_SECOND))
@@ -231,18 +235,18 @@ class _Process:
 
 
 def _columns(words: list[int], count: int, length: int) -> list[list[int]]:
-    """Returns numbers as columns, none of them where they are not `count` columns of at most `length` numbers each.
+    """Returns numbers as `count` columns of at most `length` numbers each; empty columns where the numbers do not fit.
 
-    They come from a process that runs what somebody else wrote, so nothing may follow from them but wrong tokens.
+    The numbers come from a process that runs foreign rules, so a wrong number may cause wrong tokens, but nothing else.
     """
     size, rest = divmod(len(words), count)
     if rest or size > length:
         return [[] for _ in range(count)]
-    return [[-1 if one == _NONE else one for one in words[at * size : (at + 1) * size]] for at in range(count)]
+    return [[-1 if word == _NONE else word for word in words[at * size : (at + 1) * size]] for at in range(count)]
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """Returns a JSON file of the folder, nothing where there is none."""
+    """Returns the content of a JSON file in the folder; an empty dictionary for a missing file."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -253,20 +257,20 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Returns the special tokens that the settings name; of these but the chat template nothing else is looked at."""
-    found: dict[str, str] = {}
+    """Returns the special tokens that the settings name; apart from the chat template, no other setting is read."""
+    tokens: dict[str, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = _settings(folder, name)
         for kind in _SPECIAL:
             token = settings.get(kind)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
-                found.setdefault(kind, token)
-    return found
+                tokens.setdefault(kind, token)
+    return tokens
 
 
 def _chat_template(folder: Path) -> str | None:
-    """Returns the chat template of a folder, as transformers keeps it."""
+    """Returns the chat template of a folder, from the files in which transformers stores it, or None."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

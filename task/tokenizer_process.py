@@ -1,10 +1,10 @@
-"""The process in which a tokenizer works; `task.tokenizer` starts it, by this file's path and without the rest of us.
+"""The program of a tokenizer's process; `task.tokenizer` starts this file by its path, without the rest of the package.
 
-In come frames of four bytes' length and content: tokenizer.json, the end-of-text token, the chat template with its
-tokens as JSON, then one request after the other, JSON. Out comes one frame for each but the first two: facts as JSON,
-then what a request asks for, little-endian uint32. A template is a program of the model's owner: it is compiled in
-jinja's sandbox, and before the first record comes this process has given up its right to open files and sockets, to
-write to files and to start others.
+Input is a sequence of frames, each four bytes of length and then the content: tokenizer.json, the end-of-text token,
+the chat template with its tokens as JSON, and then JSON requests. Output is one frame for the first three together,
+with facts as JSON, and one frame for each request, with little-endian uint32. A template is a program by the model's
+owner: it is compiled in jinja's sandbox, and before the first record arrives this process gives up its rights to open
+files and sockets, to write to files and to start other processes.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 MEMORY = 4 << 30
-IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more of a text; one that does is given nothing for it
+IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more ids from a text; a longer result is dropped
 NONE = 0xFFFFFFFF
-OPEN_FILES = 3  # standard input, output and error, which are open
+OPEN_FILES = 3  # standard input, output and error, which are already open
 Render = Callable[..., str]
 
 
 def read() -> bytes | None:
-    """Returns the next frame, None at the end."""
+    """Returns the content of the next frame, or None at the end of the input."""
     head = sys.stdin.buffer.read(4)
     return sys.stdin.buffer.read(struct.unpack("<I", head)[0]) if len(head) == 4 else None
 
 
 def write(content: bytes) -> None:
-    """Writes a frame."""
+    """Writes one frame."""
     sys.stdout.buffer.write(struct.pack("<I", len(content)) + content)
     sys.stdout.buffer.flush()
 
 
 def packed(*columns: Iterable[int]) -> bytes:
-    """Returns columns of numbers one behind the other."""
+    """Returns columns of numbers one after the other, as little-endian uint32."""
     words = array("I", [number for column in columns for number in column])
     if sys.byteorder == "big":
         words.byteswap()
@@ -47,32 +47,33 @@ def plain(tokenizer: Any, request: Any) -> bytes:
     """Returns the ids of a text, without special tokens."""
     text = request["of"]
     tokenizer.no_truncation()
-    found = tokenizer.encode(text, add_special_tokens=False).ids
-    most = IDS_PER_BYTE * len(text.encode("utf-8", "surrogatepass")) + SPARE_IDS
-    return packed(found if len(found) <= most else [])
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    limit = IDS_PER_BYTE * len(text.encode("utf-8", "surrogatepass")) + SPARE_IDS
+    return packed(ids if len(ids) <= limit else [])
 
 
 def full(tokenizer: Any, request: Any) -> bytes:
     """Returns six columns of a text, a pair of texts or a list of words, with special tokens, cut to a length."""
     of, kind = request["of"], request["kind"]
     tokenizer.enable_truncation(request["length"], strategy="only_second" if kind == "pair" else "longest_first")
-    found = tokenizer.encode(*of) if kind == "pair" else tokenizer.encode(of, is_pretokenized=kind == "words")
+    encoding = tokenizer.encode(*of) if kind == "pair" else tokenizer.encode(of, is_pretokenized=kind == "words")
     return packed(
-        found.ids,
-        found.type_ids,
-        (NONE if one is None else one for one in found.sequence_ids),
-        (NONE if one is None else one for one in found.word_ids),
-        (start for start, _ in found.offsets),
-        (end for _, end in found.offsets),
+        encoding.ids,
+        encoding.type_ids,
+        (NONE if number is None else number for number in encoding.sequence_ids),
+        (NONE if number is None else number for number in encoding.word_ids),
+        (start for start, _ in encoding.offsets),
+        (end for _, end in encoding.offsets),
     )
 
 
 def chat(tokenizer: Any, request: Any, render: Render) -> bytes:
-    """Returns two columns of a conversation: ids, and 1 on the tokens that lie in an answer of the assistant.
+    """Returns two columns of a conversation: ids, and 1 for each token inside an answer of the assistant, else 0.
 
-    Where an answer stands follows from the template alone: behind what it makes of the messages before it with the
-    prompt for an answer, up to what it makes of them and the answer. An answer of which that is no beginning of the
-    whole (as where a template strips earlier thoughts) is no target.
+    The place of an answer follows from the template alone. The answer begins at the end of the rendered earlier
+    messages with the prompt for an answer, and ends at the end of the rendered messages up to and including the answer.
+    If one of these two texts is not a prefix of the next, or of the whole conversation (for example because a template
+    strips earlier thoughts), the answer is not a target.
     """
     messages, length = request["of"], request["length"]
     whole, spans = render(messages), []
@@ -82,21 +83,21 @@ def chat(tokenizer: Any, request: Any, render: Render) -> bytes:
             if until.startswith(before) and whole.startswith(until):
                 spans.append((len(before), len(until)))
     tokenizer.no_truncation()
-    found = tokenizer.encode(whole, add_special_tokens=False)
-    kept = found.offsets[:length]
+    encoding = tokenizer.encode(whole, add_special_tokens=False)
+    kept = encoding.offsets[:length]
     return packed(
-        found.ids[:length],
+        encoding.ids[:length],
         (int(any(first <= start < end <= last for first, last in spans)) for start, end in kept),
     )
 
 
 def renderer(settings: dict[str, Any]) -> Render:
-    """Returns a chat template as a function of messages; raises whatever jinja raises."""
+    """Returns a chat template as a function from messages to text; raises any error of jinja."""
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as jinja wants it
+        tags = {"generation"}  # noqa: RUF012 - jinja needs a set here
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
@@ -118,7 +119,7 @@ def renderer(settings: dict[str, Any]) -> Render:
 
 
 def limit(memory: int) -> None:
-    """Gives up what no tokenizer needs; a limit that is lower already stays."""
+    """Gives up rights that no tokenizer needs; a limit that is already lower stays."""
     for name, most in (
         ("RLIMIT_AS", memory),
         ("RLIMIT_NOFILE", OPEN_FILES),
@@ -133,7 +134,7 @@ def limit(memory: int) -> None:
 
 
 def main() -> None:
-    """Serves one parent until it hangs up."""
+    """Serves one parent process until it closes the pipe."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
@@ -146,7 +147,7 @@ def main() -> None:
     settings = json.loads(read() or b"null")
     render = renderer(settings) if settings else None
     with contextlib.suppress(BaseException):
-        tokenizer.encode(["a"], is_pretokenized=True)  # the library starts its thread now, or never
+        tokenizer.encode(["a"], is_pretokenized=True)  # the library must start its thread before `limit` forbids it
     limit(MEMORY)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     write(json.dumps({"eos": tokenizer.token_to_id(eos) if eos else None, "largest": largest}).encode())

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.schedule import PROCESSES, Files
+
 WORDS = [f"w{i}" for i in range(60)]
 OWNERS = ("ash", "birch", "cedar", "elm")
 FED = """
@@ -109,19 +111,16 @@ def make_world(folder: Path) -> Path:
     return folder / "fed.toml"
 
 
-MANY = ("tests/faults/", "tests/deploy/")  # of tests that start many processes and wait for them
-
-
-class Files(LoadScopeScheduling):
-    """Keeps a file's tests on one worker, and those of many processes on one, so that two federations never race."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "many" if nodeid.startswith(MANY) else nodeid.partition("::")[0]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that run whole federations as processes, by where they stand."""
+    for item in items:
+        if item.nodeid.startswith(PROCESSES):
+            item.add_marker(pytest.mark.processes)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Tells the workers of `make test` who takes which tests."""
+    """Says which worker of `make test` takes which tests."""
     return Files(config, log)
 
 

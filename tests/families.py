@@ -1,4 +1,4 @@
-"""Tiny models of six families, and what tests need to run an adapter on each of them."""
+"""Tiny models of six families, with inputs, logits and losses for tests of adapters."""
 
 import torch
 from transformers import (
@@ -24,9 +24,11 @@ MASK = torch.ones_like(IDS)
 MASK[1, 5:] = 0  # a short text among full ones
 LABELS = torch.tensor([0, 2, 1])
 TOWERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer", "vit": "vit.layers"}
-FEW = {"clip": "vision_model.encoder.layers", "pixart": "transformer_blocks"}  # for a few methods
-PROMPTS = torch.tensor([[96, 5, 1, 1], [96, 7, 9, 1], [96, 3, 1, 1], [96, 8, 8, 1]])  # of classes, the same for all
-# Noisy images, each told by a text of up to four words and by an image of up to three tokens behind it.
+FEW = {"clip": "vision_model.encoder.layers", "pixart": "transformer_blocks"}  # families for a few methods
+PROMPTS = torch.tensor(
+    [[96, 5, 1, 1], [96, 7, 9, 1], [96, 3, 1, 1], [96, 8, 8, 1]]
+)  # prompts of classes, the same for all images
+# Noisy images, each with a text of up to four words, followed by an image of up to three tokens.
 NOISED = {
     "hidden_states": torch.linspace(-1, 1, 3 * 4 * 8 * 8).reshape(3, 4, 8, 8).sin(),
     "timestep": torch.tensor([3, 500, 900]),
@@ -34,7 +36,7 @@ NOISED = {
     "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, -1, -1, -1], [1, 0, 0, 0, -1, 0, 0], [1, 1, 0, 0, -1, -1, 0]]),
 }
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-LOUD = {"initializer_range": 0.3}  # behind a classifier as narrow as these, a change would hardly be heard
+LOUD = {"initializer_range": 0.3}  # with smaller weights a change would hardly show after so narrow a classifier
 
 
 def _plain(family):
@@ -61,7 +63,7 @@ def _plain(family):
 
 
 def tiny(family, dtype=torch.float32):
-    """Returns a tiny model of a family, the same every time, none of its vectors at its trivial initial value."""
+    """Returns a tiny model of a family, the same every time, with no vector at its trivial initial value."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = _plain(family)
@@ -79,7 +81,7 @@ def spec_for(method, family, seed=11, **changes):
 
 
 def attach_any(model, spec):
-    """Attaches any method's adapter; what it takes as given is invented, the same every time."""
+    """Attaches the adapter of any method, with dummy auxiliary tensors that are the same every time."""
     return attach(model, spec, dummy_tensors(model, spec))
 
 
@@ -100,7 +102,7 @@ def logits(model, family):
 
 
 def scores(output):
-    """Returns the logits of a model's output, of CLIP those of each image over the prompts, of PixArt what it says."""
+    """Returns the logits of a model's output; for CLIP those of images over prompts, for PixArt the prediction."""
     if "sample" in output:
         return output.sample.flatten(1)
     return output.logits_per_image if "logits_per_image" in output else output.logits

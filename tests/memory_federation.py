@@ -1,4 +1,4 @@
-"""A federation in one process: a delivered job, and real sites with ledger, policy, audit log and mailbox behind it."""
+"""A federation in one process: a delivered job, and real sites with ledger, policy, audit log and signed endpoint."""
 
 import shutil
 import time
@@ -11,30 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from offsite.cli.display import PlainDisplay
 from offsite.client.home.audit import Audit
+from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
 from offsite.client.home.policy import Policy, permit
+from offsite.client.home.settings import SiteSettings
 from offsite.client.network.message_endpoint import SignedEndpoint
-from offsite.client.service.job_loading import Means
-from offsite.client.service.stage_handler import StageHandler, Standing
+from offsite.client.service.site_runtime import SiteRuntime
+from offsite.client.service.stage_handler import StageHandler
 from offsite.client.site.release_log import LedgerReleaseLog
 from offsite.client.site.round_handler import Site
+from offsite.client.site.site_randomness import SiteRandomness
 from offsite.client.training.emulator_session import EmulatorSession
+from offsite.client.training.local_update import SiteJob
 from offsite.client.training.privacy_plan import plan_for
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.network.package_delivery import Delivery, deliver_all
 from offsite.coordinator.rounds.exchange import MemoryExchange
 from offsite.privacy.ledger import Ledger
-from offsite.privacy.randomness import Randomness
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import sign_job
 from offsite.secagg.journal import FileJournal
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job
 from offsite.trust.federation_manifest import FederationManifest, FederationMember, sign
 from offsite.trust.identity import Identity
+from offsite.trust.keys import SiteKeys
 from offsite.trust.sealing import SealingKey
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -120,9 +122,9 @@ def make_world(fed: Path, folder: Path) -> World:
     """Builds the tiny world's emulator, its job, and the encrypted package."""
     settings, sha256 = read_config(fed)
     run = Run.create(settings, sha256, folder / "run")
-    manifest = _job(run, PlainDisplay()).manifest
-    names = [site for site, _ in manifest.roster]
-    identities = {name: Identity.from_bytes((run.store.site(name) / "identity.key").read_bytes()) for name in names}
+    manifest = run.open_job().manifest
+    names = list(manifest.sites)
+    identities = {name: Identity.from_bytes((run.site_folder(name) / "identity.key").read_bytes()) for name in names}
     sealing, coordinator = {name: SealingKey.generate(1) for name in names}, Identity.generate()
     federation = federation_of(
         identities,
@@ -153,12 +155,44 @@ def policy_for(folder: Path, **changed: Any) -> Policy:
     return replace(permitted, **({"delta_cap": 1e-2} | changed))
 
 
+class WorldHome(SiteHome):
+    """A site's folder whose keys and federation are a world's, in the place of files."""
+
+    def __init__(self, world: World, name: str, folder: Path) -> None:
+        super().__init__(folder, SiteSettings(name, "data.csv", dataset=DATASET))
+        self._world = world
+
+    @property
+    def keys(self) -> SiteKeys:
+        world, name = self._world, self.settings.name
+        unused = self.folder / "unused.key"
+        return SiteKeys(world.identities[name], world.sealing[name], unused, unused)
+
+    def federation(self) -> FederationManifest:
+        return self._world.federation
+
+    def sign(self) -> bytes:
+        return self._world.signatures[self.settings.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldRuntime(SiteRuntime):
+    """An open site without a network, a disk that fills up or a package to load; a test may put in steps of its own."""
+
+    fetch: Callable[..., Path]
+    open_session: Callable[..., EmulatorSession]
+    open_site: Callable[..., Site]
+
+    def check_policy(self, manifest: JobManifest, package_bytes: int) -> None:
+        permit(self.policy, manifest, site=self.name, now=self.clock(), free_disk=2**40, package_bytes=package_bytes)
+
+
 @dataclass
 class RunningSite:
     """One site from its folder; made again with the same folder, it is the site after a restart.
 
     Attributes:
-      accountant: of the ledger; `rdp` is the quick one.
+      accountant: accountant of the ledger; `rdp` is quick.
       opened: manifests that this site was opened for.
       package: folder of a package that is already here, instead of fetching it from the depot.
     """
@@ -188,28 +222,21 @@ class RunningSite:
         if self.package is not None and not (packages / emulator).exists():
             packages.mkdir()
             (packages / emulator).symlink_to(self.package)
-        sealing, fetch = self.world.sealing[self.name], self.fetch or self._fetch
         session = self.world.sessions[self.name]
-        means = Means(self.name, packages, sealing, fetch, lambda manifest, package: session, self._open)
-        self.refused: list[str] = []
-        self.service = StageHandler(
-            Standing(
-                name=self.name,
-                folder=self.folder,
-                dataset=DATASET,
-                federation=self.world.federation,
-                signature=self.world.signatures[self.name],
-                coordinator=self.world.coordinator.public,
-                policy=self.rules,
-                jobs=self.jobs,
-                ledger=self.ledger,
-                audit=self.audit,
-                means=means,
-                permit=self._permit,
-                clock=lambda: NOW,
-            )
+        runtime = WorldRuntime(
+            home=WorldHome(self.world, self.name, self.folder),
+            policy=self.rules,
+            audit=self.audit,
+            ledger=self.ledger,
+            jobs=self.jobs,
+            clock=lambda: NOW,
+            fetch=self.fetch or self._fetch,
+            open_session=lambda manifest, package: session,
+            open_site=self._open,
         )
-        self.mailbox = SignedEndpoint(
+        self.refused: list[str] = []
+        self.service = StageHandler(runtime)
+        self.endpoint = SignedEndpoint(
             self.name,
             self.world.identities[self.name],
             coordinator=self.world.coordinator.public,
@@ -218,6 +245,10 @@ class RunningSite:
             handle=self.service.handle,
             on_refused=self.refused.append,
         )
+
+    def change(self, **changed: Any) -> None:
+        """Changes the runtime: a step of its own, or another clock."""
+        self.service._runtime = replace(self.service._runtime, **changed)
 
     def ask(self, stage: str, message: codec.Message) -> codec.Message:
         """The answer to a stage, without a letter around it."""
@@ -234,9 +265,6 @@ class RunningSite:
             time.sleep(0.01)
         raise AssertionError("the site did not become ready")
 
-    def _permit(self, manifest: JobManifest, package_bytes: int) -> None:
-        permit(self.rules, manifest, site=self.name, now=NOW, free_disk=2**40, package_bytes=package_bytes)
-
     def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
         shutil.copyfile(self.world.depot / digest, target)
         on_bytes(size)
@@ -248,17 +276,12 @@ class RunningSite:
         setting = next(site for site in world.run.config.sites if site.name == name)
         examples = world.run.examples(setting.train, manifest, world.session)
         return Site(
-            name,
-            manifest=manifest,
-            session=session,
-            examples=examples,
-            plan=plan_for(manifest, len(examples)),
+            SiteJob(name, manifest, session, examples, plan_for(manifest, len(examples))),
             identity=world.identities[name],
             journal=FileJournal(self.folder / "journal.jsonl"),
-            books=LedgerReleaseLog(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
-            record=self.folder / "rounds.jsonl",
-            noise=lambda training: Randomness.for_simulation(1, "noise", name, training),
-            rounding=lambda training: Randomness.for_simulation(1, "rounding", name, training).uniform,
+            release_log=LedgerReleaseLog(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
+            training_log=self.folder / "rounds.jsonl",
+            randomness=SiteRandomness(name, 1),
         )
 
 
@@ -271,5 +294,5 @@ def open_sites(world: World, folder: Path) -> dict[str, RunningSite]:
 
 
 def letters_to(sites: dict[str, RunningSite]) -> MemoryExchange:
-    """Carries letters to the sites' mailboxes."""
-    return MemoryExchange({name: site.mailbox.answer for name, site in sites.items()})
+    """Carries letters to the sites' endpoints."""
+    return MemoryExchange({name: site.endpoint.answer for name, site in sites.items()})

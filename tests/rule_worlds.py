@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from offsite.client.training.emulator_session import EmulatorSession, open_session
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.client.training.privacy_plan import SitePlan
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.privacy.randomness import Randomness
@@ -44,7 +44,7 @@ def examples_of(run: Run, site: str, manifest: JobManifest, session: EmulatorSes
 
 
 def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
-    """The workbench of ash with its frozen weights in a form, and the update it trains there with one same noise."""
+    """The session of ash with its frozen weights in a form, and the update of its training with one same noise."""
     manifest = world.manifest
     session = open_session(
         world.run.store.package_of(""),
@@ -54,15 +54,9 @@ def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
         seed=3,
         weights=weights,
     )
-    found = local_update(
-        session,
-        world.start,
-        examples_of(world.run, "ash", manifest, session),
-        manifest=manifest,
-        plan=world.run.site("ash", manifest, session).plan,
-        randomness=Randomness.for_simulation(1, "weights"),
-    )
-    return session, found.update
+    examples, plan = examples_of(world.run, "ash", manifest, session), world.run.site("ash", manifest, session).plan
+    job = SiteJob("ash", manifest, session, examples, plan)
+    return session, local_update(job, world.start, randomness=Randomness.for_simulation(1, "weights")).update
 
 
 def mask_of(session: EmulatorSession, trains: dict[str, slice]) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""For every task: tiny random models of several families, a processor, and records of which something can be learnt.
+"""Tiny random models of several families for every task, with a processor and records that can be learnt.
 
-Records of even seeds and of odd ones are two dialects of one thing: what is learnt of one is not enough for the other.
+Records of even seeds and of odd seeds are two dialects: a model that learnt one dialect still has to learn the other.
 """
 
 import io
@@ -44,15 +44,15 @@ class Sample:
 
     Attributes:
       task: key in `task.tasks.TASKS`.
-      family: of the model.
-      make: a new random model.
-      save_processor: writes tokenizer or image processor into the model's folder.
-      records: (count, seed) -> records with the fields of the task, of varied size where sizes vary.
+      family: family of the model.
+      make: function that returns a new random model.
+      save_processor: function that writes a tokenizer or an image processor into the model's folder.
+      records: (count, seed) -> records with the fields of the task, of different sizes where sizes vary.
       length: tokens of an example.
-      targets: layers for adapters in its blocks.
-      suffix: of the data files that hold such records.
-      reader: key in `client.data.READERS`; empty goes by the suffix.
-      dialects: whether records of even and of odd seeds differ, so that a model may be taught one to learn the other.
+      targets: layers for adapters in the model's blocks.
+      suffix: suffix of the data files with such records.
+      reader: key in `task.readers.tables.READERS`; empty to choose by the suffix.
+      dialects: whether records of even and of odd seeds differ, so that a model can first be taught one dialect.
     """
 
     task: str
@@ -70,11 +70,11 @@ class Sample:
         return f"{self.task}-{self.family}"
 
     def save(self, folder: Path, seed: int = 0) -> Path:
-        """Writes model and processor."""
+        """Writes model and processor, and returns the folder."""
         with seeded(seed):
             model = self.make()
             with torch.no_grad():
-                for parameter in model.parameters():  # away from heads of nothing
+                for parameter in model.parameters():  # away from heads that are all 0
                     parameter.add_(0.05 * torch.randn(parameter.shape))
         model.save_pretrained(folder)
         self.save_processor(folder)
@@ -89,7 +89,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def words_tokenizer(single: str = "", pair: str = "", template: str | None = None) -> Callable[[Path], None]:
-    """Returns what writes a tokenizer with one token for each word."""
+    """Returns a function that writes a tokenizer with one token for each word."""
 
     def save(folder: Path) -> None:
         vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS, *ROLES])}
@@ -120,19 +120,19 @@ def _few(seed: int) -> list[str]:
 
 
 def texts(count: int, seed: int) -> Records:
-    """Texts of few of the words."""
+    """Returns texts from a small set of words."""
     dice, words = draw(seed), _few(seed)
     return [{"text": _sentence(dice, words, 14)} for _ in range(count)]
 
 
 def completions(count: int, seed: int) -> Records:
-    """Any question, answered in few words."""
+    """Returns questions from all words, with answers from a small set of words."""
     dice, words = draw(seed), _few(seed)
     return [{"prompt": _sentence(dice, WORDS, 7), "completion": _sentence(dice, words, 7)} for _ in range(count)]
 
 
 def talks(count: int, seed: int) -> Records:
-    """The same, as conversations of one or two rounds."""
+    """Returns `completions` as conversations of one or two rounds."""
     dice, found = draw(seed), []
     for _ in range(count):
         rounds = [completions(1, 2 * dice.randrange(10**6) + seed % 2)[0] for _ in range(dice.randint(1, 2))]
@@ -149,7 +149,7 @@ def talks(count: int, seed: int) -> Records:
 
 
 def labelled(count: int, seed: int) -> Records:
-    """Texts whose class chooses their words; some labels are given as numbers."""
+    """Returns texts whose words depend on their class; some labels are numbers."""
     dice, found = draw(seed), []
     for _ in range(count):
         label = dice.choice([0, 1, 1, 2])
@@ -160,7 +160,7 @@ def labelled(count: int, seed: int) -> Records:
 
 
 def tagged(count: int, seed: int) -> Records:
-    """Words whose tags follow from them."""
+    """Returns words whose tags follow from the words."""
     dice, found = draw(seed), []
     for _ in range(count):
         numbers = [2 * dice.randrange(30) + seed % 2 for _ in range(dice.randint(3, 12))]
@@ -170,7 +170,7 @@ def tagged(count: int, seed: int) -> Records:
 
 
 def answered(count: int, seed: int) -> Records:
-    """Contexts in which the answer are the words of a small set; the question names one of them."""
+    """Returns contexts whose answer consists of words from a small set; the question names one of these words."""
     dice, found = draw(seed), []
     for _ in range(count):
         before, after = (_sentence(dice, WORDS[:40], 4) for _ in range(2))
@@ -187,7 +187,7 @@ def answered(count: int, seed: int) -> Records:
 
 
 def translated(count: int, seed: int) -> Records:
-    """Sources and what they become: the same number of other words, from a small set."""
+    """Returns sources with targets: as many other words, from a small set."""
     dice, found = draw(seed), []
     for _ in range(count):
         numbers = [2 * dice.randrange(10) + seed % 2 for _ in range(dice.randint(2, 8))]
@@ -211,7 +211,7 @@ def _gpt2() -> Any:
 
 
 def _gemma2() -> Any:
-    """Caps its logits after the head."""
+    """Returns a model that caps its logits after the head."""
     sizes = {**ENCODER, "num_hidden_layers": 2, "head_dim": 8, "num_key_value_heads": 2}
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**sizes, vocab_size=VOCABULARY, **IDS))
 
@@ -228,7 +228,7 @@ def _named(names: dict[int, str]) -> dict[str, Any]:
 
 
 def _roberta() -> Any:
-    """Counts its positions from the padding token, and knows no segments."""
+    """Returns a model that counts positions from the padding token, and has no segments."""
     config = hf.RobertaConfig(**ENCODER, **PLAIN, vocab_size=VOCABULARY, **IDS, type_vocab_size=1, **_named(LABELS))
     return hf.RobertaForSequenceClassification(config)
 
@@ -303,7 +303,7 @@ def first_of(task: str) -> Sample:
 
 
 def write_records(records: Records, path: Path) -> None:
-    """Writes records into a data file by its suffix; images are encoded, ragged arrays padded."""
+    """Writes records into a data file by its suffix; images are encoded, and ragged arrays are padded."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     elif path.suffix == ".parquet":

@@ -13,19 +13,25 @@ MAX_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _LINE, _LINES = re.compile(r"[ -~]*"), re.compile(r"[ -~\n]*")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
-_RESERVED = ("coordinator",)  # the other party's name in every letter
+_RESERVED = ("coordinator",)  # the other party's name in every signed message
 
 
 def dump(content: dict[str, Any]) -> bytes:
-    """Returns the one encoding: keys sorted, no spaces, ASCII, no NaN."""
+    """Returns the canonical encoding of an object: keys sorted, no spaces, ASCII, no NaN."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def load(data: bytes, what: str, keys: Iterable[str], *, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """Reads an object that has exactly these keys and stands in its one encoding.
+    """Reads an object that has exactly these keys and stands in its canonical encoding.
+
+    Args:
+      data: the encoded object, ASCII bytes.
+      what: noun for the object in error messages.
+      keys: names of all fields.
+      limit: longest `data` that is read, bytes.
 
     Raises:
-      MalformedMessage: too long, not JSON, other keys, or another encoding of the same value.
+      MalformedMessage: the bytes are too long, no JSON, an object with other keys, or another encoding of the object.
     """
     if len(data) > limit:
         raise MalformedMessage(f"{what} has {len(data)} bytes; at most {limit} are read; ask for it again")
@@ -42,12 +48,16 @@ def load(data: bytes, what: str, keys: Iterable[str], *, limit: int = MAX_BYTES)
 
 
 def text(value: object, what: str, *, limit: int = 1 << 16, lines: bool = False) -> str:
-    """Returns a text of at most `limit` printable ASCII characters, which a terminal shows as they are.
+    """Returns a text of printable ASCII characters, which a terminal shows as they are.
 
-    With `lines` it may have several.
+    Args:
+      value: the field as it was read.
+      what: noun for the field in error messages.
+      limit: most characters.
+      lines: whether line breaks are allowed.
 
     Raises:
-      MalformedMessage: it is not one.
+      MalformedMessage: the value is no such text.
     """
     if not isinstance(value, str) or len(value) > limit or not (_LINES if lines else _LINE).fullmatch(value):
         _refuse(what, f"a printable ASCII text of at most {limit} characters")
@@ -55,10 +65,15 @@ def text(value: object, what: str, *, limit: int = 1 << 16, lines: bool = False)
 
 
 def hexadecimal(value: object, what: str, *, size: int | None = None) -> str:
-    """Returns lower-case hexadecimal digits; of `size` bytes, where that is given.
+    """Returns lower-case hexadecimal digits.
+
+    Args:
+      value: the field as it was read.
+      what: noun for the field in error messages.
+      size: number of bytes that the digits stand for; None allows any.
 
     Raises:
-      MalformedMessage: it is something else.
+      MalformedMessage: the value is something else.
     """
     if not isinstance(value, str) or not _HEX.fullmatch(value) or (size is not None and len(value) != 2 * size):
         _refuse(what, "lower-case hexadecimal" + (f" of {size} bytes" if size is not None else ""))
@@ -69,7 +84,7 @@ def whole(value: object, what: str, *, lowest: int, highest: int) -> int:
     """Returns a whole number in [lowest, highest].
 
     Raises:
-      MalformedMessage: it is something else.
+      MalformedMessage: the value is something else.
     """
     if type(value) is not int or not lowest <= value <= highest:
         _refuse(what, f"a whole number from {lowest} to {highest}")
@@ -80,7 +95,7 @@ def positive(value: object, what: str) -> float:
     """Returns a finite number above 0.
 
     Raises:
-      MalformedMessage: it is something else.
+      MalformedMessage: the value is something else.
     """
     if type(value) is not float or not (math.isfinite(value) and value > 0):
         _refuse(what, "a finite number above 0")
@@ -88,10 +103,10 @@ def positive(value: object, what: str) -> float:
 
 
 def check_name(name: object, what: str) -> str:
-    """Returns a name that can stand in a path, a certificate and a letter.
+    """Returns a name that can stand in a path, a certificate and a signed message.
 
     Raises:
-      ConfigError: it cannot.
+      ConfigError: the name cannot.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
         raise ConfigError(
@@ -116,7 +131,7 @@ def moment(value: object, what: str) -> datetime:
     """Returns the moment that `stamp` wrote.
 
     Raises:
-      MalformedMessage: `stamp` did not write this.
+      MalformedMessage: `stamp` does not write such a value.
     """
     try:
         read = datetime.strptime(str(value), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)

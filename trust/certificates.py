@@ -1,6 +1,6 @@
-"""Certificates: the coordinator's own authority, its server, and one for each site, by request; all P-256.
+"""Certificates of the coordinator's own authority, of its server and, by request, of each site; all on P-256.
 
-TLS keeps strangers out; who said what is proved by Ed25519 signatures, never by a certificate.
+TLS keeps strangers out. Who wrote a message is proved by its Ed25519 signature and never by a certificate.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _FAILURES = (
 
 
 class Authority:
-    """The coordinator's certificate authority: a certificate that all pin, and a key that does not show itself."""
+    """The coordinator's certificate authority: a certificate that all sites pin, and a key that `repr` hides."""
 
     __slots__ = ("_key", "certificate")
 
@@ -66,10 +66,10 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def read_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """Returns the P-256 private key of a PEM.
+    """Returns the P-256 private key of a PEM file's bytes.
 
     Raises:
-      Untrusted: it is not one.
+      Untrusted: the bytes are no P-256 private key.
     """
     try:
         key = load_pem_private_key(pem, None)
@@ -103,7 +103,9 @@ def make_request(key: bytes, site: str) -> bytes:
 
 
 def issue_client(ca: Authority, csr_pem: bytes, site: str, *, now: datetime, days: int = DAYS) -> bytes:
-    """Returns a site's certificate, for client authentication only; of the request only name and key are taken.
+    """Returns a site's certificate, valid for client authentication only.
+
+    Only the name and the key are taken from the request.
 
     Raises:
       Untrusted: see `request_key`.
@@ -115,7 +117,7 @@ def request_key(csr_pem: bytes, site: str) -> ec.EllipticCurvePublicKey:
     """Returns the public key of a certificate request.
 
     Raises:
-      Untrusted: not signed by its own key, for another name, or not a P-256 key.
+      Untrusted: the request does not parse, is not signed by its own key, names another site, or has no P-256 key.
     """
     try:
         request = x509.load_pem_x509_csr(csr_pem)
@@ -138,7 +140,7 @@ def certificate_key(pem: bytes) -> str:
     """Returns the `key_digest` of a certificate's public key.
 
     Raises:
-      Untrusted: not a certificate, or not of an elliptic-curve key.
+      Untrusted: the bytes are no certificate, or the certificate's key is not on an elliptic curve.
     """
     key = read_certificate(pem, "certificate").public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -150,7 +152,7 @@ def read_certificate(pem: bytes, what: str) -> x509.Certificate:
     """Returns a certificate from PEM.
 
     Raises:
-      Untrusted: it does not parse.
+      Untrusted: the bytes do not parse.
     """
     try:
         return x509.load_pem_x509_certificate(pem)
@@ -162,7 +164,7 @@ def check_issued(pem: bytes, ca: bytes, what: str) -> None:
     """Checks that the authority signed a certificate.
 
     Raises:
-      Untrusted: it did not.
+      Untrusted: another authority signed the certificate, or nobody did.
     """
     try:
         read_certificate(pem, what).verify_directly_issued_by(read_certificate(ca, "authority"))
@@ -174,10 +176,10 @@ def check_valid(pem: bytes, now: datetime, what: str) -> int:
     """Checks a certificate's dates.
 
     Returns:
-      Days left; at `WARN_DAYS` and below, tell the person at the terminal.
+      Whole days left; at `WARN_DAYS` and below, warn the person at the terminal.
 
     Raises:
-      Untrusted: expired or not yet valid; the message names both dates.
+      Untrusted: the certificate is expired or not yet valid; the message names both dates.
     """
     certificate = read_certificate(pem, what)
     return check_dates(certificate.not_valid_before_utc, certificate.not_valid_after_utc, now, what)
@@ -195,7 +197,7 @@ def check_dates(since: datetime, until: datetime, now: datetime, what: str) -> i
 
 
 def fingerprint(data: bytes) -> str:
-    """Returns what two people compare over the telephone: SHA-256 as 16 groups of 4 hexadecimal digits."""
+    """Returns the SHA-256 of some bytes as 16 groups of 4 hexadecimal digits, which two people compare by telephone."""
     digits = hashlib.sha256(data).hexdigest()
     return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 

@@ -1,4 +1,4 @@
-"""A log that only grows: each entry carries the hash of the one before, and is on disk before it counts."""
+"""An append-only log: each entry carries the hash of the entry before, and is on disk before it counts."""
 
 import errno
 import fcntl
@@ -24,12 +24,12 @@ class Link:
     """One entry.
 
     Attributes:
-      number: from 1.
+      number: place in the log, from 1.
       previous: digest of the entry before, hexadecimal; zeros for the first.
-      time: ISO 8601, UTC, as the writer's clock had it.
-      kind: what it is about.
+      time: the writer's clock, ISO 8601, UTC.
+      kind: name of the event.
       fields: plain JSON values.
-      digest: SHA-256 over all of the above and the log's label, hexadecimal.
+      digest: SHA-256 over the log's label and every field above, hexadecimal.
     """
 
     number: int
@@ -42,7 +42,14 @@ class Link:
 
 @dataclass(frozen=True)
 class _Tail:
-    """Where the next entry goes: entries so far, digest of the last, bytes they take, and whether a newline is due."""
+    """Where the next entry goes.
+
+    Attributes:
+      number: entries so far.
+      digest: digest of the last entry, hexadecimal.
+      end: bytes that the entries take.
+      open: whether the last entry still lacks its newline.
+    """
 
     number: int
     digest: str
@@ -53,21 +60,21 @@ class _Tail:
 class Chain:
     """A hash-chained file of JSON lines.
 
-    A line that a crash cut off was never acted upon: it does not count, and the next append removes it. One that lacks
-    nothing but its newline does count, since too much on record is the safe side. Changing, removing or inserting an
-    entry breaks every later hash; cutting entries off the end is seen only against a head that somebody else keeps.
+    A line that a crash cut off was never acted upon: it does not count, and the next append removes it. A line that
+    lacks nothing but its newline does count, since too much on record is the safe side. Changing, removing or inserting
+    an entry breaks every later hash. Cutting entries off the end is seen only against a head that somebody else keeps.
 
     Args:
-      path: the file; made with its first entry, readable by this user only.
-      label: what the log is, so that entries of two logs never stand for each other.
+      path: the log's file; made with its first entry, readable by this user only.
+      label: name of the log's purpose, so that entries of two logs never stand for each other.
     """
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self._label = path, label
-        self._known: tuple[tuple[int, ...], _Tail] | None = None  # the end only; an audit log is never held whole
+        self._known: tuple[tuple[int, ...], _Tail] | None = None  # the end only: an audit log is never held whole
 
     def append(self, kind: str, fields: Mapping[str, Any], *, now: datetime) -> Link:
-        """Adds an entry, durably, and returns it.
+        """Adds an entry durably, and returns it.
 
         Raises:
           DataError: the log is damaged, or the disk is full; then nothing was added.
@@ -81,13 +88,15 @@ class Chain:
         """Opens the file for one writer at a time, so that a check and the entry that follows it are one step.
 
         Raises:
-          DataError: the file cannot be opened, or another one took its place meanwhile.
+          DataError: the file cannot be opened, or another file took its place meanwhile.
         """
         file = self._open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self._is_still(file):
-                raise DataError(f"log={self.path.name}: was replaced while it was opened; leave it alone and try again")
+                raise DataError(
+                    f"log={self.path.name}: the file was replaced while it was opened; leave the log alone and try again"
+                )
             yield file
         finally:
             os.close(file)
@@ -118,7 +127,7 @@ class Chain:
         """Returns all entries, each verified anew.
 
         Raises:
-          DataError: an entry is not the one that was written; the message names its line. Or the file cannot be read.
+          DataError: the file cannot be read, or an entry differs from what was written; the message names its line.
         """
         with self._reading() as file:
             return [] if file is None else self._scan(file)[0]
@@ -128,10 +137,10 @@ class Chain:
         return self._scan(file)[0]
 
     def head(self) -> tuple[int, str]:
-        """Returns how many entries there are, and the digest of the last; (0, zeros) of an empty log.
+        """Returns the number of entries and the digest of the last; (0, zeros) for an empty log.
 
         Raises:
-          DataError: as `links`.
+          DataError: as for `links`.
         """
         with self._reading() as file:
             tail = _Tail(0, NOTHING, 0, False) if file is None else self._tail(file)
@@ -163,7 +172,7 @@ class Chain:
             return False
 
     def _tail(self, file: int) -> _Tail:
-        """Returns the end of the log; one that this process wrote or read itself is not verified again."""
+        """Returns the end of the log, without verifying again an end that this process wrote or read itself."""
         known = self._known
         return known[1] if known is not None and known[0] == _stamp(file) else self._scan(file)[1]
 
@@ -188,7 +197,7 @@ class Chain:
         return links, tail
 
     def _parse(self, line: bytes, before: list[Link]) -> Link | None:
-        """Returns the entry of a line that is, byte by byte, what `append` writes after these; else None."""
+        """Returns the entry of a line that equals, byte by byte, what `append` writes after these; None for another."""
         try:
             content = json.loads(line)
             time, kind, fields = content["time"], content["kind"], content["fields"]
@@ -223,7 +232,7 @@ def _stamp(file: int) -> tuple[int, ...]:
 
 
 def _contents(file: int, *, size: int) -> bytes:
-    """Returns the first `size` bytes, or as many as there still are."""
+    """Returns the first `size` bytes, or all bytes of a file that has become shorter."""
     content = b""
     while part := os.pread(file, size - len(content), len(content)):
         content += part
@@ -231,7 +240,7 @@ def _contents(file: int, *, size: int) -> bytes:
 
 
 def _undo(file: int, end: int) -> None:
-    """Cuts off what a failed append left; where even that fails, it is torn, or counts: both err on the safe side."""
+    """Cuts off what a failed append left; if that fails too, a torn or complete entry stays, and both are safe."""
     with suppress(OSError):
         os.ftruncate(file, end)
         os.fsync(file)

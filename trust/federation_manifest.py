@@ -1,6 +1,6 @@
-"""The federation manifest: who takes part with which keys, on which outer terms; every owner signs it.
+"""The federation manifest: the members, their keys and the outer terms of every job; every owner signs it.
 
-A change of anything is a new epoch, which names the digest of the one before.
+Every change makes a new epoch, which names the digest of the epoch before.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class FederationMember:
     """One site.
 
     Attributes:
-      site: name.
+      site: the site's name.
       identity: Ed25519 public key, hexadecimal.
       sealing: public sealing key, hexadecimal.
       node: P-384 public key for Flower, an OpenSSH line.
-      tls: SHA-256 of the public key of its client certificate, hexadecimal.
+      tls: SHA-256 of the public key of the site's client certificate, hexadecimal.
     """
 
     site: str
@@ -44,7 +44,7 @@ class FederationMember:
 
     @property
     def keys(self) -> tuple[str, str, str, str]:
-        """Identity, sealing, node and TLS key: what no two sites may share."""
+        """Identity, sealing, node and TLS key; no two sites may share one of them."""
         return self.identity, self.sealing, self.node, self.tls
 
 
@@ -53,18 +53,18 @@ class FederationManifest:
     """One epoch of a federation.
 
     Attributes:
-      name: of the federation.
-      epoch: from 1; every change counts on.
+      name: the federation's name.
+      epoch: number of the epoch, from 1; every change adds 1.
       previous: digest of the epoch before, hexadecimal; empty in epoch 1.
-      suite: of every sealing key, 1 or 2.
+      suite: suite of every sealing key, 1 or 2.
       n_min: fewest sites whose sum a job may open, at least 3.
-      clip: largest `update_bound` that a job may set.
+      clip: largest `update_bound` that a job may set, > 0.
       scale: bits of the ring of the secure sum.
-      max_epsilon: no job may plan more epsilon than this.
+      max_epsilon: largest epsilon that a job may plan, > 0.
       coordinator: Ed25519 public key of the coordinator, hexadecimal.
       members: the sites, sorted by name.
-      created: from when it holds, UTC.
-      expires: until when it holds, UTC.
+      created: start of the epoch's validity, UTC.
+      expires: end of the epoch's validity, UTC.
     """
 
     name: str
@@ -94,30 +94,31 @@ class FederationManifest:
         Raises:
           Untrusted: the site is not a member.
         """
-        for one in self.members:
-            if one.site == site:
-                return one
+        for member in self.members:
+            if member.site == site:
+                return member
         raise Untrusted(
-            f"site={site!r} is not in epoch {self.epoch} of {self.name!r}; was it revoked, or never approved?"
+            f"site={site!r} is not in epoch {self.epoch} of {self.name!r}: it was revoked, or never approved; "
+            "ask the coordinator"
         )
 
     def check_valid(self, now: datetime) -> int:
-        """Returns the whole days that this epoch still holds.
+        """Returns the whole days for which this epoch still holds.
 
         Raises:
-          Untrusted: it does not hold yet, or not any more.
+          Untrusted: the epoch does not hold yet, or has expired.
         """
         since, until = canonical.moment(self.created, "created"), canonical.moment(self.expires, "expires")
         return check_dates(since - EARLY, until, now, f"epoch {self.epoch} of federation {self.name!r}")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "FederationManifest":
-        """Reads a manifest strictly; its signatures are checked apart.
+        """Reads a manifest strictly; `check_signatures` checks its signatures.
 
         Raises:
-          MalformedMessage: not a manifest of this release, or a field is out of its range.
-          ConfigError: a name cannot be one.
-          Untrusted: two members share a name or key, or a key is not one.
+          MalformedMessage: the bytes are no manifest of this release, or a field is out of its range.
+          ConfigError: the federation's or a site's name is not allowed.
+          Untrusted: two members share a name or key, or a key does not parse.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         content = canonical.load(data, "federation manifest", ["format", *names])
@@ -151,9 +152,9 @@ def check_signatures(federation: FederationManifest, signatures: Mapping[str, by
     """Checks that every member signed, and nobody else.
 
     Raises:
-      Untrusted: a signature is missing, wrong, or of a stranger.
+      Untrusted: a signature is missing, wrong, or a stranger's.
     """
-    names = {one.site for one in federation.members}
+    names = {member.site for member in federation.members}
     if missing := sorted(names - signatures.keys()):
         raise Untrusted(
             f"sites={missing} have not signed epoch {federation.epoch} of {federation.name!r}; "
@@ -164,10 +165,10 @@ def check_signatures(federation: FederationManifest, signatures: Mapping[str, by
 
 
 def check_follows(federation: FederationManifest, previous: FederationManifest) -> None:
-    """Checks that an epoch is the very next one of the same federation.
+    """Checks that an epoch is the very next epoch of the same federation.
 
     Raises:
-      Untrusted: it is not.
+      Untrusted: the epoch belongs to another federation, coordinator or history, or skips an epoch.
     """
     where = f"epoch {federation.epoch} of {federation.name!r}"
     if federation.name != previous.name or federation.coordinator != previous.coordinator:
@@ -175,14 +176,14 @@ def check_follows(federation: FederationManifest, previous: FederationManifest) 
     if federation.epoch != previous.epoch + 1 or federation.previous != previous.digest().hex():
         raise Untrusted(
             f"{where} does not follow from the pinned epoch {previous.epoch}: another history was signed here; "
-            "ask the coordinator which one holds"
+            "ask the coordinator which epoch holds"
         )
 
 
 def changes(old: FederationManifest | None, new: FederationManifest) -> tuple[str, ...]:
-    """Returns what a new epoch changes, one line each, for the owner to confirm."""
-    before = {one.site: one for one in old.members} if old else {}
-    after = {one.site: one for one in new.members}
+    """Returns what a new epoch changes, one line per change, for the owner to confirm."""
+    before = {member.site: member for member in old.members} if old else {}
+    after = {member.site: member for member in new.members}
     lines = [f"added: {site}" for site in sorted(after.keys() - before.keys())]
     lines += [f"removed: {site}" for site in sorted(before.keys() - after.keys())]
     lines += [f"new keys: {site}" for site in sorted(after.keys() & before.keys()) if after[site] != before[site]]
@@ -199,10 +200,10 @@ def _members(content: Any) -> tuple[FederationMember, ...]:
     names = {f.name for f in dataclasses.fields(FederationMember)}
     if not isinstance(content, list) or len(content) > MAX_SITES:
         raise MalformedMessage(f"federation members: must be a list of at most {MAX_SITES}; ask for it again")
-    for one in content:
-        if not isinstance(one, dict) or one.keys() != names:
+    for entry in content:
+        if not isinstance(entry, dict) or entry.keys() != names:
             raise MalformedMessage("federation members: other fields than this release knows; ask for it again")
-    return tuple(FederationMember(**one) for one in content)
+    return tuple(FederationMember(**entry) for entry in content)
 
 
 def _check(federation: FederationManifest) -> None:
@@ -222,16 +223,16 @@ def _check(federation: FederationManifest) -> None:
 
 
 def _check_members(federation: FederationManifest) -> None:
-    for one in federation.members:
-        canonical.check_name(one.site, "site")
-        canonical.hexadecimal(one.identity, "member identity", size=KEY_BYTES)
-        canonical.hexadecimal(one.sealing, "member sealing", size=PUBLIC_BYTES[federation.suite])
-        canonical.hexadecimal(one.tls, "member tls", size=DIGEST_BYTES)
-        check_node_public(canonical.text(one.node, "member node", limit=1 << 10, lines=True))
-    names = [one.site for one in federation.members]
+    for member in federation.members:
+        canonical.check_name(member.site, "site")
+        canonical.hexadecimal(member.identity, "member identity", size=KEY_BYTES)
+        canonical.hexadecimal(member.sealing, "member sealing", size=PUBLIC_BYTES[federation.suite])
+        canonical.hexadecimal(member.tls, "member tls", size=DIGEST_BYTES)
+        check_node_public(canonical.text(member.node, "member node", limit=1 << 10, lines=True))
+    names = [member.site for member in federation.members]
     if names != sorted(names):
         raise MalformedMessage("federation members: must be sorted by name; ask for it again")
-    keys = [key for one in federation.members for key in one.keys]
+    keys = [key for member in federation.members for key in member.keys]
     if len({name.lower() for name in names}) < len(names) or len(set(keys)) < len(keys):
         raise Untrusted(f"epoch {federation.epoch} of {federation.name!r}: two members share a name or key; refuse it")
     if federation.coordinator in keys:

@@ -62,10 +62,10 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     except FileExistsError as error:
         raise ConfigError(f"path={str(path)!r} exists; keys are never overwritten; choose another folder") from error
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
+def write_atomically(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
     """Replaces a file in one step, on disk before the old one is gone.
 
     Raises:
@@ -77,7 +77,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
         _create(partial, content, mode)
         _name(partial, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -94,7 +94,14 @@ def put_in_place(partial: Path, path: Path) -> None:
             os.close(descriptor)
         _name(partial, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """Returns the error for a file that the system does not let us write."""
+    return DataError(
+        f"path={str(path)!r}: cannot be written ({error.strerror}); free disk space or choose another place"
+    )
 
 
 def why(error: DataError) -> str:
@@ -164,7 +171,3 @@ def _create(path: Path, content: bytes, mode: int) -> None:
 def _name(partial: Path, path: Path) -> None:
     partial.replace(path)
     sync_folder(path.parent)
-
-
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"path={str(path)!r}: cannot be written ({error.strerror}); make room or choose another")

@@ -1,4 +1,4 @@
-"""The long-term Ed25519 identity of a site, the only key the others know before a round starts."""
+"""The long-term Ed25519 identity of a site, the only key that the others know before a round starts."""
 
 from typing import Self
 
@@ -12,7 +12,7 @@ SIGNATURE_BYTES = 64
 
 
 class Identity:
-    """An Ed25519 signing key that does not show itself; RFC 8032."""
+    """An Ed25519 signing key (RFC 8032) that `repr` does not show."""
 
     __slots__ = ("_key", "public")
 

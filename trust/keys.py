@@ -1,4 +1,4 @@
-"""A site's four private keys, made at the site and never leaving their folder."""
+"""A site's four private keys, made at the site; they never leave their folder."""
 
 import shutil
 from base64 import b64decode, b64encode
@@ -32,10 +32,10 @@ class SiteKeys:
     """The keys of one site.
 
     Attributes:
-      identity: Ed25519; signs everything the site says.
-      sealing: opens what only this site may read.
-      tls: path of the P-256 key of its client certificate, PKCS8 in PEM.
-      node: path of the P-384 key under which Flower knows it, OpenSSH format.
+      identity: Ed25519 key that signs everything the site sends.
+      sealing: key that opens what is sealed to this site alone.
+      tls: path of the P-256 key of the site's client certificate, PKCS8 in PEM.
+      node: path of the P-384 key under which Flower knows the site, OpenSSH format.
     """
 
     identity: Identity
@@ -48,7 +48,7 @@ class SiteKeys:
         """Makes new keys in a new folder; all four or none.
 
         Raises:
-          ConfigError: the folder is there already; keys are never overwritten.
+          ConfigError: the folder exists already; keys are never overwritten.
           DataError: the disk is full.
         """
         if folder.exists():
@@ -56,7 +56,7 @@ class SiteKeys:
                 f"keys={str(folder)!r} exists; keys are never overwritten; choose another folder, or rotate"
             )
         making = folder.with_name(folder.name + ".making")
-        shutil.rmtree(making, ignore_errors=True)  # of an attempt that a crash ended; nobody ever saw these keys
+        shutil.rmtree(making, ignore_errors=True)  # left by a crash; nobody ever saw these keys
         make_private(making)
         node = ec.generate_private_key(ec.SECP384R1())
         write_new(making / IDENTITY, Identity.generate().to_bytes())
@@ -72,7 +72,7 @@ class SiteKeys:
 
         Raises:
           DataError: a file is missing.
-          Untrusted: a file is damaged, or others than its owner can read it.
+          Untrusted: a file is damaged, or users other than its owner can read it.
         """
         raw = {name: read_private(folder / name) for name in (IDENTITY, SEALING, TLS, NODE)}
         try:
@@ -105,14 +105,14 @@ def check_node_public(line: str) -> None:
     """Checks that a text is a P-384 public key, one OpenSSH line without a comment.
 
     Raises:
-      Untrusted: it is something else.
+      Untrusted: the text is something else.
     """
     try:
         point = b64decode(line.removeprefix(_NODE_KIND), validate=True).removeprefix(_NODE_HEADER)
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), point)
     except ValueError as error:
         raise Untrusted("a node key does not parse as a P-384 OpenSSH line; ask for a new request") from error
-    # read by hand, since cryptography's reader of OpenSSH lines knows many kinds and fails in many ways
+    # read by hand: cryptography's reader of OpenSSH lines knows many kinds and fails in many ways
     whole = _NODE_HEADER + key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     if line != _NODE_KIND + b64encode(whole).decode():
         raise Untrusted("a node key is not a plain P-384 OpenSSH line; ask for a new request")

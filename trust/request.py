@@ -1,4 +1,4 @@
-"""What a site asks to be admitted with: its public keys, signed by its own identity; no private key, no data."""
+"""A site's request to be admitted: its public keys, signed by its own identity; no private key, no data."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class SiteRequest:
     """One site's request.
 
     Attributes:
-      name: of the site, and of its certificate.
-      suite: of the sealing key, 1 or 2.
+      name: name of the site and of its certificate.
+      suite: suite of the sealing key, 1 or 2.
       identity: Ed25519 public key, hexadecimal.
       sealing: public sealing key, hexadecimal.
       node: P-384 public key for Flower, an OpenSSH line.
       csr: request for a TLS certificate, PEM.
-      created: when, UTC.
-      replaces: identity that this one takes over from, hexadecimal; empty for a site that is new.
-      handover: that identity's signature over the new keys, hexadecimal; empty for a site that is new.
-      signature: of the new identity over all of the above, hexadecimal.
+      created: time of the request, UTC.
+      replaces: identity from which the new keys take over, hexadecimal; empty for a new site.
+      handover: the old identity's signature over the new keys, hexadecimal; empty for a new site.
+      signature: the new identity's signature over every field above, hexadecimal.
     """
 
     name: str
@@ -50,12 +50,12 @@ class SiteRequest:
 
     @property
     def fingerprint(self) -> str:
-        """What the site reads to the coordinator over the telephone; the same for the same name and keys."""
+        """The digits that the site reads to the coordinator by telephone; equal names and keys give equal digits."""
         return certificates.fingerprint(_keys(self))
 
     @property
     def keys(self) -> tuple[str, str, str, str]:
-        """Identity, sealing, node and TLS key: what no two sites may share."""
+        """Identity, sealing, node and TLS key; no two sites may share one of them."""
         return self.identity, self.sealing, self.node, self.tls
 
     def to_bytes(self) -> bytes:
@@ -67,8 +67,8 @@ class SiteRequest:
         """Reads a request file, whoever wrote it.
 
         Raises:
-          MalformedMessage: not a request file of this release.
-          ConfigError: the site's name cannot be one.
+          MalformedMessage: the bytes are no request file of this release.
+          ConfigError: the site's name is not allowed.
           Untrusted: a signature or a key is wrong.
         """
         names = [f.name for f in dataclasses.fields(cls)]
@@ -84,7 +84,14 @@ class SiteRequest:
 
 
 def write_request(keys: SiteKeys, name: str, *, now: datetime, previous: Identity | None = None) -> SiteRequest:
-    """Returns the signed request of a site; with `previous`, one whose keys take over from that identity."""
+    """Returns the signed request of a site.
+
+    Args:
+      keys: the site's private keys.
+      name: the site's name.
+      now: time of the request.
+      previous: identity from which these keys take over; None for a new site.
+    """
     csr = certificates.make_request(keys.tls.read_bytes(), name).decode()
     request = SiteRequest(
         name=canonical.check_name(name, "site"),
@@ -111,7 +118,9 @@ def _check(request: SiteRequest) -> None:
     check_node_public(request.node)
     certificates.request_key(request.csr.encode(), request.name)
     if bool(request.replaces) != bool(request.handover):
-        raise Untrusted(f"site={request.name!r}: a handover needs old identity and signature; ask for a new request")
+        raise Untrusted(
+            f"site={request.name!r}: a handover needs both the old identity and its signature; ask for a new request"
+        )
     if request.replaces:
         canonical.hexadecimal(request.replaces, "request replaces", size=KEY_BYTES)
         canonical.hexadecimal(request.handover, "request handover", size=SIGNATURE_BYTES)

@@ -1,7 +1,7 @@
-"""Sealed boxes: what only one site may read, by HPKE in base mode (RFC 9180).
+"""Sealed boxes, which only one site can open: HPKE in base mode (RFC 9180).
 
-Suite 1 is X25519; suite 2 is X-Wing (draft-connolly-cfrg-xwing-kem: ML-KEM-768 and X25519 together), which stays closed
-even to somebody who records today and has a quantum computer later. Both with HKDF-SHA256 and AES-256-GCM.
+Suite 1 is X25519. Suite 2 is X-Wing (draft-connolly-cfrg-xwing-kem: ML-KEM-768 and X25519 together), which stays closed
+even to somebody who records today and has a quantum computer later. Both use HKDF-SHA256 and AES-256-GCM.
 """
 
 from hashlib import shake_256
@@ -29,7 +29,7 @@ PublicKey = X25519PublicKey | hpke.MLKEM768X25519PublicKey
 
 
 class SealingKey:
-    """A private key that opens sealed boxes and does not show itself."""
+    """A private key that opens sealed boxes and that `repr` does not show."""
 
     __slots__ = ("_key", "_seed", "public", "suite")
 
@@ -66,7 +66,7 @@ class SealingKey:
         """Returns the plaintext of a box that was sealed to this key for this purpose.
 
         Raises:
-          Untrusted: sealed to another key, for another purpose, or altered.
+          Untrusted: the box was sealed to another key, for another purpose, or was altered.
         """
         try:
             return _SUITES[str(self.suite)].decrypt(box, self._key, info)
@@ -84,13 +84,13 @@ def seal(suite: int, public: bytes, plaintext: bytes, info: bytes) -> bytes:
 
     Args:
       suite: 1 or 2.
-      public: 32 bytes in suite 1, 1216 in suite 2.
-      plaintext: what is to be kept secret.
-      info: what the box is for; opening needs the same bytes.
+      public: public sealing key, 32 bytes in suite 1, 1216 in suite 2.
+      plaintext: the secret bytes.
+      info: bytes that name the box's purpose; opening needs the same bytes.
 
     Raises:
-      UnknownName: no such suite.
-      Untrusted: the public key is not one.
+      UnknownName: the suite is unknown.
+      Untrusted: the public key is not usable.
     """
     chosen = lookup(_SUITES, str(suite), "suite")
     try:
@@ -105,7 +105,7 @@ def read_public(suite: int, public: bytes) -> PublicKey:
     """Returns a public key from its bytes.
 
     Raises:
-      Untrusted: wrong length, or not a key.
+      Untrusted: the bytes have the wrong length, or are no key.
     """
     if len(public) != PUBLIC_BYTES.get(suite):
         raise Untrusted(f"sealing key has {len(public)} bytes; suite {suite} has {PUBLIC_BYTES.get(suite)}; refuse it")

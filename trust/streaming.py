@@ -21,8 +21,8 @@ def encrypt(source: BinaryIO, target: BinaryIO, key: bytes) -> None:
     """Writes the encryption of `source`: 7 bytes of nonce prefix, then chunks of 1 MiB with a 16-byte tag each.
 
     Args:
-      source: read to its end.
-      target: written from where it stands.
+      source: plaintext stream, read to its end.
+      target: output stream, written from its current position.
       key: 32 bytes, fresh for this file.
 
     Raises:
@@ -43,9 +43,15 @@ def encrypt(source: BinaryIO, target: BinaryIO, key: bytes) -> None:
 def decrypt(source: BinaryIO, target: BinaryIO, key: bytes) -> None:
     """Writes the decryption of what `encrypt` wrote; every chunk is verified before it is written.
 
+    Args:
+      source: encrypted stream, read to its end.
+      target: output stream, written from its current position.
+      key: 32 bytes, as for `encrypt`.
+
     Raises:
       ConfigError: the key has another length.
-      Untrusted: changed, cut off, reordered or lengthened; `target` is then not whole, and the caller removes it.
+      Untrusted: the stream was changed, cut off, reordered or lengthened; `target` is then incomplete, and the caller
+        removes it.
     """
     cipher, prefix = _cipher(key), _read(source, PREFIX_BYTES)
     if len(prefix) != PREFIX_BYTES:
@@ -59,7 +65,8 @@ def decrypt(source: BinaryIO, target: BinaryIO, key: bytes) -> None:
             plain = cipher.decrypt(_nonce(prefix, number, last=last), chunk, None)
         except (InvalidTag, ValueError) as error:
             raise Untrusted(
-                f"chunk={number} of an encrypted file was changed, moved, cut off or is for another key; fetch it again"
+                f"chunk={number} of an encrypted file was changed, moved or cut off, or the key is another; "
+                "fetch it again"
             ) from error
         if number > 0 and not plain:
             raise Untrusted(f"chunk={number} of an encrypted file is empty, which encrypt never writes; fetch it again")

@@ -20,15 +20,15 @@ class Welcome:
     """What one site needs to take part in one epoch.
 
     Attributes:
-      site: for whom.
+      site: name of the site that the welcome is for.
       ca: certificate of the coordinator's authority, PEM.
-      certificate: the site's own, PEM.
+      certificate: the site's own certificate, PEM.
       host: name or address of the coordinator.
-      link_port: of the SuperLink.
-      depot_port: of the depot.
-      federation: the manifest, canonical bytes.
-      earlier: manifests of the epochs before, oldest first, so that a site that missed some can follow.
-      signature: of the coordinator over all of the above, hexadecimal.
+      link_port: port of the SuperLink.
+      depot_port: port of the depot.
+      federation: the federation manifest, canonical bytes.
+      earlier: manifests of earlier epochs, oldest first, so that a site that missed some can follow.
+      signature: the coordinator's signature over every field above, hexadecimal.
     """
 
     site: str
@@ -43,12 +43,12 @@ class Welcome:
 
     @property
     def manifest(self) -> FederationManifest:
-        """The federation manifest, read."""
+        """The federation manifest, parsed."""
         return FederationManifest.from_bytes(self.federation)
 
     @property
     def fingerprint(self) -> str:
-        """What the coordinator reads to every owner over the telephone: authority, coordinator's key, manifest."""
+        """The digits that the coordinator reads to every owner by telephone: authority, coordinator's key, manifest."""
         manifest = self.manifest
         writer = Writer().text(_FINGERPRINT).field(self.ca).text(manifest.coordinator).field(manifest.digest())
         return fingerprint(writer.done())
@@ -58,16 +58,16 @@ class Welcome:
         content = dataclasses.asdict(self) | {"format": FORMAT}
         for name in ("ca", "certificate", "federation"):
             content[name] = content[name].decode()
-        content["earlier"] = [one.decode() for one in self.earlier]
+        content["earlier"] = [manifest.decode() for manifest in self.earlier]
         return canonical.dump(content)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Welcome":
-        """Reads a welcome file; the signature must be that of the coordinator named in its manifest.
+        """Reads a welcome file; its signature must be that of the coordinator named in its manifest.
 
         Raises:
-          MalformedMessage: not a welcome file of this release.
-          ConfigError: a name cannot be one.
+          MalformedMessage: the bytes are no welcome file of this release.
+          ConfigError: a name is not allowed.
           Untrusted: the signature or a key is wrong.
         """
         names = [f.name for f in dataclasses.fields(cls)]
@@ -79,8 +79,8 @@ class Welcome:
             ).encode("ascii")
         earlier = content["earlier"] if isinstance(content["earlier"], list) else [None]
         content["earlier"] = tuple(
-            canonical.text(one, "welcome earlier", limit=canonical.MAX_BYTES, lines=True).encode("ascii")
-            for one in earlier
+            canonical.text(manifest, "welcome earlier", limit=canonical.MAX_BYTES, lines=True).encode("ascii")
+            for manifest in earlier
         )
         canonical.text(content["host"], "welcome host", limit=255)
         for name in ("link_port", "depot_port"):

@@ -39,7 +39,7 @@ class Writer:
 
 
 class Reader:
-    """Takes a message apart; every read can raise `MalformedMessage`, and so does `end` when bytes are left."""
+    """Takes a message apart; every read can raise `MalformedMessage`, and `end` raises it when bytes are left."""
 
     def __init__(self, data: bytes, what: str, *, limit: int = MAX_BODY_BYTES) -> None:
         if len(data) > limit:
@@ -49,7 +49,7 @@ class Reader:
         self._at = 0
 
     def field(self, *, limit: int = MAX_BODY_BYTES, exactly: int | None = None) -> bytes:
-        """Returns the next field: at most `limit` bytes, or `exactly` that many."""
+        """Returns the next field, of at most `limit` bytes, or of `exactly` the given number."""
         size = int.from_bytes(self._take(LENGTH_BYTES), "big")
         if size > limit or (exactly is not None and size != exactly):
             allowed = f"at most {limit}" if exactly is None else f"{exactly}"
@@ -68,7 +68,7 @@ class Reader:
         return int.from_bytes(self.field(exactly=NUMBER_BYTES), "big")
 
     def more(self) -> bool:
-        """Says whether bytes are left."""
+        """Returns whether bytes are left."""
         return self._at < len(self._data)
 
     def end(self) -> None:

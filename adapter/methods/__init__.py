@@ -1,4 +1,4 @@
-"""The table of adapter methods."""
+"""The table of adapter methods, and the functions that attach a method to a model by its spec."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,17 +37,18 @@ class Method:
     """One way to adapt a model.
 
     Attributes:
-      name: the key in `METHODS`.
-      attach: adds the adapter inside the spec's slots; see `attach`.
-      exact_mean: whether the mean of uploaded parameters has the mean of their effects on the weights.
-      peft: whether the export is in Hugging Face PEFT's format.
-      why: why the mean is exact, or is not; a sentence for the report.
-      options: the scalars of its own; every method also takes `adapter.head.HEAD`.
-      start: how the output with the new adapter compares with the plain model's: `adapter.tuners.SAME`, bit-identical,
-        `ROUNDED`, but for the last digits of the dtype, or `MOVED`.
-      shared: whether the slots share their parameters, which then have names of the first.
-      takes: what it says of given tensors, where it takes some; `attach` is then `takes.attach`.
-      task: the one whose records it alone looks at, and all of whose records it needs; empty where any will do.
+      name: key in `METHODS`.
+      attach: function that adds the adapter inside the spec's slots; see `attach`.
+      exact_mean: whether the mean of the uploaded parameters has exactly the mean of their effects on the weights.
+      peft: whether the export is in the format of Hugging Face PEFT.
+      why: reason why the mean is exact or is not, as a sentence for the report.
+      options: the method's own options; every method also takes `task_head.HEAD`.
+      start: relation of the output with a new adapter to the plain model's output: `peft_tuners.SAME` (bit-identical),
+        `ROUNDED` (equal but for the last digits of the dtype) or `MOVED` (different).
+      shared: whether all slots share the same parameters, which then have the names of the first slot.
+      auxiliary: the method's needs of auxiliary tensors, or None; `attach` is then not called, but `auxiliary.attach`.
+      task: the only task whose records hold what the method reads, or empty for a method that fits any task; no other
+        method fits that task.
     """
 
     name: str
@@ -58,11 +59,11 @@ class Method:
     options: tuple[Option, ...] = ()
     start: str = SAME
     shared: bool = False
-    takes: AuxiliarySpec | None = None
+    auxiliary: AuxiliarySpec | None = None
     task: str = ""
 
 
-_LINES = "two trained layers with a non-linear function between are not linear"
+_LINES = "two trained layers with a non-linear function between them are not linear"
 _OWN = (
     Method("lora", attach_lora, False, True, "the product of two means is not the mean of products B A"),
     Method("ffa_lora", attach_ffa_lora, True, True, "A is frozen and common, so the effect B A is linear in B"),
@@ -72,25 +73,28 @@ _OWN = (
     Method("bitfit", attach_bitfit, True, False, "biases are added, so the effect is linear in them"),
     Method("norm", attach_norm, True, True, "norm weights multiply and biases add, so the effect is linear in them"),
     Method(
-        "masked", masked.attach_masked, True, False, "values are added to weights at fixed places, so it is linear",
-        masked.OPTIONS, takes=masked.TAKES,
+        "masked", masked.attach_masked, True, False, "values are added to weights at fixed places: a linear effect",
+        masked.OPTIONS, auxiliary=masked.AUXILIARY,
     ),
-    Method("blocks", blocks.attach_blocks, True, False, "changes are added to the weights themselves, so it is linear"),
+    Method("blocks", blocks.attach_blocks, True, False, "changes are added to the weights themselves: a linear effect"),
     Method("head", task_head.attach_head, True, False, "a change is added to the head's weight: a linear effect"),
     Method("bottleneck", attach_bottleneck, False, False, _LINES),
     Method("houlsby", attach_houlsby, False, False, _LINES),
     Method("parallel", attach_parallel, False, False, _LINES),
     Method("clip_adapter", clip_adapter.attach_clip_adapter, False, False, _LINES, clip_adapter.OPTIONS),
-    Method("madx", stacked.attach_madx, False, False, _LINES, start=MOVED, takes=stacked.TAKES),
+    Method("madx", stacked.attach_madx, False, False, _LINES, start=MOVED, auxiliary=stacked.AUXILIARY),
     Method(
-        "fusion", fusion.attach_fusion, False, False, "adapters are weighed by a softmax over them",
-        fusion.OPTIONS, MOVED, takes=fusion.TAKES,
+        "fusion", fusion.attach_fusion, False, False, "a softmax over the adapters weighs them",
+        fusion.OPTIONS, MOVED, auxiliary=fusion.AUXILIARY,
     ),
     Method(
         "soft_prompt", soft_prompt.attach_soft_prompt, False, False, "attention reads the tokens through a softmax",
         soft_prompt.OPTIONS, MOVED,
     ),
-    Method("concept_tokens", attach_concept_tokens, False, False, "attention reads it through a softmax", start=MOVED),
+    Method(
+        "concept_tokens", attach_concept_tokens, False, False, "attention reads the tokens through a softmax",
+        start=MOVED,
+    ),
     Method(
         "ip_adapter", attach_ip_adapter, False, False, "attention reads the keys through a softmax",
         task="image_prompt_to_image",
@@ -101,12 +105,12 @@ METHODS: dict[str, Method] = {method.name: method for method in (*_OWN, *_PEFT)}
 
 
 def known(spec: AdapterSpec) -> Method:
-    """Returns the method of a spec after a check of its options, before any model is loaded.
+    """Returns the method of a spec after a check of the spec's options; needs no model.
 
     Raises:
-      UnknownName: no such method.
-      UnsupportedModel: the method is known and not offered; the message says why.
-      ConfigError: an option is none of the method's, or its value is not of the type or range.
+      UnknownName: there is no such method.
+      UnsupportedModel: the method is known but not offered; the message says why.
+      ConfigError: the method has no such option, or the value of an option has the wrong type or is out of range.
     """
     if spec.method in REFUSED:
         raise UnsupportedModel(f"method={spec.method!r} is not offered: {REFUSED[spec.method]}")
@@ -116,67 +120,72 @@ def known(spec: AdapterSpec) -> Method:
 
 
 def check_task(name: str, task: str) -> None:
-    """Refuses a method of one task with another, and a task of one method with another: nothing would look at its data.
+    """Refuses a method and a task where the method would not find, or not read, a part of the task's records.
+
+    A method and a task that `Method.task` ties together fit only each other.
 
     Args:
       name: key in `METHODS`.
       task: key in `task.tasks.TASKS`.
 
     Raises:
-      ConfigError: as said.
+      ConfigError: the method is tied to another task, or the task to another method.
     """
-    alone = {method.task: method.name for method in METHODS.values() if method.task}
-    if METHODS[name].task not in ("", task) or alone.get(task, name) != name:
-        one = METHODS[name].task or task
+    method_of = {method.task: method.name for method in METHODS.values() if method.task}
+    if METHODS[name].task not in ("", task) or method_of.get(task, name) != name:
+        tied = METHODS[name].task or task
         raise ConfigError(
-            f"model.task={task!r} with adapter.method={name!r}: records of {one!r} are seen by method {alone[one]!r} "
-            "alone, and it needs them; take both or neither"
+            f"model.task={task!r} with adapter.method={name!r}: only method {method_of[tied]!r} reads all that records "
+            f"of {tied!r} hold, and it reads no other records; take both or neither"
         )
 
 
-def attach(model: nn.Module, spec: AdapterSpec, given: AuxiliaryTensors = NO_AUXILIARY) -> nn.Module:
+def attach(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = NO_AUXILIARY) -> nn.Module:
     """Adds the adapter of a spec to a model, in place, and returns the model to use from now on.
 
-    Afterwards `requires_grad` is True exactly for the adapter's parameters, which are float32 whatever the base is;
-    they depend on nothing but the spec and the weights and shapes of `places`. The output compares with the plain
-    model's as the method's `start` says.
+    Afterwards `requires_grad` is True exactly for the adapter's parameters. These are float32, whatever the base is,
+    and depend only on the spec and on the weights and shapes of `places`. `Method.start` says how the output compares
+    with the plain model's output.
 
     Args:
-      model: without an adapter.
-      spec: of the adapter.
-      given: the tensors that `required_tensors` names, on the CPU; nothing of them is ever trained.
+      model: a model without an adapter.
+      spec: the spec of the adapter.
+      auxiliary: the tensors that `required_tensors` names, on the CPU; these are never trained.
 
     Raises:
-      MalformedMessage: the given tensors are not exactly the wanted ones; see `given.check_given`.
-      UnknownName: no such method.
-      UnsupportedModel: the method is not offered, the slots lack what it tunes, or the model carries an adapter.
+      MalformedMessage: the auxiliary tensors are not exactly the required tensors; see `auxiliary.check_auxiliary`.
+      UnknownName: there is no such method.
+      UnsupportedModel: the method is not offered, the slots lack what the method tunes, or the model carries an
+        adapter.
       ConfigError: a value of the spec does not fit the method.
     """
     method = known(spec)
     refuse_second(model)
-    plain, takes = _without_head(spec), method.takes
+    plain, needs = _without_head(spec), method.auxiliary
     check_auxiliary(
-        required_tensors(model, spec), given, hint=takes.hint if takes else f"method {method.name!r} takes none"
+        required_tensors(model, spec), auxiliary, hint=needs.hint if needs else f"method {method.name!r} takes none"
     )
     path = task_head.head_path(model) if task_head.wants_head(spec.options) and spec.method != "head" else ""
-    wrapped = takes.attach(model, plain, given) if takes else method.attach(model, plain)
+    wrapped = needs.attach(model, plain, auxiliary) if needs else method.attach(model, plain)
     if path:
         task_head.add_head(model, path)  # the wrapper holds the same modules
     return wrapped
 
 
 def required_tensors(model: nn.Module, spec: AdapterSpec) -> RequiredTensors:
-    """Returns which given tensors `attach` needs for a spec; none for most.
+    """Returns the specs of the auxiliary tensors that `attach` needs; an empty mapping for most methods.
 
     Raises:
       UnknownName, UnsupportedModel, ConfigError: as for `attach`.
     """
-    takes = known(spec).takes
-    return takes.wants(model, _without_head(spec)) if takes else {}
+    needs = known(spec).auxiliary
+    return needs.required(model, _without_head(spec)) if needs else {}
 
 
 def dummy_tensors(model: nn.Module, spec: AdapterSpec) -> AuxiliaryTensors:
-    """Returns given tensors that nobody made, from the spec's public seed, to try a method on; earlier ranks are its.
+    """Returns random auxiliary tensors for a trial of a method, drawn from the spec's public seed.
+
+    The earlier adapters among the tensors get the rank of the spec.
 
     Raises:
       UnknownName, UnsupportedModel, ConfigError: as for `attach`.
@@ -185,31 +194,31 @@ def dummy_tensors(model: nn.Module, spec: AdapterSpec) -> AuxiliaryTensors:
 
 
 def frozen_count(spec: AdapterSpec) -> int:
-    """Returns how many earlier bottleneck adapters a spec needs, in given tensors.
+    """Returns how many earlier bottleneck adapters a spec needs as auxiliary tensors.
 
     Raises:
       UnknownName, UnsupportedModel, ConfigError: as for `known`.
     """
-    takes = known(spec).takes
-    return takes.frozen(_without_head(spec)) if takes else 0
+    needs = known(spec).auxiliary
+    return needs.frozen_count(_without_head(spec)) if needs else 0
 
 
 def needs_public_data(spec: AdapterSpec) -> bool:
-    """Whether the given tensors of a spec are computed from public data."""
+    """Whether the auxiliary tensors of a spec are computed from public data."""
     return spec.method == "masked" and masked.by_fisher(_without_head(spec))
 
 
 def places(model: nn.Module, spec: AdapterSpec) -> tuple[str, ...]:
-    """Returns the paths of the modules that `attach` adds something to or inside of: the slots, perhaps the head.
+    """Returns the paths of the modules that `attach` changes: the slots, and the head where the spec trains the head.
 
-    Method head has its head alone, and method clip_adapter its projections in place of the slots.
+    Method "head" changes only the head; method "clip_adapter" changes CLIP's projections and not the slots.
 
     Args:
-      model: before the adapter is attached.
-      spec: of the adapter.
+      model: a model without an adapter.
+      spec: the spec of the adapter.
 
     Raises:
-      UnsupportedModel: the head is asked for, and the model has none; or the method's place is missing.
+      UnsupportedModel: the spec needs a head or projections, and the model has none.
     """
     if spec.method == "head":
         return (task_head.head_path(model),)

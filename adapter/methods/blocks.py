@@ -1,4 +1,4 @@
-"""Whole blocks are trained, as in offsite-tuning itself: the change of every weight, bias and norm of a slot."""
+"""Trains whole blocks, as offsite-tuning itself does: a change of every weight, bias and norm of a slot."""
 
 from collections import OrderedDict
 
@@ -18,15 +18,16 @@ from offsite.errors import UnsupportedModel
 class LinearChange(nn.Module):
     """A float32 dense layer with a change of its weight and bias, zero at the start: y = x (W + change)^T + b + change.
 
-    One product instead of the frozen layer's and one beside it. The frozen values are read from the layer at each call.
+    This takes one matrix product; the frozen layer and a parallel change would take two. The frozen values are read
+    from the layer at each call.
 
     Args:
-      layer: `nn.Linear`, or GPT-2's Conv1D, frozen; its output is bit-identical until the change moves.
+      layer: frozen `nn.Linear` or GPT-2's Conv1D; its output stays bit-identical until the change moves.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        # In a tuple: the layer holds this module, so as its child it would hold itself.
+        # In a tuple: the layer holds this module, so a child module `layer` would make a cycle.
         self._layer = (layer,)
         self._transposed = isinstance(layer, Conv1D)
         has_bias = getattr(layer, "bias", None) is not None
@@ -34,13 +35,13 @@ class LinearChange(nn.Module):
         self.weight, self.bias = zero.weight, zero.bias  # (outputs, inputs) and (outputs,), also for Conv1D
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Returns the changed layer's whole output, (..., outputs) of (..., inputs)."""
+        """Returns the changed layer's whole output, (..., outputs), for inputs (..., inputs)."""
         layer = self._layer[0]
         bias = None if self.bias is None else layer.get_parameter("bias") + self.bias
         if not self._transposed:
             return functional.linear(inputs, layer.get_parameter("weight") + self.weight, bias)
         weight = layer.get_parameter("weight") + self.weight.T
-        # As Conv1D itself computes it, to the last bit.
+        # The same operations as in Conv1D's own forward, so that the output is equal to the last bit.
         flat = torch.addmm(bias, inputs.reshape(-1, inputs.shape[-1]), weight)
         return flat.view(*inputs.shape[:-1], weight.shape[1])
 
@@ -49,21 +50,21 @@ class NormChange(nn.Module):
     """A change of a norm's weight and bias, zero at the start.
 
     Args:
-      norm: any of one vector `weight` and perhaps one `bias`, frozen; it stays as it is.
-      whole: whether the output is the changed norm's own, or what it gains by the change.
+      norm: frozen norm with a vector `weight` and at most a vector `bias`; its parameters stay as they are.
+      whole: whether the output is the changed norm's whole output, or its difference from the frozen norm's output.
     """
 
     def __init__(self, norm: nn.Module, *, whole: bool) -> None:
         super().__init__()
-        bare = shallow_clone(norm)  # called without the norm's hooks, which have run where this is called
+        bare = shallow_clone(norm)  # without the norm's hooks, which have already run when this module is called
         bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-        self._bare, self._whole = (bare,), whole  # in a tuple: its parameters are the norm's and have no other names
+        self._bare, self._whole = (bare,), whole  # in a tuple: the norm's parameters must not get a second name
         for name, parameter in norm.named_parameters():
             change = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             self.register_parameter(name, nn.Parameter(change))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the changed norm's output, (..., features), or its difference to the frozen norm's."""
+        """Returns the changed norm's output, (..., features), or its difference from the frozen norm's output."""
         bare = self._bare[0]
         plain = {name: p if self._whole else p.to(hidden.dtype) for name, p in bare.named_parameters()}
         changed = {name: p + getattr(self, name) for name, p in plain.items()}
@@ -72,20 +73,21 @@ class NormChange(nn.Module):
 
 
 def attach_blocks(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Trains a change, zero at the start, beside every dense layer and norm of the slots, or of the targets in them.
+    """Trains a change, zero at the start, of every dense layer and norm of the slots, or of the targets in the slots.
 
-    Xiao et al. 2023, arXiv 2302.04870, section 3.2. The base weights stay as they are and the changes are float32, so
-    that a step below the base's precision is not lost, and what is uploaded is a change to begin with. A float32 dense
-    layer and its change are one product; in other dtypes, and on layers held as codes, the change has its own.
+    The base weights stay as they are and the changes are float32, so a step below the base's precision is not lost, and
+    the upload is already a change. A float32 dense layer and its change take one product; in other dtypes, and on
+    layers that are stored as codes, the change takes a product of its own. Xiao et al. 2023, arXiv 2302.04870, section
+    3.2.
 
     Raises:
-      UnsupportedModel: the slots hold parameters of other kinds of layers, which would silently not be trained.
+      UnsupportedModel: the slots hold parameters of other kinds of layers, which would silently stay untrained.
     """
     candidates = in_slots(model, spec.slots, lambda module: is_linear(module) or is_norm(module))
-    found = choose(candidates, spec, leaf_names(candidates))
+    tuned = choose(candidates, spec, leaf_names(candidates))
     if not spec.targets:
         _refuse_others(model, spec)
-    for module in found.values():
+    for module in tuned.values():
         if _merges(module):
             replace_forward(module, LinearChange(module))
         elif is_linear(module):
@@ -101,15 +103,15 @@ def attach_blocks(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 
 def _merges(module: nn.Module) -> bool:
-    """Whether weight and change may be added before the product: in 16 bits the sum would round the change away."""
+    """Whether weight and change may be added before the product; in 16 bits the sum would round the change away."""
     return type(module) in (nn.Linear, Conv1D) and module.get_parameter("weight").dtype == torch.float32
 
 
 def _refuse_others(model: nn.Module, spec: AdapterSpec) -> None:
-    kept = in_slots(model, spec.slots, lambda module: any(True for _ in module.parameters(recurse=False)))
-    for name, module in kept.items():
+    layers = in_slots(model, spec.slots, lambda module: any(True for _ in module.parameters(recurse=False)))
+    for name, module in layers.items():
         if not (is_linear(module) or is_norm(module)):
             raise UnsupportedModel(
-                f"layer={name!r} is a {type(module).__name__}, method 'blocks' trains dense layers and norms; name "
-                "targets to train only those"
+                f"layer={name!r} is a {type(module).__name__}, must be a dense layer or a norm for method 'blocks'; "
+                "name targets to train only these layers"
             )

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: behind each block, behind both of its sublayers, or beside its feed-forward layer."""
+"""Bottleneck adapters: after each block, after both of its sublayers, or in parallel to its feed-forward part."""
 
 import math
 from collections.abc import Mapping
@@ -21,12 +21,13 @@ class Bottleneck(nn.Module):
     """hidden + scale * up(act(down(read))), computed in float32; up is zero at the start.
 
     Attributes:
-      read: what is read in the place of the hidden states, or None: set by the tap of a parallel adapter.
+      read: tensor (..., width) that the next forward pass reads in the place of `hidden`, or None; the tap of a
+        parallel adapter sets it.
     """
 
     def __init__(self, width: int, rank: int, device: torch.device, scale: float = 1.0, act: Any = functional.gelu):
         super().__init__()
-        make = nn.utils.skip_init  # nothing is drawn here: the seed's values come later
+        make = nn.utils.skip_init  # no value is drawn here; `copy_seeded` fills the weights later
         self.down = make(nn.Linear, width, rank, device=device, dtype=torch.float32)
         self.up = make(nn.Linear, rank, width, device=device, dtype=torch.float32)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
@@ -35,18 +36,18 @@ class Bottleneck(nn.Module):
         self.read: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns adapted hidden states, same shape (..., width) and dtype."""
+        """Returns the adapted hidden states, same shape (..., width) and dtype."""
         read, self.read = hidden if self.read is None else self.read, None
         update = self.up(self.act(self.down(read.to(self.down.weight.dtype))))
         return hidden + (self.scale * update).to(hidden.dtype)
 
 
-class Tap(nn.Module):
-    """Hands what a layer reads to the adapter beside it."""
+class InputTap(nn.Module):
+    """Hands the input of a layer to the parallel adapter."""
 
     def __init__(self, reader: Bottleneck) -> None:
         super().__init__()
-        self._reader = (reader,)  # in a tuple: a reference, no child module with names of its own
+        self._reader = (reader,)  # in a tuple: a reference, and not a child module with parameter names of its own
 
     def hand_over(self, hidden: torch.Tensor) -> None:
         """Keeps hidden states, (..., width), until the adapter's next forward pass."""
@@ -54,12 +55,13 @@ class Tap(nn.Module):
 
 
 def attach_bottleneck(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Adds one bottleneck of width rank behind each slot's block, after its feed-forward layer and residual sum.
+    """Adds one bottleneck of width rank after each slot's block, that is after its feed-forward part and residual sum.
 
-    Houlsby et al. 2019, arXiv 1902.00751, section 2.1; one per block as in Pfeiffer et al. 2021, arXiv 2005.00247.
+    Houlsby et al. 2019, arXiv 1902.00751, section 2.1; one for each block, as in Pfeiffer et al. 2021, arXiv
+    2005.00247.
 
     Raises:
-      ConfigError: the spec names targets, which this method has none of.
+      ConfigError: the spec names targets.
     """
     blocks = slot_blocks(model, spec)
     places = {path: (block, hidden_size(block)) for path, block in blocks.items()}
@@ -67,46 +69,46 @@ def attach_bottleneck(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 
 def attach_houlsby(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Adds two bottlenecks of width rank to each block: behind attention and behind feed-forward, before the sums.
+    """Adds two bottlenecks of width rank to each block: after attention and after feed-forward, before the sums.
 
     Houlsby et al. 2019, arXiv 1902.00751, section 2.1.
 
     Raises:
       ConfigError: as for `attach_bottleneck`.
-      UnsupportedModel: a block is not one attention and one feed-forward layer.
+      UnsupportedModel: a block is not one attention and one feed-forward part.
     """
     places: dict[str, tuple[nn.Module, int]] = {}
     for path, block in slot_blocks(model, spec).items():
-        found = sublayers(block)
+        paths = sublayers(block)
         width = hidden_size(block)
-        places |= {f"{path}.{name}": (block.get_submodule(name), width) for name in (found.attention, found.writer)}
+        places |= {f"{path}.{name}": (block.get_submodule(name), width) for name in (paths.attention, paths.writer)}
     return _attach(model, spec, places)
 
 
 def attach_parallel(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Adds a bottleneck of width rank beside each block's feed-forward layer: it reads what that reads, and is added.
+    """Adds a bottleneck of width rank in parallel to each block's feed-forward part: same input, and outputs are added.
 
-    The update is scaled by alpha / rank. He et al. 2022, arXiv 2110.04366, section 4.5; for images AdaptFormer, Chen et
-    al. 2022, arXiv 2205.13535, section 3.2. ReLU inside, as in both.
+    The update is scaled by alpha / rank, and the non-linear function is ReLU. He et al. 2022, arXiv 2110.04366,
+    section 4.5; for images AdaptFormer, Chen et al. 2022, arXiv 2205.13535, section 3.2.
 
     Raises:
       ConfigError: as for `attach_bottleneck`.
       UnsupportedModel: as for `attach_houlsby`.
     """
     blocks = slot_blocks(model, spec)
-    found = {path: sublayers(block) for path, block in blocks.items()}
+    paths = {path: sublayers(block) for path, block in blocks.items()}
     places = {
-        f"{path}.{found[path].writer}": (block.get_submodule(found[path].writer), hidden_size(block))
+        f"{path}.{paths[path].writer}": (block.get_submodule(paths[path].writer), hidden_size(block))
         for path, block in blocks.items()
     }
     _attach(model, spec, places, scale=spec.alpha / spec.rank, act=functional.relu)
     for path, block in blocks.items():
-        entry, leave = (block.get_submodule(name) for name in (found[path].reader, found[path].writer))
+        entry, leave = (block.get_submodule(name) for name in (paths[path].reader, paths[path].writer))
         adapter = leave.get_submodule(CHILD)
         if not isinstance(adapter, Bottleneck):
-            raise TypeError("the adapter just added is no Bottleneck")
-        entry.add_module(TAP, Tap(adapter))
-        entry.register_forward_pre_hook(_tapped)
+            raise TypeError("the adapter just added is not a Bottleneck")
+        entry.add_module(TAP, InputTap(adapter))
+        entry.register_forward_pre_hook(_hand_over_input)
     return model
 
 
@@ -115,19 +117,19 @@ def slot_blocks(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
 
     Raises:
       ConfigError: the spec names targets.
-      UnsupportedModel: a slot is no module of this model.
+      UnsupportedModel: a slot is not a module of this model.
     """
     if spec.targets:
-        raise ConfigError(f"targets={spec.targets!r}, method {spec.method!r} sits behind blocks; leave targets empty")
+        raise ConfigError(f"targets={spec.targets!r}, method {spec.method!r} sits after blocks; leave targets empty")
     in_slots(model, spec.slots, lambda module: True)
     return {slot: model.get_submodule(slot) for slot in sorted(spec.slots)}
 
 
 def _attach(model: nn.Module, spec: AdapterSpec, places: Mapping[str, tuple[nn.Module, int]], **form: Any) -> nn.Module:
-    """Adds an adapter behind each module, and draws the weights that are not zero in sorted order of the paths."""
+    """Adds an adapter after each module, and draws the weights that are not zero in sorted order of the paths."""
     for module, width in places.values():
         module.add_module(CHILD, Bottleneck(width, spec.rank, next(module.parameters()).device, **form))
-        module.register_forward_hook(_adapted)
+        module.register_forward_hook(_adapt_output)
     drawn = (places[path][0].get_submodule(CHILD).get_parameter("down.weight") for path in sorted(places))
     copy_seeded(drawn, spec.seed, _kaiming)
     train_only(model, lambda name: f".{CHILD}." in f".{name}")
@@ -138,21 +140,21 @@ def _kaiming(tensor: Any, generator: torch.Generator) -> Any:
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
-def _tapped(layer: nn.Module, inputs: Any) -> None:
+def _hand_over_input(layer: nn.Module, inputs: Any) -> None:
     """Forward pre-hook of the first dense layer of a feed-forward part."""
     layer.get_submodule(TAP).hand_over(inputs[0])
 
 
-def _adapted(block: nn.Module, inputs: Any, output: Any) -> Any:
+def _adapt_output(block: nn.Module, inputs: Any, output: Any) -> Any:
     """Forward hook; a module-level function, so that a deep copy of the model uses its own adapter."""
-    return behind(output, block.get_submodule(CHILD))
+    return adapted_output(output, block.get_submodule(CHILD))
 
 
-def behind(output: Any, adapter: nn.Module) -> Any:
-    """Returns a block's output with its hidden states, (..., width), as an adapter changes them.
+def adapted_output(output: Any, adapter: nn.Module) -> Any:
+    """Returns a block's output after an adapter has changed its hidden states, (..., width).
 
     Raises:
-      UnsupportedModel: it is neither a tensor nor a tuple that begins with one.
+      UnsupportedModel: the output is neither a tensor nor a tuple that begins with a tensor.
     """
     if isinstance(output, torch.Tensor):
         return adapter(output)

@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a small network behind CLIP's image projection, and behind its text projection if wanted."""
+"""CLIP-Adapter: a small network after CLIP's image projection, and optionally after its text projection."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from offsite.adapter.inject import copy_seeded, train_only
 from offsite.adapter.options import Option
-from offsite.adapter.side_modules import BESIDE, add_sequential, is_side_module, shallow_clone_at
+from offsite.adapter.side_modules import SIDE_MODULE, add_sequential, is_side_module, shallow_clone_at
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, UnsupportedModel
 
@@ -19,43 +19,43 @@ OPTIONS = (RATIO, WITH_TEXT)
 
 
 class FeatureAdapter(nn.Module):
-    """What is added to a feature: scale * up(relu(down(feature))), in float32, without biases; up is zero at the start.
+    """The update of a feature: scale * up(relu(down(feature))), in float32, without biases; up is zero at the start.
 
     Args:
-      width: of the feature.
-      rank: inner width.
-      scale: above 0.
-      device: of the weights.
+      width: length of a feature, >= 1.
+      rank: inner width, >= 1.
+      scale: factor of the update, > 0.
+      device: device of the weights.
     """
 
     def __init__(self, width: int, rank: int, scale: float, device: torch.device) -> None:
         super().__init__()
-        make = nn.utils.skip_init  # nothing is drawn here: the seed's values come later
+        make = nn.utils.skip_init  # no value is drawn here; `copy_seeded` fills the weights later
         self.down = make(nn.Linear, width, rank, bias=False, device=device, dtype=torch.float32)
         self.up = make(nn.Linear, rank, width, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
         self._scale = scale
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """Returns float32 (..., width) of (..., width)."""
+        """Returns the update, float32 (..., width), of a feature (..., width)."""
         update: torch.Tensor = self.up(functional.relu(self.down(feature)))
         return self._scale * update
 
 
 def attach_clip_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Trains two dense layers of inner width rank behind the image projection; option `text`: the text projection too.
+    """Trains two dense layers of inner width rank after the image projection, and with option `text` after the text's.
 
     Gao et al. 2021, arXiv 2110.04544, section 3.2: a feature f becomes a A(f) + (1 - a) f, with a the option `ratio`.
     CLIP divides features by their length, so f + a / (1 - a) A(f), which points the same way, gives the same
-    likelihoods; and with A at zero it is f to the last bit. Named in the slots is where other methods would sit.
+    likelihoods; and while A is zero, this form is f to the last bit. The adapter is not in the spec's slots.
 
     Raises:
-      ConfigError: the spec names targets, which this method has none of.
+      ConfigError: the spec names targets.
       UnsupportedModel: as for `projections`.
     """
     if spec.targets:
         raise ConfigError(
-            f"targets={spec.targets!r}, method 'clip_adapter' sits behind CLIP's projections; leave targets empty"
+            f"targets={spec.targets!r}, method 'clip_adapter' sits after CLIP's projections; leave targets empty"
         )
     ratio = float(RATIO.read(dict(spec.options).get(RATIO.name, RATIO.default), spec.method))
     drawn = []
@@ -63,14 +63,14 @@ def attach_clip_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
         layer = shallow_clone_at(model, path)
         weight = layer.get_parameter("weight")
         add_sequential(layer, FeatureAdapter(len(weight), spec.rank, ratio / (1 - ratio), weight.device))
-        drawn.append(layer.get_parameter(f"{BESIDE}.down.weight"))
+        drawn.append(layer.get_parameter(f"{SIDE_MODULE}.down.weight"))
     copy_seeded(drawn, spec.seed, _kaiming)
     train_only(model, is_side_module)
     return model
 
 
 def projections(model: nn.Module, spec: AdapterSpec) -> tuple[str, ...]:
-    """Returns the paths of the projections that get an adapter: the image's, and the text's with option `text`.
+    """Returns the paths of the projections that get an adapter: the image's, and with option `text` also the text's.
 
     Raises:
       ConfigError: the option is not true or false.

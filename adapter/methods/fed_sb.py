@@ -1,4 +1,4 @@
-"""LoRA-SB for federations: only a small square matrix between two frozen orthonormal factors is trained."""
+"""LoRA-SB for federations: trains only a small square matrix between two frozen orthonormal factors."""
 
 from typing import Any
 
@@ -34,18 +34,18 @@ class Between(nn.Module):
 def attach_fed_sb(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     """Adds B R A alpha / rank to the targets' weights; R, (rank, rank), is trained, A and B are drawn from the seed.
 
-    Singhal et al. 2025, arXiv 2502.15436, section 3. There A and B come from a singular value decomposition of a first
-    gradient, which here would be a release of its own that costs privacy: they are random instead.
+    Singhal et al. 2025, arXiv 2502.15436, section 3. The paper takes A and B from a singular value decomposition of a
+    first gradient; here such a gradient would be a release that costs privacy, so A and B are random.
 
     Raises:
       ConfigError: the rank is above a target's width.
     """
-    found = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
+    targets = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
     generator = seeded(spec.seed)
-    for name, module in found.items():
+    for name, module in targets.items():
         inputs, outputs = lengths(module)
         if spec.rank > min(inputs, outputs):
-            raise ConfigError(f"rank={spec.rank} is above the width of {name}, {min(inputs, outputs)}; lower it")
+            raise ConfigError(f"rank={spec.rank} must be at most {min(inputs, outputs)}, the width of {name}; lower it")
         down, up = (_orthonormal(length, spec.rank, generator) for length in (inputs, outputs))
         device = next(module.parameters()).device
         add_parallel(module, Between(down.T.contiguous(), up, spec.alpha / spec.rank, device))
@@ -56,8 +56,8 @@ def attach_fed_sb(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 def _orthonormal(length: int, rank: int, generator: torch.Generator) -> Any:
     """Returns a random matrix with orthonormal columns, float32 (length, rank).
 
-    In float64, and with the signs fixed that the decomposition leaves open, so that machines whose libraries round
-    otherwise have the same matrix up to the last digit of float32.
+    The decomposition is computed in float64, and the signs that it leaves open are fixed, so that machines whose
+    libraries round differently get the same matrix up to the last digit of float32.
     """
     drawn = torch.randn(length, rank, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(drawn)

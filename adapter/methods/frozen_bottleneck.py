@@ -1,4 +1,4 @@
-"""Bottleneck adapters of earlier jobs inside a new one: frozen, and given."""
+"""Frozen bottleneck adapters of earlier jobs inside a new adapter."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from offsite.adapter.auxiliary import AuxiliaryTensors, RequiredTensors, TensorSpec
 from offsite.adapter.inject import OWN
-from offsite.adapter.methods.bottleneck import behind, slot_blocks
+from offsite.adapter.methods.bottleneck import adapted_output, slot_blocks
 from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import hidden_size
 
@@ -19,52 +19,53 @@ HINT = "name the adapter folders of earlier jobs with method 'bottleneck' on the
 
 
 class FrozenBottleneck(nn.Module):
-    """hidden + up(gelu(down(hidden))), computed in float32, to the last bit as `bottleneck.Bottleneck` computes it.
+    """hidden + up(gelu(down(hidden))), computed in float32 and equal to `bottleneck.Bottleneck` to the last bit.
 
-    Its tensors are buffers, not parameters, so that nothing can make them trainable; they are not in the state.
+    The tensors are buffers and not parameters, so that nothing can make them trainable, and are not in the state dict.
     """
 
-    def __init__(self, given: AuxiliaryTensors, slot: str, number: int, device: torch.device) -> None:
+    def __init__(self, auxiliary: AuxiliaryTensors, slot: str, number: int, device: torch.device) -> None:
         super().__init__()
         for part in PARTS:
-            tensor = given[given_name(slot, number, part)]
+            tensor = auxiliary[frozen_tensor_name(slot, number, part)]
             self.register_buffer(part.replace(".", "_"), tensor.detach().to(device), persistent=False)
 
     def update(self, read: Tensor) -> Tensor:
-        """Returns what is added to hidden states, (..., width), in the dtype of the buffers."""
+        """Returns the update of hidden states, (..., width), in the dtype of the buffers."""
         narrow = functional.linear(read, self.get_buffer("down_weight"), self.get_buffer("down_bias"))
         return functional.linear(functional.gelu(narrow), self.get_buffer("up_weight"), self.get_buffer("up_bias"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns adapted hidden states, same shape (..., width) and dtype."""
+        """Returns the adapted hidden states, same shape (..., width) and dtype."""
         return hidden + self.update(hidden.to(self.get_buffer("down_weight").dtype)).to(hidden.dtype)
 
 
-def given_name(slot: str, number: int, part: str) -> str:
-    """Returns the name of one tensor of the frozen adapter of a number, from 0, behind a slot's block."""
+def frozen_tensor_name(slot: str, number: int, part: str) -> str:
+    """Returns the name of one tensor of the frozen adapter with a number, from 0, after a slot's block."""
     return f"{slot}.frozen_{number}.{part}"
 
 
-def frozen_wants(model: nn.Module, spec: AdapterSpec, count: int) -> RequiredTensors:
-    """Returns the tensors of so many bottlenecks behind each slot's block, each adapter of any one rank."""
-    found: dict[str, TensorSpec] = {}
+def frozen_specs(model: nn.Module, spec: AdapterSpec, count: int) -> RequiredTensors:
+    """Returns the specs of the tensors of `count` bottlenecks, each of any rank, after each slot's block."""
+    specs: dict[str, TensorSpec] = {}
     for slot, block in slot_blocks(model, spec).items():
         width = hidden_size(block)
         for number in range(count):
             rank = f"rank_{number}"
             shapes: tuple[tuple[int | str, ...], ...] = ((rank, width), (rank,), (width, rank), (width,))
-            found |= {
-                given_name(slot, number, part): TensorSpec(shape) for part, shape in zip(PARTS, shapes, strict=True)
+            specs |= {
+                frozen_tensor_name(slot, number, part): TensorSpec(shape)
+                for part, shape in zip(PARTS, shapes, strict=True)
             }
-    return found
+    return specs
 
 
-def add_behind(block: nn.Module, name: str, child: nn.Module) -> None:
-    """Adds a child that changes a block's hidden states behind whatever was added behind it before."""
+def add_after_block(block: nn.Module, name: str, child: nn.Module) -> None:
+    """Adds a child that changes a block's hidden states, after all children that were added before."""
     block.add_module(name, child)
     # A partial of a module-level function, so that a deep copy of the model uses its own child.
-    block.register_forward_hook(partial(_behind, name))
+    block.register_forward_hook(partial(_adapted_by, name))
 
 
-def _behind(name: str, block: nn.Module, inputs: Any, output: Any) -> Any:
-    return behind(output, block.get_submodule(name))
+def _adapted_by(name: str, block: nn.Module, inputs: Any, output: Any) -> Any:
+    return adapted_output(output, block.get_submodule(name))

@@ -1,4 +1,4 @@
-"""Low-rank adapters: both factors trained, or only B over an A that the seed fixes."""
+"""Low-rank adapters: LoRA trains both factors; FFA-LoRA trains only B, and the seed fixes A."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def attach_lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 
 def attach_ffa_lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """As `attach_lora`, but A stays as the seed drew it, so the mean of B is the mean of the effects.
+    """As `attach_lora`, but A keeps its seeded values, so the mean of B is the mean of the effects.
 
     Sun et al. 2024, arXiv 2403.12313, section 3.
     """
@@ -34,15 +34,15 @@ def attach_ffa_lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 
 def _attach(model: nn.Module, spec: AdapterSpec) -> Any:
-    """Returns the peft model with A drawn in sorted name order, bounds as in peft: kaiming uniform with a = sqrt(5)."""
-    found = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
+    """Returns the peft model; A is drawn in sorted order of names from peft's Kaiming uniform with a = sqrt(5)."""
+    targets = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=0.0,  # a dropout mask would differ between an example alone and in its batch
         bias="none",
-        target_modules=sorted(found),
-        fan_in_fan_out=any(not isinstance(module, nn.Linear) for module in found.values()),
+        target_modules=sorted(targets),
+        fan_in_fan_out=any(not isinstance(module, nn.Linear) for module in targets.values()),
         task_type=task_type(model),
     )
     wrapped = inject(model, config)

@@ -1,4 +1,4 @@
-"""A masked update: the entries of a weight matrix that matter most in the base model are trained, and no others."""
+"""A masked update: trains only the entries of a weight matrix that matter most in the base model."""
 
 import math
 
@@ -20,14 +20,14 @@ PLACES = "places"
 
 
 class MaskedUpdate(nn.Module):
-    """x -> x times a sparse matrix, whose values are trained and zero at the start.
+    """x -> x times a sparse matrix with trained values, zero at the start.
 
-    The matrix is written out densely for the length of a forward pass: an entry at a time would need one product for
-    each example, token and entry.
+    The matrix is dense during a forward pass, because a sparse product would need one multiplication for each example,
+    token and entry.
 
     Attributes:
-      values: float32 (k,).
-      places: int64 (k,), positions in the flattened weight, ascending.
+      values: trained entries, float32 (k,).
+      places: ascending positions of the entries in the flattened weight, int64 (k,).
     """
 
     def __init__(self, weight: torch.Tensor, places: torch.Tensor, *, transposed: bool) -> None:
@@ -46,30 +46,30 @@ class MaskedUpdate(nn.Module):
 def largest(weight: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the positions of the entries of largest magnitude in the flattened weight, ascending, int64 (count,).
 
-    Of equal entries the first count, so that every party finds the same.
+    Of equal entries the earlier ones are taken, so that every party finds the same positions.
     """
     order = torch.sort(weight.detach().float().abs().flatten(), descending=True, stable=True).indices
     return order[:count].sort().values
 
 
-def attach_masked(model: nn.Module, spec: AdapterSpec, given: AuxiliaryTensors = NO_AUXILIARY) -> nn.Module:
-    """Trains a share `density` of the entries of each target's weight: the largest, or of most Fisher information.
+def attach_masked(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = NO_AUXILIARY) -> nn.Module:
+    """Trains a share `density` of each target's weight: the largest entries, or those of most Fisher information.
 
-    By magnitude the mask follows from weights that coordinator and sites both have, as in Bhardwaj et al. 2024 (SHiRA),
-    arXiv 2406.13175, section 3.1. By Fisher information it is given; the coordinator computes it from public data, see
-    `emulator.fisher`, as in Sung et al. 2021, arXiv 2111.09839, section 3. In both cases no private data are spent on
-    it, and only the values travel between rounds.
+    A mask by magnitude follows from weights that coordinator and sites both have, as in Bhardwaj et al. 2024 (SHiRA),
+    arXiv 2406.13175, section 3.1. A mask by Fisher information is an auxiliary tensor: the coordinator computes the
+    mask from public data (see `emulator.evaluation.fisher`), as in Sung et al. 2021, arXiv 2111.09839, section 3.
+    Neither mask costs private data, and only the values travel between rounds.
     """
     for name, module in masked_targets(model, spec).items():
         weight = _weight(module)
-        places = given[place_name(name)] if by_fisher(spec) else largest(weight, kept(module, spec))
+        places = auxiliary[place_name(name)] if by_fisher(spec) else largest(weight, kept(module, spec))
         add_parallel(module, MaskedUpdate(weight, places, transposed=not isinstance(module, nn.Linear)))
     train_only(model, is_side_module)
     return model
 
 
 def masked_targets(model: nn.Module, spec: AdapterSpec) -> Found:
-    """Returns the dense layers that a spec masks, by path, sorted."""
+    """Returns the dense layers whose weights a spec masks, by path, sorted."""
     return choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
 
 
@@ -80,30 +80,30 @@ def kept(module: nn.Module, spec: AdapterSpec) -> int:
 
 
 def by_fisher(spec: AdapterSpec) -> bool:
-    """Whether a spec of this method takes its mask as given."""
+    """Whether the mask of a spec is an auxiliary tensor, computed from Fisher information."""
     return resolve(spec.options, OPTIONS, spec.method)["by"] == FISHER
 
 
 def place_name(path: str) -> str:
-    """Returns the name of the given positions of the dense layer at a path."""
+    """Returns the name of the auxiliary tensor with the positions for the dense layer at a path."""
     return f"{path}.{PLACES}"
 
 
-def masked_wants(model: nn.Module, spec: AdapterSpec) -> RequiredTensors:
-    """Returns the positions that a model needs for a mask by Fisher information; none by magnitude."""
+def mask_specs(model: nn.Module, spec: AdapterSpec) -> RequiredTensors:
+    """Returns the specs of the positions for a mask by Fisher information; an empty mapping for a mask by magnitude."""
     if not by_fisher(spec):
         return {}
-    found = masked_targets(model, spec).items()
-    return {place_name(path): positions(kept(m, spec), math.prod(_weight(m).shape)) for path, m in found}
+    targets = masked_targets(model, spec).items()
+    return {place_name(path): positions(kept(m, spec), math.prod(_weight(m).shape)) for path, m in targets}
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
-    weight = module.weight  # of a layer that is held as it was stored, it is made at this call
+    weight = module.weight  # a layer that is stored as codes makes its weight at this call
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"a {type(module).__name__} has no weight")
     return weight
 
 
-TAKES = AuxiliarySpec(
-    masked_wants, attach_masked, "by='fisher' needs the positions that the coordinator computed; see the job"
+AUXILIARY = AuxiliarySpec(
+    mask_specs, attach_masked, "by='fisher' needs the positions that the coordinator computed; take them from the job"
 )

@@ -1,4 +1,4 @@
-"""MiSS: one shared block of rank rows, added to every shard of a weight matrix."""
+"""MiSS: one shared block of `rank` rows, added to every shard of a weight matrix."""
 
 from peft import MissConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING as DEFAULTS
@@ -15,16 +15,17 @@ def attach_miss(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
     Kang and Yin 2024, arXiv 2409.15371, section 3.
     """
-    found = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
-    for name, module in found.items():
+    targets = choose(in_slots(model, spec.slots, is_linear), spec, default_targets(model, DEFAULTS))
+    for name, module in targets.items():
         if not isinstance(module, nn.Linear):
             raise UnsupportedModel(
-                f"target={name!r} is a {type(module).__name__}, miss needs nn.Linear; take method 'ffa_lora'"
+                f"target={name!r} is a {type(module).__name__}, must be nn.Linear for method 'miss'; take method "
+                "'ffa_lora'"
             )
         if spec.rank > module.in_features:
-            raise ConfigError(f"rank={spec.rank} is above the {module.in_features} inputs of {name}; lower it")
+            raise ConfigError(f"rank={spec.rank} must be at most {module.in_features}, the inputs of {name}; lower it")
     config = MissConfig(
-        r=spec.rank, miss_dropout=0.0, bias="none", target_modules=sorted(found), task_type=task_type(model)
+        r=spec.rank, miss_dropout=0.0, bias="none", target_modules=sorted(targets), task_type=task_type(model)
     )
     wrapped = inject(model, config)
     train_only(wrapped, lambda name: ".miss_block." in name)

@@ -10,17 +10,17 @@ from offsite.adapter.inject import ADAPTER
 from offsite.adapter.methods.peft_tuners import DIVIDES, DIVIDES_INPUTS, DIVIDES_OUTPUTS, ENTRIES, MOVED, ROUNDED, Tuner
 from offsite.adapter.options import Option
 
-# A site builds what a spec asks for before it can weigh it: bounds that no useful adapter exceeds.
+# A site builds an adapter before it can check the size; these bounds on options exceed every useful adapter.
 _MANY, _LONG = 2**22, 4096
 _PRODUCT = "products do not average"
-_ROTATION = "weights are rotated, and the mean of two rotations is none"
+_ROTATION = "weights are rotated, and the mean of two rotations is not a rotation"
 
 
 def _settle_signs(layer: Any) -> None:
     """Makes the entry of largest magnitude of each left singular vector positive.
 
-    A singular value decomposition leaves the signs open, and each library chooses its own; the trained numbers mean
-    something else under another choice. peft stores the factors, so that a loaded adapter has them as they are here.
+    A singular value decomposition leaves the signs open, and each library chooses other signs, under which the trained
+    numbers would mean something else. peft stores the factors, so a loaded adapter has the signs that were set here.
     """
     up, down = layer.tinylora_B[ADAPTER], layer.tinylora_A[ADAPTER]
     with torch.no_grad():
@@ -29,8 +29,8 @@ def _settle_signs(layer: Any) -> None:
         down.mul_(top.sign().T)
 
 
-def _say_that_sparse_tensors_are_unchecked(layer: Any) -> None:
-    """Says explicitly what is torch's default, which it otherwise warns of in the first forward pass."""
+def _leave_sparse_tensors_unchecked(layer: Any) -> None:
+    """Sets torch's default explicitly; otherwise torch warns about the default in the first forward pass."""
     del layer
     torch.sparse.check_sparse_tensor_invariants.disable()
 
@@ -122,7 +122,7 @@ TUNERS: tuple[Tuner, ...] = (
     ),
     Tuner(
         "shira", peft.ShiraConfig, True, "the values are added to weights at fixed places, so the effect is linear",
-        seed="random_seed", conv1d=False, settle=_say_that_sparse_tensors_are_unchecked,
+        seed="random_seed", conv1d=False, settle=_leave_sparse_tensors_unchecked,
     ),
     Tuner(
         "supertuning", peft.SupertuningConfig, True, "the values are added to weights at fixed places, so it is linear",

@@ -1,4 +1,4 @@
-"""One way to attach any tuner of Hugging Face PEFT: its facts are an entry, not code."""
+"""Attaches any tuner of Hugging Face PEFT from an entry of a table; no tuner needs code of its own."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import Found, choose, default_targets, in_slots, is_linear, lengths
 from offsite.errors import ConfigError, UnsupportedModel
 
-# How a start compares with the plain model's output.
+# How the output with a new adapter compares with the plain model's output.
 SAME = "same"  # bit-identical
-ROUNDED = "rounded"  # equal but for the last digits of the dtype: the same sum in another order
-MOVED = "moved"  # not equal: the method has no such start at which it could also learn
+ROUNDED = "rounded"  # equal but for the last digits of the dtype, because the same sum has another order
+MOVED = "moved"  # different: from an equal start the method could not learn
 DIVIDES = "divides"  # an option that must divide every target's inputs and outputs
 DIVIDES_INPUTS = "divides inputs"
 DIVIDES_OUTPUTS = "divides outputs"
@@ -27,26 +27,26 @@ ENTRIES = "entries"  # an option that may be at most the entries of the smallest
 
 @dataclass(frozen=True)
 class Tuner:
-    """What has to be known of a tuner of peft to attach it.
+    """The facts about a tuner of peft that `attach` needs.
 
     Attributes:
-      name: the key in `METHODS`.
+      name: key in `METHODS`.
       config: peft's configuration class.
-      exact_mean: whether the mean of uploads has the mean of their effects; measured by the contract suite.
-      why: why it is, or is not; a sentence for the report.
-      rank: the configuration's field for the spec's rank, or "" where the method has none.
-      rank_step: the rank must be a multiple of it.
-      alpha: the field for the spec's alpha, or "".
-      seed: the field for the spec's seed of what the method generates and freezes, or "".
-      fixed: (field, value) of what must not vary.
-      options: fields that a spec may set.
-      fitted: (option, rule) of those whose value depends on the targets' widths. A default is the largest value up to
-        the option's own default that keeps the rule; a value that a spec sets must keep it.
-      conv1d: whether it takes GPT-2's transposed layers.
-      shared: whether the slots share their parameters, which then have names of the first.
+      exact_mean: whether the mean of uploads has exactly the mean of their effects; measured by the contract suite.
+      why: reason why the mean is exact or is not, as a sentence for the report.
+      rank: field of the configuration for the spec's rank, or "" for a method without a rank.
+      rank_step: number >= 1 that divides every allowed rank.
+      alpha: field of the configuration for the spec's alpha, or "".
+      seed: field of the configuration for the seed of generated frozen values, or "".
+      fixed: (field, value) pairs that no spec may change.
+      options: fields of the configuration that a spec may set.
+      fitted: (option, rule) pairs for options that depend on the targets' widths. A default becomes the largest value
+        up to the option's own default that keeps the rule; a value that a spec sets must keep the rule.
+      conv1d: whether the tuner takes GPT-2's transposed layers.
+      shared: whether all slots share the same parameters, which then have the names of the first slot.
       start: `SAME`, `ROUNDED` or `MOVED`.
-      targets: peft's default targets by model type.
-      settle: what is done to a layer after peft has made it, with the name of the adapter in it.
+      targets: default targets by model type, or None for those of LoRA.
+      settle: function that changes each layer after peft has made it, or None.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Tuner:
     def attach(self, model: nn.Module, spec: AdapterSpec) -> nn.Module:
         """Adds the tuner's layers at the targets inside the slots.
 
-        Trained is what peft itself would train. Everything drawn comes from the spec's seed.
+        The same parameters train as in peft. All random values come from the spec's seed.
 
         Raises:
-          UnsupportedModel: a target is of a kind or size that peft's layer does not take; load the model again.
-          ConfigError: an option is not known, out of range or does not fit the targets, or the rank does not.
+          UnsupportedModel: peft's layer does not take the kind or size of a target; load the model again.
+          ConfigError: an option is unknown, out of range or does not fit the targets, or the rank does not fit.
         """
         values = dict(resolve(spec.options, self.options, self.name))
         defaults = default_targets(model, self.targets or ATTENTION_TARGETS)
@@ -81,7 +81,7 @@ class Tuner:
         self._check(found, spec)
         sizes = [lengths(module) for module in found.values()]
         for option, rule in self.fitted:
-            values[option] = _fit(option, rule, values[option], sizes, given=option in dict(spec.options))
+            values[option] = _fit(option, rule, values[option], sizes, chosen=option in dict(spec.options))
         wrapped = inject(model, self._config(model, spec, found, values), seed=spec.seed)
         trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
         train_only(wrapped, trained.__contains__)
@@ -104,19 +104,29 @@ class Tuner:
         for name, module in found.items():
             if not (self.conv1d or isinstance(module, nn.Linear)):
                 raise UnsupportedModel(
-                    f"target={name!r} is a {type(module).__name__}, {self.name} needs nn.Linear; take method 'ffa_lora'"
+                    f"target={name!r} is a {type(module).__name__}, must be nn.Linear for method {self.name!r}; take "
+                    "method 'ffa_lora'"
                 )
             if self.rank and spec.rank > (width := min(lengths(module))):
-                raise ConfigError(f"rank={spec.rank} is above the width {width} of {name}; lower it")
+                raise ConfigError(f"rank={spec.rank} must be at most {width}, the width of {name}; lower it")
         if self.rank and spec.rank % self.rank_step:
-            raise ConfigError(f"rank={spec.rank}: method {self.name!r} needs a multiple of {self.rank_step}; change it")
+            raise ConfigError(
+                f"rank={spec.rank} must be a multiple of {self.rank_step} for method {self.name!r}; change it"
+            )
 
 
-def _fit(name: str, rule: str, value: Scalar, sizes: Sequence[tuple[int, int]], *, given: bool) -> Scalar:
-    """Returns an option's value for targets of these (inputs, outputs), as `Tuner.fitted` says.
+def _fit(name: str, rule: str, value: Scalar, sizes: Sequence[tuple[int, int]], *, chosen: bool) -> Scalar:
+    """Returns an option's value for the targets, as `Tuner.fitted` says.
+
+    Args:
+      name: name of the option.
+      rule: `ENTRIES`, `DIVIDES`, `DIVIDES_INPUTS` or `DIVIDES_OUTPUTS`.
+      value: value that the spec set, or the default.
+      sizes: (inputs, outputs) of each target.
+      chosen: whether the spec set the value.
 
     Raises:
-      ConfigError: a value that the spec set does not keep the rule.
+      ConfigError: the value that the spec set does not keep the rule.
     """
     if rule == ENTRIES:
         best = min(int(value), *(inputs * outputs for inputs, outputs in sizes))
@@ -124,6 +134,6 @@ def _fit(name: str, rule: str, value: Scalar, sizes: Sequence[tuple[int, int]], 
         both = {DIVIDES: (0, 1), DIVIDES_INPUTS: (0,), DIVIDES_OUTPUTS: (1,)}[rule]
         common = math.gcd(*(size[end] for size in sizes for end in both))
         best = max(divisor for divisor in range(1, int(value) + 1) if common % divisor == 0)
-    if given and best != value:
-        raise ConfigError(f"option {name}={value} does not fit the targets ({rule}); {best} does")
+    if chosen and best != value:
+        raise ConfigError(f"option {name}={value} does not fit the targets ({rule}); set it to {best}")
     return best

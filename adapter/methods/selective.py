@@ -1,6 +1,6 @@
-"""Methods that tune what a model already has: its biases, or its norms.
+"""Methods that tune parameters a model already has: its biases, or its norms.
 
-The base model's own tensors are never written: biases are tuned as a shift beside them, norms as peft's copies.
+The base model's own tensors are never written: a bias is tuned as a shift that is added, a norm as a copy by peft.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ SHIFT = "offsite_bias"
 
 
 class Shift(nn.Module):
-    """A learned shift of a layer's output, zero at the start: the update of that layer's bias."""
+    """A learned shift of a layer's output, zero at the start: the update of the layer's bias."""
 
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__()
@@ -31,20 +31,20 @@ class Shift(nn.Module):
 
 
 class CastNorm(nn.Module):
-    """A norm with float32 parameters that computes in the dtype of the plain norm it copies.
+    """A copy of a norm with float32 parameters that computes in the dtype of the plain norm.
 
-    A float32 weight in a bfloat16 norm would make the block's output float32. The parameters keep the plain names, and
-    are rounded in forward exactly as `PeftModel.from_pretrained` rounds them when it loads the export.
+    A float32 weight in a bfloat16 norm would make the block's output float32. The parameters keep their plain names,
+    and `forward` rounds them exactly as `PeftModel.from_pretrained` does when it loads the export.
     """
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
-        self._plain = (plain,)  # in a tuple: a reference, no child module with names of its own
+        self._plain = (plain,)  # in a tuple: a reference, and not a child module with parameter names of its own
         for name, parameter in plain.named_parameters():
             self.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the normalised hidden states, same shape and dtype."""
+        """Returns the normalised hidden states, same shape (..., features) and dtype."""
         plain = self._plain[0]
         rounded = {name: getattr(self, name).to(p.dtype) for name, p in plain.named_parameters()}
         output: torch.Tensor = functional_call(plain, rounded, (hidden,))
@@ -59,10 +59,10 @@ def attach_bitfit(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     """
     candidates = in_slots(model, spec.slots, has_bias)
     if not candidates:
-        raise UnsupportedModel("biases=0 in the slots, method 'bitfit' needs one; take method 'norm'")
+        raise UnsupportedModel("biases=0 in the slots, must be at least 1 for method 'bitfit'; take method 'norm'")
     for module in choose(candidates, spec, leaf_names(candidates)).values():
         module.add_module(SHIFT, Shift(module.bias))
-        module.register_forward_hook(_shifted)
+        module.register_forward_hook(_add_shift)
     train_only(model, lambda name: f".{SHIFT}." in name)
     return model
 
@@ -75,10 +75,12 @@ def attach_norm(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     """
     candidates = in_slots(model, spec.slots, is_norm)
     if not candidates:
-        raise UnsupportedModel("norms=0 with a weight in the slots, method 'norm' needs one; take method 'ffa_lora'")
-    found = choose(candidates, spec, leaf_names(candidates))
-    wrapped = inject(model, LNTuningConfig(target_modules=sorted(found), task_type=task_type(model)))
-    for name in found:
+        raise UnsupportedModel(
+            "norms=0 with a weight in the slots, must be at least 1 for method 'norm'; take method 'ffa_lora'"
+        )
+    norms = choose(candidates, spec, leaf_names(candidates))
+    wrapped = inject(model, LNTuningConfig(target_modules=sorted(norms), task_type=task_type(model)))
+    for name in norms:
         copies = wrapped.base_model.model.get_submodule(name).ln_tuning_layers
         if any(p.dtype != torch.float32 for p in copies.parameters()):
             copies[ADAPTER] = CastNorm(copies[ADAPTER])
@@ -86,7 +88,7 @@ def attach_norm(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     return wrapped
 
 
-def _shifted(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def _add_shift(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """Forward hook; a module-level function, so that a deep copy of the model shifts by its own parameters."""
     result: torch.Tensor = module.get_submodule(SHIFT)(output)
     return result

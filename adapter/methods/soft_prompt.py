@@ -1,4 +1,4 @@
-"""Learned tokens in front of the hidden states of a block, taken out again behind it."""
+"""Learned tokens in front of the hidden states of a block, removed again after the block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,31 +14,31 @@ from offsite.adapter.targets import hidden_size, in_slots
 from offsite.errors import ConfigError, UnsupportedModel
 
 CHILD = f"{OWN}prompt"
-SPREAD = 0.02  # standard deviation of the first values, as of a transformer's embeddings
+SPREAD = 0.02  # standard deviation of the initial values, as for a transformer's embeddings
 OPTIONS = (Option("depth", "deep", choices=("deep", "shallow")),)
 
 
 class SoftPrompt(nn.Module):
-    """Tokens that are put in front of every example; each example has its own copy, so its gradient is its own."""
+    """Tokens that are prepended to every example; each example has its own copy, and so its own gradient."""
 
     def __init__(self, tokens: int, width: int, device: torch.device) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.zeros(tokens, width, dtype=torch.float32, device=device))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns hidden states (B, tokens + T, width) of (B, T, width), same dtype."""
+        """Returns hidden states (B, tokens + T, width) for hidden states (B, T, width), same dtype."""
         return torch.cat([self.tokens.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
 
 
 def attach_soft_prompt(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Adds rank learned tokens in front of what each slot's block reads, or only the first's with depth "shallow".
+    """Prepends rank learned tokens to the input of each slot's block, or of the first slot's with depth "shallow".
 
     Jia et al. 2022 (VPT), arXiv 2203.12119, section 3.2; for text Lester et al. 2021, arXiv 2104.08691, section 2.
-    The tokens have no position of their own, and real tokens keep theirs. There is no start at which the output is the
-    plain model's, since attention sees the tokens.
+    The tokens have no position, and real tokens keep their positions. The output with a new adapter always differs from
+    the plain model's, because attention sees the tokens.
 
     Raises:
-      ConfigError: the spec names targets, which this method has none of.
+      ConfigError: the spec names targets.
     """
     if spec.targets:
         raise ConfigError(f"targets={spec.targets!r}, method 'soft_prompt' sits before blocks; leave targets empty")
@@ -49,15 +49,17 @@ def attach_soft_prompt(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     for block in blocks:
         prompt = SoftPrompt(spec.rank, hidden_size(block), next(block.parameters()).device)
         block.add_module(CHILD, prompt)
-        block.register_forward_pre_hook(_entered, with_kwargs=True)
-        block.register_forward_hook(_left)
+        block.register_forward_pre_hook(_prepend_tokens, with_kwargs=True)
+        block.register_forward_hook(_remove_tokens)
     drawn = (block.get_submodule(CHILD).get_parameter("tokens") for block in blocks)
     copy_seeded(drawn, spec.seed, lambda tensor, generator: nn.init.normal_(tensor, 0.0, SPREAD, generator))
     train_only(model, lambda name: f".{CHILD}." in f".{name}")
     return model
 
 
-def _entered(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _prepend_tokens(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook; a module-level function, so that a deep copy of the model uses its own tokens."""
     hidden, others = named_arguments(block, args, kwargs)
     prompt = block.get_submodule(CHILD)
@@ -65,8 +67,8 @@ def _entered(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return (extended,), prompted(block, others, hidden.shape[1], extended.shape[1] - hidden.shape[1])
 
 
-def _left(block: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: takes the tokens out of what the block returns."""
+def _remove_tokens(block: nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook that removes the tokens from the output of the block."""
     count = block.get_submodule(CHILD).get_parameter("tokens").shape[0]
     if isinstance(output, torch.Tensor):
         return output[:, count:]
@@ -74,8 +76,8 @@ def _left(block: nn.Module, inputs: Any, output: Any) -> Any:
         longer = output[0].shape[1]
         if any(isinstance(other, torch.Tensor) and longer in other.shape[1:] for other in output[1:]):
             raise UnsupportedModel(
-                f"a {type(block).__name__} hands more than hidden states to the next block, which a soft prompt makes "
-                "too long; take method 'ffa_lora'"
+                f"a {type(block).__name__} hands more than hidden states to the next block, and a soft prompt makes "
+                "the additional tensor too long; take method 'ffa_lora'"
             )
         return (output[0][:, count:], *output[1:])
     raise UnsupportedModel(

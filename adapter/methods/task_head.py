@@ -1,4 +1,4 @@
-"""The task head of a model, trained beside its frozen self: a method of its own, and an option of all others."""
+"""Trains an update of a model's task head: a method of its own, and an option of every other method."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from offsite.adapter.inject import train_only
 from offsite.adapter.options import Option, Options
-from offsite.adapter.side_modules import BESIDE, add_parallel, is_side_module, shallow_clone_at, zero_linear
+from offsite.adapter.side_modules import SIDE_MODULE, add_parallel, is_side_module, shallow_clone_at, zero_linear
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, UnsupportedModel
 
@@ -14,12 +14,12 @@ HEAD = Option("head", False)
 
 
 def head_path(model: nn.Module) -> str:
-    """Returns the path of a model's task head: of its output embeddings, or else its last layer in no tower.
+    """Returns the path of a model's task head: the output embeddings, or else the last layer outside all towers.
 
     A tower is any `nn.ModuleList`. So classifier, score, qa_outputs and lm_head are found by structure.
 
     Raises:
-      UnsupportedModel: there is none, or it is no `nn.Linear`.
+      UnsupportedModel: the model has no head, or the head is not an `nn.Linear`.
     """
     getter = getattr(model, "get_output_embeddings", None)
     named: Any = getter() if getter is not None else None
@@ -29,18 +29,18 @@ def head_path(model: nn.Module) -> str:
         if module is named or (named is None and owns and path and not path.startswith(tuple(towers))):
             if type(module) is not nn.Linear:
                 raise UnsupportedModel(
-                    f"heads=0: the last layer outside the blocks, {path!r}, is a {type(module).__name__} and no dense "
-                    "layer; leave the option head out"
+                    f"heads=0: the last layer outside the blocks, {path!r}, is a {type(module).__name__} and not a "
+                    "dense layer; leave the option head out"
                 )
             return path
     raise UnsupportedModel("heads=0: the model has no dense layer outside its blocks; leave the option head out")
 
 
 def attach_head(model: nn.Module, spec: AdapterSpec) -> nn.Module:
-    """Trains nothing but the head: linear probing. Named in the slots is where other methods would sit.
+    """Trains only the head: linear probing. The spec's slots stay as they are.
 
     Raises:
-      ConfigError: the spec names targets, which this method has none of.
+      ConfigError: the spec names targets.
       UnsupportedModel: as for `head_path`.
     """
     if spec.targets:
@@ -51,16 +51,16 @@ def attach_head(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 
 def add_head(model: nn.Module, path: str) -> None:
-    """Adds a trainable float32 dense layer, zero at the start, beside the head.
+    """Adds a trainable float32 dense layer, zero at the start, in parallel to the head.
 
-    The head itself is not touched; see `adapter.beside.aside`.
+    The head itself is not touched; see `side_modules.shallow_clone_at`.
     """
     holder = shallow_clone_at(model, path)
     outputs, inputs = holder.get_parameter("weight").shape
     device = holder.get_parameter("weight").device
     bias = getattr(holder, "bias", None) is not None
     add_parallel(holder, zero_linear(inputs, outputs, bias=bias, device=device))
-    holder.get_submodule(BESIDE).requires_grad_(True)
+    holder.get_submodule(SIDE_MODULE).requires_grad_(True)
 
 
 def wants_head(options: Options) -> bool:

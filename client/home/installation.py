@@ -1,70 +1,26 @@
 """A site's folder: its keys, its settings, and the federation that its owner accepted."""
 
-import dataclasses
 import shutil
-from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
 from offsite.client.home.policy import Policy
-from offsite.errors import ConfigError, DataError, Untrusted, lookup
-from offsite.trust import canonical, certificates
+from offsite.client.home.settings import SETTINGS, SiteSettings
+from offsite.errors import ConfigError, DataError, PolicyRefusal, Untrusted
+from offsite.privacy.ledger import Ledger
+from offsite.trust import certificates
 from offsite.trust.certificates import check_issued, check_valid
 from offsite.trust.federation_manifest import FederationManifest, check_follows, sign
-from offsite.trust.files import make_private, read, write_whole
+from offsite.trust.files import make_private, read, write_atomically
 from offsite.trust.keys import SiteKeys
 from offsite.trust.request import SiteRequest, write_request
-from offsite.trust.settings import quote, read_settings
-from offsite.trust.welcome import MAX_PORT, Welcome
+from offsite.trust.toml_tables import read_settings
+from offsite.trust.welcome import Welcome
 
-SETTINGS, POLICY, REQUEST = "site.toml", "policy.toml", "site.request"
+POLICY, REQUEST = "policy.toml", "site.request"
+ACCOUNTANT = "pld"
 _LEFT, _CURRENT, _NEXT, _OLD = "left", "keys", "keys.next", "keys.old"
-
-
-@dataclass(frozen=True)
-class SiteSettings:
-    """The file `site.toml`; `policy.toml` beside it says what is permitted.
-
-    Attributes:
-      name: of the site, as it stands in the federation.
-      data: file or folder of the records; relative to the site's folder.
-      reader: name in `client.data.READERS`; empty picks by file name.
-      column: column or key that holds the main field of a task's records, as the text; empty for the field's name.
-      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
-      dataset: name under which the privacy ledger counts what was spent on these records.
-      runtime_port: of the SuperNode's own interface on this machine; 0 takes a free one.
-      simulation_seed: makes the noise repeatable for a test; a permission of the policy is needed too.
-      weights: "widened" holds frozen weights as float32; "stored" as the package has them, widened where they run: a
-        fraction of the memory, some percent more time, the same results; "int8" and "nf4" in the numbers of
-        bitsandbytes where the package has wider ones: less memory, nearly the same results. See
-        `emulator.bitsandbytes_layers`.
-    """
-
-    name: str
-    data: str
-    reader: str = ""
-    column: str = ""
-    columns: dict[str, str] = field(default_factory=dict)
-    dataset: str = "main"
-    runtime_port: int = 0
-    simulation_seed: int | None = None
-    weights: str = "widened"
-
-    def __post_init__(self) -> None:
-        """Checks every range."""
-        canonical.check_name(self.name, "name")
-        canonical.check_name(self.dataset, "dataset")
-        if not self.data:
-            raise ConfigError("data='': must be the file or folder of the site's records")
-        if not 0 <= self.runtime_port <= MAX_PORT:
-            raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
-        lookup(WEIGHTS, self.weights, "weights")
-        if self.simulation_seed is not None and self.simulation_seed < 0:
-            raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
-
-
-WEIGHTS = {"widened": False, "stored": False, "int8": True, "nf4": True}  # whether it needs bitsandbytes
 
 
 class SiteHome:
@@ -94,8 +50,8 @@ class SiteHome:
         for part in ("trust", "trust/federation", "state", "packages"):
             make_private(folder / part)
         SiteKeys.create(folder / _CURRENT, suite)
-        write_whole(folder / POLICY, Policy.template().encode(), mode=0o600)
-        write_whole(folder / SETTINGS, _toml(settings).encode(), mode=0o600)
+        write_atomically(folder / POLICY, Policy.template().encode(), mode=0o600)
+        write_atomically(folder / SETTINGS, settings.to_toml().encode(), mode=0o600)
         installation = cls(folder, settings)
         installation.request(now)
         return installation
@@ -168,12 +124,37 @@ class SiteHome:
             "federation": welcome.manifest.check_valid(now),
         }
 
+    def read_policy(self) -> Policy:
+        """Returns what the owner permits.
+
+        Raises:
+          ConfigError, DataError: `policy.toml` is wrong, or not there.
+          PolicyRefusal: `site.toml` asks for noise from a seed, and the policy does not permit it.
+        """
+        policy, seed = Policy.read(self.policy), self.settings.simulation_seed
+        if seed is not None and not policy.allow_seeded_noise:
+            raise PolicyRefusal(
+                f"simulation_seed={seed}: noise from a seed protects nobody, and policy.toml has "
+                "allow_seeded_noise=false; remove it from site.toml"
+            )
+        return policy
+
+    def ledger(self, policy: Policy) -> Ledger:
+        """Returns the ledger of the site's data set, with the policy's cap and delta."""
+        return Ledger(
+            self.state / f"ledger-{self.settings.dataset}.jsonl",
+            dataset=self.settings.dataset,
+            epsilon_cap=policy.epsilon_cap,
+            delta=policy.delta_cap,
+            accountant=ACCOUNTANT,
+        )
+
     def request(self, now: datetime) -> Path:
         """Writes the request file again, of the new keys where a rotation has begun, and returns its path."""
         current, following = self.keys, self._next()
         previous = current.identity if following else None
         made = write_request(following or current, self.settings.name, now=now, previous=previous)
-        write_whole(self.folder / REQUEST, made.to_bytes())
+        write_atomically(self.folder / REQUEST, made.to_bytes())
         return self.folder / REQUEST
 
     def join(self, data: bytes, *, now: datetime, expected: str | None) -> FederationManifest:
@@ -202,8 +183,8 @@ class SiteHome:
         federation.check_valid(now)
         if self.joined:
             _check_history(self.federation(), welcome, federation)
-        write_whole(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.json", federation.to_bytes())
-        write_whole(self._pin, data)
+        write_atomically(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.json", federation.to_bytes())
+        write_atomically(self._pin, data)
         self._settle()
         return federation
 
@@ -211,7 +192,7 @@ class SiteHome:
         """Returns this owner's signature of the pinned epoch, and keeps it beside the epoch."""
         federation = self.federation()
         signature = sign(federation, self.keys.identity)
-        write_whole(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.sig", signature)
+        write_atomically(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.sig", signature)
         return signature
 
     def rotate(self, now: datetime) -> Path:
@@ -231,7 +212,7 @@ class SiteHome:
         Raises:
           DataError: a key is still there.
         """
-        write_whole(self._left, b"this site has left; its keys are destroyed\n")
+        write_atomically(self._left, b"this site has left; its keys are destroyed\n")
         for name in (_CURRENT, _NEXT, _OLD):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in (self.certificate, self.folder / REQUEST):
@@ -271,7 +252,7 @@ class SiteHome:
             shutil.rmtree(self.folder / _OLD, ignore_errors=True)
         for path, content in ((self.ca, welcome.ca), (self.certificate, welcome.certificate)):
             if not path.exists() or path.read_bytes() != content:
-                write_whole(path, content)
+                write_atomically(path, content)
 
 
 def _check_history(pinned: FederationManifest, welcome: Welcome, federation: FederationManifest) -> None:
@@ -293,22 +274,3 @@ def _check_history(pinned: FederationManifest, welcome: Welcome, federation: Fed
 
 def _digits(fingerprint: str) -> str:
     return "".join(fingerprint.split()).replace("-", "").lower()
-
-
-def _toml(settings: SiteSettings) -> str:
-    return (
-        "# This site. What is permitted stands in policy.toml.\n"
-        + "".join(
-            f"{name} = {_toml_value(value)}\n"
-            for name, value in dataclasses.asdict(settings).items()
-            if value is not None
-        )
-        + "# simulation_seed = 1   # repeatable noise, for tests on invented data only\n"
-    )
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, dict):
-        pairs = ", ".join(f"{quote(name)} = {quote(one)}" for name, one in value.items())
-        return f"{{ {pairs} }}" if pairs else "{}"
-    return quote(value) if isinstance(value, str) else str(value)

@@ -9,7 +9,7 @@ from typing import Any
 from offsite.errors import DataError, UnknownName, Untrusted
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import check_job
-from offsite.trust.files import make_private, write_whole
+from offsite.trust.files import make_private, write_atomically
 
 MAX_UNAPPROVED = 100  # offers that are kept for an owner who has not looked
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job
@@ -47,8 +47,8 @@ class Jobs:
         """
         place = self._folder / digest
         make_private(place)
-        write_whole(place / "signature.hex", signature.hex().encode())
-        write_whole(place / "manifest.json", manifest)  # last: a folder without it is no offer
+        write_atomically(place / "signature.hex", signature.hex().encode())
+        write_atomically(place / "manifest.json", manifest)  # last: a folder without it is no offer
         waiting = [name for name in self.names() if name not in self.approved()]
         waiting.sort(key=lambda name: (name == digest, (self._folder / name / "manifest.json").stat().st_mtime_ns))
         for name in waiting[:-MAX_UNAPPROVED]:
@@ -63,7 +63,7 @@ class Jobs:
         """
         digest = self._find(name)
         content = json.dumps({"approved": digest, "by": by, "at": at})
-        write_whole(self._folder / digest / "approved.json", content.encode())
+        write_atomically(self._folder / digest / "approved.json", content.encode())
         return digest
 
     def approved(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite.errors import ConfigError, PolicyRefusal
-from offsite.trust.settings import read_settings
+from offsite.trust.toml_tables import read_settings
 
 if TYPE_CHECKING:  # a manifest needs torch, and setting a site up does not
     from offsite.protos.job_manifest import JobManifest

@@ -1,7 +1,7 @@
-"""Everything that we use of Flower's private interface at a site: take a message, answer it with installed code, push.
+"""All use of Flower's private interface at a site: take a message, answer with the installed code, push the answer.
 
-Flower would start a process for every message and run the code that came with it. This loop stays warm, runs what is
-installed here, and answers a bundle it does not know with an error. Written against flwr 1.41.
+Flower would start a process for every message and run the code that came with the message. This loop stays warm, runs
+the installed code only, and answers an unknown bundle with an error. Written against flwr 1.41.
 """
 
 import hashlib
@@ -50,12 +50,12 @@ class Executor:
     """Takes tasks of the SuperNode on this machine.
 
     Args:
-      address: of the SuperNode's runtime interface, on loopback.
-      guard: secret of our guard.
-      secret: with which tasks are acquired.
-      handle: (stage, bytes) -> bytes, this site's answer.
-      on_foreign: told the SHA-256 of a bundle that is not ours.
-      stopping: says whether to end.
+      address: host:port of the SuperNode's runtime interface, on loopback.
+      guard: secret of offsite's guard before that interface.
+      secret: secret with which Flower lets an executor acquire tasks.
+      handle: function from stage and bytes to this site's answer, bytes.
+      on_foreign: function that gets the SHA-256 of an unknown bundle.
+      stopping: function that says whether to end.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Executor:
         self._handle, self._on_foreign, self._stopping = handle, on_foreign, stopping
         self._auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=[_ACQUIRE])
         self._acquirer = self._client([self._auth])
-        self._waiting: Any = None  # a task that was acquired while another one was waited for
+        self._waiting: Any = None  # task acquired while the message of another task was awaited
 
     def close(self) -> None:
         """Closes the connection to the SuperNode."""
         self._acquirer.close()
 
     def step(self) -> bool:
-        """Answers one message if there is one, and says whether there was.
+        """Answers a waiting message, and says whether a message was waiting.
 
         Raises:
-          httpx.HTTPError: the SuperNode is not there.
+          httpx.HTTPError: the SuperNode does not answer.
         """
         answer, self._waiting = self._waiting or self._acquire(), None
         if answer is None:
@@ -110,10 +110,9 @@ class Executor:
         if message is None:
             push_task_output(client, context, "failed", "its message never came")
             return
-        expected = bundle()[1]
-        found = hashlib.sha256(fab.content).hexdigest()
-        if not hmac.compare_digest(found, expected):
-            self._on_foreign(found)
+        digest = hashlib.sha256(fab.content).hexdigest()
+        if not hmac.compare_digest(digest, bundle()[1]):
+            self._on_foreign(digest)
             reason = "bundle is not the one without code; this site runs only what is installed here"
             reply = Message(Error(code=ErrorCode.INVALID_FAB, reason=reason), reply_to=message)
         else:
@@ -122,10 +121,10 @@ class Executor:
         push_task_output(client, context, "completed", "")
 
     def _pull(self, client: RuntimeHttpClient, context: Context) -> Message | None:
-        """Returns the message of a task once it is whole, however slow the link; None when it will never be.
+        """Returns the message of a task once the message is whole, however slow the link; None where it never will be.
 
-        Flower makes the task before it fetches the message, and forgets the message but not the task when the run ends
-        meanwhile. A SuperNode handles one message at a time, so a second task means that the first is dead.
+        Flower makes the task before it fetches the message. When the run ends meanwhile, Flower forgets the message but
+        not the task. A SuperNode handles one message at a time, so a second task proves that the first is dead.
         """
         answer = client.PullMessages(PullAppMessagesRequest())
         if not answer.messages_list:
@@ -170,7 +169,7 @@ class Executor:
 
 
 def _beat(client: RuntimeHttpClient) -> Callable[[], bool]:
-    """Returns a heartbeat; Flower's own interrupts the whole process when a task is not known any more."""
+    """Returns a heartbeat; Flower's own heartbeat interrupts the whole process when the SuperNode forgot the task."""
 
     def beat() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Fetching a package from the depot: in chunks, from where an earlier try ended, and checked by its SHA-256."""
+"""Fetching a package from the depot: in chunks, from the end of an earlier try, and checked by its SHA-256."""
 
 import hashlib
 import random
@@ -21,7 +21,7 @@ CHUNK, MIN_CHUNK = 1 << 20, 1 << 14
 MESSAGE_LIMIT = CHUNK + 4096
 IDLE_SECONDS, PATIENCE_SECONDS = 60.0, 3600.0
 BACKOFF_SECONDS = (0.5, 20.0)
-# What another try cannot change; every other code is how gRPC reports a connection that broke or could not be made.
+# Codes that another try cannot change. By every other code gRPC reports a connection that broke or was not made.
 _FINAL = (
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.OUT_OF_RANGE,
@@ -35,7 +35,7 @@ _STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")  # gRPC's wor
 
 @dataclass(frozen=True)
 class DepotAddress:
-    """Where the depot is, and the PEM bytes with which this site shows who it is."""
+    """Address of the depot, and PEM bytes of the authority and of this site's certificate and key."""
 
     host: str
     port: int
@@ -57,22 +57,22 @@ def fetch(
     """Fetches a file, and returns its path once its hash is right; a try after a kill goes on at the last byte.
 
     A transfer is never given up while bytes move: on a link that is too slow for a chunk within `idle` seconds, chunks
-    become smaller. `target` with the suffix `.partial` holds what is here; where what an earlier try left there turns
-    out to be damaged, the file is fetched once more from its first byte.
+    become smaller. `target` with the suffix `.partial` holds the fetched bytes. Where an earlier try left damaged
+    bytes, the file is fetched once more from its first byte.
 
     Args:
-      source: the depot.
-      sha256: of the file, hexadecimal.
-      size: its bytes, as announced; not one more is accepted.
-      target: where it goes.
-      on_bytes: told how many bytes are here.
+      source: address of the depot, and this site's credentials.
+      sha256: SHA-256 of the file, hexadecimal.
+      size: announced size of the file, bytes; no further byte is accepted.
+      target: path of the fetched file.
+      on_bytes: function that gets the number of fetched bytes.
       idle: seconds without a chunk after which to connect again.
       patience: seconds without a byte after which to give up.
 
     Raises:
-      DigestMismatch: the file is another, longer or shorter than announced; what was fetched is removed.
+      DigestMismatch: the file is another, longer or shorter than announced; the fetched bytes are removed.
       Untrusted: the depot is not the pinned one, or does not let this site in.
-      DataError: no room on the disk, no such package, or the depot is gone for longer than the patience.
+      DataError: the disk is full, the depot has no such package, or does not answer for longer than the patience.
     """
     if target.is_file() and target.stat().st_size == size and _sha256(target) == sha256:
         on_bytes(size)
@@ -81,15 +81,15 @@ def fetch(
     resumed = transfer.here() > 0
     _complete(transfer, patience)
     right = transfer.is_right()
-    if resumed and not right:  # of a fetch from the first byte, each chunk was checked; another would end alike
+    if resumed and not right:  # each chunk of this try was checked, so only the bytes of an earlier try can be wrong
         transfer.begin_anew()
         _complete(transfer, patience)
         right = transfer.is_right()
     if not right:
-        transfer.refuse("what was fetched is another file; it was removed; fetch it again")
+        transfer.refuse("another file was fetched, and was removed; fetch the package again")
     try:
         put_in_place(transfer.partial, target)
-    except DataError as error:  # told to the coordinator, who need not know our folders
+    except DataError as error:  # the coordinator reads this and need not know the site's folders
         raise DataError(f"package={target.name}: cannot be written ({why(error)}); free disk space") from error
     on_bytes(size)
     return target
@@ -99,7 +99,7 @@ def _complete(transfer: "_Transfer", patience: float) -> None:
     """Tries until all bytes are here.
 
     Raises:
-      DataError: no byte came for `patience` seconds, or what `_Transfer.attempt` raises.
+      DataError: no byte came for `patience` seconds; also every error of `_Transfer.attempt`.
     """
     last, pause = time.monotonic(), BACKOFF_SECONDS[0]
     while (here := transfer.here()) < transfer.size:
@@ -114,7 +114,7 @@ def _complete(transfer: "_Transfer", patience: float) -> None:
 
 
 class _Transfer:
-    """One file on its way: attempts, each of which goes on where the last one ended."""
+    """One file on its way: each attempt goes on where the last attempt ended."""
 
     def __init__(
         self, source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
@@ -124,20 +124,20 @@ class _Transfer:
         self._on_bytes, self._idle, self._chunk = on_bytes, idle, CHUNK
 
     def here(self) -> int:
-        """Returns the bytes that are on disk."""
+        """Returns the number of bytes on the disk."""
         return self.partial.stat().st_size
 
     def is_right(self) -> bool:
-        """Says whether what is on disk is the file."""
+        """Says whether the bytes on the disk are the file."""
         return self.here() == self.size and _sha256(self.partial) == self._sha256
 
     def begin_anew(self) -> None:
-        """Empties what is on disk."""
+        """Removes the fetched bytes."""
         self.partial.write_bytes(b"")
         self._on_bytes(0)
 
     def attempt(self) -> str:
-        """Fetches until the end or until the connection fails, and returns why it ended."""
+        """Fetches until the end or until the connection fails, and returns the reason of the end."""
         source = self._source
         credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
         options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.enable_http_proxy", 0)]
@@ -155,14 +155,14 @@ class _Transfer:
                 f"package={self.partial.name}: cannot be written ({error.strerror}); free disk space, then fetch again"
             ) from error
 
-    def refuse(self, why: str) -> None:
-        """Removes what is here.
+    def refuse(self, reason: str) -> None:
+        """Removes the fetched bytes and refuses the file.
 
         Raises:
           DigestMismatch: always.
         """
         self.partial.unlink()
-        raise DigestMismatch(f"package={self._sha256[:12]}: {why}")
+        raise DigestMismatch(f"package={self._sha256[:12]}: {reason}")
 
     def _receive(self, depot: Any) -> str:
         with self.partial.open("ab") as file:
@@ -173,7 +173,7 @@ class _Transfer:
                     for chunk in stream:
                         watch.moved()
                         if not chunk.data or chunk.offset != offset or zlib.crc32(chunk.data) != chunk.crc32:
-                            return "a chunk was damaged on the way"  # asked for again from here
+                            return "a chunk was damaged on the way"  # the next attempt asks for the chunk again
                         offset += len(chunk.data)
                         if offset > self.size:
                             self.refuse(f"the depot sends more than the announced {self.size} bytes; refused")
@@ -199,7 +199,7 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, name="fetch watch", daemon=True)
 
     def moved(self) -> None:
-        """Says that something came."""
+        """Starts the wait anew, because a chunk came."""
         self._event.set()
 
     def __enter__(self) -> "_Watch":
@@ -213,7 +213,7 @@ class _Watch:
 
     def _run(self) -> None:
         while self._event.wait(self._idle):
-            self._event.clear()  # before the look at `_ended`, so that an end in between is not missed
+            self._event.clear()  # before `_ended` is read, so that an end in between is not missed
             if self._ended:
                 return
         self.expired = True
@@ -225,13 +225,15 @@ def _passing(error: grpc.RpcError) -> str:
 
     Raises:
       Untrusted: the depot is not the pinned one, or does not let this site in.
-      DataError: it has no such package, or speaks another version.
+      DataError: the depot has no such package, or speaks another version.
     """
     code, detail = error.code(), str(error.details())
     if code == grpc.StatusCode.PERMISSION_DENIED:
         raise Untrusted(f"depot: {detail}") from error
     if any(sign in detail for sign in _STRANGER):
-        raise Untrusted("depot: it does not show the pinned authority's certificate for this host; compare welcomes")
+        raise Untrusted(
+            "depot: the server does not show the pinned authority's certificate for this host; compare welcomes"
+        )
     if code in _FINAL and _BUSY not in detail:
         raise DataError(f"depot: {code.name.lower()}: {detail}") from error
     if "Socket closed" in detail:

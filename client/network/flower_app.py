@@ -1,4 +1,4 @@
-"""The site behind Flower: a client app that hands each message's bytes to the local site, and nothing else."""
+"""The site behind Flower: a client app that only hands each message's bytes to the local site."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ from offsite.protos.flower import NAME_STAGE, pack, unpack
 
 
 def client_app(site_of: Callable[[Context], Site]) -> ClientApp:
-    """Returns a client app whose code is the locally installed one.
+    """Returns a client app that runs the locally installed code.
 
     Args:
-      site_of: gives the site that a Flower context belongs to; it must keep sites alive between messages, since a
+      site_of: function from a Flower context to its site; the function must keep sites alive between messages, since a
         round's keys live in the site.
     """
     app = ClientApp()

@@ -1,4 +1,4 @@
-"""A site's mailbox: opens letters of its coordinator, each at most once, and signs the answers."""
+"""A site's end of the signed exchange: opens letters of its coordinator, each at most once, and signs the answers."""
 
 import json
 from collections.abc import Callable
@@ -16,13 +16,13 @@ class SignedEndpoint:
     """Turns letters into calls of a handler.
 
     Args:
-      site: this site's name.
-      identity: this site's.
-      coordinator: the coordinator's Ed25519 key, pinned when the site joined.
+      site: name of this site.
+      identity: signing key of this site.
+      coordinator: Ed25519 key of the coordinator, pinned when the site joined.
       federation: SHA-256 of the federation manifest that the owner signed.
       memory: file that holds the number of the newest letter.
-      handle: (stage, body) -> body.
-      on_refused: told why a letter was not opened.
+      handle: function from stage and body to the body of the answer.
+      on_refused: function that gets the reason why a letter was not opened.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SignedEndpoint:
         self._memory, self._handle, self._on_refused = memory, handle, on_refused
 
     def answer(self, stage: str, data: bytes) -> bytes:
-        """Returns the signed answer to a letter; one that may not be opened is answered with the reason and no more."""
+        """Returns the signed answer to a letter; the answer to a letter that may not be opened is the reason alone."""
         number = 0
         try:
             letter = signed_messages.read(
@@ -48,7 +48,9 @@ class SignedEndpoint:
             )
             number = letter.number
             if letter.stage != stage:
-                raise ProtocolViolation(f"stage={stage!r}: the letter inside is about {letter.stage!r}; drop it")
+                raise ProtocolViolation(
+                    f"stage={stage!r}: the letter inside is about {letter.stage!r}; drop the letter"
+                )
             self._claim(number)
             body = self._handle(stage, letter.body)
         except OffsiteError as error:
@@ -68,11 +70,11 @@ class SignedEndpoint:
         last = self._last()
         if number <= last:
             raise ProtocolViolation(
-                f"letter number={number}: {last} was opened already, and numbers only go up; it is a copy; drop it"
+                f"letter number={number}: {last} was opened already, and numbers only go up; drop this copy"
             )
         try:
-            files.write_whole(self._memory, json.dumps({"last": number}).encode())
-        except DataError as error:  # told to the coordinator, who need not know our folders
+            files.write_atomically(self._memory, json.dumps({"last": number}).encode())
+        except DataError as error:  # the coordinator reads this and need not know the site's folders
             raise DataError(
                 f"state={self._memory.name}: cannot be written ({files.why(error)}); free disk space"
             ) from error
@@ -84,5 +86,5 @@ class SignedEndpoint:
             return int(json.loads(self._memory.read_text(encoding="ascii"))["last"])
         except (ValueError, KeyError, TypeError) as error:
             raise MalformedMessage(
-                f"state={self._memory.name}: damaged; sign a new epoch, then remove it: it is about the old one"
+                f"state={self._memory.name}: damaged; sign a new epoch, then remove this file of the old one"
             ) from error

@@ -1,4 +1,4 @@
-"""The running site: keeps a SuperNode alive and answers what comes through it, until it is told to stop."""
+"""The running site: keeps a SuperNode alive and answers the messages that come through it, until a signal."""
 
 import logging
 import secrets
@@ -20,27 +20,27 @@ log = logging.getLogger("offsite.client")
 IDLE_SECONDS = 0.2
 # A node that came back is refused until the coordinator has seen it gone, twice the heartbeat of `client.supernode`.
 BACKOFF_SECONDS = (1.0, 15.0)
-# What Flower's SuperNode writes when it ends, and what that means here.
+# Flower's last words when the SuperNode ends, and their meaning for the owner.
 MEANINGS = {
     "Failed to activate SuperNode": "the coordinator does not let this site in: it was revoked, its owner has not "
     "signed the newest welcome, or another copy of it is connected; one that was just restarted is let in within 20 s",
     "terminated gracefully": "the coordinator refused this site's node key (401): is the clock off, or was the site "
-    "revoked? offsite client doctor tells",
+    "revoked? run offsite client doctor",
     "SSL/TLS handshake error": "the coordinator does not show the pinned authority's certificate; is a proxy breaking "
     "TLS open?",
 }
 
 
 @dataclass(frozen=True)
-class NodePlace:
-    """Where a SuperNode lives and where it connects.
+class SuperNodeConfig:
+    """Files and addresses of a Flower SuperNode.
 
     Attributes:
-      folder: its log, secrets and Flower's own files.
+      folder: folder for log, secrets and Flower's own files.
       superlink: host:port of the coordinator's SuperLink.
       ca: PEM file of the coordinator's authority.
-      key: P-384 private key, OpenSSH format.
-      port: of its local interface, on loopback.
+      key: file of the P-384 private key, OpenSSH format.
+      port: port of the local interface, on loopback.
     """
 
     folder: Path
@@ -54,25 +54,30 @@ class Node:
     """A SuperNode with our executor behind it.
 
     Args:
-      place: where it lives.
-      handle: (stage, bytes) -> bytes.
-      note: told (kind, reason) of what the owner should know.
-      stopping: says whether to end.
+      config: files and addresses of the SuperNode.
+      handle: function from stage and bytes to this site's answer, bytes.
+      note: function that writes a kind and a reason to the owner's audit log.
+      stopping: function that says whether to end.
     """
 
     def __init__(
-        self, place: NodePlace, handle: Handler, *, note: Callable[[str, str], None], stopping: Callable[[], bool]
+        self,
+        config: SuperNodeConfig,
+        handle: Handler,
+        *,
+        note: Callable[[str, str], None],
+        stopping: Callable[[], bool],
     ) -> None:
-        self._place, self._handle, self._note, self._stopping = place, handle, note, stopping
-        folder = place.folder
+        self._note, self._stopping = note, stopping
+        folder = config.folder
         guard, secret = new_secret(folder / "guard"), new_secret(folder / "superexec")
-        local = f"127.0.0.1:{place.port}"
+        local = f"127.0.0.1:{config.port}"
         self._process = FlowerProcess(
             "offsite.client.network.supernode",
             [
-                *("--superlink", place.superlink, "--root-certificates", str(place.ca.resolve())),
-                *("--auth-supernode-private-key", str(place.key.resolve())),
-                *("--host", "127.0.0.1", "--port", str(place.port), "--isolation", "process"),
+                *("--superlink", config.superlink, "--root-certificates", str(config.ca.resolve())),
+                *("--auth-supernode-private-key", str(config.key.resolve())),
+                *("--host", "127.0.0.1", "--port", str(config.port), "--isolation", "process"),
                 *("--superexec-auth-secret-file", str((folder / "superexec").resolve())),
             ],
             log=folder / "supernode.log",
@@ -84,11 +89,11 @@ class Node:
         )
         self._wait = BACKOFF_SECONDS[0]
         self._started = 0.0
-        self._told = ""
-        self._faults: set[str] = set()  # each is told once
+        self._last_reason = ""
+        self._faults: set[str] = set()  # each fault is noted once
 
     def run(self) -> None:
-        """Answers messages until told to stop, and starts the SuperNode again whenever it has ended."""
+        """Answers messages until `stopping`, and starts the SuperNode again whenever it has ended."""
         try:
             while not self._stopping():
                 self._keep_alive()
@@ -102,9 +107,9 @@ class Node:
         try:
             return self._executor.step()
         except (httpx.HTTPError, ObjectPullError, RuntimeError, RunNotRunningException) as error:
-            # the SuperNode is starting, or the run of a coordinator that was killed is gone; both pass
+            # The SuperNode is starting, or a coordinator was killed and its run is gone; both pass.
             log.debug("no message could be answered (%s)", type(error).__name__)
-        except Exception as error:  # what the other side sends must not end this site
+        except Exception as error:  # no message of the other side may end this site
             if (reason := local_message(error)) not in self._faults:
                 self._faults.add(reason)
                 self._note("message not understood", reason)
@@ -117,7 +122,7 @@ class Node:
                 self._wait = BACKOFF_SECONDS[0]
             return
         if self._started:
-            self._tell(self._process.reason())
+            self._note_end(self._process.reason())
             pause = self._wait * (1 + secrets.randbelow(1000) / 2000)  # all sites lost it at the same moment
             self._wait = min(2 * self._wait, BACKOFF_SECONDS[1])
             self._sleep(pause)
@@ -126,11 +131,11 @@ class Node:
         self._process.start()
         self._started = time.monotonic()
 
-    def _tell(self, reason: str) -> None:
-        """Says why the SuperNode ended, once for each reason; it is started again and again."""
+    def _note_end(self, reason: str) -> None:
+        """Writes down why the SuperNode ended, once for each reason, since the SuperNode starts again and again."""
         reason = next((meaning for sign, meaning in MEANINGS.items() if sign in reason), reason)
-        if reason != self._told:
-            self._told = reason
+        if reason != self._last_reason:
+            self._last_reason = reason
             self._note("supernode ended", reason)
             log.warning("not connected: %s; trying again", reason)
 

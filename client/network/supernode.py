@@ -1,7 +1,7 @@
-"""The SuperNode process: Flower's own program behind our guard; `python -m client.supernode ARGUMENTS`.
+"""The SuperNode process: Flower's own program behind our guard; `python -m offsite.client.network.supernode ARGUMENTS`.
 
-Flower 1.41's SuperNode goes on as a process that does nothing after one HTTP 500, so it is ended here when its loop
-ends, and the site starts it again.
+After one HTTP 500, Flower 1.41's SuperNode goes on as a process that does nothing. So this program ends with the
+SuperNode's loop, and the site starts the program again.
 """
 
 import os
@@ -12,10 +12,10 @@ from typing import Any
 from offsite.protos.flower_process import die_with_parent
 from offsite.protos.guard import Guard, secret_of_environment
 
-POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, six of them in a round
-HEARTBEAT_SECONDS = 10  # a node counts as gone after twice this, and is refused until then when it comes back
+POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, and a round has six messages
+HEARTBEAT_SECONDS = 10  # a silent node counts as gone after twice this time, and is refused until then
 RETRY_SECONDS = 4  # longest pause between two tries to reach the coordinator again
-# The same for a heartbeat; with Flower's 20 a site that is back and at work would be taken for gone.
+# The same for a heartbeat; with Flower's 20 seconds a working site that came back would count as gone.
 HEARTBEAT_RETRY_SECONDS = 2
 EXIT_ENDED = 75
 

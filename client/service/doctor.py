@@ -11,13 +11,12 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 
 from offsite.client.home.audit import verify
-from offsite.client.home.installation import WEIGHTS, SiteHome
-from offsite.client.service.site_runtime import SiteRuntime
-from offsite.emulator.runtime.bitsandbytes_layers import library
+from offsite.client.home.installation import SiteHome
+from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
 from offsite.task.readers.columns import columns_for
 from offsite.task.readers.tables import read
-from offsite.task.tasks import TASKS
+from offsite.task.record_fields import FIELDS
 from offsite.trust.certificates import WARN_DAYS
 
 FINE, WARNED, FAILED = "ok", "warning", "FAILED"
@@ -44,8 +43,8 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
         "keys": lambda: _keys(site),
         "certificates": lambda: _certificates(site, clock()),
         "data": lambda: _data(site),
-        "policy": lambda: _opened(site, clock).policy.approval + " approval",
-        "ledger": lambda: _ledger(site, clock),
+        "policy": lambda: site.read_policy().approval + " approval",
+        "ledger": lambda: _ledger(site),
         "audit log": lambda: f"{verify(site.state / 'audit.jsonl')} entries, chain whole",
         "disk": lambda: _disk(site),
         "link": lambda: _port(site, site.welcome.link_port),
@@ -70,7 +69,11 @@ def _versions(site: SiteHome) -> str:
     if not flower.startswith(FLOWER):
         raise DataError(f"flwr={flower}: 1.41 or 1.42 is needed, since its private interface is used; install that")
     text = f"offsite {version('offsite')}, flwr {flower}, torch {version('torch')}"
-    return f"{text}, bitsandbytes {library().__version__}" if WEIGHTS[site.settings.weights] else text
+    if not WEIGHT_FORMS[site.settings.weights]:
+        return text
+    from offsite.emulator.runtime.bitsandbytes_layers import library  # needs torch, and few sites need the library
+
+    return f"{text}, bitsandbytes {library().__version__}"
 
 
 def _keys(site: SiteHome) -> str:
@@ -86,7 +89,7 @@ def _certificates(site: SiteHome, now: datetime) -> str:
 def _data(site: SiteHome) -> str:
     settings = site.settings
     counts, refusals = dict[str, int](), list[DataError]()
-    for task in TASKS:
+    for task in FIELDS:
         columns = columns_for(task, column=settings.column, names=settings.columns)
         try:
             counts[task] = len(read(site.data, reader=settings.reader or None, columns=columns))
@@ -97,13 +100,9 @@ def _data(site: SiteHome) -> str:
     return f"{max(counts.values())} records, for the tasks {', '.join(counts)}"
 
 
-def _opened(site: SiteHome, clock: Callable[[], datetime]) -> SiteRuntime:
-    return SiteRuntime.of(site, clock)
-
-
-def _ledger(site: SiteHome, clock: Callable[[], datetime]) -> str:
-    opened = _opened(site, clock)
-    spent, cap = opened.ledger.spent(), opened.policy.epsilon_cap
+def _ledger(site: SiteHome) -> str:
+    policy = site.read_policy()
+    spent, cap = site.ledger(policy).recorded(), policy.epsilon_cap
     return f"{'warning: ' if spent > 0.9 * cap else ''}epsilon {spent:.3f} of {cap:g} spent"
 
 

@@ -1,18 +1,17 @@
 """From an accepted offer to a site that can train, in the background: fetch, open the seal, unpack, vet, load.
 
-No record is read for a job before its owner has approved it: what a job makes of the records is an answer about them.
+No record is read for a job before the owner has approved the job, because every result on the records is an answer
+about them.
 """
 
 import logging
-import math
 import shutil
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from offsite.client.home.policy import UNPACKING
+from offsite.client.home.policy import GIGABYTE, UNPACKING
 from offsite.client.home.redact import local_message, peer_message
+from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.site.round_handler import Site
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.emulator.package import archive
@@ -22,79 +21,53 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.protos.signed_job import package_context
 from offsite.trust import streaming
-from offsite.trust.sealing import SealingKey
 
 log = logging.getLogger("offsite.client")
 FETCHING, VETTED, OPENING, READY, REFUSED = "fetching", "vetted", "opening", "ready", "refused"
-APPROVAL_SECONDS = 0.5  # between two looks at whether the owner has approved
-PAUSES = (1.0, 300.0)  # seconds before what may pass is tried again, doubling
+APPROVAL_SECONDS = 0.5  # between two looks for the owner's approval
+PAUSES = (1.0, 300.0)  # seconds before the next try after an error that may pass; they double up to the second number
 TRIES = 2  # a package that was damaged on the way or on the disk is fetched once more
-Fetch = Callable[[str, int, Path, Callable[[int], None]], Path]
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a preparation works with.
-
-    Attributes:
-      site: this site's name.
-      packages: folder of packages.
-      sealing: this site's key.
-      fetch: (SHA-256, bytes, file, told the bytes that are here) -> file; resumes.
-      open_session: (manifest, package folder) -> workbench; vets and loads, and reads no record.
-      open_site: (manifest, workbench) -> site; reads the records.
-      max_bytes: room for all packages together.
-    """
-
-    site: str
-    packages: Path
-    sealing: SealingKey
-    fetch: Fetch
-    open_session: Callable[[JobManifest, Path], EmulatorSession]
-    open_site: Callable[[JobManifest, EmulatorSession], Site]
-    max_bytes: float = math.inf
 
 
 class JobLoader:
-    """One job on its way to being ready; run in a thread of its own and asked for its state from another.
+    """One job on its way to being ready: a thread runs `run`, and other threads read the state.
 
-    What may pass, as a full disk or data that are away, is tried again after a pause, from where it stood.
+    After an error that may pass, as a full disk, the loader pauses and goes on from where it stood.
 
     Args:
-      offer: what the coordinator offered.
-      manifest: its manifest, permitted by the policy.
-      means: what is worked with.
-      is_approved: says whether the owner lets it read the records; asked right before it does.
+      offer: the coordinator's offer.
+      manifest: manifest of the offer, permitted by the policy.
+      runtime: open site.
 
     Attributes:
-      state: FETCHING, VETTED while it waits for its approval, OPENING, READY or REFUSED.
-      detail: why it is refused.
-      fetched: bytes of the package that are here.
-      opened: whether the records were read, so that what it says from then on may follow from them.
-      site: once it is ready.
+      state: FETCHING; VETTED while the job waits for its approval; OPENING; READY or REFUSED.
+      detail: reason of a refusal.
+      fetched: number of bytes of the package that are on the disk.
+      opened: whether the records were read, so that further answers may follow from them.
+      site: site that trains the job; None until the job is ready.
     """
 
-    def __init__(self, offer: Offer, manifest: JobManifest, means: Means, is_approved: Callable[[], bool]) -> None:
+    def __init__(self, offer: Offer, manifest: JobManifest, runtime: SiteRuntime) -> None:
         self.manifest, self.package = manifest, offer.package
         self.state, self.detail, self.fetched, self.opened = FETCHING, "", 0, False
         self.site: Site | None = None
-        self._offer, self._means, self._is_approved = offer, means, is_approved
+        self._offer, self._runtime = offer, runtime
         self._session: EmulatorSession | None = None
         self._stopped, self._settled = threading.Event(), threading.Event()
 
     def stop(self) -> None:
-        """Gives it up; `run` returns at the next step."""
+        """Gives the job up; `run` returns at its next step."""
         self._stopped.set()
 
     def wait(self, seconds: float) -> None:
-        """Waits until it is ready, refused, or waits for its approval, at most so long."""
+        """Waits until the job is ready, refused or in need of an approval, at most so many seconds."""
         self._settled.wait(seconds)
 
     def run(self) -> None:
         """Works until the job is ready, refused for good, or given up."""
         pause = PAUSES[0]
         try:
-            while not self._advanced():
+            while not self._is_ready():
                 self._stopped.wait(pause)
                 pause = min(2 * pause, PAUSES[1])
         except _GivenUp:
@@ -102,18 +75,18 @@ class JobLoader:
         except OffsiteError as error:
             self._refuse(error, str(error))
         except BaseException as error:  # a bug must not leave the coordinator waiting for ever
-            log.error("preparation failed: %s: %s", type(error).__name__, local_message(error))
+            log.error("job could not be loaded: %s: %s", type(error).__name__, local_message(error))
             self._refuse(error, peer_message(error))
 
-    def _advanced(self) -> bool:
-        """Goes on from where it stands, and says whether it is ready; else it may be tried again."""
+    def _is_ready(self) -> bool:
+        """Goes on from where the job stands, and says whether the job is ready; otherwise the next try may succeed."""
         try:
-            self._go_on()
+            self._check_not_stopped()
             self._session = self._session or self._vetted()
             self._wait_for_approval()
             self._enter(OPENING)
             self.opened = True
-            self.site = self._means.open_site(self.manifest, self._session)
+            self.site = self._runtime.open_site(self.manifest, self._session)
         except DataError as error:
             self._refuse(error, str(error))
             return False
@@ -122,18 +95,18 @@ class JobLoader:
         return True
 
     def _wait_for_approval(self) -> None:
-        while not self._is_approved():
+        while not self._runtime.is_approved(self.manifest):
             self.state = VETTED
             self._settled.set()
             self._stopped.wait(APPROVAL_SECONDS)
-            self._go_on()
+            self._check_not_stopped()
 
-    def _go_on(self) -> None:
+    def _check_not_stopped(self) -> None:
         if self._stopped.is_set():
             raise _GivenUp
 
     def _enter(self, state: str) -> None:
-        """Goes to a state; one that was refused stays so until a further try has come to its end."""
+        """Enters a state; a refused job stays refused until a further try has come to its end."""
         if self.state != REFUSED or state == READY:
             self.state = state
 
@@ -142,12 +115,12 @@ class JobLoader:
         self._settled.set()
 
     def _vetted(self) -> EmulatorSession:
-        """Returns the workbench of the job's package, fetched once more where what is here turns out to be damaged."""
+        """Returns the session on the job's package; a package that turns out to be damaged is fetched once more."""
         for left in reversed(range(TRIES)):
             folder = self._package()
-            self._go_on()
+            self._check_not_stopped()
             try:
-                return self._means.open_session(self.manifest, folder)
+                return self._runtime.open_session(self.manifest, folder)
             except (DigestMismatch, MalformedMessage) as error:
                 _remove(folder)
                 if not left:
@@ -156,19 +129,19 @@ class JobLoader:
         raise AssertionError("the last try returns or raises")
 
     def _package(self) -> Path:
-        """Returns the folder of the package; one that is here already is used, and checked when it is loaded."""
-        offer, means = self._offer, self._means
-        emulator = self.manifest.emulator_of(means.site)
-        folder = means.packages / emulator
+        """Returns the folder of the package; a package on the disk is used, and is checked when it is loaded."""
+        offer, packages = self._offer, self._runtime.home.packages
+        emulator = self.manifest.emulator_of(self._runtime.name)
+        folder = packages / emulator
         if folder.is_dir():
             self.fetched = offer.package_bytes
             return folder
-        means.packages.mkdir(parents=True, exist_ok=True)
-        digest = offer.package.hex()
-        _make_way(means.packages, means.max_bytes - UNPACKING * offer.package_bytes, keep=digest)
-        sealed = means.fetch(digest, offer.package_bytes, means.packages / f"{digest}.sealed", self._moved)
-        key = means.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
-        plain, partial = means.packages / f"{digest}.plain", means.packages / f"{emulator}.partial"
+        packages.mkdir(parents=True, exist_ok=True)
+        digest, room = offer.package.hex(), self._runtime.policy.max_disk_gb * GIGABYTE
+        _make_way(packages, room - UNPACKING * offer.package_bytes, keep=digest)
+        sealed = self._runtime.fetch(digest, offer.package_bytes, packages / f"{digest}.sealed", self._on_bytes)
+        key = self._runtime.home.keys.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
+        plain, partial = packages / f"{digest}.plain", packages / f"{emulator}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with sealed.open("rb") as source, plain.open("wb") as target:
@@ -178,7 +151,7 @@ class JobLoader:
             partial.rename(folder)
         except OSError as error:
             raise DataError(
-                f"packages={means.packages.name}: cannot be written ({error.strerror}); free disk space"
+                f"packages={packages.name}: cannot be written ({error.strerror}); free disk space"
             ) from error
         finally:
             plain.unlink(missing_ok=True)
@@ -186,27 +159,27 @@ class JobLoader:
         sealed.unlink()
         return folder
 
-    def _moved(self, fetched: int) -> None:
+    def _on_bytes(self, fetched: int) -> None:
         self.fetched = fetched
-        self._go_on()
+        self._check_not_stopped()
 
 
 class _GivenUp(Exception):
-    """Another job came, or this one ended."""
+    """Another job came, or this job ended."""
 
 
 def _make_way(packages: Path, max_bytes: float, *, keep: str) -> None:
-    """Removes what earlier jobs left, the oldest first, until all that is left takes no more than so many bytes.
+    """Removes packages of earlier jobs, the oldest first, until the rest takes at most so many bytes.
 
     Args:
-      packages: the folder.
-      max_bytes: that may stay.
-      keep: beginning of the names of what is fetched now.
+      packages: folder of packages.
+      max_bytes: number of bytes that may stay.
+      keep: beginning of the names of the files that are fetched now.
     """
-    left = (path for path in packages.iterdir() if not path.name.startswith(keep))
-    ages = sorted(left, key=lambda path: path.lstat().st_mtime)
-    sizes = {path: sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file()) for path in ages}
-    for path in ages:
+    earlier = (path for path in packages.iterdir() if not path.name.startswith(keep))
+    oldest_first = sorted(earlier, key=lambda path: path.lstat().st_mtime)
+    sizes = {path: _size(path) for path in oldest_first}
+    for path in oldest_first:
         if sum(sizes.values()) <= max_bytes:
             return
         del sizes[path]
@@ -214,8 +187,12 @@ def _make_way(packages: Path, max_bytes: float, *, keep: str) -> None:
         log.info("package %s made way for the next one", path.name[:12])
 
 
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
 def _remove(path: Path) -> None:
-    """Removes a file or a folder; a folder loses its name first, so that a kill leaves no half one under it."""
+    """Removes a file or a folder; a folder is renamed first, so that a kill leaves no half package under its name."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return

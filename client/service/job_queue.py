@@ -1,4 +1,4 @@
-"""Where jobs are prepared: one at a time, since a machine has room for one model."""
+"""Where jobs are loaded: one at a time, since a machine has room for one model."""
 
 import threading
 
@@ -6,7 +6,7 @@ from offsite.client.service.job_loading import JobLoader
 
 
 class LatestJobRunner:
-    """Runs the newest preparation; an older one is given up, and one that waits behind it is never begun."""
+    """Runs the newest job's loader; an older loader is stopped, and a loader that still waits is never begun."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -14,21 +14,21 @@ class LatestJobRunner:
         self._waiting: JobLoader | None = None
         self._works = False
 
-    def take(self, preparation: JobLoader) -> None:
-        """Begins with a preparation as soon as the one before has let go."""
+    def take(self, loader: JobLoader) -> None:
+        """Begins with a loader as soon as the loader before it has let go."""
         with self._lock:
-            self._give_up()
-            self._waiting = preparation
+            self._stop_all()
+            self._waiting = loader
             if not self._works:
                 self._works = True
-                threading.Thread(target=self._work, name="preparation", daemon=True).start()
+                threading.Thread(target=self._work, name="job loader", daemon=True).start()
 
     def clear(self) -> None:
-        """Gives everything up."""
+        """Stops all loaders."""
         with self._lock:
-            self._give_up()
+            self._stop_all()
 
-    def _give_up(self) -> None:
+    def _stop_all(self) -> None:
         if self._running is not None:
             self._running.stop()
         self._waiting = None

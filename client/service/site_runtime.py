@@ -1,4 +1,4 @@
-"""From a site's folder to a running site: its books, its policy, its mailbox."""
+"""From a site's folder to an open site: its accounts, its owner's policy, and how it opens a job."""
 
 import logging
 import os
@@ -8,226 +8,213 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-
-import numpy as np
 
 from offsite.client.home.audit import Audit
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
-from offsite.client.home.policy import GIGABYTE, Policy, permit
+from offsite.client.home.policy import Policy, permit
 from offsite.client.home.redact import local_message
 from offsite.client.network.fetch import DepotAddress, fetch
-from offsite.client.network.message_endpoint import SignedEndpoint
-from offsite.client.network.node import NodePlace
-from offsite.client.service.job_loading import Means
-from offsite.client.service.stage_handler import StageHandler, Standing
-from offsite.client.site.release_log import LedgerReleaseLog, ReleaseLog
+from offsite.client.network.node import SuperNodeConfig
+from offsite.client.site.release_log import CountingReleaseLog, LedgerReleaseLog, ReleaseLog
 from offsite.client.site.round_handler import Site
-from offsite.client.training.emulator_session import EmulatorSession, encoded, open_session
+from offsite.client.site.site_randomness import SiteRandomness
+from offsite.client.training.emulator_session import EmulatorSession, encode_records, open_session
+from offsite.client.training.local_update import SiteJob
 from offsite.client.training.privacy_plan import plan_for
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
 from offsite.privacy.ledger import Ledger
-from offsite.privacy.randomness import Randomness
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
-from offsite.secagg.journal import FileJournal, Journal
+from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
 from offsite.task.readers.columns import columns_for
 from offsite.task.readers.tables import read
 from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
+from offsite.trust.federation_manifest import FederationManifest
 
 log = logging.getLogger("offsite.client")
-MAX_FAULTS = 20  # records that are told one by one in the log
-ACCOUNTANT = "pld"
+MAX_FAULTS = 20  # records with an error that the log names one by one
 Clock = Callable[[], datetime]
 
 
 @dataclass(frozen=True)
 class SiteRuntime:
-    """A site that is ready to be asked.
+    """An open site: its folder, the policy of its owner, and the files in which it keeps account.
 
     Attributes:
-      installation: its folder.
-      policy: its owner's.
-      audit: its log.
-      ledger: of its data set.
-      jobs: offers and approvals.
-      clock: gives the time.
-      told: the last reason for which each job had no data.
+      home: folder with keys, settings and the accepted federation.
+      policy: permissions and limits of the owner.
+      audit: log of everything that the owner may want to check.
+      ledger: privacy spending of the data set.
+      jobs: offered jobs and approvals.
+      clock: source of the time.
     """
 
-    installation: SiteHome
+    home: SiteHome
     policy: Policy
     audit: Audit
     ledger: Ledger
     jobs: Jobs
     clock: Clock
-    told: dict[bytes, str] = field(default_factory=dict)
+    _reasons: dict[bytes, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, installation: SiteHome, clock: Clock) -> "SiteRuntime":
-        """Opens what a site keeps.
+    def of(cls, home: SiteHome, clock: Clock) -> "SiteRuntime":
+        """Opens a site's policy and accounts.
 
         Raises:
-          ConfigError, DataError: policy or site.toml is wrong, or a chained file is damaged.
-          PolicyRefusal: noise from a seed is asked for, and the policy does not permit it.
+          ConfigError, DataError: `policy.toml` or `site.toml` is wrong, or a chained file is damaged.
+          PolicyRefusal: `site.toml` asks for noise from a seed, and the policy does not permit it.
         """
-        settings, state = installation.settings, installation.state
-        policy = Policy.read(installation.policy)
-        if settings.simulation_seed is not None and not policy.allow_seeded_noise:
-            raise PolicyRefusal(
-                f"simulation_seed={settings.simulation_seed}: noise from a seed protects nobody, and policy.toml has "
-                "allow_seeded_noise=false; remove it from site.toml"
-            )
-        ledger = Ledger(
-            state / f"ledger-{settings.dataset}.jsonl",
-            dataset=settings.dataset,
-            epsilon_cap=policy.epsilon_cap,
-            delta=policy.delta_cap,
-            accountant=ACCOUNTANT,
-        )
-        jobs = Jobs(state / "jobs")
-        return cls(installation, policy, Audit(state / "audit.jsonl"), ledger, jobs, clock)
+        policy, state = home.read_policy(), home.state
+        return cls(home, policy, Audit(state / "audit.jsonl"), home.ledger(policy), Jobs(state / "jobs"), clock)
 
-    def mailbox(self) -> SignedEndpoint:
-        """Returns the mailbox through which the coordinator is answered."""
-        installation = self.installation
-        federation, keys = installation.federation(), installation.keys
-        service = StageHandler(
-            Standing(
-                name=installation.settings.name,
-                folder=installation.folder,
-                dataset=installation.settings.dataset,
-                federation=federation,
-                signature=installation.sign(),
-                coordinator=bytes.fromhex(federation.coordinator),
-                policy=self.policy,
-                jobs=self.jobs,
-                ledger=self.ledger,
-                audit=self.audit,
-                means=Means(
-                    installation.settings.name,
-                    installation.packages,
-                    keys.sealing,
-                    self._fetch,
-                    self.session,
-                    self.site,
-                    max_bytes=self.policy.max_disk_gb * GIGABYTE,
-                ),
-                permit=self._permit,
-                clock=self.clock,
-            )
-        )
-        return SignedEndpoint(
-            installation.settings.name,
-            keys.identity,
-            coordinator=bytes.fromhex(federation.coordinator),
-            federation=federation.digest(),
-            memory=installation.state / "letters.json",
-            handle=service.handle,
-            on_refused=lambda reason: self.note("letter refused", reason),
-        )
+    @property
+    def name(self) -> str:
+        """The site's name in the federation."""
+        return self.home.settings.name
+
+    @cached_property
+    def federation(self) -> FederationManifest:
+        """The manifest that the owner accepted, read once: one process serves one epoch."""
+        return self.home.federation()
+
+    @property
+    def coordinator(self) -> bytes:
+        """The coordinator's Ed25519 public key."""
+        return bytes.fromhex(self.federation.coordinator)
 
     def tidy(self) -> None:
-        """Removes what a killed client left half unpacked; what it has fetched stays, and is gone on with."""
-        for path in self.installation.packages.glob("*.plain"):
+        """Removes half unpacked packages of a killed client; a half fetched package stays, and its fetch resumes."""
+        for path in self.home.packages.glob("*.plain"):
             path.unlink()
-        for path in self.installation.packages.glob("*.partial"):
+        for path in self.home.packages.glob("*.partial"):
             if path.is_dir():
                 shutil.rmtree(path)
 
-    def node_place(self) -> NodePlace:
-        """Returns where the SuperNode lives."""
-        installation, welcome = self.installation, self.installation.welcome
-        return NodePlace(
-            folder=installation.state / "node",
+    def supernode(self) -> SuperNodeConfig:
+        """Returns the configuration of this site's SuperNode."""
+        welcome = self.home.welcome
+        return SuperNodeConfig(
+            folder=self.home.state / "node",
             superlink=f"{welcome.host}:{welcome.link_port}",
-            ca=installation.ca,
-            key=installation.keys.node,
-            port=installation.settings.runtime_port or _free_port(),
+            ca=self.home.ca,
+            key=self.home.keys.node,
+            port=self.home.settings.runtime_port or _free_port(),
         )
 
     def note(self, kind: str, reason: str) -> None:
-        """Writes a line to the audit log; one that cannot be written is told, and nothing was released by it."""
+        """Writes a line to the audit log; where the disk refuses the line, the program's log says so."""
         try:
             self.audit.record(kind, now=self.clock(), reason=printable(reason))
         except DataError as error:
             log.warning("%s: %s, and %s", kind, reason, error)
 
-    def session(self, manifest: JobManifest, package: Path) -> EmulatorSession:
-        """Opens a job's emulator and writes down what the vetting measured; no record is read.
+    def check_policy(self, manifest: JobManifest, package_bytes: int) -> None:
+        """Checks a job and the size of its package against the owner's policy.
 
         Raises:
-          OffsiteError: the emulator is not trusted, or is another one.
+          PolicyRefusal: the policy does not permit the job, or the disk has too little room.
         """
-        limits, seed = (
-            VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share),
-            secrets.randbits(62),
+        permit(
+            self.policy,
+            manifest,
+            site=self.name,
+            now=self.clock(),
+            free_disk=shutil.disk_usage(self.home.folder).free,
+            package_bytes=package_bytes,
         )
-        settings = self.installation.settings
-        emulator = manifest.emulator_of(settings.name)
-        weights = settings.weights
+
+    def is_approved(self, manifest: JobManifest) -> bool:
+        """Says whether a job may train now; an approval that the owner took back does not count any more."""
+        return self.policy.approval == "automatic" or manifest.digest().hex() in self.jobs.approved()
+
+    def fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
+        """Fetches a package from the coordinator's depot, from where an earlier try ended; see `network.fetch`."""
+        welcome = self.home.welcome
+        address = DepotAddress(
+            welcome.host,
+            welcome.depot_port,
+            ca=self.home.ca.read_bytes(),
+            cert=self.home.certificate.read_bytes(),
+            key=self.home.keys.tls.read_bytes(),
+        )
+        return fetch(address, digest, size, target, on_bytes=on_bytes)
+
+    def open_session(self, manifest: JobManifest, package: Path) -> EmulatorSession:
+        """Opens a job's emulator and writes the measurements of the vetting to the audit log; reads no record.
+
+        Raises:
+          OffsiteError: the emulator fails the vetting, or is not the one that the manifest names.
+        """
+        limits = VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share)
+        emulator, weights = manifest.emulator_of(self.name), self.home.settings.weights
+        seed = secrets.randbits(62)
         session = open_session(package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights)
         self.audit.record(
             "vetted",
             now=self.clock(),
             job=manifest.digest().hex(),
             emulator=emulator,
-            checks=[one.to_dict() for one in session.vetting],
+            checks=[vetting.to_dict() for vetting in session.vetting],
         )
         return session
 
-    def site(self, manifest: JobManifest, session: EmulatorSession) -> Site:
+    def open_site(self, manifest: JobManifest, session: EmulatorSession) -> Site:
         """Opens this site for a job that its owner approved, with its ledger and its journal.
 
         Raises:
           DataError: the data cannot be read now.
-          PolicyRefusal: the data do not fit. Neither says why, since a reason follows from the data.
+          PolicyRefusal: the data do not fit. Neither error says why, because the reason follows from the data.
         """
-        installation = self.installation
-        books = LedgerReleaseLog(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
-        journal = FileJournal(installation.state / "journal.jsonl")
+        release_log = LedgerReleaseLog(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
+        journal, training_log = FileJournal(self.home.state / "journal.jsonl"), self.home.state / "rounds.jsonl"
         try:
-            records = self.records(manifest.task)
-        except Exception as error:  # where a program fails depends on what it reads
-            self._tell(manifest, "data cannot be read", error)
+            records = LenientRecords(self.records(manifest.task))
+        except Exception as error:  # the place where a program fails depends on the records that it reads
+            self._tell_owner(manifest, "data cannot be read", error)
             raise DataError("this site's data cannot be read now; its owner sees why in the site's log") from None
         try:
-            return self._site(
-                manifest, session, LenientRecords(records), books, journal, record=installation.state / "rounds.jsonl"
-            )
+            return self._site(self._site_job(manifest, session, records), release_log, journal, training_log)
         except Exception as error:
-            self._tell(manifest, "data do not fit", error)
+            self._tell_owner(manifest, "data do not fit", error)
             raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
 
-    def site_with(
-        self, manifest: JobManifest, package: Path, books: ReleaseLog, journal: Journal, *, record: Path
-    ) -> Site:
-        """Opens this site with the books, the journal and the record given; a dry run brings its own."""
-        session, records = self.session(manifest, package), self.records(manifest.task)
-        return self._site(manifest, session, records, books, journal, record=record)
+    def open_dry_run(self, manifest: JobManifest, package: Path, training_log: Path) -> Site:
+        """Opens this site for a rehearsal by its owner: no ledger is debited, and errors name the record.
 
-    def _tell(self, manifest: JobManifest, kind: str, error: Exception) -> None:
-        """Tells the owner alone why a job's data are none, once for each reason."""
+        Raises:
+          OffsiteError: the emulator fails the vetting, or the data cannot be read or do not fit.
+        """
+        session, records = self.open_session(manifest, package), self.records(manifest.task)
+        release_log = CountingReleaseLog(manifest.releases)
+        return self._site(self._site_job(manifest, session, records), release_log, MemoryJournal(), training_log)
+
+    def records(self, task: str) -> list[Record]:
+        """Returns this site's records with the fields that a task reads.
+
+        Raises:
+          DataError: the records cannot be read.
+          ConfigError: `site.toml` names a field that no task has.
+        """
+        settings = self.home.settings
+        columns = columns_for(task, column=settings.column, names=settings.columns)
+        return read(self.home.data, reader=settings.reader or None, columns=columns)
+
+    def _tell_owner(self, manifest: JobManifest, kind: str, error: Exception) -> None:
+        """Tells the owner alone why a job cannot use the data, once for each reason."""
         reason = printable(str(error) if isinstance(error, OffsiteError) else local_message(error))
-        if self.told.get(manifest.digest()) != reason:
-            self.told[manifest.digest()] = reason
+        if self._reasons.get(manifest.digest()) != reason:
+            self._reasons[manifest.digest()] = reason
             self.note(kind, reason)
             log.warning("job %s: %s", manifest.digest().hex()[:12], reason)
 
-    def _site(
-        self,
-        manifest: JobManifest,
-        session: EmulatorSession,
-        records: list[Record],
-        books: ReleaseLog,
-        journal: Journal,
-        *,
-        record: Path,
-    ) -> Site:
-        examples = encoded(session, manifest, records)
+    def _site_job(self, manifest: JobManifest, session: EmulatorSession, records: list[Record]) -> SiteJob:
+        examples = encode_records(session, manifest, records)
         if len(examples) < self.policy.min_records:
             raise PolicyRefusal(
                 f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
@@ -238,66 +225,20 @@ class SiteRuntime:
                 f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
                 "add records, or raise it"
             )
-        for wrong in records.faults[:MAX_FAULTS] if isinstance(records, LenientRecords) else ():
-            log.warning("a record adds nothing: %s", printable(wrong))
+        for fault in records.faults[:MAX_FAULTS] if isinstance(records, LenientRecords) else ():
+            log.warning("a record adds nothing: %s", printable(fault))
         if empty := int((examples.targets == 0).sum()):
             log.warning("records=%d: %d have nothing to learn from, and add nothing", len(examples), empty)
+        return SiteJob(self.name, manifest, session, examples, plan)
+
+    def _site(self, job: SiteJob, release_log: ReleaseLog, journal: Journal, training_log: Path) -> Site:
         return Site(
-            self.installation.settings.name,
-            manifest=manifest,
-            session=session,
-            examples=examples,
-            plan=plan,
-            identity=self.installation.keys.identity,
+            job,
+            identity=self.home.keys.identity,
             journal=journal,
-            books=books,
-            record=record,
-            noise=self._noise,
-            rounding=self._rounding(),
-        )
-
-    def records(self, task: str) -> list[Record]:
-        """Returns this site's records with the fields that a task reads.
-
-        Raises:
-          DataError: they cannot be read.
-          ConfigError: `site.toml` names a field that no task has.
-        """
-        settings = self.installation.settings
-        columns = columns_for(task, column=settings.column, names=settings.columns)
-        return read(self.installation.data, reader=settings.reader or None, columns=columns)
-
-    def _noise(self, training: str) -> Randomness:
-        settings = self.installation.settings
-        if settings.simulation_seed is None:
-            return Randomness.from_os()
-        return Randomness.for_simulation(settings.simulation_seed, "noise", settings.name, training)
-
-    def _rounding(self) -> Callable[[str], Callable[[int], np.ndarray]] | None:
-        settings = self.installation.settings
-        if (seed := settings.simulation_seed) is None:
-            return None
-        return lambda training: Randomness.for_simulation(seed, "rounding", settings.name, training).uniform
-
-    def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
-        welcome, keys = self.installation.welcome, self.installation.keys
-        address = DepotAddress(
-            welcome.host,
-            welcome.depot_port,
-            ca=self.installation.ca.read_bytes(),
-            cert=self.installation.certificate.read_bytes(),
-            key=keys.tls.read_bytes(),
-        )
-        return fetch(address, digest, size, target, on_bytes=on_bytes)
-
-    def _permit(self, manifest: JobManifest, package_bytes: int) -> None:
-        permit(
-            self.policy,
-            manifest,
-            site=self.installation.settings.name,
-            now=self.clock(),
-            free_disk=shutil.disk_usage(self.installation.folder).free,
-            package_bytes=package_bytes,
+            release_log=release_log,
+            training_log=training_log,
+            randomness=SiteRandomness(self.name, self.home.settings.simulation_seed),
         )
 
 
@@ -308,7 +249,7 @@ def _free_port() -> int:
 
 
 def limit_resources(policy: Policy) -> None:
-    """Keeps this process within the owner's limits: threads, address space.
+    """Keeps this process within the owner's limits on threads and memory.
 
     Raises:
       DataError: the operating system refuses a limit.

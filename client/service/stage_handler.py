@@ -1,25 +1,21 @@
-"""What a site does with each stage of its coordinator: look at offers, take part in rounds, write down what leaves."""
+"""A site's answer to each stage of its coordinator: look at offers, take part in rounds, write down every answer."""
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 
-from offsite.client.home.audit import Audit
-from offsite.client.home.jobs import Jobs
-from offsite.client.home.policy import Policy, permit_now
+from offsite.client.home.policy import permit_now
 from offsite.client.home.redact import local_message, peer_message
-from offsite.client.service.job_loading import FETCHING, OPENING, READY, REFUSED, VETTED, JobLoader, Means
+from offsite.client.network.message_endpoint import SignedEndpoint
+from offsite.client.service.job_loading import FETCHING, OPENING, READY, REFUSED, VETTED, JobLoader
 from offsite.client.service.job_queue import LatestJobRunner
+from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.site.release_log import ledger_name
 from offsite.client.site.round_handler import answer
 from offsite.errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
-from offsite.privacy.ledger import Ledger
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
@@ -32,93 +28,74 @@ WAITING = "waiting"
 _RESENT = ("keys", "shares", "masked", "survivors", "unmask", "update")  # the same question gets the same bytes again
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What this site has agreed to, and what it keeps.
-
-    Attributes:
-      name: this site.
-      folder: the site's, which nobody else is told.
-      dataset: name of its data set, as in the ledger.
-      federation: the manifest that its owner signed.
-      signature: that signature, 64 bytes.
-      coordinator: the coordinator's Ed25519 key.
-      policy: the owner's.
-      jobs: offers and approvals.
-      ledger: of the data set.
-      audit: the site's log.
-      means: to prepare a job.
-      permit: (manifest, bytes of the package) checks the owner's policy.
-      clock: gives the time.
-    """
-
-    name: str
-    folder: Path
-    dataset: str
-    federation: FederationManifest
-    signature: bytes
-    coordinator: bytes
-    policy: Policy
-    jobs: Jobs
-    ledger: Ledger
-    audit: Audit
-    means: Means
-    permit: Callable[[JobManifest, int], None]
-    clock: Callable[[], datetime]
-
-
 class StageHandler:
     """One running site.
 
     Args:
-      standing: what it has agreed to.
+      runtime: open site, whose owner has accepted a federation.
+
+    Raises:
+      DataError, Untrusted: the site has not joined, or has left.
     """
 
-    def __init__(self, standing: Standing) -> None:
-        self._standing = standing
-        self._preparation: JobLoader | None = None
-        self._workshop = LatestJobRunner()
+    def __init__(self, runtime: SiteRuntime) -> None:
+        self._runtime, self._signature = runtime, runtime.home.sign()
+        self._loader: JobLoader | None = None
+        self._runner = LatestJobRunner()
         self._sent: dict[str, tuple[bytes, bytes]] = {}
-        self._ready = ""  # the job whose being ready was written down
-        self._said: dict[str, str] = {}  # the last line of each stage, for the people at this machine
+        self._noted_ready = ""  # job whose being ready was written to the audit log
+        self._shown: dict[str, str] = {}  # last line of each stage for the people at this machine
+
+    def endpoint(self) -> SignedEndpoint:
+        """Returns the endpoint at which this site answers its coordinator's letters."""
+        runtime = self._runtime
+        return SignedEndpoint(
+            runtime.name,
+            runtime.home.keys.identity,
+            coordinator=runtime.coordinator,
+            federation=runtime.federation.digest(),
+            memory=runtime.home.state / "letters.json",
+            handle=self.handle,
+            on_refused=lambda reason: runtime.note("letter refused", reason),
+        )
 
     def handle(self, stage: str, body: bytes) -> bytes:
-        """Returns the answer to a stage; a refusal is an answer, and is written down."""
+        """Returns the answer to a stage, and writes it to the audit log; a refusal is an answer."""
         try:
             reply = self._dispatch(stage, body)
         except OffsiteError as error:
             reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
-        except Exception as error:  # a fault of ours must not leave the coordinator waiting
+        except Exception as error:  # a bug must not leave the coordinator waiting
             reply = codec.encode(codec.Refusal("Fault", peer_message(error)))
             log.error("stage %s: %s: %s", printable(stage), type(error).__name__, local_message(error))
         message = codec.decode(reply)
         if isinstance(message, codec.Refusal | codec.OfferReply):
-            message = self._outward(message)
+            message = self._without_paths(message)
             reply = codec.encode(message)
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
             fields |= {"error": message.kind, "reason": message.reason}
         if stage != "offer" or isinstance(message, codec.Refusal):
             self._note("answered", fields)
-        self._say(stage, status_line(stage, message))
+        self._show(stage, status_line(stage, message))
         return reply
 
-    def _outward(self, message: codec.Refusal | codec.OfferReply) -> codec.Refusal | codec.OfferReply:
-        """Returns an answer without the places of this machine."""
-        folder = str(self._standing.folder)
+    def _without_paths(self, message: codec.Refusal | codec.OfferReply) -> codec.Refusal | codec.OfferReply:
+        """Returns an answer without the paths of this machine."""
+        folder = str(self._runtime.home.folder)
         if isinstance(message, codec.Refusal):
             return dataclasses.replace(message, reason=message.reason.replace(folder, "SITE"))
         return dataclasses.replace(message, detail=message.detail.replace(folder, "SITE"))
 
-    def _say(self, stage: str, line: str) -> None:
-        """Says a line to the people at this machine, unless it was the last one of this stage in this round."""
+    def _show(self, stage: str, line: str) -> None:
+        """Shows a line to the people at this machine, unless the last line of this stage in this round was the same."""
         if stage == "train":
-            self._said = {name: peer_message for name, peer_message in self._said.items() if name in ("offer", "train")}
-        if line and line != self._said.get(stage):
+            self._shown = {name: last for name, last in self._shown.items() if name in ("offer", "train")}
+        if line and line != self._shown.get(stage):
             log.info("%s", line)
-            self._said[stage] = line
+            self._shown[stage] = line
         if stage == "finish":
-            self._said.clear()
+            self._shown.clear()
 
     def _dispatch(self, stage: str, body: bytes) -> bytes:
         if stage in ("offer", "finish"):
@@ -131,105 +108,103 @@ class StageHandler:
         return self._round(stage, body)
 
     def _round(self, stage: str, body: bytes) -> bytes:
-        preparation = self._preparation
-        if stage == "train" and preparation is not None and not self._approved(preparation.manifest):
-            raise PolicyRefusal(f"job={preparation.manifest.digest().hex()[:12]}: its owner has not approved it")
-        if preparation is None or preparation.site is None:
-            raise ProtocolViolation(f"stage={stage!r}: no job is ready at this site; offer it first")
+        loader = self._loader
+        if stage == "train" and loader is not None and not self._runtime.is_approved(loader.manifest):
+            raise PolicyRefusal(f"job={loader.manifest.digest().hex()[:12]}: the data owner has not approved this job")
+        if loader is None or loader.site is None:
+            raise ProtocolViolation(f"stage={stage!r}: no job is ready at this site; offer a job first")
         asked = hashlib.sha256(body).digest()
         if stage in _RESENT and self._sent.get(stage, (b"", b""))[0] == asked:
             return self._sent[stage][1]
         if stage == "train":
-            permit_now(self._standing.policy, self._standing.clock())
+            permit_now(self._runtime.policy, self._runtime.clock())
             self._sent.clear()
-        reply = answer(preparation.site, stage, body)
+        reply = answer(loader.site, stage, body)
         if stage in _RESENT and not isinstance(codec.decode(reply), codec.Refusal):
             self._sent[stage] = (asked, reply)
         return reply
 
     def _offer(self, offer: codec.Offer) -> codec.OfferReply:
-        standing = self._standing
-        standing.federation.check_valid(standing.clock())  # a site may run for longer than its owners signed
-        manifest = check_job(standing.coordinator, offer.manifest, offer.manifest_signature)
-        if missing := sorted(
-            {member.site for member in standing.federation.members} - {site for site, _ in offer.owners}
-        ):
+        runtime, federation = self._runtime, self._runtime.federation
+        federation.check_valid(runtime.clock())  # a site may run for longer than its owners signed
+        manifest = check_job(runtime.coordinator, offer.manifest, offer.manifest_signature)
+        if missing := sorted({member.site for member in federation.members} - dict(offer.owners).keys()):
             return self._reply(WAITING, f"signatures of {', '.join(missing)} under the federation manifest are missing")
-        check_signatures(standing.federation, dict(offer.owners))
-        _check_terms(manifest, standing.federation)
+        check_signatures(federation, dict(offer.owners))
+        _check_terms(manifest, federation)
         self._check_ledger(offer)
         digest = manifest.digest().hex()
-        if digest not in standing.jobs.names():
-            standing.jobs.keep(offer.manifest, offer.manifest_signature, digest)
+        if digest not in runtime.jobs.names():
+            runtime.jobs.keep(offer.manifest, offer.manifest_signature, digest)
             self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
-        standing.permit(manifest, offer.package_bytes)
-        return self._prepare(offer, manifest)
+        runtime.check_policy(manifest, offer.package_bytes)
+        return self._load(offer, manifest)
 
-    def _approved(self, manifest: JobManifest) -> bool:
-        """Says whether a job may train now; an approval that its owner took back does not count any more."""
-        standing = self._standing
-        return standing.policy.approval == "automatic" or manifest.digest().hex() in standing.jobs.approved()
-
-    def _prepare(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
-        """Returns how far a job is: fetched and vetted unapproved, so that its owner can try it, and no further."""
-        preparation = self._preparation
-        if preparation is None or preparation.manifest != manifest or _is_stale(preparation, offer):
+    def _load(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
+        """Returns how far a job is; without an approval a job is fetched and vetted, so that its owner can try it."""
+        loader = self._loader
+        if loader is None or loader.manifest != manifest or _is_stale(loader, offer):
             self._note("accepted", {"job": manifest.digest().hex()})
-            preparation = JobLoader(offer, manifest, self._standing.means, lambda: self._approved(manifest))
-            self._preparation = preparation
-            self._workshop.take(preparation)
+            loader = self._loader = JobLoader(offer, manifest, self._runtime)
+            self._runner.take(loader)
             self._sent.clear()
-        preparation.wait(0.2)
-        approved, state = self._approved(manifest), preparation.state
-        if state == REFUSED and (approved or not preparation.opened):
-            return self._reply(REFUSED, preparation.detail)
+        loader.wait(0.2)
+        approved, state = self._runtime.is_approved(manifest), loader.state
+        if state == REFUSED and (approved or not loader.opened):
+            return self._reply(REFUSED, loader.detail)
         if not approved:
-            waits = f"the data owner has not approved job {manifest.digest().hex()[:12]} yet"
-            return self._reply(WAITING, waits, preparation.fetched)
+            reason = f"the data owner has not approved job {manifest.digest().hex()[:12]} yet"
+            return self._reply(WAITING, reason, loader.fetched)
         if state == READY:
             self._note_once_ready(manifest)
-            return self._reply(READY, "", preparation.fetched)
+            return self._reply(READY, "", loader.fetched)
         reads = state in (VETTED, OPENING)
-        return self._reply(FETCHING, "approved, its data are read" if reads else "", preparation.fetched)
+        return self._reply(FETCHING, "approved, its data are read" if reads else "", loader.fetched)
 
     def _note_once_ready(self, manifest: JobManifest) -> None:
         job = manifest.digest().hex()
-        if self._ready != job:
-            self._ready = job
+        if self._noted_ready != job:
+            self._noted_ready = job
             self._note("ready", {"job": job})
 
     def _check_ledger(self, offer: codec.Offer) -> None:
-        standing = self._standing
-        mine = ledger_name(standing.dataset)
+        """Checks the ledger against the heads that the coordinator has countersigned for this site.
+
+        Raises:
+          PrivacyRefusal: the ledger is an old copy.
+          Untrusted: the coordinator did not sign a head.
+        """
+        runtime = self._runtime
+        own = ledger_name(runtime.ledger.dataset)
         for head in offer.ledgers:
-            if head.ledger == mine:
+            if head.ledger == own:
                 check_countersigned(
-                    standing.coordinator, standing.name, head.ledger, head.count, head.head, head.signature
+                    runtime.coordinator, runtime.name, head.ledger, head.count, head.head, head.signature
                 )
-                standing.ledger.check_against(head.count, head.head)
+                runtime.ledger.check_against(head.count, head.head)
 
     def _finish(self, notice: codec.Notice) -> codec.Notice:
-        self._workshop.clear()
-        self._preparation = None
+        self._runner.clear()
+        self._loader = None
         self._sent.clear()
         self._note("finished", {"reason": notice.reason})
         return notice
 
     def _reply(self, state: str, detail: str, fetched: int = 0) -> codec.OfferReply:
-        count, head = self._standing.ledger.head()
-        own = codec.LedgerHead(ledger_name(self._standing.dataset), count, head)
-        return codec.OfferReply(state, detail, fetched, self._standing.signature, own)
+        ledger = self._runtime.ledger
+        head = codec.LedgerHead(ledger_name(ledger.dataset), *ledger.head())
+        return codec.OfferReply(state, detail, fetched, self._signature, head)
 
     def _note(self, kind: str, fields: Mapping[str, object]) -> None:
-        self._standing.audit.record(kind, now=self._standing.clock(), **fields)
+        self._runtime.audit.record(kind, now=self._runtime.clock(), **fields)
 
 
 def status_line(stage: str, reply: codec.Message) -> str:
-    """Returns what people at a site are told of one answer; empty where nothing has changed for them.
+    """Returns the line about one answer for the people at a site; empty where nothing has changed for them.
 
     Args:
-      stage: that was answered.
-      reply: the answer.
+      stage: stage that the coordinator asked for.
+      reply: answer of the site.
     """
     line = ""
     match reply:
@@ -242,9 +217,9 @@ def status_line(stage: str, reply: codec.Message) -> str:
         case codec.OfferReply(state=state, detail=detail):
             line = f"job {state}: {detail}" if detail else f"job {state}"
         case codec.MaskedReply():
-            line = "a masked update has left; the audit log tells its size and what privacy it cost"
+            line = "a masked update has left; the audit log has its size and the privacy that it cost"
         case codec.UpdateReply():
-            line = "an update has left AS IT IS, for the coordinator to see; the audit log tells what privacy it cost"
+            line = "an update has left UNMASKED: the coordinator sees it; the audit log has the privacy that it cost"
         case codec.TrainReply(round=number):
             line = f"round {number}: trained"
         case codec.Notice(kind="abort", reason=reason):
@@ -254,24 +229,24 @@ def status_line(stage: str, reply: codec.Message) -> str:
     return line
 
 
-def _is_stale(preparation: JobLoader, offer: codec.Offer) -> bool:
-    """Says whether a refusal was about another package; the coordinator makes one anew when its own is damaged."""
-    return preparation.state == REFUSED and preparation.package != offer.package
+def _is_stale(loader: JobLoader, offer: codec.Offer) -> bool:
+    """Says whether a refusal was about another package; a coordinator whose package was damaged makes a new package."""
+    return loader.state == REFUSED and loader.package != offer.package
 
 
 def _check_terms(manifest: JobManifest, federation: FederationManifest) -> None:
-    """Checks that a job keeps to what every owner signed.
+    """Checks that a job keeps to the terms that every owner signed.
 
     Raises:
-      Untrusted: another federation, epoch or roster.
-      PolicyRefusal: weaker terms than were signed.
-      PrivacyRefusal: no privacy.
+      Untrusted: the job names another federation, epoch or roster.
+      PolicyRefusal: the job has weaker terms than the owners signed.
+      PrivacyRefusal: the job has no privacy.
       UnknownName: this release has no such accountant.
     """
     lookup(ACCOUNTANTS, manifest.privacy.accountant, "job accountant")
     roster = tuple((member.site, member.identity) for member in federation.members)
-    found = (manifest.federation, manifest.epoch, manifest.roster)
-    if found != (federation.name, federation.epoch, roster):
+    named = (manifest.federation, manifest.epoch, manifest.roster)
+    if named != (federation.name, federation.epoch, roster):
         raise Untrusted(
             f"job federation={manifest.federation!r} epoch={manifest.epoch}: the owners signed {federation.name!r} "
             f"epoch {federation.epoch} with {len(roster)} sites; make the job again under that manifest"

@@ -1,4 +1,4 @@
-"""What is about to leave the site with a round, in words and numbers that its owner can check; written first."""
+"""The report of an update, in numbers that the owner can check; written before the update leaves."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ ENTRY_BYTES = 4
 
 @dataclass(frozen=True)
 class EgressReport:
-    """One release; no value of the update stands here but its norm, which the owner alone reads.
+    """One release, for the owner alone; the norm is the only value of the update in the report.
 
     Attributes:
       job: digest of the job manifest, hexadecimal.
-      round: training round.
-      tensors: (name, shape) of everything that is in the update.
-      upload_bytes: bytes of the masked vector.
-      norm: Euclidean norm of the update before it was masked.
-      epsilon_round: what this release adds.
-      epsilon_total: what the data set has then spent, over all jobs.
-      metrics: told beside the update.
+      round: number of the training round.
+      tensors: name and shape of every tensor in the update.
+      upload_bytes: size of the vector that leaves, bytes.
+      norm: Euclidean norm of the update before masking.
+      epsilon_round: epsilon that this release adds.
+      epsilon_total: epsilon that the data set has then spent, over all jobs.
+      metrics: numbers that leave beside the update, by name.
     """
 
     job: str
@@ -45,12 +45,12 @@ class EgressReport:
 
 
 def release(report: EgressReport, layout: Layout, policy: Policy, audit: Audit, *, now: datetime) -> None:
-    """Checks a report against what was announced and permitted, and writes it to the audit log; then it may leave.
+    """Checks a report against the job and the policy, and writes it to the audit log; then the update may leave.
 
     Raises:
-      RangeError: the upload is not the announced size, or the update or a metric is not finite.
-      PolicyRefusal: a metric that the owner did not permit.
-      DataError: the audit log cannot be written; nothing may leave then.
+      RangeError: the upload has not the announced size, or the update or a metric is not finite.
+      PolicyRefusal: the owner did not permit a metric.
+      DataError: the audit log cannot be written, so the update may not leave.
     """
     if report.upload_bytes != ENTRY_BYTES * layout.size:
         raise RangeError(

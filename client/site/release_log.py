@@ -1,4 +1,4 @@
-"""What a site keeps account of when an update leaves it."""
+"""The account of a site: every update that leaves is checked, entered and only then released."""
 
 import hashlib
 from collections.abc import Callable
@@ -24,10 +24,10 @@ class Release:
     """One update that is about to leave.
 
     Attributes:
-      round: training round.
-      event: what it spends; None without privacy.
-      update: float32 (d,); only its norm is written down.
-      upload_bytes: bytes of the vector that leaves.
+      round: number of the training round.
+      event: privacy that the update spends; None without privacy.
+      update: update, float32 (d,); only its norm is written down.
+      upload_bytes: size of the vector that leaves, bytes.
     """
 
     round: int
@@ -37,32 +37,32 @@ class Release:
 
 
 class ReleaseLog(Protocol):
-    """The accounts of one site for one job."""
+    """The account of one site for one job."""
 
     def check(self, event: Event | None) -> None:
-        """Refuses, before any training, a release that would go over a limit."""
+        """Refuses, before any training, a release that would exceed a limit."""
 
     def release(self, release: Release) -> LedgerHead | None:
-        """Enters a release, durably; only then may it leave. Returns the ledger's newest entry, where there is one."""
+        """Enters a release durably, before it may leave; returns the ledger's newest entry, None without a ledger."""
 
 
 def ledger_name(dataset: str) -> str:
-    """Returns the name under which the coordinator knows a ledger; it does not tell the data set's."""
+    """Returns the name under which the coordinator knows a ledger; the name hides that of the data set."""
     return hashlib.sha256(dataset.encode()).hexdigest()
 
 
 class CountingReleaseLog:
-    """Accounts of a simulated site: the number of releases, so that the planned noise covers all of them.
+    """The account of a simulated site: it counts releases, so that the planned noise covers all releases.
 
     Args:
-      planned: releases that the noise was calibrated for.
+      planned: number of releases that the noise was calibrated for.
     """
 
     def __init__(self, planned: int) -> None:
         self._planned, self._released = planned, 0
 
     def check(self, event: Event | None) -> None:
-        """Refuses a release beyond the planned ones.
+        """Refuses a release beyond the planned number.
 
         Raises:
           PrivacyRefusal: all planned releases were made.
@@ -76,14 +76,14 @@ class CountingReleaseLog:
 
 
 class LedgerReleaseLog:
-    """Accounts of a real site: the ledger of its data set, and an egress report for each release.
+    """The account of a real site: the ledger of its data set, and an egress report for each release.
 
     Args:
-      ledger: of the data set.
-      manifest: the job.
-      policy: the owner's.
-      audit: the site's log.
-      clock: gives the time.
+      ledger: privacy ledger of the data set.
+      manifest: manifest of the job.
+      policy: permissions and limits of the owner.
+      audit: audit log of the site.
+      clock: source of the time.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class LedgerReleaseLog:
         self._job = manifest.digest().hex()
 
     def check(self, event: Event | None) -> None:
-        """Refuses, before training, a release that was not planned for or that the data set cannot afford.
+        """Refuses, before training, a release that was not planned or that the data set cannot afford.
 
         Raises:
-          PrivacyRefusal: no privacy at all, all planned releases were made, or the cap would be passed.
+          PrivacyRefusal: the job has no privacy, all planned releases were made, or the release would exceed the cap.
         """
         refuse_unplanned(self._ledger.releases(self._job), self._manifest.releases)
         self._ledger.check(_private(event))
@@ -106,7 +106,7 @@ class LedgerReleaseLog:
         """Debits the ledger, then writes the egress report; both are on disk before the update may leave.
 
         Raises:
-          PrivacyRefusal, PolicyRefusal, RangeError, DataError: nothing may leave.
+          PrivacyRefusal, PolicyRefusal, RangeError, DataError: the update may not leave.
         """
         now = self._clock()
         refuse_unplanned(self._ledger.releases(self._job), self._manifest.releases)
@@ -136,7 +136,7 @@ def refuse_unplanned(released: int, planned: int) -> None:
     """Checks that the noise of a job was planned for one more release.
 
     Raises:
-      PrivacyRefusal: it was not.
+      PrivacyRefusal: all planned releases were made.
     """
     if released >= planned:
         raise PrivacyRefusal(

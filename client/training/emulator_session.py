@@ -10,15 +10,15 @@ import torch
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach, places
-from offsite.client.home.installation import WEIGHTS
 from offsite.emulator.package import package_reader
-from offsite.emulator.package.files import tokenizer_sha256
+from offsite.emulator.package.package_folder import tokenizer_sha256
 from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, round_layers
 from offsite.emulator.runtime.quantized_linear import replace_linears
 from offsite.emulator.runtime.refresh import plain_of
 from offsite.emulator.runtime.refresh_state import Frame, Refresh, Refreshable
+from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.emulator.vetting.limits import Vetting, VettingThresholds
-from offsite.emulator.vetting.vet import Slots, read_given, vet, vet_adapter, vet_given, vet_refresh
+from offsite.emulator.vetting.vet import Slots, read_auxiliary, vet, vet_adapter, vet_auxiliary, vet_refresh
 from offsite.errors import DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.encode import SPLITS
@@ -32,17 +32,17 @@ class EmulatorSession:
     """One loaded emulator; sites of one machine may share it, since each writes its adapter before it trains.
 
     Attributes:
-      model: the emulator with the adapter attached; only the adapter requires gradients.
-      task: gives per-example losses.
+      model: emulator with the adapter attached; only the adapter requires gradients.
+      task: task of the job, with per-example losses.
       layout: order of the adapter's parameters.
-      processor: of the package: what makes examples of records, as a tokenizer.
-      vetting: what was measured of the emulator and of the adapter before anything was trained on them.
-      limits: of the vetting.
-      frame: of the package.
-      biases: of the emulator, as far as they may move between rounds.
-      start: adapter as it was attached, float32 (d,).
-      seed: of what is drawn to try the model on; at a real site its own secret.
-      engine: per-example gradient engine that passed the probe; empty until a site has probed.
+      processor: processor of the package, which turns records into examples, as a tokenizer does.
+      vetting: measurements of the emulator and of the adapter, made before any training.
+      limits: thresholds of the vetting.
+      frame: frame of the package.
+      biases: biases of the emulator that may move between rounds.
+      start: adapter as attached, float32 (d,).
+      seed: seed of the examples on which the model is tried; a secret of the site, except in a simulation.
+      engine: name of the per-example gradient engine that passed the probe; empty before the probe.
     """
 
     model: Any
@@ -62,22 +62,24 @@ class EmulatorSession:
         """Writes an adapter, float32 (d,), into the emulator.
 
         Raises:
-          RangeError: wrong length, a value that is not finite, or one so large that it drowns all others.
+          RangeError: the adapter has another length, a value that is not finite, or a value that drowns all others.
         """
         peak = float(np.abs(adapter).max(initial=0.0))
         if peak > self.limits.adapter_peak:
             raise RangeError(
-                f"adapter peak={peak:.4g}: at most {self.limits.adapter_peak:g} is trained from, or one value drowns "
-                "all others; ask the coordinator what happened to its adapter"
+                f"adapter peak={peak:.4g}: training starts from at most {self.limits.adapter_peak:g}, because a larger "
+                "value drowns all others; ask the coordinator what happened to its adapter"
             )
         self.layout.write(self.model, adapter)
 
     def refresh(self, refresh: Refresh) -> None:
-        """Puts biases that moved in place, the shipped ones for (), and vets the emulator where they are new to it.
+        """Writes moved biases into the emulator, the shipped biases for (), and vets the emulator with new biases.
+
+        After an error the shipped biases stand.
 
         Raises:
-          MalformedMessage, RangeError: they are not exactly those that may move, or not finite.
-          UnsupportedModel: the vetting found a known trap. In any case the shipped ones stand afterwards.
+          MalformedMessage, RangeError: the biases are not exactly those that may move, or not finite.
+          UnsupportedModel: the vetting found a known trap.
         """
         self.biases.put(())
         if not refresh:
@@ -106,32 +108,33 @@ def open_session(
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
     Args:
-      folder: the package.
-      manifest: the job.
-      emulator: SHA-256 of the package, hexadecimal: `JobManifest.emulator_of` the site.
-      limits: of the vetting.
-      seed: of what the vetting draws; at a real site its own secret.
-      weights: in which form frozen ones lie in memory, see `SiteSettings.weights`.
+      folder: folder of the package.
+      manifest: manifest of the job.
+      emulator: SHA-256 of the package, hexadecimal, see `JobManifest.emulator_of`.
+      limits: thresholds of the vetting.
+      seed: seed of the examples that the vetting draws; a secret of the site, except in a simulation.
+      weights: form in which frozen weights lie in memory, see `SiteSettings.weights`.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
       MalformedMessage, RangeError: the given tensors are not those that the adapter takes, or too many.
-      DigestMismatch: the package, or the adapter that the manifest's recipe gives on it, is another one.
+      DigestMismatch: the package is not the named one, or the manifest's recipe gives another adapter on it.
     """
     task = lookup(TASKS, manifest.task, "task")
     lookup(SPLITS, manifest.split, "split")
-    lookup(WEIGHTS, weights, "weights")
+    lookup(WEIGHT_FORMS, weights, "weights")
     model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator)
     facts = package_reader.read_manifest(folder, expected_digest=emulator)
-    if (found := tokenizer_sha256(facts.files)) != manifest.tokenizer:
+    if (tokenizer := tokenizer_sha256(facts.files)) != manifest.tokenizer:
         raise DigestMismatch(
-            f"tokenizer={found[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which holds"
+            f"tokenizer={tokenizer[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which "
+            "of the two holds"
         )
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
     rounded = round_layers(model, facts, weights) if weights in ROUNDINGS else {}
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
-    given = read_given(folder, model, facts)
+    given = read_auxiliary(folder, model, facts)
     processor = task.load_processor(folder)
     _check_ids(processor, model)
     if weights != "widened":
@@ -140,7 +143,7 @@ def open_session(
     model = attach(model, manifest.adapter, given)
     vettings = [vetted, vet_adapter(model, manifest.adapter, slots, limits, where)]
     if given:
-        vettings.append(vet_given(plain_of(model), frame, limits, seed=seed))
+        vettings.append(vet_auxiliary(plain_of(model), frame, limits, seed=seed))
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():
         raise DigestMismatch(
@@ -161,8 +164,8 @@ def open_session(
     )
 
 
-def encoded(session: EmulatorSession, manifest: JobManifest, records: Sequence[Record]) -> Batch:
-    """Returns records as the examples of a job; one of which its processor makes nothing the model knows is empty."""
+def encode_records(session: EmulatorSession, manifest: JobManifest, records: Sequence[Record]) -> Batch:
+    """Returns records as the examples of a job; a record is empty where the model knows nothing of its encoding."""
     examples = session.task.encode(
         session.processor,
         records,
@@ -174,12 +177,12 @@ def encoded(session: EmulatorSession, manifest: JobManifest, records: Sequence[R
 
 
 def _check_ids(processor: Any, model: Any) -> None:
-    """Checks that a model knows every token, or it would fail on some records and tell by it which they are.
+    """Checks that a model knows every token; by failing on some records, a model would tell which they are.
 
     Raises:
-      UnsupportedModel: it does not.
+      UnsupportedModel: the processor has a token that the model does not know.
     """
-    largest = getattr(processor, "largest_id", None)  # what makes no tokens has none
+    largest = getattr(processor, "largest_id", None)  # a processor that makes no tokens has none
     if largest is not None and largest >= (vocabulary := vocabulary_of(model)):
         raise UnsupportedModel(
             f"token id={largest}: the emulator knows {vocabulary} tokens; its tokenizer belongs to another model"

@@ -3,20 +3,17 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import nn
 
 from offsite.client.training.emulator_session import EmulatorSession
-from offsite.client.training.fedprox import train_near
+from offsite.client.training.fedprox import proximal_pull
 from offsite.client.training.privacy_plan import SitePlan, round_terms
 from offsite.client.training.trainable_subset import only_trainable
 from offsite.errors import PrivacyRefusal
 from offsite.privacy import zero_order
-from offsite.privacy.batches import Losses
-from offsite.privacy.mechanism import Outcome
+from offsite.privacy.mechanism import DpTraining, Outcome, train
 from offsite.privacy.probe import choose_engine
 from offsite.privacy.randomness import Randomness
 from offsite.protos.job_manifest import JobManifest
@@ -24,19 +21,38 @@ from offsite.protos.upload import directions_of, select_uploaded
 from offsite.task.spec import Batch
 
 log = logging.getLogger("offsite.client")
-ZERO_ORDER = "zero_order"  # what stands in the place of an engine where no gradient is taken
+ZERO_ORDER = "zero_order"  # stands in the place of an engine where no gradient is taken
+
+
+@dataclass(frozen=True)
+class SiteJob:
+    """One job as one site trains it.
+
+    Attributes:
+      site: name of the site in the roster.
+      manifest: job that the data owner accepted.
+      session: opened emulator; sites of one simulation share a session.
+      examples: records of this site; they never leave this object.
+      plan: DP numbers of this site.
+    """
+
+    site: str
+    manifest: JobManifest
+    session: EmulatorSession = field(repr=False)
+    examples: Batch = field(repr=False)
+    plan: SitePlan
 
 
 @dataclass(frozen=True)
 class Trained:
-    """An update with what this site keeps to itself about it.
+    """An update with the site's own diagnostics, which stay at the site.
 
     Attributes:
-      update: adapter after minus before, of what the round uploads, or how far it moved along each direction, float32
-        (upload_size,), each entry within the manifest's bound.
+      update: adapter after minus adapter before, of the part that the round uploads, or the distance moved along each
+        direction; float32 (upload_size,), each entry within the manifest's bound.
       outcome: event and diagnostics of the mechanism.
-      bounded: how many entries were cut to the bound.
-      engine: per-example gradient engine used.
+      bounded: number of entries that were cut to the bound.
+      engine: name of the per-example gradient engine.
     """
 
     update: np.ndarray
@@ -45,78 +61,56 @@ class Trained:
     engine: str
 
 
-def local_update(
-    session: EmulatorSession,
-    start: np.ndarray,
-    examples: Batch,
-    *,
-    manifest: JobManifest,
-    plan: SitePlan,
-    randomness: Randomness,
-    site: str = "",
-    number: int = 1,
-) -> Trained:
-    """Trains the adapter from `start` on a site's examples and returns the update.
+def local_update(job: SiteJob, start: np.ndarray, *, randomness: Randomness, number: int = 1) -> Trained:
+    """Trains the adapter from `start` on a site's examples, and returns the update.
+
+    Each entry of the update is cut to the public bound after the noise, so the cut costs no privacy. The bound is far
+    above what honest training reaches, and the number of cuts is kept.
 
     Args:
-      session: the opened emulator.
+      job: job of the site.
       start: adapter to train from, float32 (d,).
-      examples: the site's records.
-      manifest: the job.
-      plan: the site's DP numbers.
-      randomness: of sampling and noise.
-      site: its name, by which the job may give it a smaller rank.
-      number: of the round, from 1, by which the job may say what of the adapter is trained.
-
-    Cutting an entry to the public bound happens after the noise, so it costs no privacy; the bound is far above what
-    honest training reaches, and the count is kept.
+      randomness: source of sampling and noise.
+      number: number of the round, from 1; the manifest may name another part of the adapter for each round.
 
     Raises:
       PrivacyRefusal: no engine gives right per-example gradients for this model.
-      RangeError: the adapter is not one to train from.
+      RangeError: the adapter is too large or not finite, so that training cannot start from it.
     """
+    session, manifest = job.session, job.manifest
     session.put(start)
-
-    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return session.task.losses(model, batch)
-
     if manifest.aggregation.directions:
-        return _along_directions(session, losses, examples, manifest, plan, randomness, number)
+        return _along_directions(job, randomness, number)
     if not session.engine:
-        # On no private record: what a refusal says of a gradient would be told without noise. On the whole adapter,
-        # since other rounds, or other sites at this bench, train other parts of it.
-        invented = session.task.invented(session.model, manifest.length, seed=session.seed)
-        session.engine = choose_engine(session.model, losses, invented)
-    terms = round_terms(manifest, plan, session.engine)
-    with _telling_nothing(), only_trainable(session.model, manifest, site=site, number=number):
-        mu, count = manifest.aggregation.proximal, len(examples)
-        outcome = train_near(session.model, losses, examples.select, count, terms, randomness, proximal=mu)
+        # The probe sees no private record: a refusal would tell of its gradient without noise. The probe sees the whole
+        # adapter: other rounds, and other sites with this session, train other parts of it.
+        batch = session.task.dummy_batch(session.model, manifest.length, seed=session.seed)
+        session.engine = choose_engine(session.model, session.task.losses, batch)
+    with _refusals_without_reason(), only_trainable(session.model, manifest, site=job.site, number=number):
+        training, mu = _training(job, randomness, session.engine), manifest.aggregation.proximal
+        outcome = train(training, proximal_pull(training, mu)) if mu else train(training)
     moved = select_uploaded(manifest, number, session.layout.read(session.model) - start)
     update, bounded = within(moved, manifest.update_bound)
     return Trained(update, outcome, bounded, session.engine)
 
 
-def _along_directions(
-    session: EmulatorSession,
-    losses: Losses,
-    examples: Batch,
-    manifest: JobManifest,
-    plan: SitePlan,
-    randomness: Randomness,
-    number: int,
-) -> Trained:
-    """Trains by forward passes alone; the update is how far the adapter moved along each of the round's directions."""
-    terms, along = round_terms(manifest, plan, "loop"), directions_of(manifest, number)
-    with _telling_nothing():
-        found = zero_order.train(session.model, losses, examples.select, len(examples), terms, randomness, along)
-    outcome, moved = found
-    update, bounded = within(moved, manifest.update_bound)
+def _along_directions(job: SiteJob, randomness: Randomness, number: int) -> Trained:
+    """Trains by forward passes alone; the update is the distance moved along each of the round's directions."""
+    with _refusals_without_reason():
+        outcome, moved = zero_order.train(_training(job, randomness, "loop"), directions_of(job.manifest, number))
+    update, bounded = within(moved, job.manifest.update_bound)
     return Trained(update, outcome, bounded, ZERO_ORDER)
 
 
+def _training(job: SiteJob, randomness: Randomness, engine: str) -> DpTraining:
+    """Returns one round's training on all records of the site."""
+    terms = round_terms(job.manifest, job.plan, engine)
+    return DpTraining(job.session.model, job.session.task.losses, job.examples, terms, randomness)
+
+
 @contextmanager
-def _telling_nothing() -> Iterator[None]:
-    """Keeps a refusal's words at the site: they tell how many records were drawn."""
+def _refusals_without_reason() -> Iterator[None]:
+    """Keeps the words of a refusal at the site, because they tell how many records were drawn."""
     try:
         yield
     except PrivacyRefusal as error:
@@ -125,10 +119,10 @@ def _telling_nothing() -> Iterator[None]:
 
 
 def within(update: np.ndarray, bound: float) -> tuple[np.ndarray, int]:
-    """Returns an update cut to a bound, float32, and how many entries were cut.
+    """Returns an update cut to a bound, float32, and the number of entries that were cut.
 
-    Whatever came out of the noise leaves, also where it overflowed: to refuse it would be an answer about the records
-    that nobody accounts for. A step that makes everything overflow spoils its own round.
+    Every noisy update leaves, also an update that overflowed: a refusal would be an answer about the records that
+    nobody accounts for. A step that makes everything overflow spoils its own round.
     """
     cut = np.clip(np.nan_to_num(update, nan=0.0, posinf=bound, neginf=-bound), -bound, bound).astype(np.float32)
     return cut, int(np.count_nonzero(~(np.abs(update) <= bound)))

@@ -1,12 +1,9 @@
 """What one site promises its records: sampling, noise and epsilon, computed here and never taken from a message."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-from offsite.errors import PrivacyRefusal, lookup
-from offsite.privacy.accountants import ACCOUNTANTS
-from offsite.privacy.calibrate import noise_multiplier_for, public_delta
-from offsite.privacy.events import Event
+from offsite.errors import PrivacyRefusal
+from offsite.privacy.calibrate import calibrated, public_delta
 from offsite.privacy.mechanism import DpSgdConfig
 from offsite.protos.job_manifest import JobManifest
 
@@ -32,7 +29,6 @@ class SitePlan:
     steps: int
 
 
-@lru_cache(maxsize=128)  # calibration takes seconds, and its result depends on public numbers only
 def plan_for(manifest: JobManifest, records: int) -> SitePlan:
     """Returns the plan of a site with so many records.
 
@@ -49,9 +45,8 @@ def plan_for(manifest: JobManifest, records: int) -> SitePlan:
     rate, delta, steps = terms.batch / records, public_delta(records), manifest.steps
     if not terms.private:
         return SitePlan(records, rate, delta, 0.0, float("inf"), steps)
-    sigma = noise_multiplier_for(terms.epsilon, delta, rate, steps, accountant=terms.accountant)
-    account = lookup(ACCOUNTANTS, terms.accountant, "accountant")
-    return SitePlan(records, rate, delta, sigma, account([Event(sigma, rate, steps)], delta), steps)
+    sigma, epsilon = calibrated(terms.epsilon, delta, rate, steps, terms.accountant)
+    return SitePlan(records, rate, delta, sigma, epsilon, steps)
 
 
 def round_terms(manifest: JobManifest, plan: SitePlan, engine: str) -> DpSgdConfig:

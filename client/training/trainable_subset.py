@@ -1,4 +1,4 @@
-"""What of the adapter a site trains in a round: all, the factor whose turn it is, or the first columns of each B."""
+"""The part of the adapter that a site trains in a round: all, one factor in turn, or the first columns of each B."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,15 +11,15 @@ from offsite.protos.job_manifest import JobManifest
 
 @contextmanager
 def only_trainable(model: nn.Module, manifest: JobManifest, *, site: str, number: int) -> Iterator[None]:
-    """Within it, exactly what a site trains in a round requires gradients: only that is clipped, noised and moved.
+    """Lets exactly the parameters require gradients that a site trains in a round, and so are clipped and noised.
 
-    Afterwards the model has its own parameters back, with the values that were trained.
+    Afterwards the model has its own parameters back, with the trained values.
 
     Args:
-      model: the emulator with the job's adapter attached.
-      manifest: the job.
+      model: emulator with the job's adapter attached.
+      manifest: manifest of the job.
       site: name of the site.
-      number: of the round, from 1.
+      number: number of the round, from 1.
 
     Raises:
       UnsupportedModel: the adapter has no columns to leave out.

@@ -1,4 +1,4 @@
-"""What a site writes down about its own training; it stays at the site."""
+"""A site's own log of its training, which stays at the site."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def to_json(trained: Trained, *, number: int, site: str, steps: int) -> dict[str
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line to a record.
+    """Adds a line to the log.
 
     Raises:
       DataError: the disk is full.
@@ -37,9 +37,9 @@ def append(path: Path, line: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
-        raise DataError(f"record={path.name}: cannot be written ({error.strerror}); free disk space") from error
+        raise DataError(f"training_log={path.name}: cannot be written ({error.strerror}); free disk space") from error
 
 
 def _number(value: float) -> float | None:
-    """Returns a number as JSON can hold it; None stands for no example."""
+    """Returns a number as JSON can hold it: None where the number is not finite."""
     return value if np.isfinite(value) else None

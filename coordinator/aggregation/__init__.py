@@ -1,1 +1,1 @@
-"""The table of server rules, and what each rule needs."""
+"""The table of aggregation rules, and each rule's requirements."""

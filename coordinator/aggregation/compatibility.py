@@ -1,4 +1,4 @@
-"""Whether a server rule fits the rest of a federation file, asked before the first slow step."""
+"""Whether an aggregation rule fits the rest of a federation file, checked before the first slow step."""
 
 from collections.abc import Callable, Collection
 
@@ -7,7 +7,7 @@ from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, REFU
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.errors import ConfigError, lookup, nearest
 
-KEYS = ("proximal", "faulty", "penalty", "earlier", "ranks")  # each of which belongs to some rules only
+KEYS = ("proximal", "faulty", "penalty", "earlier", "ranks")  # settings that belong to some rules only
 
 
 def check_rule(config: FedConfig, sites: Collection[str], n_min: int) -> Aggregator:
@@ -15,34 +15,34 @@ def check_rule(config: FedConfig, sites: Collection[str], n_min: int) -> Aggrega
 
     Args:
       config: the federation file.
-      sites: of the federation.
-      n_min: fewest sites of a round, by the file and by what the owners signed.
+      sites: names of the federation's sites.
+      n_min: fewest sites of a round, by the file and by the manifest that the owners signed.
 
     Raises:
       UnknownName: there is no such rule.
-      ConfigError: it needs what secure aggregation hides, another adapter method, or other numbers.
+      ConfigError: the rule needs updates that secure aggregation hides, another adapter method, or other numbers.
       DataError: an earlier adapter cannot be read.
     """
     name = config.aggregation.rule
     if name in REFUSED:
-        raise ConfigError(f"aggregation.rule={name!r}: not here: {REFUSED[name]}")
+        raise ConfigError(f"aggregation.rule={name!r}: does not work here: {REFUSED[name]}")
     rule = lookup(AGGREGATORS, name, "aggregation.rule")
     if rule.needs == INDIVIDUALS and config.secagg.enabled:
-        sums = ", ".join(one.name for one in AGGREGATORS.values() if one.needs == SUM)
+        sums = ", ".join(known.name for known in AGGREGATORS.values() if known.needs == SUM)
         raise ConfigError(
             f"aggregation.rule={name!r}: needs each site's own update, and secure aggregation shows only their sum; "
-            f"set secagg.enabled = false, which every site's owner has to permit, or take one of {sums}"
+            f"set secagg.enabled = false, which every site's owner has to permit, or take another rule: {sums}"
         )
     if rule.methods and config.adapter.method not in rule.methods:
         raise ConfigError(
-            f"aggregation.rule={name!r}: is for adapter.method {' or '.join(rule.methods)}, and this is "
-            f"{config.adapter.method!r}; change one of them"
+            f"aggregation.rule={name!r}: is for adapter.method {' or '.join(rule.methods)}, not "
+            f"{config.adapter.method!r}; change the rule or the method"
         )
     _check_keys(config, rule)
     if config.training.directions and (rule.alternate or rule.methods or rule.keys):
         raise ConfigError(
             f"training.directions={config.training.directions}: DP-ZO uploads its way along directions, and "
-            f"rule={name!r} asks for parts of an adapter or other steps; take mean, fedavgm or fedadam"
+            f"rule={name!r} needs parts of an adapter or other steps; take mean, fedavgm or fedadam"
         )
     if (check := CHECKS.get(name)) is not None:
         check(config, sites, n_min)
@@ -53,10 +53,12 @@ def _check_keys(config: FedConfig, rule: Aggregator) -> None:
     for key in KEYS:
         value = getattr(config.aggregation, key)
         if value and key not in rule.keys:
-            users = ", ".join(one.name for one in AGGREGATORS.values() if key in one.keys)
-            raise ConfigError(f"aggregation.{key}: has no use with rule={rule.name!r}; remove it, or take {users}")
+            users = ", ".join(known.name for known in AGGREGATORS.values() if key in known.keys)
+            raise ConfigError(
+                f"aggregation.{key}: has no use with rule={rule.name!r}; remove the key, or take the rule {users}"
+            )
         if not value and key in rule.keys:
-            raise ConfigError(f"aggregation.{key}: rule={rule.name!r} needs it; set it")
+            raise ConfigError(f"aggregation.{key}: rule={rule.name!r} needs this key; set it")
 
 
 def _fedprox(config: FedConfig, sites: Collection[str], n_min: int) -> None:
@@ -68,8 +70,8 @@ def _fedprox(config: FedConfig, sites: Collection[str], n_min: int) -> None:
     product = config.training.learning_rate * config.aggregation.proximal
     if product > 1:
         raise ConfigError(
-            f"training.learning_rate * aggregation.proximal={product:g}: above 1 a step overshoots where it is pulled "
-            "back to; lower one of them"
+            f"training.learning_rate * aggregation.proximal={product:g}: above 1 a step overshoots the start of the "
+            "round, to which it is pulled back; lower one of the two"
         )
 
 
@@ -85,7 +87,7 @@ def _at_least(config: FedConfig, n_min: int, needed: int) -> None:
     if n_min < needed:
         raise ConfigError(
             f"secagg.n_min={n_min}: {config.aggregation.rule} with "
-            f"faulty={config.aggregation.faulty} needs {needed} updates in each round; raise it, or lower faulty"
+            f"faulty={config.aggregation.faulty} needs {needed} updates in each round; raise n_min, or lower faulty"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules that take the mean update and nothing else, so that a secure sum is all they need."""
+"""Rules that use the mean update only, so that a secure sum is enough."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ ADAM_FLOOR = 1e-12
 
 
 def mean(state: ServerState, update: NDArray[np.float64], settings: RuleSettings) -> ServerState:
-    """Adds the mean update as it is (FedAvg, McMahan et al. 2017, algorithm 1); no setting counts."""
+    """Adds the mean update as it is (FedAvg, McMahan et al. 2017, algorithm 1); uses no setting."""
     return state.moved(update)
 
 
@@ -33,7 +33,7 @@ def fedadam(state: ServerState, update: NDArray[np.float64], settings: RuleSetti
 def fedyogi(state: ServerState, update: NDArray[np.float64], settings: RuleSettings) -> ServerState:
     """Yogi over the mean update (Reddi et al. 2021, algorithm 2): the second moment forgets no faster than it learns.
 
-    With the bias correction of Adam, which the algorithm leaves out, so that the first step is as long as fedadam's.
+    It has the bias correction of Adam, which the algorithm leaves out, so that the first step is as long as fedadam's.
     """
     square = np.square(update)
     second = state.second - (1 - SECOND_MOMENT) * square * np.sign(state.second - square)

@@ -1,4 +1,4 @@
-"""Rules that compare the sites' updates, so that a few bad ones do not decide; none of them can work on a sum."""
+"""Rules that compare the sites' updates, so that a few bad updates do not decide; such a rule cannot work on a sum."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,15 +8,15 @@ from offsite.errors import TooFewSurvivors
 
 
 def krum(state: ServerState, updates: NDArray[np.float64], settings: RuleSettings) -> ServerState:
-    """Adds the one update that is nearest to most others (Blanchard et al. 2017, section 4).
+    """Adds the single update that is nearest to most others (Blanchard et al. 2017, section 4).
 
-    Of each update the squared distances to its n - f - 2 nearest others are added up; the least sum wins, the first in
-    the order of the sites where two are equal. What the other sites learnt is lost.
+    The score of an update is the sum of squared distances to its n - f - 2 nearest others. The least score wins, and of
+    equal scores the first in the order of the sites. The updates of all other sites are lost.
 
     Args:
-      state: before the round.
+      state: state before the round.
       updates: float64 (n, d).
-      settings: `faulty` is f.
+      settings: rule settings, whose `faulty` is f.
 
     Raises:
       TooFewSurvivors: n < 2 f + 3, for which the paper promises nothing.
@@ -31,7 +31,7 @@ def krum(state: ServerState, updates: NDArray[np.float64], settings: RuleSetting
 
 
 def median(state: ServerState, updates: NDArray[np.float64], settings: RuleSettings) -> ServerState:
-    """Adds the median of each entry (Yin et al. 2018, definition 1); (n, d) float64 updates, no setting counts."""
+    """Adds the median of each entry (Yin et al. 2018, definition 1) of updates, float64 (n, d); uses no setting."""
     return state.moved(np.median(updates, axis=0))
 
 
@@ -39,14 +39,16 @@ def trimmed_mean(state: ServerState, updates: NDArray[np.float64], settings: Rul
     """Adds the mean of each entry without its f largest and f smallest values (Yin et al. 2018, definition 2).
 
     Args:
-      state: before the round.
+      state: state before the round.
       updates: float64 (n, d).
-      settings: `faulty` is f.
+      settings: rule settings, whose `faulty` is f.
 
     Raises:
-      TooFewSurvivors: n <= 2 f, which leaves nothing.
+      TooFewSurvivors: n <= 2 f, which leaves no value.
     """
     count, faulty = len(updates), settings.faulty
     if count <= 2 * faulty:
-        raise TooFewSurvivors(f"updates={count}: faulty={faulty} at both ends leaves none; wait for more sites")
+        raise TooFewSurvivors(
+            f"updates={count}: trimming faulty={faulty} at both ends leaves no update; wait for more sites"
+        )
     return state.moved(np.sort(updates, axis=0)[faulty : count - faulty].mean(axis=0))

@@ -1,4 +1,4 @@
-"""The table of server rules: how what the sites upload becomes the next adapter."""
+"""The table of aggregation rules, by which the sites' uploads become the next adapter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ Step = Callable[[ServerState, np.ndarray, RuleSettings], ServerState]
 
 @dataclass(frozen=True)
 class Aggregator:
-    """One server rule.
+    """One aggregation rule.
 
     Attributes:
-      name: the key in `AGGREGATORS`.
+      name: key in `AGGREGATORS`.
       step: (state, updates, settings) -> next state; pure. Updates are float64 in the adapter's layout: the members'
-        mean (d,) for a rule that needs the sum, else each member's (n, d).
+        mean (d,) for a rule that needs the sum, else each member's update (n, d).
       needs: `SUM`, which secure aggregation gives, or `INDIVIDUALS`, which only a job without it gives.
-      linear: whether the next adapter is an affine function of the upload, so that noise in it stays unbiased.
-      why: what the rule does with what; a sentence for the report.
-      methods: adapter methods it is for; () is any.
-      keys: of [aggregation] that have to be set for it; they are 0 or empty for all other rules.
+      linear: whether the next adapter is an affine function of the upload, so that noise in the upload stays unbiased.
+      why: a sentence for the report on what the rule does.
+      methods: adapter methods that the rule fits; () fits any.
+      keys: settings of [aggregation] that the rule needs; all other rules leave them at 0 or empty.
       alternate: whether sites train LoRA's factors in turn.
     """
 
@@ -113,11 +113,11 @@ _TABLE = (
 AGGREGATORS: dict[str, Aggregator] = {rule.name: rule for rule in _TABLE}
 
 REFUSED = {
-    "flora": "what it stacks (arXiv 2409.05976) has the rank of all sites together, and is exact only if each site "
-    "merges it into its weights and begins anew; an adapter's layout is fixed and a package's weights are hashed; "
-    "flexlora goes on from the best approximation that fits",
+    "flora": "its stacked factors (arXiv 2409.05976) have the rank of all sites together, and are exact only if each "
+    "site merges them into its weights and begins anew; an adapter's layout is fixed and a package's weights are "
+    "hashed; flexlora goes on from the best approximation that fits",
     "fedex": "its residual (arXiv 2410.09432) changes the base weights of the slots, which sites hold as they were "
-    "vetted and hashed; flexlora keeps what fits the rank, ffa_lora as the adapter's method has no residual",
-    "ffa": "it is a method and no rule; set adapter.method = 'ffa_lora' and take the rule mean",
+    "vetted and hashed; flexlora keeps the part that fits the rank, and the adapter method ffa_lora has no residual",
+    "ffa": "ffa is an adapter method and not a rule; set adapter.method = 'ffa_lora' and take the rule mean",
 }
-"""Rules that people know and that do not work here: name -> why, and what to take instead."""
+"""Well-known rules that do not work here: name -> reason, and the rule to take instead."""

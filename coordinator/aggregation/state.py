@@ -1,4 +1,4 @@
-"""What a server rule remembers between rounds, and what it is told beside the updates."""
+"""An aggregation rule's state between rounds, and its settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from offsite.adapter.layout import Layout
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a rule remembers between rounds.
+    """An aggregation rule's state between rounds.
 
     Attributes:
       adapter: current adapter, float32 (d,).
       first: running mean of updates (momentum), float64 (d,).
       second: running mean of squared updates, float64 (d,).
-      rounds: updates taken in so far.
+      rounds: number of updates taken in so far.
     """
 
     adapter: np.ndarray
@@ -32,25 +32,25 @@ class ServerState:
         return cls(adapter.astype(np.float32), zeros, zeros.copy())
 
     def moved(self, update: NDArray[np.float64]) -> "ServerState":
-        """Returns the state with an update, float64 (d,), added to the adapter and no mean changed."""
+        """Returns the state after adding an update, float64 (d,), to the adapter; no running mean changes."""
         return self.at(self.adapter + update)
 
     def at(self, adapter: NDArray[np.float64]) -> "ServerState":
-        """Returns the state with another adapter, float64 (d,), and no mean changed."""
+        """Returns the state with another adapter, float64 (d,); no running mean changes."""
         return ServerState(adapter.astype(np.float32), self.first, self.second, self.rounds + 1)
 
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What a rule is told; each uses what it needs.
+    """The settings of all rules; each rule uses the settings that it needs.
 
     Attributes:
       learning_rate: step size of the rules with moments, > 0.
-      momentum: of those, in [0, 1).
-      faulty: how many sites may send anything at all.
-      penalty: weight lambda of what is asked of the adapter itself, > 0.
-      layout: of the adapter; for rules that look at its factors.
-      earlier: for each earlier adapter its factors A, float32 (rank, in), by their names in the layout.
+      momentum: momentum of the rules with moments, in [0, 1).
+      faulty: number of sites that may send any update at all.
+      penalty: weight lambda of the penalty on the adapter itself, > 0 for the rules that use it.
+      layout: layout of the adapter, for rules that use its factors.
+      earlier: factors A of each earlier adapter, float32 (rank, in), by their names in the layout.
     """
 
     learning_rate: float

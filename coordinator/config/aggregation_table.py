@@ -10,7 +10,12 @@ from offsite.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankConfig:
-    """A smaller rank for some sites: they train the first `rank` columns of each B."""
+    """One entry [[aggregation.ranks]]: a smaller rank for some sites, for the rule `nested`.
+
+    Attributes:
+      sites: names of the sites; `secagg.n_min` sites have to train every column.
+      rank: number of first columns of each B that these sites train.
+    """
 
     sites: tuple[str, ...]
     rank: int
@@ -18,17 +23,20 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    """The server rule, a name in `coordinator.aggregate.AGGREGATORS`, and its numbers.
+    """The table [aggregation]: the server rule, and its numbers.
 
     Attributes:
-      rule: the name.
-      learning_rate: step size of fedavgm, fedadam and fedyogi.
-      momentum: of those.
-      proximal: mu of fedprox; 0 for all other rules.
-      faulty: of krum and trimmed_mean: how many sites may send anything at all; 0 for all other rules.
-      penalty: lambda of olora; 0 for all other rules.
-      earlier: of olora: folders of earlier adapters.
-      ranks: of nested: which sites have a smaller rank than the adapter's.
+      rule: name in `coordinator.aggregation.rules.AGGREGATORS`. Over the mean update: mean, fedavgm, fedadam,
+        fedyogi; fedprox; rolora and olora for method `lora`; nested for `ffa_lora`. Over each site's update, with
+        `secagg.enabled = false` only: krum, median, trimmed_mean, and flexlora for `lora`.
+      learning_rate: step size of fedavgm, fedadam and fedyogi; above 0.
+      momentum: momentum of fedavgm, fedadam and fedyogi; from 0 to below 1.
+      proximal: strength mu of fedprox: each step at a site is pulled back to where the round began, at no cost of
+        privacy; needs `training.local_steps` above 1. 0 with all other rules.
+      faulty: number of sites that may send anything at all, for krum and trimmed_mean. 0 with all other rules.
+      penalty: strength lambda of olora. 0 with all other rules.
+      earlier: folders of earlier adapters whose row spaces olora keeps A out of.
+      ranks: sites with a smaller rank than the adapter's, for nested.
     """
 
     rule: str = "fedadam"
@@ -52,13 +60,14 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class SecaggConfig:
-    """Secure aggregation.
+    """The table [secagg]: secure aggregation.
 
     Attributes:
-      n_min: smallest number of sites whose sum may be opened, or whose updates are used without secure aggregation.
-      federation: the name in the transcript.
-      enabled: False lets the coordinator see each site's update, for rules that compare them; every owner has to permit
-        it, and every report says so first.
+      n_min: smallest number of sites whose sum may be opened, or whose updates are used without secure aggregation;
+        at least 3.
+      federation: name of a simulated federation that every signature covers.
+      enabled: `false` lets the coordinator see each site's update, noise included, for rules that compare updates;
+        every owner has to permit this (`allow_individual_updates`), and job, log and report say so first.
     """
 
     n_min: int = 3

@@ -9,11 +9,14 @@ from offsite.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class VariantConfig:
-    """Another emulator for some sites, of the same geometry; what is not given is as in [emulator].
+    """One entry [[emulator.variants]]: another emulator for some sites, of the same geometry.
 
     Attributes:
-      sites: names of those that get it.
-      compress, embedding, gate: as there.
+      sites: names of the sites that get this emulator: of `[[sites]]` or `data.owners` in a simulation, of the
+        approved members between organisations; each site in one variant at most, and at least one site in none.
+      compress: compressors of the middle; as in [emulator] if absent.
+      embedding: storage of the embedding tables; as in [emulator] if absent.
+      gate: smallest gradient cosine; as in [emulator] if absent.
     """
 
     sites: tuple[str, ...]
@@ -48,16 +51,18 @@ class EmulatorVariant:
 
 @dataclass(frozen=True)
 class EmulatorConfig:
-    """How the emulator is made.
+    """The table [emulator]: how the emulator is made.
 
     Attributes:
-      first: blocks kept verbatim at the input side; they are slots.
-      last: blocks kept verbatim at the output side; they are slots.
-      shape: "sandwich", adapters in the verbatim blocks, or "parallel", adapters in all of them.
-      compress: compressors of the middle, in order, each `name:argument`.
-      embedding: storage of the embedding tables: verbatim, int8 or int4.
-      gate: smallest cosine of the slots' gradients through emulator and full model, in [-1, 1].
-      refresh: after how many rounds the middle's biases are aligned anew; 0 is never.
+      first: number of blocks kept unchanged at the input side; these blocks are slots of the adapter.
+      last: number of blocks kept unchanged at the output side; these blocks are slots of the adapter.
+      shape: `sandwich` puts adapters into the unchanged blocks, `parallel` into every block.
+      compress: compressors of the blocks between, in order, each `name:argument`.
+      embedding: storage of the embedding tables: verbatim, int8 or int4; for a U-net, of all matrices and kernels
+        around its blocks.
+      gate: smallest cosine between the slots' gradients through the emulator and through the full model, from -1 to
+        1.
+      refresh: number of rounds after which the middle's biases are aligned anew to the tuned adapter; 0 is never.
       variants: other emulators for some sites.
     """
 

@@ -4,23 +4,28 @@ import dataclasses
 import hashlib
 import math
 import tomllib
-import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from offsite.adapter.options import Scalar
 from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.aggregation_table import AggregationConfig, SecaggConfig, check_aggregation
 from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
-from offsite.errors import ConfigError, DataError, nearest
+from offsite.errors import ConfigError, DataError
 from offsite.protos.aggregation import MAX_DIRECTIONS
 from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
+from offsite.trust.toml_tables import TableReader
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The full model: a Hugging Face directory, and what it is trained for."""
+    """The table [model]: the full model, and its task.
+
+    Attributes:
+      path: Hugging Face folder with safetensors weights; nothing is fetched.
+      task: what the model is trained for; a name in `task.tasks.TASKS`.
+    """
 
     path: str
     task: str = "causal_lm"
@@ -28,9 +33,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained; `targets` empty takes the method's default for the model, `options` are the method's own.
+    """The table [adapter]: what is trained.
 
-    `frozen` are folders of exported adapters of earlier jobs, for methods that train on top of them.
+    Attributes:
+      method: name in `adapter.methods.METHODS`; `offsite methods` prints all of them with what each trains, sends and
+        costs.
+      rank: inner width of the adapter, at least 1; methods without an inner width ignore the key.
+      alpha: scale of the adapter's effect; methods without a scale ignore the key.
+      targets: names of layers inside a block, for example `["q_proj", "v_proj"]`; empty takes the method's own for
+        the model.
+      options: the method's own numbers and words, for example `{ n_frequency = 64 }`; `head = true` with any method
+        trains the task head as well.
+      frozen: adapter folders of earlier jobs with method `bottleneck` on the same slots, shipped to the sites and
+        never trained: one (a language) below a `madx`, or several mixed by `fusion`, whose option `adapters` says how
+        many (default 2).
     """
 
     method: str = "ffa_lora"
@@ -52,15 +68,18 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The public records of the coordinator, and how all records become examples.
+    """The table [data]: the coordinator's public records, and how all records become examples.
 
     Attributes:
-      public: file or folder of public records, for the gate, the clip and the acceptance test.
-      length: tokens per record, the unit of privacy.
-      split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which are
-        not people's, and whose number the tokenizer decides.
-      reader: name in `client.READERS`; empty picks by file name.
-      column: column or key that holds the main field of the task's records, as the text; empty for the field's name.
+      public: file or folder of public records with the same fields as the sites' records, for the gate, the clip and
+        the acceptance test.
+      length: tokens of one record, the unit of privacy; at least 2.
+      split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which no
+        single person stands behind and whose number the tokenizer decides.
+      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
+        picks by file name.
+      column: column or key that holds the main field of the task's records, as the text; empty takes the field's
+        name.
       columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
     """
 
@@ -74,7 +93,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """One data owner: name, training data, held-out data of the same kind."""
+    """One entry [[sites]]: a data owner of a simulation.
+
+    Attributes:
+      name: the site's name: letters, digits, `-` and `_`.
+      train: file or folder of the site's training records.
+      heldout: file or folder of records of the same kind, which are scored and never trained on.
+    """
 
     name: str
     train: str
@@ -83,18 +108,19 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Rounds and the sites' SGD.
+    """The table [training]: rounds, and the sites' steps.
 
     Attributes:
-      rounds: federated rounds.
-      local_steps: DP-SGD steps of a site per round.
-      batch: expected records of a Poisson batch.
-      learning_rate: of the sites' SGD.
-      physical_batch: records in one forward pass.
-      spare_rounds: how many rounds lost after an upload the noise is planned for beyond `rounds`.
-      directions: DP-ZO, training by forward passes alone: how many directions each step looks along; a site uploads one
-        number for each instead of an adapter. 0 trains by gradients.
-      spacing: how far along a direction DP-ZO takes losses.
+      rounds: number of rounds of the federation; at least 1.
+      local_steps: private steps of a site in one round; at least 1.
+      batch: expected number of records in a step, at least 1; the real number is random.
+      learning_rate: learning rate of the sites' plain gradient steps; above 0.
+      physical_batch: number of records in one forward pass, at least 1; changes memory and speed only.
+      spare_rounds: number of rounds beyond `rounds` that the noise is planned for, to repeat rounds that were lost
+        after an upload.
+      directions: DP-ZO, training by forward passes alone: number of directions that a step looks along; a site
+        uploads one number for each direction instead of an adapter, with any method. 0 trains by gradients.
+      spacing: distance along a direction at which DP-ZO takes losses; between 0 and 1.
     """
 
     rounds: int = 6
@@ -109,13 +135,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Record-level differential privacy of every site.
+    """The table [privacy]: record-level differential privacy at every site.
 
     Attributes:
-      private: False trains without clip and noise; the report says so.
-      epsilon: for the whole job, > 0.
+      private: `false` trains without clip and noise, and the report says so first.
+      epsilon: privacy parameter of the whole job at each site; above 0.
       max_grad_norm: clip of one record's gradient; 0 takes the median norm on public text.
-      accountant: name in `privacy.ACCOUNTANTS`.
+      accountant: name in `privacy.accountants.ACCOUNTANTS`: pld, prv or rdp.
     """
 
     private: bool = True
@@ -126,12 +152,12 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How much is scored, and the acceptance test.
+    """The table [evaluation]: how much is scored, and the acceptance test.
 
     Attributes:
-      examples: held-out records over all sites.
-      public_examples: public records.
-      tolerance: nats by which a round may raise the public loss above the best so far.
+      examples: number of held-out records over all sites; at least 1.
+      public_examples: number of public records of the acceptance test; at least 2.
+      tolerance: nats by which a round may raise the public loss above the best so far; at least 0.
     """
 
     examples: int = 48
@@ -141,14 +167,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CoordinatorConfig:
-    """How a real federation is run; a simulation does not read it.
+    """The table [coordinator]: how a federation between organisations is run; a simulation does not read it.
 
     Attributes:
-      home: the folder that `offsite coordinator init` made.
-      sites: how many sites must be ready before the first round; 0 takes all.
-      deadline: seconds that a site has for one stage of a round.
-      patience: seconds to wait for sites to connect, be approved and fetch the package, counted from the last progress.
-      attempts: how often a round that found too few sites is tried before the job stops.
+      home: folder that `offsite coordinator init` made.
+      sites: number of sites that must be ready before the first round; 0 waits for all.
+      deadline: seconds that a site has for one stage of a round; above 0.
+      patience: seconds, above 0, to wait for sites to connect, be approved and fetch the package, counted from the
+        last progress.
+      attempts: number of tries, at least 1, of a round that found too few sites, before the job stops and can be gone
+        on with.
 
     All but the deadline, which stands in the signed manifest, may change while a job runs, see `run_folder`.
     """
@@ -162,7 +190,22 @@ class CoordinatorConfig:
 
 @dataclass(frozen=True)
 class FedConfig:
-    """A whole federation file; `sites` are a simulation's, a real federation's stand in its signed manifest."""
+    """A whole federation file.
+
+    Attributes:
+      model: table of the full model.
+      data: table of the data.
+      sites: data owners of a simulation; those of a federation between organisations stand in its signed manifest.
+      coordinator: table of a federation between organisations; absent in a simulation.
+      seed: seed of everything that may be repeated: the adapter's start, and in a simulation the noise.
+      emulator: table of the emulator.
+      adapter: table of the adapter.
+      training: table of rounds and steps.
+      aggregation: table of the server rule.
+      privacy: table of differential privacy.
+      secagg: table of secure aggregation.
+      evaluation: table of scores and acceptance.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -278,8 +321,7 @@ def parse_config(content: dict[str, Any], folder: Path) -> FedConfig:
     if isinstance(data := content.get("data"), dict) and "owners" in data:
         content["data"] = {k: v for k, v in data.items() if k not in ("owners", "sites_dir")}
         content["sites"] = _owners(data)
-    config: FedConfig = _build(FedConfig, content, "")
-    return _absolute(config, folder)
+    return _absolute(TableReader("config").table(FedConfig, content), folder)
 
 
 def _owners(data: dict[str, Any]) -> list[dict[str, str]]:
@@ -288,42 +330,6 @@ def _owners(data: dict[str, Any]) -> list[dict[str, str]]:
     if not isinstance(folder, str) or not isinstance(owners, list):
         raise ConfigError("data.owners needs data.sites_dir: a folder that holds OWNER/train and OWNER/heldout")
     return [{"name": str(o), "train": f"{folder}/{o}/train", "heldout": f"{folder}/{o}/heldout"} for o in owners]
-
-
-def _build(kind: Any, content: Any, where: str) -> Any:
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where.rstrip('.')}={content!r}: must be a table of keys")
-    hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    for key in content:
-        if key not in fields:
-            raise ConfigError(f"config key {where}{key} is not known; {nearest(key, list(fields))}")
-    for name, one in fields.items():
-        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if required and name not in content:
-            raise ConfigError(f"config key {where}{name} is missing; add it")
-    return kind(**{key: _value(hints[key], value, where + key) for key, value in content.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType) and type(None) in get_args(hint):  # a table that may be left out
-        return None if value is None else _value(get_args(hint)[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")
-    if get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}={value!r}: must be a table")
-        return {name: _value(get_args(hint)[1], one, f"{where}.{name}") for name, one in value.items()}
-    if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r}: must be a list")
-        inner = get_args(hint)[0]
-        return tuple(_value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    kinds = get_args(hint) or (hint,)
-    if type(value) not in kinds:
-        raise ConfigError(f"{where}={value!r}: must be of type {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
 
 
 def _absolute(config: FedConfig, folder: Path) -> FedConfig:

@@ -1,28 +1,28 @@
-"""What the coordinator remembers of the sites' privacy ledgers, so that a site notices when its own was set back."""
+"""The coordinator's memory of the sites' privacy ledgers, by which a site notices when its own ledger was set back."""
 
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from offsite.coordinator.job.store import write_atomically
 from offsite.errors import DataError
 from offsite.protos.codec import LedgerHead
 from offsite.trust.countersign import countersign
+from offsite.trust.files import write_atomically
 from offsite.trust.identity import Identity
 
 log = logging.getLogger("offsite.coordinator")
-MAX_LEDGERS = 64  # data sets of one site; it names them, so that without a limit it could fill the disk
+MAX_LEDGERS = 64  # data sets of one site; the site names them, and without a limit it could fill the disk
 
 
 class Ledgers:
-    """The newest head that each site told; it says how often a site has released, and nothing about its data.
+    """The newest head of each site's ledgers; a head says how often a site has released, and nothing about its data.
 
-    Of a site with more than `MAX_LEDGERS` data sets, the first ones are kept.
+    Of a site with more than `MAX_LEDGERS` data sets, the first are kept.
 
     Args:
-      path: file they are kept in.
-      identity: the coordinator's, which countersigns.
+      path: file that keeps the heads.
+      identity: the coordinator's identity, which countersigns.
 
     Raises:
       DataError: the file is damaged.
@@ -35,11 +35,11 @@ class Ledgers:
             self._heads: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         except ValueError as error:
             raise DataError(
-                f"ledgers={str(path)!r} is damaged; without it no site notices a ledger set back"
+                f"ledgers={str(path)!r} is damaged; restore it: without it no site notices a ledger that was set back"
             ) from error
 
     def learn(self, site: str, head: LedgerHead | None) -> None:
-        """Keeps what a site told, when it is newer; an older count never replaces a newer one."""
+        """Keeps a site's head if it is newer; an older count never replaces a newer count."""
         if head is None:
             return
         ledgers = self._heads.setdefault(site, {})
@@ -54,10 +54,13 @@ class Ledgers:
             write_atomically(self._path, json.dumps(self._heads, sort_keys=True).encode())
 
     def countersigned(self, site: str) -> tuple[LedgerHead, ...]:
-        """Returns everything known of a site's ledgers, with the coordinator's signatures."""
+        """Returns all known heads of a site's ledgers, with the coordinator's signatures."""
         return tuple(
             LedgerHead(
-                name, one["count"], one["head"], countersign(self._identity, site, name, one["count"], one["head"])
+                name,
+                entry["count"],
+                entry["head"],
+                countersign(self._identity, site, name, entry["count"], entry["head"]),
             )
-            for name, one in sorted(self._heads.get(site, {}).items())
+            for name, entry in sorted(self._heads.get(site, {}).items())
         )

@@ -1,4 +1,4 @@
-"""Who was approved and who was revoked at the coordinator, and the rules by which a site is admitted."""
+"""The registry of approved and revoked sites, and the rules by which a site is admitted."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -15,7 +15,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Approved:
-    """An approved site: its request, and the certificate that it was given, PEM."""
+    """An approved site.
+
+    Attributes:
+      request: the site's signed request.
+      certificate: the certificate that the coordinator issued, PEM.
+    """
 
     request: SiteRequest
     certificate: bytes
@@ -23,13 +28,19 @@ class Approved:
     @property
     def member(self) -> FederationMember:
         """The site's entry in a federation manifest."""
-        one = self.request
-        return FederationMember(one.name, one.identity, one.sealing, one.node, one.tls)
+        request = self.request
+        return FederationMember(request.name, request.identity, request.sealing, request.node, request.tls)
 
 
 @dataclass(frozen=True)
 class Revoked:
-    """Keys that never count again, whatever name they come with."""
+    """Keys that never count again, under whatever name.
+
+    Attributes:
+      site: name of the site that had the keys.
+      time: time of the revocation, UTC.
+      keys: identity, sealing, node and TLS key.
+    """
 
     site: str
     time: str
@@ -38,12 +49,12 @@ class Revoked:
 
 @dataclass(frozen=True)
 class MemberRegistry:
-    """The file `sites.json`; one write of it is one decision, and everything else follows from it.
+    """The file `sites.json`; one write of it is one decision, from which all other files follow.
 
     Attributes:
-      sites: the approved, by name.
-      revoked: in order of time.
-      federation: the current epoch; None before the first approval.
+      sites: approved sites by name.
+      revoked: revoked keys in order of time.
+      federation: current epoch; None before the first approval.
     """
 
     sites: dict[str, Approved] = field(default_factory=dict)
@@ -53,10 +64,10 @@ class MemberRegistry:
     def to_bytes(self) -> bytes:
         """Returns the canonical bytes of the file."""
         sites = {
-            name: {"request": one.request.to_bytes().decode(), "certificate": one.certificate.decode()}
-            for name, one in self.sites.items()
+            name: {"request": site.request.to_bytes().decode(), "certificate": site.certificate.decode()}
+            for name, site in self.sites.items()
         }
-        content: dict[str, Any] = {"format": FORMAT, "sites": sites, "revoked": [vars(one) for one in self.revoked]}
+        content: dict[str, Any] = {"format": FORMAT, "sites": sites, "revoked": [vars(entry) for entry in self.revoked]}
         content["federation"] = self.federation.to_bytes().decode() if self.federation else ""
         return canonical.dump(content)
 
@@ -65,16 +76,16 @@ class MemberRegistry:
         """Reads the file.
 
         Raises:
-          DataError: it is damaged.
+          DataError: the file is damaged.
         """
         try:
             content = canonical.load(data, "sites.json", ["format", "sites", "revoked", "federation"], limit=1 << 28)
             canonical.whole(content["format"], "sites.json format", lowest=FORMAT, highest=FORMAT)
             sites = {
-                name: Approved(SiteRequest.from_bytes(one["request"].encode()), one["certificate"].encode())
-                for name, one in content["sites"].items()
+                name: Approved(SiteRequest.from_bytes(entry["request"].encode()), entry["certificate"].encode())
+                for name, entry in content["sites"].items()
             }
-            revoked = tuple(Revoked(one["site"], one["time"], tuple(one["keys"])) for one in content["revoked"])
+            revoked = tuple(Revoked(entry["site"], entry["time"], tuple(entry["keys"])) for entry in content["revoked"])
             manifest = content["federation"].encode()
             return cls(sites, revoked, FederationManifest.from_bytes(manifest) if manifest else None)
         except (MalformedMessage, Untrusted, ConfigError, KeyError, TypeError, AttributeError) as error:
@@ -82,40 +93,45 @@ class MemberRegistry:
             raise DataError(f"sites.json is damaged ({reason}); restore the coordinator's folder") from error
 
     def admit(self, request: SiteRequest, certificate: bytes, *, now: datetime) -> "MemberRegistry":
-        """Returns the records with one more site, with renewed certificate, or with a site's rotated keys.
+        """Returns the registry with a new site, with a renewed certificate, or with a site's rotated keys.
 
         Raises:
-          Untrusted: revoked keys, a name or key of another site, a replayed request, or a handover by a stranger.
+          Untrusted: the request has revoked keys, a name or key of another site, or a stranger's handover, or is
+            replayed.
         """
-        records = self
+        registry = self
         known = self.sites.get(request.name)
         if known is not None and known.request.keys == request.keys:
             if request.created == known.request.created:
                 return self
             if request.created < known.request.created:
-                raise Untrusted(f"site={request.name!r}: its request is older than the approved one; ask for a new one")
+                raise Untrusted(
+                    f"site={request.name!r}: its request is older than the approved request; ask for a new request"
+                )
         elif request.replaces:
             if known is None or known.request.identity != request.replaces:
-                raise Untrusted(f"site={request.name!r}: its new keys replace an identity that is not approved; refuse")
-            records = self.drop(request.name, now=now)
+                raise Untrusted(
+                    f"site={request.name!r}: its new keys replace an identity that is not approved; refuse them"
+                )
+            registry = self.drop(request.name, now=now)
         elif known is not None:
             raise Untrusted(
                 f"site={request.name!r} is approved with other keys; the site runs offsite client rotate, "
                 "or revoke it first"
             )
-        records._check_free(request)
-        return dataclasses.replace(records, sites={**records.sites, request.name: Approved(request, certificate)})
+        registry._check_free(request)
+        return dataclasses.replace(registry, sites={**registry.sites, request.name: Approved(request, certificate)})
 
     def drop(self, site: str, *, now: datetime) -> "MemberRegistry":
-        """Returns the records without a site, whose keys never count again.
+        """Returns the registry without a site, whose keys never count again.
 
         Raises:
-          UnknownName: no such site.
+          UnknownName: the registry has no such site.
         """
         gone = lookup(self.sites, site, "site").request
         return dataclasses.replace(
             self,
-            sites={name: one for name, one in self.sites.items() if name != site},
+            sites={name: approved for name, approved in self.sites.items() if name != site},
             revoked=(*self.revoked, Revoked(site, canonical.stamp(now), gone.keys)),
         )
 
@@ -126,10 +142,10 @@ class MemberRegistry:
                     f"site={request.name!r}: a key of its request was revoked with site {gone.site!r} on {gone.time}; "
                     "the site needs new keys"
                 )
-        for name, one in self.sites.items():
+        for name, approved in self.sites.items():
             if name == request.name:
                 continue
-            if name.lower() == request.name.lower() or set(one.request.keys) & set(request.keys):
+            if name.lower() == request.name.lower() or set(approved.request.keys) & set(request.keys):
                 raise Untrusted(
-                    f"site={request.name!r}: its name or a key of it belongs to site {name!r} already; refuse it"
+                    f"site={request.name!r}: its name or a key belongs to site {name!r} already; refuse the request"
                 )

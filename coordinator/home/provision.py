@@ -1,4 +1,4 @@
-"""The coordinator's folder: its keys and certificates, the sites it approved, and each epoch they sign."""
+"""The coordinator's folder: its keys and certificates, the sites that it approved, and the epochs that they sign."""
 
 import dataclasses
 import fcntl
@@ -14,20 +14,25 @@ from offsite.errors import ConfigError, DataError, Untrusted
 from offsite.trust import canonical, certificates
 from offsite.trust.certificates import DAYS, Authority
 from offsite.trust.federation_manifest import RING_BITS, FederationManifest, check_signature
-from offsite.trust.files import make_private, read, read_private, write_new, write_whole
+from offsite.trust.files import make_private, read, read_private, write_atomically, write_new
 from offsite.trust.identity import SIGNATURE_BYTES, Identity
 from offsite.trust.request import SiteRequest
 from offsite.trust.sealing import HYBRID
-from offsite.trust.settings import read_settings
+from offsite.trust.toml_tables import read_settings
 from offsite.trust.welcome import MAX_EARLIER, Welcome, write_welcome
 
 SETTINGS, SITES = "coordinator.toml", "sites.json"
 CA_KEY, CA, SERVER_KEY, SERVER, IDENTITY = "ca.key", "ca.pem", "server.key", "server.pem", "identity.key"
-_LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator itself reaches its SuperLink under these
+_LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator itself reaches its SuperLink under these names
 
 
 class CoordinatorHome:
-    """A coordinator's folder; `create` or `open` makes one. Each read is from disk: a revocation counts at once."""
+    """A coordinator's folder; `create` or `open` makes one. Each read is from disk, so a revocation counts at once.
+
+    Args:
+      folder: the folder.
+      settings: content of `coordinator.toml`.
+    """
 
     def __init__(self, folder: Path, settings: HomeSettings) -> None:
         self.folder, self.settings = folder, settings
@@ -65,12 +70,12 @@ class CoordinatorHome:
         home = cls(folder, settings)
         authority = certificates.create_authority(name, now=now)
         write_new(folder / CA_KEY, authority.key_pem())
-        write_whole(home.ca, authority.certificate)
+        write_atomically(home.ca, authority.certificate)
         write_new(home.server_key, certificates.new_key())
         write_new(folder / IDENTITY, Identity.generate().to_bytes())
         home._issue_server(now)
-        write_whole(folder / SITES, MemberRegistry().to_bytes(), mode=0o600)
-        write_whole(folder / SETTINGS, settings.to_toml().encode())
+        write_atomically(folder / SITES, MemberRegistry().to_bytes(), mode=0o600)
+        write_atomically(folder / SETTINGS, settings.to_toml().encode())
         return home
 
     @classmethod
@@ -78,11 +83,13 @@ class CoordinatorHome:
         """Opens a folder that `create` made.
 
         Raises:
-          DataError: it is none.
+          DataError: the folder is not a coordinator's.
           ConfigError: `coordinator.toml` is wrong.
         """
         if not (folder / SETTINGS).is_file():
-            raise DataError(f"folder={str(folder)!r} is no coordinator's folder; offsite coordinator init makes one")
+            raise DataError(
+                f"folder={str(folder)!r} is not a coordinator's folder; run offsite coordinator init to make one"
+            )
         home = cls(folder, read_settings(folder / SETTINGS, HomeSettings))
         home._finish()
         return home
@@ -93,48 +100,48 @@ class CoordinatorHome:
         return Identity.from_bytes(read_private(self.folder / IDENTITY))
 
     def check(self, now: datetime) -> dict[str, int]:
-        """Returns the days left of everything that expires; tell the person at `certificates.WARN_DAYS` and below.
+        """Returns the days left of everything that expires; at `certificates.WARN_DAYS` and below, warn the person.
 
         Raises:
-          Untrusted: something has expired, or holds only later.
+          Untrusted: a certificate or the epoch has expired, or is not valid yet.
         """
         left = {
             "authority": certificates.check_valid(read(self.ca), now, "authority certificate"),
             "server": certificates.check_valid(read(self.server), now, "server certificate"),
         }
-        if (federation := self._records().federation) is not None:
+        if (federation := self._registry().federation) is not None:
             left["federation"] = federation.check_valid(now)
         return left
 
     def approve(self, requests: Sequence[SiteRequest], now: datetime) -> FederationManifest:
-        """Admits sites, gives them certificates, and writes a welcome for every member; changed content is a new epoch.
+        """Admits sites, issues certificates and writes a welcome for every member; changed content makes a new epoch.
 
         Raises:
           Untrusted: a key was revoked, a name or key is another site's, or a request is replayed; nobody is admitted.
           ConfigError: a request is for another suite.
         """
-        return self._decide(lambda records: self._admit(records, requests, now), now)
+        return self._decide(lambda registry: self._admit(registry, requests, now), now)
 
     def renew(self, now: datetime) -> FederationManifest:
         """Issues every certificate again and makes a new epoch that holds from now on."""
 
-        def again(records: MemberRegistry) -> MemberRegistry:
+        def again(registry: MemberRegistry) -> MemberRegistry:
             sites = {
-                name: dataclasses.replace(one, certificate=self._certificate(one.request, now))
-                for name, one in records.sites.items()
+                name: dataclasses.replace(approved, certificate=self._certificate(approved.request, now))
+                for name, approved in registry.sites.items()
             }
-            return dataclasses.replace(records, sites=sites)
+            return dataclasses.replace(registry, sites=sites)
 
         self._issue_server(now)
         return self._decide(again, now, anew=True)
 
     def revoke(self, site: str, now: datetime) -> FederationManifest:
-        """Makes a new epoch without a site; its keys never count again.
+        """Makes a new epoch without a site; the site's keys never count again.
 
         Raises:
-          UnknownName: no such site.
+          UnknownName: no such site is approved.
         """
-        return self._decide(lambda records: records.drop(site, now=now), now)
+        return self._decide(lambda registry: registry.drop(site, now=now), now)
 
     def federation(self) -> FederationManifest:
         """Returns the current epoch.
@@ -142,28 +149,26 @@ class CoordinatorHome:
         Raises:
           DataError: no site was approved yet.
         """
-        federation = self._records().federation
+        federation = self._registry().federation
         if federation is None:
-            raise DataError(
-                f"folder={str(self.folder)!r}: no site is approved yet; offsite coordinator approve does it"
-            )
+            raise DataError(f"folder={str(self.folder)!r}: no site is approved yet; run offsite coordinator approve")
         return federation
 
     def welcome(self, site: str) -> Path:
-        """Returns where a site's welcome lies."""
+        """Returns the path of a site's welcome."""
         return self.folder / "welcomes" / f"{site}.welcome"
 
     def signatures(self) -> dict[str, bytes]:
-        """Returns the owners' signatures of the current epoch that are here, by site."""
+        """Returns the owners' signatures of the current epoch that have arrived, by site."""
         federation = self.federation()
-        paths = {one.site: self._signature(federation, one.site) for one in federation.members}
+        paths = {member.site: self._signature(federation, member.site) for member in federation.members}
         return {site: path.read_bytes() for site, path in paths.items() if path.exists()}
 
     def add_signature(self, site: str, signature: bytes) -> None:
         """Keeps an owner's signature of the current epoch.
 
         Raises:
-          Untrusted: it is not that site's signature of this epoch.
+          Untrusted: the bytes are not this site's signature of this epoch.
         """
         federation = self.federation()
         if len(signature) != SIGNATURE_BYTES:
@@ -171,42 +176,42 @@ class CoordinatorHome:
         check_signature(federation, site, signature)
         path = self._signature(federation, site)
         make_private(path.parent)
-        write_whole(path, signature)
+        write_atomically(path, signature)
 
     def member_by_tls(self, public_key_sha256: str) -> str:
         """Returns the site whose client certificate has this public key.
 
         Raises:
-          Untrusted: no member of the current epoch has it; it may have been revoked.
+          Untrusted: no member of the current epoch has the key; the site may have been revoked.
         """
-        for one in self.federation().members:
-            if one.tls == public_key_sha256:
-                return one.site
+        for member in self.federation().members:
+            if member.tls == public_key_sha256:
+                return member.site
         raise Untrusted(f"tls={public_key_sha256[:12]}: no member of the current epoch has this key; was it revoked?")
 
-    def _admit(self, records: MemberRegistry, requests: Sequence[SiteRequest], now: datetime) -> MemberRegistry:
+    def _admit(self, registry: MemberRegistry, requests: Sequence[SiteRequest], now: datetime) -> MemberRegistry:
         for request in requests:
             if request.suite != self.settings.suite:
                 raise ConfigError(
                     f"suite={request.suite}: site {request.name!r} made keys of another suite than this federation's "
                     f"{self.settings.suite}; it runs offsite client init --suite {self.settings.suite} in a new folder"
                 )
-            records = records.admit(request, self._certificate(request, now), now=now)
-        return records
+            registry = registry.admit(request, self._certificate(request, now), now=now)
+        return registry
 
     def _decide(
         self, change: Callable[[MemberRegistry], MemberRegistry], now: datetime, *, anew: bool = False
     ) -> FederationManifest:
         with self._lock():
-            records = change(self._records())
-            current, following = records.federation, self._following(records, now)
+            registry = change(self._registry())
+            current, following = registry.federation, self._following(registry, now)
             if current is None or anew or _content(current) != _content(following):
-                records = dataclasses.replace(records, federation=following)
-            write_whole(self.folder / SITES, records.to_bytes(), mode=0o600)
-            return self._publish(records)
+                registry = dataclasses.replace(registry, federation=following)
+            write_atomically(self.folder / SITES, registry.to_bytes(), mode=0o600)
+            return self._publish(registry)
 
-    def _following(self, records: MemberRegistry, now: datetime) -> FederationManifest:
-        settings, last = self.settings, records.federation
+    def _following(self, registry: MemberRegistry, now: datetime) -> FederationManifest:
+        settings, last = self.settings, registry.federation
         return FederationManifest(
             name=settings.name,
             epoch=last.epoch + 1 if last else 1,
@@ -217,30 +222,30 @@ class CoordinatorHome:
             scale=RING_BITS,
             max_epsilon=settings.max_epsilon,
             coordinator=self.identity.public.hex(),
-            members=tuple(records.sites[name].member for name in sorted(records.sites)),
+            members=tuple(registry.sites[name].member for name in sorted(registry.sites)),
             created=canonical.stamp(now),
             expires=canonical.stamp(now + timedelta(days=settings.days)),
         )
 
-    def _publish(self, records: MemberRegistry) -> FederationManifest:
-        """Writes what follows from the records, the epoch's file last."""
-        federation = records.federation
+    def _publish(self, registry: MemberRegistry) -> FederationManifest:
+        """Writes all files that follow from the registry, the epoch's file last."""
+        federation = registry.federation
         if federation is None:
             raise DataError(f"folder={str(self.folder)!r}: nothing to publish; approve a site first")
-        for name, one in records.sites.items():
-            write_whole(self.welcome(name), self._welcome_for(one, federation).to_bytes())
+        for name, approved in registry.sites.items():
+            write_atomically(self.welcome(name), self._welcome_for(approved, federation).to_bytes())
         for path in (self.folder / "welcomes").glob("*.welcome"):
-            if path.stem not in records.sites:
+            if path.stem not in registry.sites:
                 path.unlink()
-        write_whole(self._epoch(federation.epoch), federation.to_bytes())
+        write_atomically(self._epoch(federation.epoch), federation.to_bytes())
         return federation
 
     def _finish(self) -> None:
         """Publishes an epoch that was decided just before a kill."""
         with self._lock():
-            records = self._records()
-            if records.federation is not None and not self._epoch(records.federation.epoch).exists():
-                self._publish(records)
+            registry = self._registry()
+            if registry.federation is not None and not self._epoch(registry.federation.epoch).exists():
+                self._publish(registry)
 
     def _welcome_for(self, site: Approved, federation: FederationManifest) -> Welcome:
         settings, name = self.settings, site.request.name
@@ -257,14 +262,14 @@ class CoordinatorHome:
         return write_welcome(welcome, self.identity)
 
     def _earlier(self, federation: FederationManifest, site: str) -> tuple[bytes, ...]:
-        """Returns the epochs before this one, back to where the site came in; it learns nothing of the time before."""
-        found: list[bytes] = []
+        """Returns earlier epochs, back to where the site came in; the site learns nothing about the time before."""
+        earlier: list[bytes] = []
         for epoch in range(federation.epoch - 1, max(0, federation.epoch - 1 - MAX_EARLIER), -1):
             data = read(self._epoch(epoch))
-            if site not in {one.site for one in FederationManifest.from_bytes(data).members}:
+            if site not in {member.site for member in FederationManifest.from_bytes(data).members}:
                 break
-            found.insert(0, data)
-        return tuple(found)
+            earlier.insert(0, data)
+        return tuple(earlier)
 
     def _certificate(self, request: SiteRequest, now: datetime) -> bytes:
         return certificates.issue_client(
@@ -275,12 +280,12 @@ class CoordinatorHome:
         hosts = list(dict.fromkeys((self.settings.host, *_LOOPBACK)))
         key = read_private(self.server_key)
         issued = certificates.issue_server(self._authority(), key, hosts, now=now, days=self.settings.days)
-        write_whole(self.server, issued)
+        write_atomically(self.server, issued)
 
     def _authority(self) -> Authority:
         return Authority(read(self.ca), read_private(self.folder / CA_KEY))
 
-    def _records(self) -> MemberRegistry:
+    def _registry(self) -> MemberRegistry:
         return MemberRegistry.from_bytes(read(self.folder / SITES))
 
     def _epoch(self, number: int) -> Path:

@@ -9,7 +9,7 @@ from offsite.trust import canonical, certificates
 from offsite.trust.certificates import DAYS
 from offsite.trust.federation_manifest import MAX_SITES, MIN_SITES
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
-from offsite.trust.settings import quote
+from offsite.trust.toml_tables import quote
 from offsite.trust.welcome import MAX_PORT
 
 _HOST = re.compile(r"[A-Za-z0-9:.-]{1,253}")
@@ -17,18 +17,19 @@ _HOST = re.compile(r"[A-Za-z0-9:.-]{1,253}")
 
 @dataclass(frozen=True)
 class HomeSettings:
-    """The file `coordinator.toml`.
+    """The file `coordinator.toml`, which `offsite coordinator init` writes.
 
     Attributes:
-      name: of the federation.
-      host: name or address under which sites reach the coordinator.
-      link_port, depot_port: of the SuperLink and of the depot.
-      suite: of the sites' sealing keys; 1 is X25519, 2 is X-Wing.
-      n_min: fewest sites whose sum a job may open.
-      max_epsilon: no job may plan more epsilon than this.
-      clip: largest `update_bound` that a job may set.
-      days: how long certificates and each epoch hold.
-      bind: address to listen on; empty for `host`.
+      name: name of the federation.
+      host: host name or address under which sites reach the coordinator.
+      link_port: TCP port of the SuperLink, for messages.
+      depot_port: TCP port of the depot, for packages; another one than `link_port`.
+      suite: suite of the sites' sealing keys: 1 is X25519, 2 is X-Wing.
+      n_min: smallest number of sites whose sum a job may open; at least 3.
+      max_epsilon: largest epsilon that a job may plan; above 0.
+      clip: largest `update_bound` that a job may set; above 0.
+      days: days that certificates and an epoch hold.
+      bind: address to listen on; empty takes `host`.
     """
 
     name: str

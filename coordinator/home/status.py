@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from offsite.coordinator.job.store import write_atomically
 from offsite.errors import DataError
+from offsite.trust.files import write_atomically
 
 ENDED = ("finished", "stopped", "failed")
 PROCESSES = Path("/proc")
@@ -78,7 +78,6 @@ def born(pid: int, processes: Path = PROCESSES) -> str:
     """Returns the boot and the tick in which a process began; empty where that cannot be known.
 
     After a restart of the machine or of a container, another process soon has the same number.
-    `deploy/healthcheck.py` has the same lines: it must run without what is installed here.
     """
     try:
         boot = (processes / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

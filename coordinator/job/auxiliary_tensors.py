@@ -29,7 +29,9 @@ def check_frozen(config: FedConfig) -> None:
     folders, spec = config.adapter.frozen, config.adapter.spec(slots=(), seed=config.seed)
     needed = frozen_count(spec)
     if folders and not needed:
-        users = " or ".join(name for name, one in METHODS.items() if one.takes and one.takes.frozen(AdapterSpec(name)))
+        users = " or ".join(
+            name for name, one in METHODS.items() if one.auxiliary and one.auxiliary.frozen_count(AdapterSpec(name))
+        )
         raise ConfigError(
             f"adapter.frozen={folders[0]!r}: method {spec.method!r} takes none; remove it, or take {users}"
         )

@@ -1,7 +1,6 @@
 """The emulators of one job, the same for all sites or not: built, gated, scored and measured one after the other."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,12 @@ from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.emulator_table import EmulatorVariant
 from offsite.coordinator.config.federation_file import FedConfig, TrainingConfig
-from offsite.coordinator.job.evaluate import Score, score
+from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.job_facts import EmulatorScores
 from offsite.coordinator.job.public_records import GATE_EXAMPLES, PublicRecords
+from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Store
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.evaluation.fidelity import check_gate, gradient_cosine
@@ -50,26 +51,9 @@ class Emulator:
     cosine: float
     public: Score
 
-    def to_dict(self) -> dict[str, Any]:
+    def scores(self) -> EmulatorScores:
         """Returns what `reopened` needs beside the package."""
-        return {
-            "sites": list(self.sites),
-            "gradient_cosine": self.cosine,
-            "public": dataclasses.asdict(self.public),
-        }
-
-    def report(self) -> dict[str, Any]:
-        """Returns what a report says of it."""
-        return {
-            "sites": list(self.sites),
-            "sha256": self.facts.digest(),
-            "shipped_bytes": self.facts.shipped_bytes,
-            "package_bytes": self.facts.package_bytes,
-            "recipe": list(self.facts.recipe),
-            "embedding": self.facts.embedding,
-            "gradient_cosine": self.cosine,
-            "public_loss": self.public.loss,
-        }
+        return EmulatorScores(self.sites, self.cosine, self.public)
 
 
 @dataclass(frozen=True)
@@ -115,13 +99,11 @@ class EmulatorFactory:
             with self._named(kind, "build the emulator package"):
                 facts = write_package(
                     full,
-                    self.geometry,
-                    kind.compress,
-                    kind.embedding,
+                    EmulatorDesign(self.geometry, kind.compress, kind.embedding),
                     Calibration(fitted.run, compared.losses),
                     self._folder(kind),
                     tokenizer=Path(self.config.model.path),
-                    given=self.given,
+                    auxiliary=self.given,
                 )
             found.append(facts)
         return found
@@ -188,16 +170,11 @@ def folders(store: Store, manifest: JobManifest) -> dict[str, Path]:
     }
 
 
-def reopened(store: Store, manifest: JobManifest, facts: list[Mapping[str, Any]]) -> tuple[Emulator, ...]:
-    """Returns the emulators that `EmulatorFactory` made, from `Emulator.to_dict` and what lies in their folders now."""
+def reopened(store: Store, manifest: JobManifest, scores: tuple[EmulatorScores, ...]) -> tuple[Emulator, ...]:
+    """Returns the emulators that `EmulatorFactory` made, from `Emulator.scores` and what lies in their folders now."""
     return tuple(
-        Emulator(
-            tuple(one["sites"]),
-            package_reader.read_manifest(folder),
-            float(one["gradient_cosine"]),
-            Score(**one["public"]),
-        )
-        for folder, one in zip(folders(store, manifest).values(), facts, strict=True)
+        Emulator(own.sites, package_reader.read_manifest(folder), own.gradient_cosine, own.public)
+        for folder, own in zip(folders(store, manifest).values(), scores, strict=True)
     )
 
 

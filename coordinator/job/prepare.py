@@ -1,8 +1,7 @@
 """From a configuration to a job: full model, emulator packages, gate, clip, manifest; public records only."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +21,14 @@ from offsite.coordinator.config.emulator_table import EmulatorVariant
 from offsite.coordinator.config.federation_file import FedConfig, TrainingConfig
 from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
 from offsite.coordinator.job.emulators import Emulator, EmulatorFactory, reopened
-from offsite.coordinator.job.evaluate import Score, score
+from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.job_facts import JobFacts
 from offsite.coordinator.job.public_records import PublicRecords, public_records
+from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Store
 from offsite.emulator.compressors import steps_of
 from offsite.emulator.package import auxiliary_file
-from offsite.emulator.package.files import model_sha256, tokenizer_sha256
+from offsite.emulator.package.package_folder import model_sha256, tokenizer_sha256
 from offsite.emulator.structure.geometry import Geometry
 from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
@@ -91,12 +92,9 @@ class Job:
         """The one that every site gets for which the federation file names no other."""
         return self.emulators[0]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JobFacts:
         """Returns what `reopen` needs beside the manifest."""
-        return {
-            "zero_shot": dataclasses.asdict(self.zero_shot),
-            "emulators": [one.to_dict() for one in self.emulators],
-        }
+        return JobFacts(self.zero_shot, tuple(one.scores() for one in self.emulators))
 
 
 def check_names(config: FedConfig, kinds: tuple[EmulatorVariant, ...], federation: Parties) -> None:
@@ -167,7 +165,7 @@ def prepare(
 
 
 def reopen(
-    config: FedConfig, manifest: JobManifest, facts: Mapping[str, Any], *, records: Sequence[Record], store: Store
+    config: FedConfig, manifest: JobManifest, facts: JobFacts, *, records: Sequence[Record], store: Store
 ) -> Job:
     """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
 
@@ -177,7 +175,7 @@ def reopen(
     task = lookup(TASKS, manifest.task, "task")
     plain = task.load(config.model.path, dtype=torch.float32)
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
-    emulators = reopened(store, manifest, facts["emulators"])
+    emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
     for one in emulators:
         _check_same(store, "emulator", one.facts.digest(), manifest.emulator_of(one.sites[0]))
@@ -185,8 +183,7 @@ def reopen(
     full = attach(plain, manifest.adapter, given)
     layout = Layout.of(full)
     _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
-    zero_shot = Score(**facts["zero_shot"])
-    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
+    return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), given)
 
 
 def _check_same(store: Store, what: str, found: str, expected: str) -> None:

@@ -1,16 +1,20 @@
-"""The coordinator's public examples, by what they are for."""
+"""The coordinator's public records: read as the federation file says, and as examples by what they are for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.coordinator.job.evaluate import spread, spread_rows
-from offsite.errors import DataError
+from offsite.errors import DataError, lookup
+from offsite.task.readers.columns import Columns, columns_of
+from offsite.task.readers.tables import read
+from offsite.task.selection import spread, spread_rows
 from offsite.task.spec import Batch, Record, Task
+from offsite.task.tasks import TASKS
 
 CALIBRATION_EXAMPLES = 64
 GATE_EXAMPLES = 8
@@ -30,6 +34,28 @@ class PublicRecords:
     calibration: Batch
     tune: Batch
     test: Batch
+
+
+def columns_in(config: FedConfig) -> Columns:
+    """Returns the columns that a federation file names for its task.
+
+    Raises:
+      UnknownName: the task does not exist.
+      ConfigError: the task has no such field.
+    """
+    fields = lookup(TASKS, config.model.task, "model.task").columns
+    return columns_of(fields, column=config.data.column, names=config.data.columns)
+
+
+def read_records(config: FedConfig, path: str) -> list[Record]:
+    """Returns the records of a file or folder, read as a federation file says.
+
+    Raises:
+      UnknownName: the task or the reader does not exist.
+      ConfigError: the task has no such field.
+      DataError: the records cannot be read.
+    """
+    return read(Path(path), reader=config.data.reader or None, columns=columns_in(config))
 
 
 def public_records(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from offsite.coordinator.aggregation.rules import ServerState
+from offsite.coordinator.job.job_facts import JobFacts
+from offsite.coordinator.job.json_form import decode, encode
+from offsite.coordinator.job.round_record import RoundRecord
 from offsite.emulator.runtime.refresh_state import WIRE, Refresh
-from offsite.errors import DataError, OffsiteError
-from offsite.trust.files import PUBLIC, write_whole
+from offsite.errors import DataError
+from offsite.protos.job_manifest import JobManifest
+from offsite.trust.files import unwritable, write_atomically
 
 BIAS = "refresh/"  # before the name of an emulator's bias
-
-
-def write_atomically(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
-    """Replaces a file in one step, on disk before the old one is gone.
-
-    Raises:
-      DataError: the disk is full or the folder cannot be written; the old file stands.
-    """
-    try:
-        write_whole(path, content, mode=mode)
-    except OffsiteError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: Exception) -> DataError:
-    cause = error if isinstance(error, OSError) else error.__cause__
-    reason = cause.strerror if isinstance(cause, OSError) else error
-    return DataError(f"file={str(path)!r}: cannot be written ({reason}); free disk space, then run again")
+JOB, JOB_FACTS, ROUNDS = "job.json", "job_facts.json", "rounds.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,10 +83,6 @@ class Store:
         """Folder of the exported adapter."""
         return self.folder / "adapter"
 
-    def site(self, name: str) -> Path:
-        """Returns the folder of one simulated site."""
-        return self.folder / "sites" / name
-
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file of the run."""
         write_atomically(self.folder / name, json.dumps(content, indent=1, allow_nan=False).encode())
@@ -114,16 +98,34 @@ class Store:
         except (OSError, ValueError) as error:
             raise DataError(f"run={str(self.folder)!r}: no readable {name}; is this a run folder") from error
 
-    def save(self, progress: Progress, line: dict[str, Any]) -> None:
+    def job(self) -> JobManifest | None:
+        """Returns the manifest of the prepared job, or None when preparation did not finish."""
+        path = self.folder / JOB
+        return JobManifest.from_bytes(path.read_bytes()) if path.exists() else None
+
+    def job_facts(self) -> JobFacts:
+        """Returns what was measured while the job was prepared.
+
+        Raises:
+          DataError: the file is missing or damaged.
+        """
+        return decode(JobFacts, self.read_json(JOB_FACTS), JOB_FACTS)
+
+    def save_job(self, manifest: JobManifest, facts: JobFacts) -> None:
+        """Stores a prepared job; from here on the job of this run is this one."""
+        self.write_json(JOB_FACTS, encode(facts))
+        write_atomically(self.folder / JOB, manifest.to_bytes())  # last: it makes the job count
+
+    def save(self, progress: Progress, record: RoundRecord) -> None:
         """Records a whole round: its line first, then the state that makes the line count."""
-        path = self.folder / "rounds.jsonl"
+        path = self.folder / ROUNDS
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.write(json.dumps(encode(record), allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         self.save_state(progress)
 
     def save_state(self, progress: Progress) -> None:
@@ -162,21 +164,24 @@ class Store:
         refresh = tuple((name.removeprefix(BIAS), arrays[name].astype(WIRE).tobytes()) for name in moved)
         return Progress(server, *numbers, arrays.get("corrected"), refresh)
 
-    def rounds(self) -> list[dict[str, Any]]:
-        """Returns the lines of all whole rounds, in order."""
-        path = self.folder / "rounds.jsonl"
-        if not path.exists():
-            return []
-        lines = []
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue  # the kill came while this line was written, so its round does not count
-        return lines
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """Returns the records of all whole rounds, in order.
+
+        Raises:
+          DataError: a line is not a record.
+        """
+        return tuple(record for _, record in self._lines())
 
     def drop_rounds_after(self, last: int) -> None:
-        """Removes lines of rounds that did not become whole before a kill."""
-        kept = [line for line in self.rounds() if line["round"] <= last]
-        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
-        write_atomically(self.folder / "rounds.jsonl", content.encode())
+        """Removes lines of rounds that did not become whole before a kill; the other lines stay as they are."""
+        content = "".join(f"{text}\n" for text, record in self._lines() if record.round <= last)
+        write_atomically(self.folder / ROUNDS, content.encode())
+
+    def _lines(self) -> Iterator[tuple[str, RoundRecord]]:
+        path = self.folder / ROUNDS
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                content = json.loads(text)
+            except ValueError:
+                continue  # the kill came while this line was written, so its round does not count
+            yield text, decode(RoundRecord, content, ROUNDS)

@@ -20,12 +20,12 @@ from offsite.protos.flower_process import allow_open_files
 log = logging.getLogger("offsite.coordinator")
 CHUNK, MIN_CHUNK = 1 << 20, 1 << 10
 SERVICE = "offsite.depot.v1.Depot"
-WORKERS = 64  # each site that is fetching holds one
-MAX_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is one more tries again
-# Of one site: it fetches one file at a time, and what a broken connection left of earlier tries ends a little later.
+WORKERS = 64  # each site that is fetching holds one worker
+MAX_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose request is beyond the limit tries again
+# Requests of one site: it fetches one file at a time, and requests of a broken connection end a little later.
 MAX_OF_ONE = 8
-BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MAX_REQUESTS`; a site that reads them tries again
-REQUEST_SECONDS = 10  # within which a site that begins a request says what it wants
+BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MAX_REQUESTS`; a site that reads these words tries again
+REQUEST_SECONDS = 10  # time within which a peer sends its request after opening it
 HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
 REQUEST_LIMIT = 4096
 STOP_SECONDS = 1.0
@@ -34,7 +34,13 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM bytes of the authority, of the server's certificate and of its key."""
+    """The depot's TLS credentials, PEM bytes.
+
+    Attributes:
+      ca: certificate of the authority.
+      certificate: certificate of the server.
+      key: private key of the server.
+    """
 
     ca: bytes
     certificate: bytes
@@ -45,10 +51,10 @@ class Depot:
     """A gRPC service over a folder whose files are named by their SHA-256; mutual TLS is not optional.
 
     Args:
-      folder: with the files.
-      address: host:port to listen on; port 0 takes a free one.
-      tls: of the coordinator.
-      allowed: given the peer's certificate (PEM) with every request; raises `Untrusted` for one that may not have it.
+      folder: folder with the encrypted packages.
+      address: host:port to listen on; port 0 takes a free port.
+      tls: the coordinator's credentials.
+      allowed: called with the peer's certificate (PEM) on every request; raises `Untrusted` to refuse the peer.
     """
 
     def __init__(self, folder: Path, *, address: str, tls: Tls, allowed: Callable[[bytes], None]) -> None:
@@ -83,10 +89,10 @@ class Depot:
 
 
 def _handlers(servicer: "_Servicer") -> grpc.GenericRpcHandler:
-    """Returns the service as `protos/depot.proto` has it, with its one request taken by hand.
+    """Returns the service of `protos/depot.proto`, whose single request our code takes from the stream.
 
-    gRPC's own way waits for the request in a worker before it asks who the peer is, and for ever: a site that was
-    revoked could hold them all.
+    gRPC's own way waits for the request in a worker, without a time limit, before the peer is checked: a revoked site
+    could hold all workers.
     """
     describe = grpc.stream_unary_rpc_method_handler(
         servicer.describe, wire.DescribeRequest.FromString, wire.Description.SerializeToString
@@ -119,31 +125,33 @@ class _Servicer:
                 offset += len(data)
 
     def _admit(self, requests: Iterator[Any], context: Any) -> tuple[Any, Path, bytes]:
-        """Returns a permitted request, its file, and the peer; a name is only ever 64 hexadecimal digits."""
+        """Returns a permitted request, its file, and the peer; a file name is only ever 64 hexadecimal digits."""
         peer = context.auth_context().get("x509_pem_cert", [b""])[0]
         try:
             self._allowed(peer)
         except Untrusted as error:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except OffsiteError:
-            log.exception("depot: its sites cannot be looked up")  # the peer is not told of our files
+            log.exception("depot: its sites cannot be looked up")  # the peer must not learn about our files
             context.abort(grpc.StatusCode.UNAVAILABLE, "the depot cannot look up its sites; its log says why")
         self._count(peer, context)
-        request = _one(requests, context)
+        request = _first_request(requests, context)
         digest = request.sha256
         if not _DIGEST.fullmatch(digest) or not (path := self._folder / digest).is_file():
             context.abort(grpc.StatusCode.NOT_FOUND, "no such package; ask for the current offer")
         return request, path, peer
 
     def _count(self, peer: bytes, context: Any) -> None:
-        """Counts this peer's request until it is over, or ends it: one site must not hold what all have together."""
+        """Counts a peer's request until it is over, or refuses it: one site must not hold what all sites share."""
         with self._lock:
             full = self._open[peer] >= MAX_OF_ONE
             self._open[peer] += not full
         if full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: {MAX_OF_ONE} of one site; end others first")
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{BUSY}: a site may have {MAX_OF_ONE} requests; end others first"
+            )
         if not context.add_callback(lambda: self._discount(peer)):
-            self._discount(peer)  # it is over already
+            self._discount(peer)  # the request is over already
 
     def _discount(self, peer: bytes) -> None:
         with self._lock:
@@ -152,14 +160,14 @@ class _Servicer:
                 del self._open[peer]
 
     def _replace(self, key: tuple[bytes, str], context: Any) -> None:
-        """Ends this peer's older transfer of the same file: after a partition it would hold its thread for ever."""
+        """Ends this peer's older transfer of the same file, which after a partition would hold its thread for ever."""
         with self._lock:
             older = self._streams.get(key)
             self._streams[key] = context
         if older is not None:
             older.cancel()
         if not context.add_callback(lambda: self._forget(key, context)):
-            self._forget(key, context)  # it is over already
+            self._forget(key, context)  # the request is over already
 
     def _forget(self, key: tuple[bytes, str], context: Any) -> None:
         with self._lock:
@@ -167,8 +175,8 @@ class _Servicer:
                 del self._streams[key]
 
 
-def _one(requests: Iterator[Any], context: Any) -> Any:
-    """Returns the request of a peer, which has some seconds to send it."""
+def _first_request(requests: Iterator[Any], context: Any) -> Any:
+    """Returns the request of a peer, which has `REQUEST_SECONDS` to send it."""
     watch = threading.Timer(REQUEST_SECONDS, context.cancel)
     watch.start()
     try:
@@ -180,5 +188,5 @@ def _one(requests: Iterator[Any], context: Any) -> Any:
 
 
 def _chunk(wanted: int) -> int:
-    """Returns the bytes of one chunk; a peer may ask for less than ours, not for so little that headers outweigh it."""
+    """Returns the bytes of one chunk: as the peer asks, at most `CHUNK`, but more than headers would outweigh."""
     return min(max(wanted, MIN_CHUNK), CHUNK) if wanted else CHUNK

@@ -1,4 +1,4 @@
-"""The Flower form of an exchange: stages as messages over a Grid, one flat byte array each."""
+"""An exchange over Flower: stages as messages over a Grid, each one flat byte array."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ class GridExchange:
 
     Args:
       grid: Flower's grid of the running server task.
-      nodes: gives the nodes that are connected now, by site; a site that is not is missing from the replies.
+      nodes: returns the ids of the nodes that are connected now, by site; other sites are missing from the replies.
       deadline: seconds that one stage may take.
     """
 
@@ -38,15 +38,20 @@ class GridExchange:
 def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[str, bytes]:
     """Sends one message under each name and returns the answers with content that came in time, by name.
 
-    An error of Flower's, such as a node that went away, is an answer without content and is not waited for.
+    An error of Flower's, such as a node that went away, counts as an answer without content and is not waited for.
+
+    Args:
+      grid: Flower's grid of the running server task.
+      messages: message by name.
+      deadline: seconds to wait for answers.
     """
     identifiers = grid.push_messages(list(messages.values()))
-    waiting = {one: name for one, name in zip(identifiers, messages, strict=True) if one is not None}
+    waiting = {number: name for number, name in zip(identifiers, messages, strict=True) if number is not None}
     answers: dict[str, bytes] = {}
     until = time.monotonic() + deadline
     late = False
     while waiting and not late:
-        late = time.monotonic() >= until  # what came until then is still taken
+        late = time.monotonic() >= until  # answers that came until then are still taken
         for reply in grid.pull_messages(list(waiting)):
             name = waiting.pop(reply.metadata.reply_to_message_id, None)
             if name is None:
@@ -61,7 +66,7 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
 
 
 def _take(answers: dict[str, bytes], name: str, content: RecordDict) -> None:
-    """Keeps an answer; what is none costs its site this question, since nothing of it is signed yet."""
+    """Keeps an answer; an unreadable answer costs its site this question, since nothing of it is signed yet."""
     try:
         answers[name] = unpack(content)[1]
     except (KeyError, TypeError, ValueError, AttributeError, MalformedMessage) as error:
@@ -69,10 +74,15 @@ def _take(answers: dict[str, bytes], name: str, content: RecordDict) -> None:
 
 
 def meet(grid: Grid, *, sites: int, deadline: float) -> dict[str, int]:
-    """Asks every node of a simulation which site it is, and returns the nodes by site.
+    """Asks every node of a simulation for its site, and returns the nodes by site.
+
+    Args:
+      grid: Flower's grid of the simulation.
+      sites: number of sites to wait for.
+      deadline: seconds to wait for the nodes, and again for their answers.
 
     Raises:
-      DataError: fewer nodes than sites.
+      DataError: fewer nodes than sites came before the deadline.
     """
     until = time.monotonic() + deadline
     while len(nodes := list(grid.get_node_ids())) < sites:

@@ -1,6 +1,6 @@
-"""Flower's grid as we need it: our secret on each request, tries that end, and answers that cost their site alone.
+"""Flower's grid for our needs: our secret on each request, retries that end, and bad answers that cost only their site.
 
-Written against flwr 1.41; `tests/coordinator/test_grid.py` and `test_link.py` are what a newer Flower has to pass.
+Written against flwr 1.41; a newer Flower has to pass `tests/coordinator/test_grid.py` and `test_link.py`.
 """
 
 import json
@@ -39,7 +39,7 @@ from offsite.protos.guard import Secret
 
 log = logging.getLogger("offsite.coordinator")
 LOST_SECONDS = 20.0
-LOST = (httpx.TransportError, httpx.HTTPStatusError)  # what a link raises that has to be started again
+LOST = (httpx.TransportError, httpx.HTTPStatusError)  # exceptions after which a link has to be started again
 PIECE, SPARE_PIECES = 1 << 20, 16  # Flower moves an answer in pieces of 1 to 5 MiB, and a few small ones around them
 _PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _ENDED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
@@ -50,9 +50,9 @@ class GuardedGrid(HttpGrid):
 
     Args:
       address: host:port of the SuperLink.
-      ca: PEM bytes of its authority.
-      token: of the run.
-      secret: of this machine.
+      ca: certificate of the SuperLink's authority, PEM bytes.
+      token: token of the run.
+      secret: secret of this machine.
       largest: bytes of the longest answer that an honest site gives.
     """
 
@@ -77,9 +77,9 @@ class GuardedGrid(HttpGrid):
         )
 
     def push_messages(self, messages: Iterable[Message]) -> list[Any]:
-        """Returns the name of each question, None for one that could not be asked.
+        """Returns the id of each question, None for a question that could not be asked.
 
-        Each has a session of its own: of one that all share, a site can take the pieces of the others away.
+        Each question has a session of its own: in a shared session, a site can take away the pieces of the others.
 
         Raises:
           httpx.HTTPError: the SuperLink is gone, or has ended the run.
@@ -94,46 +94,46 @@ class GuardedGrid(HttpGrid):
             return None
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Returns the answers that are whole, one that is too large or no message as an error of its site's.
+        """Returns the complete answers; an answer that is too large or no message becomes an error message of its site.
 
-        Flower's own waits for the pieces of an answer while others come, and raises for all answers of a poll what is
-        wrong with one of them, which it has then delivered.
+        Flower's own method waits for the pieces of one answer while others come in. If one answer of a poll is wrong,
+        it raises for all of them, though it has marked them as delivered.
 
         Raises:
           httpx.HTTPError: the SuperLink is gone, or has ended the run.
         """
         asked = list(message_ids)
-        self._incoming = {one: self._incoming[one] for one in asked if one in self._incoming}
-        failed = self._announce([one for one in asked if one not in self._incoming])
-        found = [self._none(one, why) for one, why in failed.items()]
+        self._incoming = {question: self._incoming[question] for question in asked if question in self._incoming}
+        failed = self._announce([question for question in asked if question not in self._incoming])
+        answers = [self._none(question, why) for question, why in failed.items()]
         for question in list(self._incoming):
             message = self._answer(question)
             if message is not None:
                 del self._incoming[question]
-                found.append(message)
-        return found
+                answers.append(message)
+        return answers
 
     def _announce(self, asked: list[str]) -> dict[str, str]:
-        """Learns which answers are there; returns those that even their heads make the SuperLink fail on, and why."""
+        """Learns which answers have arrived; returns, by question, why the SuperLink fails even on an answer's head."""
         if not asked:
             return {}
         try:
-            found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+            pulled = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (*_ENDED, *_PASSING):
                 raise
             if len(asked) == 1:
                 return {asked[0]: f"the SuperLink fails on its answer ({error.response.status_code})"}
-            parts = [self._announce([one]) for one in asked]
+            parts = [self._announce([question]) for question in asked]
             if all(parts):
-                raise  # it is the SuperLink
-            return {one: why for part in parts for one, why in part.items()}
-        for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                raise  # the SuperLink itself fails
+            return {question: why for part in parts for question, why in part.items()}
+        for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
             self._incoming[head.metadata.reply_to_message_id] = _Incoming(head.metadata.message_id, tree)
         return {}
 
     def _answer(self, question: str) -> Message | None:
-        """Returns the answer to a question, None while pieces of it are on their way."""
+        """Returns the answer to a question; None while pieces of the answer are on their way."""
         try:
             message = self._inflated(self._incoming[question])
         except ObjectUnavailableError:
@@ -144,26 +144,26 @@ class GuardedGrid(HttpGrid):
             return self._none(question, f"its pieces cannot be had ({error.response.status_code})")
         except httpx.TransportError:
             raise
-        except Exception as error:  # whatever a site may have put together
+        except Exception as error:  # a site may have put together anything
             reason = str(error) if isinstance(error, MalformedMessage) else type(error).__name__
-            return self._none(question, f"its answer is none ({reason})")
-        # What stands inside is the site's own word, and could name the question to another site.
+            return self._none(question, f"its answer is not a valid message ({reason})")
+        # The id inside is the site's own claim, and could name the question to another site.
         message.metadata.__dict__["_reply_to_message_id"] = question
         return message
 
     def _inflated(self, incoming: "_Incoming") -> Message:
-        """Returns an answer.
+        """Returns a complete answer.
 
         Raises:
-          ObjectUnavailableError: a piece is not there yet.
-          MalformedMessage: it is none.
+          ObjectUnavailableError: a piece has not arrived yet.
+          MalformedMessage: the answer is too large or no message.
         """
-        most = self._largest + SPARE_PIECES * PIECE
+        limit = self._largest + SPARE_PIECES * PIECE
         incoming.check(self._largest // PIECE + SPARE_PIECES)
         pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
         for piece in incoming.missing():
-            incoming.take(piece, pull(piece), most)
-        check_size(incoming.contents, most)
+            incoming.take(piece, pull(piece), limit)
+        check_size(incoming.contents, limit)
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=incoming.name)
         )
@@ -178,7 +178,7 @@ class GuardedGrid(HttpGrid):
         return int(self.run.run_id)
 
     def _none(self, question: str, reason: str) -> Message:
-        """Returns what Flower itself returns for an answer that never came."""
+        """Returns the error message that Flower itself gives for an answer that never came."""
         metadata = Metadata(
             run_id=self._run_id,
             message_id="",
@@ -194,11 +194,11 @@ class GuardedGrid(HttpGrid):
 
 
 class _Incoming:
-    """An answer on its way: the pieces that it has and those that it still lacks.
+    """An answer on its way: the pieces that have arrived and the pieces that are still missing.
 
     Args:
-      name: of the message.
-      tree: its pieces as they were announced.
+      name: id of the message.
+      tree: ids of the message's pieces, as the SuperLink announced them.
     """
 
     def __init__(self, name: str, tree: ObjectTree) -> None:
@@ -206,43 +206,47 @@ class _Incoming:
         self.contents: dict[str, bytes] = {}
         self._bytes = 0
 
-    def check(self, most: int) -> None:
-        """Refuses more pieces than an answer has."""
-        if len(list(islice(iterate_object_tree(self._tree), most + 1))) > most:
-            raise MalformedMessage(f"pieces={most + 1} or more: at most {most} make an answer to this job")
+    def check(self, limit: int) -> None:
+        """Refuses an answer with more than `limit` pieces."""
+        if len(list(islice(iterate_object_tree(self._tree), limit + 1))) > limit:
+            raise MalformedMessage(f"pieces={limit + 1} or more: at most {limit} make an answer to this job")
 
     def missing(self) -> Iterator[str]:
-        """Yields what is still to be fetched."""
-        for one in iterate_object_tree(self._tree):
-            if one.object_id not in self.contents:
-                yield one.object_id
+        """Yields the ids of the pieces that have not arrived."""
+        for piece in iterate_object_tree(self._tree):
+            if piece.object_id not in self.contents:
+                yield piece.object_id
 
-    def take(self, piece: str, content: bytes, most: int) -> None:
-        """Keeps a piece, as long as all of them have at most so many bytes."""
+    def take(self, piece: str, content: bytes, limit: int) -> None:
+        """Keeps a piece; refuses it if all pieces together have more than `limit` bytes."""
         self._bytes += len(content)
-        if self._bytes > most:
-            raise MalformedMessage(f"bytes={self._bytes} or more: at most {most} make an answer to this job")
+        if self._bytes > limit:
+            raise MalformedMessage(f"bytes={self._bytes} or more: at most {limit} make an answer to this job")
         self.contents[piece] = content
 
 
-def check_size(contents: dict[str, bytes], most: int) -> None:
-    """Refuses pieces that would take more memory than allowed, put together: an array may name one piece many times.
+def check_size(contents: dict[str, bytes], limit: int) -> None:
+    """Refuses pieces that would take too much memory when put together, since an array may name one piece many times.
+
+    Args:
+      contents: piece by id.
+      limit: most bytes of an answer.
 
     Raises:
-      MalformedMessage: they would.
+      MalformedMessage: the pieces, counted by themselves and in their arrays, have more than twice `limit` bytes.
     """
     total = sum(map(len, contents.values()))
     for content in contents.values():
         kind, children, _ = get_object_head_values_from_object_content(content)
         if kind == Array.__qualname__:
             named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            total += sum(len(contents[children[one]]) for one in named)
-    if total > 2 * most:  # each piece counts by itself and in its array
-        raise MalformedMessage(f"bytes={total}: at most {2 * most} make an answer to this job")
+            total += sum(len(contents[children[index]]) for index in named)
+    if total > 2 * limit:  # each piece counts by itself and in its array
+        raise MalformedMessage(f"bytes={total}: at most {2 * limit} make an answer to this job")
 
 
 def why_lost(error: Exception) -> str:
-    """Returns in a few words why a link was lost, from one of `LOST`."""
+    """Returns in a few words why a link was lost, from an exception of `LOST`."""
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in _ENDED:
         return "it ended our run; was this machine asleep for a minute"
     if isinstance(error, httpx.HTTPStatusError):
@@ -251,11 +255,11 @@ def why_lost(error: Exception) -> str:
 
 
 def retries() -> RetryInvoker:
-    """Returns how a call is tried again, and for how long.
+    """Returns the policy by which a call is tried again.
 
-    Flower's own retries go on for ever, also where the SuperLink has died; on 401 they send this process an interrupt,
-    which would read as a person's, and on 403 they raise what no `except Exception` catches. Both are answers that a
-    SuperLink gives for a run that missed its heartbeats.
+    Flower's own retries never end, also when the SuperLink has died. On 401 they send this process an interrupt, which
+    would look like a person's, and on 403 they raise what no `except Exception` catches. A SuperLink answers 401 and
+    403 for a run that missed its heartbeats.
     """
     return RetryInvoker(
         lambda: exponential(max_delay=MAX_RETRY_DELAY),

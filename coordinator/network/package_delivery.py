@@ -1,4 +1,4 @@
-"""A job's packages, ready to hand out: each one stream, encrypted once, its key sealed to the sites that get it."""
+"""A job's packages, ready to hand out: each encrypted once as one stream, its key sealed to the sites that get it."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.coordinator.job.emulators import folders
-from offsite.coordinator.job.store import Store, write_atomically
+from offsite.coordinator.job.store import Store
 from offsite.emulator.package import archive
 from offsite.errors import DataError
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import package_context
 from offsite.trust import streaming
 from offsite.trust.federation_manifest import FederationManifest
-from offsite.trust.files import put_in_place
+from offsite.trust.files import put_in_place, write_atomically
 from offsite.trust.sealing import seal
 
 log = logging.getLogger("offsite.coordinator")
@@ -28,9 +28,9 @@ class Delivery:
     """An encrypted package in the depot.
 
     Attributes:
-      sha256: of the encrypted file, 32 bytes.
-      size: its bytes.
-      sealed: the key, sealed to each site that gets the package.
+      sha256: SHA-256 of the encrypted file, 32 bytes.
+      size: size of the encrypted file in bytes.
+      sealed: sealed key of the package by site, for the sites that get it.
     """
 
     sha256: bytes
@@ -41,25 +41,25 @@ class Delivery:
 def deliver_all(
     store: Store, depot: Path, manifest: JobManifest, federation: FederationManifest
 ) -> dict[str, Delivery]:
-    """Puts every package of a job into the depot and returns each site's own, which no other emulator's site can open.
+    """Puts every package of a job into the depot and returns each site's delivery; no site can open another's package.
 
     Args:
-      store: run folder, with the packages; what is returned is kept there too.
+      store: run folder with the packages; keeps the returned deliveries too.
       depot: folder of the depot.
       manifest: the job.
-      federation: whose members they are sealed to.
+      federation: members to whom the keys are sealed.
 
     Raises:
-      DataError: no room on the disk, or the depot's folder cannot be made.
+      DataError: the disk is full, or the depot's folder cannot be made.
     """
-    found: dict[str, Delivery] = {}
+    deliveries: dict[str, Delivery] = {}
     places = folders(store, manifest)
     for digest, sites in manifest.shipped().items():
         package = places[digest]
         name = "delivery" if digest == manifest.emulator else f"delivery-{package.name}"
         facts = store.folder / f"{name}.json"
-        found |= dict.fromkeys(sites, deliver(package, depot, manifest, federation, facts, sites=sites))
-    return found
+        deliveries |= dict.fromkeys(sites, deliver(package, depot, manifest, federation, facts, sites=sites))
+    return deliveries
 
 
 def deliver(
@@ -71,26 +71,26 @@ def deliver(
     *,
     sites: Collection[str],
 ) -> Delivery:
-    """Puts a package of a job into the depot and returns what its offers say; the same again after a restart.
+    """Puts a package of a job into the depot and returns what its offers say; a restart returns the same again.
 
     Where the file or the facts are damaged, both are made anew, under another key and name. A site that had fetched a
-    part under the old name begins again with its next offer; the old file, if whole, stays for those who still fetch.
+    part under the old name begins again with its next offer; the old file, if whole, stays for sites that still fetch.
 
     Args:
       package: package folder.
       depot: folder of the depot; the file is named by its SHA-256.
       manifest: the job.
-      federation: whose members get it.
-      facts: file that keeps what is returned.
-      sites: those of them that it is sealed to.
+      federation: federation whose members get the package.
+      facts: file that keeps the returned delivery.
+      sites: names of the members to whom the key is sealed.
 
     Raises:
-      DataError: no room on the disk, or the depot's folder cannot be made.
+      DataError: the disk is full, or the depot's folder cannot be made.
     """
     if (known := _known(facts)) is not None and _is_whole(depot, known, sites):
         return known
     _make(depot)
-    for left in depot.glob(".*"):  # by a coordinator that was killed in the middle; there is one at a time
+    for left in depot.glob(".*"):  # left by a coordinator that was killed here; only one runs at a time
         left.unlink()
     key = secrets.token_bytes(KEY_BYTES)
     sealed_file = _encrypt(package, depot, key)
@@ -117,7 +117,7 @@ def _make(depot: Path) -> None:
 
 
 def _known(facts: Path) -> Delivery | None:
-    """Returns what an earlier start wrote down, None where that is nothing or damaged."""
+    """Returns the delivery that an earlier start wrote down; None if there is none or it is damaged."""
     try:
         content = json.loads(facts.read_text(encoding="utf-8"))
         sealed = {site: bytes.fromhex(box) for site, box in content["sealed"].items()}
@@ -130,7 +130,7 @@ def _known(facts: Path) -> Delivery | None:
 
 
 def _is_whole(depot: Path, delivery: Delivery, sites: Collection[str]) -> bool:
-    """Says whether a file is what its facts say, for these sites; a torn one is removed and not offered again."""
+    """Returns whether a file matches its facts, for these sites; a damaged file is removed and not offered again."""
     path = depot / delivery.sha256.hex()
     if not path.is_file() or delivery.sealed.keys() != set(sites):
         return False

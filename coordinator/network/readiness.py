@@ -1,4 +1,4 @@
-"""Who is ready: a job is offered to every site until enough have accepted, fetched and loaded it."""
+"""Which sites are ready: a job is offered to every site until enough have accepted, fetched and loaded it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,19 +13,20 @@ from offsite.trust.federation_manifest import FederationManifest, check_signatur
 
 POLL_SECONDS = 0.5
 FETCHING, WAITING, READY, REFUSED, ABSENT = "fetching", "waiting", "ready", "refused", "absent"
-TOLD = (FETCHING, WAITING, READY, REFUSED)  # what a site may say of itself
-PIECE, PIECES = 1 << 20, 64  # bytes of the package that count as progress; a site could count single bytes for ever
+REPORTED_STATES = (FETCHING, WAITING, READY, REFUSED)  # states that a site may report
+# Fetched bytes of the package count as progress by whole pieces: a site could report single bytes for ever.
+PIECE, PIECES = 1 << 20, 64
 SILENT = "did not answer"
 
 
 @dataclass(frozen=True)
 class ReadinessPolicy:
-    """When to go on.
+    """When a wait for ready sites ends.
 
     Attributes:
-      wanted: sites that should be ready before the first round.
-      min_sites: sites without which no round can be.
-      patience: seconds without any progress after which to stop waiting.
+      wanted: number of sites that should be ready before the first round.
+      min_sites: fewest sites of a round.
+      patience: seconds without any progress after which the wait ends.
     """
 
     wanted: int
@@ -34,8 +35,15 @@ class ReadinessPolicy:
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """Where one site stands: one of the five states, why, and the bytes and pieces of the package that are there."""
+class _SiteState:
+    """State of one site.
+
+    Attributes:
+      state: `fetching`, `waiting`, `ready`, `refused` or `absent`.
+      detail: reason for the state, one line.
+      fetched: bytes of the package at the site.
+      pieces: whole pieces of the package at the site.
+    """
 
     state: str
     detail: str
@@ -43,22 +51,22 @@ class _Stand:
     pieces: int = 0
 
 
-class _Course:
-    """How far the sites have come in one wait; what goes back and forth, or up without end, does not count."""
+class _WaitProgress:
+    """Progress of all sites in one wait; going back and forth, or up without end, does not count."""
 
     def __init__(self) -> None:
         self._states: set[tuple[str, str]] = set()
         self._pieces: dict[str, int] = {}
 
-    def note(self, stands: Mapping[str, _Stand]) -> bool:
-        """Returns whether a site was never before in its state, or has a further piece of the package."""
-        moved = [self._note(site, stand) for site, stand in stands.items()]
+    def note(self, states: Mapping[str, _SiteState]) -> bool:
+        """Returns whether a site is in a state for the first time, or has a further piece of the package."""
+        moved = [self._note(site, site_state) for site, site_state in states.items()]
         return any(moved)
 
-    def _note(self, site: str, stand: _Stand) -> bool:
-        known, further = (site, stand.state) in self._states, stand.pieces > self._pieces.get(site, 0)
-        self._states.add((site, stand.state))
-        self._pieces[site] = max(stand.pieces, self._pieces.get(site, 0))
+    def _note(self, site: str, site_state: _SiteState) -> bool:
+        known, further = (site, site_state.state) in self._states, site_state.pieces > self._pieces.get(site, 0)
+        self._states.add((site, site_state.state))
+        self._pieces[site] = max(site_state.pieces, self._pieces.get(site, 0))
         return further or not known
 
 
@@ -66,17 +74,17 @@ class ReadinessPoller:
     """Offers one job and keeps the sites' signatures and ledger heads.
 
     Args:
-      exchange: to the sites.
-      federation: whose members are asked.
-      offer_for: gives the offer to a site, from the signatures of the owners that are known.
-      signatures: of the owners, by site; completed here.
-      ledgers: what was countersigned of the sites' ledgers.
-      status: told who is where.
-      keep: called with (site, signature) when a new signature came.
-      unopened: why an answer could not be opened, by site; read and emptied here.
-      current: gives the epoch that holds now; the owners may sign another one while a job waits.
-      clock: gives seconds that only go up.
-      sleep: waits for so many seconds.
+      exchange: exchange with the sites.
+      federation: federation whose members get the offer.
+      offer_for: returns the offer for a site, from the owners' signatures that are known.
+      signatures: owners' signatures by site; completed here.
+      ledgers: countersigned heads of the sites' ledgers.
+      status: receiver of each site's state.
+      keep: called with (site, signature) for each new signature.
+      unopened: reason by site why an answer could not be opened; read and emptied here.
+      current: returns the epoch that holds now; the owners may sign another epoch while a job waits.
+      clock: returns seconds that only go up.
+      sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -99,47 +107,49 @@ class ReadinessPoller:
         self._unopened, self._current = unopened, current
         self._clock, self._sleep = clock, sleep
 
-    def wait(self, terms: ReadinessPolicy) -> tuple[str, ...]:
-        """Returns the ready sites once enough are, waiting as long as there is progress.
+    def wait(self, policy: ReadinessPolicy) -> tuple[str, ...]:
+        """Returns the ready sites once enough sites are ready; waits as long as there is progress.
 
         Raises:
-          TooFewSurvivors: nothing moved for the patience, and fewer are ready than a round needs.
-          Untrusted: sites are missing that have gone on to another epoch since the job was made.
+          TooFewSurvivors: there was no progress for `patience` seconds, and fewer sites are ready than a round needs.
+          Untrusted: sites are missing, and the federation has another epoch than the job.
         """
-        course, moved = _Course(), self._clock()
+        progress, moved = _WaitProgress(), self._clock()
         while True:
-            stands = self._look()
-            ready = tuple(sorted(site for site, stand in stands.items() if stand.state == READY))
-            if len(ready) >= terms.wanted:
+            states = self._offer_once()
+            ready = tuple(sorted(site for site, site_state in states.items() if site_state.state == READY))
+            if len(ready) >= policy.wanted:
                 return ready
-            if course.note(stands):
+            if progress.note(states):
                 moved = self._clock()
-            if self._clock() - moved > terms.patience:
-                if len(ready) >= terms.min_sites:
+            if self._clock() - moved > policy.patience:
+                if len(ready) >= policy.min_sites:
                     return ready
                 self._check_epoch()
                 raise TooFewSurvivors(
-                    f"sites={len(ready)} ready, {terms.min_sites} are needed: {self._status.reasons()}; nothing moved "
-                    f"for {terms.patience:g} s; start the missing clients and run again"
+                    f"sites={len(ready)} ready, {policy.min_sites} are needed: {self._status.reasons()}; nothing moved "
+                    f"for {policy.patience:g} s; start the missing clients and run again"
                 )
             self._sleep(POLL_SECONDS)
 
-    def _look(self) -> dict[str, _Stand]:
-        """Offers the job once, and returns where each site stands."""
+    def _offer_once(self) -> dict[str, _SiteState]:
+        """Offers the job once, and returns each site's state."""
         sites = [member.site for member in self._federation.members]
         talk = Conversation(self._exchange)
         offers = {site: self._offer_for(site, self._signatures) for site in sites}
         answers = talk.ask("offer", offers, codec.OfferReply)
-        if any(site not in self._signatures for site in sites):  # with all of them, the job runs on under its epoch
+        if any(site not in self._signatures for site in sites):  # with every signature, the job runs on under its epoch
             self._check_epoch()
-        stands = {one.site: self._without(one.site, one.reason) for one in talk.refused}
-        stands |= {site: self._told(site, reply, offers[site].package_bytes) for site, reply in answers.items()}
-        for site, stand in stands.items():
-            self._status.site(site, stand.state, stand.detail, stand.fetched)
-        return stands
+        states = {refused.site: self._state_without_answer(refused.site, refused.reason) for refused in talk.refused}
+        states |= {
+            site: self._state_of_answer(site, reply, offers[site].package_bytes) for site, reply in answers.items()
+        }
+        for site, site_state in states.items():
+            self._status.site(site, site_state.state, site_state.detail, site_state.fetched)
+        return states
 
     def _check_epoch(self) -> None:
-        """Ends a wait for owners who are asked to sign another epoch by now, under which this job is none of theirs."""
+        """Ends the wait when the federation has a newer epoch, since its owners will not sign this job's epoch now."""
         now = self._current().epoch
         if now != self._federation.epoch:
             raise Untrusted(
@@ -147,23 +157,23 @@ class ReadinessPoller:
                 "waiting; start a new run with --out FOLDER"
             )
 
-    def _without(self, site: str, reason: str) -> _Stand:
-        """Returns where a site stands that gave no answer to its offer, or one that could not be opened or read."""
+    def _state_without_answer(self, site: str, reason: str) -> _SiteState:
+        """Returns the state of a site whose answer is missing, or could not be opened or read."""
         if why := self._unopened.pop(site, ""):
-            return _Stand(REFUSED, cut(why))
-        return _Stand(ABSENT if reason == SILENT else REFUSED, reason)
+            return _SiteState(REFUSED, cut(why))
+        return _SiteState(ABSENT if reason == SILENT else REFUSED, reason)
 
-    def _told(self, site: str, reply: codec.OfferReply, package_bytes: int) -> _Stand:
-        """Returns where a site stands by its own words; it counts as ready only with its owner's signature."""
+    def _state_of_answer(self, site: str, reply: codec.OfferReply, package_bytes: int) -> _SiteState:
+        """Returns the state that a site reports; without its owner's signature the site counts as refused."""
         if why := self._learn(site, reply):
-            return _Stand(REFUSED, cut(why))
-        if reply.state not in TOLD:
-            return _Stand(REFUSED, "answered with a state that is none; install the coordinator's release there")
+            return _SiteState(REFUSED, cut(why))
+        if reply.state not in REPORTED_STATES:
+            return _SiteState(REFUSED, "answered with an unknown state; install the coordinator's release there")
         fetched = min(reply.fetched, package_bytes)
-        return _Stand(reply.state, cut(reply.detail), fetched, fetched // max(PIECE, package_bytes // PIECES))
+        return _SiteState(reply.state, cut(reply.detail), fetched, fetched // max(PIECE, package_bytes // PIECES))
 
     def _learn(self, site: str, reply: codec.OfferReply) -> str:
-        """Keeps what an answer proves, and returns why it proves nothing; empty when all is well."""
+        """Keeps what an answer proves; returns why it proves nothing, empty when all is well."""
         if site not in self._signatures:
             try:
                 check_signature(self._federation, site, reply.owner_signature)

@@ -1,4 +1,4 @@
-"""An exchange by signed letters: what leaves is signed by the coordinator, what comes back by the site it is from."""
+"""An exchange of signed messages: the coordinator signs each question, and the answering site signs each answer."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,16 +11,17 @@ from offsite.trust.identity import Identity
 
 
 class SignedExchange:
-    """Sends each stage as signed letters over another exchange, and opens the answers.
+    """Sends each stage as signed messages over another exchange, and opens the answers.
 
     Args:
-      exchange: carries the letters.
-      identity: the coordinator's.
-      federation: gives the sites' keys.
-      numbers: of the letters.
-      on_bad: told site and reason when an answer is not what the site signed for this letter; it then did not answer.
-      tries: how often a site is asked that is connected and does not answer: a message of Flower's can be lost when one
-        of its programs was started again, and a site gives the same answer twice.
+      exchange: exchange that carries the signed messages.
+      identity: the coordinator's identity.
+      federation: manifest with the sites' keys.
+      counter: source of message numbers.
+      on_bad: called with (site, reason) for an answer that the site did not sign as the answer to this message; the
+        site then counts as silent.
+      tries: number of times that a connected but silent site is asked. A message of Flower's can be lost when one of
+        its programs is started again, and a site gives the same answer twice.
     """
 
     def __init__(
@@ -28,18 +29,18 @@ class SignedExchange:
         exchange: Exchange,
         identity: Identity,
         federation: FederationManifest,
-        numbers: MonotonicCounter,
+        counter: MonotonicCounter,
         on_bad: Callable[[str, str], None],
         *,
         tries: int = 1,
     ) -> None:
-        self._exchange, self._identity, self._numbers, self._on_bad = exchange, identity, numbers, on_bad
+        self._exchange, self._identity, self._counter, self._on_bad = exchange, identity, counter, on_bad
         self._tries = tries
         self._digest = federation.digest()
         self._keys = {member.site: bytes.fromhex(member.identity) for member in federation.members}
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Returns what the sites answered and signed, by site."""
+        """Returns the answers that sites signed, by site."""
         bodies: dict[str, bytes] = {}
         for _ in range(self._tries):
             if missing := {site: body for site, body in payloads.items() if site not in bodies}:
@@ -47,7 +48,7 @@ class SignedExchange:
         return bodies
 
     def _ask(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        number = self._numbers.next()
+        number = self._counter.next()
         outgoing = {
             site: signed_messages.write(
                 self._identity,
@@ -69,12 +70,12 @@ class SignedExchange:
         return bodies
 
     def _open(self, site: str, stage: str, number: int, data: bytes) -> bytes:
-        letter = signed_messages.read(
+        message = signed_messages.read(
             data, self._digest, sender=site, key=self._keys[site], recipient=signed_messages.COORDINATOR
         )
-        if (letter.stage, letter.number) != (stage, number):
+        if (message.stage, message.number) != (stage, number):
             raise ProtocolViolation(
-                f"letter stage={letter.stage!r} number={letter.number}: the answer to {stage!r} {number} was expected; "
-                "it is an answer to an earlier letter; drop it"
+                f"letter stage={message.stage!r} number={message.number}: the answer to {stage!r} {number} was expected"
+                "; it is an answer to an earlier letter; drop it"
             )
-        return letter.body
+        return message.body

@@ -1,4 +1,4 @@
-"""The SuperLink process: Flower's own program behind our guard; `python -m coordinator.superlink ARGUMENTS`."""
+"""The SuperLink process: Flower's own program behind our guard; `python -m offsite.coordinator.network.superlink`."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ from typing import Any
 from offsite.protos.flower_process import allow_open_files, die_with_parent
 from offsite.protos.guard import MAX_OBJECT_BYTES, Guard, RequestLimits, secret_of_environment
 
-UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; the others wait for it until then
-# What a SuperNode needs; everything else on this port starts runs, hands out tasks or describes itself.
+UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; until then the others wait for it
+# Paths that a SuperNode needs; all others on this port start runs, hand out tasks or describe the interface.
 PUBLIC = ("/v1/fleet/", "/health")
 LIMITS = RequestLimits(longer={"/v1/fleet/push-object": MAX_OBJECT_BYTES})
 
@@ -33,7 +33,7 @@ def main() -> None:
     state.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_IDLE_SECONDS
 
     def serve(**named: Any) -> None:
-        # its lines are of failed requests, in any number and with the path as a stranger wrote it
+        # the access log would list failed requests, in any number and with the path as a stranger wrote it
         uvicorn.run(**(named | {"access_log": False}))
 
     command.uvicorn = SimpleNamespace(run=serve)

@@ -1,4 +1,4 @@
-"""Everything that we use of Flower's private interface at the coordinator: start SuperLink, know nodes, open a run.
+"""All our uses of Flower's private interface at the coordinator: start a SuperLink, list its nodes, open a run.
 
 Written against flwr 1.41; `tests/coordinator/test_link.py` is the contract that a newer Flower has to pass.
 """
@@ -57,7 +57,7 @@ class SuperLinkPlace:
     """Where a SuperLink lives.
 
     Attributes:
-      folder: Flower's state, log and secrets.
+      folder: folder of Flower's state, log and secrets.
       bind: address to listen on.
       port: port that sites reach.
       ca, certificate, key: PEM files of the coordinator.
@@ -72,7 +72,7 @@ class SuperLinkPlace:
 
     @property
     def local(self) -> str:
-        """Address under which the coordinator itself reaches it."""
+        """Address, host:port, under which the coordinator itself reaches the SuperLink."""
         return f"{'127.0.0.1' if self.bind == '0.0.0.0' else self.bind}:{self.port}"  # noqa: S104 - compared only
 
 
@@ -80,8 +80,8 @@ class SuperLinkSession:
     """A running SuperLink with one open run; used as a context manager.
 
     Args:
-      place: where it lives.
-      nodes: site to its public node key, an OpenSSH line; nobody else is a node.
+      place: where the SuperLink lives.
+      nodes: public node key by site, an OpenSSH line; only these keys may be nodes.
       largest: bytes of the longest answer that an honest site gives.
 
     Raises:
@@ -127,7 +127,7 @@ class SuperLinkSession:
         self.close()
 
     def close(self) -> None:
-        """Ends the run and the SuperLink; one that is lost already leaves nothing behind in this process."""
+        """Ends the run and the SuperLink; a SuperLink that is already lost leaves nothing behind in this process."""
         if self._heartbeat is not None and self._heartbeat.is_running:
             self._heartbeat.stop()
         if self._runtime is not None:
@@ -155,13 +155,13 @@ class SuperLinkSession:
         return self._grid
 
     def node_ids(self) -> dict[str, int]:
-        """Returns the nodes that are connected now, by site."""
+        """Returns the ids of the nodes that are connected now, by site."""
         by_key = {bytes(node.public_key): int(node.node_id) for node in self.grid.get_nodes()}
         return {site: by_key[key] for site, key in self._keys.items() if key in by_key}
 
     def _await_health(self) -> None:
         until = time.monotonic() + START_SECONDS
-        # a path that needs our secret: another SuperLink on this port would answer /health as well
+        # this path needs our secret: another SuperLink on this port would answer /health as well
         own = {"verify": _context(self._ca), "timeout": 2.0, "headers": {HEADER: self._guard}}
         with httpx.Client(base_url=f"https://{self._place.local}", **own) as client:
             while time.monotonic() < until:
@@ -179,7 +179,7 @@ class SuperLinkSession:
         )
 
     def _register(self) -> None:
-        """Makes Flower's list of nodes the federation's: new sites in, revoked ones out."""
+        """Makes Flower's list of nodes equal to the federation's: new sites in, revoked sites out."""
         control = ControlHttpClient.from_server_address(
             self._place.local,
             insecure=False,
@@ -198,7 +198,9 @@ class SuperLinkSession:
                 if key not in known:
                     control.RegisterNode(RegisterNodeRequest(public_key=key, name=site))
             for run_id, run in control.ListRuns(ListRunsRequest()).run_dict.items():
-                if run.status.status != Status.FINISHED:  # a killed coordinator's, whose messages nodes still take
+                if (
+                    run.status.status != Status.FINISHED
+                ):  # a run of a killed coordinator, whose messages nodes still take
                     control.StopRun(StopRunRequest(run_id=run_id))
             content, digest = bundle()
             self._run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
@@ -207,7 +209,9 @@ class SuperLinkSession:
 
     def _open_run(self) -> GuardedGrid:
         token = self._acquire()
-        self._runtime = self._client([RuntimeTokenHttpInterceptor(token)], None)  # a heartbeat comes again by itself
+        self._runtime = self._client(
+            [RuntimeTokenHttpInterceptor(token)], None
+        )  # no retries: heartbeats repeat by themselves
         pulled = self._runtime.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
         TaskIdentity.node_id = pulled.context.node_id
@@ -247,7 +251,7 @@ class SuperLinkSession:
 
 
 def _beat(runtime: RuntimeHttpClient) -> Callable[[], bool]:
-    """Returns a heartbeat; Flower's own interrupts the whole process when a run is not known any more."""
+    """Returns a heartbeat; Flower's own interrupts the whole process when the SuperLink no longer knows the run."""
 
     def beat() -> bool:
         try:
@@ -260,7 +264,7 @@ def _beat(runtime: RuntimeHttpClient) -> Callable[[], bool]:
 
 
 def _pem(line: str) -> bytes:
-    """Returns an OpenSSH public key as Flower stores it."""
+    """Returns an OpenSSH public key in the form in which Flower stores it."""
     return load_ssh_public_key(line.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 

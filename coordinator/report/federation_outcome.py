@@ -1,126 +1,125 @@
-"""The end of a job between organisations: the adapter, and a report of what the coordinator knows."""
+"""The end of a job between organisations: the adapter, and the report of what the coordinator knows."""
 
-import dataclasses
-from collections.abc import Mapping
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offsite.adapter.export import export
-from offsite.coordinator.aggregation.rules import AGGREGATORS, Aggregator
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
-from offsite.coordinator.job.store import Progress, Store, write_atomically
-from offsite.coordinator.report import metrics
-from offsite.coordinator.report.aggregation_section import IN_THE_OPEN, facts_of, left_out, rule_text
-from offsite.coordinator.report.sections import refreshes
+from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.job.store import Progress, Store
+from offsite.coordinator.report import facts
+from offsite.coordinator.report.model import FEDERATION, Report
+from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.quality_facts import FourScores, Quality
+from offsite.coordinator.report.write import write_report
+from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
 from offsite.emulator.runtime.plug_in import plug
-from offsite.errors import lookup
+from offsite.protos.job_manifest import JobManifest
 
-PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
+NOISE = (
+    "each site's own randomness from its operating system, unless the site's owner permits noise from a seed in "
+    "policy.toml (allow_seeded_noise), which protects nobody and is for tests on invented data; the coordinator cannot "
+    "know whether an owner did"
+)
+NO_NOISE = "none: the job is not private"
+NUMBERS_OF_SITES = (
+    "The coordinator cannot know a site's number of records, sampling rate, noise multiplier and delta, the epsilon "
+    "that the site has spent, and the share of gradients that were clipped: no answer of a site carries them, but for "
+    "a refusal because of the number of records."
+)
+COUNTS_OF_SITES = (
+    "The coordinator cannot know a site's number of records: no answer of a site carries that, but for a refusal "
+    "because of the number. The site's owner knows."
+)
+WHO_CAN = (
+    'A site\'s owner can: the command "offsite client dry-run FOLDER JOB" at the site shows the numbers that this job '
+    'is planned with, "offsite client audit verify FOLDER" shows what all jobs together have spent by the site\'s '
+    "ledger, and the site's rounds.jsonl holds the share that was clipped."
+)
 
 
-def conclude(config: FedConfig, config_sha256: str, store: Store, job: Job, progress: Progress) -> dict[str, Any]:
-    """Writes the adapter and the report, and returns the report."""
-    plug(job.full, job.layout, progress.plugged)
-    after = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
-    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name, given=job.given)
-    rule = lookup(AGGREGATORS, config.aggregation.rule, "rule")
-    report = _report(config_sha256, store, job, progress, rule) | {
-        "public": {
-            "full_zero_shot": dataclasses.asdict(job.zero_shot),
-            "emulator_zero_shot": dataclasses.asdict(job.emulator.public),
-            "plug_in": dataclasses.asdict(after),
-        }
-    }
-    store.write_json("report.json", report)
-    write_atomically(store.folder / "report.md", _text(report, store).encode())
+@dataclass(frozen=True)
+class Started:
+    """What of the beginning of a run its report repeats: the SHA-256 of the federation file, and the wall clock."""
+
+    config_sha256: str
+    at: str
+
+
+def conclude(config: FedConfig, store: Store, job: Job, progress: Progress, started: Started) -> Report:
+    """Writes the adapter and the report of a job whose rounds are all whole, and returns the report."""
+    quality = Quality(_public_scores(store, job, progress))
+    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name, auxiliary=job.given)
+    report = federation_report(config, job, progress, store.rounds(), quality, started)
+    write_report(store.folder, report)
     return report
 
 
-def _report(config_sha256: str, store: Store, job: Job, progress: Progress, rule: Aggregator) -> dict[str, Any]:
-    manifest, lines = job.manifest, store.rounds()
-    terms = manifest.privacy
-    return {
-        "format": 1,
-        "mode": "federation",
-        "rounds_planned": manifest.rounds,
-        "finished_rounds": progress.round,
-        "rounds": lines,
-        "privacy": {
-            "private": terms.private,
-            "target_epsilon": terms.epsilon,
-            "accountant": terms.accountant,
-            "max_grad_norm": terms.max_grad_norm,
-            "known_here": "what each site spent stands in its own ledger; the coordinator is not told",
-        },
-        "aggregation": facts_of(rule),
-        "secagg": {
-            "enabled": not manifest.aggregation.individuals,
-            "suite": 1,
-            "threshold": lines[-1]["threshold"] if lines else 0,
-            "dropped": [one | {"round": line["round"]} for line in lines for one in line["dropped"]],
-        },
-        "emulator": {
-            **job.emulator.report(),
-            "variants": [one.report() for one in job.emulators[1:]],
-        },
-        "adapter": {"method": manifest.adapter.method, "rank": manifest.adapter.rank, "parameters": job.layout.size},
-        "provenance": {
-            "config_sha256": config_sha256,
-            "job_sha256": manifest.digest().hex(),
-            "versions": {name: version(name) for name in PACKAGES},
-        },
-    }
+def federation_report(
+    config: FedConfig,
+    job: Job,
+    progress: Progress,
+    records: tuple[RoundRecord, ...],
+    quality: Quality,
+    started: Started,
+) -> Report:
+    """Returns the report of a job between organisations.
 
-
-def _text(report: dict[str, Any], store: Store) -> str:
-    public, lines = report["public"], report["rounds"]
-    before, after = public["full_zero_shot"]["loss"], public["plug_in"]["loss"]
-    loss, further = metrics.loss_of(public["plug_in"]), ""
-    if loss.kind != "text":
-        further = f" ({metrics.against(public['plug_in'], public['full_zero_shot'])})"
-    taken = sum(line["accepted"] for line in lines)
-    table = [
-        f"| {line['round']} | {', '.join(line['members'])} | {line['public_loss'] or float('nan'):.4f} | "
-        f"{'yes' if line['accepted'] else 'no'} | {line['seconds']:.1f} |"
-        for line in lines
-    ]
-    return "\n".join(
-        [
-            "# Federation",
-            "",
-            *([] if report["secagg"]["enabled"] else [IN_THE_OPEN, ""]),
-            f"{report['finished_rounds']} of {report['rounds_planned']} rounds are done, {taken} were taken over. On "
-            f"the coordinator's public {loss.kind} the model went from {before:.4f} to {after:.4f} {loss.unit}"
-            f"{further}; how good it is on the sites' own {loss.kind}, only they can measure.",
-            "",
-            f"Each site planned for epsilon {report['privacy']['target_epsilon']} at most, by its own ledger.",
-            "",
-            "| round | members | public loss | taken over | seconds |",
-            "|---|---|---|---|---|",
-            *table,
-            "",
-            rule_text(report["aggregation"]),
-            "",
-            *left_out(report["secagg"]["dropped"]),
-            *_emulators(report["emulator"]),
-            *(line for sentence in refreshes(lines) for line in (sentence, "")),
-            f"adapter: {store.adapter}",
-            "",
-        ]
+    Args:
+      config: the federation file.
+      job: the job.
+      progress: where the job stands.
+      records: all whole rounds.
+      quality: scores on public records.
+      started: facts of the beginning of the run.
+    """
+    return Report(
+        mode=FEDERATION,
+        engine="superlink",
+        rounds_planned=job.manifest.rounds,
+        finished_rounds=progress.round,
+        quality=quality,
+        emulators=facts.emulator_facts(job, config.emulator.gate),
+        adapter=facts.adapter_facts(job),
+        privacy=_privacy(job.manifest, records),
+        aggregation=facts.rule_facts(config),
+        secagg=facts.secagg_facts(job.manifest, records),
+        rounds=records,
+        cost=None,
+        warnings=facts.warnings_of(job, records, quality),
+        provenance=facts.provenance_of(config, started.config_sha256, job.manifest, started.at),
     )
 
 
-def _emulators(default: Mapping[str, Any]) -> list[str]:
-    """Returns the table of who got which emulator; nothing where all got the same."""
-    if not default["variants"]:
-        return []
-    rows = [
-        f"| {', '.join(one['sites'])} | {', '.join(one['recipe']) or 'none'} | {one['embedding']} | "
-        f"{one['package_bytes']} | {one['gradient_cosine']:.3f} | {one['public_loss']:.4f} | {one['sha256'][:16]} |"
-        for one in (default, *default["variants"])
-    ]
-    head = "| sites | compression | word tables | package bytes | gradient cosine | public loss | SHA-256 |"
-    return ["Not all sites got the same emulator; each was told who got which.", "", head, "|---" * 7 + "|", *rows, ""]
+def _public_scores(store: Store, job: Job, progress: Progress) -> FourScores:
+    """Scores the tuned models on public records; the full model holds the plugged-in adapter afterwards."""
+    tuned = DeployedEmulator.open(store.package, job).tuned(progress)
+    plug(job.full, job.layout, progress.plugged)
+    plug_in = score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch)
+    return FourScores(job.zero_shot, job.emulator.public, tuned, plug_in)
+
+
+def _privacy(manifest: JobManifest, records: tuple[RoundRecord, ...]) -> PrivacyFacts:
+    terms = manifest.privacy
+    engine = "zero_order" if manifest.aggregation.directions else ""
+    return PrivacyFacts(
+        private=terms.private,
+        unit=facts.unit_of(manifest),
+        accountant=terms.accountant,
+        target_epsilon=terms.epsilon if terms.private else None,
+        noise_source=NOISE if terms.private else NO_NOISE,
+        sites=tuple(
+            SitePrivacy(
+                site,
+                max_grad_norm=terms.max_grad_norm,
+                engine=engine,
+                rounds=sum(site in record.members for record in records),
+            )
+            for site, _ in manifest.roster
+        ),
+        not_known_here=(NUMBERS_OF_SITES, WHO_CAN) if terms.private else (COUNTS_OF_SITES,),
+        max_grad_norm=terms.max_grad_norm,
+        expected_batch=terms.batch,
+    )

@@ -1,9 +1,8 @@
 """What a run report says of a task's measures: their names, digits and meanings."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from offsite.coordinator.job.score import Score
 from offsite.coordinator.report.formatting import number
 
 
@@ -78,12 +77,12 @@ ANSWERS = Loss(
 )
 
 
-def loss_of(score: Mapping[str, Any]) -> Loss:
+def loss_of(score: Score) -> Loss:
     """Returns what the loss of a score is."""
-    return next((LOSSES[name] for name in score["metrics"] if name in LOSSES), ANSWERS)
+    return next((LOSSES[name] for name in score.metrics if name in LOSSES), ANSWERS)
 
 
-def against(after: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+def against(after: Score, before: Score) -> str:
     """Returns each measure of one score against that of another, as in a sentence; empty where there is none."""
     return "; ".join(f"{title(name)} {value(after, name)} against {value(before, name)}" for name in names(after))
 
@@ -93,16 +92,16 @@ def title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def names(score: Mapping[str, Any]) -> tuple[str, ...]:
+def names(score: Score) -> tuple[str, ...]:
     """Returns the names of a score's measures in the order in which they are shown."""
-    return tuple(score["metrics"])
+    return tuple(score.metrics)
 
 
-def value(score: Mapping[str, Any], name: str) -> str:
+def value(score: Score, name: str) -> str:
     """Returns a measure as people read it."""
-    return number(score["metrics"].get(name), MEASURES.get(name, Measure()).digits)
+    return number(score.metrics.get(name), MEASURES.get(name, Measure()).digits)
 
 
-def meanings(score: Mapping[str, Any]) -> tuple[str, ...]:
+def meanings(score: Score) -> tuple[str, ...]:
     """Returns a sentence on each measure that needs one."""
     return tuple(MEASURES[name].meaning for name in names(score) if name in MEASURES)

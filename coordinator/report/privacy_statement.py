@@ -1,152 +1,133 @@
 """The privacy statement of a run, for machines to read: what is promised, to whom, and what is not."""
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from offsite.coordinator.job.json_form import encode
+from offsite.coordinator.report import trust_statement
+from offsite.coordinator.report.model import Report
+from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
 
 FORMAT = 1
 
-HIDDEN = "the update of a single site; secure aggregation hides it, and the noise of the site is already in it"
-SEEN = "the update of every single site, {noise}: this run had no secure aggregation"
-COORDINATOR_TRUST = {
-    "sees": [
-        "the final adapter, and after every round the sum of the sites' updates",
-        "how many records each site has, and which sites took part in each round",
-        "public records, on which it evaluates and decides whether a round is taken over",
-    ],
-    "is_not_trusted_with": ["a record of any site", HIDDEN],
-    "can_still": [
-        "block a round, or leave a site out of it",
-        "choose a bad emulator or adapter, which costs quality",
-    ],
-}
-
-NOT_COVERED_BY_SECURE_AGGREGATION = [
-    "it is not differential privacy: it hides who said what, and says nothing about what the sum reveals",
-    "the sum itself is open to the coordinator, and the adapter made of it to every site",
-    "all other sites together can subtract their own updates from the sum and are left with the last one's",
-    "a malicious site can spoil a round with a bad update; it cannot read anything by that",
-    "the number of records of a site is public",
-    "the emulator shows part of the model to every site",
-]
-
-NOT_PROTECTED = [
+NOT_PROTECTED = (
     "several records of one person: the promise is for one record, and weakens with every further one",
     "facts that many records share, for example the style or the topics of a site",
     "losses, gradient norms and batch sizes that a site measures while it trains",
     "the losses on held-out private text in the report; they are computed without noise",
     "rounding of floating-point numbers: the analysis takes noise and sums as exact numbers",
-]
+)
+NOT_PROTECTED_BETWEEN = (
+    *NOT_PROTECTED[:2],
+    "losses, gradient norms and batch sizes that a site measures while it trains; they stay on the site's own machine",
+    "a score that a site's owner computes on held-out records and gives away; it is computed without noise",
+    NOT_PROTECTED[-1],
+)
 
 HOLDS_AGAINST = (
     "anyone who sees the updates or the adapter, the coordinator included; secure aggregation is an additional "
     "protection and no part of the epsilon"
 )
 WITHOUT_PRIVACY = "not private: trained without clipping and without noise; the adapter may reveal training records"
-SIMULATED = [
+SIMULATED = (
     "one process held the full model, the data of all sites and all their keys; nothing was hidden from who ran it",
     "the noise was derived from the run's seed, so this run is not private against anyone who knows the seed",
-]
+)
+MECHANISM = (
+    "DP-SGD: each record's gradient is clipped to max_grad_norm, and the site adds Gaussian noise of "
+    "standard deviation noise_multiplier * max_grad_norm to the sum over the batch"
+)
+ZERO_ORDER = (
+    "DP-ZO: no gradients are taken; each record's losses along public directions are clipped to max_grad_norm, and the "
+    "site adds Gaussian noise of standard deviation noise_multiplier * max_grad_norm to the sum over the batch"
+)
+SCHEME = "Poisson: in every step each record is in the batch with probability sample_rate, independently"
+OVER = "all steps of all finished rounds together, never one round alone; a round not taken over counts too"
+OVER_BETWEEN = (
+    "all steps of all rounds of the job together, spare ones included, never one round alone; an attempt that failed "
+    "after its updates had left, and a round not taken over, count too"
+)
+DELTA = (
+    "of each site: its number of records to the power of -1.1; a site refuses a job whose delta would be above the "
+    "delta_cap of its policy.toml"
+)
+NUMBERS_OF_A_SITE = (
+    "records",
+    "epsilon",
+    "delta",
+    "noise_multiplier",
+    "max_grad_norm",
+    "sample_rate",
+    "steps",
+    "engine",
+)
 
 
-def privacy_statement(report: Mapping[str, Any]) -> dict[str, Any]:
+def privacy_statement(report: Report) -> dict[str, object]:
     """Returns the statement of a run, the content of `privacy.json`.
-
-    Args:
-      report: what `write_report` takes.
 
     Returns:
       Plain values; the first key is `private`, and when it is False the second, `claim`, says that nothing is promised.
+      Between organisations there are keys more: `delta`, `epsilon_at_most`, `site` and `not_known_here`.
     """
-    privacy = report["privacy"]
-    private = bool(privacy["private"])
+    facts, private = report.privacy, report.privacy.private
     return {
         "private": private,
-        "claim": _claim(privacy) if private else WITHOUT_PRIVACY,
+        "claim": _claim(report) if private else WITHOUT_PRIVACY,
         "format": FORMAT,
-        "unit": privacy["unit"],
+        "unit": facts.unit,
         "neighbouring_relation": "add or remove one record of one site; the number of records is taken as public",
-        "sampling": {
-            "scheme": "Poisson: in every step each record is in the batch with probability sample_rate, independently",
-            "sample_rate_is_public": True,
-        },
-        "mechanism": "DP-SGD: each record's gradient is clipped to max_grad_norm, and the site adds Gaussian noise of "
-        "standard deviation noise_multiplier * max_grad_norm to the sum over the batch",
-        "accountant": privacy["accountant"],
+        "sampling": _sampling(facts),
+        "mechanism": ZERO_ORDER if facts.zero_order else MECHANISM,
+        "accountant": facts.accountant,
         "composition": _composition(report),
-        "sites": [_site(site, private) for site in privacy["sites"]],
-        "epsilon_largest": largest_epsilon(privacy) if private else None,
+        "sites": [_site(site, facts) for site in facts.sites],
+        "epsilon_largest": facts.largest_epsilon if private else None,
         "holds_against": HOLDS_AGAINST if private else "nobody",
-        "coordinator": _coordinator(report),
-        "secure_aggregation": _secure_aggregation(report),
-        "simulated": SIMULATED if report["mode"] == "simulation" else [],
-        "noise_source": privacy.get("noise_source", "unknown"),
-        "not_protected": NOT_PROTECTED,
+        "coordinator": trust_statement.coordinator(report),
+        "secure_aggregation": trust_statement.secure_aggregation(report),
+        "simulated": list(SIMULATED) if report.simulated else [],
+        "noise_source": facts.noise_source,
+        "not_protected": list(NOT_PROTECTED if report.simulated else NOT_PROTECTED_BETWEEN),
+        **({} if report.simulated else _between_organisations(facts)),
     }
 
 
-def largest_epsilon(privacy: Mapping[str, Any]) -> float | None:
-    """Returns the largest epsilon of any site, or None when one of them is not finite."""
-    values = [site["epsilon"] for site in privacy["sites"]]
-    if not values or any(value is None or not math.isfinite(value) for value in values):
-        return None
-    return float(max(values))
+def _between_organisations(facts: PrivacyFacts) -> dict[str, object]:
+    return {
+        "delta": DELTA,
+        "epsilon_at_most": facts.target_epsilon,
+        "site": trust_statement.site(),
+        "not_known_here": encode(facts.not_known_here),
+    }
 
 
-def _claim(privacy: Mapping[str, Any]) -> str:
+def _claim(report: Report) -> str:
+    if report.simulated:
+        return (
+            f"record-level differential privacy at every site, epsilon at most {report.privacy.largest_epsilon} at the "
+            "delta of each site, over all rounds; see not_protected and simulated"
+        )
     return (
-        f"record-level differential privacy at every site, epsilon at most {largest_epsilon(privacy)} at the delta of "
-        "each site, over all rounds; see not_protected and simulated"
+        f"record-level differential privacy at every site, epsilon at most {report.privacy.target_epsilon} at the "
+        "delta of each site, over the whole job, by the noise that each site's own software plans and adds; the "
+        "coordinator cannot know what was spent; see not_protected, site and not_known_here"
     )
 
 
-def _composition(report: Mapping[str, Any]) -> dict[str, Any]:
+def _sampling(facts: PrivacyFacts) -> dict[str, object]:
+    sampling: dict[str, object] = {"scheme": SCHEME, "sample_rate_is_public": True}
+    if facts.expected_batch is None:
+        return sampling
+    return sampling | {"expected_batch": facts.expected_batch, "sample_rate": "expected_batch / records, at each site"}
+
+
+def _composition(report: Report) -> dict[str, object]:
     return {
-        "over": "all steps of all finished rounds together, never one round alone; a round not taken over counts too",
-        "rounds_planned": report["rounds_planned"],
-        "rounds_finished": report["finished_rounds"],
+        "over": OVER if report.simulated else OVER_BETWEEN,
+        "rounds_planned": report.rounds_planned,
+        "rounds_finished": report.finished_rounds,
         "between_sites": "none needed: a record belongs to one site; epsilons of different sites are not added",
     }
 
 
-def _site(site: Mapping[str, Any], private: bool) -> dict[str, Any]:
-    names = (
-        "site",
-        "records",
-        "epsilon",
-        "delta",
-        "noise_multiplier",
-        "max_grad_norm",
-        "sample_rate",
-        "steps",
-        "engine",
-    )
-    facts = {name: site[name] for name in names}
-    return facts if private else facts | {"epsilon": None}
-
-
-def _coordinator(report: Mapping[str, Any]) -> dict[str, Any]:
-    if report["secagg"]["enabled"]:
-        return dict(COORDINATOR_TRUST)
-    trusted = [one for one in COORDINATOR_TRUST["is_not_trusted_with"] if one != HIDDEN]
-    return COORDINATOR_TRUST | {"sees": [_seen(report), *COORDINATOR_TRUST["sees"]], "is_not_trusted_with": trusted}
-
-
-def _seen(report: Mapping[str, Any]) -> str:
-    private = report["privacy"]["private"]
-    return SEEN.format(noise="with the site's noise in it" if private else "without any noise")
-
-
-def _secure_aggregation(report: Mapping[str, Any]) -> dict[str, Any]:
-    secagg = report["secagg"]
-    if not secagg["enabled"]:
-        return {"enabled": False, "members": secagg["members"], "claim": f"none: the coordinator sees {_seen(report)}"}
-    return {
-        "enabled": True,
-        "suite": secagg["suite"],
-        "members": secagg["members"],
-        "threshold": secagg["threshold"],
-        "claim": "the coordinator learns only the sum of the quantised updates of at least threshold sites, even if it "
-        "cheats and up to a third of the sites help it; it can block a round",
-        "does_not_cover": NOT_COVERED_BY_SECURE_AGGREGATION,
-    }
+def _site(site: SitePrivacy, facts: PrivacyFacts) -> dict[str, object]:
+    numbers = {name: getattr(site, name) for name in NUMBERS_OF_A_SITE}
+    return {"site": site.site, **numbers, **({} if facts.private else {"epsilon": None})}

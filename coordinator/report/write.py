@@ -8,24 +8,25 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from offsite.coordinator.job.store import write_atomically
+from offsite.coordinator.report.json_report import FILE, report_to_json
+from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.plots import plots
 from offsite.coordinator.report.privacy_statement import privacy_statement
-from offsite.coordinator.report.sections import Section
+from offsite.coordinator.report.section import Section
 from offsite.coordinator.report.summary import Summary, summarise
+from offsite.trust.files import write_atomically
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+def write_report(folder: Path, report: Report) -> None:
     """Writes `report.json`, `privacy.json`, `report.md` and `report.html`, each whole or not at all.
 
     Args:
       folder: the run folder, which exists.
-      report: plain values: quality, emulator, adapter, privacy, secagg, rounds, cost, warnings and provenance. A number
-        that is not finite becomes null.
+      report: the report; a number that is not finite becomes null.
     """
     summary = summarise(report)
     files = {
-        "report.json": to_json(report),
+        FILE: to_json(report_to_json(report)),
         "privacy.json": to_json(privacy_statement(report)),
         "report.md": to_markdown(summary),
         "report.html": to_html(summary, plots(report)),
@@ -34,9 +35,14 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
         write_atomically(folder / name, content.encode("utf-8"))
 
 
-def to_json(content: Mapping[str, Any]) -> str:
+def to_json(content: Mapping[str, object]) -> str:
     """Returns strict JSON, in which there is no infinity and no NaN: they are null."""
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def one_line(report: Report) -> str:
+    """Returns the content of `report.json` on one line, for `--json`."""
+    return json.dumps(_finite(report_to_json(report)), allow_nan=False)
 
 
 def to_markdown(summary: Summary) -> str:

@@ -1,8 +1,8 @@
 """One attempt at a round, kept on disk stage by stage, so that a coordinator that was killed goes on inside the round.
 
 A round is a fixed computation on the answers of the sites. With the answers of every whole stage on disk, running it
-again asks the sites only for what is missing; they give the same answer twice or refuse. A round that cannot go on is
-tried afresh: new nonce, new keys, new masks.
+again asks the sites only for missing answers; a site gives the same answer twice or refuses. A round that cannot go on
+is tried afresh: new nonce, new keys, new masks.
 """
 
 import hashlib
@@ -12,25 +12,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from offsite.coordinator.job.store import write_atomically
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.exchange import Exchange
 from offsite.coordinator.rounds.round import SECRET_BYTES, RoundPlan
 from offsite.errors import DataError, MalformedMessage
-from offsite.trust.files import PRIVATE
+from offsite.trust.files import PRIVATE, write_atomically
 from offsite.trust.wire import Reader, Writer
 
 MAX_STAGE_BYTES = 1 << 40
 MAX_REPLY_BYTES = 1 << 30
 DIGEST_BYTES = 32
 PLAN = "plan.json"
-SPENDS = "masked"  # the stage in which updates leave their sites
-SPENDS_OPENLY = "update"  # the one in a job without secure aggregation
+MASKED_UPLOAD_STAGE = "masked"  # the stage in which updates leave their sites
+PLAINTEXT_UPLOAD_STAGE = "update"  # the same stage in a job without secure aggregation
 
 
 @dataclass(frozen=True)
 class Count:
-    """What is counted over a job: attempts in which updates may have left their sites."""
+    """Numbers that are kept over a whole job.
+
+    Attributes:
+      spent: number of attempts in which updates may have left their sites.
+    """
 
     spent: int = 0
 
@@ -39,18 +42,18 @@ class Attempts:
     """The attempts of one run.
 
     Args:
-      folder: the run folder.
-      nonce: gives 32 fresh random bytes.
-      numbers: of the aggregations of this federation; sites take part in none that is not newer than their last.
+      folder: run folder.
+      nonce: returns 32 fresh random bytes.
+      counter: source of aggregation numbers; a site refuses an aggregation that is not newer than its last.
     """
 
-    def __init__(self, folder: Path, nonce: Callable[[], bytes], numbers: MonotonicCounter) -> None:
+    def __init__(self, folder: Path, nonce: Callable[[], bytes], counter: MonotonicCounter) -> None:
         self._counts, self._folder, self._nonce = folder / "attempts.json", folder / "attempt", nonce
-        self._numbers = numbers
+        self._counter = counter
 
     @property
     def count(self) -> Count:
-        """Where the numbers stand.
+        """The numbers as they stand now.
 
         Raises:
           DataError: the file is damaged.
@@ -63,24 +66,30 @@ class Attempts:
             raise DataError(f"run={str(self._folder.parent)!r}: attempts.json is damaged; start a new run") from error
 
     def open(self, number: int, cohort: Callable[[], tuple[str, ...]], exchange: Exchange) -> "Attempt":
-        """Returns the attempt at a round that a killed process left, or else a new one.
+        """Returns the attempt at a round that a killed process left, or else a new attempt.
+
+        Args:
+          number: number of the round, from 1.
+          cohort: returns the sites of a new attempt.
+          exchange: exchange with the sites.
 
         Raises:
-          DataError: what was left is damaged, or a new one cannot be written.
+          DataError: the attempt on disk is damaged, or a new attempt cannot be written.
         """
         plan = self._left(number)
         resumed = plan is not None
         if plan is None:
             self.close()
-            plan = RoundPlan(number, self._numbers.next(), self._nonce(), cohort())
+            plan = RoundPlan(number, self._counter.next(), self._nonce(), cohort())
             _make(self._folder)
-            write_atomically(self._folder / PLAN, _write_plan(plan), mode=PRIVATE)  # it holds what opens single updates
+            # private: the plan holds the secret that opens single updates
+            write_atomically(self._folder / PLAN, _write_plan(plan), mode=PRIVATE)
         return Attempt(plan, exchange, self._folder, resumed=resumed, on_spend=self._spend)
 
     def close(self) -> None:
         """Forgets the open attempt, because its round is stored or given up."""
         if self._folder.exists():
-            # first: a kill in between must not leave a plan without the answers that its stages had
+            # the plan first: a kill in between must not leave a plan without the answers of its stages
             (self._folder / PLAN).unlink(missing_ok=True)
             shutil.rmtree(self._folder)
 
@@ -99,10 +108,10 @@ class Attempt:
     """An exchange that keeps the answers of each whole stage.
 
     Args:
-      plan: of the round.
-      exchange: to the sites.
-      folder: holds a file for each whole stage.
-      resumed: whether stages of it may be whole already.
+      plan: plan of the round.
+      exchange: exchange with the sites.
+      folder: folder with a file for each whole stage.
+      resumed: whether some stages may be whole already.
       on_spend: called once, before the first update can leave a site.
     """
 
@@ -113,11 +122,11 @@ class Attempt:
         self._exchange, self._folder, self._on_spend = exchange, folder, on_spend
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Returns the answers to a stage: those on disk if it was whole, else the sites'."""
+        """Returns the answers to a stage: from disk if the stage was whole, else from the sites."""
         path, asked = self._folder / f"{stage}.replies", _digest(stage, payloads)
         if path.exists():
             return _read(path, asked)
-        if stage in (SPENDS, SPENDS_OPENLY) and not (mark := self._folder / "spent").exists():
+        if stage in (MASKED_UPLOAD_STAGE, PLAINTEXT_UPLOAD_STAGE) and not (mark := self._folder / "spent").exists():
             self._on_spend()
             write_atomically(mark, b"")
         replies = self._exchange.send(stage, payloads)
@@ -178,6 +187,7 @@ def _read(path: Path, asked: bytes) -> dict[str, bytes]:
             replies[site] = reader.field(limit=MAX_REPLY_BYTES)
     except MalformedMessage as error:
         raise DataError(
-            f"attempt={path.name}: not the answers of this round ({error}); remove {path.parent}"
+            f"attempt={path.name}: not the answers of this round ({error}); remove {path.parent}, "
+            "and the round is tried anew"
         ) from error
     return replies

@@ -1,18 +1,22 @@
-"""A counter whose numbers never come twice, whatever is killed when."""
+"""A counter whose numbers never come twice, whenever its process is killed."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from offsite.coordinator.job.store import write_atomically
 from offsite.errors import DataError
+from offsite.trust.files import write_atomically
 
 
 class MonotonicCounter:
-    """Whole numbers that only go up, over restarts too: of letters, and of aggregations.
+    """Whole numbers that only go up, over restarts too; they number signed messages and aggregations.
 
-    They start at the clock and are kept in a file, so that neither a clock that was set back nor a lost file makes a
-    number come again unless both happen at once; a site then refuses until the clock has caught up.
+    Numbers start at the clock and are kept in a file, so that a number comes again only if the clock is set back and
+    the file is lost at once; sites then refuse until the clock has caught up.
+
+    Args:
+      path: file with the last number.
+      clock_ns: returns nanoseconds since 1970.
     """
 
     def __init__(self, path: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:

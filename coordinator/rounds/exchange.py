@@ -9,7 +9,7 @@ from offsite.protos import codec
 from offsite.protos.messages import printable
 
 M = TypeVar("M")
-MAX_TOLD = 500
+MAX_REASON_LENGTH = 500
 
 
 class Exchange(Protocol):
@@ -23,8 +23,8 @@ class MemoryExchange:
     """Calls the sites of the same process, one after the other, with the bytes that a network would carry.
 
     Args:
-      sites: how each site answers (stage, body).
-      on_call: told (stage, site) before each call, for progress displays.
+      sites: function (stage, body) -> answer, by site.
+      on_call: called with (stage, site) before each call, for progress displays.
     """
 
     def __init__(
@@ -45,7 +45,12 @@ class MemoryExchange:
 
 @dataclass
 class Traffic:
-    """Bytes that went to sites (down) and came back (up), over all sites."""
+    """Bytes on the wire, over all sites.
+
+    Attributes:
+      down: bytes that went to sites.
+      up: bytes that came back.
+    """
 
     down: int = 0
     up: int = 0
@@ -53,7 +58,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Refused:
-    """A site that said no: where and why, for the round's record."""
+    """A site that left a round.
+
+    Attributes:
+      site: name of the site.
+      stage: stage in which it left.
+      reason: one printable line.
+    """
 
     site: str
     stage: str
@@ -61,12 +72,16 @@ class Refused:
 
 
 def cut(text: str) -> str:
-    """Returns what another party wrote as one printable line of at most `MAX_TOLD` characters."""
-    return printable(text, MAX_TOLD)
+    """Returns another party's text as one printable line of at most `MAX_REASON_LENGTH` characters."""
+    return printable(text, MAX_REASON_LENGTH)
 
 
 class Conversation:
-    """An exchange with the codec in front: messages instead of bytes, traffic counted, refusals kept apart."""
+    """An exchange behind the codec: messages instead of bytes; counts traffic and collects refusals.
+
+    Args:
+      exchange: exchange with the sites.
+    """
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -74,9 +89,14 @@ class Conversation:
         self.refused: list[Refused] = []
 
     def ask(self, stage: str, messages: Mapping[str, codec.Message], answer: type[M]) -> dict[str, M]:
-        """Sends one message to each site and returns the answers that are of the expected type.
+        """Sends one message to each site and returns the answers of the expected type, by site.
 
         A refusal, or an answer that does not decode, drops the site from this round and is kept in `refused`.
+
+        Args:
+          stage: name of the stage.
+          messages: message by site.
+          answer: type of the expected answers.
         """
         payloads = {site: codec.encode(message) for site, message in messages.items()}
         self.traffic.down += sum(map(len, payloads.values()))
@@ -99,26 +119,26 @@ class Conversation:
         return answers
 
     def drop(self, site: str, stage: str, reason: str) -> None:
-        """Notes that a site is out of this round, and why; the reason may be the site's own words."""
+        """Notes that a site is out of this round, and the reason, which may be the site's own words."""
         self.refused.append(Refused(site, stage, cut(reason)))
 
     def guard(self, site: str, stage: str, action: Callable[[], None]) -> None:
-        """Takes in one site's answer; a bad one costs its site the round, not the others."""
+        """Takes in one site's answer; a bad answer costs its site the round, and no other."""
         try:
             action()
         except OffsiteError as error:
             self.drop(site, stage, str(error))
 
     def alive(self, answers: Collection[str]) -> list[str]:
-        """Returns the sites among those that answered which are still in the round."""
+        """Returns the sites that answered and are still in the round."""
         gone = {refused.site for refused in self.refused}
         return [site for site in answers if site not in gone]
 
     def enough(self, alive: Collection[str], needed: int, stage: str) -> None:
-        """Checks that the round can go on.
+        """Checks that enough sites are left for the round to go on.
 
         Raises:
-          TooFewSurvivors: it cannot; the first refusal is named.
+          TooFewSurvivors: fewer than `needed` sites are left; the message names the first refusal.
         """
         if len(alive) < needed:
             first = f"; first refusal: {self.refused[0].site}: {self.refused[0].reason}" if self.refused else ""

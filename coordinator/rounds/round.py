@@ -1,4 +1,4 @@
-"""One round, top to bottom: train, sum without seeing, and hand back the mean update; or, where permitted, see each."""
+"""One round, top to bottom: train, sum without seeing, hand back the mean; or, where permitted, see each update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,28 +8,28 @@ from secrets import token_bytes
 import numpy as np
 
 from offsite.coordinator.rounds.exchange import Conversation, Exchange, Refused, Traffic
-from offsite.coordinator.rounds.unmasked_round import individual_updates
+from offsite.coordinator.rounds.unmasked_round import plaintext_updates
 from offsite.errors import ProtocolViolation, RangeError, TooFewSurvivors
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
-from offsite.protos.terms import adapter_digest, terms_of
+from offsite.protos.secagg_params import adapter_digest, secagg_params
 from offsite.protos.upload import mean_of
 from offsite.secagg.collector import Collector, Sum
-from offsite.secagg.messages import Signed
+from offsite.secagg.signed_bodies import Signed
 
 SECRET_BYTES = 32
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What one round is asked to do.
+    """The inputs of one round that the coordinator chooses.
 
     Attributes:
       number: training round, from 1.
       sequence: secure-aggregation round, never used before in this epoch.
       nonce: 32 random bytes.
-      cohort: sites that are asked.
-      secret: 32 random bytes that stay here; without secure aggregation the updates are sealed to a key made of them.
+      cohort: names of the sites that are asked.
+      secret: 32 random bytes that stay here; without secure aggregation, updates are sealed to a key derived from them.
     """
 
     number: int
@@ -44,14 +44,15 @@ class RoundResult:
     """What the coordinator knows after a round.
 
     Attributes:
-      update: mean over those members that train an entry, float64 (upload_size,), see `JobManifest.upload_layout`.
-      members: sites whose updates are in the sum.
-      threshold: members needed to open it.
-      refused: sites that are not, with stage and reason.
-      faulty: sites whose released share did not fit those of the others; the sum was opened without it.
-      traffic: bytes both ways.
-      upload_bytes: bytes of one site's upload, the largest.
-      payload_bytes: bytes of its plain 32-bit vector.
+      update: mean update, each entry over the members that train it, float64 (upload_size,); see
+        `JobManifest.upload_layout`.
+      members: names of the sites whose updates are in the sum.
+      threshold: members needed to open the sum.
+      refused: sites that left the round, with stage and reason.
+      faulty: sites whose released share did not fit the others'; the sum was opened without their shares.
+      traffic: bytes in both directions.
+      upload_bytes: bytes of the largest upload of a site.
+      payload_bytes: bytes of an upload's plain 32-bit vector.
       individuals: each member's update, float64 (n, upload_size); None under secure aggregation.
     """
 
@@ -81,12 +82,12 @@ def run_round(
 
     Args:
       manifest: the job.
-      plan: this round.
+      plan: plan of this round.
       adapter: adapter to train from, float32 (d,).
-      exchange: the transport.
-      on_ledger: told the newest entry of a site's privacy ledger, None where it keeps none, as soon as its upload is
-        here and whatever becomes of the round.
-      refresh: the emulator's biases that moved since the package was shipped, see `codec.TrainRequest`.
+      exchange: exchange with the sites.
+      on_ledger: called with (site, newest entry of its privacy ledger, or None without a ledger) as soon as the site's
+        upload has arrived, whatever becomes of the round.
+      refresh: the emulator's biases that moved since the package was built, see `codec.TrainRequest`.
 
     Raises:
       TooFewSurvivors: fewer sites than the threshold got through; no sum exists and no update was learnt.
@@ -98,39 +99,39 @@ def run_round(
     ready = talk.ask("train", dict.fromkeys(plan.cohort, request), codec.TrainReply)
     talk.enough(ready, manifest.n_min, "train")
 
-    # only those who finished are invited to what follows
+    # only sites that finished training are invited to the rest
     start = adapter_digest(adapter, refresh)
     opening = codec.KeysRequest(plan.number, plan.sequence, plan.nonce, start, invited=tuple(sorted(ready)))
-    if manifest.aggregation.individuals:
-        return _plaintext_round(manifest, opening, plan.secret, talk, on_ledger)
-    return _secure_round(manifest, opening, talk, on_ledger)
+    if manifest.aggregation.secure_aggregation:
+        return _secure_round(manifest, opening, talk, on_ledger)
+    return _plaintext_round(manifest, opening, plan.secret, talk, on_ledger)
 
 
 def _secure_round(
     manifest: JobManifest, opening: codec.KeysRequest, talk: Conversation, on_ledger: OnLedger
 ) -> RoundResult:
-    """Adds the updates up so that only their sum is learnt."""
-    # 2 keys: the late roster
-    terms = terms_of(manifest, opening)
+    """Adds the updates up so that the coordinator learns only their sum."""
+    # 2 keys: the roster is formed only now, of sites that finished training
+    terms = secagg_params(manifest, opening)
     collector = Collector(terms)
     keys = talk.ask("keys", dict.fromkeys(opening.invited, opening), codec.SignedBatch)
     _collect(talk, "keys", keys, collector.add_keys)
-    talk.enough(talk.alive(keys), terms.fewest, "keys")
+    talk.enough(talk.alive(keys), terms.min_sites, "keys")
 
     # 3 shares: every member seals shares of its two secrets to its peers
-    roster = _batch(collector.roster())
+    roster = codec.SignedBatch(tuple(collector.roster()))
     sealed = talk.ask("shares", dict.fromkeys(talk.alive(keys), roster), codec.SignedBatch)
     _collect(talk, "shares", sealed, collector.add_shares)
-    talk.enough(talk.alive(sealed), terms.fewest, "shares")
+    talk.enough(talk.alive(sealed), terms.min_sites, "shares")
 
     # 4 masked: the update leaves the site, hidden; from here on it is spent
-    inboxes = {site: _batch(collector.inbox(site)) for site in talk.alive(sealed)}
+    inboxes = {site: codec.SignedBatch(tuple(collector.inbox(site))) for site in talk.alive(sealed)}
     uploads = talk.ask("masked", inboxes, codec.MaskedReply)
     upload_bytes = max((len(codec.encode(reply)) for reply in uploads.values()), default=0)
     for site, reply in uploads.items():
         on_ledger(site, reply.ledger)
-        talk.guard(site, "masked", partial(collector.add_masked, _signed(reply.commitment), reply.vector))
-    talk.enough(talk.alive(uploads), terms.fewest, "masked")
+        talk.guard(site, "masked", partial(collector.add_masked, reply.commitment, reply.vector))
+    talk.enough(talk.alive(uploads), terms.min_sites, "masked")
 
     # 5 survivors: all sign one list, so that no two cohorts can be opened
     announcement = codec.Announcement(collector.announcement())
@@ -138,8 +139,8 @@ def _secure_round(
     _collect(talk, "survivors", agreed, collector.add_survivors)
     talk.enough(talk.alive(agreed), terms.threshold, "survivors")
 
-    # 6 unmask: one share per peer, of one kind
-    signatures = _batch(collector.signatures())
+    # 6 unmask: each site releases one share per peer, of one kind
+    signatures = codec.SignedBatch(tuple(collector.signatures()))
     shares = talk.ask("unmask", dict.fromkeys(talk.alive(agreed), signatures), codec.SignedBatch)
     _collect(talk, "unmask", shares, collector.add_unmask)
     talk.enough(talk.alive(shares), terms.threshold, "unmask")
@@ -160,13 +161,13 @@ def _secure_round(
 def _plaintext_round(
     manifest: JobManifest, opening: codec.KeysRequest, secret: bytes, talk: Conversation, on_ledger: OnLedger
 ) -> RoundResult:
-    """Takes each site's update as it is, where the job says so and every owner has permitted it."""
-    found = individual_updates(manifest, opening, secret, talk)
-    for site, reply in found.replies.items():
+    """Takes each site's update unmasked, where the job says so and every owner has permitted it."""
+    received = plaintext_updates(manifest, opening, secret, talk)
+    for site, reply in received.replies.items():
         on_ledger(site, reply.ledger)
-    members = tuple(sorted(found.updates))
+    members = tuple(sorted(received.updates))
     talk.enough(members, manifest.n_min, "update")
-    updates = np.stack([found.updates[site].astype(np.float64) for site in members])
+    updates = np.stack([received.updates[site].astype(np.float64) for site in members])
     return RoundResult(
         update=mean_of(manifest, opening.round, updates.sum(axis=0), members),
         members=members,
@@ -174,19 +175,19 @@ def _plaintext_round(
         refused=tuple(talk.refused),
         faulty=(),
         traffic=talk.traffic,
-        upload_bytes=max(len(codec.encode(reply)) for reply in found.replies.values()),
+        upload_bytes=max(len(codec.encode(reply)) for reply in received.replies.values()),
         payload_bytes=4 * manifest.upload_size(opening.round),
         individuals=updates,
     )
 
 
-def tell_abort(exchange: Exchange, cohort: tuple[str, ...], reason: str) -> None:
-    """Tells a cohort that its round was given up, so that nobody waits for it; answers are of no interest."""
+def send_abort(exchange: Exchange, cohort: tuple[str, ...], reason: str) -> None:
+    """Sends a cohort the notice that its round was given up, so that no site waits for it; answers do not matter."""
     Conversation(exchange).ask("abort", dict.fromkeys(cohort, codec.Notice("abort", reason)), codec.Notice)
 
 
 def _sum(collector: Collector) -> Sum:
-    """Opens the sum; a site that cheated so that it does not open costs the attempt, not the job."""
+    """Opens the sum; a site that cheats so that the sum does not open costs the attempt, not the job."""
     try:
         return collector.sum()
     except (ProtocolViolation, RangeError) as error:
@@ -196,17 +197,9 @@ def _sum(collector: Collector) -> Sum:
 def _collect(
     talk: Conversation, stage: str, answers: dict[str, codec.SignedBatch], add: Callable[[Signed], None]
 ) -> None:
-    """Hands each site's one message to the collector; a site with none or more of them is out of the round."""
+    """Hands each site's message to the collector; a site with no message or several is out of the round."""
     for site, batch in answers.items():
         if len(batch.messages) != 1:
             talk.drop(site, stage, f"messages={len(batch.messages)}: a site sends one")
             continue
-        talk.guard(site, stage, partial(add, _signed(batch.messages[0])))
-
-
-def _signed(message: codec.SignedBytes) -> Signed:
-    return Signed(message.sender, message.body, message.signature)
-
-
-def _batch(messages: list[Signed]) -> codec.SignedBatch:
-    return codec.SignedBatch(tuple(codec.SignedBytes(m.sender, m.body, m.signature) for m in messages))
+        talk.guard(site, stage, partial(add, batch.messages[0]))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 
@@ -13,17 +12,29 @@ from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, Aggr
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.round_record import Dropped, RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.rounds.attempt import Attempt, Attempts
 from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
 from offsite.coordinator.rounds.exchange import Exchange
-from offsite.coordinator.rounds.plug_in import PlugIn, corrected, plainly
-from offsite.coordinator.rounds.round import OnLedger, RoundResult, run_round, tell_abort
+from offsite.coordinator.rounds.plug_in_choice import PlugIn, corrected, plainly
+from offsite.coordinator.rounds.round import OnLedger, RoundResult, run_round, send_abort
 from offsite.emulator.runtime.correction import correctable
 from offsite.emulator.runtime.plug_in import plug, take
 from offsite.emulator.runtime.refresh_state import size_of
 from offsite.errors import ConfigError, TooFewSurvivors, lookup
 from offsite.protos.upload import scatter_uploaded
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Verdict of the acceptance test; the fields are those of `RoundRecord`."""
+
+    accepted: bool
+    reason: str
+    scale: float
+    correction: float
+    public_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class TrainingLoop:
     def run(
         self,
         exchange: Exchange,
-        on_round: Callable[[dict[str, Any]], None],
+        on_round: Callable[[RoundRecord], None],
         cohort: Callable[[], tuple[str, ...]] | None = None,
         farewell: Exchange | None = None,
     ) -> Progress:
@@ -108,18 +119,18 @@ class TrainingLoop:
         """
         progress = self.start()
         manifest = self.job.manifest
-        everyone = tuple(site for site, _ in manifest.roster)
+        everyone = manifest.sites
         for number in range(progress.round + 1, manifest.rounds + 1):
             open_attempt = partial(self.attempts.open, number, cohort or (lambda: everyone), exchange)
-            progress, line = self._round(progress, open_attempt, farewell or exchange)
-            self.store.save(progress, line)
+            progress, record = self._round(progress, open_attempt, farewell or exchange)
+            self.store.save(progress, record)
             self.attempts.close()
-            on_round(line)
+            on_round(record)
         return progress
 
     def _round(
         self, progress: Progress, open_attempt: Callable[[], Attempt], farewell: Exchange
-    ) -> tuple[Progress, dict[str, Any]]:
+    ) -> tuple[Progress, RoundRecord]:
         """Tries a round until it has a sum; the attempt that a crash left does not count as a try."""
         failed = 0
         while True:
@@ -129,24 +140,25 @@ class TrainingLoop:
             except TooFewSurvivors as error:
                 failed += not attempt.resumed
                 self.attempts.close()
-                tell_abort(farewell, attempt.plan.cohort, str(error))
+                send_abort(farewell, attempt.plan.cohort, str(error))
                 if failed >= self.tries or self.attempts.count.spent >= self.job.manifest.releases:
                     raise
 
-    def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, dict[str, Any]]:
+    def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, RoundRecord]:
         """Runs one attempt at a round, its acceptance test, and what is due after it; nothing is stored."""
         began, number = time.monotonic(), attempt.plan.number
         manifest, server = self.job.manifest, progress.server
         result = run_round(manifest, attempt.plan, server.adapter, attempt, self.on_ledger, refresh=progress.refresh)
         after, judged = self._judge(replace(progress, round=number), self._uploads(number, result))
-        line = _line(number, result, time.monotonic() - began) | judged
+        record = _record(number, result, judged, seconds=time.monotonic() - began)
         if manifest.refresh:
             carried = size_of(progress.refresh)
-            line |= {"refresh_bytes": carried, "refresh_share": carried / self.job.emulator.facts.package_bytes}
-        if judged["accepted"] and self._refresh_due(number):
-            refresh, facts = self.shipped.refreshed(after)
-            return replace(after, refresh=refresh), line | facts
-        return after, line
+            share = carried / self.job.emulator.facts.package_bytes
+            record = replace(record, refresh_bytes=carried, refresh_share=share)
+        if judged.accepted and self._refresh_due(number):
+            refresh, trial = self.shipped.refreshed(after)
+            return replace(after, refresh=refresh), replace(record, refreshed=trial.kept, emulator_loss=trial.losses)
+        return after, record
 
     def _uploads(self, number: int, result: RoundResult) -> np.ndarray:
         """Returns what the rule is given, float64 in the adapter's layout: the mean, or each member's own."""
@@ -157,8 +169,8 @@ class TrainingLoop:
             uploads = result.individuals
         return scatter_uploaded(self.job.manifest, number, uploads)
 
-    def _judge(self, progress: Progress, uploads: np.ndarray) -> tuple[Progress, dict[str, Any]]:
-        """Returns where the job stands after as much of what was uploaded as does no harm, and what is said of it."""
+    def _judge(self, progress: Progress, uploads: np.ndarray) -> tuple[Progress, _Judged]:
+        """Returns where the job stands after as much of the uploads as does no harm, and the verdict."""
         tried: dict[float, tuple[ServerState, PlugIn]] = {}
 
         def loss_at(scale: float) -> float:
@@ -168,19 +180,14 @@ class TrainingLoop:
 
         scale, loss, verdict = take(progress.public_loss, loss_at, self.config.evaluation.tolerance)
         server, plugged = tried[scale]
-        facts = {
-            "accepted": verdict.accepted,
-            "reason": verdict.reason,
-            "scale": scale,
-            "correction": plugged.correction,
-            "public_loss": loss if np.isfinite(loss) else None,
-        }
+        known = loss if np.isfinite(loss) else None
+        judged = _Judged(verdict.accepted, verdict.reason, scale, plugged.correction, known)
         if not verdict.accepted:
-            return progress, facts
+            return progress, judged
         # compared with the best so far, so that many small steps down are not taken over one by one
         best = min(loss, progress.public_loss)
         plugged_in = replace(progress, correction=plugged.correction, corrected=plugged.corrected)
-        return replace(plugged_in, server=server, public_loss=best), facts
+        return replace(plugged_in, server=server, public_loss=best), judged
 
     def _refresh_due(self, number: int) -> bool:
         """Whether the emulator is refreshed after a round; after the last nobody trains on it."""
@@ -188,18 +195,23 @@ class TrainingLoop:
         return every > 0 and number % every == 0 and number < self.job.manifest.rounds
 
 
-def _line(number: int, result: RoundResult, seconds: float) -> dict[str, Any]:
-    return {
-        "round": number,
-        "members": list(result.members),
-        "threshold": result.threshold,
-        "dropped": [{"site": r.site, "stage": r.stage, "reason": r.reason} for r in result.refused],
-        "faulty": list(result.faulty),
-        "update_norm": float(np.linalg.norm(result.update)),
-        "bytes_down": result.traffic.down,
-        "bytes_up": result.traffic.up,
-        "upload_bytes": result.upload_bytes,
-        "payload_bytes": result.payload_bytes,
-        "individuals": result.individuals is not None,
-        "seconds": round(seconds, 3),
-    }
+def _record(number: int, result: RoundResult, judged: _Judged, *, seconds: float) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        members=tuple(result.members),
+        threshold=result.threshold,
+        dropped=tuple(Dropped(one.site, one.stage, one.reason) for one in result.refused),
+        faulty=tuple(result.faulty),
+        update_norm=float(np.linalg.norm(result.update)),
+        bytes_down=result.traffic.down,
+        bytes_up=result.traffic.up,
+        upload_bytes=result.upload_bytes,
+        payload_bytes=result.payload_bytes,
+        individuals=result.individuals is not None,
+        seconds=round(seconds, 3),
+        accepted=judged.accepted,
+        reason=judged.reason,
+        scale=judged.scale,
+        correction=judged.correction,
+        public_loss=judged.public_loss,
+    )

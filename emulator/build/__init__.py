@@ -1,1 +1,1 @@
-"""From limits or a recipe to a package."""
+"""The build: from limits or a recipe to a package."""

@@ -1,4 +1,4 @@
-"""What an emulator costs before it is built: bytes to ship, multiply-adds, and memory to train on."""
+"""The cost of an emulator before it is built: bytes to ship, multiply-adds, and memory to train on."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one emulator, or of a part of one.
+    """The cost of an emulator, or of a part of an emulator.
 
     Attributes:
-      bytes: of its weights as shipped.
+      bytes: size of the weights as shipped.
       macs: multiply-adds for each position in the middle's dense layers.
-      parameters: float32 bytes of its weights as they are loaded at a site.
+      parameters: size of the weights in bytes as a site loads them, in float32.
     """
 
     bytes: int = 0
@@ -29,23 +29,23 @@ class Cost:
     parameters: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        """Returns both together."""
+        """Returns the cost of both parts together."""
         return Cost(self.bytes + other.bytes, self.macs + other.macs, self.parameters + other.parameters)
 
     def __sub__(self, other: "Cost") -> "Cost":
-        """Returns what is left when the other is taken away."""
+        """Returns the cost without the other part."""
         return Cost(self.bytes - other.bytes, self.macs - other.macs, self.parameters - other.parameters)
 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """What an emulator may cost; None is no limit.
+    """The largest allowed cost of an emulator; None is no limit.
 
     Attributes:
-      bytes: of all tensors that are shipped.
-      memory: bytes of the emulator's weights in float32, which a site holds while it trains.
-      flops: multiply-adds of the middle over the full model's, in (0, 1].
-      leak: the largest leak, relearning included, see `emulator.rehearse`.
+      bytes: largest size of all shipped tensors.
+      memory: largest size in bytes of the emulator's weights in float32, which a site holds while it trains.
+      flops: largest multiply-adds of the middle over the full model's, in (0, 1].
+      leak: largest leak, relearning included, see `evaluation.rehearse.Rehearsal`.
     """
 
     bytes: int | None = None
@@ -54,7 +54,7 @@ class SizeLimits:
     leak: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses limits that nothing meets."""
+        """Refuses limits that no emulator meets."""
         for name in ("bytes", "memory", "flops"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -63,28 +63,33 @@ class SizeLimits:
             raise ConfigError(f"max_flops={self.flops}: it is a share of the full model's middle, at most 1; write 0.5")
 
     def excess(self, cost: Cost, full_macs: int) -> dict[str, float]:
-        """Returns by how much each limit is exceeded, in its own unit; nothing where all are kept."""
-        found = {
+        """Returns by how much each limit is exceeded, in the limit's unit; {} if all limits are kept."""
+        over = {
             "bytes": cost.bytes - self.bytes if self.bytes is not None else 0,
             "parameters": cost.parameters - self.memory if self.memory is not None else 0,
             "macs": cost.macs - self.flops * full_macs if self.flops is not None else 0,
         }
-        return {name: float(value) for name, value in found.items() if value > 0}
+        return {name: float(value) for name, value in over.items() if value > 0}
 
 
-def span_cost(span: DraftSegment) -> Cost:
-    """Returns the cost of one stretch; its unchanged tensors are stored in the narrowest dtype that holds them."""
+def segment_cost(draft: DraftSegment) -> Cost:
+    """Returns the cost of one segment; unchanged tensors are stored in the narrowest dtype that holds them."""
     total = Cost()
-    for path, block in span.blocks.items():
-        own = path != span.stretch.head or span.stretch.owner is None
+    for path, block in draft.blocks.items():
+        own = path != draft.segment.head or draft.segment.owner is None
         total += Cost(0, macs(block), 0)
         for name, tensor in block.state_dict(prefix=f"{path}.").items():
-            total += Cost(_bytes(span, name, tensor) if own else 0, 0, FLOAT32 * tensor.numel() if own else 0)
+            total += Cost(_bytes(draft, name, tensor) if own else 0, 0, FLOAT32 * tensor.numel() if own else 0)
     return total
 
 
 def outside_cost(middle: Middle, embedding: str) -> Cost:
-    """Returns the cost of everything but the middle."""
+    """Returns the cost of all of an emulator but the middle.
+
+    Args:
+      middle: the full model's middle.
+      embedding: storage of the input embedding and the head, as in `write_package`.
+    """
     model = middle.source.model
     chosen = embedding_storage(model, embedding)
     tower = tuple(f"{path}." for path in middle.tower)
@@ -109,14 +114,14 @@ def full_macs(middle: Middle) -> int:
     return sum(macs(middle.source.model.get_submodule(path)) for path in middle.blocks)
 
 
-def _bytes(span: DraftSegment, name: str, tensor: Tensor) -> int:
-    how = span.storage.get(name)
+def _bytes(draft: DraftSegment, name: str, tensor: Tensor) -> int:
+    how = draft.storage.get(name)
     if how == SPARSE:
         return int(2 * (tensor != 0).sum()) + (tensor.numel() + 7) // 8
     scheme = parse(how) if how else None
     if scheme:
         return scheme.stored_bytes(tuple(tensor.shape))
-    return 2 * tensor.numel() if name in span.changed else _verbatim_bytes(tensor)
+    return 2 * tensor.numel() if name in draft.changed else _verbatim_bytes(tensor)
 
 
 def _verbatim_bytes(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""From limits to a package: candidates are searched, the best is built, and what fails the gate is not shipped."""
+"""From limits to a package: searches candidates, builds the best, and refuses a package that fails the gate."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from offsite.adapter.methods import frozen_count, needs_public_data
 from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.build.cost import Cost, SizeLimits
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.build.search import Candidate, Search
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.public_examples import PublicExamples
@@ -31,18 +31,19 @@ SKETCH, SKETCH_GRADIENTS = 32, 4
 
 @dataclass(frozen=True)
 class Order:
-    """What an emulator is to be.
+    """The wanted emulator.
 
     Attributes:
-      first, last: blocks shipped verbatim at both ends.
-      shape: "sandwich", "parallel" or "auto", which takes the one whose gradients turn less.
-      recipe: how it is made; () lets the limits decide.
-      limits: what it may cost and give away.
+      first: number of blocks shipped verbatim at the input end.
+      last: number of blocks shipped verbatim at the output end.
+      shape: "sandwich", "parallel", or "auto" for the shape whose gradients turn less.
+      recipe: compressors of the middle, in order; () lets the limits decide.
+      limits: largest cost and largest leak.
       embedding: storage of the embedding tables.
-      adapter: what will be trained; its slots are filled in.
-      gate: least cosine of the adapter's gradients.
-      rehearse: whether the exchange is rehearsed on public records; always so where the leak is limited.
-      relearn: tokens on which an attacker tunes all weights in a rehearsal.
+      adapter: spec of the adapter that will be trained; the build fills in its slots.
+      gate: smallest cosine of the adapter's gradients, in -1..1.
+      rehearse: True to rehearse the exchange on public records; a limit on the leak always does.
+      relearn: numbers of tokens on which an attacker tunes all weights in a rehearsal.
     """
 
     first: int = 2
@@ -59,12 +60,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Public:
-    """The coordinator's own text, by purpose; no example serves two.
+    """The coordinator's own text, by purpose; no example serves two purposes.
 
     Attributes:
-      calibration: what compressors are fitted to.
-      gate: what gradients are compared on; on the text of the fits they would look better than they are.
-      text: for rehearsals.
+      calibration: examples that compressors are fitted to.
+      gate: examples on which gradients are compared; on the text of the fits they would look better than they are.
+      text: examples for rehearsals.
     """
 
     calibration: PublicExamples
@@ -72,11 +73,11 @@ class Public:
     text: Text
 
     def functions(self) -> Calibration:
-        """Returns what compressors call."""
+        """Returns the functions that compressors call."""
         return Calibration(self.calibration.run, self.gate.losses)
 
     def sketch(self) -> Calibration:
-        """Returns what a search calls, hundreds of times: a few of the same examples, enough to rank by."""
+        """Returns the functions that a search calls hundreds of times: a few of the examples suffice for a ranking."""
         few = self.calibration.examples.select(range(min(SKETCH, len(self.calibration.examples))))
         return Calibration(
             replace(self.calibration, examples=few).run, replace(self.gate, gradients=SKETCH_GRADIENTS).losses
@@ -85,15 +86,15 @@ class Public:
 
 @dataclass(frozen=True)
 class Built:
-    """A package that passed, and what was found out about it.
+    """A package that passed the gate, and the facts measured on the way.
 
     Attributes:
-      manifest: of the package.
-      candidates: what was considered; () where a recipe was given.
-      cosine: of the adapter's gradients through emulator and full model.
-      losses: public loss of the full model and of the emulator, nats per token.
-      similarity: by block, cosine of what leaves it in the emulator and in the full model.
-      rehearsal: on public records, where one was asked for.
+      manifest: the package's manifest.
+      candidates: candidates of the search; () if the order had a recipe.
+      cosine: cosine of the adapter's gradients through emulator and full model, in -1..1.
+      losses: public loss of the full model ("full") and of the emulator ("emulator"), nats per token.
+      similarity: cosine of each block's outputs in the emulator and in the full model, by path.
+      rehearsal: rehearsal on public records; None if the order asked for none.
     """
 
     manifest: Manifest
@@ -122,27 +123,27 @@ class Built:
             "rehearsal": self.rehearsal.to_dict() if self.rehearsal else None,
             "candidates": [
                 {
-                    "recipe": list(one.recipe),
-                    "bytes": one.cost.bytes,
-                    "flops": one.flops,
-                    "cosine": 1 - one.damage,
-                    "fits": one.fits,
+                    "recipe": list(candidate.recipe),
+                    "bytes": candidate.cost.bytes,
+                    "flops": candidate.flops,
+                    "cosine": 1 - candidate.damage,
+                    "fits": candidate.fits,
                 }
-                for one in self.candidates
+                for candidate in self.candidates
             ],
         }
 
 
 @dataclass
 class BuildPipeline:
-    """One model, one order.
+    """Builds the emulator of one model for one order.
 
     Attributes:
-      source: of the full model.
-      order: what the emulator is to be.
+      source: the full model.
+      order: the wanted emulator.
       public: the coordinator's own text.
-      tokenizer: the model's folder, whose tokenizer files go into the package.
-      on_step: told what is being done.
+      tokenizer: folder with the tokenizer files of the package; None for a package without a tokenizer.
+      on_step: function that takes one line about each step, for a display.
     """
 
     source: Source
@@ -153,16 +154,16 @@ class BuildPipeline:
     _reference: Reference | None = None
 
     def build(self, directory: Path) -> Built:
-        """Writes the package and returns its report; where it is refused, nothing is left in the folder.
+        """Writes the package and returns its report; a refused package leaves no folder behind.
 
         Raises:
           ConfigError: the limits cannot be met, the gradients point elsewhere, or every candidate gives too much away.
-          OffsiteError: see `emulator.build`.
+          OffsiteError: the package cannot be written, as for `write_package`.
         """
         if frozen_count(self.order.adapter) or needs_public_data(self.order.adapter):
             raise ConfigError(
-                f"method={self.order.adapter.method!r}: needs given tensors, which only a job has; name it in a "
-                "federation file, or build for another method"
+                f"method={self.order.adapter.method!r}: needs auxiliary tensors, which only a job has; name the "
+                "method in a federation file, or build for another method"
             )
         refusal: ConfigError | None = None
         for geometry, recipe, candidates in self._choices():
@@ -174,22 +175,23 @@ class BuildPipeline:
         raise ConfigError(str(refusal))
 
     def _choices(self) -> Iterator[tuple[Geometry, tuple[str, ...], list[Candidate]]]:
-        """Yields what to build, best first; more than one only where the leak is limited."""
+        """Yields geometry, recipe and candidates to build, best first; several only if the leak is limited."""
         order = self.order
         shapes = (SANDWICH, PARALLEL) if order.shape == AUTO else (order.shape,)
         geometries = [Geometry.of(self.source.model, order.first, order.last, shape) for shape in shapes]
         if order.recipe:
             yield geometries[0], order.recipe, []
             return
-        found: list[tuple[Geometry, Candidate]] = []
+        pairs: list[tuple[Geometry, Candidate]] = []
         for geometry in geometries:
             self.on_step(f"search a {geometry.shape} emulator")
             middle = Middle(self.source, geometry, self.public.sketch())
-            found += [(geometry, one) for one in Search(middle, order.limits, order.embedding, self.on_step).run()]
-        considered = [one for _, one in found]
-        fitting = sorted((pair for pair in found if pair[1].fits), key=lambda pair: pair[1].damage)
-        for geometry, one in fitting if order.limits.leak is not None else fitting[:1]:
-            yield geometry, one.recipe, considered
+            search = Search(middle, order.limits, order.embedding, self.on_step)
+            pairs += [(geometry, candidate) for candidate in search.run()]
+        considered = [candidate for _, candidate in pairs]
+        fitting = sorted((pair for pair in pairs if pair[1].fits), key=lambda pair: pair[1].damage)
+        for geometry, candidate in fitting if order.limits.leak is not None else fitting[:1]:
+            yield geometry, candidate.recipe, considered
 
     def _try(
         self, geometry: Geometry, recipe: tuple[str, ...], candidates: tuple[Candidate, ...], directory: Path
@@ -198,9 +200,7 @@ class BuildPipeline:
         self.on_step(f"build {' '.join(recipe) or 'the whole model'}")
         manifest = write_package(
             self.source,
-            geometry,
-            recipe,
-            order.embedding,
+            EmulatorDesign(geometry, recipe, order.embedding),
             public.functions(),
             directory,
             tokenizer=self.tokenizer,
@@ -237,21 +237,21 @@ class BuildPipeline:
             self.on_step("rehearse: train the adapter on public records, in the full model and on the emulator")
             if self._reference is None:
                 self._reference = reference(model, lesson, self.public.text)
-            found = rehearse(model, emulator, lesson, self.public.text, self._reference, relearn=order.relearn)
-        if order.limits.leak is not None and found.worst_leak > order.limits.leak:
+            rehearsal = rehearse(model, emulator, lesson, self.public.text, self._reference, relearn=order.relearn)
+        if order.limits.leak is not None and rehearsal.worst_leak > order.limits.leak:
             raise _TooLeaky(
-                f"max_leak={order.limits.leak:g}: this emulator gives away {found.worst_leak:.2f} of what the slots "
-                "gain; allow more, or ship less: a lower max_flops or max_bytes"
+                f"max_leak={order.limits.leak:g}: this emulator gives away {rehearsal.worst_leak:.2f} of what the "
+                "slots gain; allow more, or ship less: a lower max_flops or max_bytes"
             )
-        return found
+        return rehearsal
 
 
 class _TooLeaky(ConfigError):
-    """A candidate gives too much away; the next may not."""
+    """A candidate gives too much away; the next candidate may give less."""
 
 
 def _check_limits(manifest: Manifest, limits: SizeLimits) -> None:
-    """Holds a finished package against its limits, whose estimate came before."""
+    """Refuses a finished package that exceeds its limits; the search only estimated them."""
     cost = Cost(manifest.payload_bytes, manifest.middle_macs, 0)
     if excess := replace(limits, memory=None).excess(cost, manifest.middle_full_macs):
         name = next(iter(excess))

@@ -1,7 +1,7 @@
-"""A recipe for given limits: each block becomes narrower, is stored in fewer bits or goes, least damage first.
+"""Searches a recipe for given limits: each block becomes narrower, has fewer bits or goes, least damage first.
 
-The measure is the slots' gradient through the emulator against the one through the full model, on public text; the
-order is by what is lost for what is saved, and a step is taken only as it was measured in the present state (the
+The measure is the slots' gradient through the emulator against the gradient through the full model, on public text.
+Steps are ordered by damage for each unit saved, and a step is taken only if it was measured in the present state (the
 principle is GradOT's).
 """
 
@@ -14,73 +14,31 @@ from types import MappingProxyType
 
 from torch import nn
 
-from offsite.emulator.build.cost import Cost, SizeLimits, dtype_of, full_macs, outside_cost, span_cost
-from offsite.emulator.calibration.draft import DraftSegment, Station, spans
+from offsite.emulator.build.cost import Cost, SizeLimits, dtype_of, full_macs, outside_cost, segment_cost
+from offsite.emulator.build.ladder import LADDERS, SKIP, State
+from offsite.emulator.calibration.draft import DraftSegment, SegmentContext, segment_contexts
 from offsite.emulator.calibration.gradients import SlotGradients
 from offsite.emulator.calibration.middle import Middle
 from offsite.emulator.compressors import steps_of
 from offsite.emulator.package.plan import Plan, Segment
 from offsite.emulator.package.recipe import Step
-from offsite.emulator.structure.geometry import PARALLEL, SANDWICH
 from offsite.emulator.structure.identity_block import skipped
 from offsite.errors import ConfigError
 
-SKIP, REFIT = "skip", "refit"
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """What may be done to one block: a width and a storage, each from dear to cheap; left out, it needs no storage.
-
-    Widths and bits are those between which measurements on real models found a difference. With a third of the channels
-    a block of the usual proportions (attention a quarter of its work) needs just under half of the compute.
-    """
-
-    widths: tuple[tuple[str, ...], ...]
-    storages: tuple[tuple[str, ...], ...]
-
-    def states(self) -> list["State"]:
-        """Returns every state, the dearest first."""
-        return [(i, j) for i, width in enumerate(self.widths) for j in range(self._storages(width))]
-
-    def below(self, state: "State") -> list["State"]:
-        """Returns the states one step down."""
-        i, j = state
-        narrower = [(i + 1, min(j, self._storages(self.widths[i + 1]) - 1))] if i + 1 < len(self.widths) else []
-        return narrower + ([(i, j + 1)] if j + 1 < self._storages(self.widths[i]) else [])
-
-    def actions(self, state: "State") -> tuple[str, ...]:
-        """Returns the compressors of a state, in order."""
-        width = self.widths[state[0]]
-        return width if width == (SKIP,) else (*width, *self.storages[state[1]])
-
-    def _storages(self, width: tuple[str, ...]) -> int:
-        return 1 if width == (SKIP,) else len(self.storages)
-
-
-State = tuple[int, int]
-LADDERS = {
-    SANDWICH: Ladder(
-        widths=((), ("narrow:0.5",), ("narrow:0.33",), ("narrow:0.2",), (SKIP,)),
-        storages=(("int8:128",), ("gptq4:64",)),
-    ),
-    PARALLEL: Ladder(
-        widths=((),), storages=(("int8:128",), ("gptq4:32/6",), ("gptq4:128",), ("gptq3:32/6",), ("gptq3:128",))
-    ),
-}
-REPORT = 8
+REFIT = "refit"
+REPORT = 8  # steps of the descent between two lines of progress
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An emulator that was considered.
+    """An emulator that the search considered.
 
     Attributes:
-      recipe: how it is made.
-      cost: of the whole emulator.
-      flops: multiply-adds of its middle over the full model's.
+      recipe: compressors of the emulator, in order.
+      cost: cost of the whole emulator.
+      flops: multiply-adds of the emulator's middle over the full model's.
       damage: 1 - cosine of the slots' gradients, with every block compressed by itself; 0 for the full model.
-      fits: whether it keeps to the limits on bytes, memory and compute.
+      fits: True if the emulator keeps to the limits on bytes, memory and compute.
     """
 
     recipe: tuple[str, ...]
@@ -91,15 +49,16 @@ class Candidate:
 
 
 @dataclass(order=True)
-class _Offer:
+class _NextStep:
     """The next step of one block.
 
     Attributes:
-      rank: damage for what is saved; the least is taken first.
-      path: of the block.
-      start, end: before the step and after it.
-      after: the damage with it, as it was measured last.
-      seen: how many steps had been taken then; None where it was not.
+      rank: damage for each unit saved; the smallest rank is taken first.
+      path: path of the block.
+      start: state of the block before the step.
+      end: state of the block after the step.
+      after: damage with the step, as it was measured last.
+      seen: number of steps that had been taken at that measurement; None before the first.
     """
 
     rank: float
@@ -112,7 +71,7 @@ class _Offer:
 
 @dataclass
 class _Rung:
-    """One block in one state."""
+    """One block in one state: its cost and its module."""
 
     cost: Cost
     block: nn.Module
@@ -120,13 +79,13 @@ class _Rung:
 
 @dataclass
 class Search:
-    """The state of one search.
+    """One search for a recipe, with its state.
 
     Attributes:
-      middle: of the model, with public examples and losses.
-      limits: on bytes, memory and compute.
+      middle: the full model's middle, with public examples and losses.
+      limits: limits on bytes, memory and compute.
       embedding: storage of the embedding tables.
-      on_step: told what is being done.
+      on_step: function that takes one line about each step, for a display.
     """
 
     middle: Middle
@@ -137,7 +96,7 @@ class Search:
     _at: dict[str, State] = field(default_factory=dict)
 
     def run(self) -> list[Candidate]:
-        """Returns the candidates in the order in which they were found; the last one fits.
+        """Returns the candidates in the order in which they were found; the last candidate fits.
 
         Raises:
           ConfigError: the limits cannot be met, however far each block is compressed.
@@ -150,16 +109,18 @@ class Search:
         self._prepare()
         self._check_possible()
         self._gradients = SlotGradients(self.middle)
-        found = [self._uniform(state) for state in states]
-        found.append(self._descend(self._start(states)))
-        return found
+        candidates = [self._uniform(state) for state in states]
+        candidates.append(self._descend(self._start(states)))
+        return candidates
 
     def _prepare(self) -> None:
-        """Compresses each block by itself, as if what reaches it and what it must give were the full model's."""
+        """Compresses each block in every state by itself, with the full model's inputs and outputs."""
         model, ladder = self.middle.source.model, self._ladder
         dtype = dtype_of(model)
-        for station in spans(self.middle, Plan.whole(self.middle.blocks, apart=self.middle.apart), public=True):
-            path = str(station.span.stretch.head)
+        for context in segment_contexts(
+            self.middle, Plan.whole(self.middle.blocks, apart=self.middle.apart), public=True
+        ):
+            path = str(context.draft.segment.head)
             rungs = self._rungs[path] = {}
             for i, width in enumerate(ladder.widths):
                 if width == (SKIP,):
@@ -167,16 +128,17 @@ class Search:
                         form = self.middle.stream.forms[path]
                         rungs[i, 0] = _Rung(Cost(), skipped(model.get_submodule(path), form))
                     continue
-                narrowed = _copy(station, width)
+                narrowed = _copy(context, width)
                 for j, storage in enumerate(ladder.storages):
-                    span = _copy(narrowed, storage).span
-                    rungs[i, j] = _Rung(span_cost(span), span.blocks[path].to(dtype))
+                    draft = _copy(narrowed, storage).draft
+                    rungs[i, j] = _Rung(segment_cost(draft), draft.blocks[path].to(dtype))
 
     def _start(self, states: list[State]) -> dict[str, State]:
-        """Returns the uniform state, brought as near to the limits as one that does not keep them can be.
+        """Returns the uniform state that exceeds the limits least.
 
-        From there a few steps are left, where there are fifty from the top of the ladder, each with its measurements.
-        On a model of 30 blocks that descent, with prices up to eight steps old, ended far below the uniform states.
+        From this state a few steps are left; from the top of the ladder there are fifty, each with its measurements.
+        On a model of 30 blocks a descent from the top, with measurements up to eight steps old, ended far below the
+        uniform states.
         """
         near: tuple[float, dict[str, State]] = (math.inf, dict.fromkeys(self._rungs, (0, 0)))
         for state in states:
@@ -191,51 +153,51 @@ class Search:
         """Takes single steps until every limit is kept."""
         self._at = dict(start)
         damage = self._damage()
-        queue: list[_Offer] = []
+        queue: list[_NextStep] = []
         for path in self._rungs:
-            self._offer(queue, path)
+            self._push_steps(queue, path)
         taken = 0
         while queue and (excess := self._excess()):
-            offer = heapq.heappop(queue)
-            saved = self._saved(offer, excess)
-            if offer.start != self._at[offer.path] or saved <= 0:
+            step = heapq.heappop(queue)
+            saved = self._saved(step, excess)
+            if step.start != self._at[step.path] or saved <= 0:
                 continue
-            if offer.seen != taken:
-                after = self._damage({offer.path: self._rungs[offer.path][offer.end].block})
+            if step.seen != taken:
+                after = self._damage({step.path: self._rungs[step.path][step.end].block})
                 rank = max(after - damage, 0.0) / saved
-                heapq.heappush(queue, replace(offer, rank=rank, after=after, seen=taken))
+                heapq.heappush(queue, replace(step, rank=rank, after=after, seen=taken))
                 continue
-            self._at[offer.path] = offer.end
-            self._offer(queue, offer.path)
+            self._at[step.path] = step.end
+            self._push_steps(queue, step.path)
             taken += 1
-            damage = offer.after
+            damage = step.after
             if taken % REPORT == 0:
                 self.on_step(f"{taken} steps, cosine {1 - damage:.3f}, {self._cost().bytes / 1e6:.0f} MB")
         return self._candidate(damage)
 
-    def _offer(self, queue: list[_Offer], path: str) -> None:
-        """Puts the next steps of a block into the queue, to be measured when they come to its head."""
+    def _push_steps(self, queue: list[_NextStep], path: str) -> None:
+        """Puts the next steps of a block into the queue; a step is measured when it comes to the head."""
         for state in self._ladder.below(self._at[path]):
             if state in self._rungs[path]:
-                heapq.heappush(queue, _Offer(0.0, path, self._at[path], state))
+                heapq.heappush(queue, _NextStep(0.0, path, self._at[path], state))
 
     def _uniform(self, state: State) -> Candidate:
-        """Returns the candidate in which each block is in one state, as far as it can be, for the table."""
+        """Returns the candidate of `_spread`, for the report's table."""
         self._spread(state)
         return self._candidate(self._damage())
 
     def _spread(self, state: State) -> None:
-        """Puts each block into one state, as far as it can be."""
+        """Puts each block into one state; a block without that state gets its cheapest."""
         self._at = {path: state if state in rungs else max(rungs) for path, rungs in self._rungs.items()}
 
     def _damage(self, others: Mapping[str, nn.Module] = MappingProxyType({})) -> float:
-        """Returns the damage of the present state, with others in the place of some blocks."""
+        """Returns the damage of the present state, with other modules in the places of some blocks."""
         blocks = {path: rungs[self._at[path]].block for path, rungs in self._rungs.items()}
         return self._gradients.damage_of({**blocks, **others})
 
-    def _saved(self, offer: _Offer, excess: dict[str, float]) -> float:
-        """Returns how much of what is too much a step saves, summed over the limits; 0 for a step that is no help."""
-        saving = self._rungs[offer.path][offer.start].cost - self._rungs[offer.path][offer.end].cost
+    def _saved(self, step: _NextStep, excess: dict[str, float]) -> float:
+        """Returns the share of the excess that a step saves, summed over the limits; 0 for a step that saves none."""
+        saving = self._rungs[step.path][step.start].cost - self._rungs[step.path][step.end].cost
         return sum(min(getattr(saving, name) / over, 1.0) for name, over in excess.items())
 
     def _cost(self) -> Cost:
@@ -250,13 +212,13 @@ class Search:
         return Candidate(self._recipe(), cost, flops, damage, not self._excess())
 
     def _recipe(self) -> tuple[str, ...]:
-        """Returns the actions of all blocks as one recipe: what selects first, then what rewrites."""
+        """Returns the actions of all blocks as one recipe: selecting steps first, then rewriting steps."""
         places: dict[str, set[int]] = {}
         for path, at in self._at.items():
             for text in self._ladder.actions(at):
                 places.setdefault(text, set()).add(self.middle.place(path))
         if SKIP in places:
-            # What stays does the work of what is gone, as far as it can.
+            # Blocks that stay do the work of the left-out blocks, as far as they can.
             places[REFIT] = {place for text, some in places.items() if text != SKIP for place in some}
         steps = [Step.parse(text) for text in sorted(places, key=_rank) if places[text]]
         return tuple(str(Step(s.name, s.argument, frozenset(places[str(s)]))) for s in steps)
@@ -273,20 +235,20 @@ class Search:
 
 
 def _rank(text: str) -> tuple[int, str]:
-    """Returns the order of steps: what selects, what changes a block, what fits it again, what rounds it."""
+    """Returns the place of a step in a recipe: selection, change of a block, fit of a block, rounding."""
     if text in (SKIP, REFIT):
         return (0 if text == SKIP else 2), text
     return (3 if text.startswith(("gptq", "int")) else 1), text
 
 
-def _copy(station: Station, action: tuple[str, ...]) -> Station:
-    """Returns the stretch of one block under an action, made from a copy."""
-    old = station.span
+def _copy(context: SegmentContext, action: tuple[str, ...]) -> SegmentContext:
+    """Returns a copy of one block's segment, changed by the compressors of an action."""
+    old = context.draft
     blocks = {path: copy.deepcopy(block) for path, block in old.blocks.items()}
-    span = DraftSegment(
-        Segment(old.stretch.head, (), None), blocks, dict(old.storage), dict(old.pieces), set(old.changed)
+    draft = DraftSegment(
+        Segment(old.segment.head, (), None), blocks, dict(old.storage), dict(old.pieces), set(old.changed)
     )
-    trial = Station(station.middle, span, station.inputs, station.target)
+    trial = SegmentContext(context.middle, draft, context.inputs, context.target)
     for step, compressor in steps_of(action):
         if compressor.rewrite is None:
             raise ConfigError(f"action={step}: a ladder may hold skip and rewriting compressors only; correct it")

@@ -1,1 +1,1 @@
-"""Public examples at the middle of the full model: hidden states and gradients, block by block."""
+"""Calibration on public examples: hidden states and gradients at the middle of the full model, block by block."""

@@ -1,8 +1,8 @@
-"""An emulator while it is made: the middle stretch by stretch, each seeing what really reaches it in the emulator.
+"""An emulator in the making: the middle segment by segment, each fitted to its real inputs in the emulator.
 
-Two streams of the same public examples go side by side: what the full model makes of them, which is the target, and
-what the emulator has made of them so far, which is the input. An error of one stretch is thus seen, and made good for,
-by the next. Where other modules stand between the blocks, each block sees what reaches it in the full model instead.
+Two streams of the same public examples run side by side. The full model's hidden states are the target, and those of
+the emulator made so far are the input. So each segment sees the error of the segment before and makes up for it. If
+other modules stand between the blocks, each block sees its inputs in the full model instead.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ from offsite.emulator.structure.replacements import PATCH, build_module, spec_of
 
 @dataclass
 class DraftSegment:
-    """One stretch of the emulator's middle, its modules float32 and its own.
+    """One segment of the emulator's middle; the modules are float32 copies of the full model's.
 
     Attributes:
-      stretch: which blocks.
-      blocks: what stands at each path.
-      storage: how a tensor will be stored, by full name, where it is not verbatim.
-      pieces: its codes, where they were chosen with care and not by rounding.
-      changed: names of tensors that are not the full model's.
+      segment: paths of the blocks that run and that are left out.
+      blocks: present module at each path of the segment.
+      storage: storage of each tensor that will not be stored verbatim, by full name.
+      pieces: codes of each tensor whose codes a compressor chose, by full name.
+      changed: full names of the tensors that are no longer the full model's.
     """
 
-    stretch: Segment
+    segment: Segment
     blocks: dict[str, nn.Module]
     storage: dict[str, str] = field(default_factory=dict)
     pieces: dict[str, Quantised] = field(default_factory=dict)
@@ -44,21 +44,17 @@ class DraftSegment:
 
     @property
     def carrier(self) -> str | None:
-        """The first block that is left out, where a patch goes."""
-        return self.stretch.gone[0] if self.stretch.gone else None
+        """Path of the first left-out block, where a patch goes; None if no block is left out."""
+        return self.segment.gone[0] if self.segment.gone else None
 
     def matrices(self) -> dict[str, Tensor]:
-        """Returns the stretch's own parameters of two and more dimensions, by full name."""
-        found: dict[str, Tensor] = {}
-        for path, block in self.blocks.items():
-            if path != self.stretch.head or self.stretch.owner is None:
-                found |= {name: p for name, p in block.named_parameters(prefix=path) if p.dim() >= 2}
-        return found
+        """Returns the segment's own parameters of two and more dimensions, by full name."""
+        return {name: p for name, p in self._own_parameters() if p.dim() >= 2}
 
     def layers(self) -> dict[str, nn.Module]:
-        """Returns the dense layers of the block that runs, by full path; none where its weights are another's."""
-        head = self.stretch.head
-        if head is None or self.stretch.owner is not None:
+        """Returns the dense layers of the running block, by full path; {} if the block runs on another's weights."""
+        head = self.segment.head
+        if head is None or self.segment.owner is not None:
             return {}
         return {path: m for path, m in self.blocks[head].named_modules(prefix=head) if is_linear(m)}
 
@@ -70,20 +66,20 @@ class DraftSegment:
         raise KeyError(path)
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Puts a part in the place of a layer."""
-        block = next(one for one in self.blocks if path.startswith(f"{one}."))
+        """Puts a part in the place of the layer at a full path."""
+        block = next(block for block in self.blocks if path.startswith(f"{block}."))
         self.blocks[block].set_submodule(path[len(block) + 1 :], module)
         self.forget(path)
         self.changed |= {name for name, _ in module.named_parameters(prefix=path)}
 
     def forget(self, path: str) -> None:
-        """Drops what was decided about the storage of a layer's tensors, because the layer changed."""
+        """Drops the storage chosen for a layer's tensors, because the layer changed."""
         for table in (self.storage, self.pieces):
             for name in [name for name in table if name.startswith(f"{path}.")]:
                 del table[name]
 
     def store(self, name: str, scheme: Scheme, quantised: Quantised) -> None:
-        """Takes codes for a tensor, and their values into the stretch, so that what follows sees them."""
+        """Takes codes for a tensor, and writes their values into the segment, so that later steps see them."""
         path, _, leaf = name.rpartition(".")
         parameter = getattr(self.module(path), leaf)
         with torch.no_grad():
@@ -92,63 +88,65 @@ class DraftSegment:
         self.changed.add(name)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Returns the stretch's own floating parameters, by full name."""
-        found: dict[str, nn.Parameter] = {}
-        for path, block in self.blocks.items():
-            if path != self.stretch.head or self.stretch.owner is None:
-                found |= {name: p for name, p in block.named_parameters(prefix=path) if p.is_floating_point()}
-        return found
+        """Returns the segment's own floating parameters, by full name."""
+        return {name: p for name, p in self._own_parameters() if p.is_floating_point()}
 
     def run(self, stream: Stream, hidden: Hidden) -> Hidden:
-        """Returns what the stretch makes of hidden states."""
+        """Returns the segment's output for hidden states, one tensor for each call; without gradients."""
         for path in self._running():
             hidden = stream.run(self.blocks[path], path, hidden)
         return hidden
 
     def forward(self, stream: Stream, call: int, hidden: Tensor) -> Tensor:
-        """Returns what the stretch makes of the hidden states of one call, with gradients where they are enabled."""
+        """Returns the segment's output for the hidden states of one call, with gradients if they are enabled."""
         for path in self._running():
             hidden = bare(stream.calls[path][call].on(self.blocks[path], hidden))
         return hidden
 
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields name and parameter, but for a block that runs on another's weights."""
+        for path, block in self.blocks.items():
+            if path != self.segment.head or self.segment.owner is None:
+                yield from block.named_parameters(prefix=path)
+
     def _running(self) -> list[str]:
-        paths = self.stretch.paths
-        return [path for path in paths if path == self.stretch.head or PATCH in self.blocks[path]._modules]
+        paths = self.segment.paths
+        return [path for path in paths if path == self.segment.head or PATCH in self.blocks[path]._modules]
 
 
 @dataclass
-class Station:
-    """What a compressor sees of one stretch.
+class SegmentContext:
+    """One segment with the public examples at its ends, as a compressor gets it.
 
     Attributes:
-      middle: of the model.
-      span: to be changed.
-      inputs: what enters the stretch in the emulator, float32 (examples, positions, width), one for each call; empty
-        where no compressor of the recipe looks at examples.
-      target: what leaves the stretch in the full model, as `inputs`.
+      middle: the full model's middle.
+      draft: the segment, which the compressor changes.
+      inputs: hidden states that enter the segment in the emulator, float32 (examples, positions, width) for each call
+        of the model; empty if no compressor of the recipe looks at examples.
+      target: hidden states that leave the segment in the full model, in the same form as `inputs`.
     """
 
     middle: Middle
-    span: DraftSegment
+    draft: DraftSegment
     inputs: Hidden
     target: Hidden
 
     @property
     def stream(self) -> Stream:
-        """The public examples."""
+        """The stream of public examples."""
         return self.middle.stream
 
     def outputs(self) -> Hidden:
-        """Returns what leaves the stretch in the emulator, as it is now."""
-        return self.span.run(self.stream, self.inputs)
+        """Returns the present segment's outputs in the emulator, in the same form as `inputs`."""
+        return self.draft.run(self.stream, self.inputs)
 
     def observe(self, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Returns what enters each of some dense layers, float32 (positions, in), and runs the block that runs once."""
+        """Returns the inputs of some dense layers by path, float32 (positions, in), from one run of the head block."""
         return self.observe_with_outputs(layers)[0]
 
     def observe_with_outputs(self, layers: dict[str, nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns what enters each of some dense layers, and what leaves the block, (positions, width), of one run."""
-        head = self.span.stretch.head
+        """Returns the inputs of some dense layers, as `observe`, and the head block's outputs, (positions, width)."""
+        head = self.draft.segment.head
         if head is None:
             return {}, rows(self.inputs)
         seen: dict[str, list[Tensor]] = {path: [] for path in layers}
@@ -161,57 +159,57 @@ class Station:
 
         handles = [watch(path) for path in layers]
         try:
-            after = self.stream.run(self.span.blocks[head], head, self.inputs)
+            after = self.stream.run(self.draft.blocks[head], head, self.inputs)
         finally:
             for handle in handles:
                 handle.remove()
         return {path: torch.cat(parts) for path, parts in seen.items() if parts}, rows(after)
 
 
-def spans(middle: Middle, plan: Plan, *, public: bool) -> Iterator[Station]:
-    """Yields the stretches of a plan in order, each to be changed before the next is asked for.
+def segment_contexts(middle: Middle, plan: Plan, *, public: bool) -> Iterator[SegmentContext]:
+    """Yields the segments of a plan in order; each must be changed before the next is asked for.
 
     Args:
-      middle: of the model.
-      plan: which blocks stay.
-      public: whether public examples go along; without them a station has no inputs and no target.
+      middle: the full model's middle.
+      plan: plan of the blocks that stay, are left out, or share weights.
+      public: True to run public examples along; else a context has no inputs and no target.
     """
     teacher = _entry(middle) if public else None
     emulated = teacher
-    made: dict[str, nn.Module] = {}
-    for stretch in plan.spans():
-        forms = middle.stream.forms if stretch.gone else {}
+    owners: dict[str, nn.Module] = {}
+    for segment in plan.segments():
+        forms = middle.stream.forms if segment.gone else {}
         blocks: dict[str, nn.Module] = {}
-        for path in stretch.paths:
+        for path in segment.paths:
             with middle.source.open(path) as block:
-                if path == stretch.head:
+                if path == segment.head:
                     blocks[path] = private(block)
                 else:
                     blocks[path] = skipped(block, forms[path])
                 if teacher is not None and emulated is not None:
-                    teacher, emulated = (middle.stream.entering(path, one) for one in (teacher, emulated))
+                    teacher, emulated = (middle.stream.entering(path, states) for states in (teacher, emulated))
                     teacher = middle.stream.run(private(block), path, teacher)
-        if stretch.owner and stretch.head:
-            share_parts(blocks[stretch.head], made[stretch.owner])
-            tie_weights(blocks[stretch.head], made[stretch.owner], stretch.head)
-        station = Station(middle, DraftSegment(stretch, blocks), emulated or [], teacher or [])
-        yield station
-        if stretch.head and stretch.head in plan.shared.values():
-            made[stretch.head] = blocks[stretch.head]
+        if segment.owner and segment.head:
+            share_parts(blocks[segment.head], owners[segment.owner])
+            tie_weights(blocks[segment.head], owners[segment.owner], segment.head)
+        context = SegmentContext(middle, DraftSegment(segment, blocks), emulated or [], teacher or [])
+        yield context
+        if segment.head and segment.head in plan.shared.values():
+            owners[segment.head] = blocks[segment.head]
         if emulated is not None:
-            emulated = station.outputs()
+            emulated = context.outputs()
 
 
 def share_parts(block: nn.Module, owner: nn.Module) -> None:
-    """Gives a block parts of the same words as another's, empty, where the other's layers were replaced."""
+    """Gives a block empty parts of the same specs where another block's layers were replaced."""
     own = dict(block.named_modules())
     for path, module in owner.named_modules():
-        if is_linear(module) and (word := spec_of(module)) != spec_of(own[path]):
-            block.set_submodule(path, build_module(word))
+        if is_linear(module) and (spec := spec_of(module)) != spec_of(own[path]):
+            block.set_submodule(path, build_module(spec))
 
 
 def _entry(middle: Middle) -> Hidden:
-    """Returns what enters the middle."""
+    """Returns the hidden states that enter the middle, one tensor for each call of the model."""
     hidden = middle.stream.inputs
     for path in () if middle.apart else middle.tower[: middle.geometry.first]:
         with middle.source.open(path) as block:

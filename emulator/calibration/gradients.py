@@ -1,4 +1,4 @@
-"""How far the gradients of the slots' blocks turn when something stands in the place of blocks of the middle."""
+"""Measures how far the gradients of the end blocks turn when other modules replace blocks of the middle."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from offsite.emulator.calibration.middle import Middle
 from offsite.emulator.structure.identity_block import skipped
 from offsite.errors import RangeError
 
-# Entries looked at of one matrix, evenly spaced: a cosine over hundreds of thousands is sure to the third digit.
+# Sampled entries of one matrix, evenly spaced: a cosine over hundreds of thousands is accurate to three digits.
 SAMPLE = 1 << 18
 
 
 class SlotGradients:
-    """The gradient of the public loss with respect to the ends' own matrices, in the full model, to compare with.
+    """The full model's gradient of the public loss with respect to the end blocks' matrices, as a reference.
 
     The principle is GradOT's (ACL 2025): what an adapter in a block learns follows from the gradient at the block.
 
     Args:
-      middle: with losses on public examples.
+      middle: the full model's middle, with losses on public examples.
     """
 
     def __init__(self, middle: Middle) -> None:
@@ -30,12 +30,12 @@ class SlotGradients:
         self._full = self._gradient()
 
     def damage(self, gone: tuple[str, ...]) -> float:
-        """Returns 1 - cosine of the gradient without some blocks, 0 for no change and 2 for the opposite."""
+        """Returns 1 - cosine of the gradient without some blocks, in 0..2; 0 is no change, 2 the opposite."""
         model, forms = self._middle.source.model, self._middle.stream.forms
         return self.damage_of({path: skipped(model.get_submodule(path), forms[path]) for path in gone})
 
     def damage_of(self, stand_ins: Mapping[str, nn.Module]) -> float:
-        """Returns 1 - cosine of the gradient with others in the place of some blocks; 2 where it is no number."""
+        """Returns 1 - cosine of the gradient with stand-ins for some blocks, by path; 2 for a gradient of 0 or NaN."""
         with _standing(self._middle.source.model, stand_ins):
             try:
                 return 1 - float(self._full @ self._gradient())
@@ -52,8 +52,8 @@ class SlotGradients:
             chunks = self._middle.losses(model)
             for loss in (chunks,) if isinstance(chunks, Tensor) else chunks:
                 pieces = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-                found = [piece.reshape(-1)[:: max(1, piece.numel() // SAMPLE)].float() for piece in pieces]
-                total = [new if not len(old) else old + new for old, new in zip(total, found, strict=True)]
+                sampled = [piece.reshape(-1)[:: max(1, piece.numel() // SAMPLE)].float() for piece in pieces]
+                total = [new if not len(old) else old + new for old, new in zip(total, sampled, strict=True)]
         flat = torch.cat(total)
         norm = float(flat.norm())
         if not 0 < norm < float("inf"):
@@ -65,7 +65,7 @@ class SlotGradients:
 
 @contextmanager
 def _standing(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it other modules stand in the place of some blocks."""
+    """Lets other modules stand in the places of some blocks within the context."""
     originals = {path: model.get_submodule(path) for path in stand_ins}
     try:
         for path, module in stand_ins.items():
@@ -78,7 +78,7 @@ def _standing(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
 
 @contextmanager
 def _requiring(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it the parameters require a gradient."""
+    """Lets the parameters require a gradient within the context."""
     flags = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The middle of one model: its blocks, what the public examples are there, and which blocks may be left out."""
+"""The middle of one model: its blocks, its public examples, and which blocks may be left out."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ Losses = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Public examples, as the functions that a build needs of them; never a site's data.
+    """Public examples as the functions that a build calls; never a site's data.
 
     Attributes:
-      run: calls the model it is given with the examples; its result is ignored, no gradient is kept.
-      losses: the mean loss of a model on some of the examples, for compressors that look at gradients.
+      run: function that calls a model with the examples, without gradients; the result is ignored.
+      losses: function that returns a model's mean loss on some of the examples, for compressors that look at gradients;
+        None without them.
     """
 
     run: Run
@@ -31,7 +32,7 @@ class Calibration:
 
 
 class Middle:
-    """The blocks between the slots' blocks."""
+    """The blocks between the two ends of a tower."""
 
     def __init__(self, source: Source, geometry: Geometry, calibration: Calibration | None) -> None:
         self.source = source
@@ -42,11 +43,11 @@ class Middle:
         modules = [source.model.get_submodule(path) for path in self.tower]
         self.apart = geometry.apart
         usual = usual_signature(modules)
-        # A block with a tensor of its own (T5's relative positions) serves the others: it is never left out. Blocks
-        # that stand apart have other widths, and nothing of each other.
+        # A block with a tensor of its own (T5's relative positions) serves the others, so it is never left out. Blocks
+        # that stand apart differ in width, and share no tensor.
         odd = tuple(path for path, m in zip(self.tower, modules, strict=True) if signature(m) != usual)
         self.alone = () if self.apart else odd
-        # Where the feed-forward networks are in a block, by the block's layers; found by trial, once for alike blocks.
+        # The feed-forward networks of a block, by the block's layers; found by trial, once for alike blocks.
         self.pairs: dict[tuple[str, ...], list[tuple[tuple[tuple[str, int], ...], str]]] = {}
         self.skippable = tuple(path for path in self.blocks if path not in self.alone)
 
@@ -56,7 +57,7 @@ class Middle:
 
     @cached_property
     def stream(self) -> Stream:
-        """The public examples at the tower's entry; made when first asked, by one cheap pass."""
+        """The public examples at the tower's entry; the first access makes them, by one cheap pass."""
         run = self.calibration.run if self.calibration else None
         return begin(self.source, self.tower, self.alone, run, apart=self.apart)
 
@@ -65,7 +66,7 @@ class Middle:
         """The losses on public examples.
 
         Raises:
-          ConfigError: none were given.
+          ConfigError: the calibration has no losses.
         """
         if self.calibration is None or self.calibration.losses is None:
             raise ConfigError("calibration=None: this compressor needs losses on public examples; give public records")
@@ -73,32 +74,36 @@ class Middle:
 
     @cached_property
     def cotangents(self) -> dict[str, Tensor]:
-        """Second moments (width, width) of the public loss' gradients at the output of each block of the middle.
+        """Second moments of the public loss' gradients at each middle block's output, (width, width) by path.
 
         Raises:
-          ConfigError: no losses were given.
+          ConfigError: the calibration has no losses.
         """
         return cotangent_moments(self.source, self.blocks, self.losses)
 
     @cached_property
     def influences(self) -> dict[str, float]:
-        """Block Influence of each block of the middle on the public examples, 0..2."""
-        found: dict[str, float] = {}
+        """Block Influence of each block of the middle on the public examples, in 0..2, by path."""
+        influences: dict[str, float] = {}
         hidden: Hidden = self.stream.inputs
         for path in self.tower:
             hidden = self.stream.entering(path, hidden)
             with self.source.open(path) as block:
                 after = self.stream.run(private(block), path, hidden)
             if path in self.blocks:
-                found[path] = influence(hidden, after)
+                influences[path] = influence(hidden, after)
             hidden = after
-        return found
+        return influences
 
     def check_skippable(self, name: str, paths: Iterable[str]) -> None:
         """Refuses to leave out a block that serves the others.
 
+        Args:
+          name: name of the compressor, for the message.
+          paths: paths of the blocks to leave out.
+
         Raises:
-          UnsupportedModel: naming the block.
+          UnsupportedModel: the other blocks use a tensor of a block; the message names the block.
         """
         if wrong := [path for path in paths if path not in self.skippable]:
             raise UnsupportedModel(

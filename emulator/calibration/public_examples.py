@@ -1,4 +1,4 @@
-"""A task's public examples as what a build needs of them."""
+"""A task's public examples, with the functions that a build needs."""
 
 import functools
 import operator
@@ -14,13 +14,13 @@ from offsite.task.spec import Batch, Tally, Task
 
 @dataclass(frozen=True)
 class PublicExamples:
-    """Examples of the coordinator's own.
+    """Public examples of the coordinator.
 
     Attributes:
-      task: whose losses count.
-      examples: of the task.
-      batch: how many go through a model at once.
-      gradients: how many of them are used where gradients are compared.
+      task: task that computes the losses.
+      examples: examples of the task.
+      batch: number of examples that go through a model at once.
+      gradients: number of examples on which gradients are compared.
     """
 
     task: Task
@@ -29,18 +29,18 @@ class PublicExamples:
     gradients: int = 8
 
     def run(self, model: nn.Module) -> None:
-        """Calls a model with all examples, for what its blocks do with them."""
+        """Calls a model with all examples; the outputs are dropped."""
         for batch in self._batches(len(self.examples), self.batch):
             self.task.run(model, batch)
 
     def losses(self, model: nn.Module) -> Iterator[torch.Tensor]:
-        """Yields the mean loss over the first `gradients` examples in pieces of two, whose sum is the mean."""
+        """Yields the mean loss over the first `gradients` examples in parts of two examples; the sum is the mean."""
         count = min(self.gradients, len(self.examples))
         for batch in self._batches(count, 2):
             yield self.task.losses(model, batch).sum() / count
 
     def loss(self, model: Any) -> float:
-        """Returns the mean loss per target over all examples, nats."""
+        """Returns the mean loss over all examples, nats per target."""
         tallies = (self.task.tally(model, batch) for batch in self._batches(len(self.examples), self.batch))
         total = functools.reduce(operator.add, tallies, Tally(0.0, 0))
         return total.loss / max(total.targets, 1)

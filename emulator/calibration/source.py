@@ -1,6 +1,6 @@
-"""Where a build takes the full model's weights from: a model in memory, or the safetensors shards of its folder.
+"""Sources of the full model's weights for a build: a model in memory, or the safetensors shards of its folder.
 
-From shards only the blocks that are needed at the moment are in memory, so a model may be larger than the machine.
+With shards, only the blocks that are needed at the moment are in memory, so a model may be larger than the machine.
 """
 
 import json
@@ -24,10 +24,10 @@ INDEX = "model.safetensors.index.json"
 
 
 class Source(Protocol):
-    """A full model, some of whose blocks may be on disk.
+    """A full model; some blocks may be on disk.
 
     Attributes:
-      model: its modules; a block of the tower has weights within `open` only.
+      model: the full model; a block of the tower that is on disk has weights within `open` only.
     """
 
     model: nn.Module
@@ -39,11 +39,11 @@ class Source(Protocol):
         """Holds blocks in memory from now on, because adapters will be attached to them."""
 
     def passing(self) -> AbstractContextManager[None]:
-        """Within it the whole model can be called, with and without gradients; blocks come and go."""
+        """Lets the whole model be called within the context, with and without gradients; blocks come and go."""
 
 
 class MemorySource:
-    """A model that is in memory as a whole."""
+    """A model that is whole in memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,7 +56,7 @@ class MemorySource:
         """Does nothing: all blocks are in memory."""
 
     def passing(self) -> AbstractContextManager[None]:
-        """Yields; the model can be called at any time."""
+        """Does nothing: the model can be called at any time."""
         return nullcontext()
 
 
@@ -64,11 +64,11 @@ class ShardSource:
     """A model folder with safetensors files, read block by block.
 
     Args:
-      folder: of the model, with config.json.
+      folder: the model's folder, with config.json.
       dtype: floating dtype of the weights in memory.
 
     Raises:
-      DataError: a file is missing or is not what it says.
+      DataError: a file is missing or cannot be read.
       UnsupportedModel: the checkpoint's names are not the model's.
     """
 
@@ -89,7 +89,7 @@ class ShardSource:
 
     @contextmanager
     def open(self, path: str) -> Iterator[nn.Module]:
-        """Yields a block whose weights are read from disk, and are let go of afterwards."""
+        """Yields a block; its weights are read from disk before, and dropped afterwards."""
         block = self.model.get_submodule(path)
         if path in self._kept:
             yield block
@@ -98,12 +98,12 @@ class ShardSource:
         try:
             yield block
         finally:
-            # New objects, so that a graph which still needs the weights keeps them, and nothing else does.
+            # New objects: only a graph that still needs the old weights keeps them.
             for owner, leaf, tensor in _own_tensors(block):
                 owner[leaf] = _like(tensor, tensor.to("meta"))
 
     def keep(self, paths: tuple[str, ...]) -> None:
-        """Reads blocks, once, and holds them."""
+        """Reads blocks once, and keeps them in memory."""
         for path in paths:
             if path in self._blocks and path not in self._kept:
                 self._load(path, self.model.get_submodule(path))
@@ -112,7 +112,7 @@ class ShardSource:
     @contextmanager
     def passing(self) -> Iterator[None]:
         """Lets each block read its weights when it is called, and again when its gradient is computed."""
-        # What stands in the place of a block has its own weights.
+        # A module that stands in for a block has weights of its own.
         loose = {
             path: block
             for path, block in self._originals.items()
@@ -158,14 +158,14 @@ class ShardSource:
         by_file: dict[Path, list[str]] = {}
         for name in sorted(names & self._stored.keys()):
             by_file.setdefault(self._files[self._stored[name]], []).append(name)
-        found: dict[str, Tensor] = {}
+        read: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as stored:
                 for name in wanted:
                     tensor = stored.get_tensor(self._stored[name])
-                    # A copy: the file's pages go when it is closed.
-                    found[name] = (tensor.to(self._dtype) if tensor.is_floating_point() else tensor).clone()
-        return found
+                    # A copy: the file's pages are gone once it is closed.
+                    read[name] = (tensor.to(self._dtype) if tensor.is_floating_point() else tensor).clone()
+        return read
 
 
 def _read(path: Path) -> str:
@@ -199,18 +199,18 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _stored_names(model: Any, names: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
     """Returns the checkpoint's name of each of the model's tensors, by transformers' own table of renamings."""
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     prefix = str(getattr(model, "base_model_prefix", ""))
-    found = {rename_source_key(name, renamings, [], prefix, names)[0]: name for name in files}
-    found = {name: stored for name, stored in found.items() if name in names}
-    present = {id(names[name]) for name in found}
+    renamed = {rename_source_key(name, renamings, [], prefix, names)[0]: name for name in files}
+    stored_names = {name: stored for name, stored in renamed.items() if name in names}
+    present = {id(names[name]) for name in stored_names}
     missing = [name for name, tensor in names.items() if id(tensor) not in present]
     if missing:
         raise UnsupportedModel(
-            f"tensor={missing[0]} is not in the checkpoint under this name ({len(missing)} missing), so it is not read "
-            "block by block; build with the whole model in memory"
+            f"tensor={missing[0]} is not in the checkpoint under this name ({len(missing)} missing), so the model "
+            "cannot be read block by block; build with the whole model in memory"
         )
-    return found
+    return stored_names
 
 
 def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:

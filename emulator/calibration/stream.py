@@ -1,7 +1,7 @@
-"""Public examples pass through the full model block by block, so that memory holds a few blocks and not the model.
+"""Runs public examples through the full model block by block, so that memory holds a few blocks and not the model.
 
-First the model is called once with blocks that hand their input on: this tells what enters the tower and what else each
-block is called with. From then on a block is one function from hidden states to hidden states.
+First the model is called once with blocks that hand their input on: this call shows the tower's inputs and each block's
+other arguments. From then on a block is one function from hidden states to hidden states.
 """
 
 import copy
@@ -25,13 +25,18 @@ Run = Callable[[nn.Module], object]
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """One call of a block but for its hidden states: what the model around it hands to it."""
+    """The arguments of one call of a block, but for its hidden states.
+
+    Attributes:
+      args: positional arguments; a None stands in the place of the hidden states.
+      kwargs: keyword arguments; without positional ones, the first is None in the place of the hidden states.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def on(self, block: nn.Module, hidden: Tensor) -> Any:
-        """Returns the block's output, in whatever form it has."""
+        """Returns the block's output for hidden states, in the block's own form."""
         if self.args:
             return block(hidden, *_as_float(self.args[1:]), **_as_float(self.kwargs))
         first = next(iter(self.kwargs))
@@ -40,14 +45,14 @@ class ForwardCall:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the public examples are at a tower's entry, and how each of its blocks is called with them.
+    """The public examples at a tower's entry, and the arguments of each block's calls.
 
     Attributes:
-      inputs: float32 hidden states that enter the first block, one tensor (examples, positions, width) for each call.
-      calls: by block path, one for each call of the model.
-      forms: how each block hands its result on.
-      apart: what enters each block of the model that was called, where other modules stand between the blocks; else
-        nothing, since what leaves one block enters the next.
+      inputs: hidden states that enter the first block, float32 (examples, positions, width) for each call of the model.
+      calls: arguments of the block's calls by block path, one for each call of the model.
+      forms: form in which each block hands its result on, by block path.
+      apart: inputs of each block in the called model, by path, if other modules stand between the blocks; else empty,
+        since the output of a block is the input of the next.
     """
 
     inputs: Hidden
@@ -56,16 +61,16 @@ class Stream:
     apart: dict[str, Hidden] = field(default_factory=dict)
 
     def entering(self, path: str, before: Hidden) -> Hidden:
-        """Returns what enters a block: what left the one before it, unless they stand apart."""
+        """Returns the inputs of a block: the outputs `before` of the previous block, unless blocks stand apart."""
         return self.apart.get(path, before)
 
     def run(self, block: nn.Module, path: str, hidden: Hidden) -> Hidden:
-        """Returns what a block, standing at `path`, makes of hidden states; float32, without gradients."""
+        """Returns a block's outputs for hidden states when it stands at `path`; float32, without gradients."""
         with torch.no_grad():
             return list(self.each(block, path, hidden))
 
     def each(self, block: nn.Module, path: str, hidden: Hidden) -> Iterator[Tensor]:
-        """Yields what `run` returns, one call at a time and with gradients where they are enabled."""
+        """Yields the outputs of `run` one call at a time, with gradients if they are enabled."""
         for call, states in zip(self.calls[path], hidden, strict=True):
             yield bare(call.on(block, states))
 
@@ -82,15 +87,15 @@ def begin(
     """Returns the stream of public examples at a tower's entry.
 
     Args:
-      source: of the full model.
-      blocks: of the tower, in order.
-      alone: those of them that have a tensor of their own which the others use; they are run at each call.
-      run: calls the model it is given with public examples only; its result is ignored.
-      apart: whether other modules stand between the blocks; then all blocks are run.
+      source: the full model.
+      blocks: paths of the tower's blocks, in order.
+      alone: paths of the blocks that own a tensor which the other blocks use; these blocks run at each call.
+      run: function that calls a model with public examples only; None if there are no examples.
+      apart: True if other modules stand between the blocks; then all blocks run.
 
     Raises:
-      ConfigError: no examples were given.
-      UnsupportedModel: a block was not called, or hands its result on in a form that is not understood.
+      ConfigError: there are no examples.
+      UnsupportedModel: a block was not called, or hands its result on in an unknown form.
     """
     if run is None:
         raise ConfigError("calibration=None: this compressor needs public examples to run; give public records")
@@ -115,7 +120,7 @@ def begin(
 
 
 def private(block: nn.Module) -> nn.Module:
-    """Returns a float32 copy of a block that may be changed."""
+    """Returns a float32 copy of a block, which may be changed."""
     return copy.deepcopy(block).float().requires_grad_(False)
 
 
@@ -130,7 +135,7 @@ def influence(before: Hidden, after: Hidden) -> float:
 
 
 class _Recorder:
-    """Stands for a block's forward: notes the call, and returns the input in the block's own form."""
+    """Replaces a block's forward: records the call, and returns the input in the block's own form."""
 
     def __init__(self, source: Source, path: str, *, always: bool) -> None:
         self._source, self._path, self._always = source, path, always
@@ -141,8 +146,8 @@ class _Recorder:
         self.form: Form = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Keys and values kept from an earlier call would be read, and added to, by each of the calls to come.
-        args, kwargs = tuple(map(_without_cache, args)), {key: _without_cache(one) for key, one in kwargs.items()}
+        # Keys and values cached in an earlier call would be read, and extended, by each later call.
+        args, kwargs = tuple(map(_without_cache, args)), {key: _without_cache(value) for key, value in kwargs.items()}
         arguments = bind(self._signature, self._block, args, kwargs)
         hidden = next(iter(arguments.values()))
         self.inputs.append(hidden.detach().float())
@@ -169,7 +174,7 @@ def _without_cache(value: Any) -> Any:
 
 
 def _as_float(value: Any) -> Any:
-    """Returns a value whose floating tensors are float32, whatever holds them."""
+    """Returns a value with its floating tensors as float32, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if type(value) in (tuple, list):

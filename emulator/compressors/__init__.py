@@ -1,10 +1,10 @@
-"""The one table of compressors, and how a recipe of them is applied."""
+"""The one table of compressors, and the functions that apply a recipe."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from offsite.emulator.calibration.draft import DraftSegment, Station, spans
+from offsite.emulator.calibration.draft import DraftSegment, SegmentContext, segment_contexts
 from offsite.emulator.calibration.middle import Middle
 from offsite.emulator.compressors.center import center
 from offsite.emulator.compressors.distill import distill
@@ -24,16 +24,18 @@ from offsite.errors import ConfigError, lookup
 
 @dataclass(frozen=True)
 class Compressor:
-    """One way to make the middle smaller.
+    """One way to make the middle smaller; either `select` or `rewrite` is set.
 
     Attributes:
-      select: decides which blocks stay; all of these come first, in the recipe's order.
-      rewrite: changes one stretch, in the recipe's order, when what reaches it in the emulator is known.
-      public: whether it needs public examples.
+      select: function that returns the plan with fewer blocks of their own; all selecting steps run first, in the
+        recipe's order.
+      rewrite: function that changes one segment, in the recipe's order, once the segment's inputs in the emulator are
+        known.
+      public: True if the compressor needs public examples.
     """
 
     select: Callable[[Plan, Middle, Step], Plan] | None = None
-    rewrite: Callable[[Station, str], None] | None = None
+    rewrite: Callable[[SegmentContext, str], None] | None = None
     public: bool = True
 
 
@@ -61,7 +63,7 @@ COMPRESSORS: dict[str, Compressor] = {
 
 
 def steps_of(recipe: tuple[str, ...]) -> list[tuple[Step, Compressor]]:
-    """Returns the steps of a recipe, each beside its compressor.
+    """Returns the steps of a recipe, each with its compressor.
 
     Raises:
       UnknownName: a compressor is not in `COMPRESSORS`.
@@ -72,7 +74,7 @@ def steps_of(recipe: tuple[str, ...]) -> list[tuple[Step, Compressor]]:
 
 
 def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
-    """Returns which blocks a recipe leaves in; the empty recipe keeps all.
+    """Returns the plan of a recipe: which blocks stay, are left out, or share weights; the empty recipe keeps all.
 
     Raises:
       UnknownName: a compressor is not in `COMPRESSORS`.
@@ -87,7 +89,7 @@ def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
 
 
 def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[DraftSegment]:
-    """Yields the stretches of the middle in order, compressed.
+    """Yields the segments of the middle in order, compressed.
 
     Raises:
       ConfigError: an argument is out of range.
@@ -95,12 +97,12 @@ def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[Draft
     """
     steps = steps_of(recipe)
     public = any(compressor.public and compressor.rewrite for _, compressor in steps)
-    for station in spans(middle, plan, public=public):
-        places = {middle.place(path) for path in station.span.stretch.paths}
+    for context in segment_contexts(middle, plan, public=public):
+        places = {middle.place(path) for path in context.draft.segment.paths}
         for step, compressor in steps:
             if compressor.rewrite is not None and (step.places is None or step.places & places):
-                compressor.rewrite(station, step.argument)
-        yield station.span
+                compressor.rewrite(context, step.argument)
+        yield context.draft
 
 
 def _check_places(middle: Middle, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of compressors: read once, refused with the same words everywhere."""
+"""Readers of compressors' arguments: one reader for each kind, with the same refusals everywhere."""
 
 from fractions import Fraction
 
@@ -9,35 +9,48 @@ DEFAULT_GROUP = 64
 
 
 def no_argument(name: str, argument: str) -> None:
-    """Refuses an argument where none is understood.
+    """Refuses any argument, for a compressor that takes none.
 
     Raises:
-      ConfigError: there is one.
+      ConfigError: the argument is not empty.
     """
     if argument:
-        raise ConfigError(f"{name}={argument!r}: it takes no argument; write {name}")
+        raise ConfigError(f"{name}={argument!r}: the compressor takes no argument; write {name}")
 
 
-def fraction(name: str, argument: str, what: str, most: Fraction = Fraction(1)) -> Fraction:
-    """Returns an argument as a fraction in (0, most].
+def fraction(name: str, argument: str, what: str, maximum: Fraction = Fraction(1)) -> Fraction:
+    """Returns an argument as a fraction in (0, maximum].
+
+    Args:
+      name: name of the compressor.
+      argument: text of the argument.
+      what: meaning of the fraction, for the message.
+      maximum: largest fraction.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: the argument is not such a fraction.
     """
     try:
         value = Fraction(argument)
     except (ValueError, ZeroDivisionError):
         value = Fraction(-1)
-    if not 0 < value <= most:
-        raise ConfigError(f"{name}={argument!r}: {what} must lie in (0, {most}]; write {name}:0.25")
+    if not 0 < value <= maximum:
+        raise ConfigError(f"{name}={argument!r}: {what} must lie in (0, {maximum}]; write {name}:0.25")
     return value
 
 
 def whole(name: str, argument: str, what: str, low: int, high: int) -> int:
     """Returns an argument as a whole number in low..high.
 
+    Args:
+      name: name of the compressor.
+      argument: text of the argument.
+      what: meaning of the number, for the message.
+      low: smallest number.
+      high: largest number.
+
     Raises:
-      ConfigError: it is none.
+      ConfigError: the argument is not such a number.
     """
     if not (argument.isascii() and argument.isdecimal() and len(argument) < 10 and low <= int(argument) <= high):
         raise ConfigError(
@@ -47,15 +60,15 @@ def whole(name: str, argument: str, what: str, low: int, high: int) -> int:
 
 
 def scheme(name: str, bits: int, argument: str) -> Scheme:
-    """Returns how a quantiser of so many bits stores: groups of 64 where nothing is given.
+    """Returns the scheme of a quantiser's argument; without an argument, groups of 64.
 
     Args:
-      name: of the quantiser, without its bits.
-      bits: 3, 4 or 8.
-      argument: "64", or "32/6" for fine scales.
+      name: name of the quantiser, without its bits.
+      bits: width of a code: 3, 4 or 8.
+      argument: size of a group, for example "64", or "32/6" with fine scales.
 
     Raises:
-      ConfigError: the group is not a whole number in 2..4096, or fine scales are none for so many bits.
+      ConfigError: the group is not a whole number in 2..4096, or codes of 8 bits have fine scales.
     """
     length = argument.removesuffix(FINE)
     group = whole(f"{name}{bits}", length, "the group", 2, 4096) if argument else DEFAULT_GROUP

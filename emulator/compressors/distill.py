@@ -1,9 +1,9 @@
-"""Block-wise distillation: what runs in a stretch learns what the full model does there, by a few steps of Adam."""
+"""Block-wise distillation: each segment learns the full model's outputs by a few steps of Adam."""
 
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, rows
 from offsite.emulator.compressors.arguments import whole
 from offsite.emulator.structure.geometry import PARALLEL
@@ -13,43 +13,43 @@ RATE = 2e-4
 MAX_STEPS = 100_000
 
 
-def distill(station: Station, argument: str) -> None:
-    """Tunes all weights of a stretch for some steps, each on one call's examples; keeps them if the error fell.
+def distill(context: SegmentContext, argument: str) -> None:
+    """Tunes all weights of a segment for some steps, each step on one call's examples; reverts if the error rises.
 
-    The target is the full model's hidden states behind the stretch, each position counting alike (FedBiOT, Wu et al.
-    2024, aligns by hidden states too). No gradient passes from one stretch to the next, so memory is one block's.
+    The target is the full model's hidden states behind the segment, and each position counts alike (FedBiOT, Wu et al.
+    2024, aligns by hidden states too). No gradient passes from one segment to the next, so memory is that of one block.
     """
     steps = whole("distill", argument, "the number of steps", 1, MAX_STEPS)
-    if station.middle.geometry.shape == PARALLEL:
+    if context.middle.geometry.shape == PARALLEL:
         raise ConfigError(
-            f"distill={argument!r}: in a parallel emulator a block stays the model's own but for fewer bits; use gptq4"
+            f"distill={argument!r}: in a parallel emulator a block may only be stored in fewer bits; use gptq4"
         )
-    trained = station.span.trainable()
+    trained = context.draft.trainable()
     if not trained:
         return
-    before, kept = _error(station), {name: parameter.detach().clone() for name, parameter in trained.items()}
-    _train(station, list(trained.values()), steps)
-    if _error(station) < before:
+    before, kept = _error(context), {name: parameter.detach().clone() for name, parameter in trained.items()}
+    _train(context, list(trained.values()), steps)
+    if _error(context) < before:
         for name in trained:
-            station.span.forget(name.rpartition(".")[0])
-        station.span.changed |= trained.keys()
+            context.draft.forget(name.rpartition(".")[0])
+        context.draft.changed |= trained.keys()
         return
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(kept[name])
 
 
-def _train(station: Station, parameters: list[nn.Parameter], steps: int) -> None:
+def _train(context: SegmentContext, parameters: list[nn.Parameter], steps: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=RATE / 10)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         for step in range(steps):
-            call = step % len(station.inputs)
+            call = step % len(context.inputs)
             with torch.enable_grad():
-                found = station.span.forward(station.stream, call, station.inputs[call])
-                loss = _distance(found, station.target[call])
+                output = context.draft.forward(context.stream, call, context.inputs[call])
+                loss = _distance(output, context.target[call])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -61,12 +61,11 @@ def _train(station: Station, parameters: list[nn.Parameter], steps: int) -> None
             parameter.grad = None
 
 
-def _error(station: Station) -> float:
-    found, target = rows(station.outputs()), rows(station.target)
-    return float(_distance(found, target))
+def _error(context: SegmentContext) -> float:
+    return float(_distance(rows(context.outputs()), rows(context.target)))
 
 
-def _distance(found: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean over positions of the square error over the square of the target."""
-    left, right = found.reshape(-1, found.shape[-1]), target.reshape(-1, target.shape[-1])
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean over positions of the square error relative to the target's square, a scalar."""
+    left, right = output.reshape(-1, output.shape[-1]), target.reshape(-1, target.shape[-1])
     return (position_weights(right) * (left - right).square().mean(-1)).mean()

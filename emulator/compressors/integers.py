@@ -1,17 +1,17 @@
-"""Round to nearest: every matrix of the middle becomes small integers in groups, whatever goes through it."""
+"""Rounding to nearest: every matrix of the middle becomes small integers in groups, without public examples."""
 
-from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.compressors.arguments import scheme
 from offsite.emulator.package.quantize import quantize
 from offsite.errors import RangeError, UnsupportedModel
 
 
-def rounded(bits: int, station: Station, argument: str) -> None:
-    """Rounds every matrix to so many bits."""
+def rounded(bits: int, context: SegmentContext, argument: str) -> None:
+    """Rounds every matrix of a segment to codes of 3, 4 or 8 bits."""
     chosen = scheme("int", bits, argument)
-    for path, weight in station.span.matrices().items():
+    for path, weight in context.draft.matrices().items():
         if chosen.worth(tuple(weight.shape)):
             try:
-                station.span.store(path, chosen, quantize(weight, chosen))
+                context.draft.store(path, chosen, quantize(weight, chosen))
             except RangeError as error:
                 raise UnsupportedModel(f"tensor={path}: {error}") from error

@@ -5,7 +5,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
 from offsite.emulator.compressors.arguments import fraction
 from offsite.emulator.compressors.pairs import dense_pairs
@@ -17,34 +17,34 @@ from offsite.errors import ConfigError
 STRENGTH = 1e-3
 
 
-def narrow(station: Station, argument: str) -> None:
-    """Keeps a fraction of the channels of each feed-forward network: those that write most into the hidden states.
+def narrow(context: SegmentContext, argument: str) -> None:
+    """Keeps a fraction of each feed-forward network's channels: the ones that write most into the hidden states.
 
-    What the others wrote is taken over by the last layer, as far as the kept channels tell it, in closed form.
+    The last layer is fitted in closed form, so that the kept channels take over the others' part as far as they can.
     """
     share = fraction("narrow", argument, "the fraction of channels kept")
-    if station.middle.geometry.shape == PARALLEL:
+    if context.middle.geometry.shape == PARALLEL:
         raise ConfigError(
-            f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which keeps "
-            "them, or shape sandwich"
+            f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which "
+            "keeps the shapes, or shape sandwich"
         )
-    for pair in dense_pairs("narrow", station):
-        down = station.span.module(pair.down)
-        inputs = station.observe({pair.down: down})[pair.down]
-        weights = position_weights(rows(station.target))
+    for pair in dense_pairs("narrow", context):
+        down = context.draft.module(pair.down)
+        inputs = context.observe({pair.down: down})[pair.down]
+        weights = position_weights(rows(context.target))
         energy = (weights.unsqueeze(-1) * inputs.square()).mean(0) * weight_of(down).square().sum(0)
         kept = energy.topk(max(1, ceil(share * len(energy)))).indices.sort().values
         for path, times in pair.ups:
-            up = station.span.module(path)
+            up = context.draft.module(path)
             rows_kept = torch.cat([kept + part * len(energy) for part in range(times)])
-            station.span.replace(path, dense_like(up, weight_of(up)[rows_kept], _kept_bias(up, rows_kept)))
-        # Two starts: the kept columns as they are, and those that best give what this layer gave before.
+            context.draft.replace(path, dense_like(up, weight_of(up)[rows_kept], _kept_bias(up, rows_kept)))
+        # Two starts: the kept columns as they are, and the columns that best reproduce this layer's former output.
         columns, bias = weight_of(down)[:, kept], getattr(down, "bias", None)
         lost = inputs @ weight_of(down).T - inputs[:, kept] @ columns.T
         change, shift = ridge(inputs[:, kept], lost, weights, STRENGTH)
-        station.span.replace(pair.down, dense_like(down, columns, bias))
+        context.draft.replace(pair.down, dense_like(down, columns, bias))
         local = (columns + change, shift if bias is None else bias + shift)
-        refit_layer(station, pair.down, [(columns, bias), local])
+        refit_layer(context, pair.down, [(columns, bias), local])
 
 
 def _kept_bias(layer: nn.Module, kept: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Which dense layers of a block make a feed-forward network: found by what they do, never by their names."""
+"""Finds the dense layers that make a feed-forward network in a block: by their effects, never by their names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,42 +7,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offsite.emulator.calibration.draft import Station
+from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.structure.replacements import LowRank, input_columns, output_rows, spec_of, weight_of
 from offsite.errors import ConfigError, UnsupportedModel
 
 
 @dataclass(frozen=True)
 class LayerPair:
-    """Layers whose output rows are the input columns of another, channel by channel.
+    """Layers whose output rows are the input columns of another layer, channel by channel.
 
     Attributes:
-      ups: path of each layer that makes the channels, and how many rows of it make one: 2 where gate and partner are
-        one layer.
-      down: path of the layer that reads them.
+      ups: path of each layer that makes the channels, with its number of rows for each channel: 2 if gate and partner
+        are one layer.
+      down: path of the layer that reads the channels.
     """
 
     ups: tuple[tuple[str, int], ...]
     down: str
 
 
-def pairs_of(station: Station) -> list[LayerPair]:
-    """Returns the feed-forward networks of a stretch's running block; none where its weights are another's.
+def pairs_of(context: SegmentContext) -> list[LayerPair]:
+    """Returns the feed-forward networks of a segment's running block; [] if the block runs on another's weights.
 
-    Blocks of the same layers are tried once.
+    Of blocks with the same layers, only the first is searched.
 
     Raises:
-      UnsupportedModel: it has none, as a mixture of experts whose experts are one stacked tensor.
+      UnsupportedModel: the block has no such network, as in a mixture whose experts are one stacked tensor.
     """
-    layers = station.span.layers()
+    layers = context.draft.layers()
     if not layers:
         return []
-    head = str(station.span.stretch.head)
+    head = str(context.draft.segment.head)
     key = tuple(f"{path[len(head) :]} {spec_of(layer)}" for path, layer in layers.items())
-    known = station.middle.pairs
+    known = context.middle.pairs
     if key not in known:
-        found = [pair for down in layers if (pair := _pair(station, layers, down)) is not None]
-        known[key] = [(tuple((path[len(head) :], times) for path, times in p.ups), p.down[len(head) :]) for p in found]
+        pairs = [pair for down in layers if (pair := _pair(context, layers, down)) is not None]
+        known[key] = [(tuple((path[len(head) :], times) for path, times in p.ups), p.down[len(head) :]) for p in pairs]
     if not known[key]:
         raise UnsupportedModel(
             f"block={head}: no feed-forward network of dense layers was found in it; use lowrank, skip_importance or "
@@ -51,57 +51,61 @@ def pairs_of(station: Station) -> list[LayerPair]:
     return [LayerPair(tuple((head + up, times) for up, times in ups), head + down) for ups, down in known[key]]
 
 
-def dense_pairs(name: str, station: Station) -> list[LayerPair]:
-    """Returns `pairs_of` for a compressor that fits their layers; one that is two thin ones already would grow again.
+def dense_pairs(name: str, context: SegmentContext) -> list[LayerPair]:
+    """Returns `pairs_of` for a compressor that fits dense layers; a low-rank layer would grow again by the fit.
+
+    Args:
+      name: name of the compressor, for the message.
+      context: the segment with its examples.
 
     Raises:
-      ConfigError: a layer is of low rank already; names the order that works.
-      UnsupportedModel: as for `pairs_of`.
+      ConfigError: a layer is of low rank already; the message names the order that works.
+      UnsupportedModel: the block has no feed-forward network, as for `pairs_of`.
     """
-    pairs = pairs_of(station)
+    pairs = pairs_of(context)
     paths = {path for pair in pairs for path in (pair.down, *(up for up, _ in pair.ups))}
-    if any(isinstance(station.span.module(path), LowRank) for path in paths):
+    if any(isinstance(context.draft.module(path), LowRank) for path in paths):
         raise ConfigError(f"{name} after lowrank: the thin layers would become dense again; write {name} first")
     return pairs
 
 
-def _pair(station: Station, layers: dict[str, nn.Module], down: str) -> LayerPair | None:
-    """Tries which layers' rows move one column of what `down` reads, and whether the channels have no order.
+def _pair(context: SegmentContext, layers: dict[str, nn.Module], down: str) -> LayerPair | None:
+    """Returns the pair of a layer, if other layers' rows move single columns of its input, in any order.
 
-    Values of attention are such rows, too, but they belong to a head: only in a feed-forward network those of all
-    layers can be turned round together and the block gives the same.
+    Values of attention are such rows, too, but they belong to a head. Only in a feed-forward network can the channels
+    of all layers be reversed together without a change of the block's output.
     """
     width = weight_of(layers[down]).shape[1]
     sizes = {path: len(weight_of(layer)) for path, layer in layers.items() if path != down}
     candidates = {path: size // width for path, size in sizes.items() if size in (width, 2 * width)}
     if not candidates or width < 2:
         return None
-    before, result = _entering(station, layers[down])
+    before, result = _entering(context, layers[down])
     if len(before) != result.numel() // result.shape[-1]:
-        return None  # it reads something else than positions, as a step of noise
+        return None  # the layer does not read positions but, for example, a step of noise
     ups = []
     for path, times in candidates.items():
-        reached = {_reached(station, layers[path], layers[down], before, part * width) for part in range(times)}
+        reached = {_reached(context, layers[path], layers[down], before, part * width) for part in range(times)}
         if reached == {True}:
             ups.append((path, times))
     if not ups:
         return None
     with _turned(layers, tuple(ups), down):
-        other = _entering(station, layers[down])[1]
+        other = _entering(context, layers[down])[1]
     same = torch.allclose(other, result, rtol=1e-3, atol=1e-4 * float(result.abs().max()))
     return LayerPair(tuple(ups), down) if same else None
 
 
-def _reached(station: Station, up: nn.Module, down: nn.Module, before: Tensor, row: int) -> bool:
-    """Returns whether a row of one layer moves the first column of what another reads, and no other column."""
+def _reached(context: SegmentContext, up: nn.Module, down: nn.Module, before: Tensor, row: int) -> bool:
+    """Returns whether a row of `up` moves the first column of the inputs of `down`, and no other column."""
     with _moved(up, row):
-        moved = (_entering(station, down)[0] - before).abs().amax(0)
+        moved = (_entering(context, down)[0] - before).abs().amax(0)
     return bool(moved[0] > 0) and not moved[1:].any()
 
 
 @contextmanager
 def _turned(layers: dict[str, nn.Module], ups: tuple[tuple[str, int], ...], down: str) -> Iterator[None]:
-    """Within it the channels of a network stand in reversed order."""
+    """Reverses the order of a network's channels within the context."""
     tables = [input_columns(layers[down]).T]
     for path, times in ups:
         own = [output_rows(layers[path])]
@@ -118,14 +122,14 @@ def _turned(layers: dict[str, nn.Module], ups: tuple[tuple[str, int], ...], down
             table.copy_(old)
 
 
-def _entering(station: Station, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Returns what enters a layer, (positions, in), and what leaves its block, both of the first call."""
-    head = str(station.span.stretch.head)
+def _entering(context: SegmentContext, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns a layer's inputs, (positions, in), and its block's output, both of the first call."""
+    head = str(context.draft.segment.head)
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
     try:
         with torch.no_grad():
-            result = next(station.stream.each(station.span.blocks[head], head, station.inputs))
+            result = next(context.stream.each(context.draft.blocks[head], head, context.inputs))
     finally:
         handle.remove()
     return seen[0], result
@@ -133,7 +137,7 @@ def _entering(station: Station, layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _moved(layer: nn.Module, channel: int) -> Iterator[None]:
-    """Within it one row of a layer's weight is another."""
+    """Changes one row of a layer's weight within the context."""
     row = output_rows(layer)[channel]
     saved = row.clone()
     row.mul_(2).add_(0.5)

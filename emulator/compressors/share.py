@@ -1,4 +1,4 @@
-"""Let alike neighbours run on one block's weights: depth and compute stay, bytes fall."""
+"""Lets alike neighbours run on one block's weights: depth and compute stay, bytes fall."""
 
 from itertools import pairwise
 
@@ -11,10 +11,10 @@ from offsite.errors import ConfigError, UnsupportedModel
 
 
 def share(plan: Plan, middle: Middle, step: Step) -> Plan:
-    """Gives a fraction of the kept blocks the weights of a neighbour: the two whose results differ least merge first.
+    """Gives a fraction of the kept blocks a neighbour's weights, beginning with neighbours of most alike results.
 
-    Zhang et al. 2023 (CRaSh), section 3: neighbours are clustered by the likeness of their results, and one block
-    of each cluster stands for all of it. Unlike there, the clusters come from public text and not from the task's.
+    As in Zhang et al. 2023 (CRaSh), section 3, neighbours are clustered by the likeness of their results, and one block
+    of each cluster stands for all. Unlike there, the clusters come from public text and not from the task's text.
     """
     part = fraction("share", step.argument, "the fraction that shares")
     if middle.geometry.shape == PARALLEL:
@@ -23,8 +23,8 @@ def share(plan: Plan, middle: Middle, step: Step) -> Plan:
         )
     if middle.apart:
         raise UnsupportedModel(
-            f"share={step.argument!r}: this model's blocks differ in width, so none runs on another's weights; use "
-            "gptq4 or lowrank"
+            f"share={step.argument!r}: this model's blocks differ in width, so they cannot share weights; use gptq4 "
+            "or lowrank"
         )
     blocks = [
         path
@@ -33,7 +33,9 @@ def share(plan: Plan, middle: Middle, step: Step) -> Plan:
     ]
     count = min(len(blocks) - 1, max(1, round(part * len(blocks))))
     if count < 1:
-        raise UnsupportedModel(f"share={step.argument!r}: fewer than two alike blocks are kept; leave it out")
+        raise UnsupportedModel(
+            f"share={step.argument!r}: fewer than two alike blocks are kept; take share from the recipe"
+        )
     clusters = [[path] for path in blocks]
     for _ in range(count):
         costs = [_apart(middle, left, right) for left, right in pairwise(clusters)]
@@ -43,11 +45,11 @@ def share(plan: Plan, middle: Middle, step: Step) -> Plan:
 
 
 def _apart(middle: Middle, left: list[str], right: list[str]) -> float:
-    """Returns how far the hidden states move from the end of the left cluster to the end of the right one."""
+    """Returns how far the hidden states move from the end of the left cluster to the end of the right cluster."""
     return sum(middle.influences[path] for path in right) + 1e-3 * (len(left) + len(right))
 
 
 def _owner(cluster: list[str]) -> str:
-    # The first of the cluster, not its middle: a stretch is made when all before it are, and takes the weights of one
-    # that is there already.
+    # The first block of the cluster, not the middle one: segments are made in order, so the owner of the weights must
+    # come first.
     return cluster[0]

@@ -1,4 +1,4 @@
-"""Leave blocks out: those of a list, evenly spaced ones, or those that matter least by one of two measures."""
+"""Leaves blocks out: listed blocks, evenly spaced blocks, or the blocks that matter least by one of two measures."""
 
 import heapq
 
@@ -12,9 +12,9 @@ from offsite.errors import ConfigError, UnsupportedModel
 
 
 def skip(plan: Plan, middle: Middle, step: Step) -> Plan:
-    """Leaves the blocks of the step's places out."""
+    """Leaves out the blocks at the step's places."""
     if step.places is None or step.argument:
-        raise ConfigError(f"skip={str(step)!r}: it needs places and nothing else; write skip@5,7-9")
+        raise ConfigError(f"skip={str(step)!r}: skip needs places and no argument; write skip@5,7-9")
     _check_shape(middle, step)
     chosen = [path for path in middle.blocks if middle.place(path) in step.places]
     middle.check_skippable("skip", chosen)
@@ -22,7 +22,7 @@ def skip(plan: Plan, middle: Middle, step: Step) -> Plan:
 
 
 def skip_uniform(plan: Plan, middle: Middle, step: Step) -> Plan:
-    """Leaves out the middle of each of N equal stretches: evenly spaced, and no end twice as thin as the other."""
+    """Leaves out the middle block of each of N equal runs: evenly spaced, and both ends are thinned out alike."""
     candidates, count = _candidates(plan, middle, step)
     return plan.skip(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 
@@ -34,10 +34,10 @@ def skip_importance(plan: Plan, middle: Middle, step: Step) -> Plan:
 
 
 def skip_gradient(plan: Plan, middle: Middle, step: Step) -> Plan:
-    """Leaves out, one by one, the block whose absence turns the slots' gradients least.
+    """Leaves out, one at a time, the block whose absence turns the slots' gradients least.
 
-    The principle is GradOT's (ACL 2025). After each choice only the block that would be next is measured again, until
-    one keeps its place: damages nearly add up, so few of them change the order.
+    The principle is GradOT's (ACL 2025). After each choice only the next block in the queue is measured again, until a
+    block keeps its place: damages nearly add up, so few measurements change the order.
     """
     candidates, count = _candidates(plan, middle, step)
     gradients = SlotGradients(middle)
@@ -55,7 +55,7 @@ def skip_gradient(plan: Plan, middle: Middle, step: Step) -> Plan:
 
 
 def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]:
-    """Returns the blocks that may still be left out, and how many of them a fraction of the kept middle is."""
+    """Returns the blocks that may still be left out, and the number of blocks that the step's fraction leaves out."""
     _check_shape(middle, step)
     share = fraction(step.name, step.argument, "the fraction skipped")
     kept = [path for path in plan.kept if step.places is None or middle.place(path) in step.places]
@@ -63,7 +63,7 @@ def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]
     count = min(len(candidates), max(1, round(share * len(kept))))
     if not candidates:
         raise UnsupportedModel(
-            f"{step.name}={step.argument!r}: no block of the middle is left to skip; take it from the recipe"
+            f"{step.name}={step.argument!r}: no block of the middle is left to skip; take {step.name} from the recipe"
         )
     return candidates, count
 
@@ -71,6 +71,6 @@ def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]
 def _check_shape(middle: Middle, step: Step) -> None:
     if middle.geometry.shape == PARALLEL:
         raise ConfigError(
-            f"{step.name}={step.argument!r}: in a parallel emulator every block carries an adapter and none is left "
-            "out; use gptq4, lowrank or int8, or shape sandwich"
+            f"{step.name}={step.argument!r}: in a parallel emulator every block carries an adapter and stays; "
+            "use gptq4, lowrank or int8, or shape sandwich"
         )

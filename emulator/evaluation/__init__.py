@@ -1,1 +1,1 @@
-"""How good an emulator is, and how much of the full model it gives away."""
+"""Evaluation of an emulator: its use for training, and how much of the full model it gives away."""

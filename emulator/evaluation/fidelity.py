@@ -1,4 +1,4 @@
-"""The gate before any site trains: do the slots' gradients through the emulator point where the full model's do."""
+"""The gate before any site trains: the slots' gradients through the emulator must point where the full model's do."""
 
 import copy
 from collections.abc import Iterator
@@ -19,30 +19,30 @@ PERTURBATION = 1e-3
 
 
 def gradient_cosine(
-    full: nn.Module, emulator: nn.Module, spec: AdapterSpec, losses: Losses, given: AuxiliaryTensors = NO_AUXILIARY
+    full: nn.Module, emulator: nn.Module, spec: AdapterSpec, losses: Losses, auxiliary: AuxiliaryTensors = NO_AUXILIARY
 ) -> float:
     """Returns the cosine of the slots' adapter gradients through the full model and through the emulator, in -1..1.
 
-    The idea is GradOT's (ACL 2025); over eleven emulators of a 135M model its rank correlation with what plug-in gained
-    was 0.85. The same adapter is attached to both and moved off its start by the same small public noise, so that no
-    gradient is zero for a reason of its own. Both models are left as they were.
+    The idea is GradOT's (ACL 2025); over eleven emulators of a 135M model the cosine's rank correlation with the gain
+    of plug-in was 0.85. Both models get the same adapter, moved off its start by the same small public noise, so that
+    no gradient is zero merely because of the start. Both models are left unchanged.
 
     Args:
-      full: the model.
-      emulator: the loaded package, of the same slots.
-      spec: the adapter that will be trained; its slots name the blocks.
-      losses: a function of a model that returns its mean loss on public examples as a scalar, or yields it in chunks.
-      given: what the adapter needs and does not train.
+      full: the full model.
+      emulator: the loaded package, with the same slots.
+      spec: spec of the adapter that will be trained; its slots name the blocks.
+      losses: function that returns a model's mean loss on public examples as a scalar, or yields it in chunks.
+      auxiliary: tensors that the adapter needs and does not train, by name.
 
     Raises:
-      DigestMismatch: the two models take different adapters.
+      DigestMismatch: the two models get different adapters.
       RangeError: a gradient is zero or not finite.
     """
-    layout, mine = _gradient(full, spec, losses, given)
-    other_layout, other = _gradient(emulator, spec, losses, given)
+    layout, mine = _gradient(full, spec, losses, auxiliary)
+    other_layout, other = _gradient(emulator, spec, losses, auxiliary)
     if layout.digest() != other_layout.digest():
         raise DigestMismatch(
-            f"layout={other_layout.digest().hex()[:12]}: the emulator's adapter is not the full model's "
+            f"layout={other_layout.digest().hex()[:12]}: the emulator's adapter must be the full model's, "
             f"{layout.digest().hex()[:12]}; build the emulator from this model with the same slots"
         )
     return max(-1.0, min(1.0, float(mine @ other)))
@@ -52,8 +52,8 @@ def check_gate(cosine: float, floor: float) -> None:
     """Refuses an emulator whose gradients point elsewhere: training through it makes the full model worse.
 
     Args:
-      cosine: of `gradient_cosine`, in -1..1.
-      floor: the least cosine that is accepted, in -1..1.
+      cosine: result of `gradient_cosine`, in -1..1.
+      floor: smallest accepted cosine, in -1..1.
 
     Raises:
       ConfigError: the cosine is below the floor or not a number, or the floor is out of range.
@@ -68,25 +68,25 @@ def check_gate(cosine: float, floor: float) -> None:
 
 
 @contextmanager
-def visiting(model: nn.Module, spec: AdapterSpec, given: AuxiliaryTensors = NO_AUXILIARY) -> Iterator[nn.Module]:
-    """Yields a model with an adapter attached, and leaves the model as it was, to the very same block objects.
+def visiting(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = NO_AUXILIARY) -> Iterator[nn.Module]:
+    """Yields a model with an adapter attached, and restores the model afterwards, to the very same block objects.
 
-    Only the slots' blocks are copied, never the model: attaching changes nothing else that is not restored here.
+    Only the slots' blocks are copied, never the model; all other changes by the attachment are undone here.
 
     Args:
-      model: keeps its modules, attributes, `requires_grad` flags and training mode.
-      spec: of the adapter.
-      given: what it needs and does not train.
+      model: the model; keeps its modules, attributes, `requires_grad` flags and training modes.
+      spec: spec of the adapter.
+      auxiliary: tensors that the adapter needs and does not train, by name.
     """
     modules = dict(model.named_modules())
-    blocks = {path: modules[path] for path in spec.slots if path in modules}  # attaching names a path that is wrong
+    blocks = {path: modules[path] for path in spec.slots if path in modules}  # `attach` refuses a wrong path by name
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     attributes = dict(vars(model))
     try:
         for path, block in blocks.items():
             model.set_submodule(path, copy.deepcopy(block))
-        yield attach(model, spec, given)
+        yield attach(model, spec, auxiliary)
     finally:
         vars(model).clear()
         vars(model).update(attributes)
@@ -98,9 +98,11 @@ def visiting(model: nn.Module, spec: AdapterSpec, given: AuxiliaryTensors = NO_A
             module.training = mode
 
 
-def _gradient(model: nn.Module, spec: AdapterSpec, losses: Losses, given: AuxiliaryTensors) -> tuple[Layout, Tensor]:
+def _gradient(
+    model: nn.Module, spec: AdapterSpec, losses: Losses, auxiliary: AuxiliaryTensors
+) -> tuple[Layout, Tensor]:
     """Returns the layout of the adapter and its gradient as one fp64 vector of length 1."""
-    with visiting(model, spec, given) as adapted:
+    with visiting(model, spec, auxiliary) as adapted:
         adapted.eval()
         trained = sorted((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
         parameters = [parameter for _, parameter in trained]
@@ -118,7 +120,7 @@ def _gradient(model: nn.Module, spec: AdapterSpec, losses: Losses, given: Auxili
 
 
 def _perturb(parameters: list[nn.Parameter]) -> None:
-    """Adds the same small noise to the same parameters everywhere."""
+    """Adds small public noise to parameters; the same parameters get the same noise in every model."""
     generator = torch.Generator().manual_seed(PUBLIC_SEED)
     with torch.no_grad():
         for parameter in parameters:

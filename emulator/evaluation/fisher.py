@@ -7,34 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from offsite.adapter.auxiliary import AuxiliaryTensors
-from offsite.adapter.methods.masked import kept, largest, masked_targets, masked_wants, place_name
+from offsite.adapter.methods.masked import kept, largest, mask_specs, masked_targets, place_name
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import DataError, RangeError
 from offsite.task.spec import Batch, Task
 
 
 def fisher_places(model: nn.Module, spec: AdapterSpec, task: Task, examples: Batch) -> AuxiliaryTensors:
-    """Returns the positions of the entries of most Fisher information in each target's weight, as given tensors.
+    """Returns the positions of the entries with most Fisher information in each target's weight, by tensor name.
 
-    A share `density` of each matrix, the first of equal ones. Sung et al. 2021, arXiv 2111.09839, section 3.1, who
-    take the largest of all matrices together.
+    The mask takes a share `density` of each matrix, the first of equal entries; Sung et al. 2021, arXiv 2111.09839,
+    section 3.1, take the largest entries of all matrices together.
 
     Args:
-      model: plain, of any floating dtype, before any adapter; left as it was.
-      spec: of method "masked".
-      task: whose losses count.
-      examples: public ones, at least one.
+      model: the plain model before any adapter, of any floating dtype; left unchanged.
+      spec: spec of an adapter with method "masked".
+      task: task that computes the losses.
+      examples: public examples, at least one.
 
     Raises:
       DataError: there are no examples.
       RangeError: a gradient is not finite.
     """
-    wanted = masked_wants(model, spec)
+    wanted = mask_specs(model, spec)
     targets = masked_targets(model, spec)
     weights = {path: module.get_parameter("weight") for path, module in targets.items()}
-    found = empirical_fisher(model, weights, task, examples)
+    fisher = empirical_fisher(model, weights, task, examples)
     return {
-        (name := place_name(path)): largest(found[path], kept(module, spec)).to("cpu", wanted[name].dtype)
+        (name := place_name(path)): largest(fisher[path], kept(module, spec)).to("cpu", wanted[name].dtype)
         for path, module in targets.items()
     }
 
@@ -44,13 +44,16 @@ def empirical_fisher(
 ) -> dict[str, Tensor]:
     """Returns the diagonal of the empirical Fisher information of weights: the mean square of an example's gradient.
 
-    One example at a time, in float32 whatever the model is.
+    Examples go through the model one at a time, in float32 whatever the model's dtype.
 
     Args:
-      model: left as it was.
-      weights: parameters of it, under any names.
-      task: whose losses count, one per example.
-      examples: at least one.
+      model: the model; left unchanged.
+      weights: parameters of the model, under any names.
+      task: task that computes a loss for each example.
+      examples: examples, at least one.
+
+    Returns:
+      The information of each entry, float32 in the shape of the weight, under the names of `weights`.
 
     Raises:
       DataError: there are no examples.
@@ -74,9 +77,9 @@ def empirical_fisher(
 
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
-    """Within it every parameter and buffer is at least float32, nothing is trainable, and the model evaluates.
+    """Makes all parameters and buffers at least float32 and frozen, and the model evaluate, within the context.
 
-    Squares of small gradients are none in 16 bits, and ties would then be decided by position.
+    Squares of small gradients are 0 in 16 bits, and position would then decide between equal entries.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.itemsize < 4]
     dtypes = [tensor.dtype for tensor in tensors]

@@ -1,4 +1,4 @@
-"""How alike emulator and full model are, block by block: what an observer of the emulator learns of the model."""
+"""Similarity of emulator and full model, block by block: how much an observer of the emulator learns of the model."""
 
 from torch import nn
 from torch.nn import functional
@@ -10,17 +10,17 @@ from offsite.emulator.calibration.stream import begin, private
 
 
 def similarity(middle: Middle, emulator: nn.Module) -> dict[str, float]:
-    """Returns for each block of the tower the mean cosine of what leaves it in the emulator and in the full model.
+    """Returns the mean cosine of each block's outputs in the emulator and in the full model.
 
     Args:
-      middle: of the full model, with public examples.
+      middle: the full model's middle, with public examples.
       emulator: the loaded package, float32.
 
     Returns:
-      By block path, in -1..1; 1 means that up to there the emulator computes what the model does. Hidden states are
-      centred first, since most of them share a large part that tells nothing.
+      The cosine by block path, in -1..1; with 1 the emulator computes the same as the model up to this block. Hidden
+      states are centred first, since most of them share a large part that says nothing.
     """
-    found: dict[str, float] = {}
+    cosines: dict[str, float] = {}
     mine = theirs = middle.stream.inputs
     student = middle.stream
     if middle.apart and middle.calibration is not None:
@@ -32,5 +32,5 @@ def similarity(middle: Middle, emulator: nn.Module) -> dict[str, float]:
         mine = student.run(emulator.get_submodule(path), path, mine)
         left, right = rows(mine), rows(theirs)
         left, right = left - left.mean(0), right - right.mean(0)
-        found[path] = float(functional.cosine_similarity(left, right, dim=-1).mean())
-    return found
+        cosines[path] = float(functional.cosine_similarity(left, right, dim=-1).mean())
+    return cosines

@@ -1,8 +1,8 @@
-"""Before any site trains: the whole exchange rehearsed on public text, for what is gained and for what is given away.
+"""Rehearses the whole exchange on public text before any site trains, and measures both gain and leak.
 
-The adapter is trained on the emulator with one half of the public text, plugged into the full model and scored on the
-other half; beside it the same adapter trained inside the full model, and an attacker who tunes every weight of the
-emulator. Words as in the literature: transfer G, leak L, both over what the slots could gain in the full model.
+The adapter is trained on the emulator with one half of the public text, plugged into the full model, and scored on the
+other half. For comparison the same adapter is trained inside the full model, and an attacker tunes every weight of the
+emulator. The words are the literature's: transfer G and leak L, both relative to the slots' gain in the full model.
 """
 
 import copy
@@ -27,15 +27,15 @@ RELEARN_RATE = 3e-4
 
 @dataclass(frozen=True)
 class Lesson:
-    """How adapters are trained in a rehearsal: plainly, without clip and noise.
+    """The training of an adapter in a rehearsal: plain, without clip and noise.
 
     Attributes:
-      spec: of the adapter.
-      steps: of Adam, >= 1.
+      spec: spec of the adapter.
+      steps: number of Adam steps, >= 1.
       batch: examples of one step, >= 1.
-      learning_rate: > 0.
-      seed: of the order of examples; >= 0.
-      given: what the adapter needs and does not train.
+      learning_rate: learning rate of Adam, > 0.
+      seed: seed of the order of examples, >= 0.
+      auxiliary: tensors that the adapter needs and does not train, by name.
     """
 
     spec: AdapterSpec
@@ -43,20 +43,20 @@ class Lesson:
     batch: int = 4
     learning_rate: float = 1e-3
     seed: int = 0
-    given: AuxiliaryTensors = field(default_factory=dict)
+    auxiliary: AuxiliaryTensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Losses in nats per target on examples that nothing was trained on, and the two ratios of them.
+    """Losses on examples that nothing was trained on, nats per target, and their two ratios.
 
     Attributes:
-      zero_shot: of the full model.
-      emulator_zero_shot: of the emulator.
-      slot_tuned: of the full model with the adapter trained inside it.
-      emulator_tuned: of the emulator with the adapter trained on it.
-      plug_in: of the full model with the adapter trained on the emulator.
-      relearned: of the emulator with the adapter, after an attacker tuned all its weights on so many tokens first.
+      zero_shot: loss of the full model.
+      emulator_zero_shot: loss of the emulator.
+      slot_tuned: loss of the full model with the adapter trained inside it.
+      emulator_tuned: loss of the emulator with the adapter trained on it.
+      plug_in: loss of the full model with the adapter trained on the emulator.
+      relearned: loss of the emulator with the adapter after an attacker tuned all weights, by number of tokens.
     """
 
     zero_shot: float
@@ -68,21 +68,21 @@ class Rehearsal:
 
     @property
     def gain(self) -> float:
-        """What the slots could gain in the full model, nats per target."""
+        """The slots' gain in the full model, nats per target."""
         return self.zero_shot - self.slot_tuned
 
     @property
     def transfer(self) -> float:
-        """G: which part of it came through the emulator; 1 is all of it, below 0 is harm."""
+        """G: share of that gain that came through the emulator; 1 is the whole gain, below 0 is harm."""
         return (self.zero_shot - self.plug_in) / self.gain
 
     @property
     def leak(self) -> float:
-        """L: what the data owner has without the model's owner; 0 where the emulator is as good as the model was."""
+        """L: share of the gain on the emulator alone; 0 if the tuned emulator is as good as the untuned full model."""
         return (self.zero_shot - self.emulator_tuned) / self.gain
 
     def relearned_leak(self, tokens: int) -> float:
-        """Returns L after relearning on so many tokens."""
+        """Returns L after an attacker relearned on a number of tokens."""
         return (self.zero_shot - self.relearned[tokens]) / self.gain
 
     @property
@@ -102,13 +102,13 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Text:
-    """Examples by purpose; none serves two.
+    """Examples by purpose; no example serves two purposes.
 
     Attributes:
-      train: what adapters are trained on.
-      test: what everything is scored on.
-      attack: what an attacker relearns on.
-      length: tokens of an example at most, in which an attacker's are counted; >= 1.
+      train: examples for the training of adapters.
+      test: examples for all scores.
+      attack: examples on which an attacker relearns.
+      length: largest number of tokens in an example, >= 1; an attacker's tokens are counted by it.
     """
 
     train: PublicExamples
@@ -119,16 +119,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Reference:
-    """What does not depend on the emulator: measured once for a model and a text."""
+    """The losses that do not depend on the emulator, measured once for a model and a text.
+
+    Attributes:
+      zero_shot: loss of the full model, nats per target.
+      slot_tuned: loss of the full model with the adapter trained inside it, nats per target.
+    """
 
     zero_shot: float
     slot_tuned: float
 
 
 def reference(full: nn.Module, lesson: Lesson, text: Text) -> Reference:
-    """Returns the full model's losses, without and with the adapter trained inside it; the model is left as it was."""
+    """Returns the full model's losses without and with the adapter trained inside it; leaves the model unchanged."""
     zero_shot = text.test.loss(full)
-    with visiting(full, lesson.spec, lesson.given) as model:
+    with visiting(full, lesson.spec, lesson.auxiliary) as model:
         train(model, lesson, text.train)
         return Reference(zero_shot, text.test.loss(model))
 
@@ -143,16 +148,16 @@ def rehearse(
     relearn: tuple[int, ...] = (),
     correct: Callable[[Tensor], Tensor] = lambda vector: vector,
 ) -> Rehearsal:
-    """Returns what an emulator is worth on a text; both models are left as they were.
+    """Returns the losses of a rehearsal with an emulator; leaves both models unchanged.
 
     Args:
-      full: the model, float32.
+      full: the full model, float32.
       emulator: the loaded package, float32.
-      lesson: how adapters are trained.
-      text: examples.
-      known: of `reference`, for the same model, lesson and text.
-      relearn: on how many tokens an attacker tunes all weights, each from the emulator as shipped.
-      correct: what the coordinator does to a tuned adapter before plug-in.
+      lesson: training of the adapter.
+      text: examples by purpose.
+      known: result of `reference` for the same model, lesson and text.
+      relearn: numbers of tokens on which an attacker tunes all weights, each time from the emulator as shipped.
+      correct: function that the coordinator applies to a tuned adapter, a vector, before plug-in.
 
     Raises:
       RangeError: the slots gain nothing in the full model, so that no ratio can be formed.
@@ -163,11 +168,11 @@ def rehearse(
             "text; give more public text, more steps or another learning rate"
         )
     zero_shot = text.test.loss(emulator)
-    with visiting(emulator, lesson.spec, lesson.given) as model:
+    with visiting(emulator, lesson.spec, lesson.auxiliary) as model:
         layout = Layout.of(model)
         train(model, lesson, text.train)
         tuned, vector = text.test.loss(model), layout.read(model)
-    with visiting(full, lesson.spec, lesson.given) as model:
+    with visiting(full, lesson.spec, lesson.auxiliary) as model:
         plug(model, layout, correct(torch.from_numpy(vector)).numpy())
         plug_in = text.test.loss(model)
     relearned = {tokens: relearned_loss(emulator, lesson, text, tokens) for tokens in relearn}
@@ -175,7 +180,7 @@ def rehearse(
 
 
 def train(model: nn.Module, lesson: Lesson, examples: PublicExamples) -> None:
-    """Trains what requires a gradient, in place, with Adam."""
+    """Trains the parameters that require a gradient, in place, with Adam."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _fit(model, trained, lesson, examples, lesson.steps, lesson.learning_rate)
 
@@ -184,17 +189,17 @@ def relearned_loss(emulator: nn.Module, lesson: Lesson, text: Text, tokens: int)
     """Returns the loss of a copy of an emulator, nats per target, after an attack: all weights, then the adapter.
 
     Args:
-      emulator: as it was shipped; left as it was.
-      lesson: how the adapter is trained.
-      text: the weights are tuned on its `attack`, the adapter on its `train`.
-      tokens: how many the weights are tuned on.
+      emulator: the emulator as shipped; left unchanged.
+      lesson: training of the adapter.
+      text: examples; the weights are tuned on `attack`, the adapter on `train`.
+      tokens: number of tokens on which the weights are tuned.
     """
     stolen = copy.deepcopy(emulator)
     parameters = [parameter.requires_grad_(True) for parameter in stolen.parameters()]
     steps = max(1, round(tokens / (lesson.batch * text.length)))
     _fit(stolen, parameters, lesson, text.attack, steps, RELEARN_RATE)
     stolen.requires_grad_(False)
-    adapted = attach(stolen, lesson.spec, lesson.given)
+    adapted = attach(stolen, lesson.spec, lesson.auxiliary)
     train(adapted, lesson, text.train)
     return text.test.loss(adapted)
 
@@ -212,7 +217,7 @@ def _fit(
 
 
 def _orders(count: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yields rows for each step: every example once, in random order, before any comes again."""
+    """Yields the examples' numbers for each step: every example comes once, in random order, before any comes again."""
     waiting: list[int] = []
     for _ in range(steps):
         while len(waiting) < batch:
@@ -223,7 +228,7 @@ def _orders(count: int, batch: int, steps: int, generator: torch.Generator) -> I
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it dropout is off, so that the same seed gives the same adapter."""
+    """Turns dropout off within the context, so that the same seed gives the same adapter."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,1 +1,1 @@
-"""The emulator as a folder of plain files, and what reads and writes the folder."""
+"""The emulator package: a folder of plain files, and the code that reads and writes the folder."""

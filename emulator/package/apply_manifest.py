@@ -1,4 +1,4 @@
-"""What a manifest changes in the model that a configuration gives: blocks left out, shared, and parts put in."""
+"""Applies a manifest to the model that a configuration gives: leaves blocks out, shares weights, puts parts in."""
 
 from collections.abc import Mapping
 
@@ -16,12 +16,12 @@ def apply_manifest(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> 
     """Turns an empty full model into the empty emulator of a manifest, in place.
 
     Args:
-      model: of the package's configuration.
-      manifest: of the package.
+      model: the empty full model that the package's configuration gives.
+      manifest: the package's manifest.
       dtype: floating dtype of the parts.
 
     Raises:
-      MalformedMessage: a change is outside the middle, or is none that a compressor makes.
+      MalformedMessage: a change is outside the middle, or no compressor makes such a change.
     """
     middle = manifest.geometry.middle(model)
     _check_middle(manifest, middle)
@@ -30,27 +30,27 @@ def apply_manifest(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> 
     for path, form in manifest.skipped.items():
         model.set_submodule(path, skipped(model.get_submodule(path), form))
     modules = dict(model.named_modules())
-    for path, word in manifest.parts.items():
+    for path, spec in manifest.parts.items():
         owner = path.rpartition(".")[0]
         patched = owner in manifest.skipped and path == f"{owner}.{PATCH}"
         if not patched and path not in modules:
             raise MalformedMessage(f"part={path!r} stands where the model has nothing; refuse this package")
-        check_fits(path, word, None if patched else modules[path], widths.get(owner, 0))
-        model.set_submodule(path, build_module(word).to(dtype))
+        check_fits(path, spec, None if patched else modules[path], widths.get(owner, 0))
+        model.set_submodule(path, build_module(spec).to(dtype))
     for path, owner in manifest.shared.items():
         tie_weights(model.get_submodule(path), model.get_submodule(owner), path)
 
 
 def tie_weights(block: nn.Module, owner: nn.Module, path: str) -> None:
-    """Makes a block run on another's weights: its parameters become the other's very objects.
+    """Makes a block run on another block's weights: its parameters become the other's very objects.
 
     Args:
-      block: to be changed; it keeps its own attributes, such as its kind of attention.
-      owner: whose weights it runs on.
-      path: of the block, for the message.
+      block: the block to change; its own attributes stay, such as its kind of attention.
+      owner: the block whose weights the changed block runs on.
+      path: the changed block's path, for the message.
 
     Raises:
-      MalformedMessage: the two do not have the same parameters.
+      MalformedMessage: the two blocks do not have the same parameters.
     """
     theirs, mine = dict(owner.named_modules()), dict(block.named_modules())
     for name, module in theirs.items():

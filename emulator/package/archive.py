@@ -1,6 +1,6 @@
-"""A package as one stream of bytes and back: its manifest, then its files in order, with nothing beside them.
+"""A package as one stream of bytes and back: the manifest, then the files in the order of their names, nothing else.
 
-Names and sizes come from the manifest, which the job's digest fixes; so the stream cannot name another path, hold more
+Names and sizes come from the manifest, which the job's digest fixes. So the stream cannot name another path, hold more
 files, or grow when it is unpacked.
 """
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
-from offsite.emulator.package import files
+from offsite.emulator.package import package_folder
 from offsite.emulator.package.manifest import MANIFEST, Manifest
 from offsite.errors import DataError, DigestMismatch
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 20
 
 def write(folder: Path, target: BinaryIO) -> None:
     """Writes a package folder to a stream."""
-    content = files.read_manifest_bytes(folder, None)
+    content = package_folder.read_manifest_bytes(folder, None)
     target.write(len(content).to_bytes(LENGTH_BYTES, "big"))
     target.write(content)
     for name in sorted(Manifest.from_bytes(content).files):
@@ -30,28 +30,28 @@ def read(source: BinaryIO, folder: Path, *, expected_digest: str) -> None:
     """Writes the package of a stream into an empty folder, checked byte by byte.
 
     Args:
-      source: what `write` wrote.
-      folder: where it goes; must be empty or absent.
-      expected_digest: SHA-256 of the package's manifest, hexadecimal.
+      source: the stream that `write` wrote.
+      folder: the target folder; must be empty or absent.
+      expected_digest: SHA-256 of the package's manifest, 64 hexadecimal digits.
 
     Raises:
-      DigestMismatch: the manifest or a file is another, or the stream is longer or shorter.
-      DataError: no room on the disk.
+      DigestMismatch: the manifest or a file is not the announced one, or the stream is longer or shorter.
+      DataError: the disk does not take the files.
     """
     size = int.from_bytes(source.read(LENGTH_BYTES), "big")
-    if size > files.MANIFEST_LIMIT:
-        raise DigestMismatch(f"{MANIFEST}: {size} bytes, no manifest is as long; fetch the package again")
-    target = files.prepare(folder)
+    if size > package_folder.MANIFEST_LIMIT:
+        raise DigestMismatch(f"{MANIFEST}: {size} bytes, no manifest is that long; fetch the package again")
+    target = package_folder.prepare(folder)
     try:
         (target / MANIFEST).write_bytes(source.read(size))
-        announced = Manifest.from_bytes(files.read_manifest_bytes(target, expected_digest)).files
+        announced = Manifest.from_bytes(package_folder.read_manifest_bytes(target, expected_digest)).files
         for name in sorted(announced):
             _copy(source, target / name, announced[name].bytes)
     except OSError as error:
         raise DataError(f"package={str(folder)!r}: cannot be written ({error.strerror}); free disk space") from error
     if source.read(1):
         raise DigestMismatch("package stream goes on after its last file; fetch the package again")
-    files.check(target, announced)
+    package_folder.check(target, announced)
 
 
 def _copy(source: BinaryIO, path: Path, size: int) -> None:

@@ -5,16 +5,15 @@ from math import ceil
 import torch
 from torch import Tensor
 
-LANES = {3: (8, 3), 4: (2, 1), 6: (4, 3), 8: (1, 1)}  # codes that lie together, in how many bytes
+LANES = {3: (8, 3), 4: (2, 1), 6: (4, 3), 8: (1, 1)}  # bits -> (codes that lie together, bytes that hold them)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Returns codes without the bits that are always 0.
+    """Returns codes without the bits that are always 0, uint8; the last bytes are filled up with 0.
 
     Args:
-      codes: uint8 (count,), each below 2**bits.
-      bits: 8: as they are; 6: four in three bytes; 4: two in a byte; 3: eight in three bytes; what is missing at the
-        end is 0.
+      codes: unpacked codes, uint8 (count,), each below 2**bits.
+      bits: width of a code: 3 (eight codes in three bytes), 4 (two in a byte), 6 (four in three bytes) or 8 (one each).
     """
     if bits == 8:
         return codes.contiguous()
@@ -25,10 +24,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """Returns the first `count` codes, uint8, the inverse of `pack`."""
+    """Returns the first `count` codes, uint8 (count,): the inverse of `pack`."""
     if bits == 8:
         return packed
-    if bits == 4:  # as below, in a quarter of the time: the weights of most emulators are widened so at every step
+    if bits == 4:  # the general way below takes four times as long, and most emulators widen 4-bit weights at each step
         return torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:count]
     together, size = LANES[bits]
     full = packed.reshape(-1, size).to(torch.int32)
@@ -38,6 +37,6 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Returns how many bytes `pack` makes of `count` codes."""
+    """Returns the number of bytes that `pack` makes of `count` codes."""
     together, size = LANES[bits]
     return ceil(count / together) * size

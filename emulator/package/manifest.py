@@ -1,4 +1,4 @@
-"""What stands in a package's manifest.json: every fact about the package, and the SHA-256 of every byte of it."""
+"""A package's manifest.json: every fact about the package, and the SHA-256 of every byte of it."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 FORMAT = 2
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "emulator.safetensors", "config.json"
-GIVEN = "given.safetensors"  # tensors that the adapter needs and does not train, where it needs some
+GIVEN = "given.safetensors"  # auxiliary tensors, in packages for adapters that need some
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
@@ -24,8 +24,8 @@ class FileEntry:
     """One file of a package.
 
     Attributes:
-      sha256: 64 lower-case hexadecimal digits.
-      bytes: its size.
+      sha256: hash of the file, 64 lower-case hexadecimal digits.
+      bytes: size of the file.
     """
 
     sha256: str
@@ -34,28 +34,31 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of one emulator package; all of it may be published to the sites.
+    """The facts of one emulator package; every fact may be published to the sites.
 
     Attributes:
       format: version of this layout.
-      auto: key of `rebuild.AUTO`, the kind of model.
-      dtype: the model's floating dtype when it was built, "bfloat16" for example; the default when loading.
-      geometry: slots' blocks and middle.
-      recipe: the compressors applied, in order.
-      embedding: the setting for input embedding and head.
-      skipped: blocks left out, by path, each with the form in which it hands its input on.
-      shared: blocks that run on another's weights, by path, to that one's path.
-      parts: modules that stand where the configuration gives others, by path, each as its word, see `emulator.parts`.
-      storage: how each stored tensor lies in the file ("bf16", "int4:64", ...), by name.
-      tied: names of tensors that are the same as an earlier one, to that one's name.
-      tensors: SHA-256 of each stored piece's bytes, by stored name.
-      files: every file of the package but the manifest.
-      full_bytes: 2 bytes for each parameter of the full model, tied ones counted once.
-      middle_full_bytes: 2 bytes for each parameter of the middle of the full model.
-      slot_bytes, embedding_bytes, middle_bytes, other_bytes: payload shipped, by where it belongs.
-      verbatim_bytes: 2 bytes for each parameter that is shipped bit for bit.
-      middle_macs, middle_full_macs: multiply-adds for each position in the dense layers of the middle, in the emulator
-        and in the full model.
+      auto: the kind of model, a key of `structure.from_config.AUTO`.
+      dtype: the full model's floating dtype at the build, for example "bfloat16"; the default dtype of a load.
+      geometry: roles of the blocks: shipped verbatim, carrying adapters, or middle.
+      recipe: compressors that were applied, in order.
+      embedding: storage setting of the input embedding and the head.
+      skipped: blocks that are left out, each path with the form in which the block hands its input on.
+      shared: blocks that run on another block's weights, path to the owner's path.
+      parts: modules that differ from the configuration's, path to textual spec (`structure.replacements`).
+      storage: storage of each stored tensor ("bf16", "int4:64", ...), by the tensor's name.
+      tied: tensors that are the same object as an earlier tensor, name to the earlier name.
+      tensors: SHA-256 of each stored piece's bytes, by the piece's name.
+      files: every file of the package but the manifest, by name.
+      full_bytes: size of the full model at 2 bytes for each parameter, tied parameters counted once.
+      middle_full_bytes: size of the full model's middle at 2 bytes for each parameter.
+      slot_bytes: shipped payload of the blocks at both ends.
+      embedding_bytes: shipped payload of the input embedding and the head.
+      middle_bytes: shipped payload of the middle.
+      other_bytes: shipped payload of all other tensors.
+      verbatim_bytes: size of the parameters that are shipped bit for bit, at 2 bytes each.
+      middle_macs: multiply-adds for each position in the dense layers of the emulator's middle.
+      middle_full_macs: multiply-adds for each position in the dense layers of the full model's middle.
     """
 
     format: int
@@ -88,7 +91,7 @@ class Manifest:
 
     @property
     def payload_bytes(self) -> int:
-        """Size of all tensors; in their file stand their names, too, some hundred bytes for each."""
+        """Size of all tensors; the weights file is larger by their names, some hundred bytes for each tensor."""
         return self.slot_bytes + self.embedding_bytes + self.middle_bytes + self.other_bytes
 
     @property
@@ -98,22 +101,22 @@ class Manifest:
 
     @property
     def config_sha256(self) -> str:
-        """SHA-256 of the model's configuration, as 64 hexadecimal digits."""
+        """SHA-256 of the model's configuration, 64 hexadecimal digits."""
         return self.files[CONFIG].sha256
 
     @property
     def middle_ratio(self) -> float:
-        """Bytes shipped of the middle over its 16-bit bytes; 1 is verbatim, 0 is nothing."""
+        """Shipped bytes of the middle over its bytes at 16 bits; 1 is verbatim, 0 is nothing."""
         return self.middle_bytes / self.middle_full_bytes
 
     @property
     def compute_ratio(self) -> float:
-        """Multiply-adds of the emulator's middle over the full model's; 1 where neither has dense layers."""
+        """Multiply-adds of the emulator's middle over the full model's; 1 if neither has dense layers."""
         return self.middle_macs / self.middle_full_macs if self.middle_full_macs else 1.0
 
     @property
     def verbatim(self) -> float:
-        """Share of the full model's parameters that is shipped bit for bit."""
+        """Share of the full model's parameters that is shipped bit for bit, in 0..1."""
         return self.verbatim_bytes / self.full_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Manifest:
         return asdict(self)
 
     def to_bytes(self) -> bytes:
-        """Returns the one spelling of the manifest, the content of manifest.json."""
+        """Returns the canonical bytes of the manifest: the content of manifest.json."""
         return json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=True).encode() + b"\n"
 
     def digest(self) -> str:
@@ -130,7 +133,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: object) -> "Manifest":
-        """Returns the manifest of a JSON object that has exactly the keys of `to_dict`.
+        """Returns the manifest of a JSON object with exactly the keys of `to_dict`.
 
         Raises:
           MalformedMessage: a key is missing or unknown, a value has another type, or a file name is not a plain name.
@@ -160,24 +163,24 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
-        """Returns the manifest of a manifest.json; only the spelling `to_bytes` gives is accepted.
+        """Returns the manifest of a manifest.json; only the bytes that `to_bytes` gives are accepted.
 
         Raises:
-          MalformedMessage: it is anything else.
+          MalformedMessage: the content is not a manifest, or not in its canonical form.
         """
         try:
             manifest = cls.from_dict(json.loads(content))
         except (ValueError, RecursionError) as error:
             raise MalformedMessage(f"{MANIFEST}: not JSON ({error}); fetch the package again") from error
         if manifest.to_bytes() != content:
-            raise MalformedMessage(f"{MANIFEST}: not in its one spelling; fetch the package again")
+            raise MalformedMessage(f"{MANIFEST}: not in its canonical form; fetch the package again")
         return manifest
 
 
 def _keys(name: str, value: object, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict) or sorted(value) != sorted(keys):
-        found = sorted(set(value) ^ set(keys)) if isinstance(value, dict) else type(value).__name__
-        raise MalformedMessage(f"{name}: keys missing or unknown: {found}; fetch the package again")
+        different = sorted(set(value) ^ set(keys)) if isinstance(value, dict) else type(value).__name__
+        raise MalformedMessage(f"{name}: keys missing or unknown: {different}; fetch the package again")
     return value
 
 

@@ -1,8 +1,8 @@
 """The emulator as a folder of plain files: built by the model's owner, checked byte by byte where it is loaded.
 
-manifest.json holds every fact and hash, emulator.safetensors the tensors, config.json the model's structure; tokenizer
-files lie beside, and given.safetensors where the adapter needs given tensors. Nothing in a package is code, and nothing
-in it is imported by name.
+manifest.json holds every fact and hash, emulator.safetensors the tensors, config.json the model's structure. Tokenizer
+files lie beside them, and given.safetensors if the adapter needs auxiliary tensors. A package holds no code, and no
+name in it is ever imported.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from offsite.emulator.package import files, storage
+from offsite.emulator.package import package_folder, storage
 from offsite.emulator.package.apply_manifest import apply_manifest
 from offsite.emulator.package.manifest import CONFIG, WEIGHTS, Manifest
 from offsite.emulator.package.storage import MODEL_DTYPES
@@ -20,34 +20,38 @@ from offsite.errors import DigestMismatch, MalformedMessage, lookup
 
 
 def read_manifest(directory: Path | str, *, expected_digest: str | None = None) -> Manifest:
-    """Returns the manifest of a package, checked against its digest where one is expected; no other file is opened.
+    """Returns the manifest of a package, checked against an expected digest; no other file is opened.
+
+    Args:
+      directory: the package's folder.
+      expected_digest: `Manifest.digest()` as announced, 64 hexadecimal digits; None checks nothing.
 
     Raises:
       DataError: the folder or its manifest is missing.
       DigestMismatch: the manifest is not the expected one.
-      MalformedMessage: it is not a manifest.
+      MalformedMessage: the file is not a manifest.
     """
-    content = files.read_manifest_bytes(Path(directory), expected_digest)
+    content = package_folder.read_manifest_bytes(Path(directory), expected_digest)
     return Manifest.from_bytes(content)
 
 
 def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_digest: str | None = None) -> nn.Module:
-    """Returns the emulator of a package: every name where the full model has it, frozen, in evaluation mode.
+    """Returns the emulator of a package: frozen, in evaluation mode, every module under its name in the full model.
 
     Args:
-      directory: the package; a file that its manifest does not list is refused.
-      dtype: floating dtype of the emulator; None is the full model's when it was built.
-      expected_digest: `Manifest.digest()` as it was announced, 64 hexadecimal digits.
+      directory: the package's folder; a file that its manifest does not list is refused.
+      dtype: floating dtype of the emulator; None is the full model's dtype at the build.
+      expected_digest: `Manifest.digest()` as announced, 64 hexadecimal digits; None checks nothing.
 
     Raises:
       DataError: the folder or its manifest is missing.
-      DigestMismatch: a byte, file or tensor is not the one announced.
-      MalformedMessage: the manifest or configuration contradicts itself or asks for code.
-      RangeError: a tensor has another shape than the model, or a value is not finite.
+      DigestMismatch: a byte, file or tensor is not the announced one.
+      MalformedMessage: the manifest or the configuration contradicts itself or asks for code.
+      RangeError: a tensor's shape is not the model's, or a value is not finite.
     """
     folder = Path(directory)
     manifest = read_manifest(folder, expected_digest=expected_digest)
-    files.check(folder, manifest.files)
+    package_folder.check(folder, manifest.files)
     own = lookup(MODEL_DTYPES, manifest.dtype, "dtype")
     model = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, dtype or own)
     _check_slots(model, manifest)
@@ -60,7 +64,7 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_di
             _check_names(set(stored.keys()), manifest)
             for name, how in manifest.storage.items():
                 pieces = {piece: stored.get_tensor(piece) for piece in storage.names(name, how)}
-                files.check_tensors(pieces, manifest.tensors)
+                package_folder.check_tensors(pieces, manifest.tensors)
                 targets[name].copy_(storage.decode(name, how, pieces, tuple(targets[name].shape)))
     except SafetensorError as error:
         raise MalformedMessage(f"{WEIGHTS}: not a safetensors file ({error}); fetch the package again") from error
@@ -69,7 +73,7 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_di
 
 
 def _check_slots(model: nn.Module, manifest: Manifest) -> None:
-    """A site may count on this: the blocks at the ends are the model's own, whatever became of the middle."""
+    """Refuses a package whose end blocks are not verbatim: sites rely on these being the model's own."""
     ends = tuple(f"{path}." for path in manifest.geometry.ends(model))
     ways = {**manifest.storage, **{alias: manifest.storage.get(name, "") for alias, name in manifest.tied.items()}}
     if wrong := sorted(name for name, how in ways.items() if name.startswith(ends) and not storage.is_verbatim(how)):

@@ -1,4 +1,4 @@
-"""What becomes of each block of the middle: it stays, is left out, or runs on another block's weights."""
+"""The plan of a build: each block of the middle stays, is left out, or runs on another block's weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class Plan:
     """The structure of the middle.
 
     Attributes:
-      actions: by block path, "keep", "skip" or "share:OWNER", where OWNER is the path of a block that is kept.
-      apart: whether other modules stand between the blocks.
+      actions: action for each block path: "keep", "skip", or "share:OWNER" with the path of a block that is kept.
+      apart: True if other modules stand between the blocks.
     """
 
     actions: Mapping[str, str]
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def shared(self) -> dict[str, str]:
-        """Paths of the blocks that run on another's weights, to that one's path."""
+        """Paths of the blocks that run on another block's weights, each with the owner's path."""
         return {path: a.removeprefix(SHARE) for path, a in self.actions.items() if a.startswith(SHARE)}
 
     def skip(self, paths: Iterable[str]) -> "Plan":
@@ -43,23 +43,23 @@ class Plan:
         return self._with(dict.fromkeys(paths, SKIP))
 
     def share(self, owners: Mapping[str, str]) -> "Plan":
-        """Returns the plan in which some blocks, by path, run on another's weights."""
+        """Returns the plan in which some blocks run on another block's weights, path to the owner's path."""
         return self._with({path: f"{SHARE}{owner}" for path, owner in owners.items()})
 
-    def spans(self) -> list["Segment"]:
-        """Returns the middle as stretches, each a block that runs and those behind it that are left out.
+    def segments(self) -> list["Segment"]:
+        """Returns the middle as segments, in order: each a block that runs and the left-out blocks behind it.
 
-        Blocks that stand apart are a stretch each: what one makes is not what the next gets.
+        Blocks that stand apart are a segment each: the output of a block is not the input of the next.
         """
-        found: list[Segment] = []
+        segments: list[Segment] = []
         for path, action in self.actions.items():
             if action != SKIP:
-                found.append(Segment(path, (), self.shared.get(path)))
-            elif found and not self.apart:
-                found[-1] = Segment(found[-1].head, (*found[-1].gone, path), found[-1].owner)
+                segments.append(Segment(path, (), self.shared.get(path)))
+            elif segments and not self.apart:
+                segments[-1] = Segment(segments[-1].head, (*segments[-1].gone, path), segments[-1].owner)
             else:
-                found.append(Segment(None, (path,), None))
-        return found
+                segments.append(Segment(None, (path,), None))
+        return segments
 
     def _with(self, changes: Mapping[str, str]) -> "Plan":
         return Plan({path: changes.get(path, action) for path, action in self.actions.items()}, self.apart)
@@ -67,12 +67,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Segment:
-    """A block that runs and the ones behind it that are left out.
+    """A block that runs and the left-out blocks behind it.
 
     Attributes:
-      head: path of the block that runs; None for a middle that begins with blocks that are left out.
-      gone: paths of the blocks that are left out.
-      owner: the block whose weights the head runs on, where it has none of its own.
+      head: path of the block that runs; None if the middle begins with left-out blocks.
+      gone: paths of the left-out blocks, in order.
+      owner: path of the block whose weights the head runs on; None if the head has weights of its own.
     """
 
     head: str | None
@@ -81,5 +81,5 @@ class Segment:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All blocks, in order."""
+        """Paths of all blocks of the segment, in order."""
         return ((self.head,) if self.head else ()) + self.gone

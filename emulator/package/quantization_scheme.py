@@ -1,4 +1,4 @@
-"""How weights become small integers: bits of a code, inputs that share a scale, and whether scales are codes, too."""
+"""Quantisation schemes: bits of a code, inputs that share a scale, and whether the scales are codes, too."""
 
 from dataclasses import dataclass
 from math import ceil, prod
@@ -14,16 +14,16 @@ MAX_GROUP = 2**20
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantise a tensor; "int4:64" and "int4:32/6" are its spellings.
+    """One way to quantise a tensor, written as "int4:64" or "int4:32/6".
 
     Attributes:
-      bits: of a code: 3, 4 or 8.
-      group: inputs that share a scale and a minimum, 2 <= group < 2**20.
-      fine: scales and minima are 6-bit multiples of two fp16 numbers for each row (double quantisation, Dettmers et al.
-        2023, section 3), so that small groups cost few bits; with 3 and 4 bits only.
+      bits: width of a code: 3, 4 or 8.
+      group: number of inputs that share a scale and a minimum, 2 <= group < 2**20.
+      fine: True if scales and minima are 6-bit multiples of two fp16 numbers for each row (double quantisation,
+        Dettmers et al. 2023, section 3), so that small groups cost few bits; with 3 and 4 bits only.
 
     Raises:
-      ConfigError: one of them is out of range.
+      ConfigError: an attribute is out of range.
     """
 
     bits: int
@@ -38,12 +38,12 @@ class Scheme:
             )
 
     def __str__(self) -> str:
-        """Returns the spelling that stands in manifests."""
+        """Returns the text that stands in manifests."""
         return f"int{self.bits}:{self.group}{FINE if self.fine else ''}"
 
     @classmethod
     def of(cls, name: str, argument: str) -> "Scheme | None":
-        """Returns the scheme of "int4" and "32/6", or None where it is none."""
+        """Returns the scheme of a name and an argument, such as "int4" and "32/6"; None if they are not a scheme."""
         group = argument.removesuffix(FINE)
         known = {f"int{bits}": bits for bits in BITS}
         if name not in known or not (group.isascii() and group.isdecimal() and len(group) < 10):
@@ -55,16 +55,16 @@ class Scheme:
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """The names of what is stored of a tensor."""
+        """Names of the pieces in which a tensor is stored."""
         return ("codes", "scales", "minima", "spans") if self.fine else ("codes", "scales", "minima")
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Returns the bytes of a tensor: codes, scales and minima, and what these are multiples of."""
+        """Returns the bytes of a stored tensor: codes, scales and minima, and the units of a fine scheme."""
         rows, columns = shape[0], prod(shape[1:])
         groups = rows * ceil(columns / self.group)
         grids = 2 * packed_bytes(groups, FINE_BITS) + 2 * 2 * rows if self.fine else 2 * 2 * groups
         return packed_bytes(rows * columns, self.bits) + grids
 
     def worth(self, shape: tuple[int, ...]) -> bool:
-        """Whether that is less than the 16-bit tensor takes; it is not for very short rows."""
+        """Returns whether the codes take fewer bytes than the tensor at 16 bits; for very short rows they do not."""
         return self.stored_bytes(shape) < 2 * prod(shape)

@@ -1,9 +1,9 @@
 """Group-wise asymmetric weight quantisation: pure functions between a tensor and small integer codes.
 
 A weight becomes `minimum + scale * code` with one minimum and one scale per group of consecutive inputs, fp16 or fine:
-4 bits and a group of 64 cost 4 + 32/64 = 4.5 bits per weight; with fine grids a group of 32 costs 4 + 12/32 and 32 bits
-for each row. Minima are rounded down and scales up, so that no weight lies outside its group's grid and every error is
-at most half a scale.
+4 bits and a group of 64 cost 4 + 32/64 = 4.5 bits per weight; with fine grids a group of 32 costs 4 + 12/32 bits per
+weight, and 32 bits for each row. Minima are rounded down and scales up, so that no weight lies outside its group's grid
+and every error is at most half a scale.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ FINEST = 2**FINE_BITS - 1
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the points of each group lie; `rows` is a tensor's first dimension.
+    """The points to which each group is rounded; `rows` is a tensor's first dimension.
 
     Attributes:
-      minima: the lowest points, float32 (rows, groups).
-      scales: the distances between neighbours, >= 0, float32 (rows, groups).
-      fine: their codes, where they are multiples of something; None where they are fp16.
+      minima: lowest point of each group, float32 (rows, groups).
+      scales: distance between neighbouring points, >= 0, float32 (rows, groups).
+      fine: the codes of scales and minima in a fine scheme; None if both are fp16 numbers.
     """
 
     minima: Tensor
@@ -38,11 +38,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Fine:
-    """Scales and minima as multiples of two numbers for each row: scale = span 0 * code, minimum = -span 1 * code.
+    """Scales and minima as multiples of two units for each row: scale = unit 0 * code, minimum = -unit 1 * code.
 
     Attributes:
-      scales, minima: codes, uint8 (rows, groups), each below 64.
-      spans: fp16 (rows, 2), >= 0.
+      scales: codes of the scales, uint8 (rows, groups), each below 64.
+      minima: codes of the minima, uint8 (rows, groups), each below 64.
+      spans: the two units of each row, fp16 (rows, 2), >= 0.
     """
 
     scales: Tensor
@@ -51,7 +52,7 @@ class Fine:
 
     def grid(self) -> Grid:
         """Returns the grid; a 6-bit multiple of an fp16 number is exact in float32."""
-        step, drop = (one.float().unsqueeze(-1) for one in self.spans.unbind(-1))
+        step, drop = (unit.float().unsqueeze(-1) for unit in self.spans.unbind(-1))
         return Grid(-drop * self.minima.float(), step * self.scales.float(), self)
 
 
@@ -60,10 +61,10 @@ class Quantised:
     """A tensor as codes; `rows` below is the tensor's first dimension and `columns` the product of the others.
 
     Attributes:
-      codes: uint8, the packed codes of (rows * columns,).
-      scales: fp16 (rows, ceil(columns / group)), >= 0; of a fine scheme their packed 6-bit codes, uint8.
-      minima: as `scales`, of any sign.
-      spans: of a fine scheme, what these are multiples of, fp16 (rows, 2); else None.
+      codes: packed codes of all (rows * columns,) weights, uint8.
+      scales: scales, fp16 (rows, ceil(columns / group)), >= 0; in a fine scheme their packed 6-bit codes, uint8.
+      minima: minima of any sign, in the same form as `scales`.
+      spans: the two units of each row in a fine scheme, fp16 (rows, 2); else None.
     """
 
     codes: Tensor
@@ -73,29 +74,31 @@ class Quantised:
 
     @classmethod
     def of(cls, codes: Tensor, grid: Grid, bits: int) -> "Quantised":
-        """Packs codes (rows * columns,) on a grid."""
+        """Returns a tensor's packed form: codes (rows * columns,), uint8, on a grid."""
         packed, fine = pack(codes, bits), grid.fine
         if fine is None:
             return cls(packed, grid.scales.to(torch.float16), grid.minima.to(torch.float16))
-        scales, minima = (pack(one.reshape(-1), FINE_BITS) for one in (fine.scales, fine.minima))
+        scales, minima = (pack(side.reshape(-1), FINE_BITS) for side in (fine.scales, fine.minima))
         return cls(packed, scales, minima, fine.spans)
 
     @property
     def pieces(self) -> tuple[Tensor, ...]:
-        """What is stored, in the order of the scheme's names."""
-        return tuple(one for one in (self.codes, self.scales, self.minima, self.spans) if one is not None)
+        """The stored tensors, in the order of `Scheme.pieces`."""
+        return tuple(piece for piece in (self.codes, self.scales, self.minima, self.spans) if piece is not None)
 
     def grid(self, shape: tuple[int, ...], scheme: Scheme) -> Grid:
-        """Returns the grid of the tensor of a shape.
+        """Returns the grid of the tensor, whose shape and scheme are given.
 
         Raises:
-          RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
+          RangeError: a stored piece does not have the shape and dtype that the tensor's shape asks for.
         """
         rows, groups = shape[0], ceil(prod(shape[1:]) / scheme.group)
         self._check(shape, scheme, rows, groups)
         if self.spans is None:
             return Grid(self.minima.float(), self.scales.float())
-        scales, minima = (unpack(one, rows * groups, FINE_BITS).reshape(rows, -1) for one in (self.scales, self.minima))
+        scales, minima = (
+            unpack(side, rows * groups, FINE_BITS).reshape(rows, -1) for side in (self.scales, self.minima)
+        )
         return Fine(scales, minima, self.spans).grid()
 
     def _check(self, shape: tuple[int, ...], scheme: Scheme, rows: int, groups: int) -> None:
@@ -110,8 +113,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantised:
     """Returns the codes of a floating-point tensor of at least two dimensions.
 
     Args:
-      weight: (rows, ...) finite, within +-65504; any floating dtype. All but the first dimension are one row of inputs.
-      scheme: the last group of a row may be smaller than its group.
+      weight: tensor (rows, ...), finite, within +-65504, of any floating dtype; a row is all but the first dimension.
+      scheme: bits, group and kind of scales; the last group of a row may be smaller.
 
     Raises:
       RangeError: a weight is not finite, or a group does not fit fp16.
@@ -125,10 +128,10 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantised:
 
 
 def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
-    """Returns the fp32 tensor of a shape; exact in every step but one fp32 addition, so equal on every machine.
+    """Returns the fp32 tensor of a shape; every step but one fp32 addition is exact, so it is equal on every machine.
 
     Raises:
-      RangeError: the stored pieces do not have the shapes and dtypes this shape asks for.
+      RangeError: a stored piece does not have the shape and dtype that the tensor's shape asks for.
     """
     grid = quantised.grid(shape, scheme)
     rows, columns = shape[0], prod(shape[1:])
@@ -141,20 +144,20 @@ def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> 
 
 
 def grouped(flat: Tensor, group: int) -> Tensor:
-    """Returns (rows, columns) as (rows, groups, group), the last input repeated: that moves no smallest or largest."""
+    """Returns (rows, columns) as (rows, groups, group); the last input fills up, which moves no minimum or maximum."""
     rows, columns = flat.shape
     groups = ceil(columns / group)
     return torch.cat([flat, flat[:, -1:].expand(rows, groups * group - columns)], dim=1).reshape(rows, groups, group)
 
 
 def nearest(groups: Tensor, grid: Grid, bits: int) -> Tensor:
-    """Returns the codes, float32, of the points nearest to (rows, groups, group)."""
+    """Returns the codes of the points nearest to weights, float32 (rows, groups, group) as the weights."""
     low, step = grid.minima.unsqueeze(-1), grid.scales.unsqueeze(-1)
     return ((groups - low) / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
 
 
 def covering(groups: Tensor, scheme: Scheme) -> Grid:
-    """Returns the grid such that minimum..minimum + levels * scale covers each group of (rows, groups, group).
+    """Returns the grid whose range minimum..minimum + levels * scale covers each group of (rows, groups, group).
 
     Raises:
       RangeError: a weight is not finite, or a group does not fit fp16.
@@ -172,14 +175,14 @@ def covering(groups: Tensor, scheme: Scheme) -> Grid:
 
 
 def half(values: Tensor, direction: float) -> Tensor:
-    """Returns fp16 values, those that fp16 does not hold rounded towards -inf or inf; float64 values."""
+    """Returns float64 values as fp16; a value that fp16 does not hold is rounded towards `direction`, -inf or inf."""
     rounded = values.to(HALF)
     wrong = rounded.double() > values if direction < 0 else rounded.double() < values
     return torch.where(wrong, torch.nextafter(rounded, torch.full_like(rounded, direction)), rounded)
 
 
 def _fine(low: Tensor, high: Tensor, levels: int) -> Grid:
-    """Returns the fine grid that covers low..high, float64 (rows, groups); it always holds 0."""
+    """Returns the fine grid that covers low..high, both float64 (rows, groups); each group's range always holds 0."""
     drop = half((-low).clamp_min(0).amax(-1, keepdim=True) / FINEST, torch.inf)
     minima = _multiples((-low).clamp_min(0), drop)
     wanted = (high.clamp_min(0) + drop.double() * minima) / levels
@@ -189,5 +192,5 @@ def _fine(low: Tensor, high: Tensor, levels: int) -> Grid:
 
 
 def _multiples(values: Tensor, unit: Tensor) -> Tensor:
-    """Returns the least multiples of a unit >= values, float64 (rows, groups), at most 63."""
+    """Returns the smallest multiples of a unit that reach the values, float64 (rows, groups), at most 63."""
     return (values / torch.where(unit == 0, 1.0, unit.double())).ceil().clamp(0, FINEST)

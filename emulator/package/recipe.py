@@ -1,6 +1,6 @@
-"""A recipe: compressors in order, each with its argument and, where not all of the middle is meant, its blocks.
+"""A recipe: compressors in order, each with an argument and, unless it takes the whole middle, with its blocks.
 
-`int4:64` means every block of the middle, `int8:64@2,5-7` the blocks of these places in the tower.
+`int4:64` takes every block of the middle, `int8:64@2,5-7` the blocks at these places in the tower.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Step:
 
     Attributes:
       name: key of `COMPRESSORS`.
-      argument: what stands behind the colon; "" where there is none.
-      places: places in the tower, counted from 0; None for the whole middle.
+      argument: text behind the colon; "" without a colon.
+      places: places of the blocks in the tower, counted from 0; None for the whole middle.
     """
 
     name: str
@@ -24,17 +24,17 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> "Step":
-        """Returns the step of its spelling.
+        """Returns the step that a text describes, for example "int8:64@2,5-7".
 
         Raises:
-          ConfigError: what stands behind the @ is not a list of places.
+          ConfigError: the text behind the @ is not a list of places.
         """
         head, at, where = text.partition("@")
         name, _, argument = head.partition(":")
         return cls(name, argument, _places(text, where) if at else None)
 
     def __str__(self) -> str:
-        """Returns the spelling that `parse` reads."""
+        """Returns the text that `parse` reads."""
         head = f"{self.name}:{self.argument}" if self.argument else self.name
         return head if self.places is None else f"{head}@{ranges(self.places)}"
 
@@ -51,11 +51,11 @@ def ranges(places: frozenset[int]) -> str:
 
 
 def _places(text: str, where: str) -> frozenset[int]:
-    found: set[int] = set()
+    places: set[int] = set()
     for part in where.split(","):
         low, _, high = part.partition("-")
         numbers = [number for number in (low, high or low) if number.isascii() and number.isdecimal()]
         if len(numbers) != 2 or len(low + high) > 8 or int(numbers[0]) > int(numbers[1]):
             raise ConfigError(f"step={text!r}: behind the @ must stand places such as 2,5-7; correct it")
-        found |= set(range(int(numbers[0]), int(numbers[1]) + 1))
-    return frozenset(found)
+        places |= set(range(int(numbers[0]), int(numbers[1]) + 1))
+    return frozenset(places)

@@ -1,4 +1,4 @@
-"""How one tensor lies in the package: as it is, as codes, or without its zeros; the way's name is in the manifest."""
+"""Storage of one tensor in a package: as it is, as codes, or without its zeros; the manifest names which."""
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ def verbatim(tensor: Tensor) -> str:
 
 
 def parse(storage: str) -> Scheme | None:
-    """Returns the scheme of a quantised storage such as "int4:64", or None for any other.
+    """Returns the scheme of a quantised storage such as "int4:64"; None for any other storage.
 
     Raises:
-      MalformedMessage: it is no storage.
+      MalformedMessage: the text is not the name of a storage.
     """
     if storage in DTYPES or storage == SPARSE:
         return None
@@ -57,7 +57,7 @@ def parse(storage: str) -> Scheme | None:
 
 
 def is_verbatim(storage: str) -> bool:
-    """Whether a storage keeps every bit of a tensor of its dtype."""
+    """Returns whether a storage keeps every bit of a tensor of its dtype."""
     parse(storage)
     return storage in DTYPES
 
@@ -74,10 +74,10 @@ def encode(name: str, tensor: Tensor, storage: str, chosen: Quantised | None = N
     """Returns the pieces of a tensor under their stored names, on the CPU and contiguous.
 
     Args:
-      name: of the tensor.
-      tensor: any shape; of two dimensions and more where it becomes codes.
-      storage: how it is stored.
-      chosen: its codes, where a compressor has chosen them; else they are rounded to nearest.
+      name: the tensor's name.
+      tensor: a tensor of any shape; for a quantised storage, of at least two dimensions.
+      storage: name of the storage, for example "bf16", "int4:64" or "sparse".
+      chosen: codes that a compressor chose for the tensor; None rounds to nearest.
 
     Raises:
       UnsupportedModel: a value does not fit the storage.
@@ -98,7 +98,7 @@ def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int,
     """Returns the tensor of a shape from its pieces; the inverse of `encode` for verbatim storage.
 
     Raises:
-      RangeError: a piece has another shape or dtype, or a value is not finite.
+      RangeError: a piece does not have the shape or dtype of the storage, or a value is not finite.
     """
     scheme = parse(storage)
     ordered = [pieces[piece] for piece in names(name, storage)]
@@ -116,7 +116,7 @@ def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int,
 
 
 def _without_zeros(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (one bit for each entry that is not zero, uint8; their values, fp16)."""
+    """Returns (a bit map of the entries that are not zero, uint8, eight in a byte; their values, fp16)."""
     flat = tensor.reshape(-1)
     places = flat != 0
     values = flat[places].to(torch.float16)

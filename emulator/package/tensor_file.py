@@ -1,7 +1,7 @@
 """A safetensors file written tensor by tensor, so that the emulator is never in memory as a whole.
 
-The format is a length, a header in JSON and the bytes; the header comes first but is known last, so the bytes wait in a
-file of their own until then.
+The format is a length, a header in JSON and the tensors' bytes. The header comes first but is known last, so the bytes
+wait in a second file until the header is known.
 """
 
 import json
@@ -11,10 +11,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from offsite.emulator.package.files import tensor_sha256
+from offsite.emulator.package.package_folder import tensor_sha256
 from offsite.errors import DataError
 
-# The names that the format has for them.
+# The format's names of dtypes.
 NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -30,13 +30,13 @@ PIECE = 1 << 20
 
 
 class TensorFile:
-    """The file while it is written.
+    """A safetensors file while it is written.
 
     Args:
-      path: of the finished file; the bytes wait beside it.
+      path: path of the finished file; the waiting bytes lie in a file beside it.
 
     Raises:
-      DataError: the disk does not take it.
+      DataError: the disk does not take the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class TensorFile:
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes a contiguous tensor on the CPU."""
+        """Adds a contiguous tensor on the CPU."""
         content = tensor.detach().reshape(-1).view(torch.uint8).numpy()
         start = self._spool.tell()
         self._write(memoryview(content))
@@ -55,10 +55,10 @@ class TensorFile:
         self.hashes[name], self.sizes[name] = tensor_sha256(tensor), content.nbytes
 
     def finish(self) -> None:
-        """Writes the file itself; the same tensors give the same bytes in whatever order they came."""
+        """Writes the finished file; the same tensors give the same bytes, in whatever order they were added."""
         header: dict[str, object] = {}
         place = 0
-        # Wide types first, as the format's own writer does it, so that every tensor is aligned.
+        # Wide types come first, as in the files of the format's own writer, so that every tensor is aligned.
         ordered = sorted(self._entries.items(), key=lambda item: (-_width(item[1][0]), item[0]))
         for name, (dtype, shape, _, size) in ordered:
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
@@ -77,7 +77,7 @@ class TensorFile:
             raise self._refusal(error) from error
 
     def drop(self) -> None:
-        """Removes what waits, after a failure."""
+        """Removes the file of waiting bytes, after a failure."""
         self._spool.close()
         self._waiting.unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""What runs while sites train: quantised layers, refreshes, plug-in and correction."""
+"""The emulator while a job runs: quantised layers at a site; refreshes, plug-in and correction at the coordinator."""

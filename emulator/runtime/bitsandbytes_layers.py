@@ -1,10 +1,10 @@
-"""Frozen dense layers of the middle rounded to 8 or 4 bits by bitsandbytes, an optional extra, widened where they run.
+"""Rounds frozen dense layers of the middle to 8 or 4 bits by bitsandbytes, an optional extra.
 
-Of bitsandbytes' own layers only the numbers are taken, not the products. `Linear8bitLt` rounds what enters it, too:
-with a threshold it picks columns over the whole batch, so that one record changes another record's gradient, by 10 % on
-a model of 135 million weights, and without one its backward pass is another function's derivative. `Linear4bit`
-computes in bf16 on some processors where no gradient is asked for, and repacks its weight for that. Here a layer is a
-plain product with the widened weight, the same in every mode, and no row knows of another.
+Only the numbers of bitsandbytes' own layers are used, not their products. `Linear8bitLt` rounds its inputs, too: with a
+threshold it picks columns over the whole batch, so that one record changes another record's gradient, by 10 % on a
+model of 135 million weights; without a threshold its backward pass is another function's derivative. `Linear4bit`
+computes in bf16 on some processors when no gradient is asked for, and repacks its weight for that. Here a layer is a
+plain product with the widened weight, the same in every mode, and no row affects another.
 """
 
 import importlib
@@ -35,8 +35,8 @@ class Rounding:
     """One of bitsandbytes' ways to store a weight.
 
     Attributes:
-      bits: of a code.
-      of: makes the codes of a weight, (out, in), float32 and contiguous.
+      bits: width of a code.
+      of: function that returns the stored form of a weight, (out, in), float32 and contiguous.
     """
 
     bits: int
@@ -47,7 +47,8 @@ def library() -> Any:
     """Returns the module bitsandbytes.
 
     Raises:
-      ConfigError: it is not installed, its compiled part does not load, or it would fetch code from a network.
+      ConfigError: bitsandbytes is not installed, its compiled part does not load, or it would fetch code from a
+        network.
     """
     if importlib.util.find_spec(FETCHER) is not None:
         raise ConfigError(
@@ -55,35 +56,35 @@ def library() -> Any:
             "weights = 'stored'"
         )
     try:
-        found = importlib.import_module("bitsandbytes")  # not at the top: it is optional, and takes a second
+        module = importlib.import_module("bitsandbytes")  # not at the top: it is optional, and takes a second
     except ImportError as error:
         raise ConfigError(f"bitsandbytes cannot be imported ({error}); pip install 'offsite[bitsandbytes]'") from error
-    if "Mock" in type(found.cextension.lib).__name__:  # then it would compile code of its own at the first call
+    if "Mock" in type(module.cextension.lib).__name__:  # then it would compile code of its own at the first call
         raise ConfigError("bitsandbytes: its compiled part does not load here; set weights = 'stored' in site.toml")
-    return found
+    return module
 
 
 def round_layers(model: nn.Module, manifest: Manifest, weights: str) -> dict[str, StoredWeight]:
-    """Rounds dense layers of blocks that carry no adapter, in place, and returns them in the form to hold them in.
+    """Rounds dense layers of blocks that carry no adapter, in place, and returns their weights in the rounded form.
 
-    The model keeps its modules, now with the rounded weights, so that what is vetted is what will run: a model can be
-    made to turn into another one by rounding (Egashira et al. 2024, arXiv 2405.18137). Layers that the package stores
-    in no more bits stay exactly as they are, and so do blocks that carry adapters, all of a parallel emulator: rounded,
-    four of them turn the gradients nearly as much as all 26 others, and the adapter would learn to repair at the site
-    what is not broken at the coordinator.
+    The model keeps its modules, now with the rounded weights, so that the vetted emulator is the one that will run: a
+    model can be made to turn into another one by rounding (Egashira et al. 2024, arXiv 2405.18137). Layers that the
+    package stores in no more bits stay exactly as they are. So do blocks that carry adapters, which are all blocks of a
+    parallel emulator: four such blocks, rounded, turn the gradients nearly as much as all 26 others, and the adapter
+    would learn at the site to repair what is not broken at the coordinator.
 
     Args:
-      model: as `package.load` returned it, float32, before it is vetted.
-      manifest: of the package.
-      weights: "int8", one scale for each output (Dettmers et al. 2022, arXiv 2208.07339, section 3.1), or "nf4", one
-        scale for 64 weights (Dettmers et al. 2023, arXiv 2305.14314, section 3), whose scales stay float32.
+      model: the emulator as `package_reader.load` returned it, float32, before vetting.
+      manifest: the package's manifest.
+      weights: "int8", with one scale for each output (Dettmers et al. 2022, arXiv 2208.07339, section 3.1), or "nf4",
+        with one scale for 64 weights (Dettmers et al. 2023, arXiv 2305.14314, section 3), whose scales stay float32.
 
     Returns:
-      By path, for `held.hold`.
+      The rounded weights by layer path, as `quantized_linear.replace_linears` takes them.
 
     Raises:
-      UnknownName: `weights` is neither.
-      ConfigError: see `library`.
+      UnknownName: `weights` is neither "int8" nor "nf4".
+      ConfigError: bitsandbytes cannot be used; see `library`.
       RangeError: a weight is too large for float16, through which int8 takes its scales.
     """
     rounding = lookup(ROUNDINGS, weights, "weights")
@@ -100,17 +101,17 @@ def round_layers(model: nn.Module, manifest: Manifest, weights: str) -> dict[str
         matrix = weight.T if isinstance(layer, Conv1D) else weight  # a view, through which the layer is written
         if matrix.shape[1] % 2:
             continue  # bitsandbytes unpacks rows of odd length by code that it compiles at the site
-        held = rounding.of(matrix.float().contiguous())
-        matrix.copy_(held.widen(held.pieces))
+        stored = rounding.of(matrix.float().contiguous())
+        matrix.copy_(stored.widen(stored.pieces))
         if not bool(torch.isfinite(matrix).all()):
             raise RangeError(f"weights={weights!r}: {path} is too large for it; set weights = 'stored' in site.toml")
-        rounded[path] = held
+        rounded[path] = stored
     return rounded
 
 
 def _int8(weight: Tensor) -> StoredWeight:
     codes, scales, _ = library().functional.int8_vectorwise_quant(weight.half())
-    codes[scales == 0] = 0  # what a processor makes of 0 / 0 as an integer is its own affair
+    codes[scales == 0] = 0  # 0 / 0 as an integer differs between processors
     return StoredWeight((codes, scales), _from_int8)
 
 

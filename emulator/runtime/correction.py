@@ -1,7 +1,7 @@
-"""What the coordinator does to a tuned adapter before plug-in: it takes away what the adapter learnt to repair.
+"""Correction of a tuned adapter before plug-in: takes away what the adapter learnt to repair in the emulator.
 
-An adapter trained on a parallel emulator partly makes good for what compression broke in its own layers; in the full
-model nothing is broken there, and that part does harm. For low-rank adapters it is known in closed form.
+An adapter trained on a parallel emulator partly makes up for what compression broke in its own layers. In the full
+model nothing is broken there, and that part does harm. For low-rank adapters that part is known in closed form.
 """
 
 import torch
@@ -18,21 +18,21 @@ LOW_RANK = ("lora", "ffa_lora")  # methods whose correction is known in closed f
 
 
 def correctable(geometry: Geometry, method: str) -> bool:
-    """Whether adapters sit in layers that compression broke, and are of a kind that can be corrected."""
+    """Returns whether a method's adapters sit in compressed layers, and can be corrected in closed form."""
     return geometry.shape == PARALLEL and method in LOW_RANK
 
 
 def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
-    """Returns the adapter of the full model without what it learnt to repair, as one vector in its layout's order.
+    """Returns the full model's adapter without what it learnt to repair, as one float vector in its layout's order.
 
-    With the factors B A and the full and emulated weight W and E, the adapted emulator maps an input x in the span of A
-    to E x + s B A x. The same from W needs B - strength (W - E) A^+ / s in the place of B; A^+ is the pseudo-inverse
-    and s = alpha / rank. As in Lin et al. 2025 (EMLoC), the step is bounded: its norm by that of B.
+    The factors are B A, the full weight is W and the emulated weight E. The adapted emulator maps an input x in the
+    span of A to E x + s B A x. The same map from W needs B - strength (W - E) A^+ / s in the place of B, with A^+ the
+    pseudo-inverse and s = alpha / rank. The step's norm is bounded by the norm of B, as in Lin et al. 2025 (EMLoC).
 
     Args:
-      full: the full model with the tuned low-rank adapter in it, float32; left as it was.
+      full: the full model with the tuned low-rank adapter in it, float32; left unchanged.
       emulator: the loaded package, float32, with or without an adapter.
-      strength: 0 changes nothing, 1 is the whole correction.
+      strength: share of the correction, in 0..1; 0 changes nothing.
     """
     layout = Layout.of(full)
     vector = torch.from_numpy(layout.read(full))
@@ -47,14 +47,14 @@ def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
 
 
 def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -> dict[str, Tensor]:
-    found = {}
+    changes = {}
     for name in layer.lora_B:
         up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
         apart = _matrix(layer) - _matrix(emulated)
         step = apart @ torch.linalg.pinv(down) / layer.scaling[name]
         room = LIMIT * up.norm() / step.norm().clamp_min(1e-30)
-        found[f"{path}.lora_B.{name}.weight"] = -strength * step * room.clamp(max=1.0)
-    return found
+        changes[f"{path}.lora_B.{name}.weight"] = -strength * step * room.clamp(max=1.0)
+    return changes
 
 
 def _matrix(layer: nn.Module) -> Tensor:
@@ -63,5 +63,5 @@ def _matrix(layer: nn.Module) -> Tensor:
 
 
 def _plain(path: str) -> str:
-    """Returns a module's path without what peft puts before it."""
+    """Returns a module's path without the prefix that peft puts before it."""
     return path.removeprefix("base_model.model.")

@@ -1,4 +1,4 @@
-"""The tuned adapter goes back into the full model, and is taken over only if the full model is no worse for it."""
+"""Plug-in: writes the tuned adapter into the full model, and takes it over only if it does the full model no harm."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Verdict:
     """Whether a round's adapter is taken over.
 
     Attributes:
-      accepted: True if it is.
+      accepted: True if the adapter is taken over.
       reason: one line for the report.
     """
 
@@ -30,12 +30,12 @@ class Verdict:
 def plug(full: nn.Module, layout: Layout, vector: NDArray[Any]) -> nn.Module:
     """Writes a tuned adapter into the full model that carries the same adapter, in place, and returns the model.
 
-    Names are the same on both sides, since the emulator never moves one: plug-in is the identity on names.
+    The emulator never moves a name, so names are the same on both sides: plug-in is the identity on names.
 
     Args:
       full: the full model with the adapter attached.
-      layout: of the adapter as it was trained on the emulator.
-      vector: the tuned values, (layout.size,), finite.
+      layout: layout of the adapter that was trained on the emulator.
+      vector: tuned values, float (layout.size,), finite.
 
     Raises:
       DigestMismatch: the full model carries another adapter.
@@ -57,15 +57,15 @@ def take(
     """Returns (scale, public loss, verdict) of the largest share of an update that does no harm.
 
     An update that came through a lossy emulator may go too far in a direction that is right: on one measured model a
-    quarter of it helped where the whole did harm. The whole is tried first, so a good update is never shrunk.
+    quarter of the update helped where the whole did harm. The whole is tried first, so a good update is never shrunk.
 
     Args:
-      previous_loss: with the last accepted adapter, nats per token, finite.
-      loss_at: of the full model with a share of the update.
-      tolerance: see `accept`.
+      previous_loss: full model's loss with the last accepted adapter, nats per token, finite.
+      loss_at: function that returns the full model's loss with a share of the update, nats per token.
+      tolerance: largest accepted rise of the loss, nats per token, finite and >= 0.
 
     Raises:
-      ConfigError: see `accept`.
+      ConfigError: the previous loss is not finite, or the tolerance is not finite or negative.
     """
     tried: list[tuple[float, float, Verdict]] = []
     for scale in SCALES:
@@ -81,12 +81,12 @@ def take(
 def accept(previous_loss: float, new_loss: float, tolerance: float = 0.0) -> Verdict:
     """Returns whether a new adapter is taken over, by the full model's loss on public text.
 
-    With a bad emulator more training makes the full model worse; this is where that stops.
+    With a bad emulator more training makes the full model worse; this check stops that.
 
     Args:
-      previous_loss: with the last accepted adapter, nats per token, finite.
-      new_loss: with the new one; a loss that is not a number is a reason to reject, not an error.
-      tolerance: how much worse is still accepted, nats per token, finite and >= 0.
+      previous_loss: full model's loss with the last accepted adapter, nats per token, finite.
+      new_loss: full model's loss with the new adapter, nats per token; NaN rejects the adapter and is no error.
+      tolerance: largest accepted rise of the loss, nats per token, finite and >= 0.
 
     Raises:
       ConfigError: the previous loss is not finite, or the tolerance is not finite or negative.

@@ -1,7 +1,7 @@
-"""Frozen dense layers held as the package stores them, and widened where they run: a site's memory, not its results.
+"""Frozen dense layers that keep their weights as the package stores them: a site needs less memory, for equal results.
 
-A layer of 4-bit codes takes a seventh of its float32 weights. What it computes is the same to the last bit, forwards
-and backwards, since the same numbers are made of the same codes at every call and forgotten again.
+A layer of 4-bit codes takes a seventh of the memory of its float32 weights. Its results are the same to the last bit,
+forwards and backwards: each call makes the same numbers of the same codes and drops them again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ from offsite.emulator.package.quantize import Quantised, dequantize
 from offsite.emulator.structure.towers import blocks_at
 
 
-class _Widened(torch.autograd.Function):
-    """A dense layer of which autograd keeps no weight: it is made anew in the backward pass."""
+class _DequantizedProduct(torch.autograd.Function):
+    """A dense layer's product for which autograd keeps no weight: the backward pass makes the weight anew."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: "DequantizingLinear") -> Tensor:
@@ -38,11 +38,11 @@ class _Widened(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A frozen weight in the form in which it lies in memory.
+    """A frozen weight in its stored form.
 
     Attributes:
-      pieces: tensors of any dtypes.
-      widen: makes the weight of them, (out, in), float32.
+      pieces: stored tensors, of any dtypes.
+      widen: function that makes the weight of the pieces, (out, in), float32.
     """
 
     pieces: tuple[Tensor, ...]
@@ -55,24 +55,24 @@ class StoredWeight:
 
 
 class DequantizingLinear(nn.Linear):
-    """A frozen dense layer whose weight lies here as codes or in 16 bits; adapters find it as the layer it stands for.
+    """A frozen dense layer that stores its weight as codes or in 16 bits; adapters find it as the layer it replaces.
 
     Attributes:
-      bias: (out,) or None, as wide as the model is, since a refresh may move it.
+      bias: the replaced layer's own bias, (out,), or None; not narrowed, since a refresh may move it.
     """
 
-    def __init__(self, plain: nn.Module, held: StoredWeight) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make the weight that this layer is without
+    def __init__(self, plain: nn.Module, stored: StoredWeight) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own __init__ would make the weight that this layer is without
         weight = plain.get_parameter("weight")
         self.out_features, self.in_features = weight.shape[::-1] if isinstance(plain, Conv1D) else weight.shape
-        self._pieces, self._widen = len(held.pieces), held.widen
-        for number, piece in enumerate(held.pieces):
+        self._pieces, self._widen = len(stored.pieces), stored.widen
+        for number, piece in enumerate(stored.pieces):
             self.register_buffer(f"piece_{number}", piece.to(weight.device), persistent=False)
         self.register_parameter("bias", plain._parameters.get("bias"))
 
     @property
     def weight(self) -> Tensor:
-        """The weight, (out, in), float32; made anew at each call, so it cannot be trained."""
+        """The weight, (out, in), float32; each access makes it anew, so it cannot be trained."""
         return self._widen([self.get_buffer(f"piece_{number}") for number in range(self._pieces)])
 
     def widened(self, like: Tensor) -> Tensor:
@@ -80,52 +80,52 @@ class DequantizingLinear(nn.Linear):
         return self.weight.to(like.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Returns (..., out) of (..., in)."""
+        """Returns the layer's outputs (..., out) for inputs (..., in)."""
         if torch.is_grad_enabled() and inputs.requires_grad:
-            found: Tensor = _Widened.apply(inputs, self)
-            return found
+            outputs: Tensor = _DequantizedProduct.apply(inputs, self)
+            return outputs
         return functional.linear(inputs, self.widened(inputs), self.bias)
 
 
 def replace_linears(
     model: nn.Module, folder: Path, manifest: Manifest, rounded: Mapping[str, StoredWeight] | None = None
 ) -> int:
-    """Puts layers that are held as stored in the places of a loaded emulator's frozen dense layers, in place.
+    """Replaces a loaded emulator's frozen dense layers by layers that keep the package's stored form, in place.
 
     Blocks that are shipped verbatim stay as they are, since some adapters are built of their weights. So do tables of
     words, layers that share their weight, and weights that the package stores as wide as they run.
 
     Args:
-      model: as `package.load` returned it, before any adapter.
-      folder: the package.
-      manifest: of the package.
-      rounded: layers that are held in another form than the package's, by path; `rounded.round_layers` gives them.
+      model: the emulator as `package_reader.load` returned it, before any adapter.
+      folder: the package's folder.
+      manifest: the package's manifest.
+      rounded: weights in another form than the package's, by layer path, from `bitsandbytes_layers.round_layers`.
 
     Returns:
-      How many bytes fewer the model holds.
+      The number of bytes that the model got smaller.
     """
     saved = 0
-    with safe_open(folder / WEIGHTS, framework="pt") as stored:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         for path, module, how in list(dense(model, manifest)):
             name, weight = f"{path}.weight", module.get_parameter("weight")
-            held = rounded.get(path) if rounded else None
-            if held is None:
+            stored = rounded.get(path) if rounded else None
+            if stored is None:
                 scheme, narrow = _scheme(how, weight)
                 if not narrow:
                     continue
-                pieces = tuple(stored.get_tensor(piece) for piece in storage.names(name, how))
+                pieces = tuple(file.get_tensor(piece) for piece in storage.names(name, how))
                 transposed = isinstance(module, Conv1D)
-                held = StoredWeight(
-                    pieces, partial(_stored, scheme=scheme, shape=tuple(weight.shape), transposed=transposed)
+                stored = StoredWeight(
+                    pieces, partial(_widen, scheme=scheme, shape=tuple(weight.shape), transposed=transposed)
                 )
-            saved += _size(weight) - held.size
+            saved += _size(weight) - stored.size
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, DequantizingLinear(module, held).eval())
+            setattr(model.get_submodule(parent), leaf, DequantizingLinear(module, stored).eval())
     return saved
 
 
 def dense(model: nn.Module, manifest: Manifest) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yields path, layer and storage of each dense layer of a loaded emulator that is neither shared nor in an end."""
+    """Yields (path, layer, storage) of each dense layer of a loaded emulator that is neither shared nor in an end."""
     geometry = manifest.geometry
     names = [f"{path}." for path in blocks_at(model, geometry.tower)]
     ends = (*names[: geometry.first], *names[len(names) - geometry.last :])
@@ -137,14 +137,14 @@ def dense(model: nn.Module, manifest: Manifest) -> Iterator[tuple[str, nn.Module
             yield path, module, how
 
 
-def _stored(pieces: Sequence[Tensor], *, scheme: Scheme | None, shape: tuple[int, ...], transposed: bool) -> Tensor:
-    """Returns the weight, (out, in), of what the package stores of it."""
+def _widen(pieces: Sequence[Tensor], *, scheme: Scheme | None, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """Returns the weight, (out, in), float32, that the package stores in these pieces."""
     weight = pieces[0].float() if scheme is None else dequantize(Quantised(*pieces), shape, scheme)
     return weight.T if transposed else weight
 
 
 def _scheme(how: str, weight: Tensor) -> tuple[Scheme | None, bool]:
-    """Returns the scheme of codes, and whether a storage is narrower than the weight is in the model."""
+    """Returns a storage's scheme, if it has one, and whether the storage is narrower than the weight in the model."""
     scheme = storage.parse(how)
     if scheme is not None:
         return scheme, True

@@ -1,7 +1,7 @@
-"""Between rounds: the middle is aligned anew to the full model with the tuned adapter, by a bias at each block's end.
+"""Refresh between rounds: a bias at each block's end aligns the middle to the full model with the tuned adapter.
 
-Two streams of the same public examples go side by side, as in `emulator/calibration/draft.py`, so that the
-next block sees the error of the one before and makes good for it.
+Two streams of the same public examples run side by side, as in `emulator/calibration/draft.py`, so that each block sees
+the error of the block before and makes up for it.
 """
 
 import inspect
@@ -21,24 +21,24 @@ from offsite.emulator.structure.identity_block import bind
 
 
 def plain_of(model: Any) -> nn.Module:
-    """Returns a model under its own names, with the adapter that is attached to it inside."""
+    """Returns a model under its own module names; an attached adapter stays inside."""
     plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return plain
 
 
 def refreshed(full: nn.Module, emulator: nn.Module, frame: Frame, biases: Refreshable, run: Run) -> Refresh:
-    """Moves the biases of an emulator in place, each where that lessens its block's error, and returns their values.
+    """Moves an emulator's biases in place, each only if that lessens its segment's error, and returns their values.
 
-    A bias moves by the weighted mean of what its stretch lacks (`emulator.fit.centred`). The emulator's stream begins
-    at its own embeddings, as at a site, so that their error is made good for as well.
+    A bias moves by the weighted mean of the segment's error (`least_squares.centred`). The emulator's stream begins at
+    its own embeddings, as at a site, so that the error of the embeddings is corrected as well.
 
     Args:
-      full: with the adapter plugged in, float32.
-      emulator: with the adapter that was tuned on it, float32; its biases are those of the last refresh.
-      frame: of the package.
-      biases: of the emulator.
-      run: calls a model with public examples, the same ones each time and with nothing else between them, so that the
-        two streams are of the same calls.
+      full: the full model with the adapter plugged in, float32.
+      emulator: the emulator with the adapter that was tuned on it and the biases of the last refresh, float32.
+      frame: the package's frame.
+      biases: the emulator's biases that may move.
+      run: function that calls a model with public examples, the same examples each time and nothing else between them,
+        so that both streams consist of the same calls.
 
     Raises:
       UnsupportedModel: the public examples never call a block.
@@ -49,14 +49,14 @@ def refreshed(full: nn.Module, emulator: nn.Module, frame: Frame, biases: Refres
     entered = _entering(student.get_submodule(frame.tower[0]), signature, lambda: run(emulator))
     target = _through(stream, original, frame.before, stream.inputs)
     hidden = _through(stream, student, frame.before, entered)
-    for stretch in frame.stretches:
-        target = _through(stream, original, stretch.paths, target)
-        leaving = partial(_through, stream, student, stretch.paths, hidden)
+    for segment in frame.segments:
+        target = _through(stream, original, segment.paths, target)
+        leaving = partial(_through, stream, student, segment.paths, hidden)
         hidden = leaving()
-        inside = [bias for name, bias in biases.tensors.items() if name.startswith(f"{stretch.head}.")]
+        inside = [bias for name, bias in biases.tensors.items() if name.startswith(f"{segment.head}.")]
         for bias in inside:
             before = bias.detach().clone()
-            moved = centred(before, rows(target), rows(hidden)).half().float()  # as it will travel
+            moved = centred(before, rows(target), rows(hidden)).half().float()  # as it will be sent
             bias.data.copy_(moved)
             after = leaving()
             if torch.isfinite(moved).all() and _less(target, after, hidden):
@@ -77,7 +77,7 @@ def _through(stream: Stream, model: nn.Module, paths: tuple[str, ...], hidden: H
 
 
 def _entering(block: nn.Module, signature: inspect.Signature, run: Callable[[], object]) -> Hidden:
-    """Returns what enters a block, one tensor for each call, whatever stands there now."""
+    """Returns the hidden states that enter a block, one float32 tensor for each call of the model."""
     seen: Hidden = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Denoisers of diffusers, an optional extra: rebuilt from their own configuration by the same rules.
+"""Denoisers of diffusers, an optional extra: rebuilt from their configuration by the same rules as other models.
 
-They have neither a transformers configuration nor an auto class. Both stand here, and the class that a configuration
-may name is looked up in a table of those whose blocks and inputs are known.
+Denoisers have neither a transformers configuration nor an auto class; this module has both. The class that a
+configuration names is looked up in a table of classes whose blocks and inputs are known.
 """
 
 import inspect
@@ -17,9 +17,9 @@ from offsite.errors import MalformedMessage, OffsiteError
 from offsite.task.diffusion_models import CLASS as CLASS
 from offsite.task.diffusion_models import UNET, model_class
 
-MAX_ENTRIES = 1 << 26  # of the table of positions, which is computed; the largest published has some millions
-STEPS = 1000  # of noise, in every diffusion transformer that was published
-TOKENS = 12  # of a text
+MAX_ENTRIES = 1 << 26  # entries of the computed table of positions; the largest published table has some millions
+STEPS = 1000  # steps of noise in every published diffusion transformer
+TOKENS = 12  # tokens of a random text
 _SIZES = ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")
 
 
@@ -28,7 +28,7 @@ class DiffusionConfig:
     """The configuration of one denoiser.
 
     Attributes:
-      name: of its class.
+      name: name of the denoiser's class.
       values: plain arguments of the class, by name.
     """
 
@@ -39,16 +39,18 @@ class DiffusionConfig:
 class AutoDiffusion:
     """Builds a denoiser from its configuration, as the auto classes of transformers do."""
 
-    _model_mapping: ClassVar[dict[type, type]] = {}  # of configurations of transformers, there is none
+    _model_mapping: ClassVar[
+        dict[type, type]
+    ] = {}  # transformers' auto classes list their configurations here; diffusers has none
 
     @staticmethod
     def from_config(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
         """Returns a model of a configuration, parameters in `dtype` and tables float32, as `from_pretrained` does.
 
         Raises:
-          ValueError: the configuration is of transformers.
+          ValueError: the configuration is not a `DiffusionConfig`, or remote code is asked for.
           UnsupportedModel: diffusers is not installed, or the class is not in the table.
-          MalformedMessage: an argument is not one of the class, or the class refuses it.
+          MalformedMessage: the class has no such argument, or refuses an argument's value.
         """
         if not isinstance(config, DiffusionConfig) or trust_remote_code:
             raise ValueError("not a configuration of diffusers, or one with code")
@@ -60,16 +62,18 @@ class AutoDiffusion:
             model: nn.Module = kind(**config.values)
         except (OffsiteError, MemoryError):
             raise
-        except Exception as error:  # a class of diffusers checks its arguments in any way
+        except Exception as error:  # a class of diffusers may raise any error for an argument
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise MalformedMessage(f"config.json: {config.name} refuses it ({reason}); refuse this package") from error
+            raise MalformedMessage(
+                f"config.json: {config.name} refuses its arguments ({reason}); refuse this package"
+            ) from error
         finally:
             torch.set_default_dtype(previous)
         return model
 
 
 def is_diffusion(model: nn.Module) -> bool:
-    """Whether a model is one of diffusers; tells it without loading diffusers, which takes seconds."""
+    """Returns whether a model is one of diffusers, without loading diffusers, which takes seconds."""
     return type(model).__module__.partition(".")[0] == "diffusers"
 
 
@@ -90,14 +94,14 @@ def parse(document: dict[str, Any]) -> DiffusionConfig:
 
 
 def random_inputs(model: Any, generator: torch.Generator, examples: int) -> dict[str, Tensor]:
-    """Returns random latents, each with a step of noise and what the model is told of it."""
+    """Returns random latents, each with a step of noise and a condition, a class or a text, by argument name."""
     config = model.config
     shape = (examples, config.in_channels, config.sample_size, config.sample_size)
     latents = "sample" if type(model).__name__ == UNET else "hidden_states"
     return {
         latents: torch.randn(shape, generator=generator),
         "timestep": torch.randint(STEPS, (examples,), generator=generator),
-        **_TOLD[type(model).__name__](config, generator, examples),
+        **_CONDITIONS[type(model).__name__](config, generator, examples),
     }
 
 
@@ -110,7 +114,7 @@ def _text(config: Any, generator: torch.Generator, examples: int) -> dict[str, T
     return {"encoder_hidden_states": torch.randn((examples, TOKENS, width), generator=generator)}
 
 
-_TOLD: dict[str, Callable[[Any, torch.Generator, int], dict[str, Tensor]]] = {
+_CONDITIONS: dict[str, Callable[[Any, torch.Generator, int], dict[str, Tensor]]] = {
     "DiTTransformer2DModel": _class,
     "PixArtTransformer2DModel": _text,
     UNET: _text,
@@ -118,13 +122,13 @@ _TOLD: dict[str, Callable[[Any, torch.Generator, int], dict[str, Tensor]]] = {
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_values(config: DiffusionConfig, known: set[str]) -> None:
     values = config.values
     if strange := sorted(values.keys() - known):
-        raise MalformedMessage(f"config {strange[0]}: the model has no such argument; refuse this package")
+        raise MalformedMessage(f"config {strange[0]}: the model's class has no such argument; refuse this package")
     if config.name == UNET:
         check_unet(values)
         return
@@ -132,7 +136,7 @@ def _check_values(config: DiffusionConfig, known: set[str]) -> None:
         if type(value) not in (bool, int, float, str, type(None)):
             raise MalformedMessage(f"config {key}={value!r}: it must be one plain value; refuse this package")
     size, patch, heads, width = (values.get(key, 1) for key in _SIZES)
-    if any(type(one) is not int or one < 1 for one in (size, patch, heads, width)):
+    if any(type(number) is not int or number < 1 for number in (size, patch, heads, width)):
         raise MalformedMessage(f"config {', '.join(_SIZES)}: each must be at least 1; refuse this package")
     if (size // patch) ** 2 * heads * width > MAX_ENTRIES:
         raise MalformedMessage(

@@ -16,15 +16,13 @@ from offsite.emulator.structure import denoisers
 from offsite.errors import DataError, MalformedMessage, UnsupportedModel, lookup
 from offsite.task.kinds import KINDS
 
-# A package names its kind of model by one of these keys; nothing is ever imported by a name from a file.
+# A package names its kind of model by one of these keys; no name from a file is ever imported.
 AUTO: dict[str, Any] = {**KINDS, "diffusion": denoisers.AutoDiffusion}
 # Keys of a configuration that make transformers fetch or run something (remote code, kernels, quantisers), or that
-# tell where the owner keeps the model.
+# show where the owner keeps the model.
 UNSAFE = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
-
-
 MAX_MODULES = 100_000  # the largest models, of hundreds of experts in each block, have some tens of thousands
-_HARMLESS = ("theta", "window", "seed")  # no table is as long as these say
+_HARMLESS = ("theta", "window", "seed")  # no table is as long as these numbers
 MAX_ENTRIES = 1 << 26  # the longest positions are some ten millions, the largest vocabularies a million
 
 
@@ -32,7 +30,7 @@ def config_text(model: nn.Module) -> str:
     """Returns the configuration of a model as JSON, without anything that names code or a path.
 
     Raises:
-      UnsupportedModel: the model has none of transformers or diffusers, or is quantised already.
+      UnsupportedModel: the model has no configuration of transformers or diffusers, or is quantised already.
     """
     config: Any = getattr(model, "config", None)
     known = denoisers.is_diffusion(model) or hasattr(config, "to_diff_dict")
@@ -50,22 +48,24 @@ def own_config_text(folder: Path) -> str:
     """Returns the configuration of a model's own folder, as `config_text` does for a loaded model.
 
     Raises:
-      DataError: there is none, or it is not readable.
-      UnsupportedModel: it is of an unknown model type, or quantised.
+      DataError: the folder has no readable configuration.
+      UnsupportedModel: the model is of an unknown type, of diffusers, or quantised.
     """
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if denoisers.CLASS in document:
             raise UnsupportedModel(
-                f"model={str(folder)!r}: a model of diffusers uses parts of its blocks from outside, so it is not read "
-                "block by block; load it with from_pretrained and build from that"
+                f"model={str(folder)!r}: a model of diffusers uses parts of its blocks from outside, so it cannot be "
+                "read block by block; load it with from_pretrained and build from that"
             )
         config = CONFIG_MAPPING[document["model_type"]].from_dict(_without_unsafe(document))
     except (OSError, ValueError) as error:
         raise DataError(f"path={str(path)!r}: cannot be read ({error}); give a model folder") from error
     except (KeyError, TypeError) as error:
-        raise UnsupportedModel(f"path={str(path)!r}: no model_type that transformers knows; update it") from error
+        raise UnsupportedModel(
+            f"path={str(path)!r}: transformers does not know its model_type; update transformers"
+        ) from error
     if "quantization_config" in document:
         raise UnsupportedModel(f"model={str(folder)!r} is quantised; build from the plain weights")
     config.architectures = document.get("architectures")
@@ -76,13 +76,13 @@ def kind_of(text: str) -> str:
     """Returns the key of `AUTO` under which transformers knows the class that a configuration names.
 
     Raises:
-      UnsupportedModel: it names none of them.
+      UnsupportedModel: no entry of `AUTO` knows the class.
     """
     config = _parse_config(text)
     wanted = (config.architectures or [""])[0]
     for auto, kind in AUTO.items():
         known = kind._model_mapping.get(type(config), ())
-        if wanted in [one.__name__ for one in (known if isinstance(known, tuple) else (known,))]:
+        if wanted in [model.__name__ for model in (known if isinstance(known, tuple) else (known,))]:
             return auto
     raise UnsupportedModel(f"architectures={config.architectures!r}: not one of {', '.join(AUTO)}; use another model")
 
@@ -90,7 +90,7 @@ def kind_of(text: str) -> str:
 def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
     """Returns a model of a configuration, its parameters allocated but not filled, weights tied, in evaluation mode.
 
-    Memory that is not written is not used: this costs almost nothing until the weights are copied in.
+    Memory that is not written is not used: the empty model costs almost nothing until the weights are copied in.
 
     Args:
       text: configuration as JSON.
@@ -99,12 +99,12 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
 
     Raises:
       MalformedMessage: the configuration does not parse, names code, is of an unknown model type, or asks for a model
-        that no honest one is as large as.
+        larger than any honest one.
       UnknownName: the key is not in `AUTO`.
     """
     kind = lookup(AUTO, auto, "auto")
     config = _parse_config(text)
-    with no_init_weights(), _at_most(MAX_MODULES):
+    with no_init_weights(), _module_limit(MAX_MODULES):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()  # the context above turns tying off together with initialisation
@@ -113,7 +113,7 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
 
 
 def find_auto(model: nn.Module, text: str, dtype: torch.dtype) -> tuple[str, nn.Module]:
-    """Returns the key of `AUTO` that rebuilds a model's class, and the empty model it gives.
+    """Returns the key of `AUTO` that rebuilds a model's class, and the empty model of that key.
 
     Raises:
       UnsupportedModel: no key gives this class, or the empty model differs from the model in names, shapes, dtypes,
@@ -134,10 +134,10 @@ def find_auto(model: nn.Module, text: str, dtype: torch.dtype) -> tuple[str, nn.
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns, for every name whose tensor is the very same object as an earlier one, that earlier name.
+    """Returns the earlier name of every tensor that is the very same object as an earlier one, by the later name.
 
     Args:
-      tensors: of `state_dict(keep_vars=True)`, whose values are the parameters themselves.
+      tensors: tensors of `state_dict(keep_vars=True)`, by name; the values are the parameters themselves.
     """
     first: dict[int, str] = {}
     earlier = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -149,7 +149,7 @@ def _check_same(model: nn.Module, empty: nn.Module) -> None:
     different = [name for name in mine if name not in other or _facts(mine[name]) != _facts(other[name])]
     different += [name for name in other if name not in mine]
     different += sorted(name for name, _ in tied_names(mine).items() ^ tied_names(other).items())
-    # Buffers that are not stored (rotary frequencies) are computed from the configuration: they must come out equal.
+    # Buffers that are not stored (rotary frequencies) are computed from the configuration; both must be equal.
     computed = dict(empty.named_buffers())
     for name, buffer in model.named_buffers():
         if name not in mine and not (name in computed and _equal(buffer.cpu(), computed[name])):
@@ -175,21 +175,21 @@ def _parse_config(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"config.json: not JSON ({error}); build the package again") from error
     if not isinstance(document, dict) or document != _without_unsafe(document):
-        raise MalformedMessage(f"config.json: none of {', '.join(UNSAFE)} may stand in it; refuse this package")
+        raise MalformedMessage(f"config.json: no key may be one of {', '.join(UNSAFE)}; refuse this package")
     if denoisers.CLASS in document:
         _check_numbers(document)
         return denoisers.parse(document)
     if document.get("model_type") not in CONFIG_MAPPING:
         raise MalformedMessage(
-            f"model_type={document.get('model_type')!r} is not known to the installed transformers; update it"
+            f"model_type={document.get('model_type')!r} is not known to the installed transformers; update transformers"
         )
     _check_numbers(document)
     return CONFIG_MAPPING[document["model_type"]].from_dict(document)
 
 
 @contextmanager
-def _at_most(modules: int) -> Iterator[None]:
-    """Stops a configuration that asks for millions of blocks while they are built."""
+def _module_limit(modules: int) -> Iterator[None]:
+    """Stops the build of a model that registers more modules than a limit, before millions of blocks are built."""
     left = modules
 
     def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -208,7 +208,7 @@ def _at_most(modules: int) -> Iterator[None]:
 
 
 def _check_numbers(value: Any, key: str = "") -> None:
-    """Refuses whole numbers that would make transformers compute tables of any size before a tensor is compared."""
+    """Refuses whole numbers that would make transformers compute huge tables before a tensor is compared."""
     if isinstance(value, dict):
         for name, item in value.items():
             _check_numbers(item, name)

@@ -1,4 +1,4 @@
-"""Which blocks of a tower carry adapters, which are shipped verbatim, and which are the middle."""
+"""The geometry of an emulator: which blocks carry adapters, which are shipped verbatim, and which are the middle."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ SANDWICH, PARALLEL = "sandwich", "parallel"
 
 @dataclass(frozen=True)
 class Geometry:
-    """The first and last blocks of one tower are shipped verbatim; what lies between may be compressed.
+    """The first and last blocks of one tower, which are shipped verbatim; the middle between them may be compressed.
 
     In a sandwich the ends are the slots: the middle can be anything. In a parallel emulator every block is a slot, so
-    each keeps its shapes and stays in its place.
+    each block keeps its shapes and stays in its place.
 
     Attributes:
       tower: module path of the tower.
-      first: number of verbatim blocks at its input end, >= 0.
-      last: number of verbatim blocks at its output end, >= 0.
+      first: number of verbatim blocks at the tower's input end, >= 0.
+      last: number of verbatim blocks at the tower's output end, >= 0.
       shape: "sandwich", where first + last >= 1, or "parallel".
 
     Raises:
@@ -35,8 +35,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.shape not in (SANDWICH, PARALLEL):
             raise ConfigError(f"shape={self.shape!r} is neither {SANDWICH} nor {PARALLEL}; choose one")
-        least = 1 if self.shape == SANDWICH else 0
-        if self.first < 0 or self.last < 0 or self.first + self.last < least:
+        min_ends = 1 if self.shape == SANDWICH else 0
+        if self.first < 0 or self.last < 0 or self.first + self.last < min_ends:
             raise ConfigError(
                 f"first={self.first} last={self.last}: neither may be negative and one must be at least 1, "
                 "or no block carries an adapter; set first=2 last=2"
@@ -44,24 +44,24 @@ class Geometry:
 
     @classmethod
     def of(cls, model: nn.Module, first: int = 2, last: int = 2, shape: str = SANDWICH) -> "Geometry":
-        """Returns the geometry over the model's main tower."""
+        """Returns a geometry over the model's main tower."""
         return cls(main_tower(model).path, first, last, shape)
 
     def blocks(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of all blocks of the tower; see `middle` for what is raised."""
+        """Returns the module paths of all blocks of the tower, in order; raises as `middle` does."""
         return self._tower(model).blocks
 
     def slots(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of the blocks that carry adapters, in order; see `middle` for what is raised."""
+        """Returns the module paths of the blocks that carry adapters, in order; raises as `middle` does."""
         return self.blocks(model) if self.shape == PARALLEL else self.ends(model)
 
     def ends(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of the blocks that are shipped verbatim, in order; see `middle` for what raises."""
+        """Returns the module paths of the blocks that are shipped verbatim, in order; raises as `middle` does."""
         blocks = self._tower(model).blocks
         return blocks[: self.first] + blocks[len(blocks) - self.last :]
 
     def middle(self, model: nn.Module) -> tuple[str, ...]:
-        """Returns the module paths of the blocks between the verbatim ones, in order; at least one.
+        """Returns the module paths of the blocks between the verbatim blocks, in order; at least one.
 
         Raises:
           UnknownName: the model has no tower of that path.
@@ -86,7 +86,7 @@ class Geometry:
 
 
 def slot_paths(model: nn.Module, geometry: Geometry) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns (slots' blocks, all blocks) of a geometry's tower by path, also where an adapter was attached."""
+    """Returns (paths of the slots' blocks, paths of all blocks) of a geometry's tower; an adapter may be attached."""
     names = blocks_at(model, geometry.tower)
     if geometry.shape == PARALLEL:
         return names, names

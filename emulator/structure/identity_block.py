@@ -1,7 +1,7 @@
-"""Leave a block out without moving a name: a parameter-free block of the same class that returns its input.
+"""Leaves a block out without moving a name: a parameter-free block of the same class that returns its input.
 
-Taking a block out of its list would shift every later name and index (and, in transformers 5, need the configuration,
-`layer_idx` and `layer_types` patched); putting an empty one in its place keeps plug-in the identity on names.
+A block removed from its list would shift every later name and index (and, in transformers 5, need patches of the
+configuration, `layer_idx` and `layer_types`). An empty block in its place keeps plug-in the identity on names.
 """
 
 import inspect
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from offsite.emulator.structure.replacements import PATCH
 from offsite.errors import MalformedMessage, UnsupportedModel
 
-# How a block hands its result on: ("tensor",), or ("tuple", ...) with one word per member, see `output_form`.
+# How a block hands its result on: ("tensor",), or ("tuple", ...) with one word for each member, see `output_form`.
 Form = tuple[str, ...]
 
 
 def output_form(block: nn.Module, arguments: Mapping[str, Any], output: Any) -> Form:
-    """Returns how a block hands its result on, read off one call.
+    """Returns the form in which a block hands its result on, read off one call.
 
-    ("tensor",) for a bare tensor; else "tuple" followed by "hidden" for the hidden states, "echo:NAME" for a member
-    that is the very object that came in as argument NAME (T5 passes its position biases from block to block so), and
-    "none" for the rest.
+    The form is ("tensor",) for a bare tensor; else "tuple" followed by "hidden" for the hidden states, "echo:NAME" for
+    a member that is the very object of argument NAME (T5 passes its position biases from block to block in this way),
+    and "none" for any other member.
 
     Args:
-      block: the block called, for the message.
-      arguments: the call's arguments by name, hidden states first.
-      output: what it returned.
+      block: the called block, for the message.
+      arguments: arguments of the call by name, hidden states first.
+      output: result of the call.
 
     Raises:
       UnsupportedModel: the result is neither a tensor nor a tuple, or its shape is not the input's.
@@ -47,13 +47,13 @@ def output_form(block: nn.Module, arguments: Mapping[str, Any], output: Any) -> 
 
 
 def skipped(block: nn.Module, form: Form) -> nn.Module:
-    """Returns a block of a subclass of the given block's class, without parameters, that returns its input in `form`.
+    """Returns a parameter-free block, of a subclass of the block's class, that returns its input in `form`.
 
-    Plain attributes (a layer's index or attention type, which the model around it may read) are carried over. A module
-    that is set as its `patch` later maps the input before it is returned.
+    Plain attributes (a layer's index or attention type, which the model around the block may read) are carried over. A
+    module that is set as the attribute `patch` later maps the input before it is returned.
 
     Raises:
-      MalformedMessage: the form is not one `output_form` returns.
+      MalformedMessage: `output_form` returns no such form.
     """
     _check_form(form)
     kind = type(block)
@@ -62,15 +62,15 @@ def skipped(block: nn.Module, form: Form) -> nn.Module:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return in_form(form, bind(signature, self, args, kwargs), self._modules.get(PATCH))
 
-    vars(forward)["__signature__"] = signature  # whoever binds a call's arguments by name finds the block's own
+    vars(forward)["__signature__"] = signature  # for code that binds a call's arguments by name
     empty: Any = type(f"Skipped{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
-    twin: nn.Module = empty.__new__(empty)  # without the class's own __init__, which would make parameters
-    nn.Module.__init__(twin)
+    identity: nn.Module = empty.__new__(empty)  # without the class's own __init__, which would make parameters
+    nn.Module.__init__(identity)
     internal = vars(nn.Module())
     for name, value in vars(block).items():
         if name not in internal:
-            setattr(twin, name, value)
-    return twin.train(block.training)
+            setattr(identity, name, value)
+    return identity.train(block.training)
 
 
 def bind(
@@ -86,7 +86,7 @@ def bind(
 
 
 def in_form(form: Form, arguments: dict[str, Any], patch: nn.Module | None) -> Any:
-    """Returns the hidden states of one call, mapped by a patch where there is one, in a block's own form."""
+    """Returns the hidden states of one call in a block's own form; a patch that is not None maps them first."""
     hidden = next(iter(arguments.values()))
     hidden = hidden if patch is None else patch(hidden)
     if form == ("tensor",):

@@ -1,7 +1,7 @@
-"""Modules that stand where the full model has a larger one: each is described by one word of the manifest.
+"""Modules that replace a larger module of the full model; a short text in the manifest, the spec, describes each.
 
-`linear:IN:OUT:BIAS` and `conv1d:IN:OUT:1` are narrower dense layers, `lowrank:IN:OUT:RANK:BIAS` two thin ones, and
-`patch:WIDTH` is the linear map in the place of blocks that are left out. BIAS is 0 or 1.
+`linear:IN:OUT:BIAS` and `conv1d:IN:OUT:1` are narrower dense layers, `lowrank:IN:OUT:RANK:BIAS` is two thin layers, and
+`patch:WIDTH` is the linear map in the place of left-out blocks. BIAS is 0 or 1.
 """
 
 from typing import Any
@@ -14,21 +14,21 @@ from transformers.pytorch_utils import Conv1D
 from offsite.errors import MalformedMessage
 
 KINDS = {"linear": 3, "conv1d": 3, "lowrank": 4, "patch": 1}
-LARGEST = 1 << 20  # of any length in a word: no model is as wide
+MAX_LENGTH = 1 << 20  # largest length in a spec: no model is that wide
 PATCH = "patch"
 
 
 class LowRank(nn.Linear):
-    """A dense layer of rank `rank`, x -> x down^T up^T + bias, that adapters find as the dense layer it stands for.
+    """A dense layer of low rank, x -> x down^T up^T + bias; adapters find it as the dense layer that it replaces.
 
     Attributes:
-      down: (rank, in).
-      up: (out, rank).
-      bias: (out,), or None.
+      down: matrix (rank, in).
+      up: matrix (out, rank).
+      bias: vector (out,), or None.
     """
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make the weight that this layer is without
+        nn.Module.__init__(self)  # nn.Linear's own __init__ would make the weight that this layer is without
         self.in_features, self.out_features = inputs, outputs
         self.down = nn.Parameter(torch.empty(rank, inputs))
         self.up = nn.Parameter(torch.empty(outputs, rank))
@@ -36,27 +36,27 @@ class LowRank(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The (out, in) matrix that the two thin ones stand for; computed at each call."""
+        """The product of both thin matrices, (out, in); computed at each access."""
         return self.up @ self.down
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns (..., out) of (..., in)."""
+        """Returns the layer's outputs (..., out) for inputs (..., in)."""
         return functional.linear(functional.linear(hidden, self.down), self.up, self.bias)
 
 
 class Patch(nn.Linear):
-    """The best linear map from what enters a run of blocks to what leaves it: x -> x + x W^T + b.
+    """The best linear map from the inputs of a run of blocks to its outputs: x -> x + x W^T + b.
 
-    The identity is not part of the weights, so that W is small where the blocks changed little and survives few bits.
+    The identity is not part of the weights, so that W is small if the blocks change little, and survives few bits.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns (..., width) of (..., width)."""
+        """Returns the mapped hidden states, (..., width) as the input."""
         return hidden + super().forward(hidden)
 
 
 def spec_of(module: nn.Module) -> str:
-    """Returns the word that describes a module made here, or a dense layer of any size."""
+    """Returns the spec of a module of this file, or of a dense layer of any size."""
     bias = int(getattr(module, "bias", None) is not None)
     if isinstance(module, Patch):
         return f"patch:{module.in_features}"
@@ -66,16 +66,16 @@ def spec_of(module: nn.Module) -> str:
         return f"conv1d:{module.weight.shape[0]}:{module.weight.shape[1]}:1"
     if isinstance(module, nn.Linear):
         return f"linear:{module.in_features}:{module.out_features}:{bias}"
-    raise TypeError(f"{type(module).__name__} is no part")
+    raise TypeError(f"{type(module).__name__} has no spec")
 
 
-def build_module(word: str) -> nn.Module:
-    """Returns an empty module of a word, frozen, in evaluation mode, in the default dtype.
+def build_module(spec: str) -> nn.Module:
+    """Returns the empty module of a spec, frozen, in evaluation mode, in the default dtype.
 
     Raises:
-      MalformedMessage: the word is not one of the kinds above, or a length is out of range.
+      MalformedMessage: the spec is of no known kind, or a length is out of range.
     """
-    kind, sizes = _parse(word)
+    kind, sizes = _parse(spec)
     part: nn.Module
     with torch.device("cpu"):
         if kind == "patch":
@@ -89,19 +89,19 @@ def build_module(word: str) -> nn.Module:
     return part.requires_grad_(False).eval()
 
 
-def check_fits(path: str, word: str, original: nn.Module | None, width: int) -> None:
+def check_fits(path: str, spec: str, original: nn.Module | None, width: int) -> None:
     """Refuses a part that no honest compressor would put in the place of the original.
 
     Args:
-      path: where it stands, for the message.
-      word: of the part.
-      original: the module that the configuration gives there; None for a patch, where it gives a whole block.
-      width: of the hidden states, which is a patch's width.
+      path: module path of the part, for the message.
+      spec: spec of the part.
+      original: the module that the configuration gives at that path; None for a patch in a left-out block.
+      width: width of the hidden states, which a patch must have.
 
     Raises:
-      MalformedMessage: its kind or a length does not fit.
+      MalformedMessage: the part's kind or a length does not fit.
     """
-    kind, sizes = _parse(word)
+    kind, sizes = _parse(spec)
     if kind == PATCH:
         fits = original is None and sizes == (width,)
     elif not isinstance(original, nn.Linear | Conv1D):
@@ -114,7 +114,9 @@ def check_fits(path: str, word: str, original: nn.Module | None, width: int) -> 
         thin = kind != "lowrank" or ((sizes[0], sizes[1]) == (inputs, outputs) and sizes[2] <= min(inputs, outputs))
         fits = same_kind and narrower and thin
     if not fits:
-        raise MalformedMessage(f"part={path}: {word!r} does not fit what the configuration gives; refuse this package")
+        raise MalformedMessage(
+            f"part={path}: {spec!r} does not fit the module that the configuration gives; refuse this package"
+        )
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -134,35 +136,35 @@ def input_columns(layer: Any) -> Tensor:
 
 
 def dense_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Returns a dense layer of the kind of `layer`, GPT-2's transposed one or the usual, with other values.
+    """Returns a dense layer with other values, of the same kind as `layer`: GPT-2's transposed kind or the usual one.
 
     Args:
-      layer: whose kind is taken.
-      weight: (out, in), of any sizes.
-      bias: (out,), or None; GPT-2's kind then has a bias of zeros.
+      layer: a layer of the wanted kind.
+      weight: the new layer's weight (out, in), of any sizes.
+      bias: the new layer's bias (out,), or None; GPT-2's kind then has a bias of zeros.
     """
     outputs, inputs = weight.shape
-    made: nn.Module
+    new: nn.Module
     if isinstance(layer, Conv1D):
-        made = Conv1D(outputs, inputs)
-        made.weight.data = weight.T.clone()
-        made.bias.data = torch.zeros(outputs) if bias is None else bias.clone()
+        new = Conv1D(outputs, inputs)
+        new.weight.data = weight.T.clone()
+        new.bias.data = torch.zeros(outputs) if bias is None else bias.clone()
     else:
-        made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None)
-        made.weight.data = weight.clone()
+        new = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None)
+        new.weight.data = weight.clone()
         if bias is not None:
-            made.bias.data = bias.clone()
-    return made.requires_grad_(False).eval()
+            new.bias.data = bias.clone()
+    return new.requires_grad_(False).eval()
 
 
-def _parse(word: str) -> tuple[str, tuple[int, ...]]:
-    kind, *sizes = word.split(":")
+def _parse(spec: str) -> tuple[str, tuple[int, ...]]:
+    kind, *sizes = spec.split(":")
     numbers = tuple(int(size) for size in sizes if size.isascii() and size.isdecimal() and len(size) < 9)
     count = KINDS.get(kind)
     lengths = numbers if kind == PATCH else numbers[:-1]
     flag = kind == PATCH or (bool(numbers) and numbers[-1] in (0, 1))
     if count is None or len(sizes) != count or len(numbers) != count or not flag:
-        raise MalformedMessage(f"part={word!r} is not known; known: {', '.join(KINDS)} with their sizes; build again")
-    if not all(0 < length <= LARGEST for length in lengths):
-        raise MalformedMessage(f"part={word!r}: every length must be in 1..{LARGEST}; refuse this package")
+        raise MalformedMessage(f"part={spec!r} is not known; known: {', '.join(KINDS)} with their sizes; build again")
+    if not all(0 < length <= MAX_LENGTH for length in lengths):
+        raise MalformedMessage(f"part={spec!r}: every length must be in 1..{MAX_LENGTH}; refuse this package")
     return kind, numbers

@@ -1,4 +1,4 @@
-"""Where a model repeats itself: lists of alike blocks, found by structure and never by a list of model classes."""
+"""Towers: lists of alike blocks in a model, found by structure and never by a list of model classes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from torch import nn
 from offsite.errors import UnsupportedModel
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
-U_SHAPE = ("down_blocks", "mid_block", "up_blocks")  # in the order in which they run
-APART = "transformer_blocks"  # lists of this name in each of them hold the blocks that keep the width
+U_SHAPE = ("down_blocks", "mid_block", "up_blocks")  # parts of a U-net, in the order in which they run
+APART = "transformer_blocks"  # in each part, lists of this name hold the blocks that keep the width
 SCATTERED = f"*.{APART}"
 
 
@@ -18,8 +18,8 @@ class Tower:
     """A list of alike blocks, named by module path.
 
     Attributes:
-      path: module path of the list, for example "model.layers"; `SCATTERED` where the blocks stand apart.
-      blocks: module paths of its blocks in order, for example "model.layers.0".
+      path: module path of the list, for example "model.layers"; `SCATTERED` if the blocks stand apart.
+      blocks: module paths of the tower's blocks in order, for example "model.layers.0".
     """
 
     path: str
@@ -27,34 +27,34 @@ class Tower:
 
     @property
     def apart(self) -> bool:
-        """Whether other modules stand between the blocks, which then may differ in width: those of a U-shaped model."""
+        """True for a U-shaped model, where other modules stand between the blocks, and blocks may differ in width."""
         return self.path == SCATTERED
 
 
 def signature(block: nn.Module) -> Signature:
-    """Returns the names and shapes of a block's parameters, relative to the block; equal means the blocks are alike."""
+    """Returns names and shapes of a block's parameters, relative to the block; alike blocks have equal signatures."""
     return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
 
 
 def usual_signature(blocks: list[nn.Module]) -> Signature | None:
-    """Returns the signature shared by more than half of the blocks, or None where there is no such majority.
+    """Returns the signature shared by more than half of the blocks; None without such a majority.
 
-    A majority and not all, because a first block may own one tensor more than the others: T5 keeps its table of
-    relative positions there.
+    A majority is enough, because a first block may own one tensor more than the others: T5 keeps its table of relative
+    positions there.
     """
     commonest, count = Counter(signature(block) for block in blocks).most_common(1)[0]
     return commonest if 2 * count > len(blocks) else None
 
 
 def blocks_at(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Returns the module paths of the blocks of a tower in order, whatever stands in their places now.
+    """Returns the module paths of a tower's blocks in order, whatever modules stand in their places now.
 
     Args:
-      model: under its own names.
-      path: of the tower.
+      model: a model under its own module names.
+      path: path of the tower.
     """
     lists = [path] if path != SCATTERED else _lists_apart(model)
-    return tuple(f"{one}.{name}" for one in lists for name, _ in model.get_submodule(one).named_children())
+    return tuple(f"{place}.{name}" for place in lists for name, _ in model.get_submodule(place).named_children())
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
@@ -64,7 +64,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
     parameter names and shapes. Lists inside a block (experts of a mixture, for example) belong to their block.
 
     A U-shaped model (Ronneberger et al. 2015, arXiv 1505.04597, figure 1) changes size and channels on its way, and its
-    halves are joined: no list of it can lose a member. Its one tower are the transformer blocks between.
+    halves are joined, so no list can lose a member. The one tower of such a model are its transformer blocks.
     """
     if all(hasattr(model, name) for name in U_SHAPE):
         blocks = blocks_at(model, SCATTERED)
@@ -78,7 +78,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
 
 
 def main_tower(model: nn.Module) -> Tower:
-    """Returns the tower with most parameters; of equals the last, which is the one next to the head.
+    """Returns the tower with most parameters; of equal towers the last, which is next to the head.
 
     Raises:
       UnsupportedModel: the model has no tower.
@@ -93,9 +93,10 @@ def main_tower(model: nn.Module) -> Tower:
 
 
 def token_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Returns the embeddings by which tokens enter a model, as far as it tells; of models side by side, each one's.
+    """Returns the embeddings by which tokens enter a model, as far as the model names them.
 
-    A model that only joins others (CLIP) has none of its own, and transformers raises where it is asked for it.
+    A model that only joins others (CLIP) has no embedding of its own, and transformers raises if asked for one. Then
+    the embeddings of the joined models are returned.
     """
     getter = getattr(model, "get_input_embeddings", None)
     if getter is None:
@@ -103,13 +104,15 @@ def token_embeddings(model: nn.Module) -> list[nn.Module]:
     try:
         return [getter()]
     except (AttributeError, NotImplementedError):
-        return [one for part in model.children() for one in token_embeddings(part) if isinstance(one, nn.Embedding)]
+        return [
+            table for part in model.children() for table in token_embeddings(part) if isinstance(table, nn.Embedding)
+        ]
 
 
 def _alike(blocks: list[nn.Module]) -> bool:
     if len(blocks) < 2 or len({type(block) for block in blocks}) > 1:
         return False
-    # A leaf (a list of Linear or Embedding layers) has no residual path around it: leaving it out means nothing.
+    # A leaf (in a list of Linear or Embedding layers) has no residual path around it, so it cannot be left out.
     composite = all(next(block.children(), None) is not None for block in blocks)
     return composite and bool(usual_signature(blocks))
 

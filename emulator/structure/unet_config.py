@@ -1,7 +1,7 @@
-"""What the configuration of a U-net may say: the models of Stable Diffusion 1 and 2, of bounded size.
+"""Checks of a U-net's configuration: it must be a model of Stable Diffusion 1 or 2, of bounded size.
 
-Of the arguments of diffusers' class most choose variants whose inputs are others; those are fixed here. Lists are of
-plain values and short, and sizes are bounded, before anything is allocated.
+Most arguments of diffusers' class choose variants with other inputs; these arguments are fixed here. Lists are short
+and hold plain values, and sizes are bounded, before anything is allocated.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from typing import Any
 from offsite.errors import MalformedMessage, UnsupportedModel
 
 MAX_LEVELS = 8  # Stable Diffusion has 4
-MAX_LAYERS = 16  # in one level, or transformer blocks in one layer
+MAX_LAYERS = 16  # layers in one level, or transformer blocks in one layer
 MAX_CHANNELS = 4096  # Stable Diffusion has 1280 at most
-MAX_WIDTH = 16384  # of a text; 768 or 1024
-MAX_SIDE = 256  # of latents; 64 or 96
-MAX_ENTRIES = 1 << 26  # of the largest map, (side, side, channels)
+MAX_WIDTH = 16384  # width of a text; Stable Diffusion has 768 or 1024
+MAX_SIDE = 256  # side of the latents; Stable Diffusion has 64 or 96
+MAX_ENTRIES = 1 << 26  # entries of the largest map, (side, side, channels)
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 MIDDLE = ("UNetMidBlock2DCrossAttn",)
-# Everything here must be as it is in Stable Diffusion, absent or written out.
+# Each of these arguments must have Stable Diffusion's value, or be absent.
 FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "only_cross_attention": False,
@@ -54,17 +54,17 @@ def check_unet(values: dict[str, Any]) -> None:
     """Refuses a configuration of another kind of U-net, and one of no honest size.
 
     Args:
-      values: arguments of `UNet2DConditionModel`, by name, all of them known to it.
+      values: arguments of `UNet2DConditionModel` by name; the class knows every name.
 
     Raises:
-      UnsupportedModel: a fixed argument is another.
+      UnsupportedModel: a fixed argument has another value.
       MalformedMessage: an argument is not of its type, a list is too long, or a size is out of range.
     """
     for key, wanted in FIXED.items():
-        found = values.get(key, wanted)
+        value = values.get(key, wanted)
         # 1 and 1.0 are one value here, True is another.
-        if found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
-            raise UnsupportedModel(f"config {key}={found!r}: only {wanted!r} is known of a U-net; use another model")
+        if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
+            raise UnsupportedModel(f"config {key}={value!r}: a U-net must have {wanted!r}; use another model")
     for key, value in values.items():
         if key not in FIXED:
             _check(key, value)
@@ -79,12 +79,12 @@ def check_unet(values: dict[str, Any]) -> None:
         )
 
 
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+def _whole(minimum: int, maximum: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and minimum <= value <= maximum
 
 
 def _each(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Allows one value, or a list with one for each level."""
+    """Allows a single value, or a list with a value for each level."""
     return lambda value: single(value) or _list(single)(value)
 
 
@@ -93,7 +93,7 @@ def _list(single: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _one_of(*known: Any) -> Callable[[Any], bool]:
-    return lambda value: type(value) in {type(one) for one in known} and value in known
+    return lambda value: type(value) in {type(allowed) for allowed in known} and value in known
 
 
 _number = (int, float)
@@ -133,4 +133,6 @@ _RULES: dict[str, Callable[[Any], bool]] = {
 
 def _check(key: str, value: Any) -> None:
     if key not in _RULES or not _RULES[key](value):
-        raise MalformedMessage(f"config {key}={str(value)[:80]!r}: no U-net of Stable Diffusion says so; refuse it")
+        raise MalformedMessage(
+            f"config {key}={str(value)[:80]!r}: no U-net of Stable Diffusion has this value; refuse this package"
+        )

@@ -1,1 +1,1 @@
-"""What a site checks before it loads an emulator."""
+"""Vetting: a site's checks of an emulator and its adapter before any training."""

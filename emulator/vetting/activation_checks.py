@@ -1,8 +1,8 @@
-"""What an emulator does with random inputs: its blocks mix, its outputs differ, no gradient is one input's copy.
+"""Checks of an emulator on random inputs: blocks must mix, outputs must differ, no gradient may copy one input.
 
-Weights alone do not tell every trap: a product of two innocent matrices may be the identity. So the blocks are run, and
-each token's share in the gradients of the slots' layers is measured; the gradient of any adapter on a layer is a linear
-map of the pairs (input, output gradient) that are looked at here.
+Weights alone do not show every trap: a product of two innocent matrices may be the identity. So the blocks are run, and
+each token's share in the gradients of the slots' layers is measured. The gradient of any adapter on a layer is a linear
+map of the pairs (input, output gradient) that are measured here.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,53 +16,41 @@ from torch.nn import functional
 
 from offsite.adapter.targets import is_linear
 from offsite.emulator.package.manifest import Manifest
-from offsite.emulator.structure import denoisers
 from offsite.emulator.structure.geometry import slot_paths
 from offsite.emulator.vetting.limits import Check, VettingThresholds
+from offsite.emulator.vetting.random_inputs import EXAMPLES, Inputs, no_lasting_hooks, random_inputs
 from offsite.emulator.vetting.weight_checks import SMALLEST, few, participation
 from offsite.errors import UnsupportedModel
 
-EXAMPLES, LENGTH = 8, 32
-WITHOUT_LOGITS = ("encoder", "diffusion")  # kinds whose outputs are no scores of labels
-Inputs = dict[str, Tensor]
+WITHOUT_LOGITS = ("encoder", "diffusion")  # kinds of models whose outputs do not score labels
 
 
 @dataclass
 class Pass:
-    """One layer in one pass: inputs (examples, tokens, in) and the gradients of its outputs (examples, tokens, out)."""
+    """One layer in one pass.
+
+    Attributes:
+      name: path of the layer.
+      inputs: inputs of the layer, float32 (examples, tokens, in).
+      gradients: gradients of the layer's outputs, float32 (examples, tokens, out).
+    """
 
     name: str
     inputs: Tensor
     gradients: Tensor
 
 
-def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
-    """Returns 8 random inputs of the kinds a model takes: up to 32 ordinary tokens, an image of noise, or both.
-
-    Raises:
-      UnsupportedModel: it takes something else.
-    """
-    if denoisers.is_diffusion(model):
-        return denoisers.random_inputs(model, generator, EXAMPLES)
-    kind = getattr(model, "main_input_name", "")
-    if kind == "pixel_values":
-        return {kind: _images(model.config, generator)}
-    if kind != "input_ids":
-        raise UnsupportedModel(
-            f"main_input_name={kind!r}: vetting knows no random input of this kind; use another model"
-        )
-    vision = getattr(model.config, "vision_config", None)
-    if vision is None:
-        names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
-        return {name: _tokens(model.config, generator) for name in names}
-    pixels = _images(vision, generator)
-    return {"input_ids": _beside_images(model, _tokens(model.config, generator), pixels), "pixel_values": pixels}
-
-
 def activation_checks(
     model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: VettingThresholds, generator: torch.Generator
 ) -> Iterator[Check]:
-    """Yields the checks of blocks, outputs and gradients on random inputs; the model is left as it was.
+    """Yields the checks of blocks, outputs and gradients on random inputs; leaves the model unchanged.
+
+    Args:
+      model: the loaded emulator, before any adapter.
+      manifest: the package's manifest.
+      blocks: paths of the blocks that run.
+      limits: the thresholds.
+      generator: generator of the random inputs and labels.
 
     Raises:
       UnsupportedModel: the model does not run on its own kind of input.
@@ -87,7 +75,7 @@ def forward_checks(
     limits: VettingThresholds,
     generator: torch.Generator,
 ) -> Iterator[Check]:
-    """Yields those of the checks that need no gradient; they hold for a model with an adapter at its start, too."""
+    """Yields the checks that need no gradient; they also hold for a model with an adapter at its start."""
     inputs = random_inputs(model, generator)
     output, seen = _run(model, inputs, blocks)
     yield from _block_checks(seen, limits)
@@ -96,9 +84,9 @@ def forward_checks(
 
 
 def gradient_checks(passes: list[Pass], limits: VettingThresholds, *, everywhere: bool) -> Iterator[Check]:
-    """Yields the checks of the slots' layers: how much of a gradient one token makes up, and how mixed inputs are."""
+    """Yields the checks of the slots' layers: one token's share of a gradient, and how mixed the inputs are."""
     if not passes:
-        raise UnsupportedModel("vetting dense layers in slots=0: no gradient can be looked at; use another model")
+        raise UnsupportedModel("vetting dense layers in slots=0: no gradient can be checked; use another model")
     norms = torch.stack([p.gradients.square().sum((1, 2)) * p.inputs.square().sum((1, 2)) for p in passes]).sqrt()
     for layer, norm in zip(passes, norms, strict=True):
         dead = float((norm == 0).float().mean()) if torch.isfinite(norm).all() else float("nan")
@@ -110,13 +98,13 @@ def gradient_checks(passes: list[Pass], limits: VettingThresholds, *, everywhere
 def _layer_checks(layer: Pass, limits: VettingThresholds, *, everywhere: bool) -> Iterator[Check]:
     inputs = layer.inputs.norm(dim=2)
     tokens = inputs * layer.gradients.norm(dim=2)
-    if everywhere:  # a head that reads one pooled token gives that token the whole gradient, honestly
+    if everywhere:  # an honest head that reads one pooled token gives this token the whole gradient
         share = tokens.amax(1) / tokens.sum(1).clamp_min(1e-30)
         yield Check(
             "token_share", layer.name, float(share.median()), limits.token_share, "its gradient is one token's copy"
         )
-    # An output's row of the gradient is a sum over all tokens; in a bin or a latch it holds one of them. A loud token
-    # drowns all rows of an honest model now and then: a trap keeps many tokens, each in rows of its own.
+    # An output's row of the gradient is a sum over all tokens; in a bin or a latch the row holds a single token. In an
+    # honest model a loud token drowns all rows now and then; a trap keeps many tokens, each in rows of its own.
     rows = inputs[:, :, None] * layer.gradients.abs()
     of_all = _sole(rows.flatten(0, 1)[None])
     alone = {"single_rows": len(of_all.tokens.unique()) / max(int(of_all.alive.sum()), 1)}
@@ -130,12 +118,18 @@ def _layer_checks(layer: Pass, limits: VettingThresholds, *, everywhere: bool) -
         flat = flat[flat.square().sum(1) > 0]
         if min(flat.shape) >= SMALLEST:
             mixed = float(participation(flat).median())
-            least = few(limits.least_mixed, flat)
-            yield Check(f"least_mixed_{what}", layer.name, mixed, least, "they are one-hot codes", least=True)
+            bound = few(limits.least_mixed, flat)
+            yield Check(f"least_mixed_{what}", layer.name, mixed, bound, "they are one-hot codes", least=True)
 
 
 class _Sole(NamedTuple):
-    """Which rows of a gradient are not zero, which of those hold one token alone, (examples, rows), and which token."""
+    """The rows of a gradient that hold a single token.
+
+    Attributes:
+      alive: True for a row that is not zero, bool (examples, rows).
+      alone: True for a row that one token makes up, bool (examples, rows).
+      tokens: number of that token, for each row that is alone, int64.
+    """
 
     alive: Tensor
     alone: Tensor
@@ -143,7 +137,7 @@ class _Sole(NamedTuple):
 
 
 def _sole(shares: Tensor) -> _Sole:
-    """Looks for rows with one token, from each token's share in each row, (examples, tokens, rows)."""
+    """Returns the rows with a single token, from each token's share in each row, (examples, tokens, rows)."""
     whole = shares.sum(1)
     largest, which = shares.max(1)
     alive = whole > 0
@@ -177,9 +171,9 @@ def _output_checks(output: Tensor, limits: VettingThresholds) -> Iterator[Check]
 def _context_checks(
     model: nn.Module, inputs: Inputs, tower: tuple[str, ...], limits: VettingThresholds
 ) -> Iterator[Check]:
-    """Changes the first half of the tokens: what stands for the unchanged half must move.
+    """Changes the first half of the tokens: the hidden states of the unchanged half must move.
 
-    It is not asked of images. Where they come beside tokens, what enters the tower tells whether tokens reach it.
+    Images are not checked. If images come beside tokens, the tower's inputs show whether tokens reach the tower.
     """
     tokens = {name: ids for name, ids in inputs.items() if name.endswith("input_ids")}
     half = {name: ids.shape[1] // 2 for name, ids in tokens.items()}
@@ -200,7 +194,7 @@ def _context_checks(
 
 
 def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Returns the model's first output, and hidden states before and after each block that was called."""
+    """Returns the model's first output, and (before, after) hidden states of each called block, by path."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(path: str) -> Callable[..., None]:
@@ -213,7 +207,7 @@ def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, d
 
     handles = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in blocks]
     try:
-        with torch.no_grad():  # not around a yield, where it would reach whoever takes the checks
+        with torch.no_grad():  # not around a yield, where it would affect the caller
             output = _call(model, inputs)
     finally:
         for handle in handles:
@@ -234,10 +228,10 @@ def _passes(
         output = _call(model, inputs).float()
         loss = _loss(output.reshape(-1, output.shape[-1]), generator, logits=logits)
         gradients = torch.autograd.grad(loss, [own for _, own in caught.values()], allow_unused=True)
-    found = zip(caught.items(), gradients, strict=True)
+    pairs = zip(caught.items(), gradients, strict=True)
     return [
         Pass(path, seen.float(), torch.zeros_like(own) if gradient is None else gradient.float())
-        for (path, (seen, own)), gradient in found
+        for (path, (seen, own)), gradient in pairs
         if own.dim() == 3 and len(own) == EXAMPLES
     ]
 
@@ -251,7 +245,10 @@ def _loss(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor
 
 @contextmanager
 def _watching(layers: dict[str, nn.Module], caught: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Adds a zero that requires a gradient to each layer's output: its gradient is the output's, and no flag moves."""
+    """Adds a zero that requires a gradient to each layer's output; the zero's gradient is the output's gradient.
+
+    No parameter's `requires_grad` changes.
+    """
 
     def watch(path: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -269,73 +266,13 @@ def _watching(layers: dict[str, nn.Module], caught: dict[str, tuple[Tensor, Tens
             handle.remove()
 
 
-@contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Takes back what transformers hooks in for good when hidden states are first asked for, as LLaVA does."""
-    before = {module: (set(module._forward_hooks), set(vars(module))) for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, (hooks, names) in before.items():
-            for key in module._forward_hooks.keys() - hooks:
-                del module._forward_hooks[key]
-            for name in vars(module).keys() - names:
-                delattr(module, name)
-
-
 def _call(model: Any, inputs: Inputs) -> Tensor:
     try:
-        with _no_trace(model):
+        with no_lasting_hooks(model):
             output: Tensor = model(**inputs)[0]
-    except Exception as error:  # a configuration from outside may fail in any way; none of them is trained on
+    except Exception as error:  # a configuration from outside may fail in any way; such a model is refused
         raise UnsupportedModel(
             f"vetting model={type(model).__name__}: it does not run on random input ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason'}); refuse this emulator"
         ) from error
     return output
-
-
-def _tokens(config: Any, generator: torch.Generator) -> Tensor:
-    text = config.get_text_config()
-    settings = {**vars(config), **vars(text)}
-    found = [value for key, value in settings.items() if key.endswith(("_token_id", "_token_index"))]
-    special = {one for value in found for one in (value if isinstance(value, list | tuple) else (value,))}
-    ordinary = torch.tensor([i for i in range(text.vocab_size) if i not in special])
-    length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
-    if len(ordinary) < 2:
-        raise UnsupportedModel(f"vocab_size={text.vocab_size}: fewer than two ordinary tokens; use another model")
-    return ordinary[torch.randint(len(ordinary), (EXAMPLES, length), generator=generator)]
-
-
-def _images(config: Any, generator: torch.Generator) -> Tensor:
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if size is None or channels is None:
-        raise UnsupportedModel(f"image_size={size} num_channels={channels}: vetting needs both; use another model")
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.randn(EXAMPLES, channels, height, width, generator=generator)
-
-
-def _beside_images(model: Any, ids: Tensor, pixels: Tensor) -> Tensor:
-    """Returns the tokens with one placeholder for each feature of an image in their midst, or with an end where due.
-
-    In the midst, so that the first half has tokens to change and the second has others that must notice.
-    """
-    text = model.config.get_text_config()
-    holder = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    if holder is None:  # two towers side by side: that of texts is read at their end
-        end = getattr(text, "eos_token_id", None)
-        if isinstance(end, int) and 0 <= end < text.vocab_size:
-            ids[:, -1] = end
-        return ids
-    try:
-        with torch.no_grad(), _no_trace(model):
-            found = model.get_image_features(pixel_values=pixels[:1])
-        features: Tensor = getattr(found, "pooler_output", found)[0]
-        count = features.shape[-2]
-    except Exception as error:  # families whose images come in tiles or grids, and hostile configurations
-        raise UnsupportedModel(
-            f"vetting model={type(model).__name__}: it gives no features for a plain image ({type(error).__name__}); "
-            "use a model that takes input_ids and pixel_values alone"
-        ) from error
-    half = ids.shape[1] // 2
-    return torch.cat([ids[:, :half], torch.full((EXAMPLES, count), holder), ids[:, half:]], 1)

@@ -1,4 +1,4 @@
-"""What a vetting measures against: one limit per trap, and the report of every check's worst number."""
+"""The thresholds of a vetting, one for each trap, and the report with every check's worst number."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from offsite.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class VettingThresholds:
-    """The bounds of an honest emulator; each is an upper bound unless its name begins with `least_`."""
+    """The bounds of an honest emulator; a bound is an upper bound unless its name begins with `least_`."""
 
     weight_peak: float = 1e3
     table_rms: float = 100.0
@@ -41,11 +41,11 @@ class VettingThresholds:
 
     @classmethod
     def for_owner(cls, rank: int, share: float) -> "VettingThresholds":
-        """Returns the limits of an owner who permits adapters up to a rank, half of it in the first block, and a share.
+        """Returns the thresholds of an owner who limits an adapter's rank, halved in the first block, and its share.
 
         Args:
-          rank: largest inner width.
-          share: most trained numbers over those of the slots' blocks.
+          rank: largest rank of an adapter.
+          share: largest number of trained values over the number of the slots' parameters.
         """
         return cls(max_rank=rank, max_first_rank=max(rank // 2, 1), adapter_share=share)
 
@@ -55,12 +55,12 @@ class Check:
     """One measured number beside its limit.
 
     Attributes:
-      name: of the check.
-      where: tensor, block or module it was measured at.
-      value: what was measured; one that is not finite never passes.
-      limit: the bound.
-      why: what a number beyond the limit would mean.
-      least: the limit is a lower bound.
+      name: name of the check.
+      where: name of the measured tensor, block or module.
+      value: measured number; a number that is not finite never passes.
+      limit: bound of the number.
+      why: meaning of a number beyond the limit, for the message.
+      least: True if the limit is a lower bound.
     """
 
     name: str
@@ -72,14 +72,14 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the number keeps to its limit."""
+        """True if the number keeps to its limit."""
         if not math.isfinite(self.value):
             return False
         return self.value >= self.limit if self.least else self.value <= self.limit
 
     @property
     def used(self) -> float:
-        """How much of the room up to the limit is used; infinite for a check that failed."""
+        """Share of the limit that the number uses, in 0..1; infinite for a check that failed."""
         if not self.passed:
             return float("inf")
         part, whole = (self.limit, self.value) if self.least else (self.value, self.limit)
@@ -88,11 +88,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Vetting:
-    """The report of a vetting that found nothing: for each check the number that came nearest to its limit.
+    """The report of a vetting that found no trap: for each check, the number that came nearest to its limit.
 
     Attributes:
-      checks: one per kind of check, in the order in which they ran.
-      measured: how many numbers were held against a limit.
+      checks: worst result of each kind of check, in the order in which the checks ran.
+      measured: count of numbers that were compared with a limit.
     """
 
     checks: tuple[Check, ...]
@@ -107,7 +107,7 @@ def passed(checks: Iterable[Check]) -> Iterator[Check]:
     """Yields checks as long as they pass.
 
     Raises:
-      UnsupportedModel: the first that does not, with its number, its limit and what it would mean.
+      UnsupportedModel: a check does not pass; the message has its number, its limit and its meaning.
     """
     for check in checks:
         if not check.passed:

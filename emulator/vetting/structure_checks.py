@@ -1,4 +1,4 @@
-"""The structural whitelist: exactly the modules that the configuration gives, nothing hooked in, no file of code."""
+"""The structural whitelist: exactly the modules that the configuration gives, no hooks, no file of code."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.emulator.package import files
+from offsite.emulator.package import package_folder
 from offsite.emulator.package.apply_manifest import apply_manifest
 from offsite.emulator.package.manifest import CONFIG, GIVEN, WEIGHTS, Manifest
 from offsite.emulator.structure import identity_block
@@ -16,7 +16,7 @@ from offsite.emulator.structure.from_config import empty_model
 from offsite.emulator.structure.towers import find_towers
 from offsite.errors import UnsupportedModel
 
-PLAIN_FILES = frozenset((WEIGHTS, CONFIG, GIVEN, *files.TOKENIZER_FILES))
+PLAIN_FILES = frozenset((WEIGHTS, CONFIG, GIVEN, *package_folder.TOKENIZER_FILES))
 _CURVED = """
     gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate quick_gelu gated-gelu gated-relu
     gated-silu mish relu relu2 relu6 silu swish tanh laplace xielu gelu-approximate geglu geglu-approximate swiglu
@@ -32,7 +32,7 @@ _HOOKS = """
 SKIP = identity_block.__name__
 ACTIVATIONS = frozenset(_CURVED.split())
 ACTIVATION_KEYS, HOOKS = tuple(_ACTIVATION_KEYS.split()), tuple(_HOOKS.split())
-# (part of a key, lowest, highest) of numbers in a configuration; the first part that fits counts.
+# (part of a key, lowest, highest) for numbers in a configuration; the first part that occurs in a key counts.
 NUMBERS: tuple[tuple[str, float, float], ...] = (
     ("drop", 0.0, 0.5),
     ("eps", 1e-20, 1e-2),
@@ -46,14 +46,14 @@ NUMBERS: tuple[tuple[str, float, float], ...] = (
 
 
 def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple[str, ...]:
-    """Returns the blocks of every tower that were not left out, by path.
+    """Returns the paths of every tower's blocks that were not left out.
 
-    Refuses a model that is not, module for module, what transformers makes of the package's configuration.
+    Refuses a model that is not, module for module, the model that transformers makes of the package's configuration.
 
     Args:
-      folder: the package, already verified against its manifest.
-      model: as `package.load` returned it, before any adapter.
-      manifest: of the package.
+      folder: the package's folder, already verified against its manifest.
+      model: the emulator as `package_reader.load` returned it, before any adapter.
+      manifest: the package's manifest.
 
     Raises:
       UnsupportedModel: a module, parameter, buffer, hook, file or configuration value is not an honest model's.
@@ -61,7 +61,7 @@ def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple
     check_files(folder, manifest)
     check_numbers(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     expected = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, _dtype(model))
-    # Towers are found before: blocks that were left out or narrowed are no longer like their neighbours.
+    # Towers are found before the manifest is applied: left-out or narrowed blocks are not like their neighbours.
     blocks = tuple(path for tower in find_towers(expected) for path in tower.blocks)
     apply_manifest(expected, manifest, _dtype(model))
     _check_modules(model, expected)
@@ -74,10 +74,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Refuses a package with a file that is not tensors, configuration or a tokenizer's data.
 
     Raises:
-      UnsupportedModel: naming the file.
+      UnsupportedModel: a file is of another kind; the message names the file.
     """
-    found = {path.name for path in folder.iterdir()} | set(manifest.files)
-    if other := sorted(found - PLAIN_FILES - {"manifest.json"}):
+    names = {path.name for path in folder.iterdir()} | set(manifest.files)
+    if other := sorted(names - PLAIN_FILES - {"manifest.json"}):
         _refuse("file", other[0], "only weights, configuration and tokenizer files may lie in a package")
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
@@ -88,7 +88,7 @@ def check_numbers(value: Any, key: str = "") -> None:
     """Refuses a configuration whose values would switch a block off or make it linear.
 
     Raises:
-      UnsupportedModel: naming the key and its value.
+      UnsupportedModel: a value is out of range; the message names the key and the value.
     """
     if isinstance(value, dict):
         for name, item in value.items():
@@ -113,13 +113,13 @@ def _check_number(key: str, value: float) -> None:
 
 
 def _check_modules(model: nn.Module, expected: nn.Module) -> None:
-    found = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
     wanted = dict(expected.named_modules(remove_duplicate=False))
-    if different := sorted(found.keys() ^ wanted.keys()):
-        _refuse("module", different[0], "it is missing, or stands there beside what the configuration gives")
-    for path, module in found.items():
+    if different := sorted(modules.keys() ^ wanted.keys()):
+        _refuse("module", different[0], "it is missing, or the configuration does not give it")
+    for path, module in modules.items():
         kind, honest = type(module), type(wanted[path])
-        # Each block that is left out has a class made for it; what counts is where it was made and what it stands for.
+        # Each left-out block has a class of its own; the class must come from `identity_block` and have the same base.
         left_out = honest.__module__ == SKIP and kind.__module__ == SKIP and kind.__bases__ == honest.__bases__
         if kind is not honest and not left_out:
             _refuse("module", f"{path} ({kind.__name__})", f"its class must be {honest.__name__}")
@@ -139,7 +139,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _check_tensors(model: nn.Module, expected: nn.Module) -> None:
-    """Compares names, shapes and dtypes; buffers that no file stores must be the computed ones."""
+    """Refuses other names, shapes or dtypes, and buffers that no file stores unless they equal the computed buffers."""
     stored = model.state_dict().keys()
     mine, theirs = (
         dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)])
@@ -165,7 +165,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _refuse(what: str, found: object, rule: str) -> None:
+def _refuse(what: str, value: object, rule: str) -> None:
     raise UnsupportedModel(
-        f"vetting {what}={found!r}: {rule}; do not train on this emulator, ask the coordinator for another"
+        f"vetting {what}={value!r}: {rule}; do not train on this emulator, ask the coordinator for another"
     )

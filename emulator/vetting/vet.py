@@ -1,6 +1,6 @@
-"""What a site checks of an emulator and its adapter before any training, because its owner did not make them.
+"""A site's checks of an emulator and its adapter before any training, because the site's owner did not make them.
 
-Known traps are found, not every possible one: what an update can say about a record is bounded by clip and noise alone.
+The checks find known traps, not every possible trap: only clip and noise bound what an update can say about a record.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -28,39 +28,40 @@ def vet(folder: Path, model: nn.Module, manifest: Manifest, limits: VettingThres
     """Returns the report on an emulator in which no known trap was found.
 
     Args:
-      folder: the package, already verified against its manifest.
-      model: as `package.load` returned it, on the CPU, before any adapter.
-      manifest: of the package.
-      limits: the bounds.
-      seed: of what is drawn; the site's own secret, so that no trap can hide from the sample.
+      folder: the package's folder, already verified against its manifest.
+      model: the emulator as `package_reader.load` returned it, on the CPU, before any adapter.
+      manifest: the package's manifest.
+      limits: the thresholds.
+      seed: seed of all random draws; the site's own secret, so that no trap can hide from the sample.
 
     Raises:
-      UnsupportedModel: the first check that did not pass, with its number, its limit and what it would mean.
+      UnsupportedModel: a check does not pass; the message has its number, its limit and its meaning.
     """
     blocks = check_structure(folder, model, manifest)
-    given = read_given(folder, model, manifest)
-    checks = chain(given_checks(given, limits), measure(model, manifest, blocks, limits, seed=seed))
+    auxiliary = read_auxiliary(folder, model, manifest)
+    checks = chain(auxiliary_checks(auxiliary, limits), measure(model, manifest, blocks, limits, seed=seed))
     return report(passed(checks))
 
 
-def read_given(folder: Path, model: nn.Module, manifest: Manifest) -> AuxiliaryTensors:
-    """Returns the given tensors of a package, which are no more bytes than the slots' own blocks are in float32.
+def read_auxiliary(folder: Path, model: nn.Module, manifest: Manifest) -> AuxiliaryTensors:
+    """Returns the auxiliary tensors of a package; they may have as many bytes as the slots' own blocks in float32.
 
     Args:
-      folder: the package, already verified against its manifest.
-      model: as `package.load` returned it, before any adapter.
-      manifest: of the package.
+      folder: the package's folder, already verified against its manifest.
+      model: the emulator as `package_reader.load` returned it, before any adapter.
+      manifest: the package's manifest.
 
     Raises:
-      RangeError: they are more.
-      DigestMismatch, MalformedMessage: as for `given_file.read`.
+      RangeError: the tensors have more bytes.
+      DigestMismatch: the file is not the announced one.
+      MalformedMessage: the file is not in the safetensors format.
     """
-    return auxiliary_file.read(folder, manifest, most=4 * Slots.of(model, manifest).parameters)
+    return auxiliary_file.read(folder, manifest, max_bytes=4 * Slots.of(model, manifest).parameters)
 
 
-def given_checks(given: AuxiliaryTensors, limits: VettingThresholds) -> Iterator[Check]:
-    """Yields the checks of given tensors: as large as a trained adapter's values may be, and no larger."""
-    for name, tensor in given.items():
+def auxiliary_checks(auxiliary: AuxiliaryTensors, limits: VettingThresholds) -> Iterator[Check]:
+    """Yields the checks of auxiliary tensors: their values may be as large as a trained adapter's, and no larger."""
+    for name, tensor in auxiliary.items():
         if tensor.is_floating_point():
             peak = float(tensor.abs().max()) if tensor.numel() else 0.0
             yield Check("given_peak", f"{GIVEN} {name}", peak, limits.adapter_peak, "one value drowns all others")
@@ -69,7 +70,7 @@ def given_checks(given: AuxiliaryTensors, limits: VettingThresholds) -> Iterator
 def measure(
     model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: VettingThresholds, *, seed: int
 ) -> Iterator[Check]:
-    """Yields every check of weights and activations, passed or not; `blocks` as `check_structure` returns them."""
+    """Yields every check of weights and activations, passed or not; `blocks` is the result of `check_structure`."""
     generator = torch.Generator().manual_seed(seed)
     yield from weight_checks(model, limits, generator)
     yield from activation_checks(model, manifest, blocks, limits, generator)
@@ -77,12 +78,12 @@ def measure(
 
 @dataclass(frozen=True)
 class Slots:
-    """Where an emulator may carry an adapter.
+    """The places where an emulator may carry an adapter.
 
     Attributes:
-      paths: the slots' blocks.
-      first: the first block of the tower, a slot or not.
-      parameters: of all slots' blocks.
+      paths: paths of the slots' blocks.
+      first: path of the tower's first block, a slot or not.
+      parameters: number of parameters in all slots' blocks.
     """
 
     paths: tuple[str, ...]
@@ -104,28 +105,29 @@ def vet_adapter(
 
     Args:
       model: the emulator with the adapter attached.
-      spec: of the adapter.
-      slots: of the emulator.
-      limits: the bounds.
-      places: modules inside of which a spec may train, `adapter.methods.places` of it: its slots, perhaps the head.
+      spec: spec of the adapter.
+      slots: slots of the emulator.
+      limits: the thresholds.
+      places: paths of the modules inside of which the spec may train, from `adapter.methods.places`: its slots, and for
+        some specs the head.
 
     Raises:
-      UnsupportedModel: as for `vet`.
+      UnsupportedModel: a check does not pass, as for `vet`.
     """
     return report(passed(_adapter_checks(model, spec, slots, limits, places)))
 
 
-def vet_given(model: nn.Module, frame: Frame, limits: VettingThresholds, *, seed: int) -> Vetting:
-    """Returns the report on an emulator with given tensors in it: that its blocks still mix and tell apart.
+def vet_auxiliary(model: nn.Module, frame: Frame, limits: VettingThresholds, *, seed: int) -> Vetting:
+    """Returns the report on an emulator with auxiliary tensors in it: its blocks still mix, its outputs still differ.
 
     Args:
-      model: the emulator under its own names, with the adapter at its start.
-      frame: of the package.
-      limits: the bounds.
-      seed: of the inputs that are drawn; the site's own secret.
+      model: the emulator under its own module names, with the adapter at its start.
+      frame: the package's frame.
+      limits: the thresholds.
+      seed: seed of the random inputs; the site's own secret.
 
     Raises:
-      UnsupportedModel: as for `vet`.
+      UnsupportedModel: a check does not pass, as for `vet`.
     """
     return report(passed(_running_checks(model, frame, limits, seed)))
 
@@ -133,19 +135,19 @@ def vet_given(model: nn.Module, frame: Frame, limits: VettingThresholds, *, seed
 def vet_refresh(
     model: nn.Module, frame: Frame, biases: Mapping[str, Tensor], limits: VettingThresholds, *, seed: int
 ) -> Vetting:
-    """Returns the report on an emulator whose biases moved: their size, and that its blocks still mix and tell apart.
+    """Returns the report on an emulator whose biases moved: their size, and that blocks mix and outputs differ.
 
-    What only a gradient shows was looked at when the package was vetted, and hangs on its matrices.
+    The checks of gradients are not repeated: they ran when the package was vetted, and depend on its matrices.
 
     Args:
-      model: the emulator under its own names, with the moved biases in it and the adapter at its start.
-      frame: of the package.
-      biases: the moved values, by name.
-      limits: the bounds.
-      seed: of the inputs that are drawn; the site's own secret.
+      model: the emulator under its own module names, with the moved biases in it and the adapter at its start.
+      frame: the package's frame.
+      biases: moved biases, by name.
+      limits: the thresholds.
+      seed: seed of the random inputs; the site's own secret.
 
     Raises:
-      UnsupportedModel: as for `vet`.
+      UnsupportedModel: a check does not pass, as for `vet`.
     """
 
     def checks() -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""Weights that would carry a record out in its own gradient, told by statistics that honest weights do not have.
+"""Checks of weights that would carry a record out in its own gradient, by statistics that honest weights do not have.
 
 Each trap is published: rows that all point one way, whose biases sort records into bins (Fowl et al. 2022, Robbing the
 Fed; Zhao et al. 2024, LOKI); identity, permutation and one-hot maps that hand an input on unmixed (Fowl et al. 2023,
@@ -14,22 +14,22 @@ from offsite.adapter.targets import is_linear, is_norm
 from offsite.emulator.structure.towers import token_embeddings
 from offsite.emulator.vetting.limits import Check, VettingThresholds
 
-# Statistics of shape need some rows and columns; below this only magnitudes are checked.
+# Statistics of shape need some rows and columns; of a smaller matrix only magnitudes are checked.
 SMALLEST = 16
-# Rows and columns looked at, drawn at random. Exact for models up to this width; in a wider one a trap that holds one
-# row in a hundred still gives ten sampled rows. Magnitudes and finiteness are always exact.
+# Sampled rows and columns, drawn at random. Statistics are exact for models up to this width; in a wider model a trap
+# of one row in a hundred still gives ten sampled rows. Magnitudes and finiteness are always exact.
 ROWS, COLUMNS = 1024, 8192
 SKETCH = 64
 TWIN_COSINE = 0.95
 
 
 def weight_checks(model: nn.Module, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
-    """Yields the checks of every parameter of a model, tied ones once.
+    """Yields the checks of every parameter of a model, of tied parameters once.
 
     Args:
-      model: on the CPU.
-      limits: the bounds.
-      generator: draws the rows that are looked at and what the norms are tried on.
+      model: the loaded emulator, on the CPU.
+      limits: the thresholds.
+      generator: generator of the sampled rows and of the norms' test inputs.
     """
     tokens = _token_tables(model)
     for name, module, parameter in _parameters(model):
@@ -49,28 +49,28 @@ def weight_checks(model: nn.Module, limits: VettingThresholds, generator: torch.
 
 
 def bias_checks(biases: Mapping[str, Tensor], limits: VettingThresholds) -> Iterator[Check]:
-    """Yields the checks of vectors by their names, as `weight_checks` does for those of a model."""
+    """Yields the checks of bias vectors by name, the same as `weight_checks` yields for a model's vectors."""
     for name, bias in biases.items():
         yield from _magnitudes(name, bias, limits, table=False)
 
 
 def participation(rows: Tensor) -> Tensor:
-    """Returns for each row which share of its entries carries its energy, float (n,): 1/d for one-hot, 1 for all alike.
+    """Returns the share of entries that carries each row's energy, float (n,): 1/d for one-hot, 1 for equal entries.
 
-    Gaussian rows give a third. Rows and columns are first brought to equal energy, so that a column that is large in
+    Gaussian rows give a third. Rows and columns are first scaled to equal energy, so that a column that is large in
     every row (trained models have such outlier features) does not make each row look one-hot.
     """
     energy = balanced(rows).square()
     return energy.sum(1).square() / (energy.square().sum(1) * rows.shape[1]).clamp_min(1e-30)
 
 
-def few(least: float, rows: Tensor) -> float:
-    """Returns the participation below which a row of this width is one-hot or nearly so: never under 1.5 entries."""
-    return max(least, 1.5 / rows.shape[1])
+def few(minimum: float, rows: Tensor) -> float:
+    """Returns the participation below which a row of this width counts as one-hot: never under 1.5 entries."""
+    return max(minimum, 1.5 / rows.shape[1])
 
 
 def balanced(rows: Tensor) -> Tensor:
-    """Returns a matrix (n, d) whose rows and columns were twice scaled to the same energy; zero ones stay zero."""
+    """Returns a matrix (n, d) with columns and rows scaled to the same energy, twice; zero rows and columns stay 0."""
     for _ in range(2):
         rows = rows / rows.square().mean(0, keepdim=True).sqrt().clamp_min(1e-30)
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
@@ -78,10 +78,10 @@ def balanced(rows: Tensor) -> Tensor:
 
 
 def crowd(rows: Tensor, generator: torch.Generator) -> float:
-    """Returns the share of rows (n, d) that point along or against the same one row: |cosine| above `TWIN_COSINE`.
+    """Returns the largest share of rows (n, d) along or against a single row: with |cosine| above `TWIN_COSINE`.
 
-    Directions are compared in a random projection to 64 dimensions, where two unrelated rows come as near with a
-    probability under 1e-20 and twins stay twins.
+    Directions are compared in a random projection to 64 dimensions, where unrelated rows come that near with a
+    probability under 1e-20, and twins stay twins.
     """
     rows = balanced(rows[rows.square().sum(1) > 0])
     if rows.shape[1] > SKETCH:
@@ -117,7 +117,7 @@ def _table_checks(
         ratio = float(norms.max() / norms.median())
         yield Check("table_outlier", where, ratio, limits.table_outlier, "one token marks its record in every layer")
     if tokens:
-        # Unused tokens of a padded vocabulary are alike in honest models: only tables that are mostly so are refused.
+        # Unused tokens of a padded vocabulary are alike in honest models: only a table of mostly alike rows is refused.
         yield Check("token_crowd", where, crowd(rows, generator), limits.token_crowd, "different tokens look the same")
 
 
@@ -138,7 +138,7 @@ def _matrix_checks(where: str, view: Tensor, limits: VettingThresholds, generato
 def _gain_checks(
     name: str, module: nn.Module, limits: VettingThresholds, generator: torch.Generator
 ) -> Iterator[Check]:
-    """Tries a norm instead of reading its weight, which means 1 + weight in some families."""
+    """Runs a norm instead of reading its weight, because some families use 1 + weight."""
     width = next(module.parameters(recurse=False)).numel()
     with torch.no_grad():
         gains = module(torch.randn(64, width, generator=generator)).std(0)
@@ -158,7 +158,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
 
 
 def _matrices(name: str, module: nn.Module, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields a tensor as matrices: stacked experts one by one, kernels with their window flattened."""
+    """Yields a tensor as matrices: each of stacked experts, and a kernel with its window flattened."""
     if tensor.dim() == 3 and not isinstance(module, nn.Conv1d):
         yield from ((f"{name}[{i}]" if len(tensor) > 1 else name, matrix) for i, matrix in enumerate(tensor))
     else:
@@ -166,20 +166,20 @@ def _matrices(name: str, module: nn.Module, tensor: Tensor) -> Iterator[tuple[st
 
 
 def _is_table(name: str, module: nn.Module) -> bool:
-    """Whether a parameter is looked up or added and not multiplied with: embeddings, positions, class tokens."""
+    """Returns whether a parameter is looked up or added, not multiplied: embeddings, positions, class tokens."""
     leaf = name.rpartition(".")[2]
     added = not (is_linear(module) or isinstance(module, nn.modules.conv._ConvNd))
     return isinstance(module, nn.Embedding) or (added and any(part in leaf for part in ("position", "embed", "token")))
 
 
 def _token_tables(model: nn.Module) -> set[int]:
-    tables = (getattr(one, "weight", None) for one in token_embeddings(model))
+    tables = (getattr(module, "weight", None) for module in token_embeddings(model))
     return {id(table) for table in tables if isinstance(table, nn.Parameter)}
 
 
 def _sample(view: Tensor, generator: torch.Generator) -> Tensor:
-    for dimension, most in ((0, ROWS), (1, COLUMNS)):
-        if view.shape[dimension] > most:
-            chosen = torch.randperm(view.shape[dimension], generator=generator)[:most]
+    for dimension, count in ((0, ROWS), (1, COLUMNS)):
+        if view.shape[dimension] > count:
+            chosen = torch.randperm(view.shape[dimension], generator=generator)[:count]
             view = view.index_select(dimension, chosen)
     return view.float()

@@ -1,4 +1,4 @@
-"""A site's records, from the file formats people have. No message here ever holds a record's content."""
+"""Reads a site's records from common file formats; no message here ever holds a record's content."""
 
 import csv
 import io
@@ -9,28 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from offsite.errors import DataError, lookup
-from offsite.task.readers.columns import Columns, Reader, check_columns, parquet_rows
+from offsite.task.readers.columns import Columns, Reader, check_columns
 from offsite.task.readers.image_files import read_image_parquet, read_images, read_npz
+from offsite.task.readers.parquet import parquet_rows
 from offsite.task.records import Row
 from offsite.task.spec import Record
 
-COLUMN = "text"  # what a folder of texts has
-LONGEST_FIELD = 2**31 - 1  # characters of a csv field; the standard library stops at 2**17 unless told
+COLUMN = "text"  # the only column of a folder of texts
+LONGEST_FIELD = 2**31 - 1  # characters of a csv field; the standard library's default limit is 2**17
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SUFFIXES |= {".npz": "npz"}
 
 
 def read(path: Path | str, *, reader: str | None, columns: Columns) -> list[Record]:
-    """Returns the records of a data file or folder, in file order; those whose main field is blank are left out.
+    """Returns the records of a data file or folder in file order, without records whose main field is blank.
 
     Args:
-      path: a file, or for "text" also a folder of .txt files.
-      reader: a key of `READERS`, or None to go by the suffix.
-      columns: of `columns_of`; the main one first.
+      path: a file; for reader "text" also a folder of .txt files, for reader "images" a folder of folders.
+      reader: key of `READERS`, or None to choose the reader by the suffix.
+      columns: columns from `columns_of`, the main column first.
 
     Raises:
-      DataError: the path is missing, damaged, has no such column, or holds no record.
-      UnknownName: no such reader.
+      DataError: the path is missing or damaged, lacks a column, or holds no record.
+      UnknownName: there is no such reader.
     """
     source, main = Path(path), next(iter(columns))
     if not source.exists():
@@ -43,14 +44,14 @@ def read(path: Path | str, *, reader: str | None, columns: Columns) -> list[Reco
 
 
 def read_jsonl(path: Path, columns: Columns) -> list[Record]:
-    """Returns one record per line, each line one JSON object."""
+    """Returns one record for each line of a file of JSON objects, one object on each line."""
     records: list[Record] = []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError):  # `from None`: the cause would carry the line
+        except (ValueError, RecursionError):  # `from None`: the cause would hold the line
             raise DataError(f"data={str(path)!r} line={number} is not JSON; write one object a line") from None
         if not isinstance(values, dict):
             raise DataError(f"data={str(path)!r} line={number} is not a JSON object; write one object a line")
@@ -60,9 +61,9 @@ def read_jsonl(path: Path, columns: Columns) -> list[Record]:
 
 
 def read_csv(path: Path, columns: Columns) -> list[Record]:
-    """Returns one record per row of a comma-separated file whose first row names the columns.
+    """Returns one record for each row of a comma-separated file whose first row names the columns.
 
-    A list stands as JSON in its field.
+    A field of type list holds JSON.
     """
     records: list[Record] = []
     with _long_fields():
@@ -73,12 +74,12 @@ def read_csv(path: Path, columns: Columns) -> list[Record]:
             for row in rows:
                 if row and len(row) != len(header):
                     raise DataError(
-                        f"data={str(path)!r} line={rows.line_num} has {len(row)} fields, the header {len(header)}; "
-                        "quote texts that hold commas"
+                        f"data={str(path)!r} line={rows.line_num} has {len(row)} fields, must have {len(header)}, "
+                        "as the header; quote texts that hold commas"
                     )
                 if row:
                     where = f"line={rows.line_num}"
-                    values = {one.name: row[header.index(one.name)] for one in columns.values()}
+                    values = {column.name: row[header.index(column.name)] for column in columns.values()}
                     records.append(_row(path, where, columns, _typed(path, where, columns, values)))
         except csv.Error:
             raise DataError(f"data={str(path)!r} line={rows.line_num} is not CSV; check its quotes") from None
@@ -86,7 +87,7 @@ def read_csv(path: Path, columns: Columns) -> list[Record]:
 
 
 def read_parquet(path: Path, columns: Columns) -> list[Record]:
-    """Returns one record per row of a Parquet file."""
+    """Returns one record for each row of a Parquet file."""
     return [
         _row(path, f"row={number}", columns, values)
         for number, values in enumerate(parquet_rows(path, columns), start=1)
@@ -94,11 +95,11 @@ def read_parquet(path: Path, columns: Columns) -> list[Record]:
 
 
 def read_text(path: Path, columns: Columns) -> list[Record]:
-    """Returns the text of a .txt file, or one text per .txt file of a folder, by name."""
+    """Returns the text of a .txt file as a record, or one record for each .txt file of a folder, in order of names."""
     check_columns(path, columns, [COLUMN])
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"data={str(path)!r} has no .txt file; put one text in each")
+        raise DataError(f"data={str(path)!r} has no .txt file; write each text to a .txt file")
     return [_row(path, f"text={number}", columns, {COLUMN: _decoded(file)}) for number, file in enumerate(files, 1)]
 
 
@@ -118,13 +119,13 @@ def _by_suffix(path: Path) -> str:
         return "text"
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"data={str(path)!r} has a suffix no reader is known for; name a reader: {', '.join(sorted(READERS))}"
+            f"data={str(path)!r} has a suffix without a reader; name a reader: {', '.join(sorted(READERS))}"
         )
     return SUFFIXES[path.suffix.lower()]
 
 
 def _decoded(path: Path) -> str:
-    """Returns a file's UTF-8 text, without the byte order mark some programs write."""
+    """Returns a file's UTF-8 text, without the byte order mark that some programs write."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -137,29 +138,29 @@ _WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or
 
 
 def _row(path: Path, where: str, columns: Columns, values: Mapping[str, Any]) -> Row:
-    """Returns a record of what a file has, checked; `values` are by the file's names."""
-    for one in columns.values():
-        value = values[one.name]
-        fits = isinstance(value, str | int) if one.kind is object else isinstance(value, one.kind)
-        if not fits or (one.kind is int and isinstance(value, bool)):
+    """Returns a record from the values of a row, by column name, after a check of their types."""
+    for column in columns.values():
+        value = values[column.name]
+        fits = isinstance(value, str | int) if column.kind is object else isinstance(value, column.kind)
+        if not fits or (column.kind is int and isinstance(value, bool)):
             raise DataError(
-                f"data={str(path)!r} {where} column={one.name!r} holds {type(value).__name__}, not {_WORDS[one.kind]}; "
-                "correct it, or name another column"
+                f"data={str(path)!r} {where} column={column.name!r} holds {type(value).__name__}, not "
+                f"{_WORDS[column.kind]}; correct it, or name another column"
             )
-    return Row({field: values[one.name] for field, one in columns.items()}, where)
+    return Row({field: values[column.name] for field, column in columns.items()}, where)
 
 
 def _typed(path: Path, where: str, columns: Columns, values: dict[str, str]) -> dict[str, Any]:
-    """Returns a row of texts with numbers and lists in the place of those that stand for one."""
+    """Returns a row of texts, of which columns of numbers and lists are decoded from JSON."""
     typed: dict[str, Any] = dict(values)
-    for one in columns.values():
-        if one.kind in (int, list):
+    for column in columns.values():
+        if column.kind in (int, list):
             try:
-                typed[one.name] = json.loads(values[one.name])
-            except (ValueError, RecursionError):  # `from None`: the cause would carry the field
+                typed[column.name] = json.loads(values[column.name])
+            except (ValueError, RecursionError):  # `from None`: the cause would hold the field
                 raise DataError(
-                    f"data={str(path)!r} {where} column={one.name!r} holds text, not {_WORDS[one.kind]}; correct it, "
-                    "or name another column"
+                    f"data={str(path)!r} {where} column={column.name!r} holds text, not {_WORDS[column.kind]}; correct "
+                    "it, or name another column"
                 ) from None
     return typed
 
@@ -170,7 +171,7 @@ def _is_blank(value: object) -> bool:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lifts the csv module's limit on a field's length, and puts it back."""
+    """Lifts the csv module's limit on the length of a field, and restores the limit at the end."""
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         yield

@@ -1,4 +1,4 @@
-"""CLIP-Adapter: the paper's own formula, in either projection, from a package to the full model, privately."""
+"""CLIP-Adapter: the paper's formula in both projections, and a private run from a package to the full model."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from offsite.adapter.export import export, load
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach, places
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.evaluation.fidelity import gradient_cosine, visiting
@@ -41,7 +41,7 @@ def moved(base, spec, scale=0.3):
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 def test_likelihoods_are_those_of_the_papers_mean_of_two_features(ratio, text):
-    """a A(f) + (1 - a) f in float64, from features of the plain model, for images and prompts by themselves."""
+    """a A(f) + (1 - a) f in float64, from the plain model's features of images and of prompts."""
     model = moved(tiny("clip"), spec_for("clip_adapter", "clip", rank=3, options=(("ratio", ratio), ("text", text))))
     tensors = {name: p.detach().double() for name, p in model.named_parameters()}
     plain = tiny("clip")
@@ -83,7 +83,7 @@ def test_a_visit_leaves_no_adapter_behind():
 @pytest.mark.parametrize(("options", "engine"), [((), "bookkeeping"), (BOTH, "loop")])
 @pytest.mark.parametrize("images", [2, 3])
 def test_only_the_loop_tells_examples_apart_behind_the_prompts(options, engine, images):
-    """There a row is a class, also where there are as many classes as images."""
+    """A row of the text projection is a class and not an example, even with as many classes as images."""
     model = moved(tiny("clip"), spec_for("clip_adapter", "clip", options=options)).double()
     batch = examples("clip", torch.float64).select(range(images))
 
@@ -104,14 +104,16 @@ def test_the_loop_is_exact_behind_the_prompts():
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("options", [(), BOTH])
 def test_what_is_learnt_on_an_emulator_of_either_tower_is_learnt_for_the_model(tower, options, tmp_path):
-    """Packaged, vetted, trained, exported and plugged into the full model."""
+    """The adapter is packaged, vetted, trained, exported and loaded into the full model."""
     pictures.clip_folder(tmp_path)
     full, processor = TASK.load(tmp_path, dtype=torch.float32), TASK.load_processor(tmp_path)
     encode = {"length": pictures.LENGTH, "split": "truncate", "model_config": full.config}
     seen = TASK.encode(processor, pictures.pictures(32, 1), **encode)
     public, geometry = PublicExamples(TASK, seen.select(range(6)), batch=3, gradients=4), Geometry(tower, 1, 1)
     calibration = Calibration(public.run, public.losses)
-    manifest = write_package(full, geometry, ("int8:16",), "verbatim", calibration, tmp_path / "p", tokenizer=tmp_path)
+    manifest = write_package(
+        full, EmulatorDesign(geometry, ("int8:16",), "verbatim"), calibration, tmp_path / "p", tokenizer=tmp_path
+    )
     emulator = package_reader.load(tmp_path / "p")
     for path in ("visual_projection", "text_projection"):
         assert torch.equal(emulator.get_submodule(path).weight, full.get_submodule(path).weight)
@@ -141,6 +143,6 @@ def train(model, seen):
 def test_targets_and_options_that_are_none_are_refused():
     with pytest.raises(ConfigError, match="leave targets empty"):
         attach(tiny("clip"), spec_for("clip_adapter", "clip", targets=("q_proj",)))
-    for options, reason in (((("ratio", 1.0),), "needs one in 0.01..0.99"), ((("text", 1),), "of type bool")):
+    for options, reason in (((("ratio", 1.0),), "needs a value in 0.01..0.99"), ((("text", 1),), "of type bool")):
         with pytest.raises(ConfigError, match=reason):
             attach(tiny("clip"), spec_for("clip_adapter", "clip", options=options))

@@ -1,4 +1,4 @@
-"""Learned words and image prompts by another route: longer prompts written out, and diffusers' own IP-Adapter."""
+"""Learned words and image prompts against longer prompts made by hand, and against diffusers' own IP-Adapter."""
 
 import copy
 
@@ -66,7 +66,7 @@ def losses(model, batch):
 
 
 def test_learned_words_are_a_longer_prompt(folders):
-    """In every block the same, so that the plain model's prompts can be made longer by hand; none is padded there."""
+    """The tokens are the same in every block, so the plain model's unpadded prompts can be made longer by hand."""
     model = TASK.load(folders["unet"], dtype=torch.float32)
     plain = copy.deepcopy(model)
     model = moved(model, spec("concept_tokens", main_tower(model).blocks))
@@ -77,13 +77,13 @@ def test_learned_words_are_a_longer_prompt(folders):
             one.copy_(tokens[0])
     batch = encoded(folders["unet"], plain, latents.with_images(3, 0))
     for row in range(3):
-        prompt = batch.given["encoder_hidden_states"][row][batch.given["encoder_attention_mask"][row] == 1]
+        prompt = batch.conditions["encoder_hidden_states"][row][batch.conditions["encoder_attention_mask"][row] == 1]
         noisy, step = batch.noisy[row, :1], batch.steps[row, :1]
         with torch.no_grad():
             wanted = plain(noisy, timestep=step, encoder_hidden_states=torch.cat([prompt, tokens[0]])[None]).sample
             before = plain(noisy, timestep=step, encoder_hidden_states=prompt[None]).sample
-            given = {name: one[row : row + 1] for name, one in batch.given.items()}
-            found = model(noisy, timestep=step, **given).sample
+            conditions = {name: one[row : row + 1] for name, one in batch.conditions.items()}
+            found = model(noisy, timestep=step, **conditions).sample
         assert torch.allclose(found, wanted, atol=1e-5)
         assert not torch.allclose(found, before, atol=1e-3)
 
@@ -106,7 +106,7 @@ def test_an_image_is_attended_as_diffusers_own_adapter_does(kind, opened):
         with torch.no_grad():
             processor.to_k_ip[0].weight.copy_(mine.to_k.weight + factor * maps.keys_up.weight @ maps.keys_down.weight)
             processor.to_v_ip[0].weight.copy_(factor * maps.values_up.weight @ maps.values_down.weight)
-            if mine.to_k.bias is not None:  # PixArt's; theirs have none
+            if mine.to_k.bias is not None:  # PixArt has biases; diffusers' adapter has no biases
                 processor.to_k_ip[0].bias = mine.to_k.bias
         theirs.set_processor(processor)
         hidden, text = torch.randn(2, 9, inner, generator=generator), torch.randn(2, 4, width, generator=generator)
@@ -146,14 +146,14 @@ def test_a_model_alone_sees_no_image_and_a_new_adapter_changes_no_bit(kind, open
 def test_gradients_can_be_told_apart_by_example(kind, method, engine, opened):
     model, encode = opened
     model = attach(model, spec(method, ends(model)))
-    probe(model, TASK.losses, TASK.invented(model, 8, seed=3), engine)
+    probe(model, TASK.losses, TASK.dummy_batch(model, 8, seed=3), engine)
     records = latents.with_images(3, 0)
-    records[1]["image_embeds"] = records[1]["image_embeds"][:1]  # a smaller one
+    records[1]["image_embeds"] = records[1]["image_embeds"][:1]  # a smaller image
     probe(model, TASK.losses, encode(records), engine)
 
 
 def test_an_adapter_learns_what_only_the_image_tells(folders):
-    """Two records alike but for their images want opposite things: who does not look errs by their square at least."""
+    """Two records that differ only in their images have opposite targets; without images the error is at least 1."""
     model = TASK.load(folders["unet"], dtype=torch.float32)
     model = attach(model, spec("ip_adapter", main_tower(model).blocks, rank=4, alpha=8.0))
     record = latents.with_images(1, 0)[0]
@@ -173,7 +173,7 @@ def test_an_adapter_learns_what_only_the_image_tells(folders):
 def test_marks_are_read_as_they_are_written():
     marks = torch.tensor([[1, image_prompt.UNSEEN, image_prompt.IMAGE]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        added = ((1 - marks.to(dtype)) * BLOCKED)[:, None]  # as diffusers has it
+        added = ((1 - marks.to(dtype)) * BLOCKED)[:, None]  # as diffusers computes it
         assert is_image(added).tolist() == [[False, False, True]]
 
 
@@ -187,7 +187,7 @@ def test_what_it_is_not_for_is_refused(folders):
         attach(model, spec("ip_adapter", ends(model), targets=("to_k",)))
     model = attach(model, spec("ip_adapter", ends(model)))
     batch = encoded(folders["unet"], model, latents.with_images(2, 0))
-    mask = batch.given["encoder_attention_mask"]
+    mask = batch.conditions["encoder_attention_mask"]
     mask.clamp_(min=0)
     with pytest.raises(UnsupportedModel, match="image_prompt_to_image"):
         TASK.losses(model, batch)

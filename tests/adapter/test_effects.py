@@ -1,4 +1,4 @@
-"""Each method's effect by another route: the same change made by hand in the plain model's weights."""
+"""Each method's effect by another route: the same change by hand in the plain model's weights."""
 
 import math
 
@@ -88,7 +88,7 @@ def test_ia3_scales_outputs_of_attention_and_inputs_of_feed_forward():
 
 @pytest.mark.parametrize("rank", [2, 5])
 def test_miss_adds_one_block_to_every_shard(rank):
-    """Input feature i of a layer is multiplied by row i mod rank, also where the rank does not divide the inputs."""
+    """Input feature i of a layer is multiplied by row i mod rank, even where the rank does not divide the inputs."""
     model, tensors = moved(llama(), AdapterSpec("miss", rank=rank, slots=SLOTS))
     by_hand = llama()
     for slot in SLOTS:
@@ -116,7 +116,7 @@ def test_bitfit_shifts_every_bias():
         if name.startswith(slots) and getattr(module, "bias", None) is not None:
             module.bias.data += tensors[f"{name}.offsite_bias.shift"]
             shifted += 1
-    assert shifted == 2 * 6  # two norms and four dense layers a block
+    assert shifted == 2 * 6  # two norms and four dense layers in each block
     same(model, by_hand)
 
 
@@ -144,7 +144,7 @@ def test_a_bottleneck_is_added_behind_the_block():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_in_half_precision_round_the_trained_weight_and_nothing_else(dtype):
-    """By hand: the plain model with its norm weights set to the rounded float32 ones."""
+    """By hand: the plain model with its norm weights set to the rounded float32 weights."""
     model, tensors = moved(llama().to(dtype), AdapterSpec("norm", slots=SLOTS))
     by_hand = llama().to(dtype)
     for slot in SLOTS:

@@ -1,4 +1,4 @@
-"""adapter.export: what is in the files, and what is refused on the way back."""
+"""adapter.export: the content of the files, and the refusals of `load`."""
 
 import json
 
@@ -58,7 +58,7 @@ def change_tensors(folder, change):
 
 
 def test_many_targets_of_an_emulator_do_not_spread_over_the_full_model(tmp_path):
-    """From 20 targets on, peft shortens them to suffixes; an emulator whose middle has no layer would say "q_proj"."""
+    """With 20 targets or more peft shortens them to suffixes, and an emulator without a middle would name "q_proj"."""
     spec = AdapterSpec("ffa_lora", slots=ENDS, targets=ALL)
     emulator = llama()
     for index in range(2, 6):
@@ -130,14 +130,14 @@ def test_a_value_that_is_no_number_is_refused(exported):
 
 
 def test_an_adapter_of_another_width_is_refused(exported):
-    refused(exported, (UnsupportedModel, DigestMismatch), "load the base it was made for", llama(hidden=64))
+    refused(exported, (UnsupportedModel, DigestMismatch), "load the base the adapter was made for", llama(hidden=64))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_a_missing_or_unknown_tensor_is_refused(exported):
     name = min(load_file(exported / WEIGHTS))
     change_tensors(exported, lambda tensors: tensors.update({name + "x": tensors.pop(name)}))
-    refused(exported, (UnsupportedModel, DigestMismatch), "load the base it was made for")
+    refused(exported, (UnsupportedModel, DigestMismatch), "load the base the adapter was made for")
 
 
 def test_a_model_with_an_adapter_takes_no_second(exported):

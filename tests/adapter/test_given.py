@@ -1,4 +1,4 @@
-"""Given tensors: exactly those that a spec wants are taken, and nothing of them is ever trained."""
+"""Auxiliary tensors: exactly the tensors that a spec requires are taken, and they are never trained."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def spec_of(method, family, options):
 
 
 @pytest.mark.parametrize(
-    ("want", "bad", "reason"),
+    ("spec", "bad", "reason"),
     [
         (VALUES, torch.zeros(2, 4), r"must be torch.float32 \('r', 3\)|must be torch.float32 \(2, 3\)"),
         (VALUES, torch.zeros(3), "must be torch.float32"),
@@ -47,15 +47,15 @@ def spec_of(method, family, options):
         (PLACES, torch.tensor([2**31 - 1, -(2**31), 5], dtype=torch.int32), "ascending positions"),
     ],
 )
-def test_what_is_not_wanted_is_refused(want, bad, reason):
+def test_a_tensor_that_does_not_fit_is_refused(spec, bad, reason):
     with pytest.raises(MalformedMessage, match=reason):
-        check_auxiliary({"t": want}, {"t": bad}, hint="ask")
+        check_auxiliary({"t": spec}, {"t": bad}, hint="ask")
 
 
 def test_a_missing_and_a_needless_tensor_are_refused_by_name():
-    with pytest.raises(MalformedMessage, match="given='t' is missing: ask"):
+    with pytest.raises(MalformedMessage, match="auxiliary tensor='t' is missing: ask"):
         check_auxiliary({"t": VALUES}, {}, hint="ask")
-    with pytest.raises(MalformedMessage, match="given='u' has no use here: ask"):
+    with pytest.raises(MalformedMessage, match="auxiliary tensor='u' has no use here: ask"):
         check_auxiliary({"t": VALUES}, {"t": torch.zeros(2, 3), "u": torch.zeros(1)}, hint="ask")
     with pytest.raises(MalformedMessage, match="method 'lora' takes none"):
         attach(tiny("llama"), spec_for("lora", "llama"), {"t": torch.zeros(1)})
@@ -64,7 +64,7 @@ def test_a_missing_and_a_needless_tensor_are_refused_by_name():
 def test_a_length_that_is_chosen_is_the_same_wherever_its_word_stands():
     both = {"a": TensorSpec(("r",)), "b": TensorSpec((4, "r"))}
     check_auxiliary(both, {"a": torch.zeros(2), "b": torch.zeros(4, 2)}, hint="ask")
-    with pytest.raises(MalformedMessage, match=r"given='b' .*must be torch.float32 \(4, 2\)"):
+    with pytest.raises(MalformedMessage, match=r"auxiliary tensor='b' .*must be torch.float32 \(4, 2\)"):
         check_auxiliary(both, {"a": torch.zeros(2), "b": torch.zeros(4, 3)}, hint="ask")
 
 
@@ -73,7 +73,7 @@ def test_positions_of_a_matrix_beyond_32_bits_are_wider():
     assert positions(1, 2**31).dtype == torch.int64
 
 
-def test_what_is_invented_is_what_is_wanted_and_the_same_every_time():
+def test_dummy_tensors_fit_their_specs_and_are_the_same_every_time():
     state = torch.get_rng_state()
     found = [dummy_tensors_for({"t": VALUES, "p": PLACES}, free=5, seed=3) for _ in range(2)]
     assert torch.equal(state, torch.get_rng_state())
@@ -84,51 +84,53 @@ def test_what_is_invented_is_what_is_wanted_and_the_same_every_time():
 
 @pytest.mark.parametrize("family", TOWERS)
 @pytest.mark.parametrize(("method", "options"), SPECS)
-def test_nothing_given_is_trained_moved_or_stored(method, options, family):
+def test_no_auxiliary_tensor_is_trained_moved_or_stored(method, options, family):
     spec = spec_of(method, family, options)
     base = tiny(family)
-    given = dummy_tensors(base, spec)
-    assert given
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    model = attach(base, spec, given)
+    auxiliary = dummy_tensors(base, spec)
+    assert auxiliary
+    before = {name: tensor.clone() for name, tensor in auxiliary.items()}
+    model = attach(base, spec, auxiliary)
     state = set(model.state_dict())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(Layout.of(model).names)
     frozen = {name for name, _ in model.named_buffers() if ".offsite_frozen" in name or ".frozen_" in name}
     frozen |= {name for name, _ in model.named_buffers() if name.endswith(".places")}
-    assert len(frozen) == len(given)
+    assert len(frozen) == len(auxiliary)
     assert not frozen & (state | trained)
     found = [p for p in model.parameters() if p.requires_grad]
     loss(model, family).backward()
     torch.optim.SGD(found, lr=1.0).step()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in given.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in auxiliary.items())
 
 
 @pytest.mark.parametrize("method", ["madx", "fusion"])
 def test_each_tensor_is_needed(method):
     spec = spec_for(method, "llama")
-    given = dummy_tensors(tiny("llama"), spec)
-    for name in given:
+    auxiliary = dummy_tensors(tiny("llama"), spec)
+    for name in auxiliary:
         with pytest.raises(MalformedMessage, match="is missing"):
-            attach(tiny("llama"), spec, {other: tensor for other, tensor in given.items() if other != name})
+            attach(tiny("llama"), spec, {other: tensor for other, tensor in auxiliary.items() if other != name})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_given_mask_has_its_entries_trained_and_engines_agree(family):
-    """What the contract tests show of the mask by magnitude: its start, its places, and each example's gradient."""
+def test_an_auxiliary_mask_has_its_entries_trained_and_engines_agree(family):
+    """The mask by Fisher information has the start, places and gradients that contract tests check by magnitude."""
     spec = spec_of("masked", family, FISHER)
-    base, given = tiny(family), dummy_tensors(tiny(family), spec)
+    base, auxiliary = tiny(family), dummy_tensors(tiny(family), spec)
     plain = logits(base, family)
-    weights = {name.removesuffix(".places"): base.get_submodule(name.removesuffix(".places")).weight for name in given}
-    model = attach(base, spec, given)
+    weights = {
+        name.removesuffix(".places"): base.get_submodule(name.removesuffix(".places")).weight for name in auxiliary
+    }
+    model = attach(base, spec, auxiliary)
     assert torch.equal(logits(model, family), plain)
     layout = Layout.of(model)
     layout.write(model, layout.read(model) + 0.1)
     by_hand = tiny(family)
     with torch.no_grad():
         for path, weight in weights.items():
-            assert len(given[f"{path}.places"]) == round(0.05 * weight.numel())
-            by_hand.get_submodule(path).weight.view(-1)[given[f"{path}.places"].long()] += 0.1
+            assert len(auxiliary[f"{path}.places"]) == round(0.05 * weight.numel())
+            by_hand.get_submodule(path).weight.view(-1)[auxiliary[f"{path}.places"].long()] += 0.1
     assert torch.allclose(logits(model, family), logits(by_hand, family), atol=1e-5)
     model, batch = model.double(), examples(family, torch.float64)
     right = brute_force(model, batch)
@@ -137,13 +139,13 @@ def test_a_given_mask_has_its_entries_trained_and_engines_agree(family):
 
 
 def test_the_table_says_what_a_spec_needs():
-    assert {name for name, method in METHODS.items() if method.takes} == {"masked", "madx", "fusion"}
+    assert {name for name, method in METHODS.items() if method.auxiliary} == {"masked", "madx", "fusion"}
     assert [frozen_count(AdapterSpec(name)) for name in ("lora", "masked", "madx", "fusion")] == [0, 0, 1, 2]
     assert frozen_count(AdapterSpec("fusion", options=(("adapters", 5), ("head", True)))) == 5
     assert needs_public_data(AdapterSpec("masked", options=(("by", "fisher"), ("head", True))))
     assert not needs_public_data(AdapterSpec("masked"))
     assert required_tensors(tiny("llama"), spec_for("masked", "llama")) == {}
-    with pytest.raises(ConfigError, match=r"needs one in 2\.\.16"):
+    with pytest.raises(ConfigError, match=r"needs a value in 2\.\.16"):
         frozen_count(AdapterSpec("fusion", options=(("adapters", 17),)))
 
 

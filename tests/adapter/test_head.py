@@ -1,4 +1,4 @@
-"""The task head: found by structure, trained beside its frozen self, and gone without a trace."""
+"""The task head: found by structure, trained in parallel to its frozen self, and removed without a trace."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_model_without_a_head_is_refused():
         head_path(hf.BertModel(hf.BertConfig(**SIZES, **WORDS), add_pooling_layer=False))
     with pytest.raises(UnsupportedModel, match="heads=0"):
         attach(hf.BertModel(hf.BertConfig(**SIZES, **WORDS), add_pooling_layer=False), spec_for("head", "bert"))
-    with pytest.raises(UnsupportedModel, match=r"heads=0.*'conv_out', is a Conv2d"):  # and not its embedding of time
+    with pytest.raises(UnsupportedModel, match=r"heads=0.*'conv_out', is a Conv2d"):  # and not the embedding of time
         head_path(latents.unet())
 
 
@@ -79,7 +79,7 @@ def test_a_trained_head_is_exported_with_its_adapter(method, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "head"])
 @pytest.mark.parametrize("make", [lambda: tiny("bert"), lambda: hf.RobertaForSequenceClassification(ROBERTA).eval()])
 def test_a_visit_leaves_the_head_as_it_was(method, make):
-    """Also where the head is not a child of the model itself, so that modules on the way to it stand aside too."""
+    """The head need not be a child of the model itself; its parent modules are then cloned as well."""
     base = make()
     slots = tuple(name for name, _ in base.named_modules() if name.endswith(("layer.0", "layer.3")))
     before = [(name, id(module), len(module._forward_hooks)) for name, module in base.named_modules()]
@@ -89,7 +89,7 @@ def test_a_visit_leaves_the_head_as_it_was(method, make):
         names = Layout.of(adapted).names
         assert any(f".{inside[-1]}.offsite_update." in f".{name}" for name in names)
     assert [(name, id(module), len(module._forward_hooks)) for name, module in base.named_modules()] == before
-    with visiting(base, spec) as adapted:  # and again
+    with visiting(base, spec) as adapted:  # and a second time
         assert Layout.of(adapted).names == names
 
 

@@ -1,4 +1,4 @@
-"""adapter.layout: one vector, in one order."""
+"""adapter.layout: one vector in one order."""
 
 import json
 

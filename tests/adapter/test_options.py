@@ -1,4 +1,4 @@
-"""The options of methods: what each takes, what follows from widths, and what is refused before anything is built."""
+"""The options of methods: their values, their fit to widths, and refusals before anything is built."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_every_default_is_in_its_own_range_and_every_end_is_taken(method):
         for end in option.choices or ((option.low, option.high) if type(option.default) is not bool else ()):
             assert option.read(type(option.default)(end), method) == end
     known(AdapterSpec(method, options=(("head", True),)))
-    with pytest.raises(ConfigError, match="option='nonsense' is not one of method"):
+    with pytest.raises(ConfigError, match="option='nonsense' is not an option of method"):
         known(AdapterSpec(method, options=(("nonsense", 1),)))
 
 
@@ -34,8 +34,8 @@ def test_every_default_is_in_its_own_range_and_every_end_is_taken(method):
     ("options", "reason"),
     [
         ({"n_frequenzy": 8}, "did you mean n_frequency"),
-        ({"n_frequency": 0}, "needs one in 1.."),
-        ({"n_frequency": 2**22 + 1}, "needs one in 1.."),
+        ({"n_frequency": 0}, "needs a value in 1.."),
+        ({"n_frequency": 2**22 + 1}, "needs a value in 1.."),
         ({"n_frequency": 8.0}, "of type int"),
         ({"n_frequency": True}, "of type int"),
         ({"scaling": "much"}, "of type float"),
@@ -48,7 +48,7 @@ def test_a_wrong_option_is_refused_before_any_model_is_touched(options, reason):
 
 
 def test_a_word_is_one_of_the_choices():
-    with pytest.raises(ConfigError, match="knows road_1, road_2, road_4"):
+    with pytest.raises(ConfigError, match="takes one of road_1, road_2, road_4"):
         known(with_options("road", variant="road_3"))
 
 
@@ -76,17 +76,19 @@ def test_an_option_has_its_effect():
     ],
 )
 def test_a_value_that_does_not_fit_the_targets_is_refused_and_never_repaired(method, option, asked):
-    with pytest.raises(ConfigError, match=rf"option {option}={asked} does not fit the targets \(divides.*; \d+ does"):
+    with pytest.raises(
+        ConfigError, match=rf"option {option}={asked} does not fit the targets \(divides.*; set it to \d+"
+    ):
         attach(tiny("llama"), with_options(method, **{option: asked}))
 
 
 def test_more_coefficients_than_entries_are_refused():
-    with pytest.raises(ConfigError, match=r"n_frequency=600 does not fit the targets \(entries\); 512 does"):
+    with pytest.raises(ConfigError, match=r"n_frequency=600 does not fit the targets \(entries\); set it to 512"):
         attach(tiny("llama"), with_options("waveft", n_frequency=600))
 
 
 def test_a_default_is_the_largest_that_fits():
-    """By brute force over all values up to the default."""
+    """Checked by brute force over all values up to the default."""
     widths = [(32, 32), (32, 16)]  # of q_proj and v_proj
     ends = {"c3a": (0, 1), "oft": (0,), "road": (1,), "vblora": (0, 1)}
     tuners = {tuner.name: tuner for tuner in TUNERS}
@@ -106,13 +108,13 @@ def test_what_peft_itself_refuses_is_an_error_of_ours():
 
 @pytest.mark.parametrize(("method", "rank"), [("hra", 3), ("gralora", 5)])
 def test_a_rank_that_the_method_cannot_have_is_refused(method, rank):
-    with pytest.raises(ConfigError, match=f"rank={rank}: method {method!r} needs a multiple of 2"):
+    with pytest.raises(ConfigError, match=f"rank={rank} must be a multiple of 2 for method {method!r}"):
         attach(tiny("llama"), spec_for(method, "llama", rank=rank))
 
 
 @pytest.mark.parametrize("method", ["vera", "hira", "fed_sb"])
 def test_a_rank_above_a_width_is_refused(method):
-    with pytest.raises(ConfigError, match=r"rank=17 is above the width"):
+    with pytest.raises(ConfigError, match=r"rank=17 must be at most 16, the width"):
         attach(tiny("llama"), spec_for(method, "llama", rank=17))
 
 
@@ -136,7 +138,7 @@ def test_density_is_the_share_of_entries(family):
 
 
 def test_no_option_carries_a_name_of_code_or_a_path_into_peft():
-    """Words are looked up in a table of choices: every option that is a word has one."""
+    """Every option that is a word has a table of choices."""
     for method in METHODS.values():
         for option in method.options:
             assert type(option.default) in (int, float, bool, str)

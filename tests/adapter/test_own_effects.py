@@ -1,4 +1,4 @@
-"""Our own methods' effect by another route: the same change made by hand in the plain model."""
+"""The effects of our own methods by another route: the same change by hand in the plain model."""
 
 import math
 
@@ -38,7 +38,7 @@ def bottleneck(tensors, path, read, act):
     return inner @ tensors[f"{path}.up.weight"].T + tensors[f"{path}.up.bias"]
 
 
-# family -> the last dense layers of attention and of the feed-forward part, and the module that is the latter
+# family -> the last dense layers of attention and of the feed-forward part, and the feed-forward module
 SUBLAYERS = {
     "llama": ("self_attn.o_proj", "mlp.down_proj", "mlp"),
     "gpt2": ("attn.c_proj", "mlp.c_proj", "mlp"),
@@ -146,7 +146,7 @@ def test_fed_sb_adds_a_small_matrix_between_orthonormal_factors(family, target):
 
 
 def test_fed_sb_draws_its_factors_as_gram_and_schmidt_would():
-    """By classical Gram-Schmidt in float64, which has no sign to choose: each column begins in its own direction."""
+    """Against classical Gram-Schmidt in float64, which leaves no sign open: each column keeps its own direction."""
     spec = spec_for("fed_sb", "llama", rank=3, targets=("v_proj",), seed=5)
     _, tensors = moved(tiny("llama"), spec)
     drawn = torch.randn(32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -195,7 +195,7 @@ def test_tinylora_settles_the_signs_of_its_singular_vectors():
 
 
 def test_tinylora_is_loaded_with_the_factors_that_were_stored(tmp_path):
-    """And not with those that a decomposition on this machine gives, whose signs may be others."""
+    """A new decomposition on this machine could give other signs."""
     spec = spec_for("tinylora", "llama")
     export(attach(tiny("llama"), spec), spec, tmp_path, base="b")
     tensors = load_file(tmp_path / WEIGHTS)
@@ -220,7 +220,7 @@ def test_rslora_scales_by_the_root_of_the_rank(rank, scale):
 
 
 def test_masked_and_supertuning_are_the_same_numbers():
-    """peft's own implementation of the choice by magnitude, with the values of ours in it."""
+    """Against peft's own implementation of the choice by magnitude, filled with our values."""
     target = ("q_proj",)
     ours, _ = moved(tiny("llama"), spec_for("masked", "llama", targets=target, options=(("density", 0.25),)))
     theirs = attach(tiny("llama"), spec_for("supertuning", "llama", targets=target, options=(("sparsity", 0.75),)))

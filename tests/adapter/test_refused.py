@@ -1,4 +1,4 @@
-"""Reasons of refusals that can be seen: the method is attached with peft itself, and does what it is refused for."""
+"""Reasons of refusals that a test can show: peft itself attaches the method, which then does what the reason says."""
 
 import peft
 import pytest
@@ -59,7 +59,7 @@ def test_one_example_depends_on_the_others():
 
 
 def test_frozen_factors_are_others_where_weights_are_rounded_otherwise():
-    """A change of the weights by a millionth, as another library or another processor makes it."""
+    """Changes the weights by a millionth, as another library or processor would."""
     shaken = tiny("llama")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

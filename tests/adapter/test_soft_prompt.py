@@ -1,4 +1,4 @@
-"""Soft prompts by another route: the longer sequence with its mask and positions written out, entry by entry."""
+"""Soft prompts by another route: the longer sequence, its mask and its positions written entry by entry."""
 
 import numpy as np
 import pytest
@@ -33,9 +33,9 @@ def moved(family, **changes):
 
 
 def written_out(causal, mask):
-    """Returns who sees whom, (B, 1, COUNT + T, COUNT + T): 0 where seen, by a rule that holds for learned tokens too.
+    """Returns the additive mask (B, 1, COUNT + T, COUNT + T), 0 for a visible token, of learned and real tokens.
 
-    What those see is not what `prompted` lets them see, and makes no difference: they are dropped behind the block.
+    Here learned tokens see other tokens than under `prompted`, without effect, since their outputs are dropped.
     """
     length = mask.shape[1]
     found = torch.full((len(mask), 1, COUNT + length, COUNT + length), BLOCKED)
@@ -52,7 +52,7 @@ def written_out(causal, mask):
 
 
 def by_hand(family, tokens, mask):
-    """The plain model whose slots' blocks are called with the longer sequence, its mask and its positions."""
+    """Calls the slots' blocks of the plain model with the longer sequence, its mask and its positions."""
     model = tiny(family)
     model.set_attn_implementation("eager")
     long_mask = written_out(family != "bert", mask)
@@ -164,7 +164,7 @@ def test_a_block_that_hands_its_positions_on_is_refused():
 
 
 def test_a_decoder_looks_at_its_encoder_as_before():
-    """The same record alone, and padded among others, through learned tokens in front of a decoder's block."""
+    """A record alone equals the same record padded among others, with learned tokens before a decoder's block."""
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 97}
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def test_a_decoder_looks_at_its_encoder_as_before():
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_window_of_attention_is_kept_and_the_prompt_is_always_seen(window):
-    """What lies before the window has no part in a token's output, and the learned tokens have."""
+    """A token's output depends on the learned tokens, but not on real tokens before the window."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = MistralConfig(**sizes, num_key_value_heads=2, vocab_size=97, sliding_window=window)
@@ -207,7 +207,7 @@ def test_a_mask_of_one_row_and_a_boolean_one_are_extended_too():
 
 
 def test_gradients_have_no_batch_dimension_to_mix():
-    """The gradient of one example alone, and of the same among others of which only its loss is taken."""
+    """The gradient of an example alone equals the gradient of its loss among other examples."""
     model, _ = moved("llama")
     tokens = [p for p in model.parameters() if p.requires_grad]
 

@@ -1,4 +1,4 @@
-"""adapter.spec: what is refused, and the JSON form."""
+"""adapter.spec: refusals, and the JSON form."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""MAD-X and the reading of earlier adapters: a stack by hand, and another language's adapter under a trained task."""
+"""MAD-X and the reading of earlier adapters: a stack by hand, and a trained task on another language's adapter."""
 
 import json
 
@@ -23,7 +23,7 @@ def moved(model, seed):
 
 @pytest.fixture
 def language(tmp_path):
-    """Exports a language adapter, trained in some way; returns its folder."""
+    """Exports a language adapter with random weights, and returns its folder."""
 
     def make(name, family="llama", rank=3, seed=0, **changes):
         spec = spec_for("bottleneck", family, rank=rank, **changes)
@@ -33,12 +33,12 @@ def language(tmp_path):
     return make
 
 
-def given_of(family, *folders):
+def auxiliary_of(family, *folders):
     return earlier_bottlenecks(folders, spec_for("madx", family).slots)
 
 
 def stacked_by_hand(family, spec, language, task):
-    """A model whose hooks add one bottleneck after the other, written from the formula and the exported tensors."""
+    """Returns a model with one bottleneck after the other in hooks, from the formula and the exported tensors."""
     model = tiny(family)
 
     def behind(slot):
@@ -69,23 +69,23 @@ def exported(folder):
 def test_at_its_start_it_is_the_language_adapter_alone(language, family, dtype):
     folder = language("a", family)
     alone = load(tiny(family, dtype), folder)
-    stack = attach(tiny(family, dtype), spec_for("madx", family), given_of(family, folder))
+    stack = attach(tiny(family, dtype), spec_for("madx", family), auxiliary_of(family, folder))
     assert torch.equal(logits(stack, family), logits(alone, family))
     assert not torch.equal(logits(stack, family), logits(tiny(family, dtype), family))
 
 
 @pytest.mark.parametrize("family", TOWERS)
 def test_the_task_adapter_serves_another_language_without_training(language, family, tmp_path):
-    """Trained on A of rank 3, plugged in over B of rank 5: zero-shot transfer, and equal to a stack made by hand."""
+    """Trained on A of rank 3 and used on B of rank 5: zero-shot transfer, equal to a stack made by hand."""
     one, other = language("a", family), language("b", family, rank=5, seed=7)
     spec = spec_for("madx", family)
-    trained = moved(attach(tiny(family), spec, given_of(family, one)), seed=1)
-    export(trained, spec, tmp_path / "task", base="owner/model", given=given_of(family, one))
+    trained = moved(attach(tiny(family), spec, auxiliary_of(family, one)), seed=1)
+    export(trained, spec, tmp_path / "task", base="owner/model", auxiliary=auxiliary_of(family, one))
     task = exported(tmp_path / "task")
-    assert {name for name in task if name.startswith("given.")} == {f"given.{n}" for n in given_of(family, one)}
+    assert {name for name in task if name.startswith("given.")} == {f"given.{n}" for n in auxiliary_of(family, one)}
     same, swapped = (
         load(tiny(family), tmp_path / "task"),
-        load(tiny(family), tmp_path / "task", given=given_of(family, other)),
+        load(tiny(family), tmp_path / "task", auxiliary=auxiliary_of(family, other)),
     )
     assert torch.equal(logits(same, family), logits(trained, family))
     for model, under in ((same, one), (swapped, other)):
@@ -95,36 +95,36 @@ def test_the_task_adapter_serves_another_language_without_training(language, fam
     assert (logits(same, family) - logits(swapped, family)).abs().max() > 1e-3
 
 
-def test_an_export_without_its_given_tensors_is_refused(language, tmp_path):
-    given = given_of("llama", language("a"))
+def test_an_export_without_its_auxiliary_tensors_is_refused(language, tmp_path):
+    auxiliary = auxiliary_of("llama", language("a"))
     spec = spec_for("madx", "llama")
-    model = attach(tiny("llama"), spec, given)
-    with pytest.raises(MalformedMessage, match="is missing: pass what it was attached with"):
+    model = attach(tiny("llama"), spec, auxiliary)
+    with pytest.raises(MalformedMessage, match="is missing: pass the tensors that the adapter was attached with"):
         export(model, spec, tmp_path / "t", base="b")
-    export(model, spec, tmp_path / "t", base="b", given=given)
+    export(model, spec, tmp_path / "t", base="b", auxiliary=auxiliary)
     with pytest.raises(MalformedMessage, match="is missing"):
-        load(tiny("llama"), tmp_path / "t", given={})
+        load(tiny("llama"), tmp_path / "t", auxiliary={})
 
 
-def test_given_tensors_for_an_adapter_of_peft_are_refused(tmp_path):
+def test_auxiliary_tensors_for_an_adapter_of_peft_are_refused(tmp_path):
     spec = spec_for("lora", "llama")
     export(attach(tiny("llama"), spec), spec, tmp_path / "l", base="b")
     with pytest.raises(MalformedMessage, match="an adapter of peft takes none"):
-        load(tiny("llama"), tmp_path / "l", given={"t": torch.zeros(1)})
+        load(tiny("llama"), tmp_path / "l", auxiliary={"t": torch.zeros(1)})
 
 
 def test_targets_are_refused(language):
-    with pytest.raises(ConfigError, match="sits behind blocks"):
-        attach(tiny("llama"), spec_for("madx", "llama", targets=("q_proj",)), given_of("llama", language("a")))
+    with pytest.raises(ConfigError, match="sits after blocks"):
+        attach(tiny("llama"), spec_for("madx", "llama", targets=("q_proj",)), auxiliary_of("llama", language("a")))
 
 
 def test_a_second_adapter_on_a_stack_is_refused(language):
-    model = attach(tiny("llama"), spec_for("madx", "llama"), given_of("llama", language("a")))
+    model = attach(tiny("llama"), spec_for("madx", "llama"), auxiliary_of("llama", language("a")))
     with pytest.raises(UnsupportedModel, match="at most one"):
         attach(model, spec_for("lora", "llama"))
 
 
-def test_what_is_no_earlier_bottleneck_is_refused_in_a_line(language, tmp_path):
+def test_a_folder_without_a_fitting_bottleneck_is_refused_in_a_line(language, tmp_path):
     slots = spec_for("madx", "llama").slots
     lora, open_head = spec_for("lora", "llama"), spec_for("bottleneck", "llama", options=(("head", True),))
     export(attach(tiny("llama"), lora), lora, tmp_path / "lora", base="b")
@@ -139,8 +139,12 @@ def test_what_is_no_earlier_bottleneck_is_refused_in_a_line(language, tmp_path):
         (tmp_path, DataError, "has no adapter_config.json"),
         (tmp_path / "lora", ConfigError, "its method is 'LORA', must be 'bottleneck'"),
         (tmp_path / "head", ConfigError, "trained head"),
-        (elsewhere, ConfigError, "its slots are model.layers.1, and the new adapter's model.layers.0, model.layers.3"),
-        (cut, ConfigError, "its slots are model.layers.0, and"),
+        (
+            elsewhere,
+            ConfigError,
+            "its slots are model.layers.1, must be the new adapter's model.layers.0, model.layers.3",
+        ),
+        (cut, ConfigError, "its slots are model.layers.0, must be"),
     ):
         with pytest.raises(kind, match=reason) as caught:
             earlier_bottlenecks([folder], slots)

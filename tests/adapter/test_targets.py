@@ -1,4 +1,4 @@
-"""adapter.targets: which modules a spec means."""
+"""adapter.targets: the modules that a spec matches."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def llama():
 
 
 class Block(nn.Module):
-    """A block of a model that no table knows."""
+    """A block of a model that is in no table."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def own():
 
 
 def test_a_slot_does_not_take_in_its_namesakes():
-    """model.layers.1 is no prefix of model.layers.10 here."""
+    """model.layers.1 does not count as a prefix of model.layers.10."""
     found = in_slots(llama(), ("model.layers.1",), is_linear)
     assert len(found) == 7
     assert all(name.startswith("model.layers.1.") for name in found)
@@ -162,7 +162,7 @@ def test_a_block_of_another_kind_has_no_two_sublayers():
         sublayers(Block())
     experts = llama().model.layers[0]
     experts.mlp.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
-    with pytest.raises(UnsupportedModel, match="holds a list of layers, as of experts"):
+    with pytest.raises(UnsupportedModel, match="holds a list of layers, for example of experts"):
         sublayers(experts)
 
 

@@ -57,9 +57,7 @@ METHODS = {OPEN: {}, NESTED: {}, TURNS: {"method": "lora"}, AggregationTerms(): 
 
 def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
     inspected, approved = show(OPEN)
-    assert inspected[1].startswith(
-        "WARNING    secure aggregation is OFF in this job: the coordinator sees this site's own"
-    )
+    assert inspected[1].startswith("WARNING    secure aggregation is OFF: the coordinator sees each site's own update")
     assert any(line.startswith("leaves     one signed, plain update a round") for line in inspected)
     assert approved[0].startswith("WARNING secure aggregation is OFF")
     assert approved[-1].startswith("approved ")

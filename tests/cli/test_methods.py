@@ -1,14 +1,18 @@
-"""`offsite methods`: what it measures is what closed forms and the table of methods say, and it fits a page."""
+"""`offsite methods`: the shipped table is what a live probe, closed forms and the table of methods say."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from offsite.adapter.methods import METHODS
 from offsite.adapter.methods.refused import REFUSED
+from offsite.adapter.methods.task_head import HEAD
 from offsite.cli import main as command
 from offsite.cli.method_probe import FAMILIES, SIZES, probe
+from offsite.cli.method_table import DIGITS, families, read_table, write_tables
 from offsite.privacy.engines import ENGINES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -27,6 +31,7 @@ LLAMA = {
     "blocks": BLOCKS * (H * H + 2 * H * KV + H * H + 3 * H * F + 2 * H),
     "head": 97 * H,
 }
+UNFIT = {"llama": {"bitfit", "clip_adapter", "concept_tokens", "ip_adapter"}}
 
 
 @pytest.fixture
@@ -44,23 +49,40 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_json_holds_every_method_as_it_was_measured(run: Run) -> None:
     code, out, err = run("--json")
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    measured = {one["method"]: one for one in found["methods"]}
-    assert set(measured) | set(found["unfit"]) == set(METHODS)
-    assert found["unfit"].keys() == {"bitfit", "clip_adapter", "concept_tokens", "ip_adapter"}
-    assert found["refused"] == REFUSED
-    for name, one in measured.items():
-        assert one["linear"] == METHODS[name].exact_mean, name
-        assert one["engine"] in ENGINES
-        assert one["bytes_up"] == 4 * one["parameters"]
+    table = json.loads(out)
+    measured = {row["method"]: row for row in table["methods"]}
+    assert set(measured) | set(table["unfit"]) == set(METHODS)
+    assert table["unfit"].keys() == UNFIT["llama"]
+    assert table["refused"] == REFUSED
+    for name, row in measured.items():
+        assert row["linear"] == METHODS[name].exact_mean, name
+        assert row["engine"] in ENGINES
+        assert row["bytes_up"] == 4 * row["parameters"]
     assert {name: measured[name]["parameters"] for name in LLAMA} == LLAMA
 
 
-def test_the_table_fits_a_hundred_columns_and_names_every_method(run: Run) -> None:
-    code, page, err = run("--family", "vit")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shipped_table_is_of_these_methods(family: str) -> None:
+    """`make docs` brings the words up to date and measures a new method."""
+    table = read_table(family)
+    assert families() == tuple(FAMILIES)
+    assert [finding.method for finding in table.findings] == list(METHODS)
+    assert table.refused == REFUSED
+    assert table.head == HEAD
+    assert table.width == H
+    for name, facts in table.facts.items():
+        method = METHODS[name]
+        assert (facts.why, facts.peft, facts.options) == (method.why, method.peft, method.options), name
+
+
+def test_a_live_probe_gives_the_shipped_table(run: Run) -> None:
+    """All methods on one family, by the command that a person types."""
+    code, out, err = run("--probe", "--json")
     assert (code, err) == (0, "")
-    assert max(map(len, page.splitlines())) <= 100
-    assert all(f" {name} " in page for name in (*METHODS, *REFUSED))
+    live, shipped = json.loads(out), json.loads(run("--json")[1])
+    gaps = [[row.pop("gap") for row in table["methods"]] for table in (live, shipped)]
+    assert live == shipped
+    assert gaps[0] == pytest.approx(gaps[1], rel=0.02, abs=10**-DIGITS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,6 +92,34 @@ def test_a_family_that_lacks_what_a_method_tunes_has_a_reason(family: str, metho
     unfit = (method, family) in {("bitfit", "llama"), ("miss", "gpt2")}
     assert bool(finding.refused) == unfit
     assert (finding.engine in ENGINES) != unfit
+    (shipped,) = (row for row in read_table(family).findings if row.method == method)
+    assert (shipped.parameters, shipped.engine, shipped.refused) == (
+        finding.parameters,
+        finding.engine,
+        finding.refused,
+    )
+
+
+def test_tables_survive_the_file(tmp_path) -> None:
+    tables = [read_table(family) for family in families()]
+    write_tables(tables, tmp_path / "methods.json")
+    assert [read_table(family, tmp_path / "methods.json") for family in families()] == tables
+
+
+def test_the_table_fits_a_hundred_columns_and_names_every_method(run: Run) -> None:
+    code, page, err = run("--family", "vit")
+    assert (code, err) == (0, "")
+    assert max(map(len, page.splitlines())) <= 100
+    assert all(f" {name} " in page for name in (*METHODS, *REFUSED))
+
+
+def test_the_shipped_table_is_printed_without_the_model_libraries() -> None:
+    code = "import sys; sys.argv = ['offsite', 'methods'];\nfrom offsite.cli.main import main\n"
+    code += (
+        "try:\n    main()\nexcept SystemExit:\n    print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_family_is_refused(run: Run) -> None:

@@ -3,13 +3,14 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from offsite.demo import speeches
-from offsite.errors import DataError, DigestMismatch
+from offsite.errors import ConfigError, DataError, DigestMismatch
 
 
 def npm_archive(path: Path) -> None:
@@ -81,3 +82,11 @@ def test_the_demos_owners_follow_the_data(tmp_path: Path) -> None:
     text = speeches.demo_config(Path("m"), tmp_path)
     assert 'owners = ["a", "b", "c"]' in text
     assert str(tmp_path) in text
+
+
+def test_without_the_reader_of_its_format_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation without the extra `demo`, where no module of that name is found."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"gguf is not installed.*pip install 'offsite\[demo\]'"):
+        speeches.prepare_model(tmp_path)
+    assert not (tmp_path / "downloads").exists()

@@ -19,15 +19,18 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
 from offsite.cli.display import PlainDisplay
 from offsite.client.site.round_handler import answer
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.coordinator.aggregation.rules import AGGREGATORS, RuleSettings, ServerState
 from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.report.model import Report
 from offsite.coordinator.rounds.exchange import MemoryExchange
 from offsite.emulator.runtime.plug_in import plug
 from offsite.privacy.randomness import Randomness
 from offsite.secagg import ring
+from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run, simulated_sessions, with_options
-from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.simulation.simulate import Options, simulate
 from offsite.task.tasks import TASKS
 
 KEYS = {
@@ -56,7 +59,7 @@ def offsite(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Po
 
 
 @pytest.fixture(scope="module")
-def finished(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+def finished(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Report]:
     run = open_run(fed, tmp_path_factory.mktemp("runs") / "finished")
     return run, simulate(run, options())
 
@@ -65,7 +68,7 @@ def weights(run: Run) -> bytes:
     return (run.store.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def test_the_run_folder_holds_what_the_readme_says(finished: tuple[Run, dict[str, Any]]) -> None:
+def test_the_run_folder_holds_what_the_readme_says(finished: tuple[Run, Report]) -> None:
     run, report = finished
     for name in ("report.json", "report.md", "report.html", "privacy.json", "rounds.jsonl", "package/manifest.json"):
         assert (run.store.folder / name).stat().st_size > 0, name
@@ -75,20 +78,21 @@ def test_the_run_folder_holds_what_the_readme_says(finished: tuple[Run, dict[str
     for site in written["privacy"]["sites"]:
         assert set(site) >= SITE_KEYS
         assert site["epsilon"] <= 8.0
-        assert site["steps"] == report["finished_rounds"] == 2
+        assert site["steps"] == report.finished_rounds == 2
     assert written["finished_rounds"] == len(written["rounds"])
 
 
-def test_epsilon_is_of_all_rounds_together(finished: tuple[Run, dict[str, Any]]) -> None:
-    for site in finished[1]["privacy"]["sites"]:
-        assert site["epsilon_by_round"] == sorted(site["epsilon_by_round"])
-        assert site["epsilon"] == site["epsilon_by_round"][-1] > 1.01 * site["epsilon_by_round"][0]
-        assert 7.9 < site["epsilon"] <= 8.0  # calibrated for the whole job, not with room to spare
+def test_epsilon_is_of_all_rounds_together(finished: tuple[Run, Report]) -> None:
+    for site in finished[1].privacy.sites:
+        assert site.epsilon_by_round is not None
+        assert list(site.epsilon_by_round) == sorted(site.epsilon_by_round)
+        assert site.epsilon == site.epsilon_by_round[-1] > 1.01 * site.epsilon_by_round[0]
+        assert 7.9 < site.epsilon <= 8.0  # calibrated for the whole job, not with room to spare
 
 
-def test_peft_loads_the_adapter_with_the_plug_ins_logits(finished: tuple[Run, dict[str, Any]]) -> None:
+def test_peft_loads_the_adapter_with_the_plug_ins_logits(finished: tuple[Run, Report]) -> None:
     run, _ = finished
-    task, manifest, state = TASKS["causal_lm"], run.job(), run.store.load_state()
+    task, manifest, state = TASKS["causal_lm"], run.store.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
     ids = torch.arange(3, 43).reshape(2, 20)
@@ -102,28 +106,23 @@ def test_peft_loads_the_adapter_with_the_plug_ins_logits(finished: tuple[Run, di
     assert float((mine - before).abs().max()) > 0.0
 
 
-def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, dict[str, Any]]) -> None:
+def test_a_plain_loop_gives_the_same_adapter(finished: tuple[Run, Report]) -> None:
     """Trains the sites one by one, adds their integers in the open, and applies Adam written out by hand."""
     run, _ = finished
-    manifest, state = run.job(), run.store.load_state()
+    manifest, state = run.store.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
     session = simulated_sessions(run, manifest)["ash"]
-    names = [name for name, _ in manifest.roster]
+    names = list(manifest.sites)
     adapter = session.layout.read(session.model)
     first = second = np.zeros(adapter.size)
     for number in range(1, manifest.rounds + 1):
         total = np.zeros(adapter.size, dtype=np.uint32)
         for name in names:
             site = run.site(name, manifest, session)
-            trained = local_update(
-                session,
-                adapter,
-                run.examples(next(s.train for s in run.config.sites if s.name == name), manifest, session),
-                manifest=manifest,
-                plan=site.plan,
-                randomness=Randomness.for_simulation(1, "noise", name, str(number)),
-            )
+            examples = run.examples(next(s.train for s in run.config.sites if s.name == name), manifest, session)
+            noise = Randomness.for_simulation(1, "noise", name, str(number))
+            trained = local_update(SiteJob(name, manifest, session, examples, site.plan), adapter, randomness=noise)
             draw = Randomness.for_simulation(1, "rounding", name, str(number)).uniform
             total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
         mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=4) / 4
@@ -140,13 +139,13 @@ class StopAfter(PlainDisplay):
         super().__init__()
         self._number = number
 
-    def round(self, line: dict[str, Any], planned: int) -> None:
-        if line["round"] == self._number:
+    def round(self, record: RoundRecord, planned: int) -> None:
+        if record.round == self._number:
             raise KeyboardInterrupt
 
 
 def test_a_stopped_run_goes_on_to_the_identical_adapter(
-    fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]
+    fed: Path, tmp_path: Path, finished: tuple[Run, Report]
 ) -> None:
     run = open_run(fed, tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
@@ -155,12 +154,12 @@ def test_a_stopped_run_goes_on_to_the_identical_adapter(
     again = Run.open(tmp_path / "stopped")
     report = simulate(again, options())
     assert weights(again) == weights(finished[0])
-    assert report["finished_rounds"] == 2
-    assert [site["steps"] for site in report["privacy"]["sites"]] == [2] * 4
+    assert report.finished_rounds == 2
+    assert [site.steps for site in report.privacy.sites] == [2] * 4
 
 
 def test_a_round_that_was_cut_off_while_it_was_written_does_not_count(
-    fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]
+    fed: Path, tmp_path: Path, finished: tuple[Run, Report]
 ) -> None:
     run = open_run(fed, tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
@@ -170,10 +169,10 @@ def test_a_round_that_was_cut_off_while_it_was_written_does_not_count(
     again = Run.open(tmp_path / "cut")
     simulate(again, options())
     assert weights(again) == weights(finished[0])
-    assert [line["round"] for line in again.store.rounds()] == [1, 2]
+    assert [record.round for record in again.store.rounds()] == [1, 2]
 
 
-def test_another_seed_gives_another_adapter(fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]) -> None:
+def test_another_seed_gives_another_adapter(fed: Path, tmp_path: Path, finished: tuple[Run, Report]) -> None:
     run = open_run(fed, tmp_path / "other", seed=2, rounds=1)
     simulate(run, options())
     assert weights(run) != weights(finished[0])
@@ -185,9 +184,9 @@ def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
     wild.write_text(fed.read_text().replace("learning_rate = 0.02", "learning_rate = 1000.0"))
     run = open_run(wild, tmp_path / "wild", rounds=1)
     report = simulate(run, options())
-    assert [line["accepted"] for line in report["rounds"]] == [False]
-    assert report["quality"]["gain_nats"] == 0.0
-    assert any("not taken over" in warning for warning in report["warnings"])
+    assert [record.accepted for record in report.rounds] == [False]
+    assert report.quality.gain_nats == 0.0
+    assert any("not taken over" in warning for warning in report.warnings)
 
 
 def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path) -> None:
@@ -204,9 +203,9 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
 
     run = open_run(fed, tmp_path / "silent", rounds=1)
     report = simulate(run, options(engine=one_falls_silent))
-    assert report["secagg"]["members"] == ["ash", "birch", "cedar"]
-    assert [(one["site"], one["stage"]) for one in report["secagg"]["dropped"]] == [("elm", "masked")]
-    manifest, state = run.job(), run.store.load_state()
+    assert report.secagg.members == ("ash", "birch", "cedar")
+    assert [(one.site, one.stage) for one in report.secagg.dropped] == [("elm", "masked")]
+    manifest, state = run.store.job(), run.store.load_state()
     assert manifest is not None
     assert state is not None
     session = simulated_sessions(run, manifest)["ash"]
@@ -217,7 +216,7 @@ def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path)
         plan = run.site(name, manifest, session).plan
         noise = Randomness.for_simulation(1, "noise", name, "1")
         examples = run.examples(setting.train, manifest, session)
-        trained = local_update(session, start, examples, manifest=manifest, plan=plan, randomness=noise)
+        trained = local_update(SiteJob(name, manifest, session, examples, plan), start, randomness=noise)
         draw = Randomness.for_simulation(1, "rounding", name, "1").uniform
         total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
     mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=3) / 3
@@ -236,7 +235,7 @@ def test_without_privacy_the_report_says_so_first(fed: Path, tmp_path: Path) -> 
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_identical_adapter(
-    fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]
+    fed: Path, tmp_path: Path, finished: tuple[Run, Report]
 ) -> None:
     """The same with a real process and a real signal, at whatever moment it arrives after the first round."""
     out = tmp_path / "killed"
@@ -256,9 +255,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_identical_adapter(
 
 
 @pytest.mark.slow
-def test_flowers_simulation_gives_the_same_adapter(
-    fed: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]]
-) -> None:
+def test_flowers_simulation_gives_the_same_adapter(fed: Path, tmp_path: Path, finished: tuple[Run, Report]) -> None:
     pytest.importorskip("ray", reason="the extra `simulation` is not installed")
     out = tmp_path / "flower"
     process = offsite("simulate", str(fed), "--engine", "flower", "--out", str(out))

@@ -3,7 +3,6 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +10,12 @@ import torch
 
 from offsite.cli.display import PlainDisplay
 from offsite.client.training.emulator_session import EmulatorSession, open_session
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.client.training.privacy_plan import plan_for
 from offsite.coordinator.config.federation_file import read_config
-from offsite.emulator.build.package_writer import write_package
+from offsite.coordinator.job.json_form import encode
+from offsite.coordinator.report.model import Report
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.structure.geometry import Geometry
@@ -22,15 +23,16 @@ from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.privacy.randomness import Randomness
 from offsite.protos.job_manifest import JobManifest
 from offsite.secagg import ring
+from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run, with_options
-from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.simulation.simulate import Options, simulate
 from offsite.task.tasks import TASKS
 
 OTHERS = ("birch", "elm")
 
 
 @pytest.fixture(scope="module")
-def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, dict[str, Any]]:
+def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, Report]:
     """One round under the plain mean, of which all is taken over."""
     fed = varied.with_name("mean.toml")
     text = varied.read_text().replace("[aggregation]", '[aggregation]\nrule = "mean"')
@@ -39,8 +41,8 @@ def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     settings = with_options(settings, seed=None, rounds=1, sites=None)
     run = Run.create(settings, sha256, tmp_path_factory.mktemp("runs") / "mean")
     report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
-    assert [line["scale"] for line in report["rounds"]] == [1.0]
-    manifest = run.job()
+    assert [record.scale for record in report.rounds] == [1.0]
+    manifest = run.store.job()
     assert manifest is not None
     return run, manifest, report
 
@@ -60,7 +62,9 @@ def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) ->
     calibration = Calibration(public.run, public.losses)  # which these recipes do not look at
     geometry = Geometry.of(full, 1, 1, "sandwich")
     model = Path(run.config.model.path)
-    return write_package(full, geometry, recipe, embedding, calibration, folder, tokenizer=model).digest()
+    return write_package(
+        full, EmulatorDesign(geometry, recipe, embedding), calibration, folder, tokenizer=model
+    ).digest()
 
 
 def trained(run: Run, manifest: JobManifest, name: str, session: EmulatorSession) -> np.ndarray:
@@ -68,20 +72,14 @@ def trained(run: Run, manifest: JobManifest, name: str, session: EmulatorSession
     train = next(site.train for site in run.config.sites if site.name == name)
     examples = run.examples(train, manifest, session)
     start = session.layout.read(session.model).copy()
-    update = local_update(
-        session,
-        start,
-        examples,
-        manifest=manifest,
-        plan=plan_for(manifest, len(examples)),
-        randomness=Randomness.for_simulation(1, "noise", name, "1"),
-    ).update
+    job = SiteJob(name, manifest, session, examples, plan_for(manifest, len(examples)))
+    update = local_update(job, start, randomness=Randomness.for_simulation(1, "noise", name, "1")).update
     session.put(start)
     return update
 
 
 def test_the_round_is_the_mean_of_updates_from_two_emulators(
-    finished: tuple[Run, JobManifest, dict[str, Any]], tmp_path: Path
+    finished: tuple[Run, JobManifest, Report], tmp_path: Path
 ) -> None:
     """Both emulators are built here, each site trains alone, and the sum is taken in the open."""
     run, manifest, _ = finished
@@ -97,7 +95,7 @@ def test_the_round_is_the_mean_of_updates_from_two_emulators(
         folder = tmp_path / ("other" if other else "first")
         return open_session(folder, manifest, emulator=digests[other], limits=limits, seed=1)
 
-    names = [site for site, _ in manifest.roster]
+    names = list(manifest.sites)
     start = session(False).layout.read(session(False).model).copy()
     updates = {name: trained(run, manifest, name, session(name in OTHERS)) for name in names}
     total, clip = np.zeros(start.size, dtype=np.uint32), manifest.update_bound
@@ -115,19 +113,20 @@ def test_the_round_is_the_mean_of_updates_from_two_emulators(
     assert float(np.abs(same - mean).max()) > 1e-2 * float(np.abs(mean).max())
 
 
-def test_the_report_says_who_got_which(finished: tuple[Run, JobManifest, dict[str, Any]]) -> None:
+def test_the_report_says_who_got_which(finished: tuple[Run, JobManifest, Report]) -> None:
     run, manifest, report = finished
-    emulator = report["emulator"]
-    (other,) = emulator["variants"]
-    assert (emulator["sites"], other["sites"]) == (["ash", "cedar"], ["birch", "elm"])
-    assert (emulator["sha256"], other["sha256"]) == (manifest.emulator_of("ash"), manifest.emulator_of("elm"))
-    assert other["package_bytes"] != emulator["package_bytes"]
-    assert report["cost"]["build"]["bytes_down"] == 2 * (other["package_bytes"] + emulator["package_bytes"])
+    emulator = report.emulators.default
+    (other,) = report.emulators.variants
+    assert (emulator.sites, other.sites) == (("ash", "cedar"), ("birch", "elm"))
+    assert (emulator.sha256, other.sha256) == (manifest.emulator_of("ash"), manifest.emulator_of("elm"))
+    assert other.package_bytes != emulator.package_bytes
+    assert report.cost is not None
+    assert report.cost["build"].bytes_down == 2 * (other.package_bytes + emulator.package_bytes)
     text = (run.store.folder / "report.md").read_text()
     section = text.split("## Emulators of the sites")[1].split("\n## ")[0]
-    assert rows_of(section) == [("ash, cedar", manifest.emulator[:16]), ("birch, elm", other["sha256"][:16])]
+    assert rows_of(section) == [("ash, cedar", manifest.emulator[:16]), ("birch, elm", other.sha256[:16])]
     written = json.loads((run.store.folder / "report.json").read_text())
-    assert written["emulator"]["variants"] == [other]
+    assert written["emulator"]["variants"] == [encode(other)]
 
 
 def rows_of(section: str) -> list[tuple[str, str]]:
@@ -135,6 +134,6 @@ def rows_of(section: str) -> list[tuple[str, str]]:
     return [(row[0], row[-1]) for row in rows[2:]]
 
 
-def test_every_member_is_in_the_sum(finished: tuple[Run, JobManifest, dict[str, Any]]) -> None:
-    assert finished[2]["secagg"]["members"] == ["ash", "birch", "cedar", "elm"]
-    assert finished[2]["secagg"]["dropped"] == []
+def test_every_member_is_in_the_sum(finished: tuple[Run, JobManifest, Report]) -> None:
+    assert finished[2].secagg.members == ("ash", "birch", "cedar", "elm")
+    assert finished[2].secagg.dropped == ()

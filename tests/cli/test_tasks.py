@@ -108,14 +108,14 @@ def test_a_classifiers_run_reports_its_own_measures(fed: Path, run: Run) -> None
     [
         ('{ label = "kind" }', '{ lable = "kind" }', "columns.lable: the task reads text, label; did you mean label"),
         ('{ label = "kind" }', '{ label = "knid" }', r"column='knid' is not in"),
-        ('{ label = "kind" }', '{ label = "number" }', "not one of the model's 3 labels"),
+        ('{ label = "kind" }', '{ label = "number" }', "must be one of the model's 3 labels"),
         ('{ label = "kind" }', '{ text = "number" }', "column='body' and columns.text='number'"),
         ('{ label = "kind" }', "7", "data.columns=7: must be a table"),
         ('{ label = "kind" }', "{ label = 7 }", "data.columns.label=7: must be of type str"),
         ("length = 16", "length = 16\nsplit = 'blocks'", "write split = 'truncate'"),
-        ("length = 16", "length = 64", "the 40 positions of the model"),
+        ("length = 16", "length = 64", "must be in 4..40"),
         ("sequence_classification", "sequence_clasification", "did you mean sequence_classification"),
-        ("sequence_classification", "seq2seq", "is no sequence to sequence model of transformers"),
+        ("sequence_classification", "seq2seq", "must be a sequence to sequence model of transformers"),
     ],
 )
 def test_a_mistake_is_one_line(fed: Path, run: Run, old: str, new: str, expected: str) -> None:
@@ -139,7 +139,7 @@ def test_a_wrong_label_of_a_site_is_named_by_site_and_line_and_never_shown(fed: 
     write_csv(sample.records(48, 12), fed.parent / "birch-train.csv", broken="a private sentence")
     code, _, err = run("simulate", str(fed), "--out", str(fed.parent / "out"))
     assert code == 2
-    assert "line=50 field='label': not one of the model's 3 labels (ham, spam, news)" in err
+    assert "line=50 field='label': must be one of the model's 3 labels (ham, spam, news)" in err
     assert "a private sentence" not in err
     assert list(LABELS.values()) == ["ham", "spam", "news"]
 

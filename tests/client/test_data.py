@@ -41,7 +41,7 @@ def test_jsonl_takes_windows_line_ends_and_a_byte_order_mark(tmp_path):
 
 def test_csv_rows_of_another_width_are_refused_by_line(tmp_path):
     path = write(tmp_path, "d.csv", "id,text\n1,fine\n2,secret, one comma too many\n")
-    with pytest.raises(DataError, match="line=3 has 3 fields, the header 2") as caught:
+    with pytest.raises(DataError, match="line=3 has 3 fields, must have 2, as the header") as caught:
         read(path, reader=None, columns=TEXT)
     assert "secret" not in str(caught.value)
 

@@ -72,7 +72,7 @@ def audit(tmp_path: Path) -> Audit:
 
 
 @pytest.fixture
-def books(tmp_path: Path, audit: Audit) -> LedgerReleaseLog:
+def release_log(tmp_path: Path, audit: Audit) -> LedgerReleaseLog:
     """The accounts of a real site with a ledger, a log and a clock that moves."""
     ledger = Ledger(tmp_path / "ledger.jsonl", dataset="patients", epsilon_cap=8.0, delta=DELTA, accountant="rdp")
     times = iter(NOW + timedelta(minutes=minute) for minute in range(100))
@@ -99,10 +99,10 @@ def in_a_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerReleaseLog) -> None:
+def test_the_report_says_all_that_leaves(tmp_path: Path, release_log: LedgerReleaseLog) -> None:
     """Names, shapes, bytes, norm and epsilon, each by another route; the ledger's head goes to the coordinator."""
     for number in (1, 2):
-        head = books.release(going(number))
+        head = release_log.release(going(number))
         account = ACCOUNTANTS["rdp"]
         total, before = account([EVENT] * number, DELTA), account([EVENT] * (number - 1), DELTA)
         entry, spent = entries(tmp_path / "audit.jsonl")[-1], entries(tmp_path / "ledger.jsonl")[-1]
@@ -124,9 +124,9 @@ def test_the_report_says_all_that_leaves(tmp_path: Path, books: LedgerReleaseLog
     assert verify(tmp_path / "audit.jsonl") == 2
 
 
-def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerReleaseLog) -> None:
+def test_no_value_of_the_update_is_written_down(tmp_path: Path, release_log: LedgerReleaseLog) -> None:
     """No number in log or ledger is near an entry of the update, and neither is any of its bytes in them."""
-    books.release(going(1))
+    release_log.release(going(1))
     text = (tmp_path / "audit.jsonl").read_text() + (tmp_path / "ledger.jsonl").read_text()
     found: list[float] = []
 
@@ -144,15 +144,17 @@ def test_no_value_of_the_update_is_written_down(tmp_path: Path, books: LedgerRel
     assert UPDATE.tobytes().hex()[:16] not in text
 
 
-def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path: Path, books: LedgerReleaseLog) -> None:
+def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(
+    tmp_path: Path, release_log: LedgerReleaseLog
+) -> None:
     with pytest.raises(PrivacyRefusal, match="private=false"):
-        books.release(going(1, event=None))
+        release_log.release(going(1, event=None))
     with pytest.raises(PrivacyRefusal, match="private=false"):
-        books.check(None)
+        release_log.check(None)
     assert entries(tmp_path / "ledger.jsonl") == []
-    books.release(going(1))
-    books.release(going(1))  # the same round again is a release again
-    for refused in (lambda: books.check(EVENT), lambda: books.release(going(2))):
+    release_log.release(going(1))
+    release_log.release(going(1))  # the same round again is a release again
+    for refused in (lambda: release_log.check(EVENT), lambda: release_log.release(going(2))):
         with pytest.raises(PrivacyRefusal, match="planned for 2"):
             refused()
     assert len(entries(tmp_path / "ledger.jsonl")) == len(entries(tmp_path / "audit.jsonl")) == 2
@@ -168,11 +170,11 @@ def test_releases_beyond_the_planned_ones_or_without_privacy_stay_here(tmp_path:
     ],
 )
 def test_what_was_not_announced_stays_here(
-    tmp_path: Path, books: LedgerReleaseLog, bad: Release, error: type[OffsiteError], words: str
+    tmp_path: Path, release_log: LedgerReleaseLog, bad: Release, error: type[OffsiteError], words: str
 ) -> None:
     """The debit stands, on the safe side; the log has no egress."""
     with pytest.raises(error, match=words):
-        books.release(bad)
+        release_log.release(bad)
     assert entries(tmp_path / "audit.jsonl") == []
     assert len(entries(tmp_path / "ledger.jsonl")) == 1
 
@@ -190,7 +192,7 @@ def test_a_metric_leaves_only_by_permission(tmp_path: Path, audit: Audit) -> Non
     assert [entry["fields"]["metrics"] for entry in entries(tmp_path / "audit.jsonl")] == [{"loss": 2.5}] * 2
 
 
-def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerReleaseLog, audit: Audit) -> None:
+def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, release_log: LedgerReleaseLog, audit: Audit) -> None:
     """The log is longer than the ledger, so a limit on file size fills it first; the debit stands, nothing left."""
     audit.record("filler", now=NOW, text="x" * 2000)
     size = (tmp_path / "audit.jsonl").stat().st_size
@@ -198,32 +200,32 @@ def test_nothing_leaves_when_the_log_is_full(tmp_path: Path, books: LedgerReleas
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
         with pytest.raises(DataError, match="free disk space"):
-            books.release(going(1))
+            release_log.release(going(1))
 
     assert in_a_child(work) == 0
     assert (tmp_path / "audit.jsonl").stat().st_size == size
     assert len(entries(tmp_path / "ledger.jsonl")) == 1
 
 
-def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, books: LedgerReleaseLog) -> None:
+def test_nothing_leaves_when_the_ledger_is_full(tmp_path: Path, release_log: LedgerReleaseLog) -> None:
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         with pytest.raises(DataError, match="free disk space"):
-            books.release(going(1))
+            release_log.release(going(1))
 
     assert in_a_child(work) == 0
     assert entries(tmp_path / "ledger.jsonl") == []
     assert entries(tmp_path / "audit.jsonl") == []
 
 
-def test_nothing_leaves_when_log_or_ledger_was_changed(tmp_path: Path, books: LedgerReleaseLog) -> None:
-    books.release(going(1))
+def test_nothing_leaves_when_log_or_ledger_was_changed(tmp_path: Path, release_log: LedgerReleaseLog) -> None:
+    release_log.release(going(1))
     for name in ("audit.jsonl", "ledger.jsonl"):
         path = tmp_path / name
         data = path.read_bytes()
         path.write_bytes(data.replace(b'"round":1', b'"round":2'))
         with pytest.raises(DataError, match=f"log={name} line=1"):
-            books.release(going(2))
+            release_log.release(going(2))
         if name == "audit.jsonl":
             with pytest.raises(DataError, match="line=1"):
                 verify(path)

@@ -103,13 +103,13 @@ def test_an_npz_file_holds_images_numbers_texts_and_ragged_arrays(tmp_path):
 
 def test_files_that_are_no_images_are_refused_without_their_names(tmp_path):
     path = folder(tmp_path / "d", {"a/patient-one.png": png(COLOUR), "a/patient-two.png": png(COLOUR)[:40]})
-    with pytest.raises(DataError, match="image=2 is no image") as caught:
+    with pytest.raises(DataError, match="image=2 is not a readable image") as caught:
         read(path, reader="images", columns=columns())
     assert "patient" not in str(caught.value)
     assert caught.value.__cause__ is None
     table = pyarrow.table({"image": [b"secret"], "label": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="row=1 is no image") as caught:
+    with pytest.raises(DataError, match="row=1 is not a readable image") as caught:
         read(tmp_path / "d.parquet", reader="image_parquet", columns=columns())
     assert "secret" not in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_images_of_more_than_eight_bits_are_refused_and_not_cut_to_white(tmp_pat
     content = io.BytesIO()
     Image.fromarray(GREY.astype(dtype) * 200).save(content, "TIFF")
     path = folder(tmp_path / "d", {"a/1.tiff": content.getvalue()})
-    with pytest.raises(DataError, match="image=1 has over 8 bits a channel"):
+    with pytest.raises(DataError, match="image=1 must have at most 8 bits a channel"):
         read(path, reader="images", columns=columns())
 
 
@@ -136,7 +136,7 @@ def test_lengths_that_no_row_can_have_are_refused(tmp_path, lengths):
 def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
     path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
     monkeypatch.setattr(image_files, "MAX_PIXELS", 62)
-    with pytest.raises(DataError, match="image=1 has over 62 pixels"):
+    with pytest.raises(DataError, match="image=1 must have at most 62 pixels"):
         read(path, reader="images", columns=columns())
     monkeypatch.setattr(image_files, "MAX_PIXELS", 63)
     monkeypatch.setattr(image_files, "MAX_BYTES", 2 * 189 - 1)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
-from offsite.client.home.installation import SiteHome, SiteSettings, _toml
+from offsite.client.home.installation import SiteHome
 from offsite.client.home.policy import Policy
+from offsite.client.home.settings import SiteSettings
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.errors import ConfigError, DataError, MalformedMessage, Untrusted
 from offsite.trust.federation_manifest import check_signatures
@@ -374,7 +375,7 @@ def test_columns_are_written_and_read_as_a_table(sites):
     """Also names that need quotes; and a file of an earlier release, which has none."""
     folder = sites["north"].folder
     settings = dataclasses.replace(sites["north"].settings, columns={"text": 'my "body"', "label": "spam"})
-    (folder / "site.toml").write_text(_toml(settings))
+    (folder / "site.toml").write_text(settings.to_toml())
     assert SiteHome.open(folder).settings == settings
     (folder / "site.toml").write_text('name = "north"\ndata = "x"\n')
     assert SiteHome.open(folder).settings.columns == {}

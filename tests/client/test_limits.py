@@ -23,7 +23,7 @@ from dataclasses import replace
 from offsite.client.home.redact import local_message as fault
 from offsite.client.service.site_runtime import limit_resources
 from offsite.client.home.policy import Policy
-from offsite.trust.settings import read_settings
+from offsite.trust.toml_tables import read_settings
 from pathlib import Path
 policy = replace(read_settings(Path(sys.argv[1]), Policy), max_threads=1, max_memory_gb=1.0)
 limit_resources(policy)

@@ -1,4 +1,4 @@
-"""A site's mailbox: each letter once and in order, only from its coordinator, and none that cannot be remembered."""
+"""A site's signed endpoint: each letter once and in order, only from its coordinator, and only if remembered."""
 
 import json
 import os
@@ -23,11 +23,11 @@ REPLY = codec.encode(codec.TrainReply(1))
 
 
 class Box:
-    """A mailbox whose handler keeps what it was given."""
+    """An endpoint whose handler keeps what it was given."""
 
     def __init__(self, folder: Path, handle: Callable[[str, bytes], bytes] | None = None) -> None:
         self.memory, self.handled, self.refused = folder / "letters.json", list[tuple[str, bytes]](), list[str]()
-        self.mailbox = SignedEndpoint(
+        self.endpoint = SignedEndpoint(
             "ash",
             SITE,
             coordinator=COORDINATOR.public,
@@ -39,7 +39,7 @@ class Box:
 
     def answer(self, data: bytes, stage: str = "keys") -> codec.SignedMessage:
         """The answer to a letter, opened as the coordinator opens it."""
-        reply = self.mailbox.answer(stage, data)
+        reply = self.endpoint.answer(stage, data)
         return signed_messages.read(
             reply, FEDERATION, sender="ash", key=SITE.public, recipient=signed_messages.COORDINATOR
         )

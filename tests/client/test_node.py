@@ -7,7 +7,7 @@ import httpx
 import pytest
 from google.protobuf.message import DecodeError
 
-from offsite.client.network.node import Node, NodePlace
+from offsite.client.network.node import Node, SuperNodeConfig
 
 
 class Told:
@@ -25,7 +25,7 @@ def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Excep
     """It is told once, without a word of it."""
     notes: list[tuple[str, str]] = []
     node = Node(
-        NodePlace(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
+        SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
         lambda stage, body: b"",
         note=lambda kind, reason: notes.append((kind, reason)),
         stopping=lambda: True,

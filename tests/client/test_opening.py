@@ -11,12 +11,10 @@ import torch
 
 from offsite.client.home.audit import Audit
 from offsite.client.service.site_runtime import SiteRuntime
-from offsite.client.site.release_log import ReleaseLog
-from offsite.client.training.emulator_session import _check_ids, encoded
+from offsite.client.training.emulator_session import _check_ids, encode_records
 from offsite.errors import DataError, PolicyRefusal, UnsupportedModel
 from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
-from offsite.secagg.journal import MemoryJournal
 from offsite.task.causal_lm import CausalLM
 from offsite.task.examples import Examples
 from offsite.task.records import fault
@@ -30,15 +28,15 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def opened(world: World, folder: Path, data: str, **policy: Any) -> SiteRuntime:
-    """An installation with one data file."""
+    """An open site with one data file."""
     (folder / "data.csv").write_text(data)
     told = {"reader": "", "column": "text", "columns": {}, "name": "ash", "simulation_seed": None, "weights": "widened"}
     settings = SimpleNamespace(**told)
-    installation = SimpleNamespace(settings=settings, data=folder / "data.csv", state=folder)
+    home = SimpleNamespace(settings=settings, data=folder / "data.csv", state=folder)
     rules = policy_for(folder, **policy)
     ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-2, accountant="rdp")
     audit = Audit(folder / "audit.jsonl")
-    return SiteRuntime(cast(Any, installation), rules, audit, ledger, cast(Any, None), lambda: NOW)
+    return SiteRuntime(cast(Any, home), rules, audit, ledger, cast(Any, None), lambda: NOW)
 
 
 RECORDS = "text\n" + "\n".join(["w1 w2 w3 w4 w5 w6"] * 7)
@@ -56,14 +54,13 @@ def test_what_a_refusal_says_of_the_data_stays_here(
 ) -> None:
     site = opened(world, tmp_path, data, min_records=100)
     with pytest.raises(told_kind, match=r"its owner sees why in the site's log") as told:
-        site.site(rowwise(world), world.session)
+        site.open_site(rowwise(world), world.session)
     assert type(told.value) is told_kind
     assert secret not in str(told.value)
     assert told.value.__cause__ is None
     assert secret in (tmp_path / "audit.jsonl").read_text()
-    package, books = world.run.store.package, cast(ReleaseLog, None)
     with pytest.raises(kind, match=secret):  # a dry run is its owner's own
-        site.site_with(rowwise(world), package, books, MemoryJournal(), record=tmp_path / "rounds")
+        site.open_dry_run(rowwise(world), world.run.store.package, tmp_path / "rounds")
 
 
 def rowwise(world: World) -> JobManifest:
@@ -92,9 +89,9 @@ def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, t
         (tmp_path / word).mkdir()
         data = "text\n" + "\n".join([f"w1 {word} w3"] * 40)
         site = opened(world, tmp_path / word, data, min_records=40, delta_cap=0.5)
-        installation = cast(Any, site.installation)
-        installation.keys = SimpleNamespace(identity=world.identities["ash"])
-        plans.append(site.site(rowwise(world), session).plan)
+        home = cast(Any, site.home)
+        home.keys = SimpleNamespace(identity=world.identities["ash"])
+        plans.append(site.open_site(rowwise(world), session).plan)
     assert plans[0] == plans[1]
     assert plans[0].records == 40
 
@@ -116,13 +113,13 @@ def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
     session = dataclasses.replace(world.session, task=Judging())
     rows = ["w1 w2 w3"] * 20 + ["w1 w13 w3"] + ["w1 w2 w3"] * 20
     site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41, delta_cap=0.5)
-    installation = cast(Any, site.installation)
-    installation.keys = SimpleNamespace(identity=world.identities["ash"])
-    assert site.site(rowwise(world), session).plan.records == 41
+    home = cast(Any, site.home)
+    home.keys = SimpleNamespace(identity=world.identities["ash"])
+    assert site.open_site(rowwise(world), session).plan.records == 41
     assert "line=22 field='text': must not hold" in caplog.text
     assert "w13" not in caplog.text
     with pytest.raises(DataError, match="line=22 field='text'"):
-        encoded(session, rowwise(world), site.records("causal_lm"))
+        encode_records(session, rowwise(world), site.records("causal_lm"))
 
 
 def model_of(vocabulary: int) -> Any:
@@ -138,9 +135,9 @@ def test_a_model_that_does_not_know_its_tokens_is_refused(world: World) -> None:
 
 
 def test_an_invented_record_is_nobodys() -> None:
-    found = Examples.invented(50, 16, seed=1)
+    found = Examples.dummy_batch(50, 16, seed=1)
     assert found.input_ids.shape == (2, 16)
     assert int(found.input_ids.max()) < 50
     assert found.attention_mask.sum(1).tolist() == [16, 8]
-    assert not torch.equal(found.input_ids, Examples.invented(50, 16, seed=2).input_ids)
-    assert Examples.invented(50, 2, seed=1).attention_mask.sum(1).tolist() == [2, 2]
+    assert not torch.equal(found.input_ids, Examples.dummy_batch(50, 16, seed=2).input_ids)
+    assert Examples.dummy_batch(50, 2, seed=1).attention_mask.sum(1).tolist() == [2, 2]

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from offsite.adapter.layout import Layout
-from offsite.cli.display import PlainDisplay
 from offsite.client.training.emulator_session import EmulatorSession
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.client.training.trainable_subset import only_trainable
 from offsite.coordinator.config.federation_file import read_config
 from offsite.errors import UnsupportedModel
@@ -20,7 +19,6 @@ from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.upload import select_uploaded
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job
 from tests.client.test_policy import JOB
 from tests.rule_worlds import examples_of, mask_of, slow_update, written
 
@@ -40,7 +38,7 @@ class World:
 def opened(path: Path, folder: Path) -> World:
     settings, sha256 = read_config(path)
     run = Run.create(settings, sha256, folder / "run")
-    manifest = _job(run, PlainDisplay()).manifest
+    manifest = run.open_job().manifest
     session = simulated_sessions(run, manifest)["ash"]
     start = session.layout.read(session.model)
     # B is zero at first, and A then has no gradient
@@ -65,24 +63,17 @@ def trained(world: World, site: str, number: int, **terms: float) -> tuple[np.nd
     if terms:
         manifest = dataclasses.replace(manifest, aggregation=dataclasses.replace(manifest.aggregation, **terms))
     plan = world.run.site(site, world.manifest, world.session).plan
-    common = {"manifest": manifest, "plan": plan}
     examples = examples_of(world.run, site, manifest, world.session)
-    found = local_update(
-        world.session,
-        world.start,
-        examples,
-        **common,
-        randomness=Randomness.for_simulation(5, site),
-        site=site,
-        number=number,
-    )
+    job = SiteJob(site, manifest, world.session, examples, plan)
+    found = local_update(job, world.start, randomness=Randomness.for_simulation(5, site), number=number)
     factor = ".lora_B." if number % 2 or not manifest.aggregation.alternate else ".lora_A."
     mask = mask_of(world.session, {factor: slice(0, manifest.rank_of(site)) if "B" in factor else EVERYTHING})
     slow = slow_update(
         world.session,
         world.start,
         examples,
-        **common,
+        manifest=manifest,
+        plan=plan,
         randomness=Randomness.for_simulation(5, site),
         mask=mask,
         proximal=mu,
@@ -165,18 +156,9 @@ def test_a_pull_back_costs_no_privacy_and_is_the_papers(rolora: World, nested: W
     for proximal in (0.0, 0.8):
         terms = dataclasses.replace(rolora.manifest.aggregation, proximal=proximal)
         manifest = dataclasses.replace(rolora.manifest, aggregation=terms)
-        outcomes.append(
-            local_update(
-                rolora.session,
-                rolora.start,
-                examples_of(rolora.run, "ash", manifest, rolora.session),
-                manifest=manifest,
-                plan=plan,
-                randomness=Randomness.for_simulation(6, "ash"),
-                site="ash",
-                number=1,
-            ).outcome
-        )
+        examples = examples_of(rolora.run, "ash", manifest, rolora.session)
+        job = SiteJob("ash", manifest, rolora.session, examples, plan)
+        outcomes.append(local_update(job, rolora.start, randomness=Randomness.for_simulation(6, "ash")).outcome)
     free, pulled = outcomes
     assert free.event == pulled.event
     assert free.event is not None

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.cli.client_run import _lines
-from offsite.client.training.local_update import local_update
+from offsite.cli.job_text import job_lines
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.coordinator.rounds.exchange import MemoryExchange
 from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round
 from offsite.errors import TooFewSurvivors
 from offsite.privacy.randomness import Randomness
 from offsite.protos import codec
 from offsite.protos.sealed_update import UPDATE, close, digest_of, key_of, unclose
-from offsite.protos.terms import adapter_digest, terms_of
-from offsite.secagg import messages
+from offsite.protos.secagg_params import adapter_digest, secagg_params
+from offsite.secagg import signed_bodies
 from offsite.secagg.params import SecAggParams
 from tests.memory_federation import RunningSite, World, make_world
 from tests.rule_worlds import examples_of, written
@@ -102,16 +102,9 @@ def test_what_arrives_is_what_each_site_trained(world: World, sites: dict[str, R
     assert (result.threshold, result.faulty, result.refused) == (3, (), ())
     for name, found in zip(result.members, result.individuals, strict=True):
         examples = examples_of(world.run, name, world.manifest, world.sessions[name])
-        alone = local_update(
-            world.sessions[name],
-            world.start,
-            examples,
-            manifest=world.manifest,
-            plan=world.run.site(name, world.manifest, world.sessions[name]).plan,
-            randomness=Randomness.for_simulation(1, "noise", name, "1"),
-            site=name,
-            number=1,
-        )
+        numbers = world.run.site(name, world.manifest, world.sessions[name]).plan
+        job = SiteJob(name, world.manifest, world.sessions[name], examples, numbers)
+        alone = local_update(job, world.start, randomness=Randomness.for_simulation(1, "noise", name, "1"))
         np.testing.assert_array_equal(found, alone.update)
     np.testing.assert_allclose(result.update, result.individuals.mean(axis=0))
     for name, site in sites.items():
@@ -184,14 +177,13 @@ def _asked(world: World) -> codec.KeysRequest:
 
 
 def _terms(world: World) -> SecAggParams:
-    return terms_of(world.manifest, _asked(world))
+    return secagg_params(world.manifest, _asked(world))
 
 
 def _sealed_again(world: World, reply: codec.UpdateReply, box: bytes) -> codec.UpdateReply:
     """As the site itself would sign another box."""
-    found = messages.sign(world.identities["elm"], UPDATE, _terms(world).t0(), "elm", digest_of(box))
-    commitment = codec.SignedBytes("elm", found.body, found.signature)
-    return dataclasses.replace(reply, box=box, commitment=commitment)
+    found = signed_bodies.sign(world.identities["elm"], UPDATE, _terms(world).t0(), "elm", digest_of(box))
+    return dataclasses.replace(reply, box=box, commitment=found)
 
 
 def _with_first(world: World, value: float, extra: int = 0) -> Change:
@@ -225,9 +217,9 @@ def _bad(world: World, answers: dict[tuple[str, str], bytes]) -> dict[str, tuple
 
     other_round, key = dataclasses.replace(terms, round=2), key_of(SECRET).public
     return {
-        "not a number": (_with_first(world, np.nan), "outside it or not finite"),
-        "infinite": (_with_first(world, np.inf), "outside it or not finite"),
-        "too large": (_with_first(world, bound * 1.01), "outside it or not finite"),
+        "not a number": (_with_first(world, np.nan), "outside the clip or not finite"),
+        "infinite": (_with_first(world, np.inf), "outside the clip or not finite"),
+        "too large": (_with_first(world, bound * 1.01), "outside the clip or not finite"),
         "too long": (_with_first(world, 0.0, extra=1), f"not an update of {size} entries"),
         "nothing": (lambda reply: _sealed_again(world, reply, b""), f"not an update of {size} entries"),
         "another's name": (named("ash"), "site 'elm' was asked"),
@@ -297,5 +289,5 @@ def test_too_few_updates_are_no_round(world: World, sites: dict[str, RunningSite
 
 
 def test_an_owner_reads_it_before_approving(world: World) -> None:
-    facts = json.loads(world.manifest.to_bytes())
-    assert any(line.startswith("leaves     one signed, plain update") for line in _lines("0a" * 32, False, facts, "e"))
+    shown = job_lines(world.manifest, site="ash", approved=False)
+    assert any(line.startswith("leaves     one signed, plain update") for line in shown)

@@ -1,6 +1,5 @@
 """A site trains on biases that moved as its owner agreed, and on no others."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.cli.client_run import _lines
-from offsite.cli.display import PlainDisplay
+from offsite.cli.job_text import job_lines
 from offsite.client.site.round_handler import Site, answer
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.coordinator.config.federation_file import read_config
@@ -19,9 +17,8 @@ from offsite.emulator.runtime.refresh_state import Refresh
 from offsite.errors import TooFewSurvivors
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
-from offsite.protos.terms import adapter_digest
+from offsite.protos.secagg_params import adapter_digest
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job
 
 ALIGNED = 'compress = ["int3:32", "center"]\ngate = -1.0\nrefresh = 1\n'
 
@@ -54,24 +51,24 @@ def run(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     path.write_text(fed.read_text().replace('compress = ["int4:32"]\ngate = 0.1\n', ALIGNED))
     settings, sha256 = read_config(path)
     run = Run.create(settings, sha256, tmp_path_factory.mktemp("aligned") / "run")
-    _job(run, PlainDisplay())
+    run.open_job()
     return run
 
 
 @pytest.fixture(scope="module")
 def session(run: Run) -> EmulatorSession:
     """The emulator of all sites; each writes what it trains on before it trains."""
-    manifest = run.job()
+    manifest = run.store.job()
     assert manifest is not None
     return simulated_sessions(run, manifest)["ash"]
 
 
 @pytest.fixture
 def world(run: Run, session: EmulatorSession) -> World:
-    manifest = run.job()
+    manifest = run.store.job()
     assert manifest is not None
     session.refresh(())
-    sites = {name: run.site(name, manifest, session) for name, _ in manifest.roster}
+    sites = {name: run.site(name, manifest, session) for name in manifest.sites}
     honest = tuple(
         (name, (np.frombuffer(values, "<f2") + np.float16(0.125)).tobytes()) for name, values in session.biases.values()
     )
@@ -172,12 +169,10 @@ def test_sites_with_different_refreshes_have_no_sum(world: World) -> None:
 
 
 def test_an_owner_reads_that_biases_may_move(world: World) -> None:
-    facts = json.loads(world.manifest.to_bytes())
-    said = "\n".join(_lines("0" * 64, approved=False, facts=facts, emulator=facts["emulator"]))
+    said = "\n".join(job_lines(world.manifest, site="ash", approved=False))
     assert "refresh    after every 1 rounds the biases at the ends of the emulator's middle blocks may move" in said
-    assert "never: the emulator stays as it is fetched" in "\n".join(
-        _lines("0" * 64, approved=False, facts=facts | {"refresh": 0}, emulator=facts["emulator"])
-    )
+    still = replace(world.manifest, refresh=0)
+    assert "never: the emulator stays as it is fetched" in "\n".join(job_lines(still, site="ash", approved=False))
 
 
 def test_the_start_of_a_training_is_named_by_all_that_it_starts_from(world: World) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.client.home.installation import SETTINGS, SiteHome
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.settings import SETTINGS
 from offsite.client.service.doctor import FAILED, FINE, examine
 from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 from tests.memory_federation import World, make_world

@@ -52,8 +52,8 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
     digest = world.manifest.digest().hex()
     reply = offered(site, "waiting")
     assert f"has not approved job {digest[:12]}" in reply.detail
-    assert site.service._preparation is not None
-    site.service._preparation.wait(30)
+    assert site.service._loader is not None
+    site.service._loader.wait(30)
     assert (tmp_path / "ash" / "packages" / world.manifest.emulator).is_dir()
     assert offered(site, "waiting").fetched == world.delivery.size
     refusal = train(site)
@@ -73,8 +73,8 @@ def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog
     digest = world.manifest.digest().hex()
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     offered(site, "waiting")
-    assert site.service._preparation is not None
-    site.service._preparation.wait(30)
+    assert site.service._loader is not None
+    site.service._loader.wait(30)
     for _ in range(3):
         offered(site, "waiting")
     site.jobs.approve(digest[:12], by="owner", at="now")
@@ -105,8 +105,7 @@ def test_its_owner_is_told_of_a_refusal(world: World, tmp_path: Path, caplog: py
 def test_an_epoch_that_has_ended_takes_no_job(world: World, tmp_path: Path) -> None:
     """A site may have run since before its end."""
     site = RunningSite(world, "ash", tmp_path / "ash")
-    later = dataclasses.replace(site.service._standing, clock=lambda: NOW + timedelta(days=400))
-    site.service._standing = later
+    site.change(clock=lambda: NOW + timedelta(days=400))
     reply = site.ask("offer", world.offer("ash"))
     assert isinstance(reply, codec.Refusal)
     assert reply.kind == "Untrusted"
@@ -127,12 +126,6 @@ def failing(error: Exception, times: int, honest: Callable[..., Any], seen: list
     return step
 
 
-def with_means(site: RunningSite, **means: Any) -> RunningSite:
-    standing = site.service._standing
-    site.service._standing = dataclasses.replace(standing, means=dataclasses.replace(standing.means, **means))
-    return site
-
-
 def test_what_may_pass_is_tried_again_from_where_it_stood(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +134,7 @@ def test_what_may_pass_is_tried_again_from_where_it_stood(
     site, opened = RunningSite(world, "ash", tmp_path / "ash"), list[JobManifest]()
     open_site = failing(DataError("disk is full"), 2, site._open, opened)
     seen: list[JobManifest] = []
-    with_means(site, open_site=open_site, open_session=failing(DataError(""), 0, lambda *_: world.session, seen))
+    site.change(open_site=open_site, open_session=failing(DataError(""), 0, lambda *_: world.session, seen))
     for _ in range(5):
         assert offered(site, "refused").detail == "DataError: disk is full"
     offered(site)
@@ -160,7 +153,7 @@ def test_what_cannot_pass_is_not(world: World, tmp_path: Path, error: Exception)
         fetched.append(digest)
         return site._fetch(digest, *others)
 
-    with_means(site, open_session=failing(error, 2, lambda *_: world.session, seen), fetch=fetch)
+    site.change(open_session=failing(error, 2, lambda *_: world.session, seen), fetch=fetch)
     first = offered(site, "refused")
     for _ in range(5):
         assert offered(site, "refused").detail == first.detail
@@ -185,7 +178,7 @@ def test_a_package_that_was_damaged_on_the_disk_is_fetched_again(world: World, t
             raise DigestMismatch("torn")
         return open_session(manifest, package)
 
-    with_means(site, open_session=checked)
+    site.change(open_session=checked)
     offered(site)
     assert [path.name for path in folder.parent.iterdir()] == [world.manifest.emulator]
 
@@ -201,7 +194,7 @@ def test_a_package_that_was_made_anew_is_tried(world: World, tmp_path: Path) -> 
             raise DigestMismatch("another file")
         return site._fetch(world.delivery.sha256.hex(), *others)
 
-    with_means(site, fetch=fetch)
+    site.change(fetch=fetch)
     broken = world.offer("ash", package=bytes(32))
     for _ in range(3):
         reply = wait_for(lambda: is_refused(site.ask("offer", broken)))
@@ -218,11 +211,11 @@ def is_refused(reply: codec.Message) -> codec.OfferReply | None:
 def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> None:
     """A job that waits for its owner says the same whatever the data are."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
-    with_means(site, open_site=failing(PolicyRefusal("does not fit"), 1, site._open, site.opened))
+    site.change(open_site=failing(PolicyRefusal("does not fit"), 1, site._open, site.opened))
     waiting = offered(site, "waiting")
-    assert site.service._preparation is not None
-    site.service._preparation.wait(30)
-    assert site.service._preparation.state == "vetted"
+    assert site.service._loader is not None
+    site.service._loader.wait(30)
+    assert site.service._loader.state == "vetted"
     assert dataclasses.replace(offered(site, "waiting"), fetched=0) == dataclasses.replace(waiting, fetched=0)
     assert not site.opened
     site.jobs.approve(world.manifest.digest().hex(), by="owner", at="now")
@@ -246,7 +239,7 @@ def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
 
     folder = tmp_path / "ash" / "packages" / world.manifest.emulator
     folder.mkdir(parents=True)
-    with_means(site, open_session=open_session)
+    site.change(open_session=open_session)
     for number, job in enumerate(jobs):
         site.ask("offer", world.offer("ash", job))
         if number % 2:
@@ -255,7 +248,7 @@ def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
     assert most == [1]
     assert len(begun) < len(jobs)
     assert begun[-1] == world.manifest.model
-    assert [thread.name for thread in threading.enumerate()].count("preparation") == 0
+    assert [thread.name for thread in threading.enumerate()].count("job loader") == 0
 
 
 def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, tmp_path: Path) -> None:
@@ -267,7 +260,7 @@ def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, 
         assert vetting.wait(10)
         return world.session
 
-    with_means(site, open_session=open_session)
+    site.change(open_session=open_session)
     offered(site, "waiting")
     site.jobs.approve(digest, by="owner", at="now")
     assert offered(site, "fetching")
@@ -280,7 +273,7 @@ def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, 
 
 def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
-    with_means(site, open_site=failing(PolicyRefusal("the data do not fit"), 1, site._open, []))
+    site.change(open_site=failing(PolicyRefusal("the data do not fit"), 1, site._open, []))
     offered(site, "waiting")
     digest = world.manifest.digest().hex()
     site.jobs.approve(digest, by="owner", at="now")
@@ -292,7 +285,7 @@ def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: Wo
 def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash")
     where = site.folder / "packages" / "x"
-    with_means(site, open_session=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
+    site.change(open_session=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
     assert offered(site, "refused").detail == "UnsupportedModel: path='SITE/packages/x'"
 
 
@@ -311,7 +304,7 @@ def test_the_same_question_gets_the_same_bytes_until_it_trains_again(world: Worl
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package)
     site.ready()
     assert isinstance(train(site), codec.TrainReply)
-    from offsite.protos.terms import adapter_digest
+    from offsite.protos.secagg_params import adapter_digest
 
     opening = codec.encode(codec.KeysRequest(1, 1, bytes(32), adapter_digest(world.start), world.sites))
     first = site.service.handle("keys", opening)
@@ -326,7 +319,7 @@ def test_the_same_question_gets_the_same_bytes_until_it_trains_again(world: Worl
 def test_a_fault_in_the_program_is_told_without_its_words(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package)
     site.ready()
-    assert site.service._preparation is not None
+    assert site.service._loader is not None
 
     class Broken:
         def train(self, request: codec.TrainRequest) -> codec.Message:

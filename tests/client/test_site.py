@@ -1,12 +1,12 @@
 """A site's refusals, with real messages: nothing is answered that would release more than was planned."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from offsite.cli.display import PlainDisplay
 from offsite.client.site.round_handler import Site, answer
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.rounds.exchange import MemoryExchange
@@ -14,9 +14,8 @@ from offsite.coordinator.rounds.round import RoundPlan, run_round
 from offsite.errors import TooFewSurvivors
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
-from offsite.protos.terms import adapter_digest
+from offsite.protos.secagg_params import adapter_digest
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job
 from offsite.task.examples import Examples
 
 
@@ -25,9 +24,9 @@ def opened(fed: Path, tmp_path: Path) -> tuple[JobManifest, dict[str, Site], np.
     """The job, its four sites, and the adapter to start from."""
     settings, sha256 = read_config(fed)
     run = Run.create(settings, sha256, tmp_path / "run")
-    job = _job(run, PlainDisplay())
+    job = run.open_job()
     session = simulated_sessions(run, job.manifest)["ash"]
-    sites = {name: run.site(name, job.manifest, session) for name, _ in job.manifest.roster}
+    sites = {name: run.site(name, job.manifest, session) for name in job.manifest.sites}
     return job.manifest, sites, session.layout.read(session.model)
 
 
@@ -76,7 +75,9 @@ def test_no_private_record_decides_whether_the_gradients_are_right(
     """A site whose records have nothing to predict trains like any other: its update is noise."""
     manifest, sites, start = opened
     site = sites["ash"]
-    site._examples = Examples(site._examples.input_ids, torch.zeros_like(site._examples.attention_mask))
+    examples = site._job.examples
+    untargeted = Examples(examples.input_ids, torch.zeros_like(examples.attention_mask))
+    site._job = dataclasses.replace(site._job, examples=untargeted)
     reply = codec.decode(answer(site, "train", codec.encode(codec.TrainRequest(manifest.digest(), 1, start))))
     assert reply == codec.TrainReply(1)
     assert site._pending is not None

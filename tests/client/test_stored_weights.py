@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.client.home.installation import SiteSettings
+from offsite.client.home.settings import SiteSettings
 from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 from offsite.errors import UnknownName
 from tests.memory_federation import World, make_world

@@ -1,4 +1,4 @@
-"""What every entry of COMPRESSORS promises; a new entry needs one line in CASES and nothing else."""
+"""The promises of every entry of COMPRESSORS; a new entry needs one line in CASES and nothing else."""
 
 import copy
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from offsite.adapter.targets import is_linear
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.source import MemorySource
 from offsite.emulator.compressors import COMPRESSORS, apply, make_plan
@@ -110,7 +110,7 @@ def middle(model, geometry):
 
 
 def package(model, geometry, recipe, directory):
-    return write_package(model, geometry, recipe, "verbatim", PUBLIC, directory)
+    return write_package(model, EmulatorDesign(geometry, recipe, "verbatim"), PUBLIC, directory)
 
 
 def logits(model):
@@ -119,11 +119,11 @@ def logits(model):
 
 
 def in_memory(model, geometry, recipe):
-    """The emulator without any file: the stretches of the recipe put into a copy of the model."""
+    """Returns the emulator without any file: a copy of the model with the recipe's segments."""
     middle = Middle(MemorySource(model), geometry, PUBLIC)
     emulator = copy.deepcopy(model).float()
-    for span in apply(middle, recipe, make_plan(middle, recipe)):
-        for path, block in span.blocks.items():
+    for draft in apply(middle, recipe, make_plan(middle, recipe)):
+        for path, block in draft.blocks.items():
             emulator.set_submodule(path, block)
     return emulator
 
@@ -163,7 +163,7 @@ def test_bytes_fall_and_compute_does_not_rise(model, geometry, recipe, tmp_path)
 
 
 def test_loaded_equals_in_memory(model, geometry, recipe, tmp_path):
-    """Up to fp16: what a compressor fits anew is shipped in sixteen bits."""
+    """Outputs are equal up to fp16, since newly fitted weights are shipped in sixteen bits."""
     package(model, geometry, recipe, tmp_path / "p")
     emulator, expected = load(tmp_path / "p", dtype=torch.float32), in_memory(model, geometry, recipe)
     mine, theirs = emulator.state_dict(), expected.state_dict()
@@ -229,7 +229,7 @@ def test_a_misspelt_name_is_answered_with_the_right_one(middle, name):
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_without_public_examples_it_works_or_says_what_is_missing(model, geometry, name, tmp_path):
     if all(not COMPRESSORS[step.partition(":")[0].partition("@")[0]].public for step in CASES[name].recipe):
-        write_package(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")
+        write_package(model, EmulatorDesign(geometry, CASES[name].recipe, "verbatim"), None, tmp_path / "p")
         return
     with pytest.raises(OffsiteError, match="calibration=None"):
-        write_package(model, geometry, CASES[name].recipe, "verbatim", None, tmp_path / "p")
+        write_package(model, EmulatorDesign(geometry, CASES[name].recipe, "verbatim"), None, tmp_path / "p")

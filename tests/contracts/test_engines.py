@@ -21,7 +21,7 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
-from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.probe import choose_engine, single_gradient
 from offsite.task.causal_lm import CausalLM
 from offsite.task.examples import Examples

@@ -1,4 +1,4 @@
-"""What every entry of adapter.METHODS promises, over families of models that it is for; a new one inherits it all."""
+"""The promises of every entry of adapter.METHODS on the families that it fits; a new entry inherits all tests."""
 
 import copy
 import functools
@@ -18,15 +18,15 @@ from offsite.adapter.methods import METHODS, attach, check_task, dummy_tensors, 
 from offsite.adapter.methods.bottleneck import Bottleneck
 from offsite.adapter.methods.peft_tuners import MOVED, ROUNDED, SAME
 from offsite.adapter.methods.refused import REFUSED
-from offsite.adapter.side_modules import BESIDE
+from offsite.adapter.side_modules import SIDE_MODULE
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, UnknownName, UnsupportedModel
 from offsite.task.tasks import TASKS
 from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_for, tiny
 
-# GPT-2's layers are transposed, which these do not take.
+# Methods that do not take GPT-2's transposed layers.
 LINEAR = ("beft", "c3a", "delora", "glora", "hra", "loha", "lokr", "miss", "miss_bat", "oft", "peanut", "road", "shira")
-# -> the way out that the message names
+# (method, family) -> the alternative that the message names
 UNFIT = {("bitfit", "llama"): "norm"} | {(name, "gpt2"): "ffa_lora" for name in (*LINEAR, "supertuning")}
 UNFIT |= {("clip_adapter", family): "bottleneck" for family in TOWERS}
 UNFIT |= {(method, family): "lora" for method in ("concept_tokens", "ip_adapter") for family in TOWERS}
@@ -36,7 +36,7 @@ PAIRS = [(method, family) for family in TOWERS for method in METHODS if (method,
 PAIRS += [("clip_adapter", "clip"), ("concept_tokens", "pixart"), ("ip_adapter", "pixart")]
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytestmark = [  # of peft alone, where a test loads with it; `adapter.inject.quiet` is for what we attach
+pytestmark = [  # warnings of peft's own loading; `adapter.inject.quiet` covers our `attach`
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning"),
 ]
@@ -125,7 +125,7 @@ def test_training_never_writes_the_base_model_and_a_step_lowers_the_loss(method,
     found = list(trainable(model).values())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in found)
     length = torch.cat([p.grad.flatten() for p in found]).norm()
-    for rate in (0.1, 0.01):  # along the gradient, however small that is
+    for rate in (0.1, 0.01):  # along the gradient, whatever its length
         with torch.no_grad():
             stepped = perturb(attached(method, family))
             for parameter, like in zip(trainable(stepped).values(), found, strict=True):
@@ -157,13 +157,13 @@ def test_emulator_and_full_model_have_the_same_adapter(method, family):
     emulator = tiny(family)
     tower = emulator.get_submodule((TOWERS | FEW)[family])
     for index in (1, 2):
-        tower[index] = torch.nn.Identity()  # a middle without any parameter or name
+        tower[index] = torch.nn.Identity()  # a middle without parameters
     small, full = attach_any(emulator, spec_for(method, family)), shared(method, family)
     assert Layout.of(small) == Layout.of(full)
     assert Layout.of(small).digest() == Layout.of(attached(method, family, seed=12)).digest()
     there = full.state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in small.state_dict().items())
-    # Also what is generated and frozen, and not in the state: it is in the buffers.
+    # Generated frozen values are in buffers, and not in the state dict.
     frozen = dict(full.named_buffers())
     assert all(
         torch.equal(tensor, frozen[name]) for name, tensor in small.named_buffers() if tensor.is_floating_point()
@@ -208,7 +208,7 @@ def test_export_and_load_give_identical_logits(method, family, dtype, tmp_path, 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = perturb(attached(method, family, dtype))
     spec = spec_for(method, family)
-    export(model, spec, tmp_path, base="some-owner/some-model", given=dummy_tensors(tiny(family), spec))
+    export(model, spec, tmp_path, base="some-owner/some-model", auxiliary=dummy_tensors(tiny(family), spec))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = load(tiny(family, dtype), tmp_path)
     assert torch.equal(logits(loaded, family), logits(model, family))
@@ -224,7 +224,7 @@ def test_export_is_the_same_bytes_every_time_and_names_the_base_as_told(method, 
     for name, seed in (("a", 1), ("b", 2)):
         torch.manual_seed(seed)
         model, given = perturb(attached(method, family)), dummy_tensors(tiny(family), spec)
-        export(model, spec, tmp_path / name, base="owner/model", given=given)
+        export(model, spec, tmp_path / name, base="owner/model", auxiliary=given)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -252,7 +252,7 @@ def test_a_second_adapter_is_refused(method, family):
 
 @each
 def test_the_mean_of_parameters_is_the_mean_of_effects_exactly_where_the_table_says_so(method, family):
-    """Effects are measured from outside: outputs of each adapted layer on fixed random inputs."""
+    """Effects are outputs of each adapted layer on fixed random inputs."""
     model = attached(method, family)
     layout = Layout.of(model)
     start = layout.read(model)
@@ -282,11 +282,11 @@ def _layer_outputs(model, family, layout, vector):
 
 
 def _carries(module):
-    return hasattr(module, "offsite_bias") or hasattr(module, BESIDE)
+    return hasattr(module, "offsite_bias") or hasattr(module, SIDE_MODULE)
 
 
 def _first_slot(model, family):
-    """Returns what the first slot's block makes of the model's inputs, which no adapter has touched before."""
+    """Returns the output of the first slot's block, whose input no adapter has changed."""
     found = []
     slot = model.get_submodule(f"{(TOWERS | FEW)[family]}.0")
     handle = slot.register_forward_hook(lambda *call: found.append(call[2]))
@@ -302,7 +302,7 @@ def _width(layer):
     inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if isinstance(inner, torch.nn.Linear):
         return inner.in_features
-    return inner.weight.shape[0]  # a norm's only length; the first of GPT-2's transposed layers
+    return inner.weight.shape[0]  # the only length of a norm, and the first of GPT-2's transposed layers
 
 
 def test_the_tables_are_complete():
@@ -328,7 +328,7 @@ def test_a_method_and_a_task_that_need_each_other_are_taken_both_or_neither():
             if pairs.get(name) == task:
                 check_task(name, task)
             else:
-                with pytest.raises(ConfigError, match="seen by method 'ip_adapter' alone"):
+                with pytest.raises(ConfigError, match="only method 'ip_adapter' reads all that records"):
                     check_task(name, task)
         else:
             check_task(name, task)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
-from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.probe import choose_engine, single_gradient
 from tests.contracts.test_methods import PAIRS
 from tests.families import LABELS, PROMPTS, attach_any, inputs, scores, spec_for, tiny

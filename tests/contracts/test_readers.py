@@ -1,4 +1,4 @@
-"""What every entry of client.data.READERS promises."""
+"""The promises of every entry of task.readers.tables.READERS."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What every entry of task.TASKS promises; a new entry inherits all of it by adding its sample to `task_samples`."""
+"""The promises of every entry of task.TASKS; a new entry inherits all tests by its sample in `task_samples`."""
 
 import copy
 import socket
@@ -17,7 +17,7 @@ each = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
 
 class Loaded:
-    """A task with a loaded model, and three examples of different size."""
+    """A task with a loaded model, and three examples of different sizes."""
 
     def __init__(self, sample, folder):
         self.sample, self.task = sample, TASKS[sample.task]
@@ -32,7 +32,7 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Each sample, loaded once without a network."""
+    """Each sample, loaded once and without network."""
     found = {}
 
     def refuse(*_):
@@ -65,7 +65,7 @@ def gradient(model, losses):
 
 
 def train(model, part):
-    """Makes everything trainable, or as an adapter does it, only what lies between the tables of words."""
+    """Makes all parameters trainable, or, as for an adapter, only those between the word embeddings."""
     model.requires_grad_(True)
     if part == "inside":
         for table in tables(model):
@@ -73,12 +73,12 @@ def train(model, part):
 
 
 def tables(model):
-    """Returns the tables of words at both ends, as far as a model has them."""
+    """Returns the word embeddings at both ends of a model, as far as it has them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return [*token_embeddings(model), *([] if head is None else [head])]
 
 
-# What is of one size, and refused by its place where it is not what it should be: see tests/task for both.
+# Tasks whose examples have one size, and whose faulty records are refused by place; tests/task covers them.
 WITHOUT_TOKENS = {"image", "latents"}
 
 parts = pytest.mark.parametrize("part", ["everything", "inside"])
@@ -148,7 +148,7 @@ def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(loaded, 
 
 
 def broken(sample):
-    """A sample's records, of which the second is one that its processor makes nothing of."""
+    """A sample's records; its processor fails on the second."""
     first, second, third = sample.records(3, 1)
     main = next(iter(second))
     if sample.task == "chat":
@@ -180,7 +180,7 @@ def test_an_example_without_a_target_has_no_loss_and_no_gradient(loaded, part):
 
 @each
 def test_a_batch_keeps_only_what_the_model_knows(loaded):
-    """No example is lost, and all are as they were where the model knows everything."""
+    """No example is lost, and examples that the model knows completely do not change."""
     within = loaded.batch.within(loaded.model)
     assert len(within) == 3
     assert within.targets.tolist() == loaded.batch.targets.tolist()
@@ -211,9 +211,9 @@ def test_a_run_calls_the_model_once(loaded):
 
 
 @each
-def test_an_invented_batch_is_two_records_that_depend_on_the_seed_alone(loaded):
+def test_a_dummy_batch_is_two_records_that_depend_on_the_seed_alone(loaded):
     task, model = loaded.task, loaded.model
-    one, same, other = (task.invented(model, loaded.sample.length, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (task.dummy_batch(model, loaded.sample.length, seed=seed) for seed in (1, 1, 2))
     assert len(one) == 2
     assert (one.targets > 0).all()
     assert one.within(model).targets.tolist() == one.targets.tolist()

@@ -1,4 +1,4 @@
-"""Every task is learnt by a whole federation, privately, under secure aggregation, on an emulator."""
+"""A whole federation learns every task privately, under secure aggregation, on an emulator."""
 
 from dataclasses import replace
 
@@ -8,8 +8,9 @@ import torch
 from offsite.adapter.export import load
 from offsite.cli.display import PlainDisplay
 from offsite.coordinator.config.federation_file import parse_config
+from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run
-from offsite.simulation.simulate import Options, memory_engine, simulate
+from offsite.simulation.simulate import Options, simulate
 from offsite.task.tasks import TASKS
 from tests.task import latents
 from tests.task_samples import SAMPLES, first_of, write_records
@@ -19,7 +20,7 @@ OWNERS = ("ash", "birch", "cedar")
 
 
 def teach(sample, folder, steps):
-    """Trains the model a little on public records, so that there is something in it to adapt."""
+    """Trains the model a little on public records, so that it has something to adapt."""
     task = TASKS[sample.task]
     model = task.load(folder, dtype=torch.float32).requires_grad_(True)
     batch = task.encode(
@@ -39,11 +40,11 @@ def teach(sample, folder, steps):
 
 
 def config_for(sample, folder, steps=STEPS):
-    """Writes model and data of a federation of three owners and returns its configuration as a file would give it."""
+    """Writes model and data of a federation of three owners, and returns the content of its configuration file."""
     sample.save(folder / "model")
     if sample.dialects:
         teach(sample, folder / "model", steps)
-    parts = [("public", 96, 2)]  # an even seed, as that of the teaching: the owners' records are of another dialect
+    parts = [("public", 96, 2)]  # an even seed, as in `teach`; the owners' records have another dialect
     for number, owner in enumerate(OWNERS):
         parts += [(f"{owner}-train", 256, 10 * number + 1), (f"{owner}-heldout", 24, 10 * number + 3)]
     for name, count, seed in parts:
@@ -51,7 +52,7 @@ def config_for(sample, folder, steps=STEPS):
     sites = [{"name": one, **{part: f"{one}-{part}{sample.suffix}" for part in ("train", "heldout")}} for one in OWNERS]
     data = {"public": f"public{sample.suffix}", "length": sample.length, "split": "truncate", "reader": sample.reader}
     adapter = {"method": "ffa_lora", "rank": 4, "alpha": 16.0, "targets": list(sample.targets)}
-    if sample.task == "image_prompt_to_image":  # which no other method may train
+    if sample.task == "image_prompt_to_image":  # no other method may train this task
         adapter |= {"method": "ip_adapter", "targets": []}
     return {
         "seed": 1,
@@ -76,7 +77,7 @@ def test_a_private_federation_learns_it_on_the_emulator_and_for_the_full_model(n
 
 @pytest.mark.slow
 def test_a_private_federation_learns_on_a_u_net(tmp_path):
-    """Its blocks stand apart, so its emulator is built in another way than those above."""
+    """The blocks of a U-net are in several towers, so its emulator is built in another way."""
     content = config_for(next(one for one in SAMPLES if str(one) == "text_to_image-unet"), tmp_path)
     content["adapter"]["targets"] = ["to_v", "to_out.0", "proj", "net.2"]
     content["training"]["rounds"], content["aggregation"]["learning_rate"] = 2, 0.1
@@ -85,7 +86,7 @@ def test_a_private_federation_learns_on_a_u_net(tmp_path):
 
 @pytest.mark.slow
 def test_an_ip_adapter_learns_what_images_say(tmp_path):
-    """With its own image a record of the full model's is told better than before, with another one's much worse."""
+    """The full model predicts a record better with its own image, and much worse with the image of another."""
     sample = replace(first_of("image_prompt_to_image"), records=latents.toned, dialects=True)
     scores = simulated(config_for(sample, tmp_path, steps=100), tmp_path)["quality"]["private"]
     assert scores["plug_in"]["loss"] < scores["full_zero_shot"]["loss"]
@@ -103,12 +104,12 @@ def loss_of(task, folder, model, records):
 
 
 def simulated(content, tmp_path):
-    """Runs a federation to its end, privately, and returns its report."""
+    """Runs a private federation to its end, and returns its report."""
     run = Run.create(parse_config(content, tmp_path), "0" * 64, tmp_path / "run")
     report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
-    assert report["finished_rounds"] == content["training"]["rounds"]
-    assert report["secagg"]["members"] == list(OWNERS)
-    assert all(0 < site["epsilon"] <= 8.0 for site in report["privacy"]["sites"])
+    assert report.finished_rounds == content["training"]["rounds"]
+    assert report.secagg.members == tuple(OWNERS)
+    assert all(0 < (site.epsilon or 0) <= 8.0 for site in report.privacy.sites)
     return report
 
 

@@ -1,5 +1,6 @@
 """The adapter's table in a federation file, and its section in the report."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from offsite.adapter.methods import known
 from offsite.coordinator.config.federation_file import FedConfig, parse_config
+from offsite.coordinator.report.model import AdapterFacts
 from offsite.coordinator.report.sections import adapter
 from offsite.errors import ConfigError, OffsiteError, UnsupportedModel
 
@@ -50,7 +52,7 @@ def test_what_no_method_could_use_is_refused_where_it_is_read(settings: dict[str
     [
         ({"method": "pissa"}, UnsupportedModel, "is not offered: as a start of lora"),
         ({"method": "lorra"}, OffsiteError, "did you mean lora"),
-        ({"method": "lora", "options": {"n_frequency": 1}}, ConfigError, "not one of method 'lora'"),
+        ({"method": "lora", "options": {"n_frequency": 1}}, ConfigError, "not an option of method 'lora'"),
     ],
 )
 def test_what_this_method_cannot_use_is_refused_before_a_model_is_loaded(
@@ -61,8 +63,7 @@ def test_what_this_method_cannot_use_is_refused_before_a_model_is_loaded(
 
 
 def test_the_report_names_the_options() -> None:
-    facts = {"method": "c3a", "parameters": 5, "rank": 2, "alpha": 4.0, "targets": [], "slots": ["a"]}
-    facts |= {"exact_mean": True, "why": "so", "peft": True, "directory": "adapter"}
-    plain, with_options = (dict(adapter(facts | more).rows) for more in ({}, {"options": {"block_size": 8}}))
+    facts = AdapterFacts("c3a", 2, 4.0, (), ("a",), 5, True, "so", {}, True, "adapter")
+    plain, with_options = (dict(adapter(replace(facts, options=more)).rows) for more in ({}, {"block_size": 8}))
     assert with_options.pop("option block_size") == "8"
     assert with_options == plain

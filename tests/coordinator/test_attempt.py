@@ -1,4 +1,4 @@
-"""An attempt at a round, killed in every stage: it goes on with the same masks, asks nothing twice, counts once."""
+"""An attempt at a round, killed in every stage: it resumes with the same masks, asks nothing twice, counts once."""
 
 import errno
 import json
@@ -12,13 +12,13 @@ import pytest
 
 from offsite.client.site.round_handler import answer
 from offsite.coordinator.network.signed_exchange import SignedExchange
-from offsite.coordinator.rounds.attempt import SPENDS, Attempt, Attempts
+from offsite.coordinator.rounds.attempt import MASKED_UPLOAD_STAGE, Attempt, Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
-from offsite.coordinator.rounds.exchange import MAX_TOLD, MemoryExchange
-from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round, tell_abort
+from offsite.coordinator.rounds.exchange import MAX_REASON_LENGTH, MemoryExchange
+from offsite.coordinator.rounds.round import RoundPlan, RoundResult, run_round, send_abort
 from offsite.errors import DataError, TooFewSurvivors
 from offsite.protos import codec
-from offsite.secagg import messages
+from offsite.secagg import signed_bodies
 from offsite.secagg.member import Member
 from tests.memory_federation import RunningSite, World, letters_to, make_world, open_sites
 
@@ -32,12 +32,12 @@ class Killed(Exception):
 
 
 class Asked:
-    """An exchange that keeps what it was asked, and dies when told to.
+    """An exchange that keeps its questions, and dies on command.
 
     Args:
-      inner: carries the stages.
-      stage: in which it dies.
-      moment: `before` any site is asked, `among` them after the first, or `after` the last whose answer is then lost.
+      inner: function that carries the stages.
+      stage: stage in which the exchange dies.
+      moment: `before` any site is asked, `among` them after the first, or `after` the last, whose answer is then lost.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ def echo(stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def attempts(folder: Path, nonce: bytes = b"\1" * 32) -> Attempts:
-    """The attempts of a run, as a fresh process opens them."""
+    """Returns the attempts of a run, as a fresh process opens them."""
     folder.mkdir(exist_ok=True)
     return Attempts(folder, lambda: nonce, MonotonicCounter(folder / "aggregations.txt", lambda: 1000))
 
@@ -110,9 +110,9 @@ def test_killed_over_and_over_it_is_counted_once_and_each_stage_is_whole_once(tm
             exchange = Asked(echo, stage, moment)
             with pytest.raises(Killed):
                 run_stages(attempts(tmp_path).open(1, everyone, exchange))
-            # the stage before was never whole until now, since each kill lost its answers
+            # the stage before became whole only now, since each kill lost its answers
             assert exchange.stages == ([before, stage] if before and moment == MOMENTS[0] else [stage])
-            assert attempts(tmp_path).count.spent == (STAGES.index(stage) >= STAGES.index(SPENDS))
+            assert attempts(tmp_path).count.spent == (STAGES.index(stage) >= STAGES.index(MASKED_UPLOAD_STAGE))
     last = Asked(echo)
     run_stages(attempts(tmp_path).open(1, nobody, last))
     assert last.stages == ["unmask"]
@@ -133,11 +133,11 @@ def test_it_is_counted_before_an_update_can_leave(tmp_path: Path) -> None:
         return echo(stage, payloads)
 
     run_stages(attempts(tmp_path).open(1, everyone, Asked(look)))
-    assert seen == [(stage, int(place >= STAGES.index(SPENDS))) for place, stage in enumerate(STAGES)]
+    assert seen == [(stage, int(place >= STAGES.index(MASKED_UPLOAD_STAGE))) for place, stage in enumerate(STAGES)]
 
 
 def test_answers_of_sites_that_were_silent_are_not_asked_for_again(tmp_path: Path) -> None:
-    """A whole stage is what came back, also where somebody is missing; empty answers and no answers are kept apart."""
+    """A stage is whole with the answers that came, also when a site is missing; empty and missing answers differ."""
     replies = {"birch": b"", "ash": bytes(range(256)) * 300}
     attempt = attempts(tmp_path).open(1, everyone, Asked(lambda stage, payloads: replies))
     assert attempt.send("train", question("train")) == replies
@@ -159,7 +159,7 @@ CHANGES: dict[str, Callable[[dict[str, bytes]], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_answers_to_another_question_are_refused(tmp_path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
-    """Same stage, other payload: taking the old answers would mix two computations."""
+    """Same stage, other payload: old answers would mix two computations."""
     run_stages(attempts(tmp_path).open(1, everyone, Asked(echo)), until="shares")
     exchange, payloads = Asked(echo), question("keys")
     change(payloads)
@@ -216,7 +216,7 @@ def test_killed_before_the_plan_was_on_disk_it_starts_afresh(tmp_path: Path, lef
 def test_killed_while_an_attempt_is_forgotten_it_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan that outlived its answers would ask the sites again, in stages that they think are behind them."""
+    """A plan that outlived its answers would ask the sites again, in stages that the sites have already left."""
     first = attempts(tmp_path)
     run_stages(first.open(1, everyone, Asked(echo)))
 
@@ -257,10 +257,10 @@ def test_a_full_disk_is_said_where_an_attempt_begins(tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_is_said_where_an_attempt_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mark is a file like the others: on disk before an update leaves, or the round ends."""
+    """The mark is a file like the others: it is on disk before an update leaves, or the round ends."""
     exchange = Asked(echo)
     attempt = attempts(tmp_path).open(1, everyone, exchange)
-    run_stages(attempt, SPENDS)
+    run_stages(attempt, MASKED_UPLOAD_STAGE)
     mark, fsync = tmp_path / "attempt" / "spent", os.fsync
 
     def fails(descriptor: int) -> None:
@@ -271,15 +271,15 @@ def test_a_full_disk_is_said_where_an_attempt_is_counted(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails)
         with pytest.raises(DataError, match=r"spent.*No space left on device"):
-            attempt.send(SPENDS, question(SPENDS))
+            attempt.send(MASKED_UPLOAD_STAGE, question(MASKED_UPLOAD_STAGE))
     assert not mark.exists()
-    assert SPENDS not in exchange.stages
-    attempt.send(SPENDS, question(SPENDS))
+    assert MASKED_UPLOAD_STAGE not in exchange.stages
+    attempt.send(MASKED_UPLOAD_STAGE, question(MASKED_UPLOAD_STAGE))
     assert mark.exists()
 
 
 def test_answers_that_cannot_be_kept_end_the_round(tmp_path: Path) -> None:
-    """Going on without them would ask the sites again after a kill, in a stage that they think is behind them."""
+    """Without the answers on disk, a resumed round would ask the sites in a stage that they have already left."""
     attempt = attempts(tmp_path).open(1, everyone, Asked(echo))
     (tmp_path / "attempt" / f".train.replies.{os.getpid()}.partial").mkdir()
     with pytest.raises(DataError, match="cannot be written"):
@@ -296,7 +296,7 @@ def test_a_damaged_count_is_named(tmp_path: Path, content: str) -> None:
         _ = attempts(tmp_path).count
     attempt = attempts(tmp_path).open(1, everyone, Asked(echo))
     with pytest.raises(DataError, match=r"attempts\.json is damaged"):
-        attempt.send(SPENDS, question(SPENDS))
+        attempt.send(MASKED_UPLOAD_STAGE, question(MASKED_UPLOAD_STAGE))
 
 
 def stored(folder: Path) -> tuple[Path, bytes]:
@@ -326,7 +326,7 @@ def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
         attempts(tmp_path).open(1, nobody, Asked(echo))
 
 
-# whole rounds with real sites, their ledgers, and signed letters
+# whole rounds with real sites, their ledgers, and signed messages
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +336,10 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """The update of a round without letters, attempts and kills."""
+    """Returns the update of a round without signed messages, attempts and kills."""
     sites = open_sites(world, tmp_path_factory.mktemp("undisturbed"))
     handlers = {
-        name: lambda stage, body, s=site.service._preparation.site: answer(s, stage, body)  # type: ignore[union-attr]
+        name: lambda stage, body, s=site.service._loader.site: answer(s, stage, body)  # type: ignore[union-attr]
         for name, site in sites.items()
     }
     plan = RoundPlan(1, 1, bytes(32), world.sites)
@@ -347,7 +347,7 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> np.nd
 
 
 class Coordinator:
-    """The coordinator of one job; `open` is what a fresh process does."""
+    """The coordinator of one job; `open` does what a fresh process does."""
 
     def __init__(self, world: World, folder: Path, sites: dict[str, RunningSite]) -> None:
         self.world, self.folder, self.sites = world, folder, sites
@@ -356,14 +356,14 @@ class Coordinator:
 
     def open(self, stage: str = "", moment: str = "") -> tuple[Attempt, Asked]:
         self.opened += 1
-        letters = SignedExchange(
+        signed = SignedExchange(
             letters_to(self.sites),
             self.world.coordinator,
             self.world.federation,
             MonotonicCounter(self.folder / "letters.txt"),
             lambda site, why: self.bad.append((site, why)),
         )
-        asked = Asked(letters.send, stage, moment)
+        asked = Asked(signed.send, stage, moment)
         opened = attempts(self.folder, bytes([self.opened]) * 32)
         return opened.open(1, lambda: self.world.sites, asked), asked
 
@@ -417,8 +417,11 @@ def test_killed_in_every_stage_and_then_once_more_from_disk(
 def test_an_attempt_that_cannot_go_on_is_tried_with_other_masks(
     world: World, undisturbed: np.ndarray, tmp_path: Path, stage: str, releases: int
 ) -> None:
-    """Too few answer one stage, and the round is tried afresh: an update that had left is trained again with other
-    noise and debited again, one that had not is used again. In the second attempt one more site has come back."""
+    """Too few sites answer one stage, and the round is tried afresh.
+
+    An update that had left its site is trained again with other noise and debited again; any other update is used
+    again. In the second attempt one more site has come back.
+    """
     sites = open_sites(world, tmp_path / "sites")
     coordinator = Coordinator(world, tmp_path / "run", sites)
     attempt, asked = coordinator.open()
@@ -428,7 +431,7 @@ def test_an_attempt_that_cannot_go_on_is_tried_with_other_masks(
         coordinator.run(attempt)
     attempts(tmp_path / "run").close()
     again, asked = coordinator.open()
-    tell_abort(asked, world.sites, "too few")
+    send_abort(asked, world.sites, "too few")
     assert (again.plan.sequence, again.plan.nonce) != (attempt.plan.sequence, attempt.plan.nonce)
     result = coordinator.run(again)
     assert result.members == world.sites
@@ -452,16 +455,16 @@ def test_a_changed_adapter_does_not_go_on_with_old_answers(world: World, tmp_pat
 def test_a_site_whose_share_does_not_fit_is_named(
     world: World, undisturbed: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its update is in the sum, which the others' shares open; the round's record says who released a wrong one."""
+    """The site's update is in the sum, which the others' shares open; the round's record names the site."""
     original = Member.unmask
 
-    def wrong(member: Member, signatures: list[messages.Signed]) -> messages.Signed:
+    def wrong(member: Member, signatures: list[signed_bodies.Signed]) -> signed_bodies.Signed:
         message = original(member, signatures)
-        if message.sender != "ash":  # one of the first three, which are tried first
+        if message.sender != "ash":  # one of the first three sites, whose shares are tried first
             return message
-        released = messages.read_released(message.body)
-        body = messages.write_released({peer: (kind, share + 1) for peer, (kind, share) in released.items()})
-        return member._sign(messages.UNMASK, body)
+        released = signed_bodies.read_released(message.body)
+        body = signed_bodies.write_released({peer: (kind, share + 1) for peer, (kind, share) in released.items()})
+        return member._sign(signed_bodies.UNMASK, body)
 
     monkeypatch.setattr(Member, "unmask", wrong)
     sites = open_sites(world, tmp_path / "sites")
@@ -475,9 +478,9 @@ def test_a_refusal_is_cut_before_it_is_recorded_and_told(world: World, tmp_path:
     sites = open_sites(world, tmp_path / "sites")
     for site in list(sites.values())[:2]:
         site.service.handle = lambda stage, body: codec.encode(codec.Refusal("x" * 10**6, "\x1b[2J" * 10**5))  # type: ignore[method-assign]
-        site.mailbox._handle = site.service.handle
+        site.endpoint._handle = site.service.handle
     coordinator = Coordinator(world, tmp_path / "run", sites)
     with pytest.raises(TooFewSurvivors) as caught:
         coordinator.run(coordinator.open()[0])
-    assert len(str(caught.value)) < 2 * MAX_TOLD
+    assert len(str(caught.value)) < 2 * MAX_REASON_LENGTH
     assert str(caught.value).isprintable()

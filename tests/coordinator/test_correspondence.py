@@ -1,4 +1,4 @@
-"""Both ends of the letters joined in memory, with somebody between them who holds no key and may do anything else."""
+"""Both ends of the signed exchange joined in memory, with a man in the middle who has no key but every other power."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ Middle = Callable[[str, dict[str, bytes]], dict[str, bytes]]
 
 
 class Pair:
-    """A coordinator's correspondence and the mailboxes of three sites, with a man in the middle on both ways.
+    """A coordinator's signed exchange and the endpoints of three sites, with a man in the middle on both ways.
 
     Attributes:
-      down: changes the letters on their way to the sites.
+      down: changes the messages on their way to the sites.
       up: changes the answers on their way back.
     """
 
@@ -34,11 +34,11 @@ class Pair:
         self.refused: list[tuple[str, str]] = []
         self.down: Middle = lambda stage, payloads: payloads
         self.up: Middle = lambda stage, replies: replies
-        self._memory = MemoryExchange({site: self.mailbox(site).answer for site in SITES})
-        self.talk = self.correspondence()
+        self._memory = MemoryExchange({site: self.endpoint(site).answer for site in SITES})
+        self.talk = self.signed_exchange()
 
-    def correspondence(self) -> SignedExchange:
-        """The coordinator's end; made again, it is the coordinator after a restart."""
+    def signed_exchange(self) -> SignedExchange:
+        """Returns the coordinator's end; a second call makes the coordinator after a restart."""
         return SignedExchange(
             self,
             self.coordinator,
@@ -48,7 +48,7 @@ class Pair:
             tries=self.tries,
         )
 
-    def mailbox(self, site: str) -> SignedEndpoint:
+    def endpoint(self, site: str) -> SignedEndpoint:
         return SignedEndpoint(
             site,
             self.identities[site],
@@ -60,7 +60,7 @@ class Pair:
         )
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Carries letters to the mailboxes."""
+        """Carries messages to the endpoints."""
         return self.up(stage, self._memory.send(stage, self.down(stage, dict(payloads))))
 
     def ask(self, stage: str = "keys", *sites: str) -> dict[str, bytes]:
@@ -96,12 +96,12 @@ def test_questions_and_answers_arrive(pair: Pair) -> None:
 
 def test_a_coordinator_that_was_started_again_is_still_heard(pair: Pair) -> None:
     assert pair.ask() == told("keys")
-    pair.talk = pair.correspondence()
+    pair.talk = pair.signed_exchange()
     assert pair.ask() == told("keys")
     assert pair.bad == []
 
 
-def test_a_kept_letter_sent_again_is_acted_upon_once(pair: Pair) -> None:
+def test_a_kept_message_sent_again_is_acted_upon_once(pair: Pair) -> None:
     kept: dict[str, bytes] = {}
 
     def keep(stage: str, payloads: dict[str, bytes]) -> dict[str, bytes]:
@@ -117,13 +117,13 @@ def test_a_kept_letter_sent_again_is_acted_upon_once(pair: Pair) -> None:
     assert pair.ask() == {}
     assert len(pair.handled) == len(SITES)
     assert [site for site, _ in pair.refused] == list(SITES)
-    assert all("it is a copy" in reason for _, reason in pair.refused)
+    assert all("drop this copy" in reason for _, reason in pair.refused)
     assert [site for site, _ in pair.bad] == list(SITES)
     assert all("an answer to an earlier letter" in reason for _, reason in pair.bad)
 
 
-def test_letters_that_overtake_each_other(pair: Pair) -> None:
-    """The first is held back until the second was opened; then it is never opened, and no answer counts twice."""
+def test_messages_that_overtake_each_other(pair: Pair) -> None:
+    """The first message is held back until the second is opened; it then never opens, and no answer counts twice."""
     held: list[dict[str, bytes]] = []
 
     def hold(stage: str, payloads: dict[str, bytes]) -> dict[str, bytes]:
@@ -139,8 +139,8 @@ def test_letters_that_overtake_each_other(pair: Pair) -> None:
     assert {stage for _, stage, _ in pair.handled} == {"shares"}
 
 
-def test_an_answer_to_another_letter(pair: Pair) -> None:
-    """Old answers, well signed: to an earlier letter of the same stage, and of another stage."""
+def test_an_answer_to_another_message(pair: Pair) -> None:
+    """Old answers with valid signatures: to an earlier message of the same stage, and of another stage."""
     kept: list[dict[str, bytes]] = []
 
     def keep(stage: str, replies: dict[str, bytes]) -> dict[str, bytes]:
@@ -176,14 +176,14 @@ def test_the_letter_to_another_site(pair: Pair) -> None:
     assert "recipient='birch': 'ash' was expected" in pair.refused[0][1]
 
 
-def test_a_letter_of_another_stage(pair: Pair) -> None:
-    """The stage that Flower tells is not the one inside."""
+def test_a_message_of_another_stage(pair: Pair) -> None:
+    """The stage that Flower names differs from the stage inside."""
 
     class Renamed(MemoryExchange):
         def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
             return super().send("masked", payloads)
 
-    pair._memory = Renamed({site: pair.mailbox(site).answer for site in SITES})
+    pair._memory = Renamed({site: pair.endpoint(site).answer for site in SITES})
     assert pair.ask("keys") == {}
     assert pair.handled == []
     assert "the letter inside is about 'keys'" in pair.refused[0][1]
@@ -242,7 +242,7 @@ def test_only_who_is_missing_is_asked_again_under_a_new_number(tmp_path: Path) -
 
     def watch(stage: str, payloads: dict[str, bytes]) -> dict[str, bytes]:
         asked.append(tuple(payloads))
-        numbers.extend({codec.decode_letter(data).number for data in payloads.values()})
+        numbers.extend({codec.decode_signed_message(data).number for data in payloads.values()})
         return payloads
 
     def lose(stage: str, replies: dict[str, bytes]) -> dict[str, bytes]:
@@ -268,20 +268,20 @@ def test_a_refusal_is_an_answer_and_is_not_asked_for_again(tmp_path: Path) -> No
     assert asked == [SITES]
 
 
-def test_every_letter_of_one_stage_goes_to_one_site_only(pair: Pair) -> None:
-    """All letters of a stage share a number; each still opens at one site only."""
+def test_every_message_of_one_stage_goes_to_one_site_only(pair: Pair) -> None:
+    """All messages of a stage share a number; each still opens at one site only."""
     seen: dict[str, bytes] = {}
     pair.down = lambda stage, payloads: seen.update(payloads) or {}
     pair.ask()
-    assert len({codec.decode_letter(data).number for data in seen.values()}) == 1
+    assert len({codec.decode_signed_message(data).number for data in seen.values()}) == 1
     for site in SITES:
         for other in SITES:
             pair.handled.clear()
-            pair.mailbox(site).answer("keys", seen[other])
+            pair.endpoint(site).answer("keys", seen[other])
             assert bool(pair.handled) == (site == other)
 
 
-def test_the_same_letters_of_another_epoch_are_refused(pair: Pair, tmp_path: Path) -> None:
+def test_the_same_messages_of_another_epoch_are_refused(pair: Pair, tmp_path: Path) -> None:
     """Same keys, same sites, a manifest with one other term."""
     other = federation_of(pair.identities, pair.coordinator, max_epsilon=7.0)
     talk = SignedExchange(

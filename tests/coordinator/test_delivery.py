@@ -1,4 +1,4 @@
-"""The encrypted package: every site opens it, a restart hands out the same, and what a crash has torn is made anew."""
+"""The encrypted package: every site opens it, a restart hands out the same, and a file torn by a crash is made anew."""
 
 import dataclasses
 import errno
@@ -24,7 +24,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class Place:
-    """A depot's folder and a run's facts."""
+    """The folders of a depot and of a run's facts."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.depot, self.facts = world, folder / "depot", folder / "delivery.json"
@@ -38,7 +38,7 @@ class Place:
         return self.depot / delivery.sha256.hex()
 
     def check(self, delivery: Delivery) -> None:
-        """Every site opens the file, and it is the package."""
+        """Asserts that every site can open the file, and that it is the package."""
         sealed = self.file(delivery).read_bytes()
         assert (hashlib.sha256(sealed).digest(), len(sealed)) == (delivery.sha256, delivery.size)
         manifest = read_manifest(self.world.run.store.package).to_bytes()
@@ -71,7 +71,7 @@ def test_a_torn_file_is_not_offered_again(place: Place, tear: str) -> None:
         "emptied": b"",
         "shorter": whole[:-1],
         "longer": whole + b"\0",
-        "zeros at the end": whole[:-4096] + bytes(4096),  # what some file systems leave after a loss of power
+        "zeros at the end": whole[:-4096] + bytes(4096),  # some file systems leave zeros after a loss of power
         "one bit": bytes([whole[0] ^ 1]) + whole[1:],
     }
     path.write_bytes(torn[tear]) if tear in torn else path.unlink()
@@ -88,7 +88,7 @@ def test_a_torn_file_is_not_offered_again(place: Place, tear: str) -> None:
     ids=ascii,
 )
 def test_damaged_facts_are_made_anew_under_another_key(place: Place, content: bytes) -> None:
-    """The key stood in the facts alone; who still fetches the old file has got it with the old offer."""
+    """The key stood in the facts alone; a site that still fetches the old file has the key from the old offer."""
     first = place.deliver()
     place.facts.write_bytes(content)
     second = place.deliver()

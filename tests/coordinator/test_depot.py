@@ -1,4 +1,4 @@
-"""The depot against real gRPC clients over TLS on loopback: what it serves, to whom, and what it costs."""
+"""The depot against real gRPC clients over TLS on loopback: its answers, its permissions, and its costs."""
 
 import contextlib
 import hashlib
@@ -38,6 +38,7 @@ NOW = datetime.now(UTC)
 SIZE = 2 * CHUNK + 12345
 CONTENT = bytes(range(256)) * (SIZE // 256) + bytes(SIZE % 256)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+HANGS = 120.0  # seconds; a bound against hanging
 Pair = tuple[bytes, bytes]  # certificate and key
 
 
@@ -48,7 +49,7 @@ def client_pair(ca: Authority, name: str, *, now: datetime = NOW) -> Pair:
 
 @dataclass
 class World:
-    """A running depot, two members, and who may come in."""
+    """A running depot, two members, and the set of permitted peers."""
 
     folder: Path
     ca: Authority
@@ -100,7 +101,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @contextlib.contextmanager
 def served_anew(world: World) -> Iterator[None]:
-    """Another depot over the same folder, under the limits that hold now."""
+    """Runs another depot over the same folder, under the limits that hold now."""
     depot = Depot(
         world.folder, address="127.0.0.1:0", tls=Tls(world.ca.certificate, *world.server), allowed=world.allowed
     )
@@ -156,7 +157,7 @@ def test_only_whole_digests_are_names(world: World, name: str) -> None:
 
 
 def test_without_a_good_certificate_there_is_no_connection(world: World) -> None:
-    """TLS itself ends these; each fails for its own reason, beside a member that gets in by the same way."""
+    """TLS itself refuses these peers, each for its own reason, beside a member that gets in by the same way."""
     stranger = create_authority("authority", now=NOW)
     for pair in (
         (None, None),
@@ -171,7 +172,7 @@ def test_without_a_good_certificate_there_is_no_connection(world: World) -> None
 
 
 def test_a_certificate_of_the_authority_is_not_enough(world: World) -> None:
-    """The name is a member's and the authority is right; the key is not one that the owners signed."""
+    """The name is a member's and the authority is right, but the owners never signed the key."""
     assert refused(world.get, client_pair(world.ca, "ash")) == grpc.StatusCode.PERMISSION_DENIED
     assert refused(world.describe, client_pair(world.ca, "ash")) == grpc.StatusCode.PERMISSION_DENIED
 
@@ -197,7 +198,7 @@ def test_trouble_at_the_coordinator_lets_nobody_in_and_tells_no_path(world: Worl
 
 
 def test_a_large_file_costs_no_memory(world: World) -> None:
-    """200 MB through server and client in this one process; the reader dawdles, so that a queue would grow."""
+    """200 MB pass through server and client in this one process; the reader is slow, so that a queue would grow."""
     name = "a" * 64
     with (world.folder / name).open("wb") as file:
         file.truncate(200 << 20)
@@ -214,7 +215,7 @@ def test_a_large_file_costs_no_memory(world: World) -> None:
 
 
 def test_abandoned_transfers_use_up_no_threads(world: World) -> None:
-    """One site that asks over and over and reads nothing, as after partitions, keeps nobody else out."""
+    """A site that asks over and over and reads nothing, as after partitions, blocks no other site."""
     with (world.folder / ("b" * 64)).open("wb") as file:
         file.truncate(50 << 20)
     with world.channel(world.ash) as channel:
@@ -222,7 +223,7 @@ def test_abandoned_transfers_use_up_no_threads(world: World) -> None:
         streams = [stubs.DepotStub(channel).Get(request) for _ in range(WORKERS + 6)]
         assert b"".join(chunk.data for chunk in world.get(world.birch)) == CONTENT
         codes = [read_to_its_end(stream) for stream in streams]
-    assert codes.count(grpc.StatusCode.OK) <= 1  # of those that were begun at once, one is last
+    assert codes.count(grpc.StatusCode.OK) <= 1  # only the last of several simultaneous transfers survives
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
@@ -250,14 +251,15 @@ def test_it_stops_at_once_with_a_transfer_open(world: World) -> None:
     with world.channel(world.ash) as channel:
         stream = stubs.DepotStub(channel).Get(wire.GetRequest(sha256="c" * 64))
         assert next(stream).offset == 0
-        began = time.monotonic()
-        depot.stop()
-        assert time.monotonic() - began < 3
+        stopping = threading.Thread(target=depot.stop, daemon=True)
+        stopping.start()
+        stopping.join(HANGS)  # nobody reads the transfer on, so a stop that waits for its end has none
+        assert not stopping.is_alive()
         assert refused(lambda: list(stream)) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def silent(channel: grpc.Channel) -> object:
-    """Begins a request and never says what is wanted."""
+    """Begins a request and never sends its content."""
     begun = channel.stream_stream("/offsite.depot.v1.Depot/Get", None, None)
     return begun(iter(threading.Event().wait, True))
 
@@ -265,9 +267,10 @@ def silent(channel: grpc.Channel) -> object:
 def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 1)
     monkeypatch.setattr(offsite.coordinator.network.depot, "MAX_REQUESTS", 3)
+    monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 60 * HANGS)
     with served_anew(world), world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(3)]
-        until = time.monotonic() + 10
+        until = time.monotonic() + HANGS
         while (code := describes(world)) != grpc.StatusCode.RESOURCE_EXHAUSTED and time.monotonic() < until:
             time.sleep(0.05)
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -277,7 +280,7 @@ def test_requests_beyond_a_number_are_sent_away_and_not_kept(world: World, monke
 
 
 def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was revoked is told so at once, a member is given up after some seconds."""
+    """A revoked site is refused at once; a silent member is dropped after some seconds."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 2)
     with served_anew(world), world.channel(world.ash) as channel:
@@ -290,14 +293,15 @@ def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch:
         assert world.describe(world.birch).size == SIZE
 
 
-def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
-    """More silent requests than the depot takes of all sites, and its neighbour is answered at once."""
+def test_one_site_cannot_hold_what_all_have_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One site sends more silent requests than the depot takes from all; its neighbour is answered beside them."""
+    monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 60 * HANGS)
     with world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(MAX_REQUESTS + 20)]
-        began = time.monotonic()
-        while describes(world) != grpc.StatusCode.OK and time.monotonic() - began < 5:
+        until = time.monotonic() + HANGS
+        while (code := describes(world)) != grpc.StatusCode.OK and time.monotonic() < until:
             time.sleep(0.05)
-        assert time.monotonic() - began < 5
+        assert code == grpc.StatusCode.OK
         with pytest.raises(grpc.RpcError) as caught:
             world.describe(world.ash)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -308,7 +312,7 @@ def test_one_site_cannot_hold_what_all_have_together(world: World) -> None:
 
 
 def test_a_request_counts_until_it_ends_in_any_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answered, refused, called off, given up as silent, cut off: none of them is held against the site."""
+    """Requests that were answered, refused, called off, silent or cut off no longer count against the site."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 1)
     for _ in range(MAX_OF_ONE + 2):
         assert retried(lambda: world.describe(world.ash)) == grpc.StatusCode.OK
@@ -330,8 +334,8 @@ def test_the_words_for_a_full_hand_are_those_that_a_site_knows() -> None:
 
 
 def retried(call: Callable[[], object]) -> grpc.StatusCode:
-    """The end of a call that tries again as sites do; the server counts an ended one a moment longer than the peer."""
-    until = time.monotonic() + 10
+    """Returns the result of a call with a site's retries; the server counts an ended call longer than the peer does."""
+    until = time.monotonic() + HANGS
     while True:
         try:
             call()
@@ -361,7 +365,7 @@ def test_more_requests_may_wait_than_are_answered_at_once() -> None:
 
 
 def test_strangers_hold_no_worker_and_are_disconnected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that never finish TLS, more than there are workers, keep nobody out and do not last."""
+    """Connections that never finish TLS, more than the depot has workers, block nobody and are closed."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "HANDSHAKE_SECONDS", 2)
     monkeypatch.setattr(offsite.coordinator.network.depot, "WORKERS", 1)
     tls = Tls(world.ca.certificate, *world.server)

@@ -1,4 +1,4 @@
-"""What comes out of Flower is nobody's word yet: an answer that is none costs its site the question, not the others."""
+"""What comes out of Flower is not signed yet: an unreadable answer costs its site the question, and no other site."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -10,12 +10,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from offsite.coordinator.network.flower_exchange import _message, call
-from offsite.coordinator.rounds.exchange import MAX_TOLD
+from offsite.coordinator.rounds.exchange import MAX_REASON_LENGTH
 from offsite.protos.flower import pack
 
 
 class Answering:
-    """A grid whose nodes answer at once, each with the content that it is given."""
+    """A grid whose nodes answer at once, each with its given content."""
 
     def __init__(self, contents: dict[int, RecordDict | Error]) -> None:
         self.contents, self.sent = contents, list[Message]()
@@ -70,5 +70,5 @@ def test_what_flower_says_of_a_site_is_cut(monkeypatch: pytest.MonkeyPatch, capl
     grid = Answering({1: Error(code=0, reason="\x1b[2J" + "x" * 10**6)})
     assert call(cast(Grid, cast(Any, grid)), {"elm": _message(1, "offer", b"")}, 5.0) == {}
     (said,) = (record.getMessage() for record in caplog.records)
-    assert len(said) < 2 * MAX_TOLD
+    assert len(said) < 2 * MAX_REASON_LENGTH
     assert said.isprintable()

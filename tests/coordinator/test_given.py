@@ -17,7 +17,6 @@ from offsite.adapter.export import export, load
 from offsite.adapter.methods import attach
 from offsite.adapter.methods.masked import largest
 from offsite.adapter.spec import AdapterSpec
-from offsite.cli.display import PlainDisplay
 from offsite.client.training.emulator_session import open_session
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
@@ -31,7 +30,6 @@ from offsite.emulator.runtime.plug_in import plug
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.errors import ConfigError, DataError, MalformedMessage, OffsiteError, RangeError, UnsupportedModel
 from offsite.simulation.run_folder import Run
-from offsite.simulation.simulate import _job
 from offsite.task.tasks import TASKS
 from tests.conftest import VARIANT
 from tests.memory_federation import World, make_world, open_sites
@@ -60,14 +58,14 @@ def one_round(world: World, folder: Path) -> np.ndarray:
 
 
 def job_of(world: World) -> Any:
-    return _job(world.run, PlainDisplay())  # opened again, from what lies in the run folder
+    return world.run.open_job()  # opened again, from what lies in the run folder
 
 
 def exported(world: World, adapter: np.ndarray, folder: Path) -> Path:
     """Plugs an adapter into the full model of the job and exports it."""
     job = job_of(world)
     plug(job.full, job.layout, adapter)
-    export(job.full, world.manifest.adapter, folder, base="tiny", given=job.given)
+    export(job.full, world.manifest.adapter, folder, base="tiny", auxiliary=job.given)
     return folder
 
 
@@ -140,7 +138,7 @@ def test_all_emulators_of_a_job_hold_the_same_mask(fed: Path, tmp_path: Path) ->
     path = written(fed, "varied_fisher", FISHER)
     path.write_text(path.read_text().replace("[training]", f"{VARIANT}\n[training]"))
     settings, sha256 = read_config(path)
-    job = _job(Run.create(settings, sha256, tmp_path / "run"), PlainDisplay())
+    job = Run.create(settings, sha256, tmp_path / "run").open_job()
     first, second = (one.facts for one in job.emulators)
     assert first.digest() != second.digest()
     assert first.files[GIVEN] == second.files[GIVEN]
@@ -161,7 +159,7 @@ def test_a_task_adapter_is_trained_over_a_language_and_serves_another(
     folder = exported(world, adapter, tmp_path / "a")
     tuned, start = load(plain(world), folder), load(plain(world), languages[0])
     assert (outputs(tuned) - outputs(start)).abs().max() > 1e-5
-    other = load(plain(world), folder, given=earlier_bottlenecks(languages[1:], SLOTS))
+    other = load(plain(world), folder, auxiliary=earlier_bottlenecks(languages[1:], SLOTS))
     assert (outputs(other) - outputs(tuned)).abs().max() > 1e-3
     under = load(plain(world), languages[1])
     stored = load_file(folder / "adapter_model.safetensors")
@@ -183,12 +181,12 @@ def _bottleneck(values: dict[str, torch.Tensor], slot: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "kind", "reason"),
     [
-        (lambda given: given | {"x": torch.zeros(1)}, MalformedMessage, "given='x' has no use here"),
+        (lambda given: given | {"x": torch.zeros(1)}, MalformedMessage, "auxiliary tensor='x' has no use here"),
         (lambda given: {}, MalformedMessage, "is missing"),
         (lambda given: {name: tensor.half() for name, tensor in given.items()}, MalformedMessage, "is torch.float16"),
         (lambda given: {name: tensor * math.inf for name, tensor in given.items()}, OffsiteError, "nan|inf|NaN"),
         (lambda given: {name: tensor * 1e6 for name, tensor in given.items()}, UnsupportedModel, "vetting given_peak"),
-        (lambda given: given | {"x": torch.zeros(2**22)}, RangeError, "at most .* are taken; do not train"),
+        (lambda given: given | {"x": torch.zeros(2**22)}, RangeError, "at most .* are taken, .* do not train"),
     ],
 )
 def test_a_site_trains_on_nothing_but_what_its_job_takes(
@@ -250,11 +248,11 @@ def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path
         ('method = "madx"\nfrozen = ["nowhere"]', DataError, "^adapter.frozen='.*/nowhere': no such folder"),
         ('method = "madx"\nfrozen = ["model"]', DataError, "^adapter.adapter=.*has no adapter_config.json"),
         ('method = "madx"\nfrozen = "{a}"', ConfigError, "adapter.frozen='.*': must be a list"),
-        ('method = "masked"\noptions = {{ by = "data" }}', ConfigError, "knows magnitude, fisher"),
+        ('method = "masked"\noptions = {{ by = "data" }}', ConfigError, "takes one of magnitude, fisher"),
         (
             'method = "ip_adapter"',
             ConfigError,
-            "'image_prompt_to_image' are seen by method 'ip_adapter' alone, .*; take both or neither$",
+            "only method 'ip_adapter' reads all that records of 'image_prompt_to_image' hold, .*; take both or neither$",
         ),
     ],
 )
@@ -265,7 +263,7 @@ def test_a_wrong_federation_file_is_refused_in_a_line(
 
     def prepare() -> None:
         settings, sha256 = read_config(path)
-        _job(Run.create(settings, sha256, tmp_path / "run"), PlainDisplay())
+        Run.create(settings, sha256, tmp_path / "run").open_job()
 
     with pytest.raises(kind, match=reason) as caught:
         prepare()
@@ -275,7 +273,7 @@ def test_a_wrong_federation_file_is_refused_in_a_line(
 def test_adapters_of_other_slots_or_another_model_are_refused(fed: Path, languages: list[Path], tmp_path: Path) -> None:
     path = written(fed, "madx_wrong", f'method = "madx"\nfrozen = ["{languages[0]}"]')
     path.write_text(path.read_text().replace("first = 1", "first = 2"))
-    assert "slots are model.layers.0, model.layers.5, and the new" in refused(path, tmp_path / "slots")
+    assert "slots are model.layers.0, model.layers.5, must be the new" in refused(path, tmp_path / "slots")
     narrow = tmp_path / "narrow"
     stored = load_file(languages[0] / "adapter_model.safetensors")
     narrow.mkdir()
@@ -292,7 +290,7 @@ def refused(path: Path, run: Path) -> str:
     settings, sha256 = read_config(path)
     check_frozen(settings)
     with pytest.raises(ConfigError) as caught:
-        _job(Run.create(settings, sha256, run), PlainDisplay())
+        Run.create(settings, sha256, run).open_job()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -304,7 +302,7 @@ def test_a_mask_without_public_data_is_refused(fed: Path, tmp_path: Path) -> Non
         settings, data=dataclasses.replace(settings.data, public=str(tmp_path / "public.txt"))
     )
     with pytest.raises(OffsiteError, match=r"public records=\d: at least 32 are needed; give more public data"):
-        _job(Run.create(settings, sha256, tmp_path / "run"), PlainDisplay())
+        Run.create(settings, sha256, tmp_path / "run").open_job()
 
 
 def test_folders_are_relative_to_the_file(fed: Path) -> None:

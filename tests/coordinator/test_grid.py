@@ -1,4 +1,4 @@
-"""What a site may put together as its answer: Flower's pieces, real ones, of which some are no message."""
+"""The answers that a site may construct: real pieces of Flower's, some of which do not make a message."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class SuperLink:
-    """The part of a SuperLink that hands answers out."""
+    """The part of a SuperLink that hands out answers."""
 
     def __init__(self) -> None:
         self.heads, self.trees, self.pieces = list[Any](), list[Any](), dict[str, bytes]()
@@ -37,7 +37,7 @@ class SuperLink:
         self.late, self.pushed = set[str](), list[list[Any]]()
 
     def holds(self, content: RecordDict, question: str, says: str = "") -> dict[str, Any]:
-        """Takes a site's answer to a question; within, it may say that it answers another."""
+        """Takes a site's answer to a question; inside, the answer may name another question."""
         asked = Message(content=RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
         asked.metadata.__dict__["_message_id"] = says or question
         answer = Message(content, reply_to=asked)
@@ -56,7 +56,7 @@ class SuperLink:
             answered(500)
         found = [place for place, head in enumerate(self.heads) if head.metadata.reply_to_message_id in wanted]
         heads, trees = [self.heads[place] for place in found], [self.trees[place] for place in found]
-        for place in reversed(found):  # each is delivered once
+        for place in reversed(found):  # each answer is delivered once
             del self.heads[place], self.trees[place]
         return SimpleNamespace(messages_list=heads, message_object_trees=trees)
 
@@ -90,7 +90,7 @@ def grid(link: SuperLink) -> GuardedGrid:
 
 
 def answers(grid: GuardedGrid, *asked: str) -> dict[str, bytes | str]:
-    """The answer to each question, or why it is none."""
+    """Returns the answer to each question, or the reason why it has no valid answer."""
     asked = asked or ("q1", "bad", "good", "to elm", "to ash")
     return {
         one.metadata.reply_to_message_id: unpack(one.content)[1] if one.has_content() else one.error.reason
@@ -106,7 +106,7 @@ def test_an_honest_answer_comes_through(link: SuperLink, grid: GuardedGrid, size
 
 
 def test_no_site_answers_for_another(link: SuperLink, grid: GuardedGrid) -> None:
-    """What a message says of itself was written by its site; whose question it answers, the SuperLink has checked."""
+    """A site writes what its message claims; the SuperLink has checked which question the message answers."""
     link.holds(pack("offer", b"elm's"), "to elm", says="to ash")
     link.holds(pack("offer", b"ash's"), "to ash")
     assert answers(grid) == {"to elm": b"elm's", "to ash": b"ash's"}
@@ -139,7 +139,7 @@ def test_pieces_that_are_too_long_are_put_together_nowhere(link: SuperLink, grid
 
 
 def test_one_piece_named_a_million_times_is_refused() -> None:
-    """Such an array of 5 MB would fill the memory once it is put together."""
+    """Such an array of 5 MB would fill the memory when it is put together."""
     array = Array(np.zeros(1 << 20, dtype=np.uint8))
     contents = {name: one.deflate() for name, one in get_all_nested_objects(array).items()}
     check_size(contents, LARGEST)
@@ -157,7 +157,7 @@ def test_a_damaged_piece_costs_nobody_else_their_answer(link: SuperLink, grid: G
     link.holds(pack("offer", b"honest"), "good")
     found = answers(grid)
     assert found["good"] == b"honest"
-    assert "its answer is none" in str(found["bad"])
+    assert "its answer is not a valid message" in str(found["bad"])
 
 
 def test_pieces_that_never_came_cost_nobody_else_their_answer(link: SuperLink, grid: GuardedGrid) -> None:
@@ -188,7 +188,7 @@ def test_a_lost_link_is_told_from_a_bad_answer(link: SuperLink, grid: GuardedGri
 
 
 def test_an_answer_on_its_way_keeps_nobody_waiting(link: SuperLink, grid: GuardedGrid) -> None:
-    """Nor is a piece of it fetched twice."""
+    """No piece of the answer is fetched twice either."""
     body = np.random.default_rng(0).bytes(1 << 17)
     link.late = set(list(link.holds(pack("masked", body), "bad"))[1:])
     link.holds(pack("offer", b"honest"), "good")
@@ -203,12 +203,12 @@ def test_an_answer_on_its_way_keeps_nobody_waiting(link: SuperLink, grid: Guarde
     link.late = set(link.holds(pack("masked", body[::-1]), "bad"))
     assert answers(grid, "bad") == {}
     link.late.clear()
-    assert answers(grid, "good") == {}  # its question was given up
+    assert answers(grid, "good") == {}  # the question was given up
     assert answers(grid, "bad") == {}
 
 
 def test_an_answer_on_which_the_superlink_fails_costs_its_site_alone(link: SuperLink, grid: GuardedGrid) -> None:
-    """A time to live that is no number makes every poll fail that names its question."""
+    """A time to live that is not a number breaks every poll that names its question."""
     link.holds(pack("offer", b"honest"), "good")
     link.poisoned = "bad"
     assert answers(grid, "bad", "good", "q1") == {"bad": "the SuperLink fails on its answer (500)", "good": b"honest"}
@@ -223,7 +223,7 @@ def test_a_superlink_that_fails_on_everything_is_lost(link: SuperLink, grid: Gua
 def test_a_site_that_takes_its_question_away_costs_nobody_theirs(
     grid: GuardedGrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It can end the session in which its question is pushed; each question has one of its own."""
+    """A site can end the session in which its question is pushed; each question has a session of its own."""
     sessions: list[int] = []
 
     def pushed(self: HttpGrid, run_id: int, messages: list[Message]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The SuperLink that peers reach: a body that no honest site sends is refused, and no address or path is logged."""
+"""The SuperLink that peers reach: bodies that no honest site sends are refused, and no address or path is logged."""
 
 import ssl
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: SuperLin
         for path, most in (("push-object", MAX_OBJECT_BYTES), ("push-messages", MAX_BODY_BYTES)):
             try:
                 status = peer.post(f"/v1/fleet/{path}", content=bytes(most + 1), headers=named).status_code
-            except httpx.TransportError:  # answered and closed while it still sends
+            except httpx.TransportError:  # the server answered and closed while the peer still sends
                 status = httpx.codes.REQUEST_ENTITY_TOO_LARGE
             assert status == httpx.codes.REQUEST_ENTITY_TOO_LARGE
         assert peer.get("/health").status_code == httpx.codes.OK

@@ -1,4 +1,4 @@
-"""What the coordinator keeps of the sites' ledgers: the newest heads, of a bounded number of ledgers for each site."""
+"""The coordinator's memory of the sites' ledgers: the newest heads, of a bounded number of ledgers per site."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The contract that a Flower release has to pass at the coordinator: start, nodes, runs, guard, what a kill leaves."""
+"""The contract that a Flower release has to pass at the coordinator: start, nodes, runs, guard, traces of a kill."""
 
 import os
 import signal
@@ -23,7 +23,10 @@ from offsite.errors import ConfigError, DataError
 from offsite.protos.guard import Secret
 from offsite.trust.certificates import create_authority, issue_server, new_key
 from offsite.trust.keys import SiteKeys
-from tests.faults.conftest import free_ports, wait_for
+from tests.faults.conftest import wait_for
+from tests.ports import free_ports
+
+HANGS = 60.0  # seconds; a bound against hanging
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +105,7 @@ def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: SuperLi
         before, old = members(place), unfinished(place)
         assert link.process.pid is not None
         link.process._process.kill()  # type: ignore[union-attr]
-        wait_for(lambda: not link.process.running, 10)
+        wait_for(lambda: not link.process.running, HANGS)
     with SuperLinkSession(place, keys(tmp_path, "birch", "cedar")):
         assert len(members(place) & before) == 1
         assert len(members(place)) == 2
@@ -121,7 +124,7 @@ def test_a_port_that_is_taken_is_said(place: SuperLinkPlace, tmp_path: Path) -> 
 
 @pytest.fixture
 def interrupts() -> Iterator[list[int]]:
-    """Interrupts that this process is sent, which a coordinator takes for a person's."""
+    """Collects interrupts sent to this process, which a coordinator would take for a person's."""
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
     yield seen
@@ -129,20 +132,21 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
-    place: SuperLinkPlace, tmp_path: Path, interrupts: list[int]
+    place: SuperLinkPlace, tmp_path: Path, interrupts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a minute's sleep of the machine: the run's token has expired with its heartbeats."""
+    monkeypatch.setattr("offsite.coordinator.network.flower_grid.LOST_SECONDS", 10 * HANGS)
     with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
         (run,) = unfinished(place)
         asked(place, lambda control: control.StopRun(StopRunRequest(run_id=run)))
         began = time.monotonic()
-        with pytest.raises(LOST) as caught:
+        with pytest.raises(LOST) as caught:  # at once, and not after tries for all of those seconds
             link.node_ids()
         assert why_lost(caught.value) == "it ended our run; was this machine asleep for a minute"
         assert link._heartbeat is not None
         assert link._heartbeat.heartbeat_fn() is False
         assert link.process.running
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < HANGS
     assert interrupts == []
     with SuperLinkSession(place, keys(tmp_path, "ash")) as again:
         assert again.node_ids() == {}
@@ -155,10 +159,8 @@ def test_a_superlink_that_died_leaves_no_heartbeat_behind(place: SuperLinkPlace,
         assert heartbeat is not None
         assert heartbeat.is_running
         os.kill(link.process.pid or 0, signal.SIGKILL)
-        wait_for(lambda: not link.process.running, 10)
+        wait_for(lambda: not link.process.running, HANGS)
         assert heartbeat.heartbeat_fn() is False
-        began = time.monotonic()
-    assert time.monotonic() - began < 10
     assert not heartbeat.is_running
     assert set(threading.enumerate()) <= before
 

@@ -1,4 +1,4 @@
-"""How long a job waits for its sites: as long as they come further, and no longer, whatever one of them tells."""
+"""How long a job waits for its sites: as long as there is progress, and no longer, whatever a site reports."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ import pytest
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.status import Status, read_status
 from offsite.coordinator.network.readiness import PIECE, ReadinessPolicy, ReadinessPoller
-from offsite.coordinator.rounds.exchange import MAX_TOLD, cut
+from offsite.coordinator.rounds.exchange import MAX_REASON_LENGTH, cut
 from offsite.errors import TooFewSurvivors, Untrusted
 from offsite.protos import codec
 from offsite.trust.federation_manifest import FederationManifest, sign
@@ -22,21 +22,21 @@ from tests.memory_federation import federation_of
 NAMES = ("ash", "birch", "cedar")
 PATIENCE = 100.0
 PACKAGE = 64 * PIECE
-ENDLESS = 10_000  # questions after which a wait counts as one without end
+ENDLESS = 10_000  # number of questions after which a wait counts as endless
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 Said = codec.OfferReply | codec.Refusal | bytes | None
 
 
 class Endless(Exception):
-    """The wait has not ended."""
+    """The wait did not end."""
 
 
 class Waiting:
-    """A muster of three sites that say what a test has them say, under a clock that goes on with each sleep.
+    """A readiness poller of three sites whose reports the test chooses, under a clock that advances with each sleep.
 
     Args:
-      folder: of status and ledgers.
-      says: what each site answers, one offer after the other; None is no answer.
+      folder: folder of status and ledgers.
+      says: reports of each site, one per offer; None is no answer.
     """
 
     def __init__(self, folder: Path, says: Mapping[str, Iterator[Said]]) -> None:
@@ -49,7 +49,7 @@ class Waiting:
         self.path = folder / "status.json"
         self.status = Status(self.path, lambda: NOW)
         self.status.set("waiting for sites")
-        self.muster = ReadinessPoller(
+        self.poller = ReadinessPoller(
             self,
             self.federation,
             self.offer,
@@ -85,15 +85,15 @@ class Waiting:
             return said
         return codec.OfferReply(said.state, said.detail, said.fetched, sign(self.federation, self.identities[site]))
 
-    def wait(self, wanted: int = 3, fewest: int = 3, patience: float = PATIENCE) -> tuple[str, ...]:
-        return self.muster.wait(ReadinessPolicy(wanted, fewest, patience))
+    def wait(self, wanted: int = 3, min_sites: int = 3, patience: float = PATIENCE) -> tuple[str, ...]:
+        return self.poller.wait(ReadinessPolicy(wanted, min_sites, patience))
 
-    def waits(self, least: float, most: float) -> TooFewSurvivors:
-        """The muster gives up after so many seconds."""
+    def waits(self, at_least: float, at_most: float) -> TooFewSurvivors:
+        """Asserts that the poller gives up, and after how many seconds."""
         began = self.time
         with pytest.raises(TooFewSurvivors) as caught:
             self.wait()
-        assert least <= self.time - began <= most
+        assert at_least <= self.time - began <= at_most
         return caught.value
 
     def site(self, name: str) -> dict[str, object]:
@@ -130,11 +130,11 @@ def test_a_site_that_comes_no_further_does_not_make_the_wait_endless(
 
 
 def test_counting_the_whole_package_up_ends(tmp_path: Path) -> None:
-    """A piece each time the patience is nearly over is the longest wait that a site gets, and it has an end."""
+    """One piece each time the patience is nearly over gives the longest wait that a site can cause; it ends."""
     slow = (reply("fetching", piece * PIECE) for piece in count() for _ in range(5))
     waiting = Waiting(tmp_path, sites(slow))
     waiting.sleep = lambda seconds: setattr(waiting, "time", waiting.time + PATIENCE / 5)  # type: ignore[method-assign]
-    waiting.muster._sleep = waiting.sleep
+    waiting.poller._sleep = waiting.sleep
     waiting.waits(PACKAGE / PIECE * PATIENCE, (PACKAGE / PIECE + 3) * PATIENCE)
 
 
@@ -153,7 +153,7 @@ def test_a_slow_site_that_fetches_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_each_step_of_a_site_is_progress_once_in_each_wait(tmp_path: Path) -> None:
-    """The states of the first wait are none of the second's: who comes back then is waited for again."""
+    """States of the first wait do not count in the second: sites that come back then are waited for again."""
 
     def coming() -> Iterator[Said]:
         for state in ("waiting", "fetching", "refused"):
@@ -171,7 +171,7 @@ def test_each_step_of_a_site_is_progress_once_in_each_wait(tmp_path: Path) -> No
 
 def test_enough_sites_go_on_without_one_that_flaps(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(cycle([reply("fetching"), None])))
-    assert waiting.wait(wanted=3, fewest=2) == ("birch", "cedar")
+    assert waiting.wait(wanted=3, min_sites=2) == ("birch", "cedar")
 
 
 def test_ready_without_the_owners_signature_is_refused(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_why_an_answer_was_not_opened_is_told_once(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(iter([None, reply("ready")])))
     waiting.unopened["ash"] = "letter: not signed by ash"
     seen: list[object] = []
-    waiting.muster._sleep = lambda seconds: seen.append(waiting.site("ash")["detail"])
+    waiting.poller._sleep = lambda seconds: seen.append(waiting.site("ash")["detail"])
     assert waiting.wait() == NAMES
     assert seen == ["letter: not signed by ash"]
     assert waiting.unopened == {}
@@ -220,26 +220,26 @@ def test_why_an_answer_was_not_opened_is_told_once(tmp_path: Path) -> None:
 def test_what_a_site_tells_is_cut_before_it_goes_anywhere(tmp_path: Path, says: Said) -> None:
     waiting = Waiting(tmp_path, sites(cycle([says])))
     error = str(waiting.waits(PATIENCE, PATIENCE + 5))
-    assert len(error) < 2 * MAX_TOLD
+    assert len(error) < 2 * MAX_REASON_LENGTH
     assert error.isprintable()
     detail = str(waiting.site("ash")["detail"])
-    assert len(detail) == MAX_TOLD
+    assert len(detail) == MAX_REASON_LENGTH
     assert detail.endswith("...")
-    assert len(json.dumps(read_status(waiting.path))) < 4 * MAX_TOLD
+    assert len(json.dumps(read_status(waiting.path))) < 4 * MAX_REASON_LENGTH
 
 
 def test_an_unopened_answer_is_cut_too(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(cycle([None])))
     waiting.unopened["ash"] = "w" * 10**6
-    waiting.muster._look()
-    assert len(str(waiting.site("ash")["detail"])) == MAX_TOLD
+    waiting.poller._offer_once()
+    assert len(str(waiting.site("ash")["detail"])) == MAX_REASON_LENGTH
 
 
 def test_what_is_short_is_told_as_it_is() -> None:
     assert cut("DataError: Grüße, x=1") == "DataError: Grüße, x=1"
     assert cut("a\tb\x00c\u202ed") == "a b c d"
-    assert cut("x" * MAX_TOLD) == "x" * MAX_TOLD
-    assert cut("x" * (MAX_TOLD + 1)) == "x" * (MAX_TOLD - 3) + "..."
+    assert cut("x" * MAX_REASON_LENGTH) == "x" * MAX_REASON_LENGTH
+    assert cut("x" * (MAX_REASON_LENGTH + 1)) == "x" * (MAX_REASON_LENGTH - 3) + "..."
 
 
 CHANGED = (
@@ -248,14 +248,14 @@ CHANGED = (
 
 
 def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path) -> None:
-    """The signature that comes then is of the epoch that has gone, and is not kept under the one that holds."""
+    """A signature that comes then is of the old epoch, and is not kept under the current epoch."""
     waiting = Waiting(tmp_path, sites(iter([None, None, reply("ready")])))
 
     def change(seconds: float) -> None:
         if waiting.asked == 2:
             waiting.current = following(waiting.federation)
 
-    waiting.muster._sleep = change
+    waiting.poller._sleep = change
     with pytest.raises(Untrusted) as caught:
         waiting.wait()
     assert str(caught.value) == CHANGED
@@ -263,7 +263,7 @@ def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path)
 
 
 def test_another_epoch_does_not_end_a_job_that_all_have_signed(tmp_path: Path) -> None:
-    """Who has gone on to it is missing, and when too many are, it is told why."""
+    """Sites that moved to the new epoch are missing; if too many are, the error names the epoch."""
     waiting = Waiting(tmp_path, sites(iter([reply("ready"), *[None] * 50, *[reply("ready")] * 2, *[None] * 1000])))
     assert waiting.wait() == NAMES
     waiting.current = following(waiting.federation)

@@ -1,4 +1,4 @@
-"""Numbers never come twice: over restarts, with a clock set back, without their file; and each is kept first."""
+"""Numbers never come twice: over restarts, with a clock set back, without the file; each is on disk before its use."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def test_they_start_at_the_clock_and_only_go_up(tmp_path: Path) -> None:
     assert [numbers.next() for _ in range(5)] == [100, 101, 102, 103, 200]
 
 
-@settings(deadline=None)  # each number is on disk, with its folder, before it is given
+@settings(deadline=None)  # each number is on disk, with its folder, before it is returned
 @given(st.lists(st.tuples(CLOCK, st.booleans()), min_size=2, max_size=20))
 def test_whatever_the_clock_says_and_however_often_it_is_opened(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, bool]]
@@ -39,7 +39,7 @@ def test_whatever_the_clock_says_and_however_often_it_is_opened(
 
 
 def test_two_that_share_a_file_take_turns(tmp_path: Path) -> None:
-    """The offers, the rounds and the farewell of a job each open the letters' numbers."""
+    """The offers, the rounds and the farewell of a job each open the counter of signed messages."""
     two = [MonotonicCounter(tmp_path / "n", lambda: 1) for _ in range(3)]
     assert [two[place % 3].next() for place in range(9)] == list(range(1, 10))
 
@@ -53,7 +53,7 @@ def test_a_lost_file_costs_nothing_while_the_clock_goes_on(tmp_path: Path) -> No
 
 def test_a_number_that_could_not_be_kept_is_not_given(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
-    with pytest.raises(DataError, match=r"file='.*/gone/n': cannot be written \(No such file or directory\)"):
+    with pytest.raises(DataError, match=r"path='.*/gone/n': cannot be written \(No such file or directory\)"):
         MonotonicCounter(folder / "n").next()
     folder.mkdir()
     path = folder / "n"
@@ -67,10 +67,10 @@ def test_a_number_that_could_not_be_kept_is_not_given(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_none_comes_again(tmp_path: Path) -> None:
-    """A process tells each number on a pipe and is killed; the next one, with its clock at 1, must go on above."""
+    """A process prints each number and is killed; the next process, with its clock at 1, must go on above."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom coordinator.numbers import Numbers\n"
-        "numbers = Numbers(Path(sys.argv[1]), lambda: 1)\n"
+        "import sys\nfrom pathlib import Path\nfrom offsite.coordinator.rounds.counter import MonotonicCounter\n"
+        "numbers = MonotonicCounter(Path(sys.argv[1]), lambda: 1)\n"
         "while True:\n    print(numbers.next(), flush=True)\n"
     )
     last = 0

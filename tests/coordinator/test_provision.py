@@ -1,4 +1,4 @@
-"""The coordinator's folder: who is admitted, what a new epoch is, and what a kill leaves."""
+"""The coordinator's folder: admission of sites, new epochs, and the state after a kill."""
 
 import dataclasses
 import multiprocessing
@@ -97,7 +97,7 @@ def test_a_changed_setting_counts_with_the_next_decision(home, keys):
 
 def test_a_revoked_site_is_out_at_once_and_its_keys_never_return(home, keys, tmp_path):
     home.approve(requests(keys, *SITES, "south"), NOW)
-    running = CoordinatorHome.open(home.folder)  # a process that runs since before the revocation
+    running = CoordinatorHome.open(home.folder)  # a process that started before the revocation
     assert running.member_by_tls(keys["south"].tls_public()) == "south"
     home.revoke("south", NOW)
     with pytest.raises(Untrusted, match="was it revoked"):
@@ -271,7 +271,7 @@ def test_damaged_records_are_refused(home, keys):
 
 
 def kill_at(folder: Path, request: bytes, step: int) -> None:
-    """Approves in a process that dies at one of the renames that make a file count."""
+    """Approves in a process that dies at one of the renames that put a file in place."""
     home, count, rename = CoordinatorHome.open(folder), 0, Path.replace
 
     def dying(self, target):
@@ -287,7 +287,7 @@ def kill_at(folder: Path, request: bytes, step: int) -> None:
 
 
 def test_after_a_kill_at_any_step_the_folder_is_of_one_epoch(home, keys):
-    """Killed at every file it replaces: the epoch is the old one or the new one, and every welcome is that epoch's."""
+    """Killed at every replaced file: the epoch is the old or the new one, and every welcome belongs to that epoch."""
     home.approve(requests(keys, "east", "north"), NOW)
     request = requests(keys, "west")[0]
     spawn, seen = multiprocessing.get_context("fork"), []
@@ -313,7 +313,7 @@ def test_after_a_kill_at_any_step_the_folder_is_of_one_epoch(home, keys):
 
 
 def approve_one(folder: Path, request: bytes) -> None:
-    """Approves slowly, so that without a lock all would begin from the same records."""
+    """Approves slowly, so that without a lock all processes would begin from the same registry."""
     issue = CoordinatorHome._certificate
     CoordinatorHome._certificate = lambda *arguments: time.sleep(0.3) or issue(*arguments)
     CoordinatorHome.open(folder).approve([SiteRequest.from_bytes(request)], NOW)

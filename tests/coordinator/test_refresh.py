@@ -11,18 +11,21 @@ import pytest
 import torch
 
 from offsite.cli.display import PlainDisplay
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.coordinator.aggregation.rules import AGGREGATORS, RuleSettings, ServerState
+from offsite.coordinator.job.json_form import encode
+from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress
-from offsite.coordinator.report.sections import refreshes
-from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
+from offsite.coordinator.report.model import Report
+from offsite.coordinator.report.rounds_section import refreshes
+from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator, RefreshTrial
 from offsite.emulator.runtime.refresh import plain_of
 from offsite.emulator.runtime.refresh_state import size_of
 from offsite.errors import ConfigError
 from offsite.privacy.randomness import Randomness
 from offsite.secagg import ring
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job, simulate
+from offsite.simulation.simulate import simulate
 from tests.cli.test_simulate import StopAfter, open_run, options, weights
 
 ALIGNED = """compress = ["lowrank:0.25", "center"]
@@ -40,7 +43,7 @@ def refreshing(fed: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(refreshing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+def finished(refreshing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Report]:
     run = open_run(refreshing, tmp_path_factory.mktemp("runs") / "refreshed", rounds=3)
     return run, simulate(run, options())
 
@@ -51,19 +54,19 @@ def progress_of(run: Run) -> Progress:
     return progress
 
 
-def test_a_line_tells_what_a_refresh_weighs_and_does(finished: tuple[Run, dict[str, Any]]) -> None:
+def test_a_line_tells_what_a_refresh_weighs_and_does(finished: tuple[Run, Report]) -> None:
     run, report = finished
     first, second, third = run.store.rounds()
-    assert first["refreshed"]
-    assert first["emulator_loss"][1] < first["emulator_loss"][0]
-    assert first["refresh_bytes"] == 0  # what it brought goes with the next round
+    assert first.refreshed
+    assert first.emulator_loss[1] < first.emulator_loss[0]
+    assert first.refresh_bytes == 0  # what it brought goes with the next round
     for line in (second, third):
-        assert 0 < line["refresh_bytes"] <= 0.02 * report["emulator"]["package_bytes"]
-        assert line["refresh_share"] == line["refresh_bytes"] / report["emulator"]["package_bytes"]
-        assert line["bytes_down"] > first["bytes_down"] + 4 * line["refresh_bytes"]
-    assert "refreshed" not in third  # nobody trains on it any more
-    assert third["refresh_bytes"] == size_of(progress_of(run).refresh)
-    (sentence,) = refreshes(report["rounds"])
+        assert 0 < line.refresh_bytes <= 0.02 * report.emulators.default.package_bytes
+        assert line.refresh_share == line.refresh_bytes / report.emulators.default.package_bytes
+        assert line.bytes_down > first.bytes_down + 4 * line.refresh_bytes
+    assert third.refreshed is None  # nobody trains on it any more
+    assert third.refresh_bytes == size_of(progress_of(run).refresh)
+    (sentence,) = refreshes(report.rounds)
     assert sentence in (run.store.folder / "report.md").read_text()
 
 
@@ -74,7 +77,7 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
         simulate(run, options(StopAfter(1)))
     before = progress_of(run)
     simulate(Run.open(run.store.folder), options())
-    manifest = run.job()
+    manifest = run.store.job()
     assert manifest is not None
     assert before.refresh
     session = simulated_sessions(run, manifest)["ash"]
@@ -87,18 +90,16 @@ def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path)
     total = np.zeros(before.server.adapter.size, dtype=np.uint32)
     for name, _ in manifest.roster:
         setting = next(site for site in run.config.sites if site.name == name)
+        examples, plan = run.examples(setting.train, manifest, session), run.site(name, manifest, session).plan
         trained = local_update(
-            session,
+            SiteJob(name, manifest, session, examples, plan),
             before.server.adapter,
-            run.examples(setting.train, manifest, session),
-            manifest=manifest,
-            plan=run.site(name, manifest, session).plan,
             randomness=Randomness.for_simulation(1, "noise", name, "2"),
         )
         draw = Randomness.for_simulation(1, "rounding", name, "2").uniform
         total += ring.encode(trained.update, clip=manifest.update_bound, members=4, randomness=draw)
     mean = ring.decode(total, clip=manifest.update_bound, members=4, summed=4) / 4
-    after, scale = progress_of(run), run.store.rounds()[1]["scale"]
+    after, scale = progress_of(run), run.store.rounds()[1].scale
     expected = AGGREGATORS["fedadam"].step(before.server, mean * scale, RuleSettings(0.02, 0.9)).adapter
     np.testing.assert_array_equal(after.server.adapter, expected)
 
@@ -120,7 +121,7 @@ class StopAt(PlainDisplay):
     "stop", [StopAfter(1), StopAt("train", 6), StopAt("masked", 5)], ids=["between", "training", "masked"]
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    refreshing: Path, tmp_path: Path, finished: tuple[Run, dict[str, Any]], stop: PlainDisplay
+    refreshing: Path, tmp_path: Path, finished: tuple[Run, Report], stop: PlainDisplay
 ) -> None:
     run = open_run(refreshing, tmp_path / "stopped", rounds=3)
     with pytest.raises(KeyboardInterrupt):
@@ -132,13 +133,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert (again.store.folder / state).read_bytes() == (finished[0].store.folder / state).read_bytes()
     for mine, theirs in zip(again.store.rounds(), finished[0].store.rounds(), strict=True):
         for key in ("refresh_bytes", "refreshed", "emulator_loss", "public_loss", "accepted", "correction"):
-            assert mine.get(key) == theirs.get(key), key
+            assert getattr(mine, key) == getattr(theirs, key), key
 
 
 @pytest.fixture
 def shipped(refreshing: Path, tmp_path: Path) -> DeployedEmulator:
     run = open_run(refreshing, tmp_path / "prepared", rounds=3)
-    return DeployedEmulator.open(run.store.package, _job(run, PlainDisplay()))
+    return DeployedEmulator.open(run.store.package, run.open_job())
 
 
 def started(shipped: DeployedEmulator, **more: Any) -> Progress:
@@ -152,12 +153,14 @@ def test_an_emulator_that_was_led_astray_is_led_back(shipped: DeployedEmulator) 
     for bias in shipped.biases.tensors.values():
         bias.data += torch.randn(bias.shape, generator=torch.Generator().manual_seed(2))
     progress = started(shipped, refresh=shipped.biases.values())
-    moved, facts = shipped.refreshed(progress)
-    before, after = facts["emulator_loss"]
-    assert facts["refreshed"]
+    moved, trial = shipped.refreshed(progress)
+    before, after = trial.losses
+    assert trial.kept
+    assert before is not None
+    assert after is not None
     assert moved != progress.refresh
     assert after < before - 0.5 * (before - near)
-    assert shipped.refreshed(progress) == (moved, facts)
+    assert shipped.refreshed(progress) == (moved, trial)
 
 
 def fitted_to_one_word(shipped: DeployedEmulator, word: int) -> DeployedEmulator:
@@ -168,6 +171,13 @@ def fitted_to_one_word(shipped: DeployedEmulator, word: int) -> DeployedEmulator
     return dataclasses.replace(shipped, job=dataclasses.replace(shipped.job, public=public))
 
 
+def risen(trial: RefreshTrial) -> float:
+    before, after = trial.losses
+    assert before is not None
+    assert after is not None
+    return after - before
+
+
 def test_a_refresh_that_does_harm_is_not_kept(shipped: DeployedEmulator) -> None:
     """Fitted to a single word the loss on real text rises, for some word at least: the tiny model knows few."""
     progress = started(shipped)
@@ -175,12 +185,13 @@ def test_a_refresh_that_does_harm_is_not_kept(shipped: DeployedEmulator) -> None
     for word in range(5, 15):
         shipped.biases.put(())
         tried.append(fitted_to_one_word(shipped, word).refreshed(progress))
-    kept, facts = max(tried, key=lambda one: one[1]["emulator_loss"][1] - one[1]["emulator_loss"][0])
-    assert facts["emulator_loss"][1] > facts["emulator_loss"][0]
-    assert not facts["refreshed"]
+    kept, trial = max(tried, key=lambda one: risen(one[1]))
+    assert risen(trial) > 0
+    assert not trial.kept
     assert kept == ()
-    said = refreshes([{"round": 1, "refresh_bytes": 0, "refresh_share": 0.0, **facts}])
-    assert said == ("The emulator was to be refreshed 1 times; it was no better by any, and stayed as it was.",)
+    refused = RoundRecord(1, (), refresh_bytes=0, refresh_share=0.0, refreshed=False, emulator_loss=trial.losses)
+    (said,) = refreshes([refused])
+    assert said.startswith("The emulator was refreshed 1 times on trial; no refresh lowered its loss, and the emulator")
 
 
 def test_a_recipe_without_a_bias_promises_no_refresh(fed: Path, tmp_path: Path) -> None:
@@ -193,6 +204,6 @@ def test_a_recipe_without_a_bias_promises_no_refresh(fed: Path, tmp_path: Path) 
 def test_without_refreshes_nothing_is_said_of_them(fed: Path, tmp_path: Path) -> None:
     run = open_run(fed, tmp_path / "plain", rounds=1)
     report = simulate(run, options())
-    assert refreshes(report["rounds"]) == ()
+    assert refreshes(report.rounds) == ()
     assert progress_of(run).refresh == ()
-    assert "refresh" not in json.dumps(report["rounds"])
+    assert "refresh" not in json.dumps(encode(report.rounds))

@@ -1,4 +1,4 @@
-"""A server rule that does not fit the rest of the federation file is refused in one line, before anything slow."""
+"""An aggregation rule that does not fit the federation file is refused in one line, before anything slow."""
 
 import dataclasses
 from pathlib import Path
@@ -36,7 +36,7 @@ FITS: dict[str, dict[str, Any]] = {
 
 
 def config(rule: str, **changed: Any) -> FedConfig:
-    """A federation of five with a rule and what it needs, less what a test changes."""
+    """Returns a federation of five with a rule and the keys that it needs, with a test's changes."""
     values = FITS.get(rule, {}) | changed
     training = TrainingConfig(local_steps=values.pop("steps", 1), learning_rate=values.pop("rate", 1.0))
     adapter = AdapterConfig(method=values.pop("method", "ffa_lora"), rank=4)
@@ -101,7 +101,7 @@ def test_a_key_is_set_where_it_is_used_and_nowhere_else(rule: str, key: str, ear
     given = {"proximal": 0.5, "faulty": 1, "penalty": 0.5, "earlier": (earlier,), "ranks": (RankConfig(("elm",), 1),)}
     if key in AGGREGATORS[rule].keys:
         none = {"proximal": 0.0, "faulty": 0, "penalty": 0.0, "earlier": (), "ranks": ()}[key]
-        assert f"aggregation.{key}: rule={rule!r} needs it" in refused(config(rule, **needed | {key: none}))
+        assert f"aggregation.{key}: rule={rule!r} needs this key" in refused(config(rule, **needed | {key: none}))
     else:
         assert f"aggregation.{key}: has no use with rule={rule!r}" in refused(
             config(rule, **needed | {key: given[key]})

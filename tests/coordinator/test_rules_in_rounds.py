@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.coordinator.aggregation.factor_rules import read_earlier
 from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.report.model import Report
 from offsite.coordinator.rounds.exchange import MemoryExchange
 from offsite.coordinator.rounds.round import RoundPlan, run_round
 from offsite.privacy.randomness import Randomness
@@ -23,34 +23,31 @@ from tests.rule_worlds import examples_of, mask_of, written
 SITES = ("ash", "birch", "cedar", "elm")
 
 
-def finished(path: Path, folder: Path, rounds: int = 2) -> tuple[Run, JobManifest, dict[str, Any]]:
+def finished(path: Path, folder: Path, rounds: int = 2) -> tuple[Run, JobManifest, Report]:
     settings, sha256 = read_config(path)
     run = Run.create(with_options(settings, seed=None, rounds=rounds, sites=None), sha256, folder / "run")
     report = simulate(run, options())
-    manifest = run.job()
+    manifest = run.store.job()
     assert manifest is not None
     return run, manifest, report
 
 
 def updates_of(run: Run, manifest: JobManifest, adapter: np.ndarray, number: int) -> dict[str, np.ndarray]:
-    """Each site's update, trained by itself."""
+    """Trains each site by itself and returns its update."""
     session, found = simulated_sessions(run, manifest)["ash"], {}
     for name in SITES:
+        examples, plan = examples_of(run, name, manifest, session), run.site(name, manifest, session).plan
         found[name] = local_update(
-            session,
+            SiteJob(name, manifest, session, examples, plan),
             adapter,
-            examples_of(run, name, manifest, session),
-            manifest=manifest,
-            plan=run.site(name, manifest, session).plan,
             randomness=Randomness.for_simulation(1, "noise", name, str(number)),
-            site=name,
             number=number,
         ).update
     return found
 
 
 def summed(manifest: JobManifest, updates: dict[str, np.ndarray], number: int) -> np.ndarray:
-    """The sum of integers in the open, as units of an update."""
+    """Returns the open sum of integers, in units of an update."""
     total = np.zeros(len(updates["ash"]), dtype=np.uint32)
     for name, update in updates.items():
         draw = Randomness.for_simulation(1, "rounding", name, str(number)).uniform
@@ -69,27 +66,27 @@ def test_factors_in_turn(fed: Path, tmp_path: Path) -> None:
     session = simulated_sessions(run, manifest)["ash"]
     adapter = start = session.layout.read(session.model)
     for number, factor in ((1, ".lora_B."), (2, ".lora_A.")):
-        scale = run.store.rounds()[number - 1]["scale"]
+        scale = run.store.rounds()[number - 1].scale
         moved = np.zeros(adapter.size)
         moved[mask_of(session, {factor: slice(None)})] = (
             summed(manifest, updates_of(run, manifest, adapter, number), number) / 4
         )
         adapter = (adapter + moved * scale).astype(np.float32)
     np.testing.assert_array_equal(adapter, adapter_of(run))
-    assert [line["accepted"] for line in run.store.rounds()] == [True, True]
+    assert [line.accepted for line in run.store.rounds()] == [True, True]
     assert (adapter != start).all()
-    sizes = [line["payload_bytes"] for line in run.store.rounds()]
+    sizes = [line.payload_bytes for line in run.store.rounds()]
     assert sum(sizes) == 4 * manifest.layout.size
     assert sizes[0] != sizes[1]
-    assert report["aggregation"]["rule"] == "rolora"
+    assert report.aggregation.rule == "rolora"
     earlier, named = read_earlier(str(run.store.adapter), manifest.layout), session.layout.named(adapter)
-    assert set(earlier) == {name for name in named if ".lora_A." in name}  # as olora reads what was exported here
+    assert set(earlier) == {name for name in named if ".lora_A." in name}  # olora reads this exported adapter
     for name, values in earlier.items():
         np.testing.assert_array_equal(values, named[name])
 
 
 def test_ledger_and_egress_report_are_of_the_part_that_leaves(fed: Path, tmp_path: Path) -> None:
-    """Real sites: what is announced in the audit log before the upload is the factor whose turn it is."""
+    """Real sites: before the upload, the audit log announces the factor that is trained in this round."""
     world = make_world(written(fed, "rolora", method="lora"), tmp_path / "world")
     sites = open_sites(world, tmp_path)
     exchange = MemoryExchange({name: site.service.handle for name, site in sites.items()})
@@ -110,7 +107,7 @@ def test_unequal_ranks_are_divided_by_who_trained_an_entry(fed: Path, tmp_path: 
     adapter = session.layout.read(session.model)
     members = np.where(mask_of(session, {".lora_B.": slice(0, 1)}), 4, 3)
     for number in (1, 2):
-        scale = run.store.rounds()[number - 1]["scale"]
+        scale = run.store.rounds()[number - 1].scale
         updates = updates_of(run, manifest, adapter, number)
         assert (updates["elm"][members == 3] == 0).all()
         adapter = (adapter + summed(manifest, updates, number) / members * scale).astype(np.float32)
@@ -124,34 +121,34 @@ def test_medians_of_updates_are_those_of_updates_trained_alone(fed: Path, tmp_pa
     for number in (1, 2):
         line = run.store.rounds()[number - 1]
         rows = np.stack([one.astype(np.float64) for one in updates_of(run, manifest, adapter, number).values()])
-        adapter = (adapter + np.median(rows * line["scale"], axis=0)).astype(np.float32)
-        assert line["accepted"]
-        assert line["members"] == list(SITES)
-        assert line["threshold"] == 3
+        adapter = (adapter + np.median(rows * line.scale, axis=0)).astype(np.float32)
+        assert line.accepted
+        assert line.members == SITES
+        assert line.threshold == 3
     np.testing.assert_array_equal(adapter_of(run), adapter)
     _says_that_updates_were_seen(run, report)
 
 
-def _says_that_updates_were_seen(run: Run, report: dict[str, Any]) -> None:
-    assert report["secagg"]["enabled"] is False
-    assert report["warnings"][0].startswith("secure aggregation is off")
+def _says_that_updates_were_seen(run: Run, report: Report) -> None:
+    assert report.secagg.enabled is False
+    assert report.warnings[0].startswith("secure aggregation is OFF")
     for name in ("report.md", "report.html"):
         text = (run.store.folder / name).read_text()
-        assert text.index("Secure aggregation was OFF") < text.index("The tuned model is"), name
+        assert text.index("Secure aggregation is OFF") < text.index("The tuned model is"), name
     privacy = json.loads((run.store.folder / "privacy.json").read_text())
     assert "the update of every single site" in privacy["coordinator"]["sees"][0]
     assert privacy["coordinator"]["is_not_trusted_with"] == ["a record of any site"]
     assert privacy["secure_aggregation"]["enabled"] is False
     assert privacy["secure_aggregation"]["claim"].startswith("none")
-    assert privacy["epsilon_largest"] <= 8.0  # each site's noise is what it was
+    assert privacy["epsilon_largest"] <= 8.0  # each site's noise is unchanged
 
 
 def test_the_products_are_the_best_of_the_rank_for_the_mean_product(fed: Path, tmp_path: Path) -> None:
     run, manifest, _ = finished(written(fed, "flexlora", method="lora", secagg=False), tmp_path, rounds=1)
     session = simulated_sessions(run, manifest)["ash"]
     start, (line,) = session.layout.read(session.model), run.store.rounds()
-    assert line["accepted"]
-    parts = [session.layout.named(start + one * line["scale"]) for one in updates_of(run, manifest, start, 1).values()]
+    assert line.accepted
+    parts = [session.layout.named(start + one * line.scale) for one in updates_of(run, manifest, start, 1).values()]
     found = session.layout.named(adapter_of(run))
     for down in [name for name in found if ".lora_A." in name]:
         up = down.replace(".lora_A.", ".lora_B.")
@@ -159,4 +156,4 @@ def test_the_products_are_the_best_of_the_rank_for_the_mean_product(fed: Path, t
         left, values, right = np.linalg.svd(whole, full_matrices=False)
         best = (left[:, :3] * values[:3]) @ right[:3]
         np.testing.assert_allclose(found[up].astype(np.float64) @ found[down], best, atol=1e-6 + 1e-4 * values[0])
-        assert values[3] > 1e-4 * values[0]  # four sites' mean has more than the rank
+        assert values[3] > 1e-4 * values[0]  # the mean of four sites has a rank above the adapter's

@@ -15,25 +15,25 @@ import pytest
 from offsite.coordinator import service
 from offsite.coordinator.aggregation.rules import ServerState
 from offsite.coordinator.config.federation_file import FedConfig, read_config
+from offsite.coordinator.home.job_settings import run_folder, settings_sha256
 from offsite.coordinator.home.provision import CoordinatorHome
-from offsite.coordinator.home.run_folder import run_folder, settings_sha256
 from offsite.coordinator.home.status import Status, read_status
 from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.network.package_delivery import Delivery
-from offsite.coordinator.report.federation_outcome import conclude
+from offsite.coordinator.report.federation_outcome import Started, conclude
 from offsite.coordinator.rounds.attempt import Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round_loop import TrainingLoop
 from offsite.coordinator.service import JobContext, open_job, run_job
 from offsite.errors import ConfigError, DataError, TooFewSurvivors, Untrusted
-from offsite.simulation.run_folder import columns_in
-from offsite.task.readers.tables import read
 from offsite.trust.keys import SiteKeys
 from offsite.trust.request import write_request
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SITES = ("ash", "birch", "cedar")
+STARTED = Started("0f" * 32, "2026-11-24T12:00:00+00:00")
 DELIVERIES = dict.fromkeys(SITES, Delivery(bytes(32), 1, {}))
 HOME = '[coordinator]\nhome = "home"\npatience = 0.1\n'
 
@@ -55,7 +55,7 @@ def folder(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """The prepared job and its run folder, which no test writes to."""
     run = tmp_path_factory.mktemp("prepared") / "run"
-    opened = setting(folder, run)
+    opened = context(folder, run)
     return open_job(opened, opened.home.federation()), run
 
 
@@ -66,18 +66,17 @@ def run(job: tuple[Job, Path], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def setting(folder: Path, run: Path, config: FedConfig | None = None) -> JobContext:
+def context(folder: Path, run: Path, config: FedConfig | None = None) -> JobContext:
     config, home = config or read_config(folder / "fed.toml")[0], CoordinatorHome.open(folder / "home")
     return JobContext(
         home=home,
         config=config,
         store=Store(run),
         status=Status(run / "status.json", lambda: NOW),
-        records=read(Path(config.data.public), reader=None, columns=columns_in(config)),
         nonce=lambda: bytes(32),
         now=lambda: NOW,
         on_step=lambda text: None,
-        on_round=lambda line: None,
+        on_round=lambda record: None,
     )
 
 
@@ -92,23 +91,11 @@ def edited(folder: Path, **replaced: str) -> FedConfig:
     return read_config(path)[0]
 
 
-def line(number: int) -> dict[str, object]:
-    return {
-        "round": number,
-        "members": list(SITES),
-        "threshold": 3,
-        "dropped": [],
-        "public_loss": 1.0,
-        "accepted": True,
-        "seconds": 1.0,
-    }
-
-
 def all_rounds(job: Job, store: Store) -> Progress:
     """Leaves a run folder as a kill does right after its last whole round."""
     for number in range(1, job.manifest.rounds + 1):
         progress = Progress(ServerState.start(job.start + np.float32(0.001) * number), number, 1.0)
-        store.save(progress, line(number))
+        store.save(progress, RoundRecord(number, SITES, 3, public_loss=1.0, seconds=1.0))
     return progress
 
 
@@ -120,13 +107,13 @@ def test_all_rounds_on_disk_are_concluded_without_a_site(folder: Path, run: Path
     expected = all_rounds(job[0], store)
     (run / "attempt").mkdir()  # of the last round; the kill came before it was closed
     (run / "attempt" / "masked.replies").write_bytes(b"large")
-    opened = setting(folder, run)
+    opened = context(folder, run)
     made, progress = run_job(opened)
     assert progress.round == made.manifest.rounds == expected.round
     assert np.array_equal(progress.server.adapter, expected.server.adapter)
     assert read_status(run / "status.json")["state"] == "finishing"
-    report = conclude(opened.config, "0f" * 32, store, made, progress)
-    assert report["finished_rounds"] == made.manifest.rounds
+    report = conclude(opened.config, store, made, progress, STARTED)
+    assert report.finished_rounds == made.manifest.rounds
     assert not (run / "attempt").exists()
     assert (store.adapter / "adapter_model.safetensors").is_file()
     assert list((folder / "home" / "link").iterdir()) == []  # no SuperLink was started
@@ -134,7 +121,7 @@ def test_all_rounds_on_disk_are_concluded_without_a_site(folder: Path, run: Path
 
 
 def test_it_is_concluded_under_the_next_epoch_too(folder: Path, run: Path, job: tuple[Job, Path]) -> None:
-    opened = setting(folder, run)
+    opened = context(folder, run)
     epoch = replace(opened.home.federation(), epoch=2)
     with pytest.raises(Untrusted, match="epoch=1: this run was made under it, and the owners are at 2; start a new"):
         open_job(opened, epoch)
@@ -154,7 +141,7 @@ def test_how_a_job_is_run_may_change_while_it_runs(folder: Path, run: Path, repl
     before, after = read_config(folder / "fed.toml")[0], edited(folder, **replaced)
     home = CoordinatorHome.open(folder / "home")
     assert run_folder(home, before, None) == run_folder(home, after, None)
-    opened = setting(folder, run, after)
+    opened = context(folder, run, after)
     assert open_job(opened, home.federation()).manifest.rounds == 2
 
 
@@ -179,7 +166,7 @@ def test_an_edited_job_does_not_go_on_in_the_folder_of_another(
     home = CoordinatorHome.open(folder / "home")
     assert run_folder(home, before, None) != run_folder(home, after, None)
     assert run_folder(home, after, run) == run
-    opened = replace(setting(folder, run), config=after)
+    opened = replace(context(folder, run), config=after)
     with pytest.raises(ConfigError, match=r"settings=\w{12}: run '.*run' began with \w{12}; restore the federation"):
         open_job(opened, home.federation())
 
@@ -223,7 +210,7 @@ def test_a_federation_that_is_moved_as_a_whole_stays_the_same_job(folder: Path, 
 
 def test_a_folder_without_its_settings_is_no_run_folder(folder: Path, run: Path) -> None:
     (run / "settings.json").unlink()
-    opened = setting(folder, run)
+    opened = context(folder, run)
     with pytest.raises(DataError, match=r"no readable settings\.json"):
         open_job(opened, opened.home.federation())
 
@@ -250,7 +237,7 @@ def losing(opened: JobContext, job: Job, rounds: list[int]) -> Callable[..., Pro
 def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
+    opened, epoch = context(folder, run), CoordinatorHome.open(folder / "home").federation()
     lost = [0] * 4 + [1] * 4
     assert job[0].manifest.rounds == 2
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], lost))
@@ -260,7 +247,7 @@ def test_links_may_be_lost_for_ever_while_there_are_whole_rounds_between(
 def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
+    opened, epoch = context(folder, run), CoordinatorHome.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [0] * 2 + [1] * 6))
     with pytest.raises(DataError) as caught:
         service._over_links(opened, job[0], epoch, DELIVERIES)
@@ -275,7 +262,7 @@ def test_a_link_that_is_lost_in_the_farewell_is_not_missed(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rounds are whole: nobody is waited for again."""
-    opened, epoch = setting(folder, run), CoordinatorHome.open(folder / "home").federation()
+    opened, epoch = context(folder, run), CoordinatorHome.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [2, 0]))
     assert service._over_links(opened, job[0], epoch, DELIVERIES).round == job[0].manifest.rounds
 
@@ -295,7 +282,7 @@ class Line:
 
 
 def test_an_abort_is_told_on_the_short_line_once(folder: Path, run: Path, job: tuple[Job, Path]) -> None:
-    opened, slow, short = setting(folder, run), Line(), Line()
+    opened, slow, short = context(folder, run), Line(), Line()
     attempts = Attempts(run, lambda: bytes(32), MonotonicCounter(run / "aggregations.txt"))
     federation = TrainingLoop(job[0], opened.config, opened.store, attempts, tries=2)
     with pytest.raises(TooFewSurvivors, match="sites=0 after train"):

@@ -1,4 +1,4 @@
-"""Where ranks differ and sites go missing, a part of the sum may be that of too few: the sites refuse to open it."""
+"""Where ranks differ and sites go missing, few sites may make up a part of the sum: the sites refuse to open it."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.cli.display import PlainDisplay
 from offsite.client.site.round_handler import Site, answer
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.coordinator.config.federation_file import read_config
@@ -17,7 +16,6 @@ from offsite.errors import TooFewSurvivors
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.simulation.simulate import _job
 from tests.rule_worlds import written
 
 SITES = ("ash", "birch", "cedar", "elm")  # elm has rank 1 of 3
@@ -28,7 +26,7 @@ Opened = tuple[JobManifest, dict[str, Site], np.ndarray]
 def made(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, EmulatorSession]:
     settings, sha256 = read_config(written(fed, "nested"))
     run = Run.create(settings, sha256, tmp_path_factory.mktemp("thin") / "run")
-    manifest = _job(run, PlainDisplay()).manifest
+    manifest = run.open_job().manifest
     return run, manifest, simulated_sessions(run, manifest)["ash"]
 
 
@@ -40,14 +38,14 @@ def opened(made: tuple[Run, JobManifest, EmulatorSession]) -> Opened:
 
 @dataclass
 class Heard:
-    """What a coordinator asked, and which refusals it got at which stage."""
+    """A coordinator's questions, and the refusals by stage."""
 
     stages: list[str] = field(default_factory=list)
     refusals: dict[str, set[str]] = field(default_factory=dict)
 
 
 def run_without(opened: Opened, silent: str, at: str, heard: Heard) -> RoundResult:
-    """A round in which a site falls silent."""
+    """Runs a round in which a site falls silent."""
     manifest, sites, start = opened
 
     def handle(name: str, stage: str, body: bytes) -> bytes:
@@ -65,7 +63,7 @@ def run_without(opened: Opened, silent: str, at: str, heard: Heard) -> RoundResu
     ("silent_at", "refused_at"), [("train", "keys"), ("keys", "masked"), ("shares", "masked"), ("masked", "survivors")]
 )
 def test_a_sum_of_which_a_part_is_that_of_two_is_not_opened(opened: Opened, silent_at: str, refused_at: str) -> None:
-    """Each site says no at the next step that shows it who is left, where it can before its update has left."""
+    """Each site refuses at the next step that shows the remaining sites, if possible before its update has left."""
     heard = Heard()
     with pytest.raises(TooFewSurvivors, match=f"sites=0 after {refused_at}"):
         run_without(opened, "ash", silent_at, heard)

@@ -12,7 +12,6 @@ import torch
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
-from offsite.cli.display import PlainDisplay
 from offsite.coordinator.config.federation_file import FedConfig, read_config
 from offsite.coordinator.job.prepare import Job, Parties, prepare
 from offsite.coordinator.job.store import Store
@@ -22,7 +21,6 @@ from offsite.errors import ConfigError, DigestMismatch, ProtocolViolation, Unkno
 from offsite.privacy.clipping_bound import median_norm
 from offsite.protos.signed_job import package_context
 from offsite.simulation.run_folder import Run
-from offsite.simulation.simulate import _job
 from offsite.task.tasks import TASKS
 from offsite.trust import streaming
 from tests.memory_federation import RunningSite, World, make_world
@@ -37,7 +35,7 @@ def world(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def job(world: World) -> Job:
-    return _job(world.run, PlainDisplay())
+    return world.run.open_job()
 
 
 def changed(varied: Path, old: str, new: str) -> FedConfig:
@@ -141,7 +139,7 @@ def test_what_a_killed_build_left_is_removed(world: World, varied: Path, tmp_pat
 
 def reopened(world: World, folder: Path) -> Job:
     shutil.copytree(world.run.store.folder, folder)
-    return _job(Run.open(folder), PlainDisplay())
+    return Run.open(folder).open_job()
 
 
 def test_a_job_is_opened_again_as_it_was_made(world: World, job: Job, tmp_path: Path) -> None:
@@ -156,7 +154,7 @@ def test_another_package_in_the_place_of_one_is_refused(world: World, tmp_path: 
     shutil.rmtree(folder / name)
     shutil.copytree(world.run.store.folder / other, folder / name)
     with pytest.raises(DigestMismatch, match=r"^emulator=\w{16}: run '.*run' began with \w{16}; put that one back"):
-        _job(Run.open(folder), PlainDisplay())
+        Run.open(folder).open_job()
 
 
 # handed out

@@ -39,7 +39,7 @@ def test_the_replayed_sum_is_the_open_computation(forward: Path, tmp_path: Path)
     run, manifest, report = finished(forward, tmp_path)
     bench_start = adapter = run_start(run, manifest)
     for number in (1, 2):
-        scale = run.store.rounds()[number - 1]["scale"]
+        scale = run.store.rounds()[number - 1].scale
         updates = updates_of(run, manifest, adapter, number)
         assert {update.shape for update in updates.values()} == {(DIRECTIONS * STEPS,)}
         mean = summed(manifest, updates, number) / 4
@@ -51,10 +51,12 @@ def test_the_replayed_sum_is_the_open_computation(forward: Path, tmp_path: Path)
     np.testing.assert_array_equal(adapter, adapter_of(run))
     assert (adapter != bench_start).any()
     lines = run.store.rounds()
-    assert all(line["payload_bytes"] == 4 * DIRECTIONS * STEPS for line in lines)
-    assert all(line["payload_bytes"] < manifest.layout.size for line in lines)
-    assert report["privacy"]["sites"][0]["epsilon"] == pytest.approx(8, abs=0.01)
-    assert report["privacy"]["sites"][0]["engine"] == "zero_order"
+    assert all(line.payload_bytes == 4 * DIRECTIONS * STEPS for line in lines)
+    assert all(line.payload_bytes < manifest.layout.size for line in lines)
+    assert report.privacy.sites[0].epsilon == pytest.approx(8, abs=0.01)
+    assert report.privacy.sites[0].engine == "zero_order"
+    statement = json.loads((run.store.folder / "privacy.json").read_text())
+    assert statement["mechanism"].startswith("DP-ZO: no gradients are taken")
 
 
 def run_start(run: Run, manifest: JobManifest) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, each with an input: the emulator must not know one of them by name."""
+"""Tiny random models of many families, each with an input: the emulator must not know any family by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.structure.geometry import Geometry
 
@@ -43,7 +43,11 @@ class Family:
     def build(self, directory: Path, recipe: tuple[str, ...] = (), embedding: str = "verbatim", **more: Any) -> Any:
         geometry = Geometry.of(self.model, 2, 1)
         return write_package(
-            self.model, geometry, recipe, embedding, Calibration(self.calibrate, self.losses), directory, **more
+            self.model,
+            EmulatorDesign(geometry, recipe, embedding),
+            Calibration(self.calibrate, self.losses),
+            directory,
+            **more,
         )
 
 

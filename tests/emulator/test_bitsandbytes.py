@@ -1,4 +1,4 @@
-"""Layers rounded by bitsandbytes: its numbers by a second route, exact gradients, and no record that knows another."""
+"""Layers rounded by bitsandbytes: numbers by a second route, exact gradients, and no record that affects another."""
 
 import sys
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.package.package_reader import load, read_manifest
 from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, library, round_layers
@@ -19,7 +19,7 @@ from offsite.emulator.vetting.vet import vet
 from offsite.errors import ConfigError, RangeError, UnknownName, UnsupportedModel
 from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
-from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.probe import single_gradient
 from offsite.task.causal_lm import CausalLM
 from offsite.task.examples import Examples
@@ -40,7 +40,7 @@ def bnb():
 
 
 def slow_nf4(weight):
-    """The nearest of sixteen numbers times the largest of 64, in float64, and where no other is as near."""
+    """Returns the nearest of sixteen numbers times the largest of 64, float64, and a mask of weights without a tie."""
     flat = nn.functional.pad(weight.double().flatten(), (0, -weight.numel() % 64)).reshape(-1, 64)
     largest = flat.abs().amax(1, keepdim=True)
     points = torch.tensor(NF4, dtype=torch.float64)
@@ -50,14 +50,14 @@ def slow_nf4(weight):
 
 
 def slow_int8(weight):
-    """A multiple of the 127th part of each row's largest weight, of float16 weights, and where no other is as near."""
+    """Returns multiples of a 127th of each row's largest weight, in float16, and a mask of weights without a tie."""
     half = weight.half().double()
     step = half.abs().amax(1, keepdim=True) / 127
     return (half / step).round() * step, ((half / step).frac().abs() - 0.5).abs() > 1e-4
 
 
 def rounded(family, folder, kind, recipe=(), **more):
-    """Returns a package's emulator with the rounded weights in plain layers, the same held, and its paths."""
+    """Returns a package's emulator with rounded weights in plain layers, the same in stored form, and their paths."""
     family.build(folder, recipe, **more)
     facts = read_manifest(folder)
     plain, held = (load(folder, dtype=torch.float32) for _ in range(2))
@@ -99,7 +99,7 @@ def test_outputs_and_gradients_are_those_of_bitsandbytes_own_layers_while_they_t
 
 
 def test_bitsandbytes_own_8_bit_layer_lets_one_record_move_another(bnb):
-    """Why its product is not used; should this fail one day, it may be."""
+    """This is why bitsandbytes' product is not used; if this test fails one day, the product may be used."""
     torch.manual_seed(1)
     layer, inputs = nn.Linear(64, 48), torch.randn(4, 6, 64)
     inputs[3, :, 5] *= 40  # a column of outliers in the last record alone
@@ -118,7 +118,7 @@ def test_bitsandbytes_own_8_bit_layer_lets_one_record_move_another(bnb):
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.02), ("nf4", 0.2)])
 def test_every_family_runs_on_what_was_vetted(bnb, family, tmp_path, kind, most):
-    """Held layers give the bits of plain layers with the rounded weights, forwards and backwards."""
+    """Layers in stored form give the bits of plain layers with rounded weights, forwards and backwards."""
     plain, held, forms = rounded(family, tmp_path / "p", kind)
     exact = load(tmp_path / "p", dtype=torch.float32)
     assert torch.equal(family.run(plain), family.run(held))
@@ -161,7 +161,10 @@ def test_every_block_of_a_parallel_emulator_stays_as_it_is(bnb, make, tmp_path):
     family = make("llama_untied")
     geometry = Geometry.of(family.model, 1, 1, "parallel")
     write_package(
-        family.model, geometry, ("int8:16",), "verbatim", Calibration(family.calibrate, family.losses), tmp_path
+        family.model,
+        EmulatorDesign(geometry, ("int8:16",), "verbatim"),
+        Calibration(family.calibrate, family.losses),
+        tmp_path,
     )
     assert round_layers(load(tmp_path, dtype=torch.float32), read_manifest(tmp_path), "nf4") == {}
 
@@ -180,7 +183,7 @@ def test_bytes(bnb, make, tmp_path):
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_engine_by_brute_force(bnb, make, tmp_path, engine, kind):
-    """One example's gradient is autograd's on it alone over plain layers; none moves the sum by more than the bound."""
+    """Each gradient equals autograd's for that example over plain layers, and moves the sum by at most the bound."""
     plain, held, _ = rounded(make("llama_untied"), tmp_path, kind)
     paths, _ = slot_paths(plain, read_manifest(tmp_path).geometry)
     spec = AdapterSpec("lora", rank=2, targets=("q_proj", "down_proj"), slots=paths)
@@ -226,7 +229,7 @@ def losses(model, batch):
 
 
 def test_the_rounded_model_is_vetted(bnb, make, tmp_path):
-    """A model that is honest until it is rounded: small weights beside large ones become zeros, and are found."""
+    """A model is honest until it is rounded: small weights beside large weights become zeros, and vetting refuses."""
     family = make("llama_untied")
     with torch.no_grad():
         layer = family.model.model.layers[3].mlp.down_proj  # 48 inputs

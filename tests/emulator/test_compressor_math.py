@@ -12,7 +12,7 @@ from offsite.emulator.calibration.least_squares import position_weights, ridge, 
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.source import MemorySource
 from offsite.emulator.compressors import apply, make_plan
-from offsite.emulator.compressors.gptq import Entering, quantize_rows, second_moments
+from offsite.emulator.compressors.gptq import InputMoments, quantize_rows, second_moments
 from offsite.emulator.compressors.lowrank import _factors
 from offsite.emulator.package import storage
 from offsite.emulator.package.quantization_scheme import Scheme
@@ -37,7 +37,7 @@ def middle_of(model, first=2, last=1):
 
 
 def leaving(model, place):
-    """What leaves a block in an ordinary call."""
+    """Returns a block's output in an ordinary call."""
     seen = []
     handle = model.model.layers[place].register_forward_hook(lambda _, args, output: seen.append(output))
     with torch.no_grad():
@@ -48,8 +48,8 @@ def leaving(model, place):
 
 def emulated(model, recipe):
     middle = middle_of(model)
-    for span in apply(middle, recipe, make_plan(middle, recipe)):
-        for path, block in span.blocks.items():
+    for draft in apply(middle, recipe, make_plan(middle, recipe)):
+        for path, block in draft.blocks.items():
             model.set_submodule(path, block)
     return model
 
@@ -87,7 +87,7 @@ def test_a_patch_is_the_best_linear_map(model):
     assert best <= mine < 1.01 * best < nothing
 
 
-def test_refit_brings_a_stretch_nearer_to_its_target(model):
+def test_refit_brings_a_segment_nearer_to_its_target(model):
     target = leaving(model, 4)
     weights = position_weights(target).unsqueeze(1)
 
@@ -98,7 +98,7 @@ def test_refit_brings_a_stretch_nearer_to_its_target(model):
     assert error(emulated(copy.deepcopy(model), ("skip@4", "refit"))) < 0.9 * plain
 
 
-def test_distillation_brings_a_stretch_nearer_and_never_further(model):
+def test_distillation_brings_a_segment_nearer_and_never_further(model):
     target = leaving(model, 4)
     weights = position_weights(target).unsqueeze(1)
 
@@ -166,7 +166,7 @@ def slowly(weight, moments, low, step, bits):
         error = (rest[:, i] - (low[:, i] + step[:, i] * code)) / inverse[i, i]
         rest -= torch.outer(error, inverse[i])
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-        inverse[i, i] = 1.0  # done with: keeps later divisions by it out of the way
+        inverse[i, i] = 1.0  # this input is done; a 1 keeps later divisions harmless
     return codes
 
 
@@ -184,7 +184,7 @@ def test_gptq_equals_its_definition_and_beats_rounding(scheme, turned):
     def back(codes):
         return as_stored(dequantize(codes, tuple(as_stored(weight).shape), scheme))
 
-    found = quantize_rows(weight, Entering.of(moments), scheme, turned=turned)
+    found = quantize_rows(weight, InputMoments.of(moments), scheme, turned=turned)
     mine, rounded = back(found), back(quantize(as_stored(weight), scheme))
     grid = found.grid(tuple(as_stored(weight).shape), scheme)
     low, step = (as_stored(one.repeat_interleave(8, dim=1).double()) for one in (grid.minima, grid.scales))
@@ -200,13 +200,16 @@ def test_gptq_equals_its_definition_and_beats_rounding(scheme, turned):
 
 def test_gptq_without_correlations_is_rounding_on_a_grid_that_is_no_worse():
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
-    weight[0, 3], weight[0, 4] = 6.0, -6.0  # worth cutting where they hardly enter
+    weight[0, 3], weight[0, 4] = 6.0, -6.0  # outliers that are worth cutting, since their input is small
     moments = torch.diag(torch.rand(16, dtype=torch.float64) + 0.5)
     moments[3, 3] = moments[4, 4] = 1e-3
     scheme = Scheme(4, 8)
     for turned in (False, True):
         stored = weight.T.contiguous() if turned else weight
-        mine, covering = quantize_rows(weight, Entering.of(moments), scheme, turned=turned), quantize(stored, scheme)
+        mine, covering = (
+            quantize_rows(weight, InputMoments.of(moments), scheme, turned=turned),
+            quantize(stored, scheme),
+        )
         values = dequantize(mine, tuple(stored.shape), scheme)
         low, steps = (
             one.float().repeat_interleave(8, dim=1)[:, : stored.shape[1]] for one in (mine.minima, mine.scales)
@@ -223,9 +226,9 @@ def test_gptq_without_correlations_is_rounding_on_a_grid_that_is_no_worse():
 
 
 def test_fine_grids_find_again_what_was_made_on_one():
-    """A matrix that lies on a fine grid comes back exactly, and any other with less error than covering grids give."""
+    """A matrix on a fine grid comes back exactly, and any other matrix with less error than with covering grids."""
     generator = torch.Generator().manual_seed(7)
-    scheme, entering = Scheme(4, 8, fine=True), Entering.of(torch.eye(24, dtype=torch.float64))
+    scheme, entering = Scheme(4, 8, fine=True), InputMoments.of(torch.eye(24, dtype=torch.float64))
     codes = torch.randint(0, 16, (16, 24), generator=generator, dtype=torch.uint8)
     codes.reshape(16, 3, 8)[..., :2] = torch.tensor([0, 15], dtype=torch.uint8)  # each group uses its whole grid
     fine = Fine(
@@ -233,7 +236,7 @@ def test_fine_grids_find_again_what_was_made_on_one():
         torch.randint(20, 64, (16, 3), generator=generator, dtype=torch.uint8),
         torch.tensor([0.25, 0.5]).expand(16, 2).to(torch.float16).contiguous(),
     )
-    fine.scales[:, 0], fine.minima[:, 0] = 63, 63  # the largest of a row tells what the others are multiples of
+    fine.scales[:, 0], fine.minima[:, 0] = 63, 63  # the largest code of a row determines the row's unit
     stored = Quantised.of(codes.reshape(-1), fine.grid(), 4)
     weight = dequantize(stored, (16, 24), scheme)
     assert torch.equal(dequantize(quantize_rows(weight, entering, scheme), (16, 24), scheme), weight)
@@ -246,8 +249,8 @@ def test_fine_grids_find_again_what_was_made_on_one():
 @pytest.mark.parametrize("scheme", [Scheme(4, 8), Scheme(4, 8, fine=True)], ids=str)
 @pytest.mark.parametrize("where", ["weight", "sizes"])
 def test_what_cannot_be_rounded_is_refused(scheme, where):
-    """Never zeros in its place."""
-    entering, weight = Entering.of(torch.eye(16, dtype=torch.float64)), torch.ones(4, 16)
+    """Tiny weights must not become zeros."""
+    entering, weight = InputMoments.of(torch.eye(16, dtype=torch.float64)), torch.ones(4, 16)
     weight[1, ::2] = -1
     if where == "weight":
         weight[1, 3] = torch.inf
@@ -259,8 +262,8 @@ def test_what_cannot_be_rounded_is_refused(scheme, where):
 
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1.0, 3e3])
 def test_fine_grids_hold_weights_of_any_size(size):
-    """Rows of zeros, too."""
-    scheme, entering = Scheme(4, 8, fine=True), Entering.of(torch.eye(16, dtype=torch.float64))
+    """Rows of zeros come back as well."""
+    scheme, entering = Scheme(4, 8, fine=True), InputMoments.of(torch.eye(16, dtype=torch.float64))
     weight = size * torch.randn(4, 16, generator=torch.Generator().manual_seed(8))
     weight[2] = 0
     found = dequantize(quantize_rows(weight, entering, scheme), (4, 16), scheme)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from offsite.adapter.methods import METHODS, attach, dummy_tensors
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.evaluation.fidelity import check_gate, gradient_cosine, visiting
 from offsite.emulator.package.package_reader import load
@@ -38,7 +38,10 @@ def emulate(llama, tmp_path):
     def emulator(*recipe, embedding="verbatim"):
         directory = tmp_path / "-".join(("p", *recipe)).replace(":", "_")
         write_package(
-            llama.model, Geometry.of(llama.model, 1, 1), recipe, embedding, Calibration(llama.calibrate), directory
+            llama.model,
+            EmulatorDesign(Geometry.of(llama.model, 1, 1), recipe, embedding),
+            Calibration(llama.calibrate),
+            directory,
         )
         return load(directory)
 
@@ -46,7 +49,7 @@ def emulate(llama, tmp_path):
 
 
 def by_hand(model, spec):
-    """The definition with ordinary backward on a copy, at the adapter's own start."""
+    """Computes the definition by an ordinary backward pass on a copy, at the adapter's own start."""
     adapted = attach(copy.deepcopy(model), spec)
     mean_loss(adapted).backward()
     return torch.cat([p.grad.flatten().double() for _, p in sorted(adapted.named_parameters()) if p.grad is not None])
@@ -120,7 +123,7 @@ def test_global_generator_is_left_alone(llama, spec, emulate):
 def test_half_precision_models(make, tmp_path):
     family = make("llama_tied", torch.bfloat16)
     geometry = Geometry.of(family.model, 1, 1)
-    write_package(family.model, geometry, ("int8:16",), "verbatim", None, tmp_path / "p")
+    write_package(family.model, EmulatorDesign(geometry, ("int8:16",), "verbatim"), None, tmp_path / "p")
     spec = AdapterSpec(slots=geometry.slots(family.model))
     assert gradient_cosine(family.model, load(tmp_path / "p"), spec, mean_loss) > 0.9
 
@@ -130,7 +133,7 @@ def test_another_adapter_layout_is_refused(llama, make, spec):
         gradient_cosine(llama.model, make("gpt2").model, spec, mean_loss)
     wide = make("qwen3")
     wide.model.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 32)
-    with pytest.raises(DigestMismatch, match="the emulator's adapter is not the full model's"):
+    with pytest.raises(DigestMismatch, match="the emulator's adapter must be the full model's"):
         gradient_cosine(wide.model, llama.model, AdapterSpec(slots=spec.slots, method="norm"), mean_loss)
 
 

@@ -25,12 +25,12 @@ def spec(llama):
 
 @pytest.fixture
 def examples(llama):
-    invented = [TASK.invented(llama.model, 9, seed=seed) for seed in range(3)]
-    return _Several(invented)
+    batches = [TASK.dummy_batch(llama.model, 9, seed=seed) for seed in range(3)]
+    return _Several(batches)
 
 
 class _Several:
-    """Batches of two records as one."""
+    """Joins two batches of records."""
 
     def __init__(self, batches, rows=None):
         self.batches = batches
@@ -40,7 +40,7 @@ class _Several:
         return len(self.rows)
 
     def select(self, indices):
-        (index,) = indices  # one example at a time is what is promised
+        (index,) = indices  # the mask promises one example at a time
         batch, row = self.rows[index]
         return self.batches[batch].select([row])
 
@@ -106,7 +106,7 @@ def test_the_places_are_the_top_share_of_each_matrix_and_others_than_by_magnitud
 
 
 def test_of_equal_entries_the_first_are_taken(llama, spec, examples):
-    """With all losses alike, no gradient tells entries apart."""
+    """With equal losses, no gradient distinguishes entries."""
 
     class Flat:
         def losses(self, model, batch):
@@ -122,7 +122,7 @@ def test_the_model_is_left_as_it_was(make, spec, dtype):
     model.model.embed_tokens.weight.requires_grad_(True)
     before = {n: (id(p), p.dtype, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
     buffers = {name: (b.dtype, b.clone()) for name, b in model.named_buffers()}
-    examples = _Several([TASK.invented(model, 9, seed=1)])
+    examples = _Several([TASK.dummy_batch(model, 9, seed=1)])
     given = fisher_places(model, spec, TASK, examples)
     wide = make("llama_tied", dtype).model.float().eval()
     assert all(torch.equal(t, given[n]) for n, t in fisher_places(wide, spec, TASK, examples).items())

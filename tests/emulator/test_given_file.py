@@ -1,4 +1,4 @@
-"""The file of given tensors in a package: the same bytes every time, announced, bounded, and vetted before use."""
+"""The file of auxiliary tensors in a package: the same bytes every time, announced, bounded, and vetted before use."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from offsite.emulator.package.manifest import GIVEN, FileEntry
 from offsite.emulator.package.package_reader import load, read_manifest
 from offsite.emulator.runtime.refresh_state import Frame
 from offsite.emulator.vetting.limits import VettingThresholds
-from offsite.emulator.vetting.vet import Slots, vet, vet_given
+from offsite.emulator.vetting.vet import Slots, vet, vet_auxiliary
 from offsite.errors import ConfigError, DigestMismatch, MalformedMessage, RangeError, UnsupportedModel
 from offsite.task.tasks import TASKS
 
@@ -37,12 +37,12 @@ def given(llama, spec):
 
 @pytest.fixture
 def folder(llama, given, tmp_path):
-    llama.build(tmp_path / "p", ("int4:16",), given=given)
+    llama.build(tmp_path / "p", ("int4:16",), auxiliary=given)
     return tmp_path / "p"
 
 
 def replaced(folder, tensors):
-    """The package as a hostile coordinator would make it: another file, honestly announced."""
+    """Makes the package of a hostile coordinator: another file, honestly announced."""
     content = tensors if isinstance(tensors, bytes) else save(tensors)
     (folder / GIVEN).write_bytes(content)
     manifest = read_manifest(folder)
@@ -67,7 +67,7 @@ def test_what_went_in_comes_out_and_nothing_else_changed(llama, folder, given, t
 
 
 def test_the_bytes_do_not_depend_on_the_order(llama, given, folder, tmp_path):
-    llama.build(tmp_path / "q", ("int4:16",), given=dict(reversed(given.items())))
+    llama.build(tmp_path / "q", ("int4:16",), auxiliary=dict(reversed(given.items())))
     assert (folder / GIVEN).read_bytes() == (tmp_path / "q" / GIVEN).read_bytes()
 
 
@@ -102,9 +102,9 @@ def test_more_bytes_than_the_slots_have_are_never_read(folder):
     model = load(folder, dtype=torch.float32)
     room = 4 * Slots.of(model, read_manifest(folder)).parameters
     large = replaced(folder, {"x": torch.zeros((room + HEADER_ROOM) // 4 + 1)})
-    (folder / GIVEN).unlink()  # it is refused by its announced size
-    with pytest.raises(RangeError, match=f"at most {room} as many as the slots' blocks have"):
-        read(folder, large, most=room)
+    (folder / GIVEN).unlink()  # the announced size alone must be refused
+    with pytest.raises(RangeError, match=f"at most {room} are taken, as many as the slots' blocks have"):
+        read(folder, large, max_bytes=room)
 
 
 def test_a_vetting_refuses_what_is_too_many_or_too_large(folder, given):
@@ -119,17 +119,17 @@ def test_a_vetting_refuses_what_is_too_many_or_too_large(folder, given):
 
 
 def test_frozen_adapters_that_drown_a_block_are_refused_where_they_stand(folder, given, spec):
-    """Every value is of an honest size; together they make a code of the record's tokens, the same for all of them."""
+    """Every value has an honest size; together the values give all of a record's tokens the same code."""
     manifest = read_manifest(folder)
     frame = Frame.of(folder, manifest)
 
     def opened(tensors):
         return attach(load(folder, dtype=torch.float32), spec, tensors)
 
-    vet_given(opened(given), frame, VettingThresholds(), seed=1)
+    vet_auxiliary(opened(given), frame, VettingThresholds(), seed=1)
     drowned = {name: torch.full_like(t, 90.0) if name.endswith("up.bias") else t for name, t in given.items()}
     with pytest.raises(UnsupportedModel, match="vetting "):
-        vet_given(opened(drowned), frame, VettingThresholds(), seed=1)
+        vet_auxiliary(opened(drowned), frame, VettingThresholds(), seed=1)
 
 
 def test_gate_and_visit_take_them_and_leave_no_trace(llama, folder, given, spec):
@@ -141,14 +141,14 @@ def test_gate_and_visit_take_them_and_leave_no_trace(llama, folder, given, spec)
     assert [(name, id(m), len(m._forward_hooks)) for name, m in llama.model.named_modules()] == before
     with pytest.raises(MalformedMessage, match="is missing"):
         gradient_cosine(llama.model, emulator, spec, llama.losses)
-    assert Lesson(spec).given == {}
+    assert Lesson(spec).auxiliary == {}
 
 
 @pytest.mark.parametrize("adapter", [AdapterSpec("madx"), AdapterSpec("masked", options=(("by", "fisher"),))])
 def test_a_package_built_alone_has_nothing_to_give(llama, tmp_path, adapter):
-    examples = PublicExamples(TASKS["causal_lm"], TASKS["causal_lm"].invented(llama.model, 9, seed=1))
+    examples = PublicExamples(TASKS["causal_lm"], TASKS["causal_lm"].dummy_batch(llama.model, 9, seed=1))
     public = Public(examples, examples, Text(examples, examples, examples, 9))
     builder = BuildPipeline(MemorySource(llama.model), Order(recipe=("int8:16",), adapter=adapter), public, None)
-    with pytest.raises(ConfigError, match="needs given tensors, which only a job has"):
+    with pytest.raises(ConfigError, match="needs auxiliary tensors, which only a job has"):
         builder.build(tmp_path / "p")
     assert not (tmp_path / "p").exists()

@@ -1,11 +1,11 @@
-"""Layers held as stored: the same outputs and gradients to the last bit, in a fraction of the memory."""
+"""Layers in the package's stored form: equal outputs and gradients to the last bit, in a fraction of the memory."""
 
 import pytest
 import torch
 
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.package.package_reader import load, read_manifest
 from offsite.emulator.runtime.quantized_linear import DequantizingLinear, replace_linears
@@ -18,7 +18,7 @@ from offsite.task.examples import Examples
 
 
 def both(family, folder, recipe, **more):
-    """Returns a package's emulator as it is loaded, the same with layers held as stored, and the bytes saved."""
+    """Returns a package's emulator as it is loaded, the same with layers in stored form, and the bytes saved."""
     family.build(folder, recipe, **more)
     plain, held = (load(folder, dtype=torch.float32) for _ in range(2))
     return plain, held, replace_linears(held, folder, read_manifest(folder))
@@ -29,7 +29,7 @@ def layers(model):
 
 
 def gradients(family, model, facts):
-    """Returns the gradients of all slots' parameters, of which those of the first are behind the whole middle."""
+    """Returns the gradients of all slots' parameters; those of the first slot pass through the whole middle."""
     paths, _ = slot_paths(model, facts.geometry)
     trained = [p for path in paths for p in model.get_submodule(path).parameters()]
     for parameter in trained:
@@ -76,7 +76,7 @@ def test_slots_tables_and_shared_layers_stay_as_they_are(make, tmp_path):
 
 
 def test_a_backward_pass_keeps_no_widened_weight(make, tmp_path):
-    """What autograd saves between forward and backward holds nothing of a weight's size and shape."""
+    """Autograd saves no tensor of a weight's size and shape between forward and backward."""
     family = make("llama_untied")
     _, held, _ = both(family, tmp_path / "p", ("int4:16",))
     gradients(family, held, read_manifest(tmp_path / "p"))  # the slots require gradients now
@@ -98,11 +98,14 @@ def test_a_backward_pass_keeps_no_widened_weight(make, tmp_path):
 @pytest.mark.parametrize("engine", ["bookkeeping", "hooks", "slot", "loop"])
 @pytest.mark.parametrize("storage", ["int8:16", "int4:16"])
 def test_an_adapter_on_held_layers_has_the_gradients_of_one_on_plain_layers(make, tmp_path, engine, storage):
-    """A parallel emulator carries adapters in every block, so also on top of 8-bit and 4-bit layers."""
+    """A parallel emulator carries adapters in every block, also on top of 8-bit and 4-bit layers."""
     family = make("llama_untied")
     geometry = Geometry.of(family.model, 1, 1, "parallel")
     write_package(
-        family.model, geometry, (storage,), "verbatim", Calibration(family.calibrate, family.losses), tmp_path / "p"
+        family.model,
+        EmulatorDesign(geometry, (storage,), "verbatim"),
+        Calibration(family.calibrate, family.losses),
+        tmp_path / "p",
     )
     rows = []
     for held in (False, True):

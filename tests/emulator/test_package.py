@@ -54,7 +54,7 @@ FITTED = {
     "narrow": ("narrow:0.5", "gptq4:16", "center"),
     "shared": ("share:0.5", "prune_2_4"),
 }
-# What a family cannot do, and why: a mixture's experts are one stacked tensor, so it has no pair of dense layers.
+# Compressors that a family refuses: a mixture's experts are one stacked tensor, so it has no pair of dense layers.
 REFUSED = {("mixtral", "patched"), ("mixtral", "narrow")}
 
 
@@ -136,7 +136,7 @@ def test_building_and_loading_leave_model_and_global_generator(llama, tmp_path):
     load(tmp_path / "p")
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
-    torch.nn.init.constant_(weight := torch.zeros(2), 3.0)  # initialisation works again after the loader turned it off
+    torch.nn.init.constant_(weight := torch.zeros(2), 3.0)  # the loader turned initialisation off; it must work again
     assert weight.tolist() == [3, 3]
 
 

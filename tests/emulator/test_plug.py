@@ -9,7 +9,7 @@ import torch
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.package.package_reader import load
 from offsite.emulator.runtime.plug_in import accept, plug
@@ -24,7 +24,9 @@ def spec(llama):
 
 def test_plugged_in_equals_written_by_name(llama, spec, tmp_path):
     geometry = Geometry.of(llama.model, 2, 1)
-    write_package(llama.model, geometry, ("skip_uniform:1",), "int8", Calibration(llama.calibrate), tmp_path / "p")
+    write_package(
+        llama.model, EmulatorDesign(geometry, ("skip_uniform:1",), "int8"), Calibration(llama.calibrate), tmp_path / "p"
+    )
     emulator = attach(load(tmp_path / "p"), spec)
     full = attach(copy.deepcopy(llama.model), spec)
     vector = np.random.default_rng(0).normal(size=Layout.of(emulator).size).astype(np.float32)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from offsite.emulator.compressors.prune import STAYS, _least, _two_of_four, scores
+from offsite.emulator.compressors.prune import STAYS, _smallest, _two_of_four, scores
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.emulator.vetting.weight_checks import _matrix_checks
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (192, 576))
 HALF: dict[str, Callable[[Tensor], Tensor]] = {
-    "prune:0.5": lambda score: _least(score, score.shape[1] // 2),
+    "prune:0.5": lambda score: _smallest(score, score.shape[1] // 2),
     "prune_2_4": _two_of_four,
 }
 
@@ -53,31 +53,31 @@ def test_a_wide_matrix_with_uneven_inputs_passes_the_vetting(way: str, shape: tu
 def test_each_row_loses_its_share_and_each_column_keeps_a_quarter(shape: tuple[int, int], share: Fraction) -> None:
     weight, inputs = uneven(shape, seed=3)
     score = scores(weight, root_mean_square(inputs))
-    zeros = _least(score, int(share * shape[1]))
+    zeros = _smallest(score, int(share * shape[1]))
     assert zeros.sum(1).tolist() == [int(share * shape[1])] * shape[0]
     assert int((~zeros).sum(0).min()) >= shape[0] // STAYS
     assert bool((score > 1).logical_and(zeros).any()) is False
 
 
 def test_with_even_inputs_it_is_wandas_choice() -> None:
-    """Where no column is quiet the quarter that stays is among what Wanda keeps, but for a few entries."""
+    """Without a quiet column, Wanda keeps the quarter that stays as well, but for a few entries."""
     draw = torch.Generator().manual_seed(4)
     weight, norms = torch.randn(256, 128, generator=draw), torch.ones(128)
-    mine, plain = (_least(score, 64) for score in (scores(weight, norms), weight.abs()))
+    mine, plain = (_smallest(score, 64) for score in (scores(weight, norms), weight.abs()))
     assert float((mine != plain).float().mean()) < 0.01
 
 
 def test_a_row_that_cannot_keep_all_still_loses_its_share() -> None:
-    """One row is the largest beside itself in every column: half of it goes, whatever shall stay."""
+    """One row is the largest relative to itself in every column; half of the row goes all the same."""
     weight = torch.full((8, 16), 0.01)
-    weight[1:, 0] = 10.0  # so that in all other columns only the first row is large beside its own size
+    weight[1:, 0] = 10.0  # so only the first row is large relative to itself in the other columns
     weight[0] = 1.0
-    zeros = _least(scores(weight, torch.ones(16)), 8)
+    zeros = _smallest(scores(weight, torch.ones(16)), 8)
     assert zeros.sum(1).tolist() == [8] * 8
 
 
 def test_a_column_that_is_always_outbid_keeps_its_turn() -> None:
-    """Four alike columns want the same rows to stay; two of four must go, and the quietest does not lose each time."""
+    """Four alike columns claim the same rows; two of four must go, and the quietest must not lose each time."""
     draw = torch.Generator().manual_seed(5)
     weight = torch.randn(64, 1, generator=draw).expand(64, 4) * (1 + 0.1 * torch.rand(64, 4, generator=draw))
     zeros = _two_of_four(scores(weight.contiguous(), torch.tensor([1e-4, 1.0, 2.0, 3.0])))

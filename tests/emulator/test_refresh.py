@@ -13,8 +13,8 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import in_slots, is_linear, leaf_names
-from offsite.emulator.build.package_writer import write_package
-from offsite.emulator.calibration.draft import spans
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
+from offsite.emulator.calibration.draft import segment_contexts
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.source import MemorySource
 from offsite.emulator.compressors.pairs import pairs_of
@@ -33,11 +33,13 @@ CENTRED = ("int3:16", "center")
 
 
 class Opened:
-    """A package and what can be moved of it, with the same random adapter in it and in the full model."""
+    """A package with its movable biases, and the same random adapter in the emulator and in the full model."""
 
     def __init__(self, family: Family, folder: Path, recipe: tuple[str, ...], **more: Any) -> None:
         geometry = Geometry.of(family.model, 2, 1, **more)
-        write_package(family.model, geometry, recipe, "int8", Calibration(family.calibrate, family.losses), folder)
+        write_package(
+            family.model, EmulatorDesign(geometry, recipe, "int8"), Calibration(family.calibrate, family.losses), folder
+        )
         self.folder, self.manifest = folder, read_manifest(folder)
         self.frame = Frame.of(folder, self.manifest)
         self.plain = load(folder)
@@ -58,7 +60,7 @@ class Opened:
 
 
 def leaving(family: Family, model: Any, paths: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """What leaves some blocks in one ordinary call, (positions, width)."""
+    """Returns the outputs of some blocks in one ordinary call, (positions, width)."""
     seen: dict[str, torch.Tensor] = {}
 
     def watch(path: str) -> Any:
@@ -102,7 +104,7 @@ def test_no_other_bias_would_be_better_for_its_block(llama: Family, tmp_path: Pa
             bias.data -= step
 
 
-def test_a_stretch_of_blocks_that_are_gone_is_aligned_to_what_leaves_them(llama: Family, tmp_path: Path) -> None:
+def test_a_segment_of_blocks_that_are_gone_is_aligned_to_what_leaves_them(llama: Family, tmp_path: Path) -> None:
     opened = Opened(llama, tmp_path / "p", ("skip@3", *CENTRED))
     assert list(opened.biases.tensors) == [f"model.layers.{place}.mlp.down_proj.bias" for place in (2, 4)]
     opened.refresh(llama)
@@ -132,7 +134,7 @@ def test_the_same_refresh_twice_gives_the_same_bytes(llama: Family, tmp_path: Pa
 
 
 def test_biases_that_were_led_astray_are_led_back(llama: Family, tmp_path: Path) -> None:
-    """The case in which a refresh must help: the shipped biases plus noise."""
+    """Adds noise to the shipped biases, so that a refresh must help."""
     opened = Opened(llama, tmp_path / "p", ("int8:16", "center"))
     expected = llama.run(opened.full)
 
@@ -148,18 +150,18 @@ def test_biases_that_were_led_astray_are_led_back(llama: Family, tmp_path: Path)
 
 
 def test_both_sides_find_the_biases_that_centering_moved(family: Family, tmp_path: Path) -> None:
-    """Of every family: what the site reads off structure is what the build found by trial."""
+    """For every family, the biases that a site finds by structure are those that the build found by trial."""
     geometry = Geometry.of(family.model, 2, 1)
     middle = Middle(MemorySource(family.model), geometry, Calibration(family.calibrate, family.losses))
     try:
-        stations = list(spans(middle, Plan.whole(middle.blocks, apart=middle.apart), public=True))
-        expected = sorted(f"{pairs_of(station)[-1].down}.bias" for station in stations)
+        contexts = list(segment_contexts(middle, Plan.whole(middle.blocks, apart=middle.apart), public=True))
+        expected = sorted(f"{pairs_of(context)[-1].down}.bias" for context in contexts)
     except UnsupportedModel:
         expected = []
     recipe = ("int8:16", "center") if expected else ("int8:16",)
     opened = Opened(family, tmp_path / "p", recipe)
     assert opened.frame.tower == geometry.blocks(family.model)
-    # Gemma's networks end in a norm, behind which no bias could lessen the error: centering left them without one.
+    # Gemma's networks end in a norm, behind which no bias could lessen the error, so centering left no bias.
     assert list(opened.biases.tensors) == ([] if family.name == "gemma3" else expected)
     opened.refresh(family)
 
@@ -177,7 +179,7 @@ def test_a_refresh_is_small_or_refused(llama: Family, tmp_path: Path) -> None:
     assert size_of(moved) <= 0.02 * opened.manifest.package_bytes
     assert size_of(moved) == sum(2 * bias.numel() + len(name) for name, bias in opened.biases.tensors.items())
     files = {name: replace(entry, bytes=entry.bytes // 30) for name, entry in opened.manifest.files.items()}
-    with pytest.raises(ConfigError, match="of the package, and at most 2% may be"):
+    with pytest.raises(ConfigError, match="of the package's bytes, but at most 2% are allowed"):
         opened.biases.check_any(1, replace(opened.manifest, files=files))
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offsite.emulator.build.package_writer import write_package
-from offsite.emulator.package import files
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
+from offsite.emulator.package import package_folder
 from offsite.emulator.package.manifest import CONFIG, MANIFEST, WEIGHTS
 from offsite.emulator.package.package_reader import load, read_manifest
 from offsite.emulator.structure.from_config import empty_model
@@ -26,7 +26,7 @@ from offsite.errors import (
 
 
 def rewrite(directory, change):
-    """Changes the manifest as an attacker would who can rewrite it but not its announced digest."""
+    """Changes the manifest like an attacker who can rewrite the manifest but not its announced digest."""
     values = json.loads((directory / MANIFEST).read_bytes())
     change(values)
     (directory / MANIFEST).write_bytes(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
@@ -136,11 +136,11 @@ def test_bytes_that_are_no_manifest(package, content):
 
 
 def reseal(directory, name):
-    """Makes the manifest's hashes fit again, as the builder of a bad package would."""
-    entry = files.entries(directory)[name]
+    """Makes the manifest's hashes fit again, like the builder of a bad package."""
+    entry = package_folder.entries(directory)[name]
     hashes = {}
     if name == WEIGHTS:
-        hashes = {key: files.tensor_sha256(tensor) for key, tensor in load_file(directory / name).items()}
+        hashes = {key: package_folder.tensor_sha256(tensor) for key, tensor in load_file(directory / name).items()}
 
     def change(values):
         values["files"][name] = {"sha256": entry.sha256, "bytes": entry.bytes}
@@ -223,7 +223,7 @@ def test_a_model_its_configuration_does_not_rebuild(llama, make, tmp_path):
 def test_a_model_without_a_configuration(tmp_path):
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(6)))
     with pytest.raises(UnsupportedModel, match="transformers configuration"):
-        write_package(model, Geometry("", 1, 1), (), "verbatim", None, tmp_path / "p")
+        write_package(model, EmulatorDesign(Geometry("", 1, 1), (), "verbatim"), None, tmp_path / "p")
 
 
 def test_a_directory_in_use_is_refused(llama, package):

@@ -106,7 +106,7 @@ def test_a_text_on_which_nothing_is_gained_is_refused(full, lesson):
 
 @pytest.mark.parametrize("method", ["lora", "ffa_lora"])
 def test_a_repaired_adapter_acts_in_the_full_model_as_it_did_in_the_emulator(full, method):
-    """On inputs in the span of A, which is all that an adapter sees of its inputs."""
+    """Compares on inputs in the span of A: an adapter sees no other part of its inputs."""
     paths = tuple(f"model.layers.{i}" for i in range(6))
     spec = AdapterSpec(method, rank=4, alpha=6.0, slots=paths)
     emulator = noisy(full, 1e-3)

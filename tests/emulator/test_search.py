@@ -1,4 +1,4 @@
-"""The search against every combination there is, on a model small enough to try them all."""
+"""The search against every possible combination, on a model that is small enough to try them all."""
 
 import itertools
 
@@ -7,8 +7,9 @@ import torch
 import transformers as hf
 
 from offsite.emulator.build.cost import SizeLimits
-from offsite.emulator.build.package_writer import write_package
-from offsite.emulator.build.search import LADDERS, Search
+from offsite.emulator.build.ladder import LADDERS
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
+from offsite.emulator.build.search import Search
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource
@@ -48,7 +49,7 @@ def test_a_search_comes_near_the_best_of_all_combinations(middle, flops):
     assert chosen.fits
     assert chosen.flops <= flops
     damages = sorted(every_choice(search))
-    # Not the best of all, but near it: of the best tenth, or within a tenth of the least damage.
+    # The search need not find the best, but must come near: of the best tenth, or within a tenth of the least damage.
     assert chosen.damage <= max(damages[len(damages) // 10], 1.1 * damages[0])
     assert chosen.damage <= min(one.damage for one in found if one.fits) + 1e-6
 
@@ -73,7 +74,7 @@ def test_bytes_of_a_candidate_are_those_of_its_package(middle, tmp_path, rounded
     assert [one.cost for one in Search(shards, SizeLimits(flops=0.75), "int8").run()] == [one.cost for one in found]
     for one in found[::3]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        manifest = write_package(model, middle.geometry, one.recipe, "int8", middle.calibration, folder)
+        manifest = write_package(model, EmulatorDesign(middle.geometry, one.recipe, "int8"), middle.calibration, folder)
         assert manifest.payload_bytes == one.cost.bytes
 
 

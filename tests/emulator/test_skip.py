@@ -14,7 +14,7 @@ from offsite.errors import MalformedMessage, UnsupportedModel
 
 
 class Residual(nn.Module):
-    """hidden + gain * x: its influence is known in closed form."""
+    """A block of hidden + gain * x, whose influence is known in closed form."""
 
     def __init__(self, turn):
         super().__init__()
@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 def by_hand(model, paths, inputs):
-    """The model with the middle cut out by hooks on the original blocks: a second way to skip."""
+    """Cuts the middle out by hooks on the original blocks: a second way to skip."""
     handles = []
     for path in paths:
 

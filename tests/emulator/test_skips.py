@@ -1,4 +1,4 @@
-"""Which blocks are left out, against what each measure says."""
+"""The choice of left-out blocks, against each measure by a second way."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A model read block by block from its shards gives the package of the model in memory, with little of it in memory."""
+"""A model read block by block from its shards gives the same package as the model in memory, with little memory."""
 
 import copy
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.gradients import SlotGradients
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.source import MemorySource, ShardSource
@@ -36,7 +36,7 @@ def test_shards_give_the_package_of_the_model_in_memory(make, name, tmp_path):
     source = ShardSource(saved(family, tmp_path / "m"), torch.float32)
     geometry = Geometry.of(family.model, 2, 1)
     for number, recipe in enumerate(RECIPES):
-        mine = write_package(source, geometry, recipe, "int8", public(family), tmp_path / f"a{number}")
+        mine = write_package(source, EmulatorDesign(geometry, recipe, "int8"), public(family), tmp_path / f"a{number}")
         other = family.build(tmp_path / f"b{number}", recipe, "int8")
         assert mine.tensors == other.tensors
         assert mine.to_dict() == other.to_dict()
@@ -94,7 +94,7 @@ def test_a_folder_that_is_no_model_or_not_the_whole_one(llama, tmp_path):
         ShardSource(tmp_path, torch.float32)
     folder = saved(llama, tmp_path / "m", shard="1GB")
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"llama"', '"nothing"'))
-    with pytest.raises(UnsupportedModel, match="no model_type"):
+    with pytest.raises(UnsupportedModel, match="does not know its model_type"):
         ShardSource(folder, torch.float32)
     whole = saved(llama, tmp_path / "n", shard="20KB")
     index = (whole / "model.safetensors.index.json").read_text()
@@ -111,13 +111,14 @@ import resource, sys, torch
 from pathlib import Path
 from offsite.emulator.structure.geometry import Geometry
 from offsite.emulator.calibration.middle import Calibration
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.source import ShardSource
 
 ids = torch.arange(16).reshape(2, 8)
 source = ShardSource(Path(sys.argv[1]), torch.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-write_package(source, Geometry.of(source.model, 1, 1), ("skip@3-9", "patch", "int4:64"), "verbatim",
+design = EmulatorDesign(Geometry.of(source.model, 1, 1), ("skip@3-9", "patch", "int4:64"), "verbatim")
+write_package(source, design,
       Calibration(lambda model: model(input_ids=ids)), Path(sys.argv[2]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(peak - before)

@@ -18,7 +18,7 @@ def middle_of(family):
 
 
 def hidden_by_hooks(family, blocks):
-    """What leaves each block in one ordinary call: the second way."""
+    """Returns each block's output in one ordinary call: the second way."""
     seen = {}
 
     def hook(path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource
@@ -75,7 +75,7 @@ def public(folder, task, model):
 
 def build(model, public, target, recipe, *, geometry=GEOMETRY, embedding="verbatim"):
     calibration = Calibration(public.run, public.losses)
-    manifest = write_package(model, geometry, recipe, embedding, calibration, target)
+    manifest = write_package(model, EmulatorDesign(geometry, recipe, embedding), calibration, target)
     return manifest, package_reader.load(target, expected_digest=manifest.digest())
 
 
@@ -145,7 +145,7 @@ def test_weights_are_not_shared_between_blocks_of_different_widths(model, public
 
 
 def test_rounding_with_care_errs_less_than_rounding_and_a_patch_less_than_nothing(model, public, tmp_path):
-    """Of what leaves the second block, for what enters it in the full model."""
+    """The error is that of the second block's output, for the block's inputs in the full model."""
     middle = Middle(MemorySource(model), GEOMETRY, Calibration(public.run))
     path = middle.blocks[0]
     entering = middle.stream.entering(path, [])
@@ -169,7 +169,7 @@ def test_what_stands_around_the_blocks_is_stored_as_the_tables_of_others_are(mod
     assert sum(model.get_parameter(name).numel() for name in around - rounded) < 0.01 * sum(
         model.get_parameter(name).numel() for name in around
     )
-    assert manifest.package_bytes < 0.5 * plain.package_bytes  # of weights that are float32
+    assert manifest.package_bytes < 0.5 * plain.package_bytes  # the weights are float32
     assert vet(tmp_path / "p", emulator, manifest, VettingThresholds(), seed=3).checks
     exact = losses(public, model)
     assert (losses(public, emulator) - exact).abs().max() < 0.05 * exact.max()
@@ -220,7 +220,7 @@ def test_the_published_configurations_are_known():
 
 
 STRANGE = [
-    {"addition_embed_type": "text_time"},  # Stable Diffusion XL: it wants to be told sizes
+    {"addition_embed_type": "text_time"},  # Stable Diffusion XL, whose inputs include sizes
     {"class_embed_type": "timestep"},
     {"encoder_hid_dim_type": "image_proj"},
     {"only_cross_attention": True},

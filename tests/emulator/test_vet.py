@@ -14,7 +14,7 @@ from torch import nn
 
 from offsite.adapter.methods import METHODS, attach, dummy_tensors, places
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.source import ShardSource
 from offsite.emulator.package.manifest import CONFIG
 from offsite.emulator.package.package_reader import load, read_manifest
@@ -63,7 +63,7 @@ def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> 
     from transformers import AutoModelForCausalLM
 
     full = AutoModelForCausalLM.from_pretrained(fed.parent / "model").eval()
-    write_package(full, Geometry.of(full, 1, 1), ("int4:32",), "int8", None, tmp_path / "p")
+    write_package(full, EmulatorDesign(Geometry.of(full, 1, 1), ("int4:32",), "int8"), None, tmp_path / "p")
     for seed in range(8):
         vetted(tmp_path / "p", seed=seed)
 
@@ -72,7 +72,7 @@ def test_a_trained_model_passes_whatever_is_drawn(fed: Path, tmp_path: Path) -> 
 
 
 def with_slots_in(family: Family, tower: str, folder: Path) -> Path:
-    write_package(family.model, Geometry(tower, 2, 1), (), "verbatim", None, folder)
+    write_package(family.model, EmulatorDesign(Geometry(tower, 2, 1), (), "verbatim"), None, folder)
     return folder
 
 
@@ -102,7 +102,7 @@ def test_words_that_do_not_mix_are_refused_beside_images_too(
 
 
 def test_a_tower_that_the_output_does_not_wholly_read_is_refused(make: Callable[..., Family], tmp_path: Path) -> None:
-    """LLaVA takes what enters the last block of its images, so an adapter in that block would learn nothing."""
+    """LLaVA reads the inputs of its image tower's last block, so an adapter in that block would learn nothing."""
     with pytest.raises(UnsupportedModel, match=r"dead_gradients=1 at model\.vision_tower"):
         vetted(with_slots_in(make("llava"), "model.vision_tower.encoder.layers", tmp_path / "p"))
 
@@ -113,16 +113,16 @@ def rebuilt(document: dict[str, Any]) -> nn.Module:
 
 
 DIFFUSION: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"_class_name": "UNet2DModel"}, UnsupportedModel, "of diffusers only DiTTransformer2DModel"),
+    ({"_class_name": "UNet2DModel"}, UnsupportedModel, "must be DiTTransformer2DModel"),
     ({"sample_size": 1 << 20}, MalformedMessage, "positions"),
     ({"patch_size": 0}, MalformedMessage, "at least 1"),
     ({"sample_size": True}, MalformedMessage, "at least 1"),
     ({"num_layers": [6]}, MalformedMessage, "one plain value"),
-    ({"num_layers": "six"}, MalformedMessage, "DiTTransformer2DModel refuses it"),
-    ({"norm_type": "layer_norm"}, MalformedMessage, "DiTTransformer2DModel refuses it"),
+    ({"num_layers": "six"}, MalformedMessage, "DiTTransformer2DModel refuses its arguments"),
+    ({"norm_type": "layer_norm"}, MalformedMessage, "DiTTransformer2DModel refuses its arguments"),
     ({"num_embeds_ada_norm": 1 << 40}, MalformedMessage, "no honest model has over"),
     ({"processor": "evil"}, MalformedMessage, "no such argument"),
-    ({"_name_or_path": "/home/owner"}, MalformedMessage, "none of auto_map"),
+    ({"_name_or_path": "/home/owner"}, MalformedMessage, "no key may be one of auto_map"),
     ({"dropout": 0.99}, UnsupportedModel, "config dropout"),
     ({"norm_eps": 1e6}, UnsupportedModel, "config norm_eps"),
     ({"activation_fn": "linear"}, UnsupportedModel, "config activation_fn"),
@@ -166,7 +166,7 @@ def _permutation(model: Any) -> None:
 
 
 def _scaled_permutation(model: Any) -> None:
-    """With signs and sizes, so that no entry is 1."""
+    """A permutation with signs and sizes, so that no entry is 1."""
     _permutation(model)
     weight = _slot(model).self_attn.q_proj.weight
     weight.mul_(torch.linspace(-2, 2, len(weight))[:, None])
@@ -202,7 +202,7 @@ def _dead_block(model: Any) -> None:
 
 
 def _quiet_block(model: Any) -> None:
-    """The same with weights large enough to look honest one by one, but outputs that vanish."""
+    """An identity block whose single weights look honest by their size, but whose outputs vanish."""
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         model.get_submodule(f"model.layers.2.{name}").weight.mul_(2e-4)
 
@@ -226,13 +226,13 @@ def _marked_word(model: Any) -> None:
 
 
 def _same_words(model: Any) -> None:
-    """All words but one look the same, so that whoever uses that one is seen."""
+    """All words but one look the same, so that a record with this word is seen."""
     table = model.get_input_embeddings().weight
     table[1:] = table[1:2] * torch.linspace(0.9, 1.1, len(table) - 1)[:, None]
 
 
 def _drowning_words(model: Any) -> None:
-    """Embeddings so large that no block changes what comes in: a hidden identity."""
+    """Embeddings so large that no block changes its input: a hidden identity."""
     model.get_input_embeddings().weight.mul_(1e5)
 
 
@@ -485,7 +485,7 @@ def test_the_report_keeps_the_number_nearest_to_its_limit() -> None:
 
 
 def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
-    """Neither passed nor refused does it leave a hook, a mode or a gradient behind."""
+    """A vetting leaves no hook, mode or gradient behind, whether it passes or refuses."""
     folder, model = honest
     vetted(folder, model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -502,13 +502,13 @@ def test_vetting_leaves_no_trace(honest: tuple[Path, Any]) -> None:
 
 
 def test_hooks_of_transformers_do_not_stay(make: Callable[..., Family], tmp_path: Path) -> None:
-    """LLaVA asks for hidden states, for which transformers hooks itself in for good: a second vetting would refuse."""
+    """LLaVA asks for hidden states, and transformers adds hooks for good: a second vetting would refuse."""
     make("llava").build(tmp_path / "p")
     model = load(tmp_path / "p")
     assert vetted(tmp_path / "p", model).to_dict() == vetted(tmp_path / "p", model).to_dict()
 
 
-# what a layer's inputs and gradients show by themselves
+# checks of a single layer's inputs and gradients
 
 
 def seen(**changed: torch.Tensor) -> Pass:
@@ -544,5 +544,5 @@ def test_rows_that_hold_one_token_each_are_told_from_a_loud_token() -> None:
     copies[:, 3] = 1.0  # every row keeps one token of each record: few tokens, but nothing else
     assert "single_in_example" in failed(seen(gradients=copies))
     loud = seen().gradients.clone()
-    loud[2, 5] *= 1e4  # what an honest model does with one odd token now and then
+    loud[2, 5] *= 1e4  # an honest model does this with an odd token now and then
     assert failed(seen(gradients=loud)) == set()

@@ -9,7 +9,7 @@ import torch
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
-from offsite.emulator.build.package_writer import write_package
+from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.package import package_reader
@@ -57,7 +57,9 @@ class Opened:
     def build(self, target: Path, recipe: tuple[str, ...], geometry: Geometry) -> Any:
         public = PublicExamples(self.task, self.batch, batch=3, gradients=4)
         calibration = Calibration(public.run, public.losses)
-        return write_package(self.model, geometry, recipe, "verbatim", calibration, target, tokenizer=self.folder)
+        return write_package(
+            self.model, EmulatorDesign(geometry, recipe, "verbatim"), calibration, target, tokenizer=self.folder
+        )
 
     def geometry(self) -> Geometry:
         return Geometry(self.tower, 1, 1)
@@ -69,7 +71,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
 
 
 def test_a_package_without_compression_is_the_model_and_its_processor(opened: Opened, tmp_path: Path) -> None:
-    """Bit for bit, from the package alone: that is all a site has."""
+    """Losses are equal bit for bit, from the package alone: a site has nothing else."""
     manifest = opened.build(tmp_path / "p", (), opened.geometry())
     assert manifest.auto == opened.task.kind
     assert opened.task.kind in AUTO

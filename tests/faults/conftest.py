@@ -1,13 +1,10 @@
 """A real federation on loopback: one coordinator and three sites as processes, over Flower and TLS."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.forked import PROGRAM, Process, launch, offsite
+from tests.ports import free_ports
+
 SITES = ("ash", "birch", "cedar")
 SEED = 1
-OFFSITE = [sys.executable, "-m", "offsite.cli.main"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 POLICY = {
     "models": '["any"]',
     "methods": '["any"]',
@@ -30,25 +28,6 @@ POLICY = {
     "allow_variants": "true",
     "allow_seeded_noise": "true",
 }
-
-
-def offsite(*arguments: str, fails: bool = False) -> str:
-    """Runs one command to its end and returns what it printed."""
-    done = subprocess.run(
-        [*OFFSITE, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 400.0, every: float = 0.02) -> Any:
@@ -80,6 +59,7 @@ class Federation:
       ports: (link, depot) to listen on.
       sites: their names.
       told: (link, depot) that sites are told, where a proxy stands between.
+      plain: whether every process is a new interpreter, and no fork of one that has imported everything.
     """
 
     def __init__(
@@ -91,19 +71,21 @@ class Federation:
         told: tuple[int, int] | None = None,
         ports: list[int] | None = None,
         suite: int = 2,
+        plain: bool = False,
     ) -> None:
         self.folder, self.world, self.home, self.sites = folder, fed.parent, folder / "home", sites
-        self.fed_text = fed.read_text()
+        self.fed_text, self.plain = fed.read_text(), plain
         self.ports = ports or free_ports(2)
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         link, depot = told or self.ports
         ports = ("--link-port", str(link), "--depot-port", str(depot), "--suite", str(suite))
-        offsite("coordinator", "init", str(self.home), "--name", "faults", *ports)
+        self.command("coordinator", "init", str(self.home), "--name", "faults", *ports)
         for site in sites:
             data = self.world / "data" / "sites" / site / "train"
-            offsite("client", "init", str(self.site(site)), "--name", site, "--data", str(data), "--suite", str(suite))
+            place = str(self.site(site))
+            self.command("client", "init", place, "--name", site, "--data", str(data), "--suite", str(suite))
         requests = [str(self.site(site) / "site.request") for site in sites]
-        printed = offsite("coordinator", "approve", str(self.home), *requests, "--yes")
+        printed = self.command("coordinator", "approve", str(self.home), *requests, "--yes")
         fingerprint = re.search(r"to compare: (\S+)", printed)
         assert fingerprint is not None, printed
         if told is not None:  # only now: a welcome tells the ports of these settings
@@ -112,10 +94,13 @@ class Federation:
                 settings.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {port}", settings.read_text()))
         for site in sites:
             welcome = str(self.home / "welcomes" / f"{site}.welcome")
-            offsite("client", "sign", str(self.site(site)), welcome, "--fingerprint", fingerprint[1])
+            self.command("client", "sign", str(self.site(site)), welcome, "--fingerprint", fingerprint[1])
             self.set_policy(site, **POLICY)
             with (self.site(site) / "site.toml").open("a") as file:
                 file.write(f"simulation_seed = {SEED}\n")
+
+    def command(self, *arguments: str) -> str:
+        return offsite(*arguments, plain=self.plain)
 
     def site(self, name: str) -> Path:
         return self.folder / name
@@ -150,27 +135,24 @@ class Federation:
         for site in self.sites:
             (self.site(site) / "state" / "journal.jsonl").unlink(missing_ok=True)
 
-    def start(
-        self, name: str, *arguments: str, program: list[str] = OFFSITE, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """Starts a process whose output goes to NAME.log."""
+    def start(self, name: str, *arguments: str, module: str = PROGRAM, env: dict[str, str] | None = None) -> Process:
+        """Starts a process whose output goes to NAME.log; one with an environment of its own is no fork."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*program, *arguments], stdout=log, stderr=subprocess.STDOUT, **({"env": ENVIRONMENT} | options)
-            )
+            plain = self.plain or env is not None
+            process = launch(module, *arguments, output=log, errors=log, env=env, plain=plain)
         self.processes[name] = process
         return process
 
-    def start_site(self, name: str, **options: Any) -> subprocess.Popen[bytes]:
-        return self.start(name, "client", "run", str(self.site(name)), **options)
+    def start_site(self, name: str, *, env: dict[str, str] | None = None) -> Process:
+        return self.start(name, "client", "run", str(self.site(name)), env=env)
 
     def start_sites(self) -> None:
         for site in self.sites:
             if site not in self.processes or self.processes[site].poll() is not None:
                 self.start_site(site)
 
-    def start_coordinator(self, job: Path, **options: Any) -> subprocess.Popen[bytes]:
-        return self.start("coordinator", "coordinator", "run", str(job), "--out", str(self.run(job)), **options)
+    def start_coordinator(self, job: Path, *, env: dict[str, str] | None = None) -> Process:
+        return self.start("coordinator", "coordinator", "run", str(job), "--out", str(self.run(job)), env=env)
 
     def run(self, job: Path) -> Path:
         return self.folder / f"run-{job.stem}"

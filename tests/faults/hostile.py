@@ -26,12 +26,10 @@ from offsite.coordinator.network.signed_exchange import SignedExchange
 from offsite.coordinator.network.superlink_session import SuperLinkSession
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round import RoundPlan
-from offsite.coordinator.service import JobContext, Offers, _depot, _muster, link_place, open_job
+from offsite.coordinator.service import JobContext, Offers, _depot, _readiness_poller, link_place, open_job
 from offsite.protos import codec, signed_messages
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import package_context, sign_job
-from offsite.simulation.run_folder import columns_in
-from offsite.task.readers.tables import read
 from offsite.trust import streaming
 from offsite.trust.identity import Identity
 from offsite.trust.sealing import seal
@@ -62,7 +60,6 @@ class HostileCoordinator:
             config=config,
             store=Store(folder),
             status=Status(self.home.folder / "status.json", now),
-            records=read(Path(config.data.public), reader=None, columns=columns_in(config)),
             nonce=lambda: secrets.token_bytes(32),
             now=now,
             on_step=lambda text: None,
@@ -96,9 +93,9 @@ class HostileCoordinator:
         """Offers the job until every site is ready."""
         offers = Offers(self.correspondence(), self.ledgers, {})
         deliveries = {member.site: self.delivery for member in self.epoch.members}
-        muster = _muster(self.setting, self.job, self.epoch, deliveries, offers)
+        poller = _readiness_poller(self.setting, self.job, self.epoch, deliveries, offers)
         everyone = len(self.epoch.members)
-        return muster.gather(ReadinessPolicy(everyone, everyone, patience))
+        return poller.wait(ReadinessPolicy(everyone, everyone, patience))
 
     def correspondence(self) -> SignedExchange:
         return SignedExchange(
@@ -140,7 +137,7 @@ class HostileCoordinator:
         """Sends the bytes of a letter and returns what is in the site's own letter."""
         replies = self.exchange.send(stage, {site: data})
         assert site in replies, f"{site} did not answer"
-        return codec.decode(codec.decode_letter(replies[site]).body)
+        return codec.decode(codec.decode_signed_message(replies[site]).body)
 
     def ask(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> codec.Message:
         return self.send(site, stage, self.letter(site, stage, message, **changed))

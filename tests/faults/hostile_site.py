@@ -16,7 +16,7 @@ from offsite.client.site import round_handler as site_module
 from offsite.protos import codec
 from offsite.protos import round_pb2 as wire
 from offsite.secagg import member as member_module
-from offsite.secagg import messages, ring
+from offsite.secagg import ring, signed_bodies
 from offsite.secagg.member import Member
 from tests.faults.poison import poison
 
@@ -38,27 +38,27 @@ def wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
 LAST: dict[str, bytes] = {}
 
 
-def answer(original: Any, mailbox: Any, stage: str, data: bytes) -> bytes:
+def answer(original: Any, endpoint: Any, stage: str, data: bytes) -> bytes:
     """The letter on its way out."""
-    reply: bytes = original(mailbox, stage, data)
+    reply: bytes = original(endpoint, stage, data)
     earlier = LAST.get("letter", b"")
     LAST["letter"] = reply
     changes: dict[tuple[str, str], Callable[[], bytes]] = {
-        ("train", "weight"): lambda: weighed(mailbox, reply),
+        ("train", "weight"): lambda: weighed(endpoint, reply),
         ("masked", "truncated"): lambda: reply[:-100],
         ("masked", "flipped"): lambda: reply[:200] + bytes([reply[200] ^ 1]) + reply[201:],
         ("masked", "replayed"): lambda: earlier,
-        ("masked", "as birch"): lambda: signed_as(mailbox, "birch", reply),
+        ("masked", "as birch"): lambda: signed_as(endpoint, "birch", reply),
     }
     return changes.get((stage, mode()), lambda: reply)()
 
 
-def signed_as(mailbox: Any, sender: str, reply: bytes, body: bytes | None = None) -> bytes:
+def signed_as(endpoint: Any, sender: str, reply: bytes, body: bytes | None = None) -> bytes:
     from offsite.protos import signed_messages
 
-    letter = codec.decode_letter(reply)
+    letter = codec.decode_signed_message(reply)
     return signed_messages.write(
-        mailbox._identity,
+        endpoint._identity,
         letter.federation,
         sender=sender,
         recipient=letter.recipient,
@@ -68,12 +68,12 @@ def signed_as(mailbox: Any, sender: str, reply: bytes, body: bytes | None = None
     )
 
 
-def weighed(mailbox: Any, reply: bytes) -> bytes:
+def weighed(endpoint: Any, reply: bytes) -> bytes:
     """Adds a field that says how many records stand behind the update; there is none in the protocol."""
     envelope = wire.Envelope()
-    envelope.ParseFromString(codec.decode_letter(reply).body)
+    envelope.ParseFromString(codec.decode_signed_message(reply).body)
     body = envelope.SerializeToString() + bytes([15 << 3 | 1]) + np.float64(WEIGHT).tobytes()
-    return signed_as(mailbox, mailbox._site, reply, body)
+    return signed_as(endpoint, endpoint._site, reply, body)
 
 
 def local_update(original: Any, *arguments: Any, **named: Any) -> Any:
@@ -127,9 +127,9 @@ def unmask(original: Any, member: Any, signatures: Any) -> Any:
     message = original(member, signatures)
     if mode() != "bad share":
         return message
-    released = messages.read_released(message.body)
+    released = signed_bodies.read_released(message.body)
     wrong = {peer: (kind, share + 1) for peer, (kind, share) in released.items()}
-    return member._sign(messages.UNMASK, messages.write_released(wrong))
+    return member._sign(signed_bodies.UNMASK, signed_bodies.write_released(wrong))
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from offsite.coordinator.network.superlink_session import _pem
 from offsite.protos.flower_process import QUIET
 from offsite.trust.certificates import create_authority, issue_server, new_key
 from offsite.trust.keys import SiteKeys
-from tests.faults.conftest import Federation, free_ports, wait_for
+from tests.faults.conftest import Federation, wait_for
 from tests.faults.hostile import HostileCoordinator
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

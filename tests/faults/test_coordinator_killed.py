@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import ENVIRONMENT, SITES, Federation, preloaded
+from tests.faults.conftest import SITES, Federation, preloaded
+from tests.forked import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
 # Where the step is too short to be met from outside: (the rename at which the process dies, the step that it ends in).

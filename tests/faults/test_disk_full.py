@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.conftest import Federation, offsite, wait_for
+from tests.faults.conftest import Federation, wait_for
+from tests.forked import offsite
 
 FOUR = ("ash", "birch", "cedar", "elm")
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def rounds(federation: Federation, job: Path) -> list[dict[str, object]]:
 
 def test_a_site_that_cannot_write_its_books_sends_nothing(four: Federation) -> None:
     four.forget_updates()
-    job = four.job("books", rounds=2, coordinator="sites = 4")
+    job = four.job("accounts", rounds=2, coordinator="sites = 4")
     process = four.start_coordinator(job)
     before = len(four.ledger("elm")), len(four.audit("elm", "egress"))
     four.wait_stage("train", pid=process.pid)

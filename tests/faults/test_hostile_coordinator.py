@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from offsite.coordinator.rounds.round import RoundPlan, run_round, tell_abort
-from offsite.emulator.package.files import TOKENIZER_FILES
+from offsite.coordinator.rounds.round import RoundPlan, run_round, send_abort
+from offsite.emulator.package.package_folder import TOKENIZER_FILES
 from offsite.errors import TooFewSurvivors
 from offsite.protos import codec
-from offsite.protos.terms import adapter_digest
-from offsite.secagg.messages import read_announcement, write_announcement
+from offsite.protos.secagg_params import adapter_digest
+from offsite.secagg.signed_bodies import read_announcement, write_announcement
 from offsite.trust.identity import Identity
 from tests.faults.conftest import Federation, wait_for
 from tests.faults.hostile import HostileCoordinator, Tampered, stream_of
@@ -224,7 +224,7 @@ def cheat(coordinator: HostileCoordinator, stage: str, **how: Any) -> tuple[Tamp
         with pytest.raises(TooFewSurvivors) as ended:
             run_round(coordinator.manifest, plan, coordinator.start(), exchange)
     finally:
-        tell_abort(coordinator.correspondence(), SITES, "a test")
+        send_abort(coordinator.correspondence(), SITES, "a test")
     return exchange, str(ended.value)
 
 
@@ -397,7 +397,7 @@ def _code(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
 def _remote_code(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
     config = json.loads(files["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "trap--modeling.Trap"}}
     put(manifest, files, "config.json", json.dumps(config).encode())
-    return "may stand in it"
+    return "no key may be one of"
 
 
 def _bomb_of_blocks(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
@@ -434,7 +434,7 @@ def _million_tensors(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
 def _not_finite(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
     import tempfile
 
-    from offsite.emulator.package.files import tensor_sha256
+    from offsite.emulator.package.package_folder import tensor_sha256
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights"

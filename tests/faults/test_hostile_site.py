@@ -3,7 +3,6 @@
 Four `client run` processes over Flower and TLS, one of them hostile; the rounds are the coordinator's own.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def federation(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     made = Federation(tmp_path_factory.mktemp("cheating"), fed, sites=SITES)
     for site in HONEST:
         made.start_site(site)
-    made.start(HOSTILE, str(made.site(HOSTILE)), program=[sys.executable, "-m", "tests.faults.hostile_site"])
+    made.start(HOSTILE, str(made.site(HOSTILE)), module="tests.faults.hostile_site")
     try:
         yield made
     finally:
@@ -69,7 +68,7 @@ def test_a_letter_that_is_not_the_sites_own_answer_is_dropped(
     [
         ("other vector", "masked", "signed the hash of another upload"),
         ("nan", "keys", "not finite"),
-        ("huge", "keys", "outside it"),
+        ("huge", "keys", "outside the clip"),
         ("weight", "train", "not in canonical form"),
     ],
 )

@@ -12,8 +12,9 @@ from offsite.client.home.installation import SiteHome
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.coordinator.rounds.round import run_round
 from offsite.trust.request import SiteRequest
-from tests.faults.conftest import OFFSITE, SITES, Federation, offsite, wait_for
+from tests.faults.conftest import SITES, Federation, wait_for
 from tests.faults.hostile import HostileCoordinator
+from tests.forked import offsite
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +114,7 @@ def test_a_copy_of_a_site_takes_no_part_beside_it_nor_after_it(stopped: Federati
     stopped.start_sites()
     with HostileCoordinator(stopped, stopped.job("copied", rounds=1)) as coordinator:  # an honest one, in our hands
         assert coordinator.ready() == stopped.sites
-        stopped.start("copy", *OFFSITE[3:], "client", "run", str(copy))
+        stopped.start("copy", "client", "run", str(copy))
         wait_for(lambda: "another copy of it is connected" in stopped.log("copy"))
         plan = coordinator.plan()
         letters = coordinator.correspondence()
@@ -138,4 +139,4 @@ def test_keys_that_belong_to_another_site_are_not_admitted(stopped: Federation) 
     (copy / "trust" / "federation").mkdir(parents=True)
     offsite("client", "request", str(copy))
     told = offsite("coordinator", "approve", str(stopped.home), str(copy / "site.request"), "--yes", fails=True)
-    assert "belongs to site 'elm' already; refuse it" in told
+    assert "belongs to site 'elm' already; refuse the request" in told

@@ -7,14 +7,13 @@ computation on updates that this test trains itself.
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from offsite.client.training.local_update import local_update
+from offsite.client.training.local_update import SiteJob, local_update
 from offsite.client.training.privacy_plan import plan_for
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.job.prepare import reopen
@@ -26,8 +25,9 @@ from offsite.privacy.randomness import Randomness
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run, simulated_sessions
 from tests.conftest import sentence
-from tests.faults.conftest import ENVIRONMENT, SEED, Federation, preloaded
+from tests.faults.conftest import SEED, Federation, preloaded
 from tests.faults.poison import poison
+from tests.forked import ENVIRONMENT
 
 SITES = ("ash", "birch", "cedar", "elm", "fir")
 TABLES = """
@@ -78,8 +78,7 @@ def federation(open_fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def start(federation: Federation, site: str) -> None:
     if site == HOSTILE:
-        module = [sys.executable, "-m", "tests.faults.hostile_site"]
-        federation.start(site, str(federation.site(site)), program=module)
+        federation.start(site, str(federation.site(site)), module="tests.faults.hostile_site")
     else:
         federation.start_site(site)
 
@@ -103,7 +102,7 @@ class Slowly:
             simulated_sessions(Run(config, sha256, store), self.manifest),
         )
         public = self._run.records(config.data.public)
-        opened = reopen(config, self.manifest, store.read_json("job_facts.json"), records=public, store=store)
+        opened = reopen(config, self.manifest, store.job_facts(), records=public, store=store)
         unused = Attempts(federation.folder, lambda: bytes(32), MonotonicCounter(federation.folder / "unused.txt"))
         self.rounds, self.untrained = Rounds(opened, config, store, unused), opened.zero_shot.loss
         self.start = self._session["ash"].layout.read(self._session["ash"].model)
@@ -115,21 +114,12 @@ class Slowly:
         """A site's update of the first round, float32 (d,)."""
         setting = next(one for one in self._run.config.sites if one.name == site)
         examples = self._run.examples(setting.train, self.manifest, self._session[site])
-        trained = local_update(
-            self._session[site],
-            self.start,
-            examples,
-            manifest=self.manifest,
-            plan=plan_for(self.manifest, len(examples)),
-            randomness=Randomness.for_simulation(SEED, "noise", site, "1"),
-            site=site,
-            number=1,
-        )
-        return trained.update
+        job = SiteJob(site, self.manifest, self._session[site], examples, plan_for(self.manifest, len(examples)))
+        return local_update(job, self.start, randomness=Randomness.for_simulation(SEED, "noise", site, "1")).update
 
     def moved(self, update: np.ndarray) -> np.ndarray:
         """The adapter after a step, as much of it as the coordinator took."""
-        return (self.start + update.astype(np.float64) * self.line["scale"]).astype(np.float32)
+        return (self.start + update.astype(np.float64) * self.line.scale).astype(np.float32)
 
 
 def nearest(rows: list[np.ndarray], faulty: int) -> int:
@@ -165,20 +155,20 @@ def test_who_does_not_permit_it_is_not_in_it_and_what_is_no_update_is_left_out(
     assert federation.finish() == 0, federation.log("coordinator")
 
     slowly = Slowly(federation, job, open_fed)
-    assert slowly.line["members"] == ["ash", "birch", "cedar"]
-    (left_out,) = slowly.line["dropped"]
-    assert (left_out["site"], left_out["stage"]) == (HOSTILE, "update")
-    assert "not finite" in left_out["reason"]
-    rows = np.stack([slowly.update(site).astype(np.float64) for site in slowly.line["members"]])
-    expected = (slowly.start + np.median(rows * slowly.line["scale"], axis=0)).astype(np.float32)
+    assert slowly.line.members == ("ash", "birch", "cedar")
+    (left_out,) = slowly.line.dropped
+    assert (left_out.site, left_out.stage) == (HOSTILE, "update")
+    assert "not finite" in left_out.reason
+    rows = np.stack([slowly.update(site).astype(np.float64) for site in slowly.line.members])
+    expected = (slowly.start + np.median(rows * slowly.line.scale, axis=0)).astype(np.float32)
     np.testing.assert_array_equal(slowly.adapter, expected)
 
     digest = slowly.manifest.digest().hex()
     assert {site: spent(federation, site, digest) for site in SITES} == dict.fromkeys(SITES, 1) | {UNWILLING: 0}
     assert "allow_individual_updates=false" in federation.log(UNWILLING)
-    assert "an update has left AS IT IS" in federation.log("ash")
+    assert "an update has left UNMASKED" in federation.log("ash")
     report = (federation.run(job) / "report.md").read_text()
-    assert "Secure aggregation was OFF" in report
+    assert "Secure aggregation is OFF" in report
     assert f"| {HOSTILE} | 1 | update |" in report
     assert "secure aggregation is OFF" in federation.log("coordinator")
 
@@ -202,8 +192,8 @@ def test_krum_is_not_moved_by_a_poisoned_update_that_spoils_the_mean(federation:
     federation.start_coordinator(job)
     assert federation.finish() == 0, federation.log("coordinator")
     slowly = Slowly(federation, job, open_fed)
-    assert slowly.line["members"] == list(SITES)
-    assert slowly.line["accepted"]
+    assert slowly.line.members == SITES
+    assert slowly.line.accepted
 
     poisoned = poison(slowly.start.size, slowly.manifest.update_bound)
     rows = [poisoned if site == HOSTILE else slowly.update(site) for site in SITES]

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.conftest import ENVIRONMENT, SITES, Federation, preloaded
+from tests.faults.conftest import SITES, Federation, preloaded
+from tests.forked import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
 PROGRAMS = (
@@ -40,7 +41,7 @@ class Watched:
 def watched(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     folder = tmp_path_factory.mktemp("quiet")
     library, written = preloaded("watch.c", folder), folder / "addresses"
-    federation = Federation(folder, fed)
+    federation = Federation(folder, fed, plain=True)
     # off in the environment, so that what is tested is what the programs themselves switch off
     inherited = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("FLWR_", "HF_", "RAY_"))}
     environment = inherited | {"LD_PRELOAD": library, "OFFSITE_WATCH": str(written)}

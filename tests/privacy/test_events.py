@@ -1,4 +1,4 @@
-"""privacy.events: what may be accounted for, and that equal events merge."""
+"""privacy.events: the range of an event's numbers, and the merging of equal events."""
 
 import math
 

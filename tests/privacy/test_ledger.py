@@ -1,4 +1,4 @@
-"""The privacy ledger: what it says was spent is never less than what was released, whoever kills, fills or restores."""
+"""The privacy ledger: the recorded spending is never less than the releases, through kills, full disks and restores."""
 
 import os
 import resource
@@ -30,7 +30,7 @@ DELTA = 1e-5
 
 @pytest.fixture(autouse=True)
 def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real accountant, each sum worked out once: processes that are forked from this one know what it knows."""
+    """Caches the real accountant's sums, so that processes forked from this one need not compute them again."""
     real = ACCOUNTANTS["rdp"]
     sums: dict[tuple[Event, ...], float] = {}
 
@@ -74,7 +74,7 @@ def ended(pid: int) -> int:
 
 
 def test_two_jobs_add_up_as_dp_accounting_composes_them(tmp_path: Path) -> None:
-    """By its own composed event, in another order and each round for itself, on a ten times finer grid."""
+    """Compared with dp-accounting's composed event, in another order, round by round, on a ten times finer grid."""
     ledger = opened(tmp_path / "l.jsonl", accountant="pld")
     for number in range(3):
         debited(ledger, 1, EVENT, "first")
@@ -98,7 +98,7 @@ def test_a_debit_says_what_stands_in_the_ledger(tmp_path: Path) -> None:
     assert (ledger.spent(), ledger.head()[0]) == (0.0, 0)
     for number in range(1, 5):
         projected = ledger.check(EVENT)
-        spend = ledger.debit(EVENT, job="job", round=1, now=NOW)  # again the same round: again an entry
+        spend = ledger.debit(EVENT, job="job", round=1, now=NOW)  # the same round again makes another entry
         assert (spend.number, spend.head) == ledger.head()
         assert spend.number == number
         assert spend.epsilon_total == projected == ledger.spent() == opened(tmp_path / "l.jsonl").spent()
@@ -114,7 +114,7 @@ def test_checking_enters_nothing(tmp_path: Path) -> None:
 
 
 def test_the_cap_is_met_and_never_passed(tmp_path: Path) -> None:
-    """As many releases as brute force permits; the next is refused before training and at the debit alike."""
+    """The ledger permits as many releases as brute force; check and debit both refuse the next one."""
     permitted = next(n for n in range(1, 100) if ACCOUNTANTS["rdp"]([EVENT] * (n + 1), DELTA) > 2.5)
     ledger = opened(tmp_path / "l.jsonl", cap=2.5)
     debited(ledger, permitted)
@@ -147,7 +147,7 @@ def test_other_bad_terms_are_refused(tmp_path: Path) -> None:
 
 
 def test_hundreds_of_rounds_stay_fast(tmp_path: Path) -> None:
-    """Processor time of a check and its debit with 300 entries behind them; PLD kept apart would take 20 s each."""
+    """Processor time of a check and its debit after 300 entries; without merged events PLD would take 20 s each."""
     path, event = tmp_path / "l.jsonl", Event(4.0, 0.01, 5)
     debited(opened(path), 1, event)
     chain = Chain(path, "offsite privacy ledger records")
@@ -186,7 +186,7 @@ def killed_at(line: int, work: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("already", [0, 2])
 def test_killed_at_any_line_the_record_covers_every_release(tmp_path: Path, already: int) -> None:
-    """A real process, kill -9 before each line of check and debit; what it released stands in another file."""
+    """A real process, kill -9 before each line of check and debit; another file records its releases."""
     start = tmp_path / "start.jsonl"
     debited(opened(start), already)
     account, entered, at = ACCOUNTANTS["rdp"], set(), 0
@@ -279,7 +279,7 @@ def test_a_restored_old_copy_is_seen_against_what_the_coordinator_signed(tmp_pat
     count, head = opened(path).head()
     signature = countersign(coordinator, "north", "ledger", count, head)
     check_countersigned(coordinator.public, "north", "ledger", count, head, signature)
-    for newer in range(2):  # also when it has grown since
+    for newer in range(2):  # also when the ledger has grown since
         debited(opened(path), newer)
         opened(path).check_against(count, head)
     shutil.copy(old, path)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from offsite.errors import OffsiteError, PrivacyRefusal
 from offsite.privacy.engines import ENGINES
-from offsite.privacy.mechanism import DpSgdConfig, train
-from offsite.privacy.optimizer import CLIP_MARGIN
+from offsite.privacy.mechanism import DpSgdConfig, DpTraining, train
+from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.randomness import Randomness
 from offsite.privacy.sampler import poisson
 
@@ -62,13 +62,13 @@ def run(rows: Rows, plan: DpSgdConfig, randomness: Any, model: nn.Module | None 
     """Returns the change of the trainable weights, flat, and the outcome."""
     model = model or network()
     before = torch.cat([p.detach().clone().flatten() for p in model[2].parameters()])
-    outcome = train(model, losses, rows.select, n=len(rows), terms=plan, randomness=randomness)
+    outcome = train(DpTraining(model, losses, rows, plan, randomness))
     after = torch.cat([p.detach().flatten() for p in model[2].parameters()])
     return after - before, outcome
 
 
 class NoNoise(Randomness):
-    """The same batches as the parent, and zeros for noise; only tests have such a thing."""
+    """The same batches as the parent's, and zeros for noise; exists in tests only."""
 
     def normal(self, count: int) -> np.ndarray:
         return np.zeros(count)
@@ -129,7 +129,7 @@ def test_leaving_one_example_out_moves_the_sum_by_at_most_the_bound(engine: str)
 @pytest.mark.statistical
 @pytest.mark.parametrize("rate", [1e-9, 0.25])
 def test_noise_has_the_planned_scale_and_no_other(rate: float) -> None:
-    """At rate 1e-9 the batch is empty and the step is noise alone; else the noiseless step is taken off first."""
+    """At rate 1e-9 the batch is empty and the step is noise alone; otherwise the noiseless step is subtracted first."""
     rows = data()
     draws = []
     for label in range(60):
@@ -161,7 +161,7 @@ def test_a_poisoned_example_leaves_no_trace(engine: str, poison: float) -> None:
 
 
 class Touchy(nn.Module):
-    """Fails in the forward pass, or in the backward pass, where a record has a value above 50."""
+    """Fails in the forward or backward pass when a record has a value above 50."""
 
     def __init__(self, backward: bool) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def _raise(_: Tensor) -> None:
 
 @pytest.mark.parametrize(("engine", "backward"), [("hooks", False), ("hooks", True), ("loop", False)])
 def test_an_example_on_which_the_model_fails_leaves_no_trace(engine: str, backward: bool) -> None:
-    """Nor do those beside it in its batch: the sum is that of all others, and the training ends like any other."""
+    """Its neighbours in the batch stay: the sum is that of all others, and the training ends like any other."""
     rows, plan = data(12), terms(engine=engine, sample_rate=1.0)
 
     def touchy() -> nn.Module:
@@ -197,14 +197,14 @@ def test_an_example_on_which_the_model_fails_leaves_no_trace(engine: str, backwa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_too_little_memory_is_told(error: Exception) -> None:
-    """No record decides it, and a site that left all of them out would send noise."""
+def test_too_little_memory_is_an_error(error: Exception) -> None:
+    """No record causes the error, and a site that left all records out would send noise."""
 
     def fails(model: nn.Module, rows: Rows) -> Tensor:
         raise error
 
     with pytest.raises(MemoryError):
-        train(network(), fails, data(4).select, 4, terms(sample_rate=1.0), silent())
+        train(DpTraining(network(), fails, data(4), terms(sample_rate=1.0), silent()))
 
 
 def test_the_event_is_what_was_done() -> None:

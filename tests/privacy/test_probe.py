@@ -1,4 +1,4 @@
-"""The probe refuses each known way of being silently not private, and accepts the honest case."""
+"""The probe refuses each known way in which training is silently not private, and accepts the honest case."""
 
 import warnings
 from typing import Any
@@ -104,7 +104,7 @@ def test_trained_batch_normalisation_is_refused() -> None:
 
 
 class Contrastive(nn.Module):
-    """Each output minus half the mean of its batch, as contrastive losses have it."""
+    """Each output minus half the mean of its batch, as in contrastive losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_a_loss_over_the_whole_batch_is_refused() -> None:
 
 
 class Dropping(nn.Module):
-    """A trainable layer with a dropout of its own, which torch does not know as one."""
+    """A trainable layer with a dropout of its own, which torch does not know as dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_dropout_inside_a_slot_is_refused() -> None:
 
 
 class Flattening(nn.Module):
-    """Hands its layer one row per position instead of one per example, as OPT's feed-forward does."""
+    """Passes its layer one row per position instead of one row per example, as OPT's feed-forward does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""privacy.sampler: each record has its own chance, and nothing else."""
+"""privacy.sampler: each record joins with its own probability, independently of all others."""
 
 import numpy as np
 import pytest

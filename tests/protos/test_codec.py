@@ -1,4 +1,4 @@
-"""Messages survive the wire, and nothing else does."""
+"""Messages survive the wire, and no other bytes decode."""
 
 import re
 from dataclasses import fields, replace
@@ -19,7 +19,7 @@ NAME = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",))
 LINE = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 HEX = DIGEST.map(bytes.hex)
 COUNT = st.integers(0, 2**32 - 1)
-SIGNED = st.builds(codec.SignedBytes, NAME, st.binary(max_size=40), st.binary(max_size=64))
+SIGNED = st.builds(codec.Signed, NAME, st.binary(max_size=40), st.binary(max_size=64))
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=8).map(lambda v: np.array(v, dtype=np.float32))
 HEADS = st.builds(codec.LedgerHead, HEX, st.integers(0, 2**64 - 1), HEX, st.binary(max_size=64))
 MAYBE_HEAD = st.none() | HEADS
@@ -51,7 +51,9 @@ MESSAGES = st.one_of(
     st.builds(codec.OfferReply, LINE, LINE, LONG, st.binary(max_size=64), MAYBE_HEAD),
     st.builds(codec.Notice, LINE, LINE),
 )
-LETTERS = st.builds(codec.SignedMessage, DIGEST, LINE, LINE, LINE, LONG, st.binary(max_size=40), st.binary(max_size=64))
+SIGNED_MESSAGES = st.builds(
+    codec.SignedMessage, DIGEST, LINE, LINE, LINE, LONG, st.binary(max_size=40), st.binary(max_size=64)
+)
 
 
 def same(left: object, right: object) -> bool:
@@ -69,9 +71,9 @@ def test_a_message_comes_back(message: codec.Message) -> None:
     assert same(codec.decode(codec.encode(message)), message)
 
 
-@given(LETTERS)
-def test_a_letter_comes_back(letter: codec.SignedMessage) -> None:
-    assert codec.decode_letter(codec.encode_letter(letter)) == letter
+@given(SIGNED_MESSAGES)
+def test_a_signed_message_comes_back(message: codec.SignedMessage) -> None:
+    assert codec.decode_signed_message(codec.encode_signed_message(message)) == message
 
 
 HEAD = codec.LedgerHead("0a" * 32, 7, "0b" * 32, bytes(range(64)))
@@ -81,13 +83,13 @@ EXAMPLES = [
     codec.TrainRequest(bytes(32), 2, np.array([1.0], dtype=np.float32), (("a.bias", b"\0\1"), ("b.bias", b"\2\3"))),
     codec.TrainReply(3),
     codec.KeysRequest(3, 9, bytes(32), bytes(range(32)), ("ash", "birch")),
-    codec.SignedBatch((codec.SignedBytes("ash", b"body", b"sig"),)),
-    codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([1, 2**32 - 1], dtype=np.uint32)),
+    codec.SignedBatch((codec.Signed("ash", b"body", b"sig"),)),
+    codec.MaskedReply(codec.Signed("ash", b"body", b"sig"), np.array([1, 2**32 - 1], dtype=np.uint32)),
     codec.Announcement(b"list"),
     codec.Refusal("RangeError", "why"),
-    codec.MaskedReply(codec.SignedBytes("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
-    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), b"box"),
-    codec.UpdateReply(codec.SignedBytes("ash", b"body", b"sig"), b"box", HEAD),
+    codec.MaskedReply(codec.Signed("ash", b"body", b"sig"), np.array([5], dtype=np.uint32), HEAD),
+    codec.UpdateReply(codec.Signed("ash", b"body", b"sig"), b"box"),
+    codec.UpdateReply(codec.Signed("ash", b"body", b"sig"), b"box", HEAD),
     codec.UpdateRequest(codec.KeysRequest(3, 9, bytes(32), bytes(32), ("ash",)), bytes(range(64)) * 19),
     OFFER,
     codec.OfferReply("ready", "why", 1 << 33, bytes(64), HEAD),
@@ -106,7 +108,7 @@ def test_every_truncation_is_refused(message: codec.Message) -> None:
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 def test_a_flipped_bit_is_refused_or_another_message(message: codec.Message) -> None:
-    """The codec keeps no checksum of its own; a flip may make another message, but never the same one or a crash."""
+    """The codec keeps no checksum; a flip may make another message, but never the same message or a crash."""
     data = codec.encode(message)
     for place in range(8 * len(data)):
         flipped = bytearray(data)
@@ -120,12 +122,12 @@ def test_a_flipped_bit_is_refused_or_another_message(message: codec.Message) -> 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=200))
-def test_noise_is_no_letter(data: bytes) -> None:
+def test_noise_is_no_signed_message(data: bytes) -> None:
     try:
-        letter = codec.decode_letter(data)
+        message = codec.decode_signed_message(data)
     except MalformedMessage:
         return
-    assert codec.encode_letter(letter) == data
+    assert codec.encode_signed_message(message) == data
 
 
 def test_an_offer_of_a_package_without_a_whole_hash_is_refused() -> None:
@@ -162,7 +164,7 @@ def test_a_line_that_nobody_could_read_is_cut_by_its_writer(where: str, text: st
 def test_a_line_that_nobody_could_read_is_refused_by_its_reader(
     where: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer that writes as it likes: the same message without the cut."""
+    """The peer writes without limits: the same message without the cut."""
     monkeypatch.setattr(codec, "one_line", lambda text, most=0: text)
     data = codec.encode(SHOWN[where](text))
     with pytest.raises(MalformedMessage, match="must be a printable ASCII text"):
@@ -179,14 +181,14 @@ def test_a_line_up_to_the_limit_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("field", ["ledger", "head"])
 def test_a_ledger_head_is_two_digests(field: str, wrong: str) -> None:
     head = replace(HEAD, **{field: wrong})
-    masked = codec.MaskedReply(codec.SignedBytes("ash", b"", b""), np.array([5], dtype=np.uint32), head)
+    masked = codec.MaskedReply(codec.Signed("ash", b"", b""), np.array([5], dtype=np.uint32), head)
     for message in (codec.OfferReply("ready", "", 0, b"", head), masked, replace(OFFER, ledgers=(HEAD, head))):
         with pytest.raises(MalformedMessage, match="ledger head: must be lower-case hexadecimal of 32 bytes"):
             codec.decode(codec.encode(message))
 
 
 LISTS = {
-    "messages": lambda count: codec.SignedBatch((codec.SignedBytes("ash", b"body", b"sig"),) * count),
+    "messages": lambda count: codec.SignedBatch((codec.Signed("ash", b"body", b"sig"),) * count),
     "invited": lambda count: codec.KeysRequest(3, 9, bytes(32), bytes(32), ("ash",) * count),
     "owners": lambda count: replace(OFFER, owners=(("ash", b"a"),) * count),
     "ledgers": lambda count: replace(OFFER, ledgers=(HEAD,) * count),
@@ -217,7 +219,7 @@ def test_moved_biases_are_few_small_and_in_order(kind: str) -> None:
 
 
 NAMED = {
-    "sender": lambda name: codec.SignedBatch((codec.SignedBytes(name, b"body", b"sig"),)),
+    "sender": lambda name: codec.SignedBatch((codec.Signed(name, b"body", b"sig"),)),
     "invited": lambda name: codec.KeysRequest(3, 9, bytes(32), bytes(32), (name,)),
     "owner": lambda name: replace(OFFER, owners=((name, b"a"),)),
 }

@@ -1,4 +1,4 @@
-"""Stages as Flower records, over Flower's own wire form; and the bundle, which holds no code and is always the same."""
+"""Stages as Flower records, over Flower's own wire form; and the bundle, which holds no code and never changes."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ SIZES = (0, 1, 3, 255, SHORT_BYTES - 1, SHORT_BYTES, SHORT_BYTES + 1, 3 * SHORT_
 
 
 def over_the_wire(record: RecordDict) -> RecordDict:
-    """The record as it arrives at the other end of Flower."""
+    """Returns the record as it arrives at the other end of Flower."""
     return recorddict_from_proto(Wire.FromString(recorddict_to_proto(record).SerializeToString()))
 
 
@@ -42,7 +42,7 @@ def test_bytes_that_mean_something_to_others_come_back(special: bytes) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_long_bodies_are_one_array_and_short_ones_none(size: int) -> None:
-    """Flower moves each array with requests of its own, so there must never be more than one."""
+    """Flower moves each array with requests of its own, so there must never be more than one array."""
     record = pack("masked", body(size))
     arrays = [array for one in record.array_records.values() for array in one.values()]
     assert len(arrays) == (size > SHORT_BYTES)
@@ -62,7 +62,7 @@ def test_long_bodies_are_one_array_and_short_ones_none(size: int) -> None:
     ],
 )
 def test_a_record_that_is_no_stage_is_a_key_error(record: RecordDict) -> None:
-    """The executor answers that with an error of Flower's instead of calling the site."""
+    """The executor answers a key error with an error of Flower's instead of calling the site."""
     with pytest.raises(KeyError):
         unpack(record)
 

@@ -1,4 +1,4 @@
-"""The lock in front of Flower's programs: what answers without the secret, asked for in every spelling of a path."""
+"""The lock in front of Flower's programs: what answers without the secret, for every spelling of a path."""
 
 import asyncio
 import contextlib
@@ -57,7 +57,7 @@ def ask(
     kind: str = "http",
     method: str = "GET",
 ) -> Any:
-    """What an application behind the guard was asked, and what was sent back, for one request."""
+    """Returns what an application behind the guard was asked, and the response, for one request."""
     reached: list[str] = []
     sent: list[Any] = []
 
@@ -113,7 +113,7 @@ def test_everything_else_is_not_there(path: str) -> None:
     ],
 )
 def test_a_content_that_flowers_client_does_not_name_is_refused_unread(given: tuple[str, ...]) -> None:
-    """Flower would write what it is called into its log."""
+    """Flower would write the content type into its log."""
     headers = [(b"content-type", one.encode()) for one in given]
     for path in ("/v1/fleet/push-object", "/health"):
         reached, sent = ask(path, *headers, method="POST")
@@ -182,7 +182,7 @@ def test_start_and_end_of_the_program_pass() -> None:
 
 
 def body_of(*pieces: bytes, announced: bytes | None = None, path: str = "/v1/fleet/x", secret: bool = False) -> Any:
-    """What an application got of a body that came in pieces, its status, and how many pieces were asked for."""
+    """Returns the body that an application got in pieces, its status, and how many pieces were requested."""
     got: list[Any] = []
     sent: list[Any] = []
     asked: list[bytes] = []
@@ -238,7 +238,7 @@ def test_only_the_paths_that_are_named_take_a_longer_body(path: str) -> None:
 
 
 class Crowd:
-    """Peers at one guard, each of whom sends its pieces when told to."""
+    """Peers at one guard, each of which sends its pieces on command."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self.served: list[bytes] = []
@@ -250,7 +250,7 @@ class Crowd:
         await self.answer.wait()
 
     def begin(self, *pieces: bytes, whole: bool = True) -> "asyncio.Task[list[int]]":
-        """A request whose statuses are returned; one that is not whole says nothing more."""
+        """Starts a request and returns its statuses; a request that is not whole sends nothing more."""
         left, sent = list(pieces), []
 
         async def receive() -> Any:
@@ -276,7 +276,7 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
         assert await asyncio.wait_for(crowd.begin(b"0", b"1", whole=False), 10) == [408]
         assert await asyncio.wait_for(crowd.begin(whole=False), 10) == [408]
         assert crowd.served == []
-        slow = crowd.begin(b"whole")  # what is here may be worked on for as long as it takes
+        slow = crowd.begin(b"whole")  # work on a whole body has no time limit
         await asyncio.sleep(0.2)
         assert not slow.done()
         crowd.answer.set()
@@ -296,7 +296,7 @@ def test_all_peers_together_take_only_so_much_memory() -> None:
         held.append(crowd.begin(b"!"))
         await asyncio.sleep(0.01)
         assert crowd.served == [b"0123456789", b"!"]
-        held[1].cancel()  # as where a connection is lost
+        held[1].cancel()  # as when a connection is lost
         crowd.answer.set()
         assert [await held[0], await held[2]] == [[], []]
         assert await crowd.begin(b"0123456789") == []
@@ -315,7 +315,7 @@ def test_this_machine_may_send_more() -> None:
 
 @pytest.mark.parametrize("piece", [1 << 20, 5 << 20])
 def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every object of a long message."""
+    """Checks every object of a long message."""
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", piece)
     record = pack("masked", os.urandom(12 << 20))
     objects = [one.deflate() for one in get_all_nested_objects(record).values()]
@@ -324,7 +324,7 @@ def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: 
 
 
 def test_every_other_request_of_an_honest_site_is_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest lists the pieces of the longest message that our codec reads."""
+    """The longest request lists the pieces of the longest message that our codec reads."""
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)
     tree = get_object_tree(pack("masked", os.urandom(12 << 20)))
     pieces = next(one for one in nodes(tree) if len(one.children) >= 12)
@@ -378,14 +378,14 @@ class Program:
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self._thread.start()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         while not self._server.started and time.monotonic() < until:
             time.sleep(0.01)
 
     def raw(self, target: str, *lines: str, method: str = "GET") -> int:
-        """The status that a request gets whose target is sent as it stands here."""
+        """Returns the status of a request whose target is sent exactly as given."""
         head = [f"{method} {target} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 0", *lines]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as wire:
             wire.sendall("\r\n".join([*head, "", ""]).encode())
             answer = b""
             while b"\r\n" not in answer and (piece := wire.recv(4096)):
@@ -393,11 +393,11 @@ class Program:
         return int(answer.split()[1])
 
     def sends(self, body: Iterator[bytes], *lines: str, path: str = "push-object") -> tuple[int, int]:
-        """The status of a body sent in pieces until it is answered or cut off, and the bytes that were sent."""
+        """Returns the status of a body sent in pieces until an answer or a cut, and the number of bytes sent."""
         content = f"Content-Type: {PROTOBUF_MEDIA_TYPE}"
         head = [f"POST /v1/fleet/{path} HTTP/1.1", "Host: x", content, *lines, "", ""]
         moved, answer = 0, b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as wire:
             wire.sendall("\r\n".join(head).encode())
             with contextlib.suppress(ConnectionError):
                 for piece in body:
@@ -485,12 +485,12 @@ def test_no_spelling_of_a_path_reaches_what_is_private(program: Program, target:
 
 
 def test_over_http_a_body_without_end_is_cut_off(program: Program) -> None:
-    """A refused peer sees 413, or its connection gone while it still sends."""
+    """A refused peer sees 413, or loses its connection while it still sends."""
     piece = bytes(1 << 16)
     chunked = (b"%x\r\n" % len(piece) + piece + b"\r\n" for _ in range(4096))
     status, moved = program.sends(chunked, "Transfer-Encoding: chunked")
     assert status in (0, 413)
-    assert moved < MAX_OBJECT_BYTES + (16 << 20)  # what lies in the buffers of both sockets
+    assert moved < MAX_OBJECT_BYTES + (16 << 20)  # the rest lies in the buffers of both sockets
     status, moved = program.sends((piece for _ in range(4096)), f"Content-Length: {4096 * len(piece)}")
     assert status in (0, 413)
     assert moved < 16 << 20

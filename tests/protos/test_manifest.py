@@ -1,4 +1,4 @@
-"""The job manifest: one encoding, every field in its range, and two jobs that differ anywhere are two jobs."""
+"""The job manifest: one encoding, every field in its range, and jobs that differ anywhere have different digests."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import MAX_STEPS
-from offsite.protos.terms import terms_of
+from offsite.protos.secagg_params import secagg_params
 from tests.client.test_policy import JOB as SHORT
 
 JOB = dataclasses.replace(SHORT, roster=tuple((site, key * 32) for site, key in SHORT.roster))
@@ -36,7 +36,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_flipped_bit_is_refused_or_another_job() -> None:
-    """A digit may become another digit; then it is another job, which the coordinator has not signed."""
+    """A digit may become another digit; the result is another job, which the coordinator has not signed."""
     for place in range(len(DATA)):
         for bit in range(8):
             data = DATA[:place] + bytes([DATA[place] ^ 1 << bit]) + DATA[place + 1 :]
@@ -130,7 +130,7 @@ def test_every_field_counts(field: str) -> None:
         {"aggregation": RULE | {"proximal": -0.1}},
         {"aggregation": RULE | {"proximal": 1}},
         {"aggregation": RULE | {"proximal": True}},
-        {"aggregation": RULE | {"proximal": 10.1}},  # times a learning rate of 0.1 above 1
+        {"aggregation": RULE | {"proximal": 10.1}},  # times the learning rate 0.1, the product is above 1
         {"aggregation": RULE | {"surplus": 1}},
         {"aggregation": RULE | {"ranks": [["north", 2], ["east", 2]]}},
         {"aggregation": RULE | {"ranks": [["east", 2], ["east", 2]]}},
@@ -190,7 +190,7 @@ def test_a_manifest_of_any_length_is_not_read() -> None:
 
 
 def test_everybody_reads_who_gets_which_emulator() -> None:
-    """One job for all, so that nobody gets an emulator of which the others do not know."""
+    """All sites read one job, so that no site gets an emulator that the others do not know of."""
     job = JobManifest.from_bytes(changed(emulators=[["east", "f2" * 32], ["west", "02" * 32]]))
     assert [job.emulator_of(site) for site in ("east", "north", "west")] == ["f2" * 32, "e1" * 32, "02" * 32]
     assert list(job.shipped().items()) == [
@@ -205,5 +205,5 @@ def test_everybody_reads_who_gets_which_emulator() -> None:
 def test_a_site_with_an_emulator_of_its_own_has_no_sum_with_sites_that_were_not_told() -> None:
     job = dataclasses.replace(JOB, emulators=(("east", "e2" * 32),))
     request = KeysRequest(1, 1, bytes(32), bytes(32), tuple(site for site, _ in JOB.roster))
-    assert terms_of(job, request).t0() != terms_of(JOB, request).t0()
-    assert terms_of(job, request).t0() == terms_of(dataclasses.replace(job), request).t0()
+    assert secagg_params(job, request).t0() != secagg_params(JOB, request).t0()
+    assert secagg_params(job, request).t0() == secagg_params(dataclasses.replace(job), request).t0()

@@ -1,4 +1,4 @@
-"""What of an adapter a round's vector holds, by hand and by names; no entry of a sum is that of too few sites."""
+"""The part of an adapter in a round's vector, by hand and by names; no entry of a sum comes from too few sites."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.errors import PrivacyRefusal, RangeError
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
-from offsite.protos.terms import terms_of
+from offsite.protos.secagg_params import secagg_params
 from offsite.protos.upload import check_coverage, mean_of, scatter_uploaded, select_uploaded, trained_mask
 from tests.client.test_policy import JOB
 
@@ -63,11 +63,11 @@ def test_by_default_a_round_holds_the_adapter() -> None:
 def test_the_terms_of_a_sum_have_the_length_of_the_rounds_vector() -> None:
     for number in (1, 2):
         request = KeysRequest(number, 1, bytes(32), bytes(32), SITES)
-        assert terms_of(LORA, request).length == LORA.upload_size(number)
+        assert secagg_params(LORA, request).length == LORA.upload_size(number)
 
 
 def test_an_entry_is_divided_by_the_members_that_train_it() -> None:
-    """By walking over every entry and every member."""
+    """Compared with a walk over every entry and every member."""
     draw = np.random.default_rng(0)
     for members in itertools.chain(itertools.combinations(SITES, 3), [SITES], [("south",)]):
         rows = {site: np.round(draw.normal(size=10), 3) for site in members}
@@ -90,4 +90,4 @@ def test_no_entry_is_the_sum_of_too_few() -> None:
                 check_coverage(NESTED, members)
         else:
             check_coverage(NESTED, members)
-    check_coverage(LORA, ("east",))  # how many are in a sum at all is checked where it is opened
+    check_coverage(LORA, ("east",))  # the number of sites in a sum is checked when the sum is opened

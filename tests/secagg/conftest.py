@@ -1,4 +1,4 @@
-"""A federation in one process: real members, real messages, one collector, and sites that vanish when told to."""
+"""A federation in one process: real members, real messages, one collector, and sites that vanish on command."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -10,8 +10,8 @@ import pytest
 from offsite.secagg.collector import Collector, Sum
 from offsite.secagg.journal import MemoryJournal
 from offsite.secagg.member import Member
-from offsite.secagg.messages import Signed
 from offsite.secagg.params import SecAggParams
+from offsite.secagg.signed_bodies import Signed
 from offsite.trust.identity import Identity
 
 STEPS = ("keys", "shares", "masked", "survivors", "unmask")
@@ -61,7 +61,7 @@ class Federation:
         return Member(terms or self.terms, site, self.identities[site], self.journals[site], minimum=minimum)
 
     def rounding(self, site: str) -> Callable[[int], np.ndarray]:
-        """The same draws for a site every time, so that a reference can repeat them."""
+        """Returns the same draws for a site every time, so that a reference can repeat them."""
         return np.random.default_rng(self.sites.index(site)).random
 
     def keys(self, sites: Collection[str] | None = None) -> list[Signed]:

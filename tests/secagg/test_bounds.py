@@ -1,4 +1,4 @@
-"""The bounds of the design page that a test can hold: memory, bytes, decoded error; time is for `bench.secagg`."""
+"""The bounds of the design page that a test can check: memory, bytes, decoded error; `bench.secagg` measures time."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.secagg import StandIn, flower, main, make_terms, ours
-from offsite.secagg import agreement, messages
+from offsite.secagg import agreement, signed_bodies
 from offsite.secagg.collector import Collector
 from offsite.secagg.journal import MemoryJournal
 from offsite.secagg.member import Member
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 def round_of_one(length, members):
-    """All five steps of one member among stand-ins, with everything but the vector small; returns what was sent."""
+    """Takes all five steps of one member among stand-ins, with a large vector only; returns what the member sent."""
     identity, others = Identity.generate(), [StandIn(f"site{place:02}") for place in range(1, members)]
     terms = make_terms(others, identity, length)
     member = Member(terms, "site00", identity, MemoryJournal())
@@ -28,12 +28,12 @@ def round_of_one(length, members):
     agreed = agreement.agree(terms, roster)
     sent.append(member.shares(roster))
     message, vector = member.masked([each.shares(agreed) for each in others])
-    announcement = messages.write_announcement(
+    announcement = signed_bodies.write_announcement(
         agreed.transcript, {each.site: bytes(32) for each in others} | {"site00": message.body}
     )
     sent += [message, member.survivors(announcement)]
     body = hashlib.sha256(announcement).digest()
-    signed = [messages.sign(e.identity, messages.SURVIVORS, agreed.transcript, e.site, body) for e in others]
+    signed = [signed_bodies.sign(e.identity, signed_bodies.SURVIVORS, agreed.transcript, e.site, body) for e in others]
     sent.append(member.unmask([*signed, sent[-1]]))
     return sent, vector
 
@@ -50,7 +50,7 @@ def test_peak_memory_of_a_member_is_two_vectors():
 
 
 def test_collector_holds_one_accumulator_and_one_upload(federation):
-    """Ten uploads in a row, each dropped after it was added; the sum in the end adds its decoded copy."""
+    """Ten uploads in a row, each freed after it was added; the final sum adds its decoded copy."""
     length = 1_000_000
     round_ = federation(10, length=length).until("masked")
     collector = round_.collector

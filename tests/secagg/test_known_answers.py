@@ -1,4 +1,4 @@
-"""Vectors written by others, through our own functions: RFC 3686, 5869, 7748, 8032 and 9591."""
+"""Published vectors through our own functions: RFC 3686, 5869, 7748, 8032 and 9591."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def test_mask_words_are_the_keystream_of_rfc_3686():
 
 
 def test_mask_is_the_encryption_of_the_block_numbers():
-    """Counter mode by definition, from single-block AES, over more than one chunk and with a part of a block left."""
+    """Counter mode by definition, from single-block AES, over more than one chunk and a final partial block."""
     key, length = bytes(range(32)), (1 << 18) + 4099
     total = np.zeros(length, dtype=np.uint32)
     mask.add(total, key)

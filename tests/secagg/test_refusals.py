@@ -1,6 +1,6 @@
 """Every row of "Must be refused" in the design page, with real messages, signed again wherever the attacker could.
 
-`refuses` asserts the refusal and that the member is spent and holds no secret any more.
+`refuses` asserts the refusal, and that the member takes no further step and holds no secret any more.
 """
 
 import hashlib
@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 
 from offsite.errors import ConfigError, OffsiteError, ProtocolViolation, RangeError, TooFewSurvivors
-from offsite.secagg import agreement, messages, shamir
+from offsite.secagg import agreement, shamir, signed_bodies
 from offsite.secagg.collector import Collector
-from offsite.secagg.messages import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Keys, Signed, sign
+from offsite.secagg.signed_bodies import (
+    KEYS,
+    MASK_KEY,
+    MASKED,
+    SELF_MASK,
+    SHARES,
+    SURVIVORS,
+    UNMASK,
+    Keys,
+    Signed,
+    sign,
+)
 from offsite.trust.identity import Identity
 from offsite.trust.wire import Writer
 
@@ -179,7 +190,7 @@ def test_messages_of_one_step_do_not_count_in_another(federation):
     round_ = federation(5).until("unmask")
     for step, body in ((SHARES, b""), (MASKED, bytes(32)), (SURVIVORS, bytes(32))):
         with pytest.raises(ProtocolViolation, match="did not sign"):
-            messages.check(
+            signed_bodies.check(
                 round_.terms.public_key("a0"), UNMASK, transcript(round_), signed_by(round_, "a0", step, body)
             )
 
@@ -188,11 +199,11 @@ def test_messages_of_one_step_do_not_count_in_another(federation):
 
 
 def reseal(round_, change):
-    """The inbox of a0 after e0 signed its shares message again with changed ciphertexts."""
+    """Returns the inbox of a0 after e0 signed its shares message again with changed ciphertexts."""
     old = round_.sent[SHARES]["e0"]
-    sealed = messages.read_sealed(old.body)
+    sealed = signed_bodies.read_sealed(old.body)
     change(sealed)
-    return swap(round_.collector.inbox("a0"), old, signed_by(round_, "e0", SHARES, messages.write_sealed(sealed)))
+    return swap(round_.collector.inbox("a0"), old, signed_by(round_, "e0", SHARES, signed_bodies.write_sealed(sealed)))
 
 
 def test_swapped_ciphertexts(federation):
@@ -206,7 +217,7 @@ def test_swapped_ciphertexts(federation):
 
 def test_swapped_ciphertexts_of_two_senders(federation):
     round_ = federation(5).until("masked")
-    stolen = messages.read_sealed(round_.sent[SHARES]["d0"].body)["a0"]
+    stolen = signed_bodies.read_sealed(round_.sent[SHARES]["d0"].body)["a0"]
     inbox = reseal(round_, lambda sealed: sealed.update(a0=stolen))
     refuses(round_.members["a0"], lambda: round_.members["a0"].masked(inbox), match="no share for recipient='a0'")
 
@@ -240,12 +251,12 @@ def test_shares_message_that_leaves_a_peer_out(federation):
 def test_collector_refuses_shares_for_other_peers(federation):
     round_ = federation(5).until("shares")
     message = round_.members["a0"].shares(round_.collector.roster())
-    sealed = messages.read_sealed(message.body)
+    sealed = signed_bodies.read_sealed(message.body)
     for change in (lambda s: s.pop("b0"), lambda s: s.update(zz=s["b0"]), lambda s: s.update(a0=s["b0"])):
         bad = dict(sealed)
         change(bad)
         with pytest.raises(ProtocolViolation, match="for every peer"):
-            round_.collector.add_shares(signed_by(round_, "a0", SHARES, messages.write_sealed(bad)))
+            round_.collector.add_shares(signed_by(round_, "a0", SHARES, signed_bodies.write_sealed(bad)))
     with pytest.raises(ProtocolViolation, match="do not parse"):
         round_.collector.add_shares(signed_by(round_, "a0", SHARES, message.body + b"x"))
     round_.collector.add_shares(message)
@@ -257,7 +268,7 @@ def test_collector_refuses_shares_for_other_peers(federation):
 
 
 def announce(round_, digests):
-    return messages.write_announcement(transcript(round_), digests)
+    return signed_bodies.write_announcement(transcript(round_), digests)
 
 
 def test_two_survivor_sets(federation):
@@ -337,7 +348,7 @@ def test_same_peer_as_survivor_and_dropped(federation):
     round_.masked(round_.sites[:6])
     signatures = round_.survivors()
     answer = round_.members["a0"].unmask(signatures)
-    released = messages.read_released(answer.body)
+    released = signed_bodies.read_released(answer.body)
     kinds = {site: kind for site, (kind, _) in released.items()}
     assert kinds == {**dict.fromkeys(round_.sites[:6], SELF_MASK), "g0": MASK_KEY}
     share = next(iter(released.values()))[1]
@@ -346,7 +357,7 @@ def test_same_peer_as_survivor_and_dropped(federation):
     with pytest.raises(ProtocolViolation, match="twice or out of order"):
         round_.collector.add_unmask(signed_by(round_, "a0", UNMASK, both.done()))
     for site, kind in (("b0", MASK_KEY), ("g0", SELF_MASK), ("zz", SELF_MASK)):
-        body = messages.write_released({**released, site: (kind, share)})
+        body = signed_bodies.write_released({**released, site: (kind, share)})
         with pytest.raises(ProtocolViolation, match="other shares than were asked"):
             round_.collector.add_unmask(signed_by(round_, "a0", UNMASK, body))
     round_.collector.add_unmask(answer)
@@ -396,12 +407,12 @@ def test_duplicate_ids_in_the_signatures(federation):
 
 
 def lie(round_, site, about):
-    """An answer of a site with one share off by one, signed by the site itself."""
+    """Returns an answer of a site with one share off by one, signed by the site itself."""
     answer = round_.members[site].unmask(round_.collector.signatures())
-    released = messages.read_released(answer.body)
+    released = signed_bodies.read_released(answer.body)
     kind, share = released[about]
     released[about] = (kind, (share + 1) % shamir.ORDER)
-    return signed_by(round_, site, UNMASK, messages.write_released(released))
+    return signed_by(round_, site, UNMASK, signed_bodies.write_released(released))
 
 
 @pytest.mark.parametrize("about", ["b0", "e0"], ids=["self-mask", "mask-key"])
@@ -412,7 +423,9 @@ def test_bad_share_is_caught_by_the_commitment_and_the_public_key(federation, ab
     for site in ("b0", "c0", "d0"):
         round_.collector.add_unmask(round_.members[site].unmask(round_.collector.signatures()))
     round_.collector.add_unmask(lie(round_, "a0", about))
-    with pytest.raises(ProtocolViolation, match=f"site='{about}' does not come out of 4 answers"):
+    with pytest.raises(
+        ProtocolViolation, match=f"site='{about}': the secret from 4 answers is not the announced secret"
+    ):
         round_.collector.sum()
 
 
@@ -429,8 +442,8 @@ def test_bad_share_is_left_out_when_there_are_answers_to_spare(federation):
 
 def test_share_out_of_the_field(federation):
     round_ = federation(5).until("unmask")
-    released = messages.read_released(round_.members["a0"].unmask(round_.collector.signatures()).body)
-    body = messages.write_released(released)
+    released = signed_bodies.read_released(round_.members["a0"].unmask(round_.collector.signatures()).body)
+    body = signed_bodies.write_released(released)
     place = body.index(shamir.to_bytes(released["b0"][1]))
     body = body[:place] + b"\xff" * 32 + body[place + 32 :]
     with pytest.raises(ProtocolViolation, match="out of the field"):
@@ -460,7 +473,7 @@ def test_update_with_a_value_that_may_not_be_sent(federation, value):
     round_ = federation(5)
     round_.updates["a0"][3] = value
     member = round_.members["a0"]
-    refuses(member, lambda: member.keys(round_.updates["a0"]), match="outside it or not finite", error=RangeError)
+    refuses(member, lambda: member.keys(round_.updates["a0"]), match="outside the clip or not finite", error=RangeError)
     assert member._keys is None
 
 

@@ -18,7 +18,7 @@ CLIPS = st.floats(2.0**-100, 2.0**100, allow_nan=False)
 
 @st.composite
 def cohorts(draw):
-    """A clip, n updates of one length within it (often exactly at it), and rounding draws that like the ends."""
+    """Draws a clip, n updates of one length within it (often exactly at it), and rounding draws near both ends."""
     clip, n, length = draw(CLIPS), draw(st.integers(1, 64)), draw(st.integers(1, 6))
     edge = ring.bound(clip)
     values = st.one_of(st.sampled_from([-edge, edge, 0.0]), st.floats(-edge, edge, width=32))
@@ -45,7 +45,7 @@ def test_sum_of_all_sites_is_the_plain_sum_within_a_step_each(cohort):
         truth = sum(Fraction(float(x)) for x in column)
         assert (
             abs(Fraction(float(value)) - truth) <= n * step + max(abs(truth), abs(Fraction(float(value)))) / 2**50
-        )  # the last term: float64 rounds
+        )  # the last term covers float64 rounding
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,7 +90,7 @@ def test_an_update_clipped_in_float32_is_accepted():
 def test_one_bad_value_anywhere_is_refused(place, value):
     update = np.zeros(200_000, dtype=np.float32)
     update[place] = value
-    with pytest.raises(RangeError, match="outside it or not finite"):
+    with pytest.raises(RangeError, match="outside the clip or not finite"):
         ring.encode(update, clip=0.5, members=3)
 
 

@@ -1,4 +1,4 @@
-"""Whole rounds against the plain integer sum, with every way of losing sites that the threshold allows."""
+"""Whole rounds against the plain integer sum, with every loss of sites that the threshold allows."""
 
 import itertools
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What the coordinator sees: one upload is uniform, and colluders below the threshold reconstruct nothing."""
+"""What the coordinator sees: a single upload is uniform, and colluders below the threshold reconstruct nothing."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from scipy import stats
 
 from offsite.errors import TooFewSurvivors
 from offsite.secagg import agreement, mask, ring, shamir
-from offsite.secagg.messages import MASK_KEY, SELF_MASK, read_released
+from offsite.secagg.signed_bodies import MASK_KEY, SELF_MASK, read_released
 
 LENGTH = 120_000
 
@@ -57,7 +57,9 @@ def test_uniform_rejects_unmasked_and_badly_masked_vectors():
     assert not uniform(words & np.uint32(0xFFFFFFF))  # 28-bit masks
     assert not uniform((words.astype(np.uint64) * 255 // 256).astype(np.uint32))  # the last values never drawn
     assert not uniform(np.repeat(words[: LENGTH // 2], 2))  # words used twice
-    assert not uniform(np.arange(LENGTH, dtype=np.uint32) * np.uint32(2**32 // LENGTH))  # too even, the other side
+    assert not uniform(
+        np.arange(LENGTH, dtype=np.uint32) * np.uint32(2**32 // LENGTH)
+    )  # too even, which the second side of the tests sees
 
 
 def test_colluders_below_the_threshold_reconstruct_nothing(federation):
@@ -83,7 +85,7 @@ def test_colluders_below_the_threshold_reconstruct_nothing(federation):
 
 
 def test_every_site_but_one_learns_only_the_difference_of_the_sum(federation):
-    """n-1 colluders who know all their own pair masks still face the victim's self-mask until it is released."""
+    """n-1 colluders who know all their own pair masks still face the victim's self-mask until its release."""
     round_ = federation(4, length=LENGTH)
     round_.updates["a0"] = np.zeros(LENGTH, dtype=np.float32)
     round_.keys()
@@ -106,7 +108,7 @@ def test_fewer_answers_than_the_threshold_leave_the_sum_masked(federation):
 
 
 def test_a_released_answer_has_one_kind_of_share_per_site(federation):
-    """Over all answers of a round nobody learns both secrets of any site."""
+    """From all answers of a round together, nobody learns both secrets of a site."""
     round_ = federation(7)
     round_.run({"c0": "masked", "f0": "masked"})
     kinds = {site: set() for site in round_.sites}

@@ -1,4 +1,4 @@
-"""Parameters, wire format and journal: what is refused, and equal values, and only these, have equal bytes."""
+"""Parameters, wire format and journal: refused values, and equal bytes for equal values only."""
 
 import json
 import multiprocessing
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.errors import ConfigError, DataError, MalformedMessage, ProtocolViolation
-from offsite.secagg import messages
+from offsite.secagg import signed_bodies
 from offsite.secagg.journal import FileJournal, MemoryJournal
-from offsite.secagg.messages import Keys, Signed
 from offsite.secagg.params import SecAggParams
+from offsite.secagg.signed_bodies import Keys, Signed
 from offsite.trust.identity import Identity
 from offsite.trust.wire import MAX_BODY_BYTES, Reader, Writer
 
@@ -32,7 +32,7 @@ def test_threshold_is_more_than_two_thirds_of_the_invited(n, threshold):
     terms = make(roster=tuple((f"s{i:02}", bytes([i]) * 32) for i in range(n)))
     assert terms.threshold == threshold
     assert 2 * terms.threshold - n > n / 3 - 1  # two quorums share this many, more than floor(n/3) - 1 colluders
-    assert terms.fewest == max(threshold, 3)
+    assert terms.min_sites == max(threshold, 3)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_different_fields_have_different_bytes(one, other):
 
 BODIES = {
     "keys": (Keys(bytes(32), bytes(32), bytes(32)).to_bytes(), Keys.from_bytes),
-    "shares": (messages.write_sealed({"a": bytes(80), "b": bytes(80)}), messages.read_sealed),
-    "announcement": (messages.write_announcement(bytes(32), {"a": bytes(32)}), messages.read_announcement),
-    "unmask": (messages.write_released({"a": (b"self", 3), "b": (b"mask", 4)}), messages.read_released),
+    "shares": (signed_bodies.write_sealed({"a": bytes(80), "b": bytes(80)}), signed_bodies.read_sealed),
+    "announcement": (signed_bodies.write_announcement(bytes(32), {"a": bytes(32)}), signed_bodies.read_announcement),
+    "unmask": (signed_bodies.write_released({"a": (b"self", 3), "b": (b"mask", 4)}), signed_bodies.read_released),
     "signed": (Signed("a", b"body", bytes(64)).to_bytes(), Signed.from_bytes),
 }
 
@@ -149,11 +149,11 @@ def test_random_bytes_raise_only_the_named_errors(data):
 def test_readers_refuse_wrong_sizes_kinds_and_order():
     share = bytes(32)
     for body, read in (
-        (Writer().text("a").field(bytes(79)).done(), messages.read_sealed),
-        (Writer().text("b").field(bytes(80)).text("a").field(bytes(80)).done(), messages.read_sealed),
-        (Writer().text("a").field(b"both").field(share).done(), messages.read_released),
-        (Writer().text("a" * 129).field(bytes(80)).done(), messages.read_sealed),
-        (Writer().field(b"\xff\xfe").field(bytes(80)).done(), messages.read_sealed),
+        (Writer().text("a").field(bytes(79)).done(), signed_bodies.read_sealed),
+        (Writer().text("b").field(bytes(80)).text("a").field(bytes(80)).done(), signed_bodies.read_sealed),
+        (Writer().text("a").field(b"both").field(share).done(), signed_bodies.read_released),
+        (Writer().text("a" * 129).field(bytes(80)).done(), signed_bodies.read_sealed),
+        (Writer().field(b"\xff\xfe").field(bytes(80)).done(), signed_bodies.read_sealed),
     ):
         with pytest.raises(MalformedMessage):
             read(body)

@@ -1,7 +1,7 @@
 """A frozen round, derived twice: by the package, and by a slow second implementation that shares no line with it.
 
-The second one is plain Python: AES-256 and X25519 from their standards, HKDF from `hmac`, hashes over bytes that are
-laid out by hand. Only Ed25519 comes from a library; RFC 8032 is checked elsewhere.
+The second implementation is plain Python: AES-256 and X25519 from their standards, HKDF from `hmac`, hashes over bytes
+that are laid out by hand. Only Ed25519 comes from a library; RFC 8032 is checked elsewhere.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from offsite.secagg import agreement, mask, messages
-from offsite.secagg.messages import KEYS, Keys
+from offsite.secagg import agreement, mask, signed_bodies
 from offsite.secagg.params import SecAggParams
+from offsite.secagg.signed_bodies import KEYS, Keys
 from offsite.trust.identity import Identity
 
 FROZEN = json.loads((Path(__file__).parents[1] / "vectors" / "secagg_transcript.json").read_text())
@@ -112,7 +112,7 @@ def join(*fields):
 
 
 def slow_round(case):
-    """Everything of the frozen round from its inputs, in hex."""
+    """Derives every value of the frozen round from its inputs, in hexadecimal."""
     terms, sites = case["terms"], sorted(case["sites"])
     raw = {
         site: {name: bytes.fromhex(text) for name, text in case["sites"][site].items() if name != "ring"}
@@ -151,7 +151,7 @@ def slow_round(case):
 
 
 def our_round(case):
-    """The same from the functions that the package runs."""
+    """Derives the same values with the functions of the package."""
     terms, sites = case["terms"], case["sites"]
     identities = {site: Identity.from_bytes(bytes.fromhex(sites[site]["identity"])) for site in sorted(sites)}
     digests = {name: bytes.fromhex(terms[name]) for name in ("nonce", "manifest", "emulator", "adapter", "config")}
@@ -166,7 +166,7 @@ def our_round(case):
     for site, identity in identities.items():
         points = {name: agreement.public_of(scalar) for name, scalar in scalars[site].items()}
         body = Keys(commitment=agreement.commit(agreed_on, site, seeds[site]), **points).to_bytes()
-        signed.append(messages.sign(identity, KEYS, agreed_on.t0(), site, body))
+        signed.append(signed_bodies.sign(identity, KEYS, agreed_on.t0(), site, body))
     agreed, uploads = agreement.agree(agreed_on, signed), {}
     for site in identities:
         vector = np.array(sites[site]["ring"], dtype=np.uint32)
@@ -206,7 +206,7 @@ def test_frozen_uploads_without_self_masks_add_up_to_the_plain_sum():
 
 
 def test_slow_implementation_follows_a_live_round(federation):
-    """The uploads of real members, from their secrets as they were after the keys step."""
+    """The uploads of real members, computed from their secrets after the keys step."""
     round_ = federation(4, length=9)
     round_.keys()
     case = {"terms": {**vars(round_.terms)}, "sites": {}}

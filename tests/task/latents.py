@@ -1,4 +1,4 @@
-"""Tiny denoisers with their noise schedule, and latents from which something can be learnt."""
+"""Tiny denoisers with their noise schedule, and latents with a structure to learn."""
 
 import json
 
@@ -27,7 +27,7 @@ def pixart():
 
 
 def unet():
-    """Returns a U-net with four transformer blocks, those at the ends 16 wide and the one in the middle 32."""
+    """Returns a U-net with four transformer blocks: width 16 at the ends, width 32 in the middle."""
     return diffusers().UNet2DConditionModel(
         sample_size=SIDE,
         block_out_channels=(16, 32),
@@ -56,7 +56,7 @@ def schedule(path):
 
 
 def latents(count, seed):
-    """Returns records of latents that are waves by their class, told by number and by a text of any length."""
+    """Returns records of latents that are waves of their class, with the class as a number and as a text."""
     generator = np.random.default_rng(seed)
     down, across = np.mgrid[0:SIDE, 0:SIDE]
     names = np.random.default_rng(0).normal(size=(CLASSES, WIDTH))
@@ -72,7 +72,7 @@ def latents(count, seed):
 
 
 def with_images(count, seed):
-    """Returns such records with another image of the class, as four tokens of it."""
+    """Returns the records of `latents` with another image of the same class, as four tokens."""
     generator = np.random.default_rng(seed + 1000)
     names = np.random.default_rng(1).normal(size=(CLASSES, 4, WIDTH))
     records = latents(count, seed)
@@ -83,9 +83,9 @@ def with_images(count, seed):
 
 
 def toned(count, seed):
-    """Returns records that only their image tells apart: of odd seeds each has one tone, which the image says.
+    """Returns records that differ only in their images: for an odd seed each has one tone, which the image holds.
 
-    Of even seeds they are noise, from which a model learns nothing but not to average over a record.
+    For an even seed the records are noise, from which a model learns only not to average over a record.
     """
     generator = np.random.default_rng(seed)
     records = []

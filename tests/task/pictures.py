@@ -1,4 +1,4 @@
-"""Tiny models that look at images, with their processors, and pictures from which something can be learnt."""
+"""Tiny models that take images, with their processors, and pictures with patterns to learn."""
 
 import json
 
@@ -14,7 +14,7 @@ from offsite.task.clip_model import ClipClassification
 from offsite.task.image_classification import ImageClassification
 from offsite.task.llava import ImageText
 
-NAMES = ("across", "down", "rising", "falling", "dots", "plain")  # of patterns, and of the models' labels
+NAMES = ("across", "down", "rising", "falling", "dots", "plain")  # names of the patterns, and of the models' labels
 SIDE = 16
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 4}
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -31,7 +31,7 @@ CHAT = (
 
 
 def picture(name, generator):
-    """Returns one noisy picture of a pattern, uint8, of a size of its own."""
+    """Returns one noisy picture of a pattern, uint8, with a random size."""
     height, width = generator.integers(SIDE - 2, SIDE + 10, 2)
     down, across = np.mgrid[0:height, 0:width]
     along = {"across": down, "down": across, "rising": down + across, "falling": down - across}
@@ -46,7 +46,7 @@ def picture(name, generator):
 
 
 def pictures(count, seed):
-    """Returns records of pictures with the names of their patterns, as a question about them too."""
+    """Returns records of pictures with the names of their patterns, as a label and as a question with its answer."""
     generator = np.random.default_rng(seed)
     names = [NAMES[number] for number in generator.integers(0, len(NAMES), count)]
     return [
@@ -56,7 +56,7 @@ def pictures(count, seed):
 
 
 def tokenizer(folder, *, ends, chat=""):
-    """Writes a tokenizer of whole words, which frames a text with its start and end where `ends`."""
+    """Writes a tokenizer of whole words; with `ends` it adds start and end tokens to a text."""
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.Fuse()
@@ -75,7 +75,7 @@ def settings(folder, kind, **rules):
 
 
 def _varied(model):
-    """Moves norms and biases off 1 and 0, which would hide a lost tensor."""
+    """Moves norms and biases away from 1 and 0, which would hide a lost tensor."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -136,7 +136,7 @@ def _save(make, folder):
         _varied(make()).save_pretrained(folder)
 
 
-# name -> task, writer of its tiny model's folder, leaf modules that an adapter tunes, tower that carries it
+# name -> task, writer of its tiny model's folder, leaf modules that an adapter tunes, tower of the adapter
 TASKS = {
     "image_classification": (ImageClassification(), vit_folder, ("q_proj", "v_proj", "fc1"), "vit.layers"),
     "clip_classification": (
@@ -147,7 +147,7 @@ TASKS = {
     ),
     "image_text": (ImageText(), llava_folder, ("q_proj", "v_proj", "up_proj"), "model.language_model.layers"),
 }
-LENGTH = 32  # tokens: 16 of the image, and a question with its answer
+LENGTH = 32  # tokens: 16 for the image, and the rest for a question with its answer
 
 
 def adapted(model, tower, targets, *, rank=4):

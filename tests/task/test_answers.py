@@ -1,4 +1,4 @@
-"""Of prompts and conversations only the answers are learnt: against transformers' own templates, and by hand."""
+"""Only the answers of prompts and conversations are learnt: against transformers' templates, and by hand."""
 
 import json
 
@@ -15,7 +15,7 @@ from offsite.task.tokenizer import Tokenizer
 from tests.task_samples import TEMPLATE, first_of, words_tokenizer
 
 CHAT, COMPLETION = TASKS["chat"], TASKS["prompt_completion"]
-# As many published templates are: with a system prompt, trimmed contents, and marks of what is generated.
+# Like many published templates: a system prompt, trimmed contents, and marks around generated text.
 LONG = """{%- if messages[0]['role'] == 'system' -%}{%- set rest = messages[1:] -%}<s>{{ messages[0]['content'] }}</s>
 {%- else -%}{%- set rest = messages -%}{%- endif -%}
 {%- for m in rest -%}
@@ -24,7 +24,7 @@ LONG = """{%- if messages[0]['role'] == 'system' -%}{%- set rest = messages[1:] 
 {%- else -%}{{ m['content'] | trim }}</s>{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<s>assistant {% endif -%}"""
-# Keeps of the assistant's earlier answers only what stands behind a thought.
+# Strips the thoughts from earlier answers of the assistant.
 STRIPPING = (
     "{% for m in messages %}<s>{{ m['role'] }} {% if m.role == 'assistant' and not loop.last %}"
     "{{ m['content'].split('w59')[-1] }}{% else %}{{ m['content'] }}{% endif %}</s>{% endfor %}"
@@ -57,7 +57,7 @@ TALKS = [
 
 
 def test_tokens_and_answers_are_those_of_transformers(tmp_path):
-    """Its own mask of the assistant's tokens comes from the marks in the template, ours from prefixes."""
+    """transformers' mask of the assistant's tokens comes from marks in the template, and ours from prefixes."""
     words, theirs = tokenizer(tmp_path, LONG), AutoTokenizer.from_pretrained(str(tmp_path))
     batch = encode(CHAT, words, [{"messages": one} for one in TALKS])
     for row, messages in enumerate(TALKS):
@@ -71,7 +71,7 @@ def test_tokens_and_answers_are_those_of_transformers(tmp_path):
 
 
 def test_only_answers_are_scored(tmp_path):
-    """The loss is the mean over the answers' tokens of the loss of each token, from all logits."""
+    """The loss is the mean of the losses of the answers' tokens, from all logits."""
     sample = first_of("chat")
     model = CHAT.load(sample.save(tmp_path), dtype=torch.float32)
     batch = encode(CHAT, CHAT.load_processor(tmp_path), sample.records(4, 2), length=sample.length)
@@ -98,7 +98,7 @@ def test_an_answer_that_the_template_rewrites_later_is_no_target(tmp_path):
 
 
 def test_a_template_knows_no_date(tmp_path):
-    """Or the same record would be another one tomorrow."""
+    """A clock would make another example from the same record tomorrow."""
     dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }} {% endif %}" + TEMPLATE
     records = [{"messages": TALKS[0]}]
     one, two = (
@@ -156,7 +156,7 @@ BAD = [
     ([SECRET], "must be a list of {role, content}"),
     ([{"role": "user", "content": [SECRET]}], "must be a list of {role, content}"),
     ([{"role": "user"}], "must be a list of {role, content}"),
-    ([{"role": "user", "content": SECRET}], "no message has role 'assistant'"),
+    ([{"role": "user", "content": SECRET}], "must have a message with role 'assistant'"),
 ]
 
 
@@ -183,13 +183,13 @@ def test_a_completion_is_learnt_with_its_end_and_its_prompt_is_not(tmp_path):
         [0, 1, 1, 1, 0],
         [0, 0, 1, 1, 1],
         [0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],  # the first token has nothing before it
+        [1, 1, 0, 0, 0],  # no token precedes the first token
     ]
     assert batch.targets.tolist() == [3, 3, 0, 2]
 
 
 def test_all_answers_are_the_plain_task(tmp_path):
-    """Where everything is an answer, nothing differs from language modelling, to the last bit."""
+    """If all tokens are answers, the losses equal those of language modelling to the last bit."""
     sample = first_of("causal_lm")
     task = TASKS["causal_lm"]
     model = task.load(sample.save(tmp_path), dtype=torch.float32)

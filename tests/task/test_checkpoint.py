@@ -1,4 +1,4 @@
-"""task.checkpoint: every way a model directory can be wrong is one line."""
+"""task.checkpoint: every fault of a model directory gives a message of one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""task.clip_model: the likelihood by another route, prompts, and why InfoNCE is not there."""
+"""task.clip_model: the likelihood by another route, prompts, and the reason against InfoNCE."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def renamed(model, names):
 
 
 def test_losses_are_those_of_cosines_tower_by_tower(opened):
-    """Each prompt alone and without padding, each image alone."""
+    """Computed for each prompt alone and without padding, and for each image alone."""
     model, processor, batch = opened
     names = ["across", "which pattern down", "a photo of a photo of dots"]
     prompts = class_prompts(processor.words, renamed(model, names), "a photo of {}.")
@@ -68,7 +68,7 @@ def test_adapters_learn_in_either_tower(opened, tower):
 
 @pytest.mark.parametrize("count", [2, 3, len(NAMES)])
 def test_prompts_have_no_rows_of_examples_so_only_the_loop_is_exact_in_their_tower(opened, count):
-    """The text tower sees labels, not images: a gradient a row would be one a label, also of as many as examples."""
+    """The text tower sees labels and not images, so a gradient of one row belongs to a label and not to an example."""
     model, processor, _ = opened
     model = adapted(model, "text_model.encoder.layers", ("q_proj", "v_proj"))
     renamed(model, NAMES[:count])
@@ -78,11 +78,11 @@ def test_prompts_have_no_rows_of_examples_so_only_the_loop_is_exact_in_their_tow
         with pytest.raises(PrivacyRefusal):
             probe(model, TASK.losses, batch, engine)
     assert choose_engine(model, TASK.losses, batch) == "loop"
-    assert choose_engine(model, TASK.losses, TASK.invented(model, LENGTH, seed=0)) == "loop"
+    assert choose_engine(model, TASK.losses, TASK.dummy_batch(model, LENGTH, seed=0)) == "loop"
 
 
 def test_the_contrastive_loss_of_one_example_alone_has_no_gradient(opened):
-    """So it could not be clipped for one record; with others in the batch its gradient is theirs too."""
+    """An example alone has gradient 0, and in a batch its gradient depends on the others, so it cannot be clipped."""
     model, _, batch = opened
     model.requires_grad_(True)
     for rows, silent in (([0], True), ([0, 1, 2], False)):
@@ -95,10 +95,10 @@ def test_the_contrastive_loss_of_one_example_alone_has_no_gradient(opened):
 def test_the_mistaken_end_of_old_configurations_reads_at_the_highest_id(opened):
     _, processor, _ = opened
     config = clip(eos=2).config
-    with pytest.raises(UnsupportedModel, match="does not end"):  # "</s>" is not the highest id of these words
+    with pytest.raises(UnsupportedModel, match="must end with"):  # "</s>" is not the highest id here
         class_prompts(processor.words, config, "a photo of {}.")
-    invented = TASK.invented(clip(eos=2), LENGTH, seed=0)
-    assert (invented.prompts.max(dim=1).values == len(WORDS) - 1).all()
+    batch = TASK.dummy_batch(clip(eos=2), LENGTH, seed=0)
+    assert (batch.prompts.max(dim=1).values == len(WORDS) - 1).all()
 
 
 def test_labels_without_names_and_tokenizers_without_ends_are_refused(opened, tmp_path):
@@ -108,7 +108,7 @@ def test_labels_without_names_and_tokenizers_without_ends_are_refused(opened, tm
     (tmp_path / "other").mkdir()
     tokenizer(tmp_path / "other", ends=False)
     words = TASK.load_processor(tmp_path).words.of(tmp_path / "other")
-    with pytest.raises(UnsupportedModel, match="does not end"):
+    with pytest.raises(UnsupportedModel, match="must end with"):
         class_prompts(words, renamed(model, NAMES), "a photo of {}.")
 
 

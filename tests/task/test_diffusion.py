@@ -1,4 +1,4 @@
-"""task.diffusion: one loss for each record, whatever the noise, and the noise its own."""
+"""task.diffusion: each record has its own loss and its own noise."""
 
 import json
 
@@ -32,7 +32,7 @@ each = pytest.mark.parametrize("name", sorted(TASKS))
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Loads task, a new model and its schedule by the task's name."""
+    """Returns a function from a task's name to the task, a new model and its schedule."""
     folders = {}
 
     def load(name, dtype=torch.float32):
@@ -70,7 +70,7 @@ def test_no_example_touches_another_and_its_noise_is_its_own(name, opened):
     assert torch.equal(task.losses(model, batch), together)
     for row in range(3):
         assert torch.allclose(task.losses(model, batch.select([row]))[0], together[row], rtol=1e-5)
-        alone = encoded(task, model, schedule, records[row : row + 1])  # as if the others had never been there
+        alone = encoded(task, model, schedule, records[row : row + 1])  # as if the other records did not exist
         assert torch.equal(alone.noisy[0], batch.noisy[row])
         assert torch.equal(alone.steps[0], batch.steps[row])
     assert not torch.equal(batch.steps[0], batch.steps[1])
@@ -78,21 +78,21 @@ def test_no_example_touches_another_and_its_noise_is_its_own(name, opened):
 
 @each
 def test_losses_are_those_of_each_draw_alone(name, opened):
-    """Each record and draw in a call of its own, a text without its padding."""
+    """Each record and draw is computed in a separate call, with an unpadded text."""
     task, model, schedule, _ = opened(name)
     records = latents(3, 0)
     batch = encoded(task, model, schedule, records)
     for row, record in enumerate(records):
-        told = {"class_labels": torch.tensor([record["label"]])}
+        conditions = {"class_labels": torch.tensor([record["label"]])}
         if name != "class_to_image":
-            told = {"encoder_hidden_states": torch.from_numpy(record["prompt_embeds"])[None]}
+            conditions = {"encoder_hidden_states": torch.from_numpy(record["prompt_embeds"])[None]}
         errors = []
         for draw in range(4):
             step, noisy = int(batch.steps[row, draw]), batch.noisy[row, draw]
             assert draw * 250 <= step < (draw + 1) * 250
             kept = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: step + 1]))
             noise = (noisy - kept**0.5 * torch.from_numpy(record["latents"])) / (1 - kept) ** 0.5
-            said = model(noisy[None], timestep=torch.tensor([step]), **told).sample[0, :CHANNELS]
+            said = model(noisy[None], timestep=torch.tensor([step]), **conditions).sample[0, :CHANNELS]
             errors.append(float(((said - noise) ** 2).mean().detach()))
         assert float(task.losses(model, batch)[row]) == pytest.approx(np.mean(errors), rel=1e-3)
 
@@ -137,7 +137,7 @@ def test_a_model_that_says_the_noise_explains_it_and_one_that_says_nothing_does_
 def test_gradients_can_be_told_apart_by_example(name, engine, opened):
     task, model, schedule, targets = opened(name)
     model = adapted(model, TOWERS[name], targets)
-    for batch in (task.invented(model, LENGTH, seed=3), encoded(task, model, schedule, latents(3, 0))):
+    for batch in (task.dummy_batch(model, LENGTH, seed=3), encoded(task, model, schedule, latents(3, 0))):
         probe(model, task.losses, batch, engine)
 
 
@@ -156,14 +156,14 @@ def test_an_adapter_learns_to_tell_noise_from_waves(name, opened):
         optimizer.step()
     after = task.tally(model, unseen)
     assert after.loss < 0.75 * before.loss
-    assert before.metrics["explained"][0] < 0 < after.metrics["explained"][0]  # better than saying nothing
+    assert before.metrics["explained"][0] < 0 < after.metrics["explained"][0]  # better than predicting 0
 
 
 def test_a_class_that_the_model_does_not_have_is_without_a_loss(opened):
     task, model, schedule, _ = opened("class_to_image")
     batch = encoded(task, model, schedule, latents(3, 0))
     honest = task.losses(model, batch)
-    batch.given["class_labels"][1] = CLASSES + 3
+    batch.conditions["class_labels"][1] = CLASSES + 3
     losses = task.losses(model, batch.within(model))
     assert losses[1] == 0
     assert torch.allclose(losses[[0, 2]], honest[[0, 2]], rtol=1e-5)
@@ -195,9 +195,9 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_loss(name, opened):
     task, model, schedule, _ = opened(name)
     records = latents(4, 0)
     honest = task.losses(model, encoded(task, model, schedule, records))
-    told = {"label": CLASSES, "prompt_embeds": np.zeros((3, WIDTH + 1), np.float32)}
+    conditions = {"label": CLASSES, "prompt_embeds": np.zeros((3, WIDTH + 1), np.float32)}
     forgiving = LenientRecords(
-        [records[0], {**records[1], "latents": records[1]["latents"] * np.nan}, records[2] | told]
+        [records[0], {**records[1], "latents": records[1]["latents"] * np.nan}, records[2] | conditions]
     )
     forgiving.append(records[3])
     batch = encoded(task, model, schedule, forgiving)

@@ -1,4 +1,4 @@
-"""task.encode: what becomes an example, by a tokenizer whose ids can be read off."""
+"""task.encode: the examples of a tokenizer whose ids are obvious."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from offsite.task.examples import Examples
 
 
 class Letters:
-    """A tokenizer with one id per letter, a = 1; without an eos token unless told."""
+    """A tokenizer with one id for each letter, a = 1, and by default without an end-of-text token."""
 
     def __init__(self, eos_token_id=None):
         self.eos_token_id = eos_token_id

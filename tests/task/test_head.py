@@ -1,4 +1,4 @@
-"""task.chunked_head: losses by chunks against brute force and against all logits at once."""
+"""task.chunked_head: losses in chunks against brute force and against all logits at once."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_every_family_that_returns_its_heads_output_is_done_by_chunks(family):
 
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "OPT", "Falcon", "Phi"])
 def test_in_float64_nothing_is_rounded(family):
-    """Only of families without RMS norms, which transformers computes in float32 whatever the weights are."""
+    """Without families with RMS norms, which transformers always computes in float32."""
     model = train_inside(build(family)).double()
     for chunk in (1, 4, 100):
         assert compare(model, batch(), 1e-10, chunk).obstacle(model) == ""
@@ -66,14 +66,14 @@ def test_the_size_of_a_chunk_does_not_matter(chunk):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor whose rows are as long as the vocabulary, in rows."""
+    """Records the largest number of rows of a tensor whose rows are as long as the vocabulary."""
 
     rows = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            # (32, V) is the head's own weight, turned
+            # (32, V) is the head's own weight, transposed
             if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[-1] == V and leaf.shape != (32, V):
                 self.rows = max(self.rows, leaf.numel() // V)
         return result
@@ -103,7 +103,7 @@ def test_rows_without_targets_have_no_gradient_and_padding_none_either():
 
 @pytest.mark.parametrize("examples", [batch((1, 1), width=1), batch().select([]), batch((0, 0))])
 def test_nothing_to_predict_costs_nothing(examples):
-    model = train_inside(build("GPT2" if len(examples) else "Falcon"))  # most models fail on a batch of none
+    model = train_inside(build("GPT2" if len(examples) else "Falcon"))  # most models fail on an empty batch
     task = compare(model, examples, 0.0)
     assert task.obstacle(model) == ""
     assert task.losses(model, examples).tolist() == [0.0] * len(examples)
@@ -159,7 +159,7 @@ def test_one_graph_serves_every_example():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_sees_each_example_alone_from_the_first_call(engine):
-    """The model is tried out while the engine's hooks are on it, and leaves nothing in them."""
+    """The trial of a model runs while the engine's hooks are on it, and leaves nothing in the hooks."""
     model, task = lora(), CausalLM(chunk=3)
     with ENGINES[engine](model) as opened:
         found = [single_gradient(model, task.losses, batch(), opened, row) for row in range(3)]
@@ -171,7 +171,7 @@ def test_an_engine_sees_each_example_alone_from_the_first_call(engine):
 
 @pytest.mark.parametrize("family", CHUNKED)
 def test_a_run_calls_each_block_once_and_no_more_than_one_position_of_the_head(family):
-    """Compressors take every call that they see for public examples: one more, to find out something, would be one."""
+    """Compressors take every call of a model for public examples, so a trial would count as an example."""
     model, calls, sizes = build(family), [], []
     task = CausalLM()
     examples = batch()

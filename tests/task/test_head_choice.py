@@ -1,4 +1,4 @@
-"""task.chunked_head: which models are done by chunks, and which with all logits at once."""
+"""task.chunked_head: the models that run in chunks, and the models that need all logits at once."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ def test_a_gemma_without_its_cap_is_done_by_chunks():
 
 
 class Llama(hf.LlamaForCausalLM):
-    """A model that does something of its own with its logits."""
+    """A model that changes its logits."""
 
     def forward(self, input_ids):
         output = super().forward(input_ids=input_ids)
@@ -74,7 +74,7 @@ class Functional(Llama):
 
 class Failing(Llama):
     def own(self, output):
-        output.logits = output.logits - output.logits.amax(1, keepdim=True)  # over no token
+        output.logits = output.logits - output.logits.amax(1, keepdim=True)  # fails without tokens
         return output
 
 
@@ -117,10 +117,10 @@ def test_what_trains_decides_every_time():
     assert task.obstacle(model) == "the input embedding is trained"
     model.model.embed_tokens.requires_grad_(False)
     handle = model.lm_head.register_full_backward_hook(lambda *_: None)
-    assert task.obstacle(model) == "hooks of others watch the head"
+    assert task.obstacle(model) == "the head has hooks"
     handle.remove()
     model.lm_head.forward = lambda hidden: hidden
-    assert "runs as torch has it" in task.obstacle(model)
+    assert "torch's own forward" in task.obstacle(model)
     del model.lm_head.forward
     assert task.obstacle(model) == ""
 

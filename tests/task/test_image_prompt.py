@@ -1,11 +1,11 @@
-"""task.image_prompt: records with an image beside their text, and those that are wrong."""
+"""task.image_prompt: records with an image and a text, and faulty records."""
 
 import numpy as np
 import pytest
 import torch
 
 from offsite.errors import DataError
-from offsite.task.image_prompt import MOST, ImagePromptToImage
+from offsite.task.image_prompt import MAX_TOKENS, ImagePromptToImage
 from offsite.task.records import LenientRecords
 from tests.task import latents
 
@@ -28,7 +28,7 @@ def test_images_stand_behind_texts_and_are_marked(folder):
     records = latents.with_images(3, 0)
     records[1]["image_embeds"] = records[1]["image_embeds"][:2]
     batch = encoded(folder, records)
-    states, mask = batch.given["encoder_hidden_states"], batch.given["encoder_attention_mask"]
+    states, mask = batch.conditions["encoder_hidden_states"], batch.conditions["encoder_attention_mask"]
     for row, record in enumerate(records):
         text, image = record["prompt_embeds"], record["image_embeds"]
         assert torch.equal(states[row][mask[row] == 1], torch.from_numpy(text[:8]))
@@ -38,7 +38,7 @@ def test_images_stand_behind_texts_and_are_marked(folder):
 
 
 def test_another_image_is_other_noise(folder):
-    """Noise follows from all that a record holds."""
+    """Noise follows from the whole content of a record."""
     record = latents.with_images(1, 0)[0]
     other = record | {"image_embeds": record["image_embeds"] + 1}
     batch = encoded(folder, [record, record, other])
@@ -53,7 +53,7 @@ def test_another_image_is_other_noise(folder):
         (np.zeros((0, latents.WIDTH), np.float32), "shape"),
         (np.zeros((2, latents.WIDTH), np.int64), "floating"),
         (np.full((2, latents.WIDTH), np.nan, np.float32), "finite"),
-        (np.zeros((MOST + 1, latents.WIDTH), np.float32), "at most 257"),
+        (np.zeros((MAX_TOKENS + 1, latents.WIDTH), np.float32), "at most 257"),
     ],
 )
 def test_a_wrong_image_is_refused_by_its_place_or_without_a_loss(image, reason, folder):

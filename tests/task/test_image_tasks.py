@@ -1,4 +1,4 @@
-"""The tasks that look at images: what all of them promise, each with a tiny model."""
+"""The promises of all tasks with images, each with a tiny model."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ each = pytest.mark.parametrize("name", sorted(TASKS))
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Loads task, a new model and its processor by the task's name."""
+    """Returns a function from a task's name to the task, a new model and its processor."""
     folders = {}
 
     def load(name, dtype=torch.float32):
@@ -36,7 +36,7 @@ def encoded(task, model, processor, records):
 
 
 def without_target(task, model, processor):
-    """Returns three records of which the second has nothing to learn."""
+    """Returns three records; the second has no target."""
     batch = encoded(task, model, processor, pictures(3, 0))
     if task.name == "image_text":
         records = pictures(3, 0)
@@ -149,23 +149,23 @@ def test_selecting_nothing_gives_no_examples(name, opened):
 @each
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_gradients_can_be_told_apart_by_example(name, engine, opened):
-    """On invented examples, as a site tries it out, and on pictures."""
+    """On dummy examples, as in a site's trial, and on pictures."""
     task, model, processor, targets, tower = opened(name)
     model = adapted(model, tower, targets)
-    for batch in (task.invented(model, LENGTH, seed=3), encoded(task, model, processor, pictures(3, 0))):
+    for batch in (task.dummy_batch(model, LENGTH, seed=3), encoded(task, model, processor, pictures(3, 0))):
         assert (batch.targets > 0).all()
         probe(model, task.losses, batch, engine)
 
 
 @each
-def test_invented_examples_differ_by_seed_and_never_call_the_model(name, opened):
+def test_dummy_examples_differ_by_seed_and_never_call_the_model(name, opened):
     task, model, *_ = opened(name)
 
     def refuse(*_):
         raise AssertionError("called")
 
     handle = model.register_forward_pre_hook(refuse)
-    one, same, other = (task.invented(model, LENGTH, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (task.dummy_batch(model, LENGTH, seed=seed) for seed in (1, 1, 2))
     handle.remove()
     losses = [task.losses(model, batch) for batch in (one, same, other)]
     assert torch.equal(losses[0], losses[1])
@@ -190,7 +190,7 @@ def test_bad_records_and_splits_are_refused(name, opened):
 
 @each
 def test_at_an_approved_job_a_wrong_record_is_one_without_a_target(name, opened):
-    """What a job's rules make of a record is an answer about it, and only the site's owner gets it."""
+    """A job's rules tell something about a record, so only the site's owner sees the faults."""
     task, model, processor, *_ = opened(name)
     records = pictures(4, 0)
     honest = task.losses(model, encoded(task, model, processor, records))
@@ -207,7 +207,7 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_target(name, opened)
 
 @each
 def test_an_adapter_learns_what_pictures_show(name, opened):
-    """From a random model, with plain steps; on pictures that it did not see."""
+    """A random model learns with plain steps, and is scored on new pictures."""
     task, model, processor, targets, tower = opened(name)
     model = adapted(model, tower, targets)
     seen, unseen = (encoded(task, model, processor, pictures(96, seed)) for seed in (1, 2))
@@ -222,4 +222,4 @@ def test_an_adapter_learns_what_pictures_show(name, opened):
     after = task.tally(model, unseen)
     assert after.loss < 0.75 * before.loss
     right = after.metrics["exact_match" if name == "image_text" else "accuracy"]
-    assert right[0] / right[1] > 3 / len(NAMES)  # thrice as good as guessing
+    assert right[0] / right[1] > 3 / len(NAMES)  # three times as good as guessing

@@ -1,4 +1,4 @@
-"""task.images: the same images as the processors of transformers make, and every way a setting can be wrong."""
+"""task.images: the same images as transformers' processors make, and every fault of a setting."""
 
 import json
 
@@ -36,7 +36,7 @@ RULES = {
 
 
 class Vision:
-    """A configuration of a model that wants one size."""
+    """The configuration of a model that takes images of one size."""
 
     num_channels = 3
     model_type = "vit"
@@ -86,12 +86,12 @@ def test_settings_inside_those_of_a_processor_of_several_things(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"image_processor_type": "OwnImageProcessor"}, "known are"),
-        ({}, "known are"),
+        ({"image_processor_type": "OwnImageProcessor"}, "must be one of ViT"),
+        ({}, "must be one of ViT"),
         ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "do_pad"),
         ({"image_processor_type": "ViTImageProcessor", "crop_pct": 0.9}, "crop_pct"),
         ({"image_processor_type": "ViTImageProcessor", "size": {"longest_edge": 9}}, "size"),
-        ({"image_processor_type": "ViTImageProcessor", "size": {"shortest_edge": 9}}, "one size"),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"shortest_edge": 9}}, "the same size"),
         ({"image_processor_type": "ViTImageProcessor", "size": 1 << 20}, "1..2048"),
         ({"image_processor_type": "ViTImageProcessor", "size": 0}, "1..2048"),
         ({"image_processor_type": "ViTImageProcessor", "size": True}, "size"),
@@ -100,7 +100,7 @@ def test_settings_inside_those_of_a_processor_of_several_things(tmp_path):
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, float("nan"), 1]}, "finite"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, 1]}, "three"),
         ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "1"}, "finite"),
-        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, "one size"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, "the same size"),
     ],
 )
 def test_a_rule_that_is_not_known_is_refused(content, reason):
@@ -118,7 +118,7 @@ def test_a_folder_without_settings_or_with_damaged_ones_is_refused(tmp_path):
 
 def test_a_processor_of_another_size_than_the_model_is_refused(tmp_path):
     settings(tmp_path, "ViTImageProcessor", size=16)
-    with pytest.raises(UnsupportedModel, match="image_size=32x32: its processor makes 16x16"):
+    with pytest.raises(UnsupportedModel, match="image_size=32x32 must be 16x16, as the image processor makes it"):
         ImageProcessor.of(tmp_path).pixels(random_images((9, 9, 3)), "image", Vision(32))
 
 
@@ -129,8 +129,8 @@ def test_a_processor_of_another_size_than_the_model_is_refused(tmp_path):
         (np.zeros((4, 4, 3), np.float32), "uint8"),
         (np.zeros((4,), np.uint8), "uint8"),
         (np.zeros((4, 4, 4), np.uint8), "3 channels"),
-        (np.zeros((0, 4, 3), np.uint8), "times its short"),
-        (np.zeros((1, 200, 3), np.uint8), "times its short"),
+        (np.zeros((0, 4, 3), np.uint8), "times the short side"),
+        (np.zeros((1, 200, 3), np.uint8), "times the short side"),
     ],
 )
 def test_a_record_without_an_image_is_refused_by_its_place(image, reason, tmp_path):

@@ -1,4 +1,4 @@
-"""Tasks with labels against transformers' losses, one example at a time, and slow counts of their measures."""
+"""Tasks with labels: losses against transformers', one example at a time, and metrics against slow counts."""
 
 import random
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def encode(opened, sample, records, length=None):
 
 @each
 def test_the_loss_of_one_example_is_what_transformers_reports_of_it_alone(sample, opened):
-    """Without any padding, given the labels that transformers wants."""
+    """Computed without padding, with the labels in transformers' form."""
     task, model, _ = opened(sample)
     batch = encode(opened, sample, sample.records(6, 3))
     for row in range(6):
@@ -48,13 +48,13 @@ def test_the_loss_of_one_example_is_what_transformers_reports_of_it_alone(sample
         inputs = {k: v[row : row + 1, :width] for k, v in batch.inputs.items() if k != "decoder_input_ids"}
         label = batch.labels[row : row + 1]
         if sample.task == "extractive_qa":
-            given = {"start_positions": label[:, 0], "end_positions": label[:, 1]}
+            arguments = {"start_positions": label[:, 0], "end_positions": label[:, 1]}
         elif sample.task == "token_classification":
-            given = {"labels": label[:, :width]}
+            arguments = {"labels": label[:, :width]}
         else:
-            given = {"labels": label}  # a decoder shifts them itself
+            arguments = {"labels": label}  # transformers' model shifts the labels itself
         with torch.no_grad():
-            expected = model(**inputs, **given).loss
+            expected = model(**inputs, **arguments).loss
             found = task.losses(model, batch.select([row]))[0]
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
@@ -63,7 +63,7 @@ def test_measures_of_classes_are_those_of_a_slow_count():
     dice = random.Random(1)
     truth = [dice.choice([0, 1, 1, 3]) for _ in range(60)] + [IGNORED] * 5
     logits = torch.randn(65, 5, generator=torch.Generator().manual_seed(1))
-    logits[:, 4] -= 100  # a class that neither is nor is told
+    logits[:, 4] -= 100  # a class that is neither true nor predicted
     pairs = [(t, int(row.argmax())) for t, row in zip(truth, logits, strict=True) if t != IGNORED]
     recalls, scores = [], []
     for label in range(4):
@@ -99,14 +99,14 @@ def test_the_measures_of_words_are_those_of_a_slow_count(opened):
         if t != IGNORED
     ]
     hits = sum(t == g != 0 for t, g in pairs)
-    missed, invented = sum(t not in (0, g) for t, g in pairs), sum(g not in (0, t) for t, g in pairs)
+    missed, false_alarms = sum(t not in (0, g) for t, g in pairs), sum(g not in (0, t) for t, g in pairs)
     means = task.tally(model, batch).means()
     assert means["accuracy"] == pytest.approx(sum(t == g for t, g in pairs) / len(pairs))
-    assert means["f1"] == pytest.approx(2 * hits / (2 * hits + missed + invented))
+    assert means["f1"] == pytest.approx(2 * hits / (2 * hits + missed + false_alarms))
 
 
 def test_a_words_label_stands_at_its_first_token_only(opened):
-    """One word of several tokens, one that the tokenizer makes nothing of, and one behind the cut."""
+    """A word of several tokens, a word without tokens, and a word after the cut."""
     sample = first_of("token_classification")
     words = ["w1", "w2-w3-w4", "", "w5", "w6"]
     batch = encode(opened, sample, [{"words": words, "labels": ["O", "LOC", "B-PER", "I-PER", 3]}], length=9)
@@ -159,12 +159,12 @@ def test_a_decoder_gets_what_transformers_would_give_it(opened):
 
 SECRET = "a private sentence"
 WRONG = [
-    ("sequence_classification", {"text": SECRET, "label": SECRET}, "label", r"not one of the model's 3 labels"),
-    ("sequence_classification", {"text": SECRET, "label": 3}, "label", "not one of the model's 3 labels"),
-    ("sequence_classification", {"text": SECRET, "label": "-1"}, "label", "not one of the model's 3 labels"),
+    ("sequence_classification", {"text": SECRET, "label": SECRET}, "label", r"must be one of the model's 3 labels"),
+    ("sequence_classification", {"text": SECRET, "label": 3}, "label", "must be one of the model's 3 labels"),
+    ("sequence_classification", {"text": SECRET, "label": "-1"}, "label", "must be one of the model's 3 labels"),
     ("token_classification", {"words": [SECRET, "b"], "labels": ["O"]}, "labels", "as many as the words"),
     ("token_classification", {"words": [SECRET, 5], "labels": ["O", "O"]}, "words", "a list of texts"),
-    ("token_classification", {"words": [SECRET], "labels": [SECRET]}, "labels", "not one of the model's 4 labels"),
+    ("token_classification", {"words": [SECRET], "labels": [SECRET]}, "labels", "must be one of the model's 4 labels"),
     (
         "extractive_qa",
         {"question": SECRET, "context": SECRET, "answer": "private", "answer_start": 3},
@@ -193,7 +193,7 @@ def test_a_wrong_record_is_named_by_its_place_and_never_shown(task, record, fiel
 
 @pytest.mark.parametrize(("task", "record", "field", "rule"), WRONG)
 def test_at_an_approved_job_a_wrong_record_stays_one_and_teaches_nothing(task, record, field, rule, opened):
-    """The coordinator chooses the labels, so whether its job goes on must not depend on them."""
+    """The coordinator chooses the labels, so a job must not stop because of a record's label."""
     sample = first_of(task)
     first, third = sample.records(2, 1)
     records = LenientRecords([first, Row(record, "line=2"), third])
@@ -235,10 +235,10 @@ def test_labels_are_names_or_numbers_and_names_go_first():
     [
         ({"id2label": {0: "only"}}, "two or more"),
         ({"id2label": {0: "a", 2: "b"}}, "numbered from 0"),
-        ({"id2label": {0: "a", 1: "a"}}, "no two alike"),
+        ({"id2label": {0: "a", 1: "a"}}, "two or more different names"),
         ({"id2label": LABELS, "problem_type": "regression"}, "problem_type='regression'"),
-        ({"id2label": LABELS, "problem_type": "multi_label_classification"}, "one label of several"),
-        ({}, "id2label of 0 labels"),
+        ({"id2label": LABELS, "problem_type": "multi_label_classification"}, "must be .single_label_classification"),
+        ({}, "id2label has 0 labels"),
     ],
 )
 def test_models_whose_labels_are_none_are_refused(config, rule):
@@ -257,9 +257,9 @@ def test_what_a_model_lacks_is_said(opened):
 
     with pytest.raises(UnsupportedModel, match="pad_token_id"):
         change(pad_token_id=None)
-    with pytest.raises(UnsupportedModel, match="examples depend on each other"):
+    with pytest.raises(UnsupportedModel, match="examples would depend on each other"):
         change(is_encoder_decoder=True)
-    with pytest.raises(ConfigError, match="length=16: must be from 4 to the 8 positions"):
+    with pytest.raises(ConfigError, match=r"length=16 must be in 4\.\.8, the number of"):
         change(max_position_embeddings=8)
     translator, model, processor = opened(first_of("seq2seq"))
     config = SimpleNamespace(**(model.config.to_dict() | {"decoder_start_token_id": None}))
@@ -271,7 +271,7 @@ def test_what_a_model_lacks_is_said(opened):
 
 @each
 def test_rows_that_the_model_would_fail_on_are_emptied_and_the_others_stay(sample, opened):
-    """Ids come from a tokenizer that somebody else wrote."""
+    """The ids come from a foreign tokenizer."""
     task, model, _ = opened(sample)
     batch = encode(opened, sample, sample.records(4, 1))
     expected = task.losses(model, batch)

@@ -1,4 +1,4 @@
-"""task.llava: the answer's loss by another route, an image's places, and questions that spoil them."""
+"""task.llava: the answer's loss by another route, an image's places, and questions that disturb the places."""
 
 import dataclasses
 
@@ -86,7 +86,7 @@ def test_exact_matches_are_what_greedy_decoding_says(opened):
 
 @pytest.mark.parametrize("question", ["which <image> ?", "pattern " * LENGTH, "<image> <image>"])
 def test_a_question_that_spoils_the_places_is_an_example_without_a_target(opened, question):
-    """Among others: the model counts the places of a whole batch, and would fail on all of them."""
+    """The model counts the places of a whole batch, and would fail on all examples."""
     model, (first, second, third) = opened[0], records()
     batch = encode(opened, [first, {**second, "question": question}, third])
     assert batch.targets.tolist() == [2, 0, 5]
@@ -99,7 +99,7 @@ def test_a_question_that_spoils_the_places_is_an_example_without_a_target(opened
 def test_ids_that_the_model_does_not_know_are_emptied(opened):
     model, batch = opened[0], encode(opened, records())
     ids = batch.text.input_ids.clone()
-    ids[0, -1], ids[2, 3] = len(WORDS), 5  # one beyond the vocabulary, one that takes the image's place
+    ids[0, -1], ids[2, 3] = len(WORDS), 5  # an id beyond the vocabulary, and an id in the image's place
     spoilt = type(batch)(batch.pixels, dataclasses.replace(batch.text, input_ids=ids)).within(model)
     assert spoilt.targets.tolist() == [0, 2, 0]
     assert torch.allclose(TASK.losses(model, spoilt)[1], TASK.losses(model, batch)[1], rtol=1e-5)

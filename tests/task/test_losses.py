@@ -1,4 +1,4 @@
-"""task.causal_lm: the loss by other routes."""
+"""task.causal_lm: the loss by other routes than the code's."""
 
 import copy
 

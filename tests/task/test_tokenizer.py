@@ -1,10 +1,9 @@
-"""A tokenizer from elsewhere: it gives the library's ids, and whatever its rules do ends in its own process."""
+"""A foreign tokenizer gives the library's ids, and its rules can harm only its own process."""
 
 import base64
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def test_padding_and_truncation_of_the_file_do_not_count() -> None:
 
 @pytest.mark.parametrize("name", ["vocab", "vocab_file", "init_inputs", "extra_special_tokens", "auto_map"])
 def test_no_other_setting_is_looked_at(tmp_path: Path, name: str) -> None:
-    """transformers reads a file that such a key names, and the answer to an offer would tell what stands in it."""
+    """transformers reads a file that such a key names, and the tokens would reveal the content of the file."""
     PreTrainedTokenizerFast(tokenizer_object=library(), eos_token="<end>").save_pretrained(tmp_path)
     secret = tmp_path / "records.txt"
     secret.write_text("jane doe has hiv\n" * 50)
@@ -69,7 +68,7 @@ def test_a_text_on_which_it_fails_has_no_ids() -> None:
 
 
 def test_a_text_that_kills_it_has_no_ids() -> None:
-    """Out of memory by two replacements: a new process takes the next text."""
+    """Two replacements exhaust the memory, and a new process takes the next text."""
     made = library()
     made.normalizer = normalizers.Sequence(
         [normalizers.Replace("hiv", "a" * 30_000), normalizers.Replace("a", "b" * 10**6)]
@@ -83,11 +82,20 @@ def test_a_text_that_takes_too_long_has_no_ids(monkeypatch: pytest.MonkeyPatch) 
     made = library()
     slow = [normalizers.Replace("hiv", "ab" * 3000)] + [normalizers.Replace("a", "aa")] * 12
     made.normalizer = normalizers.Sequence(slow)
-    began = time.monotonic()
     assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
+    started: list[object] = []
+
+    class Counted(offsite.task.tokenizer._Process):
+        def __enter__(self) -> "Counted":
+            started.append(self)
+            super().__enter__()
+            return self
+
+    own = of(made)
     monkeypatch.setattr(offsite.task.tokenizer, "WASTED_SECONDS", 1.0)
-    assert of(made).tokens(["hiv"] * 20 + ["the"]) == [[]] * 21  # given up after the first
-    assert time.monotonic() - began < 60
+    monkeypatch.setattr(offsite.task.tokenizer, "_Process", Counted)
+    assert own.tokens(["hiv"] * 20 + ["the"]) == [[]] * 21
+    assert len(started) == 1  # no process is started after the first text
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_special_tokens_segments_and_places_are_those_of_transformers(tmp_path: 
 def test_what_a_tokenizer_fails_on_is_an_empty_encoding_and_the_next_one_is_not() -> None:
     own = of(paired())
     assert [len(one.ids) for one in own.singles(["the", "a\udcff", "the cat"], 9)] == [3, 0, 4]
-    # A first text for which alone there is no room cannot be cut.
+    # A first text that is too long alone cannot be cut.
     assert [len(one.ids) for one in own.pairs([("the cat sat " * 9, "the"), ("the", "cat")], 6)] == [0, 5]
 
 
@@ -169,7 +177,7 @@ LIES = [[1, 2, 3], list(range(60)), [7] * 6 * 11]
 
 @pytest.mark.parametrize("numbers", LIES)
 def test_columns_that_are_none_are_nothing(monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> None:
-    """A tokenizer that got hold of its process can answer what it likes."""
+    """A tokenizer that took over its process can send any answer."""
     own = of(paired())
     monkeypatch.setattr(offsite.task.tokenizer._Process, "ask", lambda self, request: numbers)
     (found,) = own.singles(["the"], 10)
@@ -178,7 +186,7 @@ def test_columns_that_are_none_are_nothing(monkeypatch: pytest.MonkeyPatch, numb
 
 
 def test_its_process_opens_no_file_and_no_socket_and_starts_nothing(tmp_path: Path) -> None:
-    """Also where what runs in it is no longer the tokenizer: here it is told to try."""
+    """The limits hold for any program in the process; this one tries to break them."""
     tries = """
 import json, os, socket, sys
 sys.path.insert(0, sys.argv[1])

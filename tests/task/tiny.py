@@ -1,4 +1,4 @@
-"""Tiny causal models of many families, and the comparison of their losses by chunks with those of all logits."""
+"""Tiny causal models of many families, and the comparison of losses in chunks with losses from all logits."""
 
 import torch
 import transformers as hf
@@ -20,7 +20,7 @@ LLAMA = {
 OLD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = OLD | {"intermediate_size": 48}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-# By chunks: family -> settings of its tiny model.
+# Families that run in chunks -> settings of the tiny model.
 CHUNKED = {
     "Llama": LLAMA,
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
@@ -40,7 +40,7 @@ CHUNKED = {
     "StableLm": LLAMA,
     "Gemma": LLAMA | {"head_dim": 8},
 }
-# With all logits at once, since the model changes them after the head.
+# Families that need all logits at once, because the model changes its logits after the head.
 CHANGED = {
     "Gemma2": LLAMA | {"head_dim": 8, "final_logit_softcapping": 2.0},
     "Granite": LLAMA | {"logits_scaling": 3.0},
@@ -54,13 +54,13 @@ def build(family, **changes):
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(getattr(hf, f"{family}Config")(**special | settings))
     with torch.no_grad():
-        for parameter in model.parameters():  # also of heads' biases, and away from logits of nearly nothing
+        for parameter in model.parameters():  # also biases of heads, so that logits are not nearly 0
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval().requires_grad_(False)
 
 
 def train_inside(model, *, tables=False):
-    """Makes everything trainable but the head and the input embedding, and they too if asked."""
+    """Makes all parameters trainable except those of the head and the input embedding, unless asked."""
     model.requires_grad_(True)
     if not tables:
         model.get_output_embeddings().requires_grad_(False)
@@ -78,7 +78,7 @@ def batch(lengths=(8, 5, 2), width=8, dtype=torch.long):
 
 
 def gradient(model, losses):
-    """Returns the gradient of a sum in which every example has a weight of its own."""
+    """Returns the gradient of a weighted sum of losses, with another weight for each example."""
     weights = torch.arange(1, len(losses) + 1, dtype=losses.dtype)
     parameters = list(trainable(model).values())
     found = torch.autograd.grad((losses * weights).sum(), parameters, allow_unused=True, materialize_grads=True)

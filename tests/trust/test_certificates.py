@@ -1,4 +1,4 @@
-"""Certificates in real TLS handshakes, of the standard library's ssl, and their dates."""
+"""Certificates in real TLS handshakes of the standard library's ssl, and their dates."""
 
 import base64
 import itertools
@@ -114,7 +114,7 @@ def test_dates_are_checked_to_the_second():
 
 
 def pem_of(der):
-    """Wraps bytes as a certificate request, whatever they are."""
+    """Wraps any bytes as a certificate request."""
     return b"-----BEGIN CERTIFICATE REQUEST-----\n%b-----END CERTIFICATE REQUEST-----\n" % base64.encodebytes(der)
 
 
@@ -130,7 +130,7 @@ def test_requests_for_another_name_or_curve_or_altered_are_refused():
     der = x509.load_pem_x509_csr(request).public_bytes(Encoding.DER)
     room.issue_client(ca, pem_of(der), "north", now=NOW)
     signature = (
-        75  # at most so many bytes at the end; DER's count of unused bits there may be 0 or 1, and means nothing
+        75  # most bytes at the end that may change: DER's count of unused bits there may be 0 or 1, without effect
     )
     for place, mask in itertools.product(range(len(der) - signature), (0x01, 0x80)):
         altered = bytearray(der)

@@ -1,4 +1,4 @@
-"""The hash chain: every change of its bytes is seen, a crash or a full disk at any byte costs nothing that counted."""
+"""The hash chain: every change of its bytes is seen; a crash or full disk at any byte loses no entry that counted."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def chain(tmp_path: Path) -> Chain:
 
 
 def again(chain: Chain) -> Chain:
-    """The same file, read by a program that knows nothing of it."""
+    """Returns the same file, opened by a program that knows nothing of it."""
     return Chain(chain.path, "a log")
 
 
@@ -72,7 +72,7 @@ def test_the_file_is_its_owners_alone(chain: Chain) -> None:
 
 
 def test_every_changed_added_or_missing_byte_is_seen(chain: Chain) -> None:
-    """What still reads is the same log; bytes after the last newline, or a newline too few, change no entry."""
+    """What still parses is the same log: bytes after the last newline, or a missing newline, change no entry."""
     data, links = chain.path.read_bytes(), chain.links()
     refused: list[tuple[int, str]] = []
     for at in range(len(data)):
@@ -135,7 +135,7 @@ def test_a_change_while_the_program_runs_is_seen(chain: Chain) -> None:
 
 
 def test_a_write_cut_at_any_byte_is_as_if_it_had_not_been(chain: Chain) -> None:
-    """Unless only the newline is missing: that entry counts. The next append goes on either way."""
+    """An entry that lacks only its newline counts; the next append goes on in either case."""
     data, links = chain.path.read_bytes(), chain.links()
     start = data[:-1].rfind(b"\n") + 1
     for end in range(start, len(data)):
@@ -147,7 +147,7 @@ def test_a_write_cut_at_any_byte_is_as_if_it_had_not_been(chain: Chain) -> None:
 
 
 def test_a_disk_that_is_full_after_any_byte_adds_nothing(chain: Chain) -> None:
-    """By the limit of the operating system on a file's size, in a process of its own."""
+    """The operating system's limit on a file's size stands for the full disk, in a process of its own."""
     data = chain.path.read_bytes()
     needed = len(data.splitlines()[-1]) + 1
 
@@ -181,7 +181,7 @@ def test_what_the_disk_did_not_confirm_is_not_added(chain: Chain, monkeypatch: p
 
 
 def test_an_entry_is_on_disk_before_append_returns(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last thing that happens to the file is fsync; for a new file also of its folder."""
+    """The last call on the file is fsync; for a new file also on its folder."""
     synced: list[tuple[str, bytes]] = []
     real = os.fsync
 
@@ -221,7 +221,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_replaced_behind_the_lock_takes_no_entry(chain: Chain) -> None:
-    """Else the entry would go to a file that nobody reads any more."""
+    """Otherwise the entry would go to a file that nobody reads any more."""
     failed: list[BaseException] = []
 
     def write() -> None:

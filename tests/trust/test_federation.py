@@ -1,4 +1,4 @@
-"""The manifest that every owner signs: canonical, complete, and one epoch after the other."""
+"""The manifest that every owner signs: canonical, complete, and each epoch following the epoch before."""
 
 import dataclasses
 import itertools
@@ -165,8 +165,8 @@ def test_changes_name_what_the_owner_confirms(small):
     assert {"added: east", "added: north", "added: west", "n_min: 3", "max_epsilon: 8.0", "clip: 100.0"} <= set(new)
 
 
-def test_every_field_is_among_what_an_owner_is_told(small):
-    """A field added later must be shown too."""
+def test_every_field_is_shown_to_the_owner(small):
+    """A field that is added later must be shown too."""
     shown = " ".join(changes(None, small.federation))
     for field in dataclasses.fields(FederationManifest):
         if field.name not in ("epoch", "previous", "members", "created"):
@@ -195,7 +195,7 @@ LEGAL = [("clip", 0.5), ("max_epsilon", 0.5), ("previous", ""), ("members", [])]
 
 @pytest.mark.parametrize("value", NASTY, ids=lambda value: repr(value)[:12])
 def test_a_field_of_any_other_kind_is_one_of_our_errors(small, value):
-    """Somebody else's program wrote it: nothing but an error of ours may come out."""
+    """Somebody else's program wrote the manifest: only an error of ours may come out."""
     content = json.loads(small.federation.to_bytes())
     for name in content:
         if (name, value) not in LEGAL:

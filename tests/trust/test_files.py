@@ -23,7 +23,7 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_after(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", watched)
-    files.write_whole(path, b"new")
+    files.write_atomically(path, b"new")
     assert (path.stat().st_ino, old) in synced
     assert synced[-1] == (tmp_path.stat().st_ino, b"new")
     assert list(tmp_path.iterdir()) == [path]
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_leaves_the_old_file_and_is_said(tmp_path: Path) 
     partial = tmp_path / f".file.{os.getpid()}.partial"
     partial.mkdir()
     with pytest.raises(DataError, match="cannot be written") as caught:
-        files.write_whole(path, b"new")
+        files.write_atomically(path, b"new")
     assert files.why(caught.value) in (os.strerror(21), os.strerror(1))  # a folder is there
     assert path.read_bytes() == b"old"
 

@@ -1,4 +1,4 @@
-"""A site's keys: private on disk, never overwritten, and in no file that leaves."""
+"""A site's keys: private on disk, never overwritten, and in no file that leaves the site."""
 
 import base64
 import hashlib
@@ -94,7 +94,7 @@ def test_damaged_and_missing_keys_are_refused(folder, name):
 
 
 def test_a_kill_while_keys_are_made_leaves_none(folder, tmp_path):
-    """What a killed process left does not become anybody's keys."""
+    """Keys that a killed process left never become anybody's keys."""
     half = tmp_path / "site" / "keys.making"
     half.mkdir(parents=True)
     shutil.copy(folder / IDENTITY, half / IDENTITY)

@@ -21,7 +21,7 @@ def flips(data, masks=(0x01, 0x20, 0x80)):
 
 
 def resigned(request, identity, **changed):
-    """A request with other content that its identity did sign."""
+    """Returns a request with changed content that its identity did sign."""
     changed = dataclasses.replace(request, **changed)
     return dataclasses.replace(changed, signature=identity.sign(_signed(changed)).hex()).to_bytes()
 
@@ -67,7 +67,7 @@ def test_the_fingerprint_is_of_name_and_keys(small, tmp_path):
 
 
 def test_what_the_owner_signed_itself_is_checked_too(small):
-    """A site's own signature does not make a field right."""
+    """A site's own signature does not make a field valid."""
     request, other = small.requests["north"], small.requests["west"]
     identity = small.keys["north"].identity
     own = certificates.make_request(small.keys["north"].tls.read_bytes(), "other").decode()
@@ -109,7 +109,7 @@ def test_a_stranger_cannot_hand_over_or_sign(small):
 
 
 def test_a_handover_is_for_these_keys_only(small):
-    """Another site's handover cannot be taken over with the thief's own keys."""
+    """A thief cannot use another site's handover for keys of its own."""
     old = small.keys["north"].identity
     honest = write_request(small.keys["west"], "north", now=small.now, previous=old)
     theft = write_request(small.keys["east"], "north", now=small.now)

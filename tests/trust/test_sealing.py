@@ -1,4 +1,4 @@
-"""Sealed boxes: published vectors through a second HPKE written from RFC 9180, and every way a box must not open."""
+"""Sealed boxes: published vectors through a second HPKE written from RFC 9180, and every box that must not open."""
 
 import json
 
@@ -50,7 +50,7 @@ def schedule(kem, aead, shared_secret, info):
 
 
 def test_the_tests_own_schedule_is_the_published_one():
-    """For the published vectors with HKDF-SHA256 and a 32-byte AEAD key."""
+    """Compared on the published vectors with HKDF-SHA256 and a 32-byte AEAD key."""
     case = next(one for one in cases(HYBRID) if one["kdf_id"] == 1)
     key, nonce = schedule(KEMS[HYBRID], case["aead_id"], case["shared_secret"], case["info"])
     assert (key, nonce) == (case["key"], case["base_nonce"])
@@ -61,7 +61,7 @@ def test_the_tests_own_schedule_is_the_published_one():
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_published_key_opens_a_box_made_of_a_published_secret(suite):
-    """The KEM's bytes and secret are the vector's; key schedule and AES-256-GCM are this file's own."""
+    """The KEM's bytes and secret come from the vector; key schedule and AES-256-GCM come from this file."""
     for case in cases(suite):
         key = SealingKey.from_bytes(bytes([suite]) + case["skRm"])
         assert key.public == case["pkRm"]
@@ -118,7 +118,7 @@ def test_bad_public_keys_are_refused(suite):
     assert len(good) == PUBLIC_BYTES[suite]
     for bad in (b"", good[:-1], good + b"\x00", bytes(len(good)), b"\xff" * len(good)):
         if suite == CLASSIC and bad == b"\xff" * len(good):
-            continue  # X25519 takes every 32 bytes but the points of small order
+            continue  # X25519 accepts every 32 bytes except points of small order
         with pytest.raises(Untrusted):
             seal(suite, bad, b"secret", b"info")
 

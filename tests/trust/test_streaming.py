@@ -1,4 +1,4 @@
-"""Files in chunks: a second decryption by the definition, every alteration refused, and memory that does not grow."""
+"""Encrypted files in chunks: a second decryption from the definition, every alteration refused, and constant memory."""
 
 import io
 import os
@@ -147,7 +147,7 @@ def test_a_source_that_hands_out_little_at_a_time():
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """96 MiB through both ways, in less than 8 MiB."""
+    """96 MiB are encrypted and decrypted in less than 8 MiB."""
     size = 96 * CHUNK_BYTES
     tracemalloc.start()
     with (tmp_path / "sealed").open("wb") as target:

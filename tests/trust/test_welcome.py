@@ -61,7 +61,7 @@ def test_what_the_coordinator_signed_itself_is_checked_too(small, change, error)
 
 
 def test_the_fingerprint_covers_what_a_thief_would_change(small):
-    """An imposter who makes everything anew, or one thing, cannot show the same fingerprint."""
+    """An impostor who replaces everything, or one part, cannot show the same fingerprint."""
     honest = small.welcome
     thief = Identity.generate()
     others = [

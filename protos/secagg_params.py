@@ -1,4 +1,4 @@
-"""The terms of one secure aggregation, built alike by the coordinator and by each site from the job manifest."""
+"""The terms of one secure aggregation, derived alike by the coordinator and by each site from the job manifest."""
 
 import hashlib
 import json
@@ -15,13 +15,14 @@ _REFRESHED = "offsite refreshed start"
 
 
 def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = ()) -> bytes:
-    """Returns the SHA-256 of what a training starts from, 32 bytes.
+    """Returns the SHA-256 of a training's start, 32 bytes.
 
-    It is part of the terms that every member signs, so sites that trained on different refreshes have no common sum.
+    The digest is part of the terms that every member signs, so sites that trained on different refreshes have no common
+    sum.
 
     Args:
-      vector: the adapter, hashed as little-endian float32.
-      refresh: the emulator's biases that moved; where none did, the adapter is all there is.
+      vector: the adapter, hashed as little-endian float32, (d,).
+      refresh: the emulator's biases that moved, (name, values); empty leaves the digest of the adapter alone.
     """
     adapter = hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
     if not refresh:
@@ -32,15 +33,15 @@ def adapter_digest(vector: np.ndarray, refresh: tuple[tuple[str, bytes], ...] = 
     return hashlib.sha256(writer.done()).digest()
 
 
-def terms_of(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
-    """Returns the terms T0 of the aggregation that a request opens.
+def secagg_params(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
+    """Returns the terms of the aggregation that a request opens.
 
-    Everything but sequence, nonce, adapter and invited sites comes from the manifest that the site accepted, so a
-    coordinator that shows different models or rules to different sites gives them different T0 and no sum.
+    All but sequence, nonce, adapter and invited sites comes from the manifest that the site accepted. A coordinator
+    that shows different models or rules to different sites therefore gives them different T0 and no sum.
 
     Raises:
       UnknownName: an invited site is not in the roster.
-      ConfigError: fewer invited than n_min, or not in order.
+      ConfigError: fewer sites than n_min are invited, or they are not in order.
     """
     roster = dict(manifest.roster)
     return SecAggParams(
@@ -49,7 +50,7 @@ def terms_of(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
         round=request.sequence,
         nonce=request.nonce,
         manifest=hashlib.sha256(json.dumps(manifest.roster).encode()).digest(),
-        # That of all sites that get no other; who gets which other one is in `config`, which covers the whole manifest.
+        # The common package. `config` covers the whole manifest, and so also which sites get another package.
         emulator=bytes.fromhex(manifest.emulator),
         adapter=request.adapter,
         config=manifest.digest(),

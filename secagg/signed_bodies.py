@@ -1,4 +1,4 @@
-"""The messages of a round: signed bodies, and how each body is written and read.
+"""The signed bodies of a secure aggregation, and how each body is written and read.
 
 A receiver checks the signature over the bytes that came in and parses them afterwards; nothing is serialised again.
 """
@@ -22,7 +22,13 @@ _SIGNED = "offsite secagg signed"
 
 @dataclass(frozen=True)
 class Signed:
-    """A message of one site: body and the Ed25519 signature over step, context (T0 or T1), sender and body."""
+    """A message of one site.
+
+    Attributes:
+      sender: id of the site.
+      body: the message's content, canonical bytes.
+      signature: Ed25519 signature over step, context (T0 or T1), sender and body.
+    """
 
     sender: str
     body: bytes
@@ -34,7 +40,7 @@ class Signed:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Returns the message of wire bytes; the signature is not checked yet.
+        """Returns the message of wire bytes; the caller checks the signature with `check`.
 
         Raises:
           MalformedMessage: the bytes are not one whole message.
@@ -54,7 +60,7 @@ def check(public: bytes, step: str, context: bytes, message: Signed) -> None:
     """Checks that a message was signed for this step of this round.
 
     Raises:
-      ProtocolViolation: it was not.
+      ProtocolViolation: the signature is another key's, or covers another step, round, sender or body.
     """
     verify(
         public, _signing_input(step, context, message.sender, message.body), message.signature, sender=message.sender
@@ -67,7 +73,13 @@ def _signing_input(step: str, context: bytes, sender: str, body: bytes) -> bytes
 
 @dataclass(frozen=True)
 class Keys:
-    """Ephemeral public keys of a site: for sealing shares, for pair masks, and the hash of its self-mask seed."""
+    """Ephemeral public keys of a site.
+
+    Attributes:
+      channel: X25519 key under which shares are sealed, 32 bytes.
+      mask: X25519 key of the pair masks, 32 bytes.
+      commitment: hash of the site's self-mask seed, 32 bytes.
+    """
 
     channel: bytes
     mask: bytes
@@ -79,7 +91,11 @@ class Keys:
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Self:
-        """Returns the keys of a body; `MalformedMessage` when it is not one."""
+        """Returns the keys of a keys message's body.
+
+        Raises:
+          MalformedMessage: the bytes are no such body.
+        """
         reader = Reader(body, KEYS)
         keys = cls(*(reader.field(exactly=size) for size in (POINT_BYTES, POINT_BYTES, DIGEST_BYTES)))
         reader.end()
@@ -87,7 +103,7 @@ class Keys:
 
 
 def write_sealed(sealed: Mapping[str, bytes]) -> bytes:
-    """Returns the body of a shares message: recipient and ciphertext, in order of the recipients."""
+    """Returns the body of a shares message: recipients and ciphertexts, in order of the recipients."""
     writer = Writer()
     for site in sorted(sealed):
         writer.text(site).field(sealed[site])
@@ -124,7 +140,7 @@ def read_announcement(body: bytes) -> tuple[bytes, dict[str, bytes]]:
 
 
 def write_released(released: Mapping[str, tuple[bytes, int]]) -> bytes:
-    """Returns the body of an unmask message: for each site either its self-mask share or its mask-key share."""
+    """Returns the body of an unmask message: the self-mask share or the mask-key share of each site."""
     writer = Writer()
     for site in sorted(released):
         kind, share = released[site]
@@ -133,7 +149,7 @@ def write_released(released: Mapping[str, tuple[bytes, int]]) -> bytes:
 
 
 def read_released(body: bytes) -> dict[str, tuple[bytes, int]]:
-    """Returns kind and share by site; a site stands there once, so it cannot be survivor and dropped."""
+    """Returns kind and share by site; a site occurs once, so no site can be both survivor and dropped."""
     reader = Reader(body, UNMASK)
     released: dict[str, tuple[bytes, int]] = {}
     while reader.more():

@@ -1,4 +1,4 @@
-"""The files of a package and their hashes: what is copied in, and what is refused."""
+"""The files of a package's folder and their hashes: which files are copied in, and which are refused."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from offsite.emulator.package.manifest import CONFIG, MANIFEST, FileEntry
 from offsite.errors import ConfigError, DataError, DigestMismatch
 from offsite.trust.files import sync_folder
 
-# What a tokenizer or an image processor is read from; nothing else is copied from the model's folder.
+# A tokenizer or an image processor is read from these; no other file is copied from the model's folder.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -34,10 +34,10 @@ MANIFEST_LIMIT = 1 << 26
 
 
 def prepare(directory: Path) -> Path:
-    """Returns the folder a package is written to, made where it is missing.
+    """Returns the folder that a package is written to; makes the folder if it is missing.
 
     Raises:
-      ConfigError: it is a file, or holds files already.
+      ConfigError: the path is a file, or the folder is not empty.
     """
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ConfigError(f"directory={str(directory)!r} exists and is not empty; choose another or remove it")
@@ -46,25 +46,25 @@ def prepare(directory: Path) -> Path:
 
 
 def copy_tokenizer(source: Path | str | None, target: Path) -> None:
-    """Copies the tokenizer files of a model's folder into a package.
+    """Copies the tokenizer files of a model's folder into a package; a source of None copies nothing.
 
     Raises:
-      DataError: the folder holds none.
+      DataError: the model's folder holds no tokenizer file.
     """
     if source is None:
         return
-    found = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-    if not found:
+    present = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not present:
         raise DataError(f"tokenizer={str(source)!r} holds no tokenizer file; give the model's folder")
-    for file in found:
+    for file in present:
         shutil.copyfile(file, target / file.name)
 
 
 def sync(folder: Path) -> None:
-    """Brings every file of a folder to the disk, and the names of the files and of the folder itself.
+    """Flushes every file of a folder to the disk, and the names of the files and of the folder itself.
 
     Raises:
-      DataError: the disk does not take them.
+      DataError: the disk does not take the files.
     """
     try:
         for path in folder.iterdir():
@@ -79,27 +79,29 @@ def sync(folder: Path) -> None:
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:
-    """Returns size and hash of every file of a folder, by name."""
+    """Returns hash and size of every file of a folder, by name."""
     paths = sorted(folder.iterdir())
     return {path.name: FileEntry(_sha256(path), path.stat().st_size) for path in paths}
 
 
 def read_manifest_bytes(folder: Path, expected_digest: str | None) -> bytes:
-    """Returns the bytes of a package's manifest, which are the expected ones where a digest is expected.
+    """Returns the bytes of a package's manifest, checked against a digest unless that is None.
 
     Raises:
-      DataError: there is no manifest.
-      DigestMismatch: its SHA-256 is another.
+      DataError: the folder has no manifest.
+      DigestMismatch: the manifest's SHA-256 is not the expected one, or the file is too long for a manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"package={str(folder)!r} has no {MANIFEST}; build the emulator or fetch its package")
     if path.stat().st_size > MANIFEST_LIMIT:
-        raise DigestMismatch(f"{MANIFEST}: over {MANIFEST_LIMIT} bytes, no manifest is; fetch the package again")
+        raise DigestMismatch(
+            f"{MANIFEST}: over {MANIFEST_LIMIT} bytes, no manifest is that long; fetch the package again"
+        )
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if expected_digest is not None and found != expected_digest:
-        raise DigestMismatch(f"{MANIFEST}: sha256={found}, announced {expected_digest}; fetch the package again")
+    digest = hashlib.sha256(content).hexdigest()
+    if expected_digest is not None and digest != expected_digest:
+        raise DigestMismatch(f"{MANIFEST}: sha256={digest}, announced {expected_digest}; fetch the package again")
     return content
 
 
@@ -109,11 +111,11 @@ def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
     Raises:
       DigestMismatch: a file is missing, was added, is a link, or has another size or hash.
     """
-    found = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
-    if different := sorted(found.keys() ^ announced.keys()):
+    present = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+    if different := sorted(present.keys() ^ announced.keys()):
         raise DigestMismatch(f"file={different[0]!r} is missing or was added; fetch the package again")
     for name, entry in announced.items():
-        path = found[name]
+        path = present[name]
         if path.is_symlink() or not path.is_file():
             raise DigestMismatch(f"file={name!r} is not a plain file; fetch the package again")
         if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
@@ -121,10 +123,10 @@ def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
 
 
 def read_checked(path: Path, entry: FileEntry) -> bytes:
-    """Returns the bytes of one file, which are the announced ones also where it changed after `check`.
+    """Returns the bytes of one file, checked as they are read: the file may have changed since `check`.
 
     Raises:
-      DigestMismatch: it is missing, a link, or has another size or hash.
+      DigestMismatch: the file is missing, is a link, or has another size or hash.
     """
     plain = path.is_file() and not path.is_symlink() and path.stat().st_size == entry.bytes
     content = path.read_bytes() if plain else b""
@@ -134,12 +136,12 @@ def read_checked(path: Path, entry: FileEntry) -> bytes:
 
 
 def tokenizer_sha256(announced: Mapping[str, FileEntry]) -> str:
-    """Returns the SHA-256 over the tokenizer's files of a package, by name and hash, 64 hexadecimal digits."""
+    """Returns one SHA-256 over names and hashes of a package's tokenizer files, 64 hexadecimal digits."""
     return _together({name: entry.sha256 for name, entry in announced.items() if name in TOKENIZER_FILES})
 
 
 def model_sha256(folder: Path) -> str:
-    """Returns the SHA-256 over a model folder's configuration and weights, by name and hash, 64 hexadecimal digits."""
+    """Returns one SHA-256 over names and hashes of a model's configuration and weights, 64 hexadecimal digits."""
     paths = [*folder.glob("*.safetensors"), folder / CONFIG]
     return _together({path.name: _sha256(path) for path in paths if path.is_file()})
 
@@ -151,10 +153,10 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def check_tensors(pieces: Mapping[str, Tensor], announced: Mapping[str, str]) -> None:
-    """Refuses a tensor whose bytes are not the announced ones, also where the file changed after it was checked.
+    """Refuses a tensor whose bytes are not the announced ones: the file may have changed since `check`.
 
     Raises:
-      DigestMismatch: a hash is another.
+      DigestMismatch: a tensor has another hash.
     """
     for name, piece in pieces.items():
         if tensor_sha256(piece) != announced[name]:

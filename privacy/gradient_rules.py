@@ -1,4 +1,4 @@
-"""How a module's per-example gradients follow from what went in and what gradient came back."""
+"""How a module's per-example gradients follow from its inputs and from the gradients of its outputs."""
 
 import logging
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from offsite.privacy.tap import Call
 
 log = logging.getLogger("offsite.privacy")
 Rule = Callable[[nn.Module, str, Call, list[Tensor], Captured], None]
-"""(module, its path, call, gradients of its outputs, where the result goes)."""
+"""(module, path of the module, call, gradients of the call's outputs, receiver of the per-example gradients)."""
 
 DENSE = ("LinearChange",)
 NORMS = ("LayerNorm", "RMSNorm", "CastNorm", "NormChange")
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """Returns the closed-form rule of a module, or None where there is none; subclasses with another forward have none.
+    """Returns the closed-form rule of a module; None for any other module, and for a subclass with another forward.
 
-    Norms over the last dimension are told by their class' name, as nothing else tells them from those over others. So
-    is a dense layer with a change, y = x (W + change)^T + b, whose gradient is that of W. The start-up probe compares
-    what the rule gives.
+    A norm over the last dimension is recognised by its class' name, as nothing else distinguishes it from norms over
+    other dimensions. So is a dense layer with a change, y = x (W + change)^T + b, whose gradient is that of W. The
+    start-up probe compares the gradients of every rule.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward or type(module).__name__ in DENSE:
@@ -41,12 +41,12 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 def linear(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
-    """A dense layer, y = x W^T + b: example i's gradient of W is sum over positions t of g_it x_it^T."""
+    """Rule of a dense layer, y = x W^T + b: example i's gradient of W is the sum over positions t of g_it x_it^T."""
     _dense(module, path, call, gradients, captured, transpose=False)
 
 
 def transposed(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
-    """GPT-2's Conv1D, y = x W + b."""
+    """Rule of GPT-2's Conv1D, y = x W + b."""
     _dense(module, path, call, gradients, captured, transpose=True)
 
 
@@ -63,7 +63,7 @@ def _dense(
 
 
 def norm(module: nn.Module, path: str, call: Call, gradients: list[Tensor], captured: Captured) -> None:
-    """A norm, y = n(x) * (c + w) + b for any normalisation n: n(x) is what one more w adds to y."""
+    """Rule of a norm, y = n(x) * (c + w) + b for any normalisation n: n(x) is what one more w adds to y."""
     inputs, gradient = _by_position(path, call, gradients, captured.size)
     weight, bias = _trainable(module, "weight"), _trainable(module, "bias")
     if bias is not None:
@@ -71,16 +71,15 @@ def norm(module: nn.Module, path: str, call: Call, gradients: list[Tensor], capt
     if weight is not None:
         with torch.no_grad():
             zero = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
-            one = zero | {"weight": torch.ones_like(weight)}
-            normal = functional_call(module, one, (inputs,)) - functional_call(module, zero, (inputs,))
+            unit = zero | {"weight": torch.ones_like(weight)}
+            normal = functional_call(module, unit, (inputs,)) - functional_call(module, zero, (inputs,))
         captured.put(weight, (gradient.to(weight) * normal.to(weight)).sum(1))
 
 
 class Recomputed:
-    """Any module: the gradient of its outputs' product with what came back, one example at a time through it alone.
+    """Rule of any module: runs it on one example at a time, and differentiates its outputs weighted by their gradients.
 
-    By `vmap` over the examples where torch can, and else by a loop over them; which of the two is found out once for
-    each module, by its first batch.
+    It uses `vmap` over the examples where torch can, and else a loop over them; each module's first batch decides.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class Recomputed:
         """See `Rule`.
 
         Raises:
-          PrivacyRefusal: a tensor that goes in or comes out has neither one entry per example nor one for all.
+          PrivacyRefusal: an input or output tensor has neither one entry per example nor one entry for all.
         """
         size = captured.size
         for tensor in (*call.inputs, *gradients):
@@ -106,8 +105,8 @@ class Recomputed:
         mapped = [tensor.shape[0] == gradients[0].shape[0] for tensor in call.inputs]
 
         def product(values: dict[str, Tensor], inputs: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> Tensor:
-            one = [tensor[None] if each else tensor for tensor, each in zip(inputs, mapped, strict=True)]
-            args, kwargs = call.arguments(one)
+            batched = [tensor[None] if each else tensor for tensor, each in zip(inputs, mapped, strict=True)]
+            args, kwargs = call.arguments(batched)
             output = functional_call(module, values, args, kwargs)
             leaves = [leaf for leaf in pytree.tree_leaves(output) if _floating(leaf)]
             return torch.stack([(leaf[0] * g).sum() for leaf, g in zip(leaves, back, strict=True)]).sum()
@@ -133,18 +132,18 @@ def _looped(
     mapped: list[bool],
     gradients: list[Tensor],
 ) -> dict[str, Tensor]:
-    """The same by ordinary autograd, for modules that branch on values or have functions that `vmap` does not know."""
-    found: list[tuple[Tensor, ...]] = []
+    """Computes the same by ordinary autograd, for modules that branch on values or use functions unknown to `vmap`."""
+    rows: list[tuple[Tensor, ...]] = []
     with torch.enable_grad():
         leaves = {name: value.clone().requires_grad_(True) for name, value in parameters.items()}
         for row in range(gradients[0].shape[0]):
             inputs = tuple(t[row] if each else t for t, each in zip(call.inputs, mapped, strict=True))
             loss = product(leaves, inputs, tuple(gradient[row] for gradient in gradients))
             parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            found.append(
+            rows.append(
                 tuple(torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), parts, strict=True))
             )
-    return {name: torch.stack(column) for name, column in zip(leaves, zip(*found, strict=True), strict=True)}
+    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
 
 
 def _floating(leaf: object) -> bool:
@@ -157,7 +156,7 @@ def _trainable(module: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _by_position(path: str, call: Call, gradients: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """Returns input and gradient as (B, T, features), T the product of whatever lies between."""
+    """Returns input and gradient as (B, T, features), with T the product of the dimensions in between."""
     inputs, gradient = call.inputs[0], gradients[0]
     for tensor in (inputs, gradient):
         if tensor.ndim < 2 or tensor.shape[0] != size:

@@ -1,4 +1,4 @@
-"""The folder of a run between organisations: named by the settings that make the job, and by no others gone on with."""
+"""The settings that make a job between organisations, and the run folder that is named by them."""
 
 import hashlib
 import json
@@ -7,10 +7,6 @@ from pathlib import Path
 
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.home.provision import CoordinatorHome
-from offsite.coordinator.job.store import Store
-from offsite.errors import ConfigError
-
-SETTINGS = "settings.json"
 
 
 def run_folder(home: CoordinatorHome, config: FedConfig, out: Path | None) -> Path:
@@ -32,23 +28,3 @@ def settings_sha256(config: FedConfig) -> str:
         content["adapter"]["frozen"] = [os.path.relpath(one, home) for one in config.adapter.frozen]
         content["aggregation"]["earlier"] = [os.path.relpath(one, home) for one in config.aggregation.earlier]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def keep_settings(store: Store, config: FedConfig) -> None:
-    """Writes down under which settings a run begins."""
-    store.write_json(SETTINGS, {"sha256": settings_sha256(config)})
-
-
-def check_settings(store: Store, config: FedConfig) -> None:
-    """Refuses to go on with a run under settings that its sites did not agree to.
-
-    Raises:
-      ConfigError: the run began with others.
-      DataError: it did not write down with which.
-    """
-    now, began = settings_sha256(config), store.read_json(SETTINGS).get("sha256")
-    if began != now:
-        raise ConfigError(
-            f"settings={now[:12]}: run {str(store.folder)!r} began with {str(began)[:12]}; restore the federation "
-            "file, or give another --out"
-        )

@@ -1,0 +1,85 @@
+"""The words in which an offered job is shown to the owner of a site."""
+
+from offsite.protos.aggregation import NO_SECAGG_WARNING, AggregationTerms
+from offsite.protos.job_manifest import JobManifest
+
+SPLITS = {
+    "truncate": "one of each text, cut after so many tokens",
+    "blocks": "texts joined and cut, so that the job's tokenizer says how many there are",
+}
+
+
+def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
+    """Returns what a job asks of a site, one fact in each line.
+
+    Args:
+      manifest: manifest of the job.
+      site: name of the site, by which it gets its emulator.
+      approved: whether its owner approved the job.
+    """
+    digest, own, rule = manifest.digest().hex(), manifest.emulator_of(site), manifest.aggregation
+    lines = [
+        f"job        {digest}  ({'approved' if approved else 'not approved'})",
+        f"model      {manifest.model} ({manifest.base[:16]}…), task {manifest.task}, "
+        f"emulator {own[:16]}…, tokenizer {manifest.tokenizer[:16]}…",
+        f"refresh    {_refresh(manifest.refresh)}",
+        *_training(manifest),
+        f"{'round' if rule.individuals else 'sum':<10} of at least {manifest.n_min} of {len(manifest.roster)} "
+        f"sites: {', '.join(name for name, _ in manifest.roster)}",
+        *_of_rule(rule, manifest.adapter.rank),
+        f"leaves     one {'signed, plain' if rule.individuals else 'masked'} update a round; "
+        f"metrics: {', '.join(manifest.metrics) or 'none'}",
+        f"next       offsite client approve DIR {digest[:12]}",
+    ]
+    if rule.individuals:
+        lines.insert(1, f"WARNING    {NO_SECAGG_WARNING}")
+    if others := {emulator: sites for emulator, sites in manifest.shipped().items() if emulator != own}:
+        lines.insert(2, f"others     {_others(others)}")
+    return lines
+
+
+def _training(manifest: JobManifest) -> list[str]:
+    """Says what is trained, on which records, and at what cost in privacy."""
+    privacy, adapter = manifest.privacy, manifest.adapter
+    return [
+        f"adapter    {adapter.method} rank {adapter.rank}, {manifest.layout.size} parameters in all"
+        + "".join(f", {name} {value}" for name, value in adapter.options),
+        f"training   {manifest.rounds} rounds (+{manifest.spare_rounds} spare) of {manifest.local_steps} steps, "
+        f"{manifest.length} tokens a record, expected batch {privacy.batch}",
+        f"records    {SPLITS.get(manifest.split, 'cut in a way that this release does not know')} ({manifest.split})",
+        f"privacy    epsilon {privacy.epsilon} for the whole job, clip {privacy.max_grad_norm:.4g}, "
+        f"accountant {privacy.accountant}",
+    ]
+
+
+def _others(others: dict[str, tuple[str, ...]]) -> str:
+    """Says in one sentence which sites get another emulator than this one."""
+    named = ", ".join(f"{' and '.join(sites)} {digest[:16]}…" for digest, sites in others.items())
+    return f"other sites train on other emulators than this one: {named}"
+
+
+def _of_rule(rule: AggregationTerms, rank: int) -> list[str]:
+    """Says what the sites do for the coordinator's rule, where that is more than to train and send."""
+    lines = []
+    if rule.proximal:
+        lines.append(f"pull       each step is pulled back to where the round began (FedProx), mu {rule.proximal:g}")
+    if rule.directions:
+        lines.append(
+            f"forward    no gradients: a step looks along {rule.directions} directions, one number leaves for each"
+        )
+    if rule.alternate:
+        lines.append("turns      B is trained in odd rounds and A in even ones; only that part leaves")
+    if rule.ranks:
+        named = ", ".join(f"{site} {own}" for site, own in rule.ranks)
+        lines.append(f"ranks      of {rank} columns these sites train fewer: {named}")
+    return lines
+
+
+def _refresh(every: int) -> str:
+    """Says whether the emulator stays what was vetted when its owner approved the job."""
+    if not every:
+        return "never: the emulator stays as it is fetched"
+    return (
+        f"after every {every} rounds the biases at the ends of the emulator's middle blocks may move, and nothing else "
+        "of it; they are vetted before anything is trained on them"
+    )

@@ -1,0 +1,76 @@
+"""The file `site.toml`: where a site's records are and how they are read."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
+from offsite.errors import ConfigError, lookup
+from offsite.trust import canonical
+from offsite.trust.toml_tables import quote
+from offsite.trust.welcome import MAX_PORT
+
+SETTINGS = "site.toml"
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """The file `site.toml`, which `offsite client init` writes; `policy.toml` beside it says what is permitted.
+
+    Attributes:
+      name: the site's name in the federation.
+      data: file or folder of the records; relative to the site's folder.
+      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
+        picks by file name.
+      column: column or key that holds the main field of a task's records, as the text; empty takes the field's name.
+      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
+      dataset: name under which the privacy ledger counts what was spent on these records; one data set has one name
+        for ever.
+      runtime_port: port of the SuperNode's own interface on this machine; 0 takes a free port.
+      simulation_seed: seed of repeatable noise, for tests on invented data only; needs `allow_seeded_noise` of the
+        policy.
+      weights: storage of frozen weights in memory. `widened`: float32. `stored`: as in the package, widened where
+        they run; a fraction of the memory, some percent more time, the same results. `int8` and `nf4`: in the numbers
+        of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
+        `emulator.runtime.bitsandbytes_layers`.
+    """
+
+    name: str
+    data: str
+    reader: str = ""
+    column: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    dataset: str = "main"
+    runtime_port: int = 0
+    simulation_seed: int | None = None
+    weights: str = "widened"
+
+    def __post_init__(self) -> None:
+        """Checks every range."""
+        canonical.check_name(self.name, "name")
+        canonical.check_name(self.dataset, "dataset")
+        if not self.data:
+            raise ConfigError("data='': must be the file or folder of the site's records")
+        if not 0 <= self.runtime_port <= MAX_PORT:
+            raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
+        lookup(WEIGHT_FORMS, self.weights, "weights")
+        if self.simulation_seed is not None and self.simulation_seed < 0:
+            raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
+
+    def to_toml(self) -> str:
+        """Returns the text of a new `site.toml`."""
+        return (
+            "# This site. What is permitted stands in policy.toml.\n"
+            + "".join(
+                f"{name} = {_toml_value(value)}\n"
+                for name, value in dataclasses.asdict(self).items()
+                if value is not None
+            )
+            + "# simulation_seed = 1   # repeatable noise, for tests on invented data only\n"
+        )
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{quote(name)} = {quote(one)}" for name, one in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return quote(value) if isinstance(value, str) else str(value)

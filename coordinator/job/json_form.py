@@ -1,0 +1,77 @@
+"""Frozen dataclasses as JSON objects and back: the fields are the keys."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from offsite.errors import DataError
+
+T = TypeVar("T")
+OMITTED = types.MappingProxyType({"omitted": True})
+"""Metadata of a field whose key is left out where its value is None."""
+
+
+def encode(value: object) -> Any:
+    """Returns a value as JSON holds it: dataclasses and mappings as objects, tuples and lists as arrays."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((one, getattr(value, one.name)) for one in dataclasses.fields(value))
+        return {one.name: encode(own) for one, own in pairs if own is not None or "omitted" not in one.metadata}
+    if isinstance(value, Mapping):
+        return {str(key): encode(own) for key, own in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(own) for own in value]
+    return value
+
+
+def decode(kind: type[T], content: object, where: str = "") -> T:
+    """Returns the dataclass that a JSON object is the form of.
+
+    Keys that are not fields are passed over: a later release may write more.
+
+    Args:
+      kind: the dataclass; a field without a default is a key that must be there.
+      content: the parsed JSON.
+      where: name of the object in messages.
+
+    Raises:
+      DataError: a key is missing, or a value is of another type.
+    """
+    if not isinstance(content, Mapping):
+        raise DataError(f"{where or kind.__name__}={content!r}: must be an object; restore the file")
+    hints, known = get_type_hints(kind), {}
+    for one in dataclasses.fields(kind):  # type: ignore[arg-type]
+        place = f"{where}.{one.name}".lstrip(".")
+        if one.name in content:
+            known[one.name] = _value(hints[one.name], content[one.name], place)
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise DataError(f"{place}: the key is missing; restore the file")
+    return kind(**known)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Returns a value as its field holds it."""
+    inner = get_args(hint)
+    if get_origin(hint) is types.UnionType and inner[1:] == (types.NoneType,):
+        return None if value is None else _value(inner[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return decode(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple and isinstance(value, list):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        pairs = enumerate(zip(kinds, value, strict=len(kinds) == len(value)))
+        return tuple(_value(kind, own, f"{where}[{i}]") for i, (kind, own) in pairs)
+    if get_origin(hint) is Mapping and isinstance(value, Mapping):
+        return {key: _value(inner[1], own, f"{where}.{key}") for key, own in value.items()}
+    return _plain(hint, value, where)
+
+
+def _plain(hint: Any, value: Any, where: str) -> Any:
+    """Returns a text, a number or a truth value; a number that JSON cannot hold was written as null."""
+    if hint is float and value is None:
+        return math.nan
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is not object and type(value) not in (get_args(hint) or (hint,)):
+        raise DataError(f"{where}={value!r}: is of another type; restore the file")
+    return value

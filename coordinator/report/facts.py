@@ -1,0 +1,147 @@
+"""The parts of a report that a simulation and a job between organisations have in common."""
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from offsite.adapter.export import in_peft_format
+from offsite.adapter.methods import METHODS
+from offsite.coordinator.aggregation.rules import AGGREGATORS
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.job.emulators import Emulator
+from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.report.emulator_facts import Composition, EmulatorFacts, ShippedEmulator
+from offsite.coordinator.report.model import AdapterFacts, DroppedInRound, Provenance, RuleFacts, SecaggFacts
+from offsite.coordinator.report.quality_facts import Quality
+from offsite.errors import ConfigError, lookup
+from offsite.protos.aggregation import NO_SECAGG_WARNING
+from offsite.protos.job_manifest import JobManifest
+from offsite.trust.files import sha256_file
+
+PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "cryptography", "numpy")
+
+
+def emulator_facts(job: Job, gate: float) -> EmulatorFacts:
+    """Returns what the sites were given; `gate` is the least cosine that was allowed."""
+    facts = job.emulator.facts
+    composition = Composition(
+        full_bytes=facts.full_bytes,
+        slot_bytes=facts.slot_bytes,
+        embedding_bytes=facts.embedding_bytes,
+        middle_bytes=facts.middle_bytes,
+        middle_ratio=facts.middle_ratio,
+        verbatim_share=facts.verbatim,
+        gate=gate,
+    )
+    return EmulatorFacts(_shipped(job.emulator), composition, tuple(map(_shipped, job.emulators[1:])))
+
+
+def adapter_facts(job: Job) -> AdapterFacts:
+    """Returns what was trained."""
+    spec = job.manifest.adapter
+    method = METHODS[spec.method]
+    return AdapterFacts(
+        method=spec.method,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        targets=tuple(spec.targets),
+        slots=tuple(spec.slots),
+        parameters=job.layout.size,
+        exact_mean=method.exact_mean,
+        why=method.why,
+        options=dict(spec.options),
+        peft=in_peft_format(spec),
+        directory="adapter",
+    )
+
+
+def rule_facts(config: FedConfig) -> RuleFacts:
+    """Returns the server rule of a federation file.
+
+    Raises:
+      UnknownName: the rule does not exist.
+    """
+    rule = lookup(AGGREGATORS, config.aggregation.rule, "rule")
+    return RuleFacts(rule.name, rule.needs, rule.linear, rule.why)
+
+
+def secagg_facts(manifest: JobManifest, records: tuple[RoundRecord, ...]) -> SecaggFacts:
+    """Returns how the updates of all whole rounds were added."""
+    last = records[-1] if records else None
+    dropped = (
+        DroppedInRound(one.site, one.stage, one.reason, record.round) for record in records for one in record.dropped
+    )
+    return SecaggFacts(
+        enabled=manifest.aggregation.secure_aggregation,
+        suite=1,
+        members=last.members if last else (),
+        threshold=last.threshold if last else 0,
+        dropped=tuple(dropped),
+        upload_bytes=max((record.upload_bytes for record in records), default=0),
+        payload_bytes=max((record.payload_bytes for record in records), default=0),
+        rounds=len(records),
+    )
+
+
+def unit_of(manifest: JobManifest) -> str:
+    """Returns what the promise is for: one record, and what a record is."""
+    record = f"a block of {manifest.length} tokens" if manifest.split == "blocks" else "one row"
+    return f"one record: {record} of one site's data"
+
+
+def warnings_of(job: Job, records: tuple[RoundRecord, ...], quality: Quality) -> tuple[str, ...]:
+    """Returns sentences on what a reader of the report must not miss."""
+    warnings = []
+    method = METHODS[job.manifest.adapter.method]
+    if not job.manifest.aggregation.secure_aggregation:
+        warnings.append(NO_SECAGG_WARNING)
+    if not job.manifest.privacy.private:
+        warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
+    if not method.exact_mean:
+        warnings.append(f"method {method.name}: the mean of the uploads is not the mean of their effects; {method.why}")
+    if refused := [record.round for record in records if not record.accepted]:
+        warnings.append(f"rounds {refused} were not taken over: public loss rose by more than the tolerance")
+    if quality.gain_nats is not None and quality.gain_nats <= 0:
+        warnings.append("the plug-in is not better than the untrained full model on held-out private text")
+    if (dropped := sum(len(record.dropped) for record in records)) > 0:
+        warnings.append(f"{dropped} times a site dropped out of a round; see secagg.dropped")
+    return tuple(warnings)
+
+
+def provenance_of(config: FedConfig, config_sha256: str, manifest: JobManifest, started: str) -> Provenance:
+    """Returns seed, hashes and versions; `started` is the wall clock at the start, ISO 8601."""
+    return Provenance(
+        seed=config.seed,
+        config_sha256=config_sha256,
+        model_sha256=_weights_sha256(Path(config.model.path)),
+        job_sha256=manifest.digest().hex(),
+        versions={name: version(name) for name in PACKAGES},
+        started=started,
+        platform=platform.platform(),
+    )
+
+
+def _shipped(emulator: Emulator) -> ShippedEmulator:
+    return ShippedEmulator(
+        sites=emulator.sites,
+        sha256=emulator.facts.digest(),
+        shipped_bytes=emulator.facts.shipped_bytes,
+        package_bytes=emulator.facts.package_bytes,
+        recipe=tuple(emulator.facts.recipe),
+        embedding=emulator.facts.embedding,
+        gradient_cosine=emulator.cosine,
+        public_loss=emulator.public.loss,
+    )
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Returns one hash over the model's weight files, by name."""
+    state = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path={str(folder)!r}: no safetensors file; give a model folder")
+    for file in files:
+        state.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    return state.hexdigest()

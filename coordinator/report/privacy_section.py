@@ -1,0 +1,118 @@
+"""The section of a report on privacy, and the sentence on privacy in its answer."""
+
+from collections.abc import Sequence
+
+from offsite.coordinator.report.formatting import NONE, count, number, short
+from offsite.coordinator.report.model import Report
+from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.privacy_statement import WITHOUT_PRIVACY
+from offsite.coordinator.report.section import Rows, Section
+
+HEAD = ("site", "records", "epsilon", "delta", "noise multiplier", "clip", "sample rate", "steps")
+HEAD_UNTOLD = ("site", "rounds with its update", "clip", "epsilon at most")
+BOUND = "Epsilon bounds how much the result can depend on any one record; smaller is more private."
+
+
+def privacy(report: Report) -> Section:
+    """Returns the section on each site's privacy numbers, or on what of them the coordinator cannot know."""
+    facts = report.privacy
+    if not report.simulated:
+        return _between_organisations(facts)
+    rows = tuple(
+        (
+            site.site,
+            count(site.records),
+            number(site.epsilon, 2),
+            short(site.delta),
+            short(site.noise_multiplier),
+            short(site.max_grad_norm),
+            short(site.sample_rate),
+            count(site.steps),
+        )
+        for site in facts.sites
+    )
+    if not facts.private:
+        return Section("Privacy", (_without(),), HEAD, rows, numbers=True)
+    return Section(
+        "Privacy",
+        (
+            f"{_protected(facts)} In each step a record is drawn with the probability in the column "
+            '"sample rate", its gradient is cut to the length "clip", and Gaussian noise of "noise multiplier" times '
+            '"clip" is added.',
+            f"Epsilon and delta hold for all rounds together, computed by the accountant {facts.accountant}. "
+            f"{_engines(facts.sites)}Noise: {facts.noise_source}. What is not protected stands in privacy.json.",
+        ),
+        HEAD,
+        rows,
+        "epsilon" if rows else "",
+        numbers=True,
+    )
+
+
+def privacy_line(report: Report) -> str:
+    """Returns what is promised, in two sentences."""
+    facts = report.privacy
+    if not facts.private:
+        return _without()
+    if not report.simulated:
+        return (
+            "Every record of a site that took part is protected by differential privacy with epsilon "
+            f"{number(facts.target_epsilon, 2)} at most over the whole job, by the noise that each site's own software "
+            f"plans and adds. The coordinator cannot know what a site has spent. {BOUND}"
+        )
+    deltas = [site.delta for site in facts.sites if site.delta is not None]
+    return (
+        f"Every record is protected by differential privacy with epsilon {number(facts.largest_epsilon, 2)} at most "
+        f"(delta {short(max(deltas, default=None))} or less) over all {report.finished_rounds} rounds. {BOUND}"
+    )
+
+
+def _between_organisations(facts: PrivacyFacts) -> Section:
+    rows: Rows = tuple(
+        (site.site, count(site.rounds), short(site.max_grad_norm), number(facts.target_epsilon, 2))
+        for site in facts.sites
+    )
+    if not facts.private:
+        plain = tuple((site, rounds, NONE, NONE) for site, rounds, *_ in rows)
+        return Section("Privacy", (_without(),), HEAD_UNTOLD, plain, numbers=True)
+    return Section(
+        "Privacy",
+        (
+            f"{_protected(facts)} In each step a site draws each of its records with the same probability, "
+            f"chosen so that {facts.expected_batch} records are drawn on average. {_clipped(facts)} "
+            "The site then adds Gaussian noise.",
+            "Each site plans its noise before it trains, so that all rounds of the job together, spare ones included, "
+            f"spend no more than the epsilon in the table by the accountant {facts.accountant}, at a delta of the "
+            "site's number of records to the power of -1.1. A site refuses a job for which its ledger or its owner's "
+            f"policy has no room. Noise: {facts.noise_source}.",
+            " ".join(facts.not_known_here or ()),
+            "What is not protected stands in privacy.json.",
+        ),
+        HEAD_UNTOLD,
+        rows,
+        numbers=True,
+    )
+
+
+def _protected(facts: PrivacyFacts) -> str:
+    return f"What is protected: {facts.unit}. The promise compares two data sets of which one has one record more."
+
+
+def _clipped(facts: PrivacyFacts) -> str:
+    if facts.zero_order:
+        return 'No gradients are taken: each record\'s losses along public directions are cut to the length "clip".'
+    return 'Each drawn record\'s gradient is cut to the length "clip".'
+
+
+def _without() -> str:
+    return f"This run was {WITHOUT_PRIVACY}."
+
+
+def _engines(sites: Sequence[SitePrivacy]) -> str:
+    """Returns a sentence on how each record's own contribution was found; a real site keeps that to itself."""
+    found = sorted({site.engine for site in sites if site.engine})
+    if not found:
+        return ""
+    if found == ["zero_order"]:
+        return "No gradients were taken: each record's losses along public directions were clipped instead. "
+    return f"Each record's own gradient comes from the engine {' or '.join(found)}, which the start-up probe chose. "

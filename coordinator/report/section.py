@@ -1,0 +1,28 @@
+"""One section of a report: sentences, a table of rounded numbers, and the plot that belongs to it."""
+
+from dataclasses import dataclass
+
+Rows = tuple[tuple[str, ...], ...]
+FACTS = ("fact", "value")
+"""Column names of a table that has one fact in each row."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading with what stands below it.
+
+    Attributes:
+      heading: words of the heading.
+      text: paragraphs before the table.
+      head: column names.
+      rows: rows with as many cells each as there are column names.
+      plot: key of the plot that belongs here, or empty.
+      numbers: whether all columns but the first hold numbers.
+    """
+
+    heading: str
+    text: tuple[str, ...]
+    head: tuple[str, ...] = ()
+    rows: Rows = ()
+    plot: str = ""
+    numbers: bool = False

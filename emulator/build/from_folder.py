@@ -1,0 +1,99 @@
+"""From a model's folder and a file of public records to an emulator's package: what `offsite emulator build` runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from offsite.emulator.build.pipeline import BuildPipeline, Built, Order, Public
+from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
+from offsite.emulator.evaluation.rehearse import Text
+from offsite.errors import DataError, UnsupportedModel, lookup
+from offsite.task.readers.columns import columns_of
+from offsite.task.readers.tables import read
+from offsite.task.selection import spread
+from offsite.task.spec import Batch, Task
+from offsite.task.tasks import TASKS
+
+GATE, TRAIN, TEST, ATTACK = 16, 128, 32, 1024  # examples at most, beside those for calibration
+TEST_EXAMPLES = 32  # at least, for gate, training, test and attack together
+
+
+@dataclass(frozen=True)
+class PublicData:
+    """The model owner's own records, which an emulator is fitted to and judged on.
+
+    Attributes:
+      path: file, or folder of text files.
+      task: name in `task.tasks.TASKS`.
+      columns: column of each field of the task's records, where the column is not named as the field.
+      sequences: number of examples that compressors look at.
+      length: number of tokens of an example, at most.
+    """
+
+    path: Path
+    task: str = "causal_lm"
+    columns: dict[str, str] = field(default_factory=dict)
+    sequences: int = 64
+    length: int = 128
+
+
+def build_from_folder(
+    model: Path, out: Path, order: Order, data: PublicData, on_step: Callable[[str], None] = lambda text: None
+) -> Built:
+    """Builds an emulator within an order's limits, and leaves nothing behind where the order cannot be met.
+
+    Args:
+      model: folder of the full model, with safetensors.
+      out: package folder to write; missing or empty.
+      order: geometry, recipe or limits, and the adapter that will be trained.
+      data: public records.
+      on_step: receives a sentence about each step.
+
+    Raises:
+      ConfigError: the limits cannot be met, or the emulator's gradients point elsewhere.
+      DataError: a file is missing, or there are too few records.
+      UnsupportedModel: the model has no tower of alike blocks.
+    """
+    task = lookup(TASKS, data.task, "task")
+    source = open_source(task, model, on_step)
+    on_step(f"read {data.path}")
+    examples = _examples(task, source, model, data)
+    return BuildPipeline(source, order, _public(task, examples, data), model, on_step).build(out)
+
+
+def open_source(task: Task, model: Path, on_step: Callable[[str], None]) -> Source:
+    """Returns the full model, read block by block where its checkpoint allows this, else loaded whole."""
+    try:
+        return ShardSource(model, torch.float32)
+    except UnsupportedModel as error:
+        on_step(f"the whole model is loaded: {error}")
+        return MemorySource(task.load(model, dtype=torch.float32))
+
+
+def _examples(task: Task, source: Source, model: Path, data: PublicData) -> Batch:
+    """Returns the records as examples; plain texts are joined and cut, so that no example is mostly padding."""
+    return task.encode(
+        task.load_processor(model),
+        read(data.path, reader=None, columns=columns_of(task.columns, names=data.columns)),
+        length=data.length,
+        split="blocks" if tuple(task.columns) == ("text",) else "truncate",
+        model_config=source.model.config,
+    )
+
+
+def _public(task: Task, examples: Batch, data: PublicData) -> Public:
+    """Splits the examples by purpose: every fifth example for each, so that no example is learnt from and tested on."""
+    needed = data.sequences + TEST_EXAMPLES
+    if len(examples) < needed:
+        raise DataError(
+            f"calibration: {len(examples)} examples of {data.length} tokens, {needed} are needed; give more public "
+            "data, or smaller --sequences or --length"
+        )
+    calibration, gate, train, test, attack = (
+        PublicExamples(task, spread(examples, count, offset=i, stride=5))
+        for i, count in enumerate((data.sequences, GATE, TRAIN, TEST, ATTACK))
+    )
+    return Public(calibration, gate, Text(train=train, test=test, attack=attack, length=data.length))

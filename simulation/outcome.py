@@ -1,0 +1,107 @@
+"""The report of a simulation: what the coordinator knows, and what only one process that holds all sites can know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from offsite.client.training.privacy_plan import SitePlan
+from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.report import facts
+from offsite.coordinator.report.model import SIMULATION, PhaseCost, Report
+from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.quality_facts import Quality
+from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.events import Event
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run
+
+NOISE = "derived from the run's seed: a simulation, not private against anyone who knows the seed"
+
+
+@dataclass(frozen=True)
+class SimulationOutcome:
+    """What a run found out beside what stands in its folder.
+
+    Attributes:
+      engine: name of the engine.
+      started: wall clock at the start, ISO 8601.
+      finished_rounds: whole rounds.
+      plans: privacy plan of each site.
+      quality: scores of the models.
+      cost: cost of each phase.
+    """
+
+    engine: str
+    started: str
+    finished_rounds: int
+    plans: Mapping[str, SitePlan]
+    quality: Quality
+    cost: Mapping[str, PhaseCost]
+
+
+def simulation_report(run: Run, job: Job, outcome: SimulationOutcome) -> Report:
+    """Returns the report of a simulation."""
+    manifest, records = job.manifest, run.store.rounds()
+    return Report(
+        mode=SIMULATION,
+        engine=outcome.engine,
+        rounds_planned=manifest.rounds,
+        finished_rounds=outcome.finished_rounds,
+        quality=outcome.quality,
+        emulators=facts.emulator_facts(job, run.config.emulator.gate),
+        adapter=facts.adapter_facts(job),
+        privacy=_privacy(run, manifest, outcome.plans),
+        aggregation=facts.rule_facts(run.config),
+        secagg=facts.secagg_facts(manifest, records),
+        rounds=tuple(_with_losses(run, manifest, record) for record in records),
+        cost=outcome.cost,
+        warnings=facts.warnings_of(job, records, outcome.quality),
+        provenance=facts.provenance_of(run.config, run.config_sha256, manifest, outcome.started),
+    )
+
+
+def _privacy(run: Run, manifest: JobManifest, plans: Mapping[str, SitePlan]) -> PrivacyFacts:
+    terms = manifest.privacy
+    return PrivacyFacts(
+        private=terms.private,
+        unit=facts.unit_of(manifest),
+        accountant=terms.accountant,
+        target_epsilon=terms.epsilon if terms.private else None,
+        noise_source=NOISE,
+        sites=tuple(_site_privacy(run, manifest, name, plan) for name, plan in sorted(plans.items())),
+    )
+
+
+def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) -> SitePrivacy:
+    log, terms = run.site_log(name), manifest.privacy
+    done = np.cumsum([one.steps for one in log]).tolist()
+    spent = tuple(_epsilon(terms.accountant, plan, int(steps)) for steps in done) if terms.private else ()
+    return SitePrivacy(
+        site=name,
+        records=plan.records,
+        epsilon=(spent[-1] if spent else 0.0) if terms.private else None,
+        epsilon_by_round=spent,
+        delta=plan.delta,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=terms.max_grad_norm,
+        sample_rate=plan.sample_rate,
+        steps=int(done[-1]) if done else 0,
+        engine=log[-1].engine if log else "",
+        clipped_fraction=float(np.mean([one.clipped_fraction for one in log])) if log else 0.0,
+    )
+
+
+def _epsilon(accountant: str, plan: SitePlan, steps: int) -> float:
+    return ACCOUNTANTS[accountant]([Event(plan.noise_multiplier, plan.sample_rate, steps)], plan.delta)
+
+
+def _with_losses(run: Run, manifest: JobManifest, record: RoundRecord) -> RoundRecord:
+    """Adds each site's mean training loss; only a simulation can, since a site tells nobody."""
+    losses = {}
+    for name, _ in manifest.roster:
+        for one in run.site_log(name):
+            if one.round == record.round and one.mean_loss is not None:
+                losses[name] = one.mean_loss
+    return replace(record, site_losses=losses)

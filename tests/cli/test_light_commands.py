@@ -1,0 +1,158 @@
+"""What the commands of every day may not load: who asks for a status waits for no model library."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from offsite.cli.main import app
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.jobs import Jobs
+from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.coordinator.home.status import Status
+from offsite.protos.signed_job import sign_job
+from offsite.trust.chain import Chain
+from offsite.trust.welcome import Welcome
+from tests.protos.test_manifest import JOB
+
+MODELS = ("torch", "transformers", "peft", "opacus", "diffusers", "bitsandbytes")
+HEAVY = (*MODELS, "dp_accounting", "scipy", "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")
+SITES = ("east", "north", "south", "west")
+
+# COMMAND -> the exit code that it has here, and the modules that it may not load.
+TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
+    "--help": (0, (*HEAVY, "numpy")),
+    "--version": (0, (*HEAVY, "numpy")),
+    "init {new}.toml": (0, HEAVY),
+    "simulate --help": (0, HEAVY),
+    "coordinator --help": (0, HEAVY),
+    "coordinator init {new}": (0, HEAVY),
+    "coordinator approve {home} {folder}/fresh/site.request --yes": (0, HEAVY),
+    "coordinator approve {home} --yes": (0, HEAVY),
+    "coordinator revoke {home} south --yes": (0, HEAVY),
+    "coordinator run --help": (0, HEAVY),
+    "coordinator status {home}": (0, HEAVY),
+    "coordinator status {new}": (2, HEAVY),
+    "client --help": (0, HEAVY),
+    "client init {new} --name new --data {folder}/text.txt": (0, HEAVY),
+    "client request {site}": (0, HEAVY),
+    "client sign {site} {home}/welcomes/east.welcome --fingerprint {fingerprint}": (0, HEAVY),
+    "client sign {site} {home}/welcomes/east.welcome --fingerprint 0000": (2, HEAVY),
+    "client rotate {folder}/north": (0, HEAVY),
+    "client leave {folder}/west --yes": (0, HEAVY),
+    "client run {new}": (2, HEAVY),
+    "client inspect {site}": (0, HEAVY),
+    "client inspect {site} {job}": (0, HEAVY),
+    "client inspect {site} {job} --json": (0, HEAVY),
+    "client approve {site} {job}": (0, HEAVY),
+    "client audit verify {site}": (0, HEAVY),
+    "client doctor {site}": (1, HEAVY),  # no coordinator runs here
+}
+PROBE = """
+import json, sys
+from offsite.cli.main import main
+
+try:
+    main()
+finally:
+    print("LOADED", json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A federation of four sites and a fifth that was not admitted; the first has been offered a job."""
+
+    folder: Path
+    new: Path
+
+    def words(self, command: str) -> list[str]:
+        """Returns a row of the table as arguments."""
+        home = self.folder / "home"
+        known = {"folder": self.folder, "home": home, "site": self.folder / "east", "new": self.new}
+        welcome = Welcome.from_bytes((home / "welcomes" / "east.welcome").read_bytes())
+        return command.format(**known, job=JOB.digest().hex(), fingerprint=welcome.fingerprint).split()
+
+    def run(self, command: str) -> tuple[int, str, set[str]]:
+        """Runs a row of the table as a process; returns exit code, output, and what was loaded at the end."""
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *self.words(command)],
+            capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        loaded = re.search(r"^LOADED (.*)$", done.stdout, re.MULTILINE)
+        assert loaded is not None, done.stdout + done.stderr
+        return done.returncode, done.stdout + done.stderr, set(json.loads(loaded[1]))
+
+
+def offsite(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "text.txt").write_text("text\n")
+    home, now = folder / "home", datetime.now(UTC)
+    offsite("coordinator", "init", home)
+    for name in (*SITES, "fresh"):
+        offsite("client", "init", folder / name, "--name", name, "--data", folder / "text.txt")
+    said = offsite("coordinator", "approve", home, *(folder / name / "site.request" for name in SITES), "--yes")
+    fingerprint = re.search(r"to compare: (\S+)", said)
+    assert fingerprint is not None
+    for name in SITES:
+        welcome = home / "welcomes" / f"{name}.welcome"
+        offsite("client", "sign", folder / name, welcome, "--fingerprint", fingerprint[1])
+    Status(home / "status.json", lambda: now).set("finished", round=1)
+    site, data = SiteHome.open(folder / "east"), JOB.to_bytes()
+    Jobs(site.state / "jobs").keep(data, sign_job(CoordinatorHome.open(home).identity, data), JOB.digest().hex())
+    spent = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3}
+    entry = {"job": "ab", "round": 1, **spent, "delta": site.read_policy().delta_cap, "epsilon_total": 1.25}
+    Chain(site.state / "ledger-main.jsonl", "offsite privacy ledger main").append("spend", entry, now=now)
+    return folder
+
+
+@pytest.fixture
+def place(folder: Path, tmp_path: Path) -> Place:
+    return Place(folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_a_command_loads_only_what_it_needs(command: str, place: Place) -> None:
+    expected, forbidden = TABLE[command]
+    code, output, loaded = place.run(command)
+    assert code == expected, output
+    assert sorted(loaded.intersection(forbidden)) == []
+
+
+def test_the_epsilon_of_a_ledger_with_entries_is_shown_as_recorded(place: Place) -> None:
+    assert "ledger of 'main': 1 entries, epsilon 1.2500" in place.run("client audit verify {site}")[1]
+
+
+def test_what_a_command_loads_is_seen_also_where_it_fails(place: Place) -> None:
+    """A dry run needs all of it, and ends with an error as the package of the job is not here."""
+    code, output, loaded = place.run("client dry-run {site} {job}")
+    assert code == 2, output
+    assert "its package is not here yet" in output
+    assert loaded.issuperset(("torch", "transformers", "peft"))
+
+
+def test_a_doctor_of_a_parquet_file_loads_its_reader_and_no_model_library(place: Place) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    data = place.new.with_suffix(".parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), data)
+    offsite("client", "init", place.new, "--name", "new", "--data", data)
+    _, output, loaded = place.run("client doctor {new}")
+    assert "2 records, for the tasks causal_lm" in output
+    assert "pyarrow" in loaded
+    assert sorted(loaded.intersection(MODELS)) == []

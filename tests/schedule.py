@@ -1,0 +1,34 @@
+"""Which worker takes which file of tests: the longest first; two federations at once only when nothing else is left.
+
+A federation is six to nine processes; beside one that waits for its processes, another worker has a core for itself.
+"""
+
+from typing import Any
+
+from xdist.scheduler import LoadScopeScheduling
+
+PROCESSES = ("tests/faults/", "tests/deploy/test_six_commands.py")
+# Measured seconds of the longest files on two cores; the others count by their tests.
+SECONDS: dict[str, float] = {}
+SECONDS_A_TEST = 0.2
+
+
+class Files(LoadScopeScheduling):
+    """Keeps a file's tests, and with them its federation, on one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0]
+
+    def _assign_work_unit(self, node: Any) -> None:
+        taken = any(
+            scope.startswith(PROCESSES) and not all(done.values())
+            for other, work in self.assigned_work.items()
+            if other is not node
+            for scope, done in work.items()
+        )
+        scope = min(self.workqueue, key=lambda one: (one.startswith(PROCESSES) is taken, -self._seconds(one)))
+        self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)
+
+    def _seconds(self, scope: str) -> float:
+        return SECONDS.get(scope, SECONDS_A_TEST * len(self.workqueue[scope]))
