@@ -8,10 +8,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 ROUNDED := tests/emulator/test_bitsandbytes.py tests/client/test_rounded_weights.py
 
-.PHONY: help setup demo test check protos tree docs bench lock clean
+.PHONY: help setup demo test test-quick check protos tree docs bench lock clean
 
 help: ## lists the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # A GPU user sets TORCH to the build that fits the driver, for example: make demo TORCH="torch==2.13.0 --index-url URL".
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -32,10 +32,13 @@ $(VENV)/extra/.ready: $(BIN)/.ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $(VENV)/extra bitsandbytes
 	touch $@
 
-# tests/conftest.py says which tests stay on one worker. More workers than two need more cores.
-test: setup $(VENV)/extra/.ready ## runs all tests
+# tests/schedule.py says which worker takes which tests. More workers than two need more cores.
+test: setup $(VENV)/extra/.ready ## runs all tests: half an hour on two cores
 	$(PYTEST) -n $(WORKERS)
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
+
+test-quick: setup ## runs the tests for the working day: no federation as processes, nothing slow, no statistics
+	$(PYTEST) -n $(WORKERS) -m "not processes and not slow and not statistical"
 
 check: setup ## lint, format, types, import contracts, generated stubs
 	$(BIN)/ruff check .

@@ -93,6 +93,36 @@ def test_two_jobs_add_up_as_dp_accounting_composes_them(tmp_path: Path) -> None:
     assert (ledger.releases("first"), ledger.releases("second"), ledger.releases("third")) == (3, 3, 0)
 
 
+def test_what_is_recorded_is_what_is_spent(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "l.jsonl")
+    assert ledger.recorded() == 0.0
+    for event in (EVENT, OTHER, EVENT):
+        debited(ledger, 1, event)
+        assert opened(tmp_path / "l.jsonl").recorded() == ledger.spent() > 0
+
+
+@pytest.mark.parametrize(
+    ("delta", "total", "recorded"), [(DELTA, 1.25, 1.25), (DELTA, 1, 1.0), (DELTA / 2, 1.25, None), (None, 1.25, None)]
+)
+def test_an_epsilon_recorded_at_another_delta_is_computed_again(
+    tmp_path: Path, delta: float | None, total: float, recorded: float | None
+) -> None:
+    fields = {"job": "job", "round": 1, "noise_multiplier": EVENT.noise_multiplier, "sample_rate": EVENT.sample_rate}
+    fields |= {"steps": EVENT.steps, "epsilon_total": total} | ({} if delta is None else {"delta": delta})
+    Chain(tmp_path / "l.jsonl", "offsite privacy ledger records").append("spend", fields, now=NOW)
+    ledger = opened(tmp_path / "l.jsonl")
+    assert ledger.recorded() == (ACCOUNTANTS["rdp"]([EVENT], DELTA) if recorded is None else recorded)
+
+
+@pytest.mark.parametrize("total", [None, "1.25", True])
+def test_an_entry_without_its_epsilon_is_not_taken_for_none(tmp_path: Path, total: object) -> None:
+    fields = {"job": "job", "round": 1, "noise_multiplier": EVENT.noise_multiplier, "sample_rate": EVENT.sample_rate}
+    fields |= {"steps": EVENT.steps, "delta": DELTA, "epsilon_total": total}
+    Chain(tmp_path / "l.jsonl", "offsite privacy ledger records").append("spend", fields, now=NOW)
+    with pytest.raises(DataError, match="entry 1 is not one that this release knows"):
+        opened(tmp_path / "l.jsonl").recorded()
+
+
 def test_a_debit_says_what_stands_in_the_ledger(tmp_path: Path) -> None:
     ledger, total = opened(tmp_path / "l.jsonl"), 0.0
     assert (ledger.spent(), ledger.head()[0]) == (0.0, 0)
