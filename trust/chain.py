@@ -95,7 +95,7 @@ class Chain:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self._is_still(file):
                 raise DataError(
-                    f"log={self.path.name}: the file was replaced while it was opened; leave the log alone and try again"
+                    f"log={self.path.name}: the file was replaced while it was opened; leave it alone and try again"
                 )
             yield file
         finally:

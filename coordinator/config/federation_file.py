@@ -36,14 +36,11 @@ class AdapterConfig:
     """The table [adapter]: what is trained.
 
     Attributes:
-      method: name in `adapter.methods.METHODS`; `offsite methods` prints all of them with what each trains, sends and
-        costs.
+      method: name in `adapter.methods.METHODS`; `offsite methods` prints all names with sizes and costs.
       rank: inner width of the adapter, at least 1; methods without an inner width ignore the key.
       alpha: scale of the adapter's effect; methods without a scale ignore the key.
-      targets: names of layers inside a block, for example `["q_proj", "v_proj"]`; empty takes the method's own for
-        the model.
-      options: the method's own numbers and words, for example `{ n_frequency = 64 }`; `head = true` with any method
-        trains the task head as well.
+      targets: names of layers inside a block, as `["q_proj", "v_proj"]`; empty takes the method's own names.
+      options: the method's own settings, as `{ n_frequency = 64 }`; `head = true` also trains the task head.
       frozen: adapter folders of earlier jobs with method `bottleneck` on the same slots, shipped to the sites and
         never trained: one (a language) below a `madx`, or several mixed by `fusion`, whose option `adapters` says how
         many (default 2).
@@ -71,8 +68,7 @@ class DataConfig:
     """The table [data]: the coordinator's public records, and how all records become examples.
 
     Attributes:
-      public: file or folder of public records with the same fields as the sites' records, for the gate, the clip and
-        the acceptance test.
+      public: file or folder of public records, with the sites' fields, for gate, clip and acceptance test.
       length: tokens of one record, the unit of privacy; at least 2.
       split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which no
         single person stands behind and whose number the tokenizer decides.

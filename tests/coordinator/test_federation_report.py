@@ -103,7 +103,8 @@ def test_its_public_scores_are_those_of_a_simulation_with_the_same_noise(conclud
     golden = json.loads((GOLDEN / "report.json").read_text())
     written = concluded.json("report.json")
     assert differences(written["quality"]["public"], golden["quality"]["public"]) == []
-    assert differences(written["secagg"], golden["secagg"]) == []
+    (size,) = differences(written["secagg"], golden["secagg"])
+    assert size.startswith("/upload_bytes: ")  # a real site sends the newest entry of its ledger beside the update
     assert differences(written["emulator"], golden["emulator"]) == []
     assert differences(written["adapter"], golden["adapter"]) == []
     assert written["quality"]["private"] is None

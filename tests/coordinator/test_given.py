@@ -252,7 +252,8 @@ def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path
         (
             'method = "ip_adapter"',
             ConfigError,
-            "only method 'ip_adapter' reads all that records of 'image_prompt_to_image' hold, .*; take both or neither$",
+            "only method 'ip_adapter' reads all that records of 'image_prompt_to_image' hold, .*; take both or "
+            "neither$",
         ),
     ],
 )
