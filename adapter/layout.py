@@ -21,18 +21,19 @@ KEYS = ("names", "shapes")
 class Layout:
     """Names and shapes of the trainable parameters, sorted by name.
 
-    Only what `requires_grad` is in the layout: frozen tensors that a method generates from its seed never travel.
+    Only parameters with `requires_grad` are in the layout: frozen tensors that a method generates from its seed never
+    travel.
 
     Attributes:
-      names: parameter names in ascending order, each once.
-      shapes: the shape of each, in the same order.
+      names: names of the parameters in ascending order, each once.
+      shapes: shapes of the parameters, in the order of `names`.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuses what `of` could not have made."""
+        """Refuses a layout that `of` could not have made."""
         if len(self.names) != len(self.shapes) or not self.names:
             raise MalformedMessage(
                 f"names={len(self.names)} shapes={len(self.shapes)} must be equal and above 0; ask for the layout again"
@@ -49,11 +50,11 @@ class Layout:
         Raises:
           UnsupportedModel: nothing in the model is trainable.
         """
-        found = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        if not found:
-            raise UnsupportedModel("trainable parameters=0, a layout needs one; attach an adapter first")
-        names = tuple(sorted(found))
-        return cls(names, tuple(found[name] for name in names))
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        if not shapes:
+            raise UnsupportedModel("trainable parameters=0, must be at least 1; attach an adapter first")
+        names = tuple(sorted(shapes))
+        return cls(names, tuple(shapes[name] for name in names))
 
     @property
     def size(self) -> int:
@@ -61,7 +62,7 @@ class Layout:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def digest(self) -> bytes:
-        """Returns the SHA-256 of names and shapes, 32 bytes; every field is length-prefixed, so no two layouts meet."""
+        """Returns the SHA-256 of names and shapes, 32 bytes; length prefixes keep any two layouts apart."""
         state = hashlib.sha256(b"offsite layout 1")
         for name, shape in zip(self.names, self.shapes, strict=True):
             encoded = name.encode()
@@ -80,13 +81,13 @@ class Layout:
 
         Args:
           model: a model with this layout.
-          vector: any real dtype, (size,), finite also as float32.
+          vector: values in the order of the layout, any real dtype, (size,), finite also as float32.
 
         Raises:
           RangeError: the length is wrong or a value is not finite.
           DigestMismatch: the model has another layout.
         """
-        import torch  # whoever has a model has loaded it
+        import torch  # whoever has a model has loaded torch
 
         named = self.named(vector)
         parameters = self._parameters(model)
@@ -101,11 +102,11 @@ class Layout:
           RangeError: the length is wrong or a value is not finite.
         """
         if np.shape(vector) != (self.size,):
-            raise RangeError(f"vector shape={np.shape(vector)} must be ({self.size},); use the layout it was read with")
+            raise RangeError(f"vector shape={np.shape(vector)} must be ({self.size},); use the layout of this vector")
         with np.errstate(over="ignore"):
             values = np.array(vector, dtype=np.float32)
         if not np.isfinite(values).all():
-            raise RangeError(f"non-finite values={int((~np.isfinite(values)).sum())}, none may be; drop this vector")
+            raise RangeError(f"non-finite values={int((~np.isfinite(values)).sum())}, must be 0; drop this vector")
         return {name: values[span].reshape(shape) for name, shape, span in self._spans()}
 
     def to_dict(self) -> dict[str, object]:

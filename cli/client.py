@@ -27,7 +27,7 @@ def init(
 ) -> None:
     """Make a site's folder with its keys, its policy and its request."""
     site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
-    typer.echo(f"site {name!r} made in {folder}; what it permits stands in {site.policy}")
+    typer.echo(f"site {name!r} made in {folder}; {site.policy} says what the site permits")
     _show_request(site, folder / "site.request")
 
 
@@ -62,7 +62,7 @@ def sign(
         fingerprint = offered.fingerprint
     site.join(data, now=now, expected=fingerprint)
     site.sign()
-    typer.echo(f"signed; it goes to the coordinator with: offsite client run {folder}")
+    typer.echo(f"signed; next, to send the signature and wait for jobs: offsite client run {folder}")
     warn_of_expiry(site.check(now))
 
 

@@ -42,7 +42,7 @@ def run(folder: Place) -> None:
     """Run this site until it is stopped: connect, read offers, and train what the policy permits."""
     installation = open_folder(folder)
     warn_of_expiry(installation.check(now()))
-    # The model libraries take six seconds, and a wrong folder needs none of them.
+    # The model libraries take six seconds to load, and a wrong folder should not cost them.
     from offsite.client.network.node import Node
     from offsite.client.service.site_runtime import SiteRuntime, limit_resources
     from offsite.client.service.stage_handler import StageHandler
@@ -61,7 +61,7 @@ def run(folder: Place) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             Node(supernode, endpoint.answer, note=runtime.note, stopping=lambda: bool(stopping)).run()
         runtime.note("stopped", "by a signal")
-    typer.echo("offsite: stopped; what was spent is in the ledger; start again with the same command", err=True)
+    typer.echo("offsite: stopped; the ledger holds the spent privacy; start again with the same command", err=True)
     raise typer.Exit(EXIT_STOPPED)
 
 
@@ -124,7 +124,7 @@ def approve(
 
 
 def _user() -> str:
-    """Returns who approves: a login name, or the number where the system has none, as in a container."""
+    """Returns the login name of the person who approves, or the user's number where a container has no such name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -142,9 +142,9 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([{"check": f.check, "state": f.state, "detail": f.detail} for f in findings]))
     else:
-        for found in findings:
-            typer.echo(f"{found.state:<7} {found.check:<13} {found.detail}")
-    if any(found.state == FAILED for found in findings):
+        for finding in findings:
+            typer.echo(f"{finding.state:<7} {finding.check:<13} {finding.detail}")
+    if any(finding.state == FAILED for finding in findings):
         raise typer.Exit(EXIT_WARNED)
 
 
@@ -159,12 +159,12 @@ def dry_run(
     installation = open_folder(folder)
     runtime = SiteRuntime.of(installation, now)
     limit_resources(runtime.policy)
-    found = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
-    package = installation.packages / found.manifest.emulator_of(installation.settings.name)
+    offered = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))
+    package = installation.packages / offered.manifest.emulator_of(installation.settings.name)
     if not package.is_dir():
-        raise DataError(f"job={found.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
+        raise DataError(f"job={offered.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
     with tempfile.TemporaryDirectory() as scratch:
-        site = runtime.open_dry_run(found.manifest, package, Path(scratch) / "rounds")
+        site = runtime.open_dry_run(offered.manifest, package, Path(scratch) / "rounds")
         line = site.rehearse()
     plan = site.plan
     typer.echo(

@@ -1,4 +1,4 @@
-"""What people confirm at the terminal: fingerprints they compared, and what is about to happen."""
+"""Confirmations at the terminal: fingerprints that people compared, and steps that are about to happen."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from offsite.trust.certificates import WARN_DAYS
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Asks, unless the answer was given as an option.
+    """Asks a question, unless an option gave the answer.
 
     Raises:
       Untrusted: the answer is no, or there is nobody to ask.
@@ -24,21 +24,23 @@ def confirm(question: str, *, yes: bool) -> None:
         raise Untrusted(f"answer=no to {question!r}; nothing was changed; a script gives the answer as an option")
 
 
-def same_fingerprint(found: Sequence[str], told: Sequence[str]) -> None:
-    """Compares fingerprints with those that the other side told, in any order.
+def same_fingerprint(computed: Sequence[str], heard: Sequence[str]) -> None:
+    """Compares fingerprints of files with the fingerprints that the other side read out, in any order.
 
     Raises:
-      Untrusted: they differ.
+      Untrusted: the fingerprints differ.
     """
-    if sorted(map(_digits, found)) != sorted(map(_digits, told)):
-        raise Untrusted(f"fingerprint={', '.join(found)}: told were {', '.join(told)}; nothing was changed; ask again")
+    if sorted(map(_digits, computed)) != sorted(map(_digits, heard)):
+        raise Untrusted(
+            f"fingerprint={', '.join(computed)}: the other side read {', '.join(heard)}; nothing was changed; ask again"
+        )
 
 
 def warn_of_expiry(left: Mapping[str, int]) -> None:
     """Prints a line for everything that expires within a month."""
-    for what, days in left.items():
+    for name, days in left.items():
         if days <= WARN_DAYS:
-            typer.echo(f"warning: {what} expires in {days} days; offsite coordinator approve DIR renews it", err=True)
+            typer.echo(f"warning: {name} expires in {days} days; offsite coordinator approve DIR renews it", err=True)
 
 
 def _digits(fingerprint: str) -> str:

@@ -104,10 +104,10 @@ def revoke(
 
 
 def _show(home: CoordinatorHome, federation: FederationManifest, now: datetime) -> None:
-    """Prints the epoch, where each welcome lies, and what its owner compares."""
+    """Prints the epoch, the place of each welcome, and the fingerprint that every owner compares."""
     typer.echo(f"epoch {federation.epoch} of {federation.name!r}, {len(federation.members)} sites")
-    for one in federation.members:
-        typer.echo(f"welcome for {one.site}: {home.welcome(one.site)}")
+    for member in federation.members:
+        typer.echo(f"welcome for {member.site}: {home.welcome(member.site)}")
     if federation.members:
         first = Welcome.from_bytes(home.welcome(federation.members[0].site).read_bytes())
         typer.echo(f"fingerprint for every site to compare: {first.fingerprint}")

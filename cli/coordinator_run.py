@@ -91,16 +91,18 @@ def run(
 
 @contextmanager
 def _ended(status: "Status", config: Path) -> Iterator[None]:
-    """Says in the status how a job ended that did not finish; no state is for ever."""
+    """Writes into the status how an unfinished job ended, since no state may stand for ever."""
     try:
         yield
     except KeyboardInterrupt:
-        status.set("stopped", detail="by a signal", next="run the same command again; it goes on where it was")
+        status.set("stopped", detail="by a signal", next="run the same command again; the job goes on where it was")
         typer.echo(f"offsite: stopped; go on with: offsite coordinator run {config}", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
     except OffsiteError as error:
-        with suppress(OffsiteError):  # a full disk may be the reason; what is raised says it
-            status.set("stopped", detail=str(error), next="mend it and run the same command again; it goes on")
+        with suppress(OffsiteError):  # a full disk may be the reason, and the raised error says so
+            status.set(
+                "stopped", detail=str(error), next="mend the cause and run the same command again; the job goes on"
+            )
         raise
     except BaseException as error:
         with suppress(OffsiteError):

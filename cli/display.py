@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines otherwise."""
+"""The display of a run that goes on: a live bar on a terminal, plain lines otherwise."""
 
 import logging
 import time
@@ -34,16 +34,16 @@ class PlainDisplay(AbstractContextManager["PlainDisplay"]):
         """Leaves nothing behind."""
 
     def step(self, text: str) -> None:
-        """Says what is being done now."""
+        """Logs the current step."""
         self._say(text)
 
     def call(self, stage: str, site: str) -> None:
-        """Says which site trains; the short stages pass in silence."""
+        """Logs which site trains; the short stages pass in silence."""
         if stage == "train":
             self._say(f"train at {site}")
 
     def round(self, record: RoundRecord, planned: int) -> None:
-        """Says how a round ended."""
+        """Logs how a round ended."""
         self._say(round_text(record, planned))
 
     def _say(self, text: str) -> None:
@@ -75,7 +75,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         self._progress.stop()
 
     def step(self, text: str) -> None:
-        """Shows what is being done now."""
+        """Shows the current step."""
         self._progress.update(self._task, description=text)
 
     def call(self, stage: str, site: str) -> None:

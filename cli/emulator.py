@@ -1,4 +1,4 @@
-"""`offsite emulator …`: an emulator is built, looked at, compared and vetted."""
+"""`offsite emulator …`: build, inspect, compare and vet emulators."""
 
 import json
 import re
@@ -171,9 +171,9 @@ def _summary(built: "Built", out: Path, report: Path) -> str:
     if built.candidates:
         lines += ["candidates:", f"  {'MB':>7} {'compute':>8} {'cosine':>7}  fits  recipe"]
         lines += [
-            f"  {one.cost.bytes / 1e6:7.1f} {one.flops:8.2f} {1 - one.damage:7.3f}  {'yes' if one.fits else 'no ':4}  "
-            f"{' '.join(one.recipe)}"
-            for one in built.candidates
+            f"  {candidate.cost.bytes / 1e6:7.1f} {candidate.flops:8.2f} {1 - candidate.damage:7.3f}  "
+            f"{'yes' if candidate.fits else 'no ':4}  {' '.join(candidate.recipe)}"
+            for candidate in built.candidates
         ]
     lines += [f"package: {out}", *_facts(built.manifest)]
     lines.append(f"gradient cosine: {built.cosine:.3f}")
@@ -181,11 +181,11 @@ def _summary(built: "Built", out: Path, report: Path) -> str:
         f"public loss: full model {built.losses['full']:.3f}, emulator {built.losses['emulator']:.3f} nats per target"
     )
     last = list(built.similarity.values())[-1]
-    lines.append(f"similarity of what leaves the last block: {last:.3f}")
-    if (found := built.rehearsal) is not None:
-        leaks = ", ".join(f"{found.relearned_leak(tokens):.2f} after {tokens} tokens" for tokens in found.relearned)
+    lines.append(f"similarity of the last block's outputs: {last:.3f}")
+    if (trial := built.rehearsal) is not None:
+        leaks = ", ".join(f"{trial.relearned_leak(tokens):.2f} after {tokens} tokens" for tokens in trial.relearned)
         lines.append(
-            f"rehearsal on public records: transfer {found.transfer:.2f}, leak {found.leak:.2f}, relearned {leaks}"
+            f"rehearsal on public records: transfer {trial.transfer:.2f}, leak {trial.leak:.2f}, relearned {leaks}"
         )
     return "\n".join([*lines, f"report: {report}"])
 
@@ -195,8 +195,8 @@ def _facts(manifest: "Manifest") -> list[str]:
     return [
         f"emulator: {manifest.digest()[:16]}…, {geometry.shape}, {geometry.first} + {geometry.last} blocks unchanged",
         f"recipe: {' '.join(manifest.recipe) or 'whole'}; word tables {manifest.embedding}",
-        f"bytes: {manifest.shipped_bytes / 1e6:.1f} MB, {manifest.shipped_bytes / manifest.full_bytes:.3f} of it "
-        f"in 16 bits; middle {manifest.middle_ratio:.3f}",
+        f"bytes: {manifest.shipped_bytes / 1e6:.1f} MB, {manifest.shipped_bytes / manifest.full_bytes:.3f} of the "
+        f"model in 16 bits; middle {manifest.middle_ratio:.3f}",
         f"compute of the middle: {manifest.compute_ratio:.2f} of the model's; {len(manifest.skipped)} blocks left out, "
         f"{len(manifest.shared)} shared",
         f"unchanged weights: {manifest.verbatim:.3f} of the model's parameters are shipped bit for bit",
@@ -204,13 +204,13 @@ def _facts(manifest: "Manifest") -> list[str]:
 
 
 def _report(package: Path) -> dict[str, Any]:
-    """Returns the report that was written beside a package, or an empty one."""
+    """Returns the report beside a package; empty where there is no report."""
     path = package.with_name(f"{package.name}.report.json")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return report if isinstance(report, dict) else {}
 
 
 def _number(value: object) -> str:
@@ -226,15 +226,15 @@ def _columns(text: str) -> dict[str, str]:
 def _size(name: str, text: str) -> int | None:
     if not text:
         return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in UNITS:
-        raise ConfigError(f"{name}={text!r} is no size; write 80MB or 1.5GB")
-    return int(float(found[1]) * UNITS[found[2]])
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if parts is None or parts[2] not in UNITS:
+        raise ConfigError(f"{name}={text!r} is not a size; write 80MB or 1.5GB")
+    return int(float(parts[1]) * UNITS[parts[2]])
 
 
 def _whole(name: str, text: str) -> int:
     if not (text.strip().isascii() and text.strip().isdecimal() and 0 < int(text) < 10**9):
-        raise ConfigError(f"{name}={text!r} is no number of tokens; write 10000 or 10000,100000")
+        raise ConfigError(f"{name}={text!r} is not a number of tokens; write 10000 or 10000,100000")
     return int(text)
 
 

@@ -4,8 +4,8 @@ from offsite.protos.aggregation import NO_SECAGG_WARNING, AggregationTerms
 from offsite.protos.job_manifest import JobManifest
 
 SPLITS = {
-    "truncate": "one of each text, cut after so many tokens",
-    "blocks": "texts joined and cut, so that the job's tokenizer says how many there are",
+    "truncate": "one record for each text, cut after so many tokens",
+    "blocks": "texts joined and cut, so that the job's tokenizer decides how many records there are",
 }
 
 
@@ -14,8 +14,8 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
 
     Args:
       manifest: manifest of the job.
-      site: name of the site, by which it gets its emulator.
-      approved: whether its owner approved the job.
+      site: name of the site; the manifest maps this name to an emulator.
+      approved: whether the site's owner approved the job.
     """
     digest, own, rule = manifest.digest().hex(), manifest.emulator_of(site), manifest.aggregation
     lines = [
@@ -39,7 +39,7 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
 
 
 def _training(manifest: JobManifest) -> list[str]:
-    """Says what is trained, on which records, and at what cost in privacy."""
+    """Says what a job trains, on which records, and at what cost in privacy."""
     privacy, adapter = manifest.privacy, manifest.adapter
     return [
         f"adapter    {adapter.method} rank {adapter.rank}, {manifest.layout.size} parameters in all"
@@ -53,33 +53,33 @@ def _training(manifest: JobManifest) -> list[str]:
 
 
 def _others(others: dict[str, tuple[str, ...]]) -> str:
-    """Says in one sentence which sites get another emulator than this one."""
+    """Says in one sentence which sites get another emulator than this site."""
     named = ", ".join(f"{' and '.join(sites)} {digest[:16]}…" for digest, sites in others.items())
-    return f"other sites train on other emulators than this one: {named}"
+    return f"other sites train on other emulators than this site: {named}"
 
 
 def _of_rule(rule: AggregationTerms, rank: int) -> list[str]:
-    """Says what the sites do for the coordinator's rule, where that is more than to train and send."""
+    """Says what the coordinator's rule asks of the sites beyond training and sending."""
     lines = []
     if rule.proximal:
         lines.append(f"pull       each step is pulled back to where the round began (FedProx), mu {rule.proximal:g}")
     if rule.directions:
         lines.append(
-            f"forward    no gradients: a step looks along {rule.directions} directions, one number leaves for each"
+            f"forward    no gradients: a step looks along {rule.directions} directions, and one number leaves for each"
         )
     if rule.alternate:
-        lines.append("turns      B is trained in odd rounds and A in even ones; only that part leaves")
+        lines.append("turns      B is trained in odd rounds and A in even rounds; only the trained part leaves")
     if rule.ranks:
         named = ", ".join(f"{site} {own}" for site, own in rule.ranks)
-        lines.append(f"ranks      of {rank} columns these sites train fewer: {named}")
+        lines.append(f"ranks      these sites train fewer than {rank} columns: {named}")
     return lines
 
 
 def _refresh(every: int) -> str:
-    """Says whether the emulator stays what was vetted when its owner approved the job."""
+    """Says whether the emulator may change after the site vetted it and its owner approved the job."""
     if not every:
-        return "never: the emulator stays as it is fetched"
+        return "never: the emulator stays as it was fetched"
     return (
         f"after every {every} rounds the biases at the ends of the emulator's middle blocks may move, and nothing else "
-        "of it; they are vetted before anything is trained on them"
+        "of the emulator; the site vets moved biases before it trains on them"
     )

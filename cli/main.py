@@ -108,7 +108,7 @@ def simulate(
 
 
 def _run(run: "Run", engine: str, as_json: bool) -> None:
-    """Runs, and prints where the result lies."""
+    """Runs a simulation, and prints the place of its result."""
     from transformers.utils.logging import disable_progress_bar
 
     from offsite.cli.display import LiveDisplay, PlainDisplay
@@ -116,7 +116,7 @@ def _run(run: "Run", engine: str, as_json: bool) -> None:
     from offsite.simulation.engine_table import ENGINES
     from offsite.simulation.simulate import Options, simulate
 
-    disable_progress_bar()  # ours says what is loaded, on a terminal and in a log alike
+    disable_progress_bar()  # our display names each step, on a terminal and in a log alike
     console = Console(stderr=True)
     display = LiveDisplay(console, run.config.training.rounds) if console.is_terminal else PlainDisplay()
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -137,7 +137,7 @@ def _run(run: "Run", engine: str, as_json: bool) -> None:
 @app.command()
 def prepare(
     cache: Annotated[
-        Path | None, typer.Option(help="folder for what is fetched; the user's cache folder by default")
+        Path | None, typer.Option(help="folder for the fetched files; the user's cache folder by default")
     ] = None,
     out: Annotated[Path, typer.Option(help="federation file to write")] = Path("runs/demo.toml"),
     data: Annotated[
@@ -178,11 +178,11 @@ app.add_typer(methods.app)
 
 
 def main() -> None:
-    """Runs the command; an `OffsiteError`, or what the system refuses, becomes one line and exit code 2."""
+    """Runs the command; an `OffsiteError` or an error of the system becomes one line and exit code 2."""
     try:
         app()
     except OffsiteError as error:
-        with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
+        with contextlib.suppress(OSError):  # this line may go to the very disk that is full
             typer.echo(f"offsite: {error}", err=True)
         raise SystemExit(EXIT_REFUSED) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The live probe of `offsite methods --probe`: each method is attached to a tiny model, and measured there."""
+"""The live probe of `offsite methods --probe`: each method is attached to a tiny model and measured there."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from offsite.adapter.methods.refused import REFUSED
 from offsite.adapter.methods.task_head import HEAD
 from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import is_linear, lengths
-from offsite.cli.method_table import Finding, MethodFacts, MethodTable
+from offsite.cli.method_table import MethodFacts, MethodFinding, MethodTable
 from offsite.errors import ConfigError, PrivacyRefusal, UnsupportedModel
 from offsite.privacy.probe import choose_engine
 from offsite.secagg.ring import BITS
@@ -80,8 +80,8 @@ def losses(model: nn.Module, batch: ProbeBatch) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), words, reduction="none").mean(1)
 
 
-def probe(method: str, family: str) -> Finding:
-    """Returns what a method is on the first and last block of a tiny model, or why it cannot be used."""
+def probe(method: str, family: str) -> MethodFinding:
+    """Returns the measurements of a method on the first and last block of a tiny model, or why it is refused."""
     plain = _model(family)
     paths = {path for path, _ in plain.named_modules()}
     tower = FAMILIES[family].tower
@@ -89,9 +89,9 @@ def probe(method: str, family: str) -> Finding:
     try:
         model = attach(plain, spec, dummy_tensors(plain, spec)).eval()
     except (UnsupportedModel, ConfigError) as refusal:
-        return Finding(method, refused=str(refusal))
+        return MethodFinding(method, refused=str(refusal))
     layout = Layout.of(model)
-    finding = Finding(method, layout.size, layout.size * BITS // 8, _gap(model, family, paths))
+    finding = MethodFinding(method, layout.size, layout.size * BITS // 8, _gap(model, family, paths))
     try:
         return replace(finding, engine=choose_engine(model, losses, _batch(family)))
     except PrivacyRefusal as refusal:
@@ -99,12 +99,12 @@ def probe(method: str, family: str) -> Finding:
 
 
 def probe_table(family: str) -> MethodTable:
-    """Returns the findings of every method on a family, with what the table of methods says."""
+    """Returns the findings of every method on a family, with the facts of the table of methods."""
     return described(family, {method: probe(method, family) for method in METHODS})
 
 
-def described(family: str, findings: Mapping[str, Finding]) -> MethodTable:
-    """Returns findings of methods, by name and in the order of the table of methods, with what that table says."""
+def described(family: str, findings: Mapping[str, MethodFinding]) -> MethodTable:
+    """Returns findings by method in the order of the table of methods, with the facts of that table."""
     facts = {method.name: MethodFacts(method.why, method.peft, method.options) for method in METHODS.values()}
     ordered = tuple(findings[method] for method in METHODS)
     return MethodTable(family, SIZES["hidden_size"], ordered, facts, REFUSED, HEAD)
@@ -145,8 +145,8 @@ def _batch(family: str) -> ProbeBatch:
 def _gap(model: nn.Module, family: str, paths: set[str]) -> float:
     """Returns the relative distance of the effect of a mean from the mean of effects, over three random adapters.
 
-    Effects are seen from outside, as outputs of the layers that carry trained numbers, at their start's vector again
-    afterwards.
+    Effects are seen from outside, as outputs of the layers that carry trained numbers. The adapter is at its start
+    again afterwards.
     """
     layout, draw = Layout.of(model), np.random.default_rng(0)
     start = layout.read(model)
@@ -161,7 +161,7 @@ def _gap(model: nn.Module, family: str, paths: set[str]) -> float:
 
 
 def _outputs(model: nn.Module, family: str, paths: set[str]) -> Tensor:
-    """Returns what the adapted layers make of random inputs; if one is a block, what the first makes of a batch."""
+    """Returns outputs of the adapted layers on random inputs, or of the first block on a batch where blocks train."""
     outputs: list[Tensor] = []
     with _drawn(), torch.no_grad():
         for path in sorted({_host(name, paths) for name in Layout.of(model).names}):
@@ -169,7 +169,7 @@ def _outputs(model: nn.Module, family: str, paths: set[str]) -> Tensor:
             inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
             if not hasattr(inner, "weight"):
                 return _first_block(model, family)
-            width = lengths(inner)[0] if is_linear(inner) else len(inner.weight)  # or of a norm
+            width = lengths(inner)[0] if is_linear(inner) else len(inner.weight)  # otherwise a norm
             outputs.append(layer(torch.randn(4, width)).flatten())
     return torch.cat(outputs)
 

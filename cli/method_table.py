@@ -1,4 +1,4 @@
-"""The table behind `offsite methods`: what was measured of each method on tiny models, committed as `methods.json`."""
+"""The table behind `offsite methods`: measurements of each method on tiny models, committed as `methods.json`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,8 @@ DIGITS = 4  # decimals of a committed gap
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was measured of one method on one family.
+class MethodFinding:
+    """The measurements of one method on one family.
 
     Attributes:
       method: the method's name.
@@ -44,12 +44,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What the table of methods says of one method.
+    """The facts of one method in the table of methods.
 
     Attributes:
       why: reason why the mean is exact, or is not.
       peft: whether the export is in Hugging Face PEFT's format.
-      options: the method's own options, without the one that every method takes.
+      options: the method's own options, without the option that every method takes.
     """
 
     why: str
@@ -65,20 +65,20 @@ class MethodTable:
       family: name of the family of tiny models.
       width: hidden size of these models.
       findings: one entry for each method, in the order of the table of methods.
-      facts: what the table of methods says, by the method's name.
-      refused: reason for each method that is known and not offered, by the method's name.
+      facts: facts from the table of methods, by the method's name.
+      refused: reason for each known method that is not offered, by the method's name.
       head: the option that every method takes.
     """
 
     family: str
     width: int
-    findings: tuple[Finding, ...]
+    findings: tuple[MethodFinding, ...]
     facts: Mapping[str, MethodFacts]
     refused: Mapping[str, str]
     head: Option
 
     @property
-    def usable(self) -> tuple[Finding, ...]:
+    def usable(self) -> tuple[MethodFinding, ...]:
         """The findings of the methods that fit the family."""
         return tuple(finding for finding in self.findings if not finding.refused)
 
@@ -105,7 +105,7 @@ class MethodTable:
 
 
 def values_of(option: Option) -> str:
-    """Returns which values an option takes, in words."""
+    """Returns the values that an option takes, in words."""
     if option.choices:
         return ", ".join(option.choices)
     return "true, false" if isinstance(option.default, bool) else f"{option.low:,.12g} to {option.high:,.12g}"
@@ -120,10 +120,10 @@ def read_table(family: str, path: Path = MEASURED) -> MethodTable:
     content = json.loads(path.read_text(encoding="utf-8"))
     findings = lookup(content["families"], family, "family")
     facts = {
-        name: MethodFacts(one["why"], one["peft"], tuple(map(_option, one["options"])))
-        for name, one in content["methods"].items()
+        name: MethodFacts(entry["why"], entry["peft"], tuple(map(_option, entry["options"])))
+        for name, entry in content["methods"].items()
     }
-    rows = tuple(Finding(**row) for row in findings)
+    rows = tuple(MethodFinding(**row) for row in findings)
     return MethodTable(family, content["width"], rows, facts, content["refused"], _option(content["head"]))
 
 
@@ -148,7 +148,7 @@ def write_tables(tables: Iterable[MethodTable], path: Path = MEASURED) -> None:
     path.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 
 
-def _row(finding: Finding) -> dict[str, object]:
+def _row(finding: MethodFinding) -> dict[str, object]:
     values = {name: value for name, value in asdict(finding).items() if value}
     return values | ({"gap": round(finding.gap, DIGITS)} if "gap" in values else {})
 
@@ -158,7 +158,7 @@ def _option(values: Mapping[str, object]) -> Option:
 
 
 def _lines(entries: Mapping[str, object]) -> str:
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in entries.items()) + "\n}"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()) + "\n}"
 
 
 def _list(rows: Iterable[object]) -> str:

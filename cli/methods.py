@@ -1,4 +1,4 @@
-"""`offsite methods`: what each adapter method trains, sends and costs; `--probe` measures it on this machine."""
+"""`offsite methods`: the trained numbers, bytes and costs of each adapter method; `--probe` measures them here."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ from offsite.cli.typer_app import command_group
 from offsite.errors import lookup
 
 app = command_group()
-WIDTH = 100  # of the table where no terminal says its own
+WIDTH = 100  # characters of the table where no terminal gives a width
 
 
 @app.command()
@@ -43,17 +43,17 @@ def methods(
 def _measured(family: str) -> MethodTable:
     from offsite.cli.method_probe import probe_table
 
-    logging.getLogger("offsite").setLevel(logging.WARNING)  # the engine that fits says which ones do not
+    logging.getLogger("offsite").setLevel(logging.WARNING)  # the choice of an engine logs all engines that do not fit
     with Console(stderr=True).status("attach each method to a tiny model and probe it"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of speed and of hooks; what matters here is measured
+        warnings.simplefilter("ignore")  # about speed and hooks; the probe measures what matters here
         return probe_table(family)
 
 
 def _methods(shown: MethodTable) -> Table:
     table = Table(
         title=f"Adapter methods on a {shown.family} of width {shown.width}, rank 2, in its first and last block",
-        caption="mean: whether the mean of the uploads is the mean of their effects, and how far it is from it. "
-        "engine: the first that gave each example's own gradient; DP: whether one did.",
+        caption="mean: whether the mean of the uploads is the mean of their effects, and the distance of the two. "
+        "engine: the first engine that gave each example's own gradient; DP: whether an engine did.",
     )
     table.add_column("method", no_wrap=True)
     table.add_column("trained", justify="right", no_wrap=True)

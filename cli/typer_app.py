@@ -1,4 +1,4 @@
-"""How every group of commands of `offsite` is made, so that all answer to `-h` and suggest a name once."""
+"""The making of command groups of `offsite`, so that every group answers to `-h` and suggests a name once."""
 
 import typer
 
@@ -9,9 +9,9 @@ def command_group(name: str | None = None, *, about: str | None = None, completi
     """Returns an empty group of commands.
 
     Args:
-      name: the word at the command line; None puts the group's commands where the group is added.
-      about: text of its help.
-      completion: whether it offers to install completion for a shell; the root does.
+      name: word of the group at the command line; None puts the group's commands where the group is added.
+      about: help text of the group.
+      completion: whether the group offers to install completion for a shell; the root group does.
     """
     return typer.Typer(
         name=name,

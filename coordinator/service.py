@@ -1,4 +1,4 @@
-"""A job between organisations, from the federation file to the tuned adapter; killed at any moment, it goes on."""
+"""A job between organisations, from the federation file to the tuned adapter; after a kill the same command resumes."""
 
 import logging
 import time
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from offsite.coordinator.config.federation_file import CoordinatorConfig, FedConfig
+from offsite.coordinator.config.coordinator_table import CoordinatorConfig
+from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.home.job_settings import settings_sha256
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.provision import CoordinatorHome
@@ -37,11 +38,11 @@ from offsite.trust.certificates import certificate_key
 
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
-FRESH_SECONDS = 60.0  # for which who is ready is taken as known
-UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: an entry; shares, signatures and whatever stands around
-LINK_TRIES = 5  # times in a row without a whole round
-ASKED = 2  # times that a connected site is asked for one stage
-Deliveries = Mapping[str, Delivery]  # each site's
+FRESH_SECONDS = 60.0  # time for which a list of ready sites holds
+UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: one entry of an update; shares, signatures and everything else
+LINK_TRIES = 5  # number of lost links in a row without a whole round
+ASKED = 2  # number of times that a connected site is asked for one stage
+Deliveries = Mapping[str, Delivery]  # delivery of each site's package, by site
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class JobContext:
     """One job at one coordinator.
 
     Attributes:
-      home: the coordinator's folder.
+      home: folder of the coordinator.
       config: the federation file.
-      store: run folder.
-      status: where the job stands.
-      nonce: source of 32 fresh random bytes.
-      now: clock.
+      store: the run folder.
+      status: status file of the coordinator.
+      nonce: function that returns 32 fresh random bytes.
+      now: function that returns the time.
       on_step: function that takes a text about what is being done.
       on_round: function that takes the record of each whole round.
     """
@@ -73,7 +74,7 @@ class JobContext:
         """The table [coordinator] of the federation file.
 
         Raises:
-          ConfigError: there is none.
+          ConfigError: the federation file has no such table.
         """
         if self.config.coordinator is None:
             raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
@@ -81,13 +82,14 @@ class JobContext:
 
 
 def run_job(context: JobContext) -> tuple[Job, Progress]:
-    """Runs a job to its end, or on from where it stopped; one whose rounds are all whole needs no site any more.
+    """Runs a job to its end, from the start or from the last whole round; a job with all rounds whole needs no site.
 
     Returns:
-      The job and where it stands.
+      The job, and its progress.
 
     Raises:
-      OffsiteError: with what to change; the run folder then stands at the last whole round.
+      OffsiteError: the job cannot go on; the message says what to change, and the run folder stands at the last whole
+        round.
     """
     context.status.set("building")
     epoch = context.home.federation()
@@ -95,7 +97,7 @@ def run_job(context: JobContext) -> tuple[Job, Progress]:
     if not job.manifest.aggregation.secure_aggregation:
         context.on_step(NO_SECAGG_WARNING)
     if (done := finished(context.store, job.manifest)) is not None:
-        _attempts(context).close()  # the last round's, where the kill came before it was closed
+        _attempts(context).close()  # the last round's attempt is open where a kill came before its close
         context.status.set("finishing", job=job.manifest.digest().hex(), rounds=done.round, round=done.round)
         return job, done
     deliveries = deliver_all(context.store, context.home.folder / "depot", job.manifest, epoch)
@@ -104,27 +106,27 @@ def run_job(context: JobContext) -> tuple[Job, Progress]:
 
 
 def _over_links(context: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
-    """Runs the rounds over one link after the other, as long as there are whole rounds between their losses.
+    """Runs the rounds, over a new link after each lost link, as long as whole rounds come between the losses.
 
     Raises:
       DataError: a link was lost too often.
     """
-    tried, before = 0, _rounds(context.store)
+    losses, before = 0, _rounds(context.store)
     while True:
         try:
             return _over_link(context, job, epoch, deliveries)
         except LOST as error:
             if (done := finished(context.store, job.manifest)) is not None:
                 return done  # only the farewell was lost
-            why, now = why_lost(error), _rounds(context.store)
-            tried, before = (tried + 1 if now == before else 1), now
-            context.status.set("link lost", detail=why, awaited=[])
-            log.warning("Flower's SuperLink was lost (%s); loss %d of %d", why, tried, LINK_TRIES)
-            if tried == LINK_TRIES:
-                where = context.home.link / "superlink.log"
+            reason, now = why_lost(error), _rounds(context.store)
+            losses, before = (losses + 1 if now == before else 1), now
+            context.status.set("link lost", detail=reason, awaited=[])
+            log.warning("Flower's SuperLink was lost (%s); loss %d of %d", reason, losses, LINK_TRIES)
+            if losses == LINK_TRIES:
+                logged = context.home.link / "superlink.log"
                 raise DataError(
-                    f"link: Flower's SuperLink was lost {LINK_TRIES} times without a whole round ({why}); see {where}, "
-                    "then run again"
+                    f"link: Flower's SuperLink was lost {LINK_TRIES} times without a whole round ({reason}); see "
+                    f"{logged}, then run again"
                 ) from error
 
 
@@ -136,7 +138,7 @@ def open_job(context: JobContext, epoch: owners.FederationManifest) -> Job:
     """Prepares the job, or opens the job that this run folder holds.
 
     Raises:
-      Untrusted: the owners signed another epoch since, and rounds are left that its sites would refuse.
+      Untrusted: the owners have signed another epoch since then, and the sites would refuse the rounds that are left.
       ConfigError: the run began with other settings.
     """
     roster = tuple((member.site, member.identity) for member in epoch.members)
@@ -176,11 +178,13 @@ def _over_link(context: JobContext, job: Job, epoch: owners.FederationManifest, 
 def _cohort(
     context: JobContext, poller: ReadinessPoller, ready: tuple[str, ...], min_sites: int
 ) -> Callable[[], tuple[str, ...]]:
-    """Returns who is asked: in the first round those who are ready, then whoever is there before each attempt."""
+    """Returns a function that gives the sites of the next attempt: first `ready`, later the sites ready by then."""
     first, began = [ready], time.monotonic()
 
     def cohort() -> tuple[str, ...]:
-        if first and time.monotonic() - began < FRESH_SECONDS:  # not after an attempt that was resumed before it
+        if (
+            first and time.monotonic() - began < FRESH_SECONDS
+        ):  # an attempt that was resumed first may have taken longer
             return first.pop()
         first.clear()
         context.status.set("waiting for sites")
@@ -218,7 +222,13 @@ def _letters(
 
 @dataclass(frozen=True)
 class Offers:
-    """How offers are made: their exchange, what is known of the sites' ledgers, and why answers were not opened."""
+    """The parts of an offer that all sites share.
+
+    Attributes:
+      exchange: exchange that carries the offers.
+      ledgers: known heads of the sites' ledgers.
+      unopened: reason why an answer was not opened, by site.
+    """
 
     exchange: Exchange
     ledgers: Ledgers
@@ -265,7 +275,7 @@ def _attempts(context: JobContext) -> Attempts:
 
 
 def link_place(home: CoordinatorHome) -> SuperLinkPlace:
-    """Returns where the SuperLink of a coordinator lives."""
+    """Returns the folder, address and keys of a coordinator's SuperLink."""
     settings = home.settings
     bind = settings.bind or settings.host
     return SuperLinkPlace(home.link, bind, settings.link_port, home.ca, home.server, home.server_key)
@@ -273,7 +283,7 @@ def link_place(home: CoordinatorHome) -> SuperLinkPlace:
 
 @contextmanager
 def _depot(home: CoordinatorHome, now: Callable[[], datetime]) -> Iterator[Depot]:
-    """Runs the depot while a job runs; who was revoked is looked up with every request."""
+    """Runs the depot while a job runs; the depot checks with every request whether a site was revoked."""
     tls = Tls(home.ca.read_bytes(), home.server.read_bytes(), home.server_key.read_bytes())
 
     def allowed(certificate: bytes) -> None:

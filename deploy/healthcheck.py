@@ -1,9 +1,9 @@
-"""What a container or a monitor asks: exit code 0 while a coordinator's job or a client is well, 1 with a line else.
+"""The health check of a coordinator's job or a client: exit code 0 while all is well, else 1 with a line that says why.
 
   healthcheck.py coordinator HOME     the folder of `offsite coordinator init`
   healthcheck.py client SITE          the folder of `offsite client init`
 
-It reads files and /proc only, knows no secret, and runs with the Python that offsite is installed in.
+The check reads files and /proc only, knows no secret, and runs with the Python that offsite is installed in.
 """
 
 import sys
@@ -19,7 +19,7 @@ SUPERNODE = "offsite.client.network.supernode"
 
 
 def coordinator(home: Path) -> str:
-    """Returns what is wrong with the job of a coordinator, or nothing."""
+    """Returns the fault of a coordinator's job, or an empty text."""
     try:
         facts = read_status(home / "status.json")
     except DataError:
@@ -30,7 +30,7 @@ def coordinator(home: Path) -> str:
 
 
 def client(site: Path) -> str:
-    """Returns what is wrong with a running client, or nothing; a client that waits for its coordinator is well."""
+    """Returns the fault of a running client, or an empty text; a client that waits for its coordinator is well."""
     node = str((site / "state" / "node").resolve())
     if any(SUPERNODE in command and node in command for command in _commands()):
         return ""
@@ -42,7 +42,7 @@ def _commands() -> Iterator[str]:
         try:
             yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # the process has ended meanwhile
 
 
 def main() -> int:
@@ -51,9 +51,9 @@ def main() -> int:
     if len(sys.argv) != ARGUMENTS or sys.argv[1] not in checks:
         sys.stderr.write(f"{__doc__}\n")
         return 2
-    wrong = checks[sys.argv[1]](Path(sys.argv[2]))
-    sys.stdout.write(f"{wrong or 'well'}\n")
-    return 1 if wrong else 0
+    fault = checks[sys.argv[1]](Path(sys.argv[2]))
+    sys.stdout.write(f"{fault or 'well'}\n")
+    return 1 if fault else 0
 
 
 if __name__ == "__main__":

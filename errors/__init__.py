@@ -74,7 +74,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns the entry of a table, by a name that may come from a file or the network.
 
     Args:
-      table: the visible table of a seam, for example `adapter.METHODS`.
+      table: the visible table of a seam, for example `adapter.methods.METHODS`.
       name: key to look up.
       what: singular noun for the table's entries, for the message.
 

@@ -3,7 +3,7 @@
 #
 #   examples/federation.sh FOLDER MODEL PUBLIC SITES
 #
-#   FOLDER   where everything goes; it must not be there yet
+#   FOLDER   folder for everything, which must not be there yet
 #   MODEL    the model's owner's model, a Hugging Face folder
 #   PUBLIC   the model's owner's public text, a file or a folder
 #   SITES    a folder with one entry for each data owner: a file, a folder, or a folder with a folder `train` inside;
@@ -13,15 +13,15 @@
 # carried between them. This script carries them, and compares the fingerprints as people would.
 #
 # Each site's policy permits this one model and one method, and asks its owner before a job runs: so the job waits until
-# you have approved it, in another terminal, as each of the three owners. What an owner or the coordinator may write into
-# their own files otherwise can be given in the environment:
+# you have approved it, in another terminal, as each of the three owners. The environment gives further lines that an
+# owner or the coordinator may write into their own files:
 #
-#   JOB              file with more lines for fed.toml, as `training.rounds = 2`
+#   JOB              file with more lines for fed.toml, for example `training.rounds = 2`
 #   POLICY           file that every owner takes as policy.toml
 #   SIMULATION_SEED  noise from this seed, to repeat a run on invented data; it protects nobody, and the policy has to
 #                    permit it
 #   SPLIT            how texts become records; blocks, for folders of long texts
-#   LINK_PORT, DEPOT_PORT   where the coordinator listens; 8443 and 8444
+#   LINK_PORT, DEPOT_PORT   ports on which the coordinator listens; 8443 and 8444 by default
 set -euo pipefail
 
 if [[ $# -ne 4 ]]; then
@@ -50,8 +50,8 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Reads what a command printed after a label: what people read to each other by telephone.
-told() { sed -n "s/^$1: //p" "$2"; }
+# Prints the text that a command printed after a label, as people read it to each other by telephone.
+printed() { sed -n "s/^$1: //p" "$2"; }
 
 # 1, the coordinator: its authority, its keys, its ports
 offsite coordinator init "$folder/home" --name example --host 127.0.0.1 --link-port "$link" --depot-port "$depot"
@@ -61,21 +61,21 @@ names=() requests=() fingerprints=()
 for entry in "${entries[@]}"; do
   name=$(basename "$entry") && name=${name%%.*}
   [[ -d $entry/train ]] && entry=$entry/train
-  offsite client init "$folder/$name" --name "$name" --data "$entry" | tee "$folder/$name.told"
+  offsite client init "$folder/$name" --name "$name" --data "$entry" | tee "$folder/$name.out"
   names+=("$name") requests+=("$folder/$name/site.request")
-  fingerprints+=(--fingerprint "$(told fingerprint "$folder/$name.told")")
+  fingerprints+=(--fingerprint "$(printed fingerprint "$folder/$name.out")")
 done
 
-# 3, the coordinator: admits those whose fingerprints it was told
-offsite coordinator approve "$folder/home" "${requests[@]}" "${fingerprints[@]}" | tee "$folder/home.told"
+# 3, the coordinator: admits the sites whose fingerprints it heard
+offsite coordinator approve "$folder/home" "${requests[@]}" "${fingerprints[@]}" | tee "$folder/home.out"
 
-# 4, each site: accepts the coordinator that told it this fingerprint, and signs who takes part on which terms
+# 4, each site: accepts the coordinator that read out this fingerprint, and signs the list of members and the terms
 for name in "${names[@]}"; do
   offsite client sign "$folder/$name" "$folder/home/welcomes/$name.welcome" \
-    --fingerprint "$(told 'fingerprint for every site to compare' "$folder/home.told")"
+    --fingerprint "$(printed 'fingerprint for every site to compare' "$folder/home.out")"
 done
 
-# What the four owners write into their own files.
+# The lines that the four owners write into their own files.
 cat >"$folder/fed.toml" <<TOML
 model.path = '$model'
 data.public = '$public'
@@ -113,7 +113,7 @@ offsite coordinator run "$folder/fed.toml" --out "$folder/run" &
 job=$!
 running+=("$job")
 
-wait -n "${running[@]}" || true # a site does not end by itself; where one has, the others would wait for it
+wait -n "${running[@]}" || true # a site does not end by itself; if one has ended, the others would wait for it
 if kill -0 "$job" 2>/dev/null; then
   echo "a site has ended; one of these logs says why:" >&2
   cd "$folder"

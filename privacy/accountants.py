@@ -1,6 +1,6 @@
 """The table of privacy accountants: events in, epsilon out.
 
-All of them account for the add-or-remove-one-record neighbouring relation under Poisson sampling. A Gaussian-DP
+All accountants work under the add-or-remove-one-record neighbouring relation under Poisson sampling. A Gaussian-DP
 (central limit) accountant is absent on purpose: measured against PLD it under-reports epsilon by up to 56 %.
 
 Each accountant imports its library at its first use: `dp_accounting` takes a second of CPU and Opacus four, and most
@@ -25,7 +25,7 @@ NOISE_FLOOR = 0.2
 PRV_EPSILON_LIMIT = 100.0
 # PLD's grid; 1e-3 agrees with 1e-4 to 1e-3 in epsilon, and always errs upwards.
 PLD_INTERVAL = 1e-3
-# Opacus' own orders, and those that a very small and a very large noise need.
+# Opacus' own orders, and further orders for very small and very large noise.
 RDP_ORDERS = [1 + x / 100 for x in range(1, 10)] + [1 + x / 10 for x in range(1, 100)] + list(range(11, 64))
 RDP_ORDERS += [2.0**x for x in range(6, 12)]
 
@@ -34,17 +34,17 @@ def check_delta(delta: float) -> None:
     """Checks that a delta lies strictly between 0 and 1.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: the delta lies outside.
     """
     if not 0 < delta < 1:
         raise ConfigError(f"delta={delta} must be in (0, 1); n**-1.1 for n records is the default")
 
 
 def check_noise(noise_multiplier: float) -> None:
-    """Checks that a noise multiplier is one that an accountant can account for.
+    """Checks that accountants can account for a noise multiplier.
 
     Raises:
-      PrivacyRefusal: it is below `NOISE_FLOOR`.
+      PrivacyRefusal: the noise multiplier is below `NOISE_FLOOR`.
     """
     if noise_multiplier < NOISE_FLOOR:
         raise PrivacyRefusal(
@@ -69,7 +69,7 @@ def _pld(events: list[Event], delta: float) -> float:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Hides what Opacus says when the best Renyi order is at an end of the range: the bound is valid, merely looser."""
+    """Hides Opacus' warning about a best Renyi order at an end of the range: the bound is valid, merely looser."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
         yield
@@ -102,7 +102,7 @@ def _prv(events: list[Event], delta: float) -> float:
 
 
 def _guarded(epsilon: Callable[[list[Event], float], float]) -> Accountant:
-    """Returns an accountant that checks its arguments, coalesces events, and never returns a number that is none."""
+    """Returns an accountant that checks its arguments, coalesces events, and never returns infinity or NaN."""
 
     def guarded(events: Sequence[Event], delta: float) -> float:
         check_delta(delta)

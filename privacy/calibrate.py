@@ -20,7 +20,7 @@ def public_delta(n: int) -> float:
     """Returns the default delta of a site, n**-1.1.
 
     Args:
-      n: the number of records the site has announced in public, >= 2; never a count taken from private data.
+      n: number of records that the site has announced in public, >= 2; never a count taken from private data.
 
     Raises:
       ConfigError: n is below 2.
@@ -35,19 +35,19 @@ def noise_multiplier_for(
 ) -> float:
     """Returns the smallest noise multiplier that meets a target, found by a monotone bracketed search.
 
-    The epsilon it spends is at most the target and at most min(0.01, 1 % of the target) below it.
+    The epsilon of this noise is at most the target and at most min(0.01, 1 % of the target) below it.
 
     Args:
-      epsilon: the target for the whole job, > 0.
-      delta: in (0, 1).
+      epsilon: target epsilon of the whole job, > 0.
+      delta: delta of the guarantee, in (0, 1).
       sample_rate: public probability with which a record joins a step, in (0, 1].
-      steps: logical steps of the whole job, over all rounds, >= 1.
-      accountant: a key of `ACCOUNTANTS`.
+      steps: number of logical steps of the whole job, over all rounds, >= 1.
+      accountant: name of the accountant, a key of `ACCOUNTANTS`.
 
     Raises:
       ConfigError: a number is out of its range.
       UnknownName: there is no such accountant.
-      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or by none.
+      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or not even by `NOISE_CEILING`.
     """
     return calibrated(epsilon, delta, sample_rate, steps, accountant)[0]
 
@@ -59,7 +59,7 @@ def calibrated(epsilon: float, delta: float, sample_rate: float, steps: int, acc
     Raises:
       ConfigError: a number is out of its range.
       UnknownName: there is no such accountant.
-      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or by none.
+      PrivacyRefusal: the target is met by less noise than `NOISE_FLOOR`, or not even by `NOISE_CEILING`.
     """
     account = lookup(ACCOUNTANTS, accountant, "accountant")
     if not (math.isfinite(epsilon) and epsilon > 0):

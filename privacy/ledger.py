@@ -1,4 +1,4 @@
-"""The privacy ledger of one data set: what was spent on it, over rounds and jobs, and never more than its cap."""
+"""The privacy ledger of one data set: its spent epsilon over rounds and jobs, never more than its cap."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,14 @@ _REMEMBERED = 16  # sums are asked for again and again, and cost 40 ms per disti
 
 @dataclass(frozen=True)
 class Spend:
-    """One entry: its number, what the data set has spent without and with it, and the ledger's head after it."""
+    """One entry of the ledger.
+
+    Attributes:
+      number: place of the entry in the ledger, from 1.
+      epsilon_before: epsilon that the data set had spent before this entry.
+      epsilon_total: epsilon that the data set has spent with this entry.
+      head: digest of this entry, the ledger's head after it, hexadecimal.
+    """
 
     number: int
     epsilon_before: float
@@ -27,7 +34,7 @@ class Spend:
 
     @property
     def epsilon_round(self) -> float:
-        """What this release added to the total."""
+        """Epsilon that this release added to the total."""
         return self.epsilon_total - self.epsilon_before
 
 
@@ -39,10 +46,10 @@ class Ledger:
 
     Args:
       path: file of the chain.
-      dataset: name of the data set; a ledger of another one cannot stand in for it.
-      epsilon_cap: no release may take the total above it, > 0.
-      delta: at which epsilon is computed, in (0, 1).
-      accountant: name in `privacy.ACCOUNTANTS`.
+      dataset: name of the data set; the ledger of another data set cannot take its place.
+      epsilon_cap: largest total epsilon that releases may reach, > 0.
+      delta: delta at which epsilon is computed, in (0, 1).
+      accountant: name in `privacy.accountants.ACCOUNTANTS`.
 
     Raises:
       ConfigError: cap or delta is out of its range.
@@ -67,13 +74,13 @@ class Ledger:
         """Returns the epsilon that the data set would have spent after one more release.
 
         Raises:
-          PrivacyRefusal: that is above the cap.
+          PrivacyRefusal: this epsilon is above the cap.
           DataError: the ledger is damaged.
         """
         return self._checked(self._events(self._chain.links()), event)
 
     def debit(self, event: Event, *, job: str, round: int, now: datetime) -> Spend:
-        """Enters a release, durably; only afterwards may it leave.
+        """Enters a release, durably; only afterwards may the release leave.
 
         Raises:
           PrivacyRefusal: the total would be above the cap; nothing was entered.
@@ -101,8 +108,8 @@ class Ledger:
     def recorded(self) -> float:
         """Returns the epsilon that the data set has spent, as the newest entry records it.
 
-        It is what `spent` computes, without the second that an accountant takes to load. Where the newest entry was
-        made at another delta, the accountant computes it after all.
+        The number is that of `spent`, without the second that an accountant takes to load. Where the newest entry was
+        made at another delta, the accountant computes the number after all.
 
         Raises:
           DataError: the ledger is damaged.
@@ -128,7 +135,7 @@ class Ledger:
         """Compares the ledger with a head that the coordinator countersigned.
 
         Raises:
-          PrivacyRefusal: the ledger has fewer entries than it had then, or another one in that place.
+          PrivacyRefusal: the ledger has fewer entries than the countersigned number, or another entry in that place.
         """
         links = self._chain.links()
         if count > len(links):
@@ -138,8 +145,8 @@ class Ledger:
             )
         if count and links[count - 1].digest != head:
             raise PrivacyRefusal(
-                f"ledger of {self.dataset!r} entry {count} is not the one the coordinator countersigned; two copies of "
-                "this site have run; bring the right one back"
+                f"ledger of {self.dataset!r} entry {count} is not the entry that the coordinator countersigned; two "
+                "copies of this site have run; bring the right copy back"
             )
 
     def _checked(self, before: tuple[Event, ...], event: Event) -> float:
@@ -152,7 +159,7 @@ class Ledger:
         return total
 
     def _events(self, links: list[Link]) -> tuple[Event, ...]:
-        """Returns everything that was spent, equal mechanisms together; what is not understood is not passed over."""
+        """Returns all spent events, equal mechanisms together; an entry that is not understood is never passed over."""
         events = []
         for link in links:
             try:
@@ -166,6 +173,6 @@ class Ledger:
 
     def _unknown(self, link: Link) -> DataError:
         return DataError(
-            f"ledger of {self.dataset!r} entry {link.number} is not one that this release knows; install the release "
-            "that wrote it"
+            f"ledger of {self.dataset!r} entry {link.number} is unknown to this release; install the release that "
+            "wrote the entry"
         )

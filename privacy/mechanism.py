@@ -1,4 +1,4 @@
-"""Record-level DP-SGD: one training at one site, and the event that it spends."""
+"""Record-level DP-SGD: one training at one site, and the event that the training spends."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class DpSgdConfig:
       steps: number of logical steps, >= 1.
       learning_rate: step size of plain SGD, > 0.
       physical_batch: number of examples in one backward pass, >= 1; it changes memory and speed, not the result.
-      engine: key of `privacy.engines.ENGINES`.
+      engine: name of the per-example gradient engine, a key of `privacy.engines.ENGINES`.
       private: whether to clip and to add noise; False serves comparisons, and the outcome then has no event.
     """
 
@@ -61,7 +61,7 @@ class DpSgdConfig:
             raise ConfigError(f"physical_batch={self.physical_batch} must be >= 1; 8 is the default")
         if self.private and not self.noise_multiplier:
             raise PrivacyRefusal(
-                f"noise_multiplier={self.noise_multiplier} is no privacy; calibrate it, or set private=False and say so"
+                f"noise_multiplier={self.noise_multiplier} gives no privacy; calibrate the noise, or set private=False"
             )
         if self.private:
             check_noise(self.event().noise_multiplier)
@@ -110,7 +110,7 @@ class DpTraining:
       model: model to train in place; only parameters with `requires_grad` change.
       losses: function from model and batch to one loss per example, (B,).
       records: private records of this site; their number decides nothing but who can be drawn.
-      terms: public constants.
+      terms: public constants of the plan.
       randomness: source of the sampling and of the noise; `Randomness.from_os()` on private data.
     """
 
@@ -211,7 +211,7 @@ def _accumulate(
 
 
 def fails(add: Callable[[Any], None], batch: Any) -> bool:
-    """Adds a batch to the sum, and says whether the model failed on the batch; the sum then holds nothing of it.
+    """Adds a batch to the sum, and says whether the model failed on the batch; a failed batch leaves the sum unchanged.
 
     Raises:
       PrivacyRefusal: the engine cannot tell the examples apart.

@@ -21,13 +21,13 @@ _MANY = 1 << 31
 
 @dataclass(frozen=True)
 class PrivacyTerms:
-    """What each site promises its records, by record-level DP-SGD.
+    """The promise of each site to its records, by record-level DP-SGD.
 
     Attributes:
-      private: False trains without clipping and noise; the report then says so in its first line.
-      epsilon: target for the whole job (all rounds), per site; each site computes its own noise from it.
+      private: whether sites clip and add noise; the report of a job without says so in its first line.
+      epsilon: target for the whole job (all rounds), per site; each site computes its own noise from this target.
       max_grad_norm: clipping bound C of one record's gradient, measured on public text.
-      accountant: name in `privacy.ACCOUNTANTS`.
+      accountant: name in `privacy.accountants.ACCOUNTANTS`.
       batch: expected number of records in a Poisson batch.
     """
 
@@ -40,39 +40,39 @@ class PrivacyTerms:
 
 @dataclass(frozen=True)
 class JobManifest:
-    """One job: who takes part, what is trained, on which terms.
+    """One job: its sites, its training and its terms.
 
     Attributes:
       federation: name of the federation.
       epoch: number of the roster; a changed roster is a new epoch.
-      roster: (site, Ed25519 public key in hexadecimal), sorted by site.
+      roster: pairs (site, Ed25519 public key in hexadecimal), sorted by site.
       n_min: smallest number of sites whose sum may be opened.
-      task: name in `task.TASKS`.
-      emulator: SHA-256 of the emulator package's manifest, hexadecimal; of all sites that are not in `emulators`.
+      task: name in `task.tasks.TASKS`.
+      emulator: SHA-256 of the emulator package's manifest, hexadecimal, for all sites that are not in `emulators`.
       base: SHA-256 over the full model's configuration and weights, hexadecimal; only the coordinator can check it.
       tokenizer: SHA-256 over the tokenizer's files, hexadecimal.
-      adapter: what is trained, and where.
+      adapter: method, rank, options and places of the trained adapter.
       layout: names and shapes of the trained tensors, as `Layout.to_dict()`.
-      length: tokens in a record, at most `MAX_TOKENS`.
+      length: number of tokens in a record, at most `MAX_TOKENS`.
       split: how texts become records, `blocks` or `truncate`.
-      rounds: training rounds in all.
-      local_steps: DP-SGD steps of a site per round; over all rounds and spare ones at most `MAX_STEPS`.
-      learning_rate: of the sites' SGD.
-      update_bound: largest absolute entry of an update; sets the step of the secure sum.
-      privacy: the terms above.
-      physical_batch: records in one forward pass, at most `MAX_PHYSICAL_BATCH`; changes memory and speed, not the
-        result's privacy.
-      spare_rounds: rounds beyond `rounds` that the noise is planned for, to repeat some that were lost after an upload.
+      rounds: number of training rounds in all.
+      local_steps: number of DP-SGD steps of a site per round; over all rounds and spare ones at most `MAX_STEPS`.
+      learning_rate: step size of the sites' SGD, > 0.
+      update_bound: largest absolute entry of an update, > 0; it sets the step of the secure sum.
+      privacy: privacy terms of each site.
+      physical_batch: number of records in one forward pass, at most `MAX_PHYSICAL_BATCH`; it changes memory and speed,
+        not the result's privacy.
+      spare_rounds: number of further rounds in the plan of the noise, to repeat rounds that were lost after an upload.
       model: name of the full model, for the data owner to know and to permit.
-      release: version of offsite that wrote this.
-      metrics: names of what sites are asked to tell beside their update; nothing by default.
+      release: version of offsite that wrote this manifest.
+      metrics: names of the values that sites send beside their update; empty by default.
       deadline: seconds that a site has to answer one stage of a round.
-      refresh: after how many rounds biases of the emulator may move, as a training request says; 0 is never.
+      refresh: number of rounds after which biases of the emulator may move, as a training request says; 0 is never.
       identifier: 32 random bytes in hexadecimal, so that two jobs with the same terms are two jobs in the sites'
         ledgers; empty in a simulation.
-      emulators: (site, SHA-256 of its package's manifest) of the sites that get another emulator, sorted by site. It
-        stands here for everybody to see, so that nobody can be given one of his own unseen.
-      aggregation: what the sites do for the coordinator's rule, and whether it sees each site's update.
+      emulators: pairs (site, SHA-256 of its package's manifest) for the sites that get another emulator, sorted by
+        site. Every site sees this list, so that no site can get an emulator of its own unseen.
+      aggregation: the sites' duties under the coordinator's rule, and whether the coordinator sees each update.
     """
 
     federation: str
@@ -109,20 +109,20 @@ class JobManifest:
         return tuple(site for site, _ in self.roster)
 
     def upload_layout(self, number: int) -> Layout:
-        """Returns names and shapes of what each site uploads in a round, from 1.
+        """Returns the names and shapes of each site's upload in a round; `number` counts from 1.
 
-        It may be a part of the adapter, or how far the adapter moved along each of the round's directions.
+        An upload may be a part of the adapter, or how far the adapter moved along each of the round's directions.
         """
         if self.aggregation.directions:
             return Layout(("directions",), ((self.local_steps * self.aggregation.directions,),))
         return self.aggregation.part(self.layout, number)
 
     def upload_size(self, number: int) -> int:
-        """Returns the number of scalars that each site uploads in a round, from 1."""
+        """Returns the number of scalars that each site uploads in a round; `number` counts from 1."""
         return self.upload_layout(number).size
 
     def rank_of(self, site: str) -> int:
-        """Returns how many columns of each B a site trains: the adapter's rank, or its own smaller one."""
+        """Returns how many columns of each B a site trains: the adapter's rank, or the site's own smaller rank."""
         return dict(self.aggregation.ranks).get(site, self.adapter.rank)
 
     def emulator_of(self, site: str) -> str:
@@ -130,7 +130,7 @@ class JobManifest:
         return dict(self.emulators).get(site, self.emulator)
 
     def shipped(self) -> dict[str, tuple[str, ...]]:
-        """Returns whom each emulator is for, by its SHA-256: `emulator` first, then by the first of their sites."""
+        """Returns the sites of each emulator, by SHA-256: `emulator` first, then in the order of their first sites."""
         sites: dict[str, list[str]] = {self.emulator: []}
         for site in self.sites:
             sites.setdefault(self.emulator_of(site), []).append(site)
@@ -138,12 +138,12 @@ class JobManifest:
 
     @property
     def releases(self) -> int:
-        """Updates that one site may send over the whole job."""
+        """Number of updates that one site may send over the whole job."""
         return self.rounds + self.spare_rounds
 
     @property
     def steps(self) -> int:
-        """DP-SGD steps of one site over the whole job, which its noise is planned for."""
+        """Number of DP-SGD steps of one site over the whole job, for which its noise is planned."""
         return self.releases * self.local_steps
 
     def to_bytes(self) -> bytes:
@@ -167,8 +167,8 @@ class JobManifest:
         """Reads a manifest strictly.
 
         Raises:
-          MalformedMessage: not JSON, another format, missing or unknown fields, not in canonical form, or a field of
-            another type or out of its range.
+          MalformedMessage: the data are not JSON, of another format or not in canonical form, or a field is missing,
+            unknown, of another type or out of its range.
         """
         if len(data) > MAX_BYTES:
             raise MalformedMessage(f"job manifest has {len(data)} bytes; at most {MAX_BYTES} are read; refuse the job")
@@ -188,13 +188,13 @@ class JobManifest:
         except (ValueError, TypeError, KeyError, AttributeError, ConfigError, RecursionError) as error:
             raise MalformedMessage(f"job manifest does not parse ({type(error).__name__}); ask for it again") from error
         if not same:
-            raise MalformedMessage("job manifest is not in canonical form; was it altered on the way")
+            raise MalformedMessage("job manifest is not in canonical form; was it altered on the way?")
         _check(manifest)
         return manifest
 
 
 def _check(manifest: JobManifest) -> None:
-    """Checks types and ranges of everything that is not checked by a class of its own."""
+    """Checks types and ranges of every field that no class of its own checks."""
     terms = manifest.privacy
     for name in ("federation", "task", "split", "model", "release"):
         canonical.text(getattr(manifest, name), f"job {name}", limit=1 << 10)
@@ -220,7 +220,7 @@ def _check(manifest: JobManifest) -> None:
     canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MAX_SITES)
     canonical.whole(terms.batch, "job batch", lowest=1, highest=_MANY)
     if type(terms.private) is not bool or len(manifest.roster) > MAX_SITES or len(manifest.metrics) > MAX_SITES:
-        raise MalformedMessage("job private, roster or metrics: not what this release knows; refuse the job")
+        raise MalformedMessage("job private, roster or metrics: unknown to this release; refuse the job")
     for name in ("learning_rate", "update_bound", "deadline"):
         canonical.positive(getattr(manifest, name), f"job {name}")
     canonical.positive(terms.epsilon, "job epsilon")
@@ -233,7 +233,7 @@ def _check(manifest: JobManifest) -> None:
 
 
 def _check_emulators(manifest: JobManifest) -> None:
-    """Checks that what is said of other emulators is said in one way: each site once, and `emulator` is somebody's."""
+    """Checks that `emulators` has one form only: each site once, and at least one site trains on `emulator`."""
     sites, roster = [site for site, _ in manifest.emulators], set(manifest.sites)
     if sites != sorted(set(sites)) or not roster.issuperset(sites) or (sites and len(sites) == len(roster)):
         raise MalformedMessage(
@@ -242,4 +242,4 @@ def _check_emulators(manifest: JobManifest) -> None:
     for _, digest in manifest.emulators:
         canonical.hexadecimal(digest, "job emulators", size=DIGEST_BYTES)
         if digest == manifest.emulator:
-            raise MalformedMessage("job emulators: must differ from the one that all others get; refuse the job")
+            raise MalformedMessage("job emulators: must differ from the emulator of all other sites; refuse the job")

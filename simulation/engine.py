@@ -1,4 +1,4 @@
-"""What an engine of a simulation is: it carries the rounds between the coordinator and the sites."""
+"""The interface of a simulation's engine, which carries the rounds between the coordinator and the sites."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -12,20 +12,20 @@ from offsite.simulation.run_folder import Run
 
 
 class Display(Protocol):
-    """What a run shows to the person at the terminal."""
+    """The progress of a run, shown to the person at the terminal."""
 
     def step(self, text: str) -> None:
-        """Says what is being done now."""
+        """Shows the step that begins now."""
 
     def call(self, stage: str, site: str) -> None:
-        """Says which site is at which stage."""
+        """Shows a site and the stage that the site begins."""
 
     def round(self, record: RoundRecord, planned: int) -> None:
         """Shows a finished round."""
 
 
 Sessions = Mapping[str, EmulatorSession]
-"""The emulator of each site, opened."""
+"""The opened emulator of each site, by site."""
 
 Engine = Callable[[Run, JobManifest, Sessions, Display, Callable[[Exchange], Progress]], Progress]
-"""Makes an exchange with the sites of a run, and runs the rounds over it."""
+"""Makes an exchange with the sites of a run, runs the rounds over this exchange, and returns the progress."""

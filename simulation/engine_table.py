@@ -1,4 +1,4 @@
-"""The table of engines."""
+"""The table of engines of a simulation, by name."""
 
 from collections.abc import Mapping
 

@@ -23,7 +23,7 @@ _SESSIONS: dict[str, dict[str, EmulatorSession]] = {}
 
 
 def open_site(folder: str, name: str) -> Site:
-    """Returns the site of a run folder, opened once in this process; a round's keys live in it between messages."""
+    """Returns a site of a run folder, opened once in this process; a site keeps a round's keys between messages."""
     if (folder, name) not in _SITES:
         run = Run.open(Path(folder))
         manifest = run.store.job()
@@ -44,8 +44,8 @@ def flower_engine(
 ) -> Progress:
     """Runs the rounds over Flower's simulation runtime.
 
-    One Ray actor serves all sites, so that a site finds its keys again at its next message; the emulator is loaded in
-    that actor, from the package, as at a real site.
+    One Ray actor serves all sites, so that a site still has its keys at its next message. The actor loads the emulator
+    from the package, as a real site does.
 
     Raises:
       ConfigError: the extra `simulation` is not installed.

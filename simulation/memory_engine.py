@@ -14,6 +14,6 @@ from offsite.simulation.run_folder import Run
 def memory_engine(
     run: Run, manifest: JobManifest, sessions: Sessions, display: Display, rounds: Callable[[Exchange], Progress]
 ) -> Progress:
-    """Runs the rounds with all sites in this process; sites of one emulator share it."""
+    """Runs the rounds with all sites in this process; sites with the same emulator share its session."""
     sites = {name: run.site(name, manifest, session) for name, session in sorted(sessions.items())}
     return rounds(MemoryExchange({name: partial(answer, site) for name, site in sites.items()}, display.call))

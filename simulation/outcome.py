@@ -1,4 +1,4 @@
-"""The report of a simulation: what the coordinator knows, and what only one process that holds all sites can know."""
+"""The report of a simulation, with the sites' own numbers: one process holds the coordinator and all sites."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,15 +22,15 @@ NOISE = "derived from the run's seed: a simulation, not private against anyone w
 
 @dataclass(frozen=True)
 class SimulationOutcome:
-    """What a run found out beside what stands in its folder.
+    """The results of a run that its folder does not hold.
 
     Attributes:
       engine: name of the engine.
       started: wall clock at the start, ISO 8601.
-      finished_rounds: whole rounds.
-      plans: privacy plan of each site.
+      finished_rounds: number of whole rounds.
+      plans: privacy plan of each site, by site.
       quality: scores of the models.
-      cost: cost of each phase.
+      cost: cost of each phase, by phase.
     """
 
     engine: str
@@ -76,7 +76,7 @@ def _privacy(run: Run, manifest: JobManifest, plans: Mapping[str, SitePlan]) -> 
 
 def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) -> SitePrivacy:
     log, terms = run.site_log(name), manifest.privacy
-    done = np.cumsum([one.steps for one in log]).tolist()
+    done = np.cumsum([entry.steps for entry in log]).tolist()
     spent = tuple(_epsilon(terms.accountant, plan, int(steps)) for steps in done) if terms.private else ()
     return SitePrivacy(
         site=name,
@@ -89,7 +89,7 @@ def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) ->
         sample_rate=plan.sample_rate,
         steps=int(done[-1]) if done else 0,
         engine=log[-1].engine if log else "",
-        clipped_fraction=float(np.mean([one.clipped_fraction for one in log])) if log else 0.0,
+        clipped_fraction=float(np.mean([entry.clipped_fraction for entry in log])) if log else 0.0,
     )
 
 
@@ -98,10 +98,10 @@ def _epsilon(accountant: str, plan: SitePlan, steps: int) -> float:
 
 
 def _with_losses(run: Run, manifest: JobManifest, record: RoundRecord) -> RoundRecord:
-    """Adds each site's mean training loss; only a simulation can, since a site tells nobody."""
+    """Returns a record with each site's mean training loss, which a real site keeps to itself."""
     losses = {}
     for name, _ in manifest.roster:
-        for one in run.site_log(name):
-            if one.round == record.round and one.mean_loss is not None:
-                losses[name] = one.mean_loss
+        for entry in run.site_log(name):
+            if entry.round == record.round and entry.mean_loss is not None:
+                losses[name] = entry.mean_loss
     return replace(record, site_losses=losses)

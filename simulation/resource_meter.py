@@ -16,7 +16,14 @@ STATUS = Path("/proc/self/status")
 
 @dataclass
 class Phase:
-    """Cost of one phase: bytes both ways over all sites, seconds, peak resident memory in bytes."""
+    """The cost of one phase.
+
+    Attributes:
+      bytes_up: bytes from all sites.
+      bytes_down: bytes to all sites.
+      seconds: duration of the phase.
+      peak_rss_bytes: peak resident memory of this process, in bytes.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -32,7 +39,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Measures what happens inside; entering a phase again adds to it."""
+        """Measures the body of a `with` statement; a phase that is entered again adds up."""
         phase = self.phases.setdefault(name, Phase())
         _reset_peak()
         began = time.monotonic()
@@ -43,13 +50,13 @@ class Meter:
             phase.peak_rss_bytes = max(phase.peak_rss_bytes, _peak())
 
     def costs(self) -> dict[str, PhaseCost]:
-        """Returns all phases and their total; the total's memory is the largest of any."""
+        """Returns the costs of all phases and their total, with the largest peak memory of any phase as the total's."""
         phases = list(self.phases.values())
         total = Phase(
-            bytes_up=sum(p.bytes_up for p in phases),
-            bytes_down=sum(p.bytes_down for p in phases),
-            seconds=round(sum(p.seconds for p in phases), 3),
-            peak_rss_bytes=max((p.peak_rss_bytes for p in phases), default=0),
+            bytes_up=sum(phase.bytes_up for phase in phases),
+            bytes_down=sum(phase.bytes_down for phase in phases),
+            seconds=round(sum(phase.seconds for phase in phases), 3),
+            peak_rss_bytes=max((phase.peak_rss_bytes for phase in phases), default=0),
         )
         return {
             name: PhaseCost(phase.bytes_up, phase.bytes_down, phase.seconds, phase.peak_rss_bytes)
@@ -58,13 +65,13 @@ class Meter:
 
 
 def _reset_peak() -> None:
-    """Sets the kernel's high-water mark back to what is resident now, where the system has one (Linux)."""
+    """Sets the kernel's high-water mark back to the memory that is resident now; only Linux has such a mark."""
     if CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5", encoding="ascii")
 
 
 def _peak() -> int:
-    """Returns the high-water mark since the last reset; elsewhere than on Linux, what is resident now."""
+    """Returns the high-water mark since the last reset, or the resident memory where no mark exists, in bytes."""
     if STATUS.exists():
         for line in STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):

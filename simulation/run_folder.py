@@ -1,4 +1,4 @@
-"""A simulated federation's run folder: what is on disk, and the sites that are opened from it."""
+"""A simulated federation's run folder: its files, and the sites that are opened from the folder."""
 
 import dataclasses
 import os
@@ -40,7 +40,13 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder with the configuration that made it."""
+    """One run folder, with the configuration of its run.
+
+    Attributes:
+      config: configuration of the run, with the command line's options.
+      config_sha256: SHA-256 of the federation file, hexadecimal.
+      store: files of the run.
+    """
 
     config: FedConfig
     config_sha256: str
@@ -48,13 +54,15 @@ class Run:
 
     @classmethod
     def create(cls, config: FedConfig, config_sha256: str, folder: Path) -> "Run":
-        """Makes a run folder; an existing one with content is not overwritten.
+        """Makes a run folder; a folder with content is not overwritten.
 
         Raises:
-          ConfigError: the folder holds something already.
+          ConfigError: the folder is not empty, or the configuration names no site.
         """
         if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"out={str(folder)!r}: the folder is not empty; choose another, or --resume it")
+            raise ConfigError(
+                f"out={str(folder)!r}: the folder is not empty; choose another folder, or --resume this folder"
+            )
         if not config.sites:
             raise ConfigError("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
         store = Store(folder)
@@ -69,7 +77,7 @@ class Run:
         """Opens an existing run folder.
 
         Raises:
-          DataError: it is not one.
+          DataError: the folder is not a run folder.
         """
         if not (folder / CONFIG).is_file():
             raise DataError(f"resume={str(folder)!r}: no run folder; give the --out folder of an earlier run")
@@ -87,10 +95,10 @@ class Run:
         return self.store.folder / "sites" / name
 
     def open_job(self, on_step: Callable[[str], None] = lambda text: None) -> Job:
-        """Prepares the job of this run, or opens the job that the run was prepared for.
+        """Prepares the job of this run, or opens the prepared job.
 
         Args:
-          on_step: takes a text about what is being done.
+          on_step: function that takes a text about what is being done.
 
         Raises:
           OffsiteError: see `open_or_prepare`.
@@ -104,14 +112,14 @@ class Run:
         return read_records(self.config, path)
 
     def examples(self, path: str, manifest: JobManifest, session: EmulatorSession) -> Batch:
-        """Returns the records of a file or folder as a job's examples."""
+        """Returns the records of a file or folder as the examples of a job."""
         return encode_records(session, manifest, self.records(path))
 
     def site(self, name: str, manifest: JobManifest, session: EmulatorSession) -> Site:
         """Opens one simulated site.
 
-        Its noise and rounding are derived from the run's seed, so that a resumed run ends with the same adapter; this
-        is what makes a simulation not private, and the report says so.
+        The site's noise and rounding are derived from the run's seed, so that a resumed run ends with the same adapter.
+        A simulation is not private for this reason, and the report says so.
         """
         setting = next(site for site in self.config.sites if site.name == name)
         try:
@@ -130,16 +138,16 @@ class Run:
         )
 
     def site_log(self, name: str) -> tuple[SiteRound, ...]:
-        """Returns what a simulated site wrote about its rounds."""
+        """Returns the log of a simulated site about its rounds."""
         return read_site_log(self.site_folder(name) / "rounds.jsonl")
 
 
 def simulated_sessions(run: Run, manifest: JobManifest) -> dict[str, EmulatorSession]:
-    """Opens each site's emulator as a site does, for owners who permit the rank that is asked for.
+    """Opens each site's emulator as a site does, for owners who permit the rank of the job.
 
-    Sites of one emulator share it, since each writes its adapter before it trains.
+    Sites with the same emulator share a session, since each site writes its adapter into the model before it trains.
     """
-    # No owner is asked in a simulation: what the job wants is permitted, as each owner would have to.
+    # A simulation asks no owner: the limits permit the job, as each owner would have to.
     limits, opened = VettingThresholds.for_owner(2 * manifest.adapter.rank, share=1e6), dict[str, EmulatorSession]()
     for digest, folder in folders(run.store, manifest).items():
         session = open_session(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed)
@@ -148,10 +156,10 @@ def simulated_sessions(run: Run, manifest: JobManifest) -> dict[str, EmulatorSes
 
 
 def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sites: int | None) -> FedConfig:
-    """Returns a configuration with the command line's options put in; the ranges are checked again.
+    """Returns a configuration with the command line's options; the ranges are checked again.
 
     Raises:
-      ConfigError: more sites asked for than the file names, or a range is broken.
+      ConfigError: the file names fewer than `sites` sites, or a value is out of its range.
     """
     if sites is not None and sites > len(config.sites):
         raise ConfigError(f"sites={sites}: the file names {len(config.sites)}; add sites to it or ask for fewer")

@@ -33,7 +33,7 @@ from offsite.task.spec import Batch
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about one run, beside the configuration.
+    """The options of one run beside the configuration.
 
     Attributes:
       engine: function that carries the rounds.
@@ -49,13 +49,14 @@ class Options:
 
 
 def simulate(run: Run, options: Options) -> Report:
-    """Runs a federation from the beginning, or on from the last whole round, and writes its report.
+    """Runs a federation from the start or from the last whole round, and writes its report.
 
     Returns:
-      The report that was written.
+      The written report.
 
     Raises:
-      OffsiteError: with what to change; the run folder then stands at the last whole round.
+      OffsiteError: the run cannot go on; the message says what to change, and the run folder stands at the last whole
+        round.
     """
     meter, display = Meter(), options.display
     with meter.phase("build") as building:
@@ -63,7 +64,7 @@ def simulate(run: Run, options: Options) -> Report:
         sessions = simulated_sessions(run, job.manifest)
         session = sessions[job.emulator.sites[0]]
         plans = _plans(run, job, session)
-        building.bytes_down = sum(one.facts.package_bytes * len(one.sites) for one in job.emulators)
+        building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
     if not job.manifest.aggregation.secure_aggregation:
         display.step(NO_SECAGG_WARNING)
@@ -106,7 +107,7 @@ def _loop(run: Run, job: Job) -> TrainingLoop:
 
 
 def _quality(run: Run, job: Job, session: EmulatorSession, progress: Progress) -> Quality:
-    """Scores full model and the default emulator, before and after, on held-out private and on public text."""
+    """Scores full model and default emulator, before and after training, on held-out private and public records."""
     private, public = _heldout(run, job.manifest, session), [job.public.test]
 
     def measure(model: Any, adapter: np.ndarray, *kinds: list[Batch]) -> list[Score]:
@@ -126,6 +127,6 @@ def _quality(run: Run, job: Job, session: EmulatorSession, progress: Progress) -
 
 
 def _heldout(run: Run, manifest: JobManifest, session: EmulatorSession) -> list[Batch]:
-    """Returns held-out records of each site, the same number as far as they go."""
+    """Returns held-out records of each site, the same number of each site where a site has enough records."""
     share = max(1, run.config.evaluation.examples // len(run.config.sites))
     return [spread(run.examples(site.heldout, manifest, session), share) for site in run.config.sites]

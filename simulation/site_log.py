@@ -1,4 +1,4 @@
-"""What a simulated site wrote about its own training; only a simulation may read it."""
+"""The log of a simulated site about its own training, which only a simulation may read."""
 
 import json
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from offsite.coordinator.job.json_form import decode
 
 @dataclass(frozen=True)
 class SiteRound:
-    """One training of one site. The fields are those keys of the site's `rounds.jsonl` that a report needs.
+    """One training of one site. The fields are the keys of the site's `rounds.jsonl` that a report needs.
 
     Attributes:
-      round: number of the round.
-      steps: training steps.
-      engine: how each record's own contribution was found.
-      clipped_fraction: share of drawn records whose contribution was clipped.
-      losses: mean loss of each step's batch; None where the batch was empty.
+      round: number of the round, from 1.
+      steps: number of training steps.
+      engine: name of the engine that computes each record's own contribution.
+      clipped_fraction: share of drawn records whose contribution was clipped, from 0 to 1.
+      losses: mean loss of each step's batch, in the task's unit; None where the batch was empty.
     """
 
     round: int
@@ -37,14 +37,14 @@ class SiteRound:
 def read_site_log(path: Path) -> tuple[SiteRound, ...]:
     """Returns the rounds of one site, in order.
 
-    A round that was done again after a kill stands there twice; with the same seed it was the same computation, so it
-    is one release and counts once.
+    A round that was trained again after a kill stands twice in the log. With the same seed both are the same
+    computation and so one release, which counts once.
 
     Raises:
-      DataError: a line is not of this form.
+      DataError: a line is not a round of a site.
     """
     if not path.exists():
         return ()
     lines = (json.loads(text) for text in path.read_text(encoding="utf-8").splitlines())
     rounds = (decode(SiteRound, content, path.name) for content in lines)
-    return tuple({one.round: one for one in rounds}.values())
+    return tuple({entry.round: entry for entry in rounds}.values())

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MESSAGE_BYTES = 1 << 17
 EXIT_UNFLUSHED = 120  # as Python's own, where standard output cannot be written
@@ -129,9 +130,9 @@ def serve(control: socket.socket) -> Start | None:
         control.send(str(pid).encode())
 
 
-def become(start: Start) -> None:
+def become(start: Start, on_interrupt: Any) -> None:
     """Gives a fork what a new interpreter would have of its own, and runs the program in it as `python -m` does."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, on_interrupt)
     os.environ.clear()
     os.environ.update(start.environment)
     os.chdir(start.folder)
@@ -172,13 +173,14 @@ def fresh_randomness() -> None:
 def main(descriptor: int) -> None:
     """Serves one test process until it is gone."""
     atexit.register(end)  # the first, so that it is called last
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the tests, which end this one by closing the socket
+    # Ctrl-C is meant for the tests, which end this process by closing the socket.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     preload()
     control = socket.socket(fileno=descriptor)
     control.send(b"ready")
     start = serve(control)
     if start is not None:
-        become(start)
+        become(start, on_interrupt)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Starts forks of the fork server, with the interface of `subprocess.Popen` as far as tests use it."""
 
+import atexit
 import json
 import os
 import select
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS, COMMAND_SECONDS = 300.0, 300.0
+READY_SECONDS, COMMAND_SECONDS = 600.0, 600.0
 PROGRAM = "offsite.cli.main"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -35,6 +36,11 @@ class ForkServer:
         self._socket.settimeout(READY_SECONDS)
         if self._socket.recv(5) != b"ready":
             raise RuntimeError("the fork server has ended; what it wrote on standard error says why")
+
+    def close(self) -> None:
+        """Ends the server, and with it every fork that still runs."""
+        self._socket.close()
+        self.process.wait()
 
     def start(self, module: str, arguments: list[str], *, output: IO[bytes], errors: IO[bytes]) -> "Forked":
         """Starts `python -m MODULE ARGUMENTS` with nothing on its standard input."""
@@ -106,7 +112,9 @@ Process = subprocess.Popen[bytes] | Forked
 @cache
 def server() -> ForkServer:
     """Returns the server of this test process, started when the first test asks for it."""
-    return ForkServer()
+    made = ForkServer()
+    atexit.register(made.close)
+    return made
 
 
 def launch(

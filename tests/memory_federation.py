@@ -63,17 +63,17 @@ class World:
 
     @property
     def session(self) -> EmulatorSession:
-        """The one that all sites share where the job has one emulator."""
+        """The session that all sites share in a job with one emulator."""
         return self.sessions[self.sites[0]]
 
     @property
     def delivery(self) -> Delivery:
-        """That of all sites where the job has one emulator."""
+        """The delivery to all sites in a job with one emulator."""
         return self.deliveries[self.sites[0]]
 
     @cached_property
     def start(self) -> np.ndarray:
-        """The adapter that the first round starts from."""
+        """The adapter at the start of the first round."""
         return self.session.layout.read(self.session.model)
 
     @cached_property
@@ -81,7 +81,7 @@ class World:
         return {site: sign(self.federation, identity) for site, identity in self.identities.items()}
 
     def offer(self, site: str, manifest: JobManifest | None = None, **changed: Any) -> codec.Offer:
-        """The offer of the job to a site, as the coordinator makes it."""
+        """Returns the offer of the job to a site, as the coordinator makes the offer."""
         content = (manifest or self.manifest).to_bytes()
         offer = codec.Offer(
             manifest=content,
@@ -95,7 +95,7 @@ class World:
 
 
 def federation_of(identities: dict[str, Identity], coordinator: Identity, **terms: Any) -> FederationManifest:
-    """A federation manifest; keys that nothing here uses are stand-ins."""
+    """Returns a federation manifest; its unused keys are stand-ins."""
     members = tuple(
         FederationMember(
             site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}"
@@ -140,7 +140,7 @@ def make_world(fed: Path, folder: Path) -> World:
 
 
 def policy_for(folder: Path, **changed: Any) -> Policy:
-    """A policy that permits the tiny world's job."""
+    """Returns a policy that permits the tiny world's job."""
     path = folder / "policy.toml"
     path.write_text(Policy.template())
     permitted = replace(
@@ -156,7 +156,7 @@ def policy_for(folder: Path, **changed: Any) -> Policy:
 
 
 class WorldHome(SiteHome):
-    """A site's folder whose keys and federation are a world's, in the place of files."""
+    """A site's folder with the keys and the federation of a world in the place of files."""
 
     def __init__(self, world: World, name: str, folder: Path) -> None:
         super().__init__(folder, SiteSettings(name, "data.csv", dataset=DATASET))
@@ -177,7 +177,7 @@ class WorldHome(SiteHome):
 
 @dataclass(frozen=True, kw_only=True)
 class WorldRuntime(SiteRuntime):
-    """An open site without a network, a disk that fills up or a package to load; a test may put in steps of its own."""
+    """An open site with no network, no disk that fills up and no package to load; a test may put in its own steps."""
 
     fetch: Callable[..., Path]
     open_session: Callable[..., EmulatorSession]
@@ -189,12 +189,12 @@ class WorldRuntime(SiteRuntime):
 
 @dataclass
 class RunningSite:
-    """One site from its folder; made again with the same folder, it is the site after a restart.
+    """A site from its folder; a second object with the same folder is the site after a restart.
 
     Attributes:
       accountant: accountant of the ledger; `rdp` is quick.
-      opened: manifests that this site was opened for.
-      package: folder of a package that is already here, instead of fetching it from the depot.
+      opened: manifests for which this site was opened.
+      package: folder of a local package, in place of a fetch from the depot.
     """
 
     world: World
@@ -247,15 +247,15 @@ class RunningSite:
         )
 
     def change(self, **changed: Any) -> None:
-        """Changes the runtime: a step of its own, or another clock."""
+        """Changes the runtime to a test's own step, or to another clock."""
         self.service._runtime = replace(self.service._runtime, **changed)
 
     def ask(self, stage: str, message: codec.Message) -> codec.Message:
-        """The answer to a stage, without a letter around it."""
+        """Returns the answer to a stage, without a letter around the answer."""
         return codec.decode(self.service.handle(stage, codec.encode(message)))
 
     def ready(self) -> None:
-        """Has the job offered until the site is ready."""
+        """Offers the job until the site is ready."""
         for _ in range(3000):
             reply = self.ask("offer", self.world.offer(self.name))
             assert isinstance(reply, codec.OfferReply), reply
@@ -286,7 +286,7 @@ class RunningSite:
 
 
 def open_sites(world: World, folder: Path) -> dict[str, RunningSite]:
-    """All sites of a world, ready for its job without fetching."""
+    """Returns all sites of a world, ready for its job without a fetch."""
     sites = {name: RunningSite(world, name, folder / name, package=world.run.store.package) for name in world.sites}
     for site in sites.values():
         site.ready()

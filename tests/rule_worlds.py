@@ -1,4 +1,4 @@
-"""Tiny federations under other server rules, and a slow DP-SGD that shares no line with ours."""
+"""Tiny federations under other server rules, and a slow DP-SGD that shares no line with the product."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ RULES = {
 
 
 def written(fed: Path, name: str, *, method: str = "ffa_lora", steps: int = 1, secagg: bool = True) -> Path:
-    """Writes the tiny world's federation file with another rule beside it."""
+    """Writes the tiny world's federation file with another rule, beside the original."""
     text = fed.read_text().replace("batch = 8", f"batch = 8\nlocal_steps = {steps}")
     text = text.replace(
         "[training]", f'[privacy]\naccountant = "rdp"\n\n[adapter]\nmethod = "{method}"\nrank = 3\n\n[training]'
@@ -38,13 +38,13 @@ def written(fed: Path, name: str, *, method: str = "ffa_lora", steps: int = 1, s
 
 
 def examples_of(run: Run, site: str, manifest: JobManifest, session: EmulatorSession) -> Any:
-    """The training records of a site."""
+    """Returns the training records of a site."""
     setting = next(one for one in run.config.sites if one.name == site)
     return run.examples(setting.train, manifest, session)
 
 
 def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
-    """The session of ash with its frozen weights in a form, and the update of its training with one same noise."""
+    """Returns the session of site ash with frozen weights in a form, and the update under one fixed noise."""
     manifest = world.manifest
     session = open_session(
         world.run.store.package_of(""),
@@ -60,7 +60,7 @@ def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
 
 
 def mask_of(session: EmulatorSession, trains: dict[str, slice]) -> np.ndarray:
-    """Which entries of the adapter a training may move: of each parameter whose name holds a key, those columns."""
+    """Returns the mask of trainable entries: in each parameter whose name holds a key, the columns of this key."""
     parts = []
     for name, shape in zip(session.layout.names, session.layout.shapes, strict=True):
         part = np.zeros(shape, dtype=bool)
@@ -82,7 +82,7 @@ def slow_update(
     mask: np.ndarray,
     proximal: float = 0.0,
 ) -> np.ndarray:
-    """DP-SGD on the masked entries of the adapter, one record at a time on whole gradients in float64; float64 (d,)."""
+    """Returns the update by DP-SGD on the masked entries, record by record on whole gradients, float64 (d,)."""
     names, here = session.layout.names, start.astype(np.float64)
     parameters = dict(session.model.named_parameters())
     terms, places = manifest.privacy, dict(zip(names, np.split(np.arange(start.size), _ends(session)), strict=True))

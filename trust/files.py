@@ -1,4 +1,4 @@
-"""Files of keys and pins: written whole or not at all, and private ones for their owner's eyes only."""
+"""Files of keys and pins: written whole or not at all, and private files for their owner's eyes only."""
 
 import fcntl
 import hashlib
@@ -16,11 +16,11 @@ _OTHERS = 0o077
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder for one running process; it is free again when that process is gone, however it ended.
+    """Holds a folder for one running process; the folder is free again when that process is gone, however it ended.
 
     Raises:
       ConfigError: another process holds it.
-      DataError: it cannot be opened.
+      DataError: the folder cannot be opened.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -30,7 +30,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"folder={str(folder)!r}: {what} runs here already; stop that one first") from error
+            raise ConfigError(f"folder={str(folder)!r}: {what} runs here already; stop that process first") from error
         yield
     finally:
         os.close(descriptor)
@@ -50,10 +50,10 @@ def make_private(folder: Path) -> None:
 
 
 def write_new(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
-    """Writes a file that must not be there yet; it has its mode from its first byte on.
+    """Writes a file that must not be there yet; its mode holds from the first byte on.
 
     Raises:
-      ConfigError: there is one already.
+      ConfigError: the file exists already.
       DataError: the disk is full or the folder cannot be written.
     """
     try:
@@ -84,7 +84,7 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Gives a written file its name: its bytes are on disk before, so that a loss of power leaves no torn file there.
 
     Raises:
-      DataError: the disk is full or the folder cannot be written; what had the name stands.
+      DataError: the disk is full or the folder cannot be written; a file that had the name stands.
     """
     try:
         descriptor = os.open(partial, os.O_RDONLY)
@@ -105,7 +105,7 @@ def unwritable(path: Path, error: OSError) -> DataError:
 
 
 def why(error: DataError) -> str:
-    """Returns the system's word for why a file could not be written, for a message that does not name its path."""
+    """Returns the system's reason for a file that could not be written, for a message that does not name its path."""
     cause = error.__cause__
     return str(cause.strerror) if isinstance(cause, OSError) else "it cannot"
 
@@ -114,7 +114,7 @@ def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, so that a file that was made or renamed is found after a loss of power.
 
     Raises:
-      OSError: the disk does not take them.
+      OSError: the disk does not take the names.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -128,7 +128,7 @@ def read_private(path: Path) -> bytes:
 
     Raises:
       DataError: there is no such file.
-      Untrusted: others than the owner can read it, so it may be known already.
+      Untrusted: others than the owner can read the file, so its secret may be known already.
     """
     content = read(path)
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -146,7 +146,9 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised") from error
+        raise DataError(
+            f"path={str(path)!r}: cannot be read ({error.strerror}); was the folder initialised?"
+        ) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -156,7 +158,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    """Writes a new file to the disk, or leaves none."""
+    """Writes a new file to the disk, or leaves no file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -19,8 +19,8 @@ def read_settings(path: Path, kind: type[T]) -> T:
     """Reads a TOML file whose keys are the fields of a dataclass.
 
     Args:
-      path: the file, UTF-8.
-      kind: a dataclass; a field without a default is a required key.
+      path: TOML file, UTF-8.
+      kind: dataclass of the settings; a field without a default is a required key.
 
     Raises:
       DataError: the file is missing.
@@ -43,7 +43,7 @@ class TableReader:
     """Makes dataclasses of parsed tables.
 
     Attributes:
-      source: name of the document, as messages about unknown and missing keys begin.
+      source: name of the document, with which messages about unknown and missing keys begin.
       before: text in front of a key in messages about values.
     """
 
@@ -54,9 +54,9 @@ class TableReader:
         """Returns an instance of a dataclass; its fields may be dataclasses, tuples and dictionaries of values.
 
         Args:
-          kind: the dataclass.
-          content: the parsed table.
-          where: the path of the table in its document, with a final dot; empty for the document itself.
+          kind: dataclass of the table.
+          content: parsed table, a mapping from key to value.
+          where: path of the table in its document, with a final dot; empty for the document itself.
 
         Raises:
           ConfigError: a key is unknown, missing or of a wrong type.

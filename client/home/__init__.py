@@ -1,1 +1,1 @@
-"""What a site keeps: its folder, policy, approvals and audit log."""
+"""The folder of a site: keys, settings, policy, approvals and audit log."""

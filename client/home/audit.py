@@ -1,4 +1,4 @@
-"""What a site did and why, for its owner: a hash-chained file that never holds data, keys or weights."""
+"""The audit log, which tells a site's owner what the site did and why; it never holds data, keys or weights."""
 
 from datetime import datetime
 from pathlib import Path
@@ -10,10 +10,10 @@ _LABEL = "offsite audit"
 
 
 class Audit:
-    """The audit log of one site.
+    """The audit log of one site, a hash-chained file.
 
     Args:
-      path: its file.
+      path: file of the log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +23,7 @@ class Audit:
         """Adds an entry, durably.
 
         Raises:
-          DataError: the log is damaged or the disk full; what was about to happen must then not happen.
+          DataError: the log is damaged or the disk is full; the recorded action must then not happen.
         """
         return self._chain.append(kind, fields, now=now)
 
@@ -32,6 +32,6 @@ def verify(path: Path) -> int:
     """Checks the whole chain of an audit log and returns the number of its entries.
 
     Raises:
-      DataError: an entry is not the one that was written.
+      DataError: an entry was changed after it was written.
     """
     return len(Chain(path, _LABEL).links())

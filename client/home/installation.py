@@ -24,7 +24,7 @@ _LEFT, _CURRENT, _NEXT, _OLD = "left", "keys", "keys.next", "keys.old"
 
 
 class SiteHome:
-    """A site's folder; `create` or `open` makes one. The pin is `trust/welcome.json`, and all else follows from it."""
+    """A site's folder, made by `create` or `open`; its pin, the accepted welcome file, decides everything else."""
 
     def __init__(self, folder: Path, settings: SiteSettings) -> None:
         self.folder, self.settings = folder, settings
@@ -38,8 +38,8 @@ class SiteHome:
         """Makes the folder with new keys, a policy that permits little, and the request file.
 
         Raises:
-          ConfigError: the folder holds something already, or the name cannot be one.
-          DataError: there is no such data, or the folder cannot be written.
+          ConfigError: the folder is not empty, or the name is not allowed.
+          DataError: the data do not exist, or the folder cannot be written.
         """
         settings = SiteSettings(name, str(data.expanduser().absolute()))
         if folder.exists() and any(folder.iterdir()):
@@ -61,11 +61,11 @@ class SiteHome:
         """Opens a folder that `create` made.
 
         Raises:
-          DataError: it is none.
+          DataError: the folder is not a site's folder.
           ConfigError: `site.toml` is wrong.
         """
         if not (folder / SETTINGS).is_file():
-            raise DataError(f"folder={str(folder)!r} is no site's folder; offsite client init makes one")
+            raise DataError(f"folder={str(folder)!r} is not a site's folder; offsite client init makes one")
         installation = cls(folder, read_settings(folder / SETTINGS, SiteSettings))
         for part in (installation.state, installation.packages):
             if not part.is_dir():  # many a backup leaves empty folders out
@@ -87,7 +87,7 @@ class SiteHome:
 
     @property
     def fingerprint(self) -> str:
-        """What the owner reads to the coordinator: of the keys in the request file."""
+        """Fingerprint of the keys in the request file, which the owner reads to the coordinator."""
         return SiteRequest.from_bytes(read(self.folder / REQUEST)).fingerprint
 
     @property
@@ -100,22 +100,22 @@ class SiteHome:
         """The welcome that the owner accepted.
 
         Raises:
-          DataError: none was accepted yet.
-          Untrusted: it was altered on disk.
+          DataError: no welcome was accepted yet.
+          Untrusted: the welcome was altered on disk.
         """
         if not self.joined:
             raise DataError(f"site={self.settings.name!r} has not joined yet; offsite client sign accepts a welcome")
         return Welcome.from_bytes(read(self._pin))
 
     def federation(self) -> FederationManifest:
-        """Returns the pinned epoch; see `welcome` for what is raised."""
+        """Returns the pinned epoch; raises as `welcome` does."""
         return self.welcome.manifest
 
     def check(self, now: datetime) -> dict[str, int]:
-        """Returns the days left of everything that expires; tell the person at `certificates.WARN_DAYS` and below.
+        """Returns the days left of everything that expires; warn a person at `certificates.WARN_DAYS` and below.
 
         Raises:
-          Untrusted: something has expired, or holds only later.
+          Untrusted: something has expired or is not valid yet.
         """
         welcome = self.welcome
         return {
@@ -161,18 +161,19 @@ class SiteHome:
         """Accepts a welcome for its owner, who has compared its fingerprint, and pins its epoch.
 
         Args:
-          data: the welcome file.
-          now: to check dates.
-          expected: fingerprint that the coordinator told; None where the owner confirmed the one shown.
+          data: bytes of the welcome file.
+          now: current time, for the checks of dates.
+          expected: fingerprint that the coordinator read to the owner; None where the owner confirmed the shown one.
 
         Raises:
-          MalformedMessage: not a welcome.
-          Untrusted: another fingerprint, other keys than this site's, expired, or not following from the pinned epoch.
+          MalformedMessage: the data are not a welcome.
+          Untrusted: the welcome has another fingerprint, holds other keys than this site's, has expired, or does not
+            follow from the pinned epoch.
         """
         welcome = Welcome.from_bytes(data)
         if expected is not None and _digits(expected) != _digits(welcome.fingerprint):
             raise Untrusted(
-                f"fingerprint={welcome.fingerprint}: the coordinator's is said to be {expected}; do not join; "
+                f"fingerprint={welcome.fingerprint}: the coordinator read {expected}; do not join; "
                 "ask the coordinator by telephone"
             )
         federation = welcome.manifest
@@ -196,7 +197,7 @@ class SiteHome:
         return signature
 
     def rotate(self, now: datetime) -> Path:
-        """Makes new keys and the request in which the old identity hands over to them; the old ones serve until then.
+        """Makes new keys and a request that the old identity signs; the old keys serve until a new welcome is pinned.
 
         Raises:
           DataError: the site has not joined yet.
@@ -227,7 +228,7 @@ class SiteHome:
         """Checks that the manifest and the certificate name this site's own keys, current or next."""
         name, own = self.settings.name, federation.member(self.settings.name)
         if welcome.site != name:
-            raise Untrusted(f"welcome is for site={welcome.site!r}, this is {name!r}; ask for this site's own")
+            raise Untrusted(f"welcome is for site={welcome.site!r}, this is {name!r}; ask for this site's own welcome")
         for keys in (self.keys, self._next()):
             if keys is None or keys.identity.public.hex() != own.identity:
                 continue
@@ -237,7 +238,7 @@ class SiteHome:
         raise Untrusted(f"site={name!r}: the manifest or certificate has other keys than this site's; do not join")
 
     def _settle(self) -> None:
-        """Makes the folder what the pin says, also after a kill in the middle of a rotation."""
+        """Brings the folder in line with the pin, also after a kill in the middle of a rotation."""
         if self._left.exists() or not self.joined:
             return
         welcome, current, following = self.welcome, self.folder / _CURRENT, self.folder / _NEXT
@@ -256,7 +257,7 @@ class SiteHome:
 
 
 def _check_history(pinned: FederationManifest, welcome: Welcome, federation: FederationManifest) -> None:
-    """Checks that an epoch is the pinned one, or follows from it step by step."""
+    """Checks that an epoch is the pinned epoch, or follows from the pinned epoch step by step."""
     if federation.epoch < pinned.epoch:
         raise Untrusted(f"epoch={federation.epoch} is older than the pinned epoch {pinned.epoch}; a replay; refuse it")
     if federation.epoch == pinned.epoch:
@@ -266,8 +267,8 @@ def _check_history(pinned: FederationManifest, welcome: Welcome, federation: Fed
                 "to different sites or times; refuse it and talk to the other owners"
             )
         return
-    between = [FederationManifest.from_bytes(one) for one in welcome.earlier]
-    steps = [pinned, *(one for one in between if one.epoch > pinned.epoch), federation]
+    earlier = [FederationManifest.from_bytes(content) for content in welcome.earlier]
+    steps = [pinned, *(manifest for manifest in earlier if manifest.epoch > pinned.epoch), federation]
     for before, after in pairwise(steps):
         check_follows(after, before)
 

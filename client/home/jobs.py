@@ -25,7 +25,7 @@ class Offered:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, hexadecimal; what an approval is pinned to."""
+        """SHA-256 of the manifest, hexadecimal; each approval is pinned to this digest."""
         return self.manifest.digest().hex()
 
 
@@ -33,22 +33,22 @@ class Jobs:
     """The offered jobs of one site.
 
     Args:
-      folder: holds one folder per job, named by the manifest's digest.
+      folder: folder with one sub-folder for each job, named by the manifest's digest.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def keep(self, manifest: bytes, signature: bytes, digest: str) -> None:
-        """Keeps an offer; the same one again changes nothing, and the oldest of too many unapproved ones goes.
+        """Keeps an offer; a repeated offer changes nothing, and the oldest of too many unapproved offers is removed.
 
         Raises:
-          DataError: no room on the disk.
+          DataError: the disk is full.
         """
         place = self._folder / digest
         make_private(place)
         write_atomically(place / "signature.hex", signature.hex().encode())
-        write_atomically(place / "manifest.json", manifest)  # last: a folder without it is no offer
+        write_atomically(place / "manifest.json", manifest)  # last: a folder without a manifest is not an offer
         waiting = [name for name in self.names() if name not in self.approved()]
         waiting.sort(key=lambda name: (name == digest, (self._folder / name / "manifest.json").stat().st_mtime_ns))
         for name in waiting[:-MAX_UNAPPROVED]:
@@ -58,8 +58,8 @@ class Jobs:
         """Approves a job by its digest or the beginning of it, and returns the digest.
 
         Raises:
-          UnknownName: no job, or more than one, begins like that.
-          DataError: no room on the disk.
+          UnknownName: no job, or more than one job, begins with the name.
+          DataError: the disk is full.
         """
         digest = self._find(name)
         content = json.dumps({"approved": digest, "by": by, "at": at})
@@ -74,8 +74,8 @@ class Jobs:
         """Returns one job, verified again.
 
         Raises:
-          UnknownName: no job, or more than one, begins like that.
-          Untrusted: the kept manifest is not the one that its folder is named after.
+          UnknownName: no job, or more than one job, begins with the name.
+          Untrusted: the kept manifest has another digest than its folder's name says.
         """
         digest = self._find(name)
         place = self._folder / digest
@@ -90,15 +90,15 @@ class Jobs:
         return sorted(path.name for path in self._folder.glob("*") if (path / "manifest.json").is_file())
 
     def _find(self, name: str) -> str:
-        found = [digest for digest in self.names() if digest.startswith(name)]
-        if len(name) < SHORTEST or len(found) != 1:
+        matches = [digest for digest in self.names() if digest.startswith(name)]
+        if len(name) < SHORTEST or len(matches) != 1:
             known = ", ".join(digest[:12] for digest in self.names()) or "none"
             raise UnknownName(f"job={name!r}: give {SHORTEST} or more digits of one job's hash; known: {known}")
-        return found[0]
+        return matches[0]
 
 
 def _approves(path: Path) -> bool:
-    """Says whether an approval is for the job in whose folder it lies; a copied file approves nothing."""
+    """Says whether an approval names the job in whose folder the file lies; a copied file approves nothing."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The file `policy.toml`: what the data owner permits, whatever a coordinator asks; what is not named is refused."""
+"""The file `policy.toml`: all that the data owner permits, whatever a coordinator asks; the rest is refused."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a manifest needs torch, and setting a site up does not
 APPROVALS = ("manual", "automatic")
 ANY = "any"
 GIGABYTE = 2**30
-UNPACKING = 3  # a package is there encrypted, decrypted and unpacked at once
+UNPACKING = 3  # a package is on the disk encrypted, decrypted and unpacked at once
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _TEMPLATE = """\
 # What this site permits. Only its owner changes this file; a job that asks for more is refused before any training.
@@ -25,8 +25,8 @@ min_cohort = 3             # fewest sites whose sum may be opened
 min_records = 100          # do not train on fewer records than this
 models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
 methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
-splits = ["truncate"]      # how records are cut: truncate, one of each text; blocks, as the tokenizer makes them
-metrics = []               # what may be told beside the masked update; nothing by default
+splits = ["truncate"]      # how texts become records: truncate, one of each text; blocks, as the tokenizer cuts them
+metrics = []               # names of values that may leave beside the masked update; nothing by default
 max_length = 4096          # most tokens of a record
 max_rank = 16              # largest inner width of an adapter
 max_adapter_share = 0.25   # most trained numbers over those of the blocks that carry the adapter; whole blocks need 1.1
@@ -35,7 +35,7 @@ max_threads = 0            # processor threads; 0 leaves it to the system
 max_memory_gb = 0.0        # memory of the site's process; 0 leaves it to the system
 max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
 approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
-allow_variants = false     # true lets other sites of a job train on other emulators than this one
+allow_variants = false     # true lets other sites of a job train on other emulators than this site
 allow_individual_updates = false # true lets the coordinator see this site's own update, with only its noise before it
 allow_seeded_noise = false # true only for tests on invented data: the noise then protects nobody
 """
@@ -43,7 +43,7 @@ allow_seeded_noise = false # true only for tests on invented data: the noise the
 
 @dataclass(frozen=True)
 class Policy:
-    """What the owner permits; the fields are those of the template, which explains them."""
+    """The permissions of the owner; the fields are the keys of the template, which explains each."""
 
     epsilon_cap: float
     delta_cap: float
@@ -95,8 +95,8 @@ class Policy:
         """Reads a policy; every key must be there, so that nothing is permitted by being forgotten.
 
         Raises:
-          DataError: no such file.
-          ConfigError: not TOML, an unknown or missing key, a wrong type or range.
+          DataError: the file is missing.
+          ConfigError: the file is not TOML, or a key is unknown, missing, of a wrong type or out of its range.
         """
         return read_settings(path, cls)
 
@@ -109,18 +109,18 @@ class Policy:
 def permit(
     policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, free_disk: int, package_bytes: int
 ) -> None:
-    """Checks a job against the policy, before anything of it is fetched.
+    """Checks a job against the policy, before any part of its package is fetched.
 
     Args:
-      policy: the owner's.
-      manifest: the job.
-      site: this site's name, by which the job says which emulator it gets.
-      now: local or aware time, for the permitted hours.
-      free_disk: bytes.
-      package_bytes: of the encrypted package.
+      policy: permissions of the owner.
+      manifest: manifest of the job.
+      site: name of this site; the manifest maps this name to an emulator.
+      now: current time, local or aware, for the permitted hours.
+      free_disk: free space of the site's disk, bytes.
+      package_bytes: size of the encrypted package, bytes.
 
     Raises:
-      PolicyRefusal: naming the first rule that says no.
+      PolicyRefusal: the job breaks a rule; the message names the first broken rule.
     """
     terms, spec = manifest.privacy, manifest.adapter
     if not terms.private:
@@ -149,17 +149,18 @@ def permit(
 
 
 def _permit_what_shows_more(policy: Policy, manifest: "JobManifest") -> None:
-    """Checks what makes one site's update easier to tell, or tells it outright."""
+    """Checks the terms under which one site's update is easier to tell in the sum, or is open to the coordinator."""
     if manifest.emulators and not policy.allow_variants:
         raise PolicyRefusal(
             f"emulators={len(set(dict(manifest.emulators).values())) + 1}: this job gives other sites another emulator "
-            "than this one, policy.toml has allow_variants=false; ask the coordinator why, or let the owner set it true"
+            "than this site, and policy.toml has allow_variants=false; ask the coordinator why, or let the owner "
+            "permit this"
         )
     if manifest.aggregation.individuals and not policy.allow_individual_updates:
         raise PolicyRefusal(
-            "secure aggregation=off: in this job the coordinator sees this site's own update, policy.toml has "
-            "allow_individual_updates=false; ask the coordinator for a rule that needs only the sum, or let the owner "
-            "set it true"
+            "secure aggregation=off: in this job the coordinator sees this site's own update, and policy.toml "
+            "has allow_individual_updates=false; ask the coordinator for a rule that needs only the sum, or let the "
+            "owner permit it"
         )
 
 
@@ -167,7 +168,7 @@ def permit_now(policy: Policy, now: datetime) -> None:
     """Checks the permitted hours.
 
     Raises:
-      PolicyRefusal: it is another time of day.
+      PolicyRefusal: the time lies outside the permitted hours.
     """
     if policy.hours == ANY:
         return
@@ -175,7 +176,9 @@ def permit_now(policy: Policy, now: datetime) -> None:
     begin, end, clock = time(numbers[0], numbers[1]), time(numbers[2], numbers[3]), now.astimezone().time()
     inside = begin <= clock < end if begin <= end else clock >= begin or clock < end
     if not inside:
-        raise PolicyRefusal(f"time={clock:%H:%M}: policy.toml permits training in hours={policy.hours}; wait for them")
+        raise PolicyRefusal(
+            f"time={clock:%H:%M}: policy.toml permits training in hours={policy.hours}; wait until then"
+        )
 
 
 def _listed(key: str, permitted: tuple[str, ...], *names: str) -> None:

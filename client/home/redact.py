@@ -1,4 +1,4 @@
-"""What is said of a fault in the site's program: where, to its owner; to the coordinator, only that there was one."""
+"""Messages about a fault in the site's program: the owner learns the place, the coordinator that there was one."""
 
 import traceback
 from pathlib import Path
@@ -7,9 +7,9 @@ NO_MEMORY = "not enough memory for this job; raise max_memory_gb in policy.toml,
 
 
 def local_message(error: BaseException) -> str:
-    """Returns what the site's own log is told of a fault that is not an `OffsiteError`: never its message.
+    """Returns the line of the site's own log about an error that is not an `OffsiteError`.
 
-    That could quote a record.
+    The line never holds the error's message, which could quote a record.
     """
     if _is_memory(error):
         return NO_MEMORY
@@ -19,8 +19,8 @@ def local_message(error: BaseException) -> str:
 
 
 def peer_message(error: BaseException) -> str:
-    """Returns what the coordinator is told of such a fault: not where, since a record may decide where."""
-    return NO_MEMORY if _is_memory(error) else "a fault in the site's program; its owner sees where in the site's log"
+    """Returns the line for the coordinator about such an error, without the place, since a record may decide it."""
+    return NO_MEMORY if _is_memory(error) else "a fault in the site's program; the site's log tells its owner where"
 
 
 def _is_memory(error: BaseException) -> bool:

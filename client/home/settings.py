@@ -1,4 +1,4 @@
-"""The file `site.toml`: where a site's records are and how they are read."""
+"""The file `site.toml`: the place of a site's records, and the way to read them."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ class SiteSettings:
       data: file or folder of the records; relative to the site's folder.
       reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
         picks by file name.
-      column: column or key that holds the main field of a task's records, as the text; empty takes the field's name.
-      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
+      column: column or key that holds the main field of a task's records, for example the text; empty takes the field's
+        name.
+      columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.
       dataset: name under which the privacy ledger counts what was spent on these records; one data set has one name
         for ever.
       runtime_port: port of the SuperNode's own interface on this machine; 0 takes a free port.
@@ -59,7 +60,7 @@ class SiteSettings:
     def to_toml(self) -> str:
         """Returns the text of a new `site.toml`."""
         return (
-            "# This site. What is permitted stands in policy.toml.\n"
+            "# Settings of this site; policy.toml says what the site permits.\n"
             + "".join(
                 f"{name} = {_toml_value(value)}\n"
                 for name, value in dataclasses.asdict(self).items()
@@ -71,6 +72,6 @@ class SiteSettings:
 
 def _toml_value(value: object) -> str:
     if isinstance(value, dict):
-        pairs = ", ".join(f"{quote(name)} = {quote(one)}" for name, one in value.items())
+        pairs = ", ".join(f"{quote(name)} = {quote(text)}" for name, text in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
     return quote(value) if isinstance(value, str) else str(value)

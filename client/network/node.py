@@ -18,7 +18,7 @@ from offsite.protos.guard import VARIABLE, new_secret
 
 log = logging.getLogger("offsite.client")
 IDLE_SECONDS = 0.2
-# A node that came back is refused until the coordinator has seen it gone, twice the heartbeat of `client.supernode`.
+# A node that came back is refused until the coordinator has seen it gone: twice `client.network.supernode`'s heartbeat.
 BACKOFF_SECONDS = (1.0, 15.0)
 # Flower's last words when the SuperNode ends, and their meaning for the owner.
 MEANINGS = {

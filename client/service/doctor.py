@@ -1,4 +1,4 @@
-"""Everything that can be wrong at a site before a job starts, each looked at once."""
+"""Checks of everything that can be wrong at a site before a job starts, each made once."""
 
 import shutil
 import socket
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
-    """Returns what was found, all checks made whatever the earlier ones said."""
+    """Returns the findings of all checks; a failed check does not stop the later checks."""
     checks: dict[str, Callable[[], str]] = {
         "versions": lambda: _versions(site),
         "keys": lambda: _keys(site),
@@ -67,7 +67,9 @@ def _find(name: str, check: Callable[[], str]) -> Finding:
 def _versions(site: SiteHome) -> str:
     flower = version("flwr")
     if not flower.startswith(FLOWER):
-        raise DataError(f"flwr={flower}: 1.41 or 1.42 is needed, since its private interface is used; install that")
+        raise DataError(
+            f"flwr={flower}: must be 1.41 or 1.42, since offsite uses Flower's private interface; install flwr 1.42"
+        )
     text = f"offsite {version('offsite')}, flwr {flower}, torch {version('torch')}"
     if not WEIGHT_FORMS[site.settings.weights]:
         return text
@@ -83,7 +85,7 @@ def _keys(site: SiteHome) -> str:
 def _certificates(site: SiteHome, now: datetime) -> str:
     left = site.check(now)
     text = ", ".join(f"{name} {days} days" for name, days in left.items())
-    return f"warning: {text}; ask for new ones" if min(left.values()) <= WARN_DAYS else text
+    return f"warning: {text}; ask the coordinator for new certificates" if min(left.values()) <= WARN_DAYS else text
 
 
 def _data(site: SiteHome) -> str:
@@ -150,8 +152,8 @@ def _remote_time(site: SiteHome) -> float:
         connection.request("GET", "/health")
         stamp = connection.getresponse().getheader("date")
         if stamp is None:
-            raise DataError("link: its answer has no date; is it the coordinator's SuperLink?")
-        # the header is cut to whole seconds
+            raise DataError("link: the answer has no date; is this the coordinator's SuperLink?")
+        # half a second, since the header is cut to whole seconds
         return parsedate_to_datetime(stamp).timestamp() + 0.5 + (time.monotonic() - began) / 2
     except OSError as error:
         raise DataError(f"link: {error.strerror or error}; is the coordinator running?") from error

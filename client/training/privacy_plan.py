@@ -1,4 +1,4 @@
-"""What one site promises its records: sampling, noise and epsilon, computed here and never taken from a message."""
+"""The privacy plan of one site: sampling, noise and epsilon, computed here and never taken from a message."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ class SitePlan:
     Attributes:
       records: number of records, which this site declares public.
       sample_rate: chance q of each record to be in a batch, expected batch / records.
-      delta: records ** -1.1.
-      noise_multiplier: sigma, noise standard deviation over `max_grad_norm`; 0 without privacy.
-      epsilon: spent when all steps are done; infinite without privacy.
-      steps: DP-SGD steps over all rounds.
+      delta: delta of the guarantee, records ** -1.1.
+      noise_multiplier: standard deviation sigma of the noise over `max_grad_norm`; 0 without privacy.
+      epsilon: epsilon that all steps spend together; infinite without privacy.
+      steps: number of DP-SGD steps over all rounds, spare rounds included.
     """
 
     records: int
@@ -33,8 +33,8 @@ def plan_for(manifest: JobManifest, records: int) -> SitePlan:
     """Returns the plan of a site with so many records.
 
     Raises:
-      PrivacyRefusal: fewer records than the expected batch, so that Poisson sampling would not amplify; or no noise
-        meets the target.
+      PrivacyRefusal: the site has fewer records than twice the expected batch, so that Poisson sampling would hide too
+        little; or no noise meets the target.
     """
     terms = manifest.privacy
     if records < 2 * terms.batch:

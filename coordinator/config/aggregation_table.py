@@ -1,4 +1,4 @@
-"""The tables [aggregation] and [secagg] of the federation file: the server rule, and what the coordinator may see."""
+"""The tables [aggregation] and [secagg] of the federation file: the server rule, and the coordinator's view."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ class RankConfig:
 
     Attributes:
       sites: names of the sites; `secagg.n_min` sites have to train every column.
-      rank: number of first columns of each B that these sites train.
+      rank: number of columns of each B that these sites train, counted from the first; at least 1.
     """
 
     sites: tuple[str, ...]
@@ -23,7 +23,7 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    """The table [aggregation]: the server rule, and its numbers.
+    """The table [aggregation]: the server rule, and the numbers of the rule.
 
     Attributes:
       rule: name in `coordinator.aggregation.rules.AGGREGATORS`. Over the mean update: mean, fedavgm, fedadam,
@@ -31,12 +31,12 @@ class AggregationConfig:
         `secagg.enabled = false` only: krum, median, trimmed_mean, and flexlora for `lora`.
       learning_rate: step size of fedavgm, fedadam and fedyogi; above 0.
       momentum: momentum of fedavgm, fedadam and fedyogi; from 0 to below 1.
-      proximal: strength mu of fedprox: each step at a site is pulled back to where the round began, at no cost of
-        privacy; needs `training.local_steps` above 1. 0 with all other rules.
-      faulty: number of sites that may send anything at all, for krum and trimmed_mean. 0 with all other rules.
-      penalty: strength lambda of olora. 0 with all other rules.
-      earlier: folders of earlier adapters whose row spaces olora keeps A out of.
-      ranks: sites with a smaller rank than the adapter's, for nested.
+      proximal: strength mu of fedprox, which pulls each step at a site back to the adapter at the start of the round,
+        at no cost of privacy; above 0 only with fedprox, and with `training.local_steps` above 1.
+      faulty: number of sites that may send anything at all, for krum and trimmed_mean; 0 with all other rules.
+      penalty: strength lambda of olora; 0 with all other rules.
+      earlier: folders of earlier adapters; olora keeps A out of their row spaces.
+      ranks: entries of sites with a smaller rank than the adapter's, for nested.
     """
 
     rule: str = "fedadam"
@@ -50,12 +50,12 @@ class AggregationConfig:
 
     def ranks_by_site(self) -> tuple[tuple[str, int], ...]:
         """Returns (site, rank) of the sites with a smaller rank, sorted by site."""
-        return tuple(sorted((site, one.rank) for one in self.ranks for site in one.sites))
+        return tuple(sorted((site, entry.rank) for entry in self.ranks for site in entry.sites))
 
     def only(self, sites: Collection[str]) -> "AggregationConfig":
-        """Returns the settings for some of the sites; a rank that none of them has is left out."""
-        kept = [dataclasses.replace(one, sites=tuple(s for s in one.sites if s in sites)) for one in self.ranks]
-        return dataclasses.replace(self, ranks=tuple(one for one in kept if one.sites))
+        """Returns the settings for some of the sites, without the ranks that belong to other sites alone."""
+        kept = [dataclasses.replace(entry, sites=tuple(s for s in entry.sites if s in sites)) for entry in self.ranks]
+        return dataclasses.replace(self, ranks=tuple(entry for entry in kept if entry.sites))
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class SecaggConfig:
       n_min: smallest number of sites whose sum may be opened, or whose updates are used without secure aggregation;
         at least 3.
       federation: name of a simulated federation that every signature covers.
-      enabled: `false` lets the coordinator see each site's update, noise included, for rules that compare updates;
-        every owner has to permit this (`allow_individual_updates`), and job, log and report say so first.
+      enabled: switch of secure aggregation; `false` lets the coordinator see each site's update, noise included, for
+        rules that compare updates. Every owner has to permit this (`allow_individual_updates`), and job, log and report
+        say so first.
     """
 
     n_min: int = 3
@@ -76,7 +77,7 @@ class SecaggConfig:
 
 
 def check_aggregation(aggregation: AggregationConfig) -> None:
-    """Checks what can be checked without knowing the rule, the adapter and the sites.
+    """Checks the numbers and names that need no knowledge of the rule, the adapter and the sites.
 
     Raises:
       ConfigError: a number is out of its range, or a site is in two ranks.
@@ -91,11 +92,11 @@ def check_aggregation(aggregation: AggregationConfig) -> None:
     if aggregation.faulty < 0:
         raise ConfigError(f"aggregation.faulty={aggregation.faulty}: must be at least 0")
     taken: set[str] = set()
-    for place, one in enumerate(aggregation.ranks):
+    for place, entry in enumerate(aggregation.ranks):
         where = f"aggregation.ranks[{place}]"
-        if not one.sites:
-            raise ConfigError(f"{where}.sites=[]: a rank is for one site or more; name them, or remove it")
-        for site in one.sites:
+        if not entry.sites:
+            raise ConfigError(f"{where}.sites=[]: a rank is for one site or more; name sites, or remove the rank")
+        for site in entry.sites:
             if site in taken:
-                raise ConfigError(f"{where}.sites={site!r}: named before; a site has one rank, name it once")
+                raise ConfigError(f"{where}.sites={site!r}: named before; a site has one rank, name the site once")
             taken.add(site)

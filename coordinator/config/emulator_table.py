@@ -1,4 +1,4 @@
-"""The table [emulator] of the federation file: one emulator for all sites, or others for some of them."""
+"""The table [emulator] of the federation file: one emulator for all sites, or other emulators for some sites."""
 
 import dataclasses
 from collections.abc import Collection
@@ -12,11 +12,12 @@ class VariantConfig:
     """One entry [[emulator.variants]]: another emulator for some sites, of the same geometry.
 
     Attributes:
-      sites: names of the sites that get this emulator: of `[[sites]]` or `data.owners` in a simulation, of the
-        approved members between organisations; each site in one variant at most, and at least one site in none.
-      compress: compressors of the middle; as in [emulator] if absent.
-      embedding: storage of the embedding tables; as in [emulator] if absent.
-      gate: smallest gradient cosine; as in [emulator] if absent.
+      sites: names of the sites that get this emulator, from `[[sites]]` or `data.owners` in a simulation, and from the
+        approved members between organisations; a site is in one variant at most, and at least one site is in no
+        variant.
+      compress: compressors of the blocks between, as in [emulator]; absent takes the value of [emulator].
+      embedding: storage of the embedding tables, as in [emulator]; absent takes the value of [emulator].
+      gate: smallest gradient cosine, from -1 to 1; absent takes the value of [emulator].
     """
 
     sites: tuple[str, ...]
@@ -27,11 +28,11 @@ class VariantConfig:
 
 @dataclass(frozen=True)
 class EmulatorVariant:
-    """One emulator of a job: its settings, and whom it is for.
+    """One emulator of a job: its settings, and its sites.
 
     Attributes:
-      sites: names, sorted.
-      compress, embedding, gate: as in `EmulatorConfig`.
+      sites: names of the sites that get the emulator, sorted.
+      compress, embedding, gate: settings as in `EmulatorConfig`.
     """
 
     sites: tuple[str, ...]
@@ -41,29 +42,30 @@ class EmulatorVariant:
 
     @property
     def settings(self) -> tuple[tuple[str, ...], str]:
-        """What makes the package; kinds of equal ones are one emulator."""
+        """The settings that make the package; variants with equal settings are one emulator."""
         return self.compress, self.embedding
 
     def joined(self, other: "EmulatorVariant") -> "EmulatorVariant":
-        """Returns the kind for the sites of both, which keeps to both gates."""
+        """Returns the variant for the sites of both variants; it keeps to both gates."""
         return dataclasses.replace(self, sites=tuple(sorted(self.sites + other.sites)), gate=max(self.gate, other.gate))
 
 
 @dataclass(frozen=True)
 class EmulatorConfig:
-    """The table [emulator]: how the emulator is made.
+    """The table [emulator]: how the emulator is built.
 
     Attributes:
       first: number of blocks kept unchanged at the input side; these blocks are slots of the adapter.
       last: number of blocks kept unchanged at the output side; these blocks are slots of the adapter.
-      shape: `sandwich` puts adapters into the unchanged blocks, `parallel` into every block.
+      shape: place of the adapters; `sandwich` puts adapters into the unchanged blocks, `parallel` into every block.
       compress: compressors of the blocks between, in order, each `name:argument`.
-      embedding: storage of the embedding tables: verbatim, int8 or int4; for a U-net, of all matrices and kernels
-        around its blocks.
+      embedding: storage of the embedding tables (verbatim, int8 or int4); for a U-net, storage of all matrices and
+        kernels around its blocks.
       gate: smallest cosine between the slots' gradients through the emulator and through the full model, from -1 to
         1.
-      refresh: number of rounds after which the middle's biases are aligned anew to the tuned adapter; 0 is never.
-      variants: other emulators for some sites.
+      refresh: number of rounds after which the biases of the blocks between are aligned anew to the tuned adapter; 0
+        never aligns them anew.
+      variants: entries of other emulators for some sites.
     """
 
     first: int = 2
@@ -76,15 +78,15 @@ class EmulatorConfig:
     variants: tuple[VariantConfig, ...] = ()
 
     def kinds(self, sites: Collection[str]) -> tuple[EmulatorVariant, ...]:
-        """Returns the emulators that are to be made: the default, then the others by the first of their sites.
+        """Returns the emulators of a job: the default first, then the others, sorted by their first site.
 
-        Equal settings give one emulator, for the sites of both and with the higher of both gates.
+        Variants with equal settings give one emulator, for the sites of both and with the higher of both gates.
 
         Args:
-          sites: of the federation.
+          sites: names of the federation's sites.
 
         Raises:
-          ConfigError: a variant is for a site that is not there, or nobody is left for the default.
+          ConfigError: a variant names a site that the federation does not have, or no site is left for the default.
         """
         _check_known(self, sites)
         default = self._default(sites)
@@ -95,13 +97,13 @@ class EmulatorConfig:
         first = kinds.pop(default.settings)
         if not first.sites:
             raise ConfigError(
-                "emulator.variants name every site, so that nobody gets the emulator of [emulator]; leave the sites of "
-                "one variant out, and put its settings there"
+                "emulator.variants name every site, so that nobody gets the emulator of [emulator]; remove a variant, "
+                "and put its settings into [emulator]"
             )
         return (first, *sorted(kinds.values(), key=lambda kind: kind.sites))
 
     def only(self, sites: Collection[str]) -> "EmulatorConfig":
-        """Returns the settings for some of the sites; a variant that none of them gets is left out."""
+        """Returns the settings for some of the sites, without the variants that belong to other sites alone."""
         kept = [
             dataclasses.replace(variant, sites=tuple(site for site in variant.sites if site in sites))
             for variant in self.variants
@@ -122,15 +124,16 @@ class EmulatorConfig:
 
 
 def check_emulator(emulator: EmulatorConfig) -> None:
-    """Checks what can be checked without knowing the sites.
+    """Checks the settings that need no knowledge of the sites.
 
     Raises:
-      ConfigError: a gate is no cosine, a variant is for nobody or a site in two, or there is a refresh beside them.
+      ConfigError: a gate is not a cosine, a variant names no site, a site is in two variants, or the table has both a
+        refresh and variants.
     """
     if emulator.refresh and emulator.variants:
         raise ConfigError(
-            f"emulator.refresh={emulator.refresh}: only one emulator can be aligned to what all sites tuned; set it to "
-            "0, or leave emulator.variants out"
+            f"emulator.refresh={emulator.refresh}: only a single emulator can be aligned to the adapter of all sites; "
+            "set emulator.refresh to 0, or leave emulator.variants out"
         )
     _check_gate("emulator.gate", emulator.gate)
     taken: set[str] = set()
@@ -139,10 +142,10 @@ def check_emulator(emulator: EmulatorConfig) -> None:
         if variant.gate is not None:
             _check_gate(f"{where}.gate", variant.gate)
         if not variant.sites:
-            raise ConfigError(f"{where}.sites=[]: a variant is for one site or more; name them, or remove the variant")
+            raise ConfigError(f"{where}.sites=[]: a variant is for one site or more; name sites, or remove the variant")
         for site in variant.sites:
             if site in taken:
-                raise ConfigError(f"{where}.sites={site!r}: named before; a site has one emulator, name it once")
+                raise ConfigError(f"{where}.sites={site!r}: named before; a site has one emulator, name the site once")
             taken.add(site)
 
 

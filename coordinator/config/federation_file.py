@@ -1,4 +1,4 @@
-"""The file `fed.toml`: frozen, checked once at the door; an unknown key names the nearest known one."""
+"""The file `fed.toml`: frozen, checked once at the door; the error on an unknown key names the nearest key."""
 
 import dataclasses
 import hashlib
@@ -8,180 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offsite.adapter.options import Scalar
-from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.aggregation_table import AggregationConfig, SecaggConfig, check_aggregation
+from offsite.coordinator.config.coordinator_table import CoordinatorConfig
+from offsite.coordinator.config.data_tables import DataConfig, ModelConfig, SiteConfig
 from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
+from offsite.coordinator.config.training_tables import AdapterConfig, EvaluationConfig, PrivacyConfig, TrainingConfig
 from offsite.errors import ConfigError, DataError
 from offsite.protos.aggregation import MAX_DIRECTIONS
 from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
 from offsite.trust.toml_tables import TableReader
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The table [model]: the full model, and its task.
-
-    Attributes:
-      path: Hugging Face folder with safetensors weights; nothing is fetched.
-      task: what the model is trained for; a name in `task.tasks.TASKS`.
-    """
-
-    path: str
-    task: str = "causal_lm"
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The table [adapter]: what is trained.
-
-    Attributes:
-      method: name in `adapter.methods.METHODS`; `offsite methods` prints all names with sizes and costs.
-      rank: inner width of the adapter, at least 1; methods without an inner width ignore the key.
-      alpha: scale of the adapter's effect; methods without a scale ignore the key.
-      targets: names of layers inside a block, as `["q_proj", "v_proj"]`; empty takes the method's own names.
-      options: the method's own settings, as `{ n_frequency = 64 }`; `head = true` also trains the task head.
-      frozen: adapter folders of earlier jobs with method `bottleneck` on the same slots, shipped to the sites and
-        never trained: one (a language) below a `madx`, or several mixed by `fusion`, whose option `adapters` says how
-        many (default 2).
-    """
-
-    method: str = "ffa_lora"
-    rank: int = 4
-    alpha: float = 8.0
-    targets: tuple[str, ...] = ()
-    options: dict[str, Scalar] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuses what no method could use; what this one cannot, `adapter.methods.known` says."""
-        self.spec(slots=(), seed=0)
-
-    def spec(self, *, slots: tuple[str, ...], seed: int) -> AdapterSpec:
-        """Returns the adapter of these settings in the blocks at these paths."""
-        options = tuple(sorted(self.options.items()))
-        return AdapterSpec(self.method, self.rank, self.alpha, self.targets, slots, seed, options)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The table [data]: the coordinator's public records, and how all records become examples.
-
-    Attributes:
-      public: file or folder of public records, with the sites' fields, for gate, clip and acceptance test.
-      length: tokens of one record, the unit of privacy; at least 2.
-      split: `truncate` makes one record of each text; `blocks` joins texts and cuts them into full records, which no
-        single person stands behind and whose number the tokenizer decides.
-      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
-        picks by file name.
-      column: column or key that holds the main field of the task's records, as the text; empty takes the field's
-        name.
-      columns: column or key of each further field, by the field's name: `{ text = "body", label = "spam" }`.
-    """
-
-    public: str
-    length: int = 128
-    split: str = "truncate"
-    reader: str = ""
-    column: str = ""
-    columns: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SiteConfig:
-    """One entry [[sites]]: a data owner of a simulation.
-
-    Attributes:
-      name: the site's name: letters, digits, `-` and `_`.
-      train: file or folder of the site's training records.
-      heldout: file or folder of records of the same kind, which are scored and never trained on.
-    """
-
-    name: str
-    train: str
-    heldout: str
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The table [training]: rounds, and the sites' steps.
-
-    Attributes:
-      rounds: number of rounds of the federation; at least 1.
-      local_steps: private steps of a site in one round; at least 1.
-      batch: expected number of records in a step, at least 1; the real number is random.
-      learning_rate: learning rate of the sites' plain gradient steps; above 0.
-      physical_batch: number of records in one forward pass, at least 1; changes memory and speed only.
-      spare_rounds: number of rounds beyond `rounds` that the noise is planned for, to repeat rounds that were lost
-        after an upload.
-      directions: DP-ZO, training by forward passes alone: number of directions that a step looks along; a site
-        uploads one number for each direction instead of an adapter, with any method. 0 trains by gradients.
-      spacing: distance along a direction at which DP-ZO takes losses; between 0 and 1.
-    """
-
-    rounds: int = 6
-    local_steps: int = 1
-    batch: int = 16
-    learning_rate: float = 1.0
-    physical_batch: int = 8
-    spare_rounds: int = 0
-    directions: int = 0
-    spacing: float = 1e-3
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """The table [privacy]: record-level differential privacy at every site.
-
-    Attributes:
-      private: `false` trains without clip and noise, and the report says so first.
-      epsilon: privacy parameter of the whole job at each site; above 0.
-      max_grad_norm: clip of one record's gradient; 0 takes the median norm on public text.
-      accountant: name in `privacy.accountants.ACCOUNTANTS`: pld, prv or rdp.
-    """
-
-    private: bool = True
-    epsilon: float = 8.0
-    max_grad_norm: float = 0.0
-    accountant: str = "pld"
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """The table [evaluation]: how much is scored, and the acceptance test.
-
-    Attributes:
-      examples: number of held-out records over all sites; at least 1.
-      public_examples: number of public records of the acceptance test; at least 2.
-      tolerance: nats by which a round may raise the public loss above the best so far; at least 0.
-    """
-
-    examples: int = 48
-    public_examples: int = 16
-    tolerance: float = 0.05
-
-
-@dataclass(frozen=True)
-class CoordinatorConfig:
-    """The table [coordinator]: how a federation between organisations is run; a simulation does not read it.
-
-    Attributes:
-      home: folder that `offsite coordinator init` made.
-      sites: number of sites that must be ready before the first round; 0 waits for all.
-      deadline: seconds that a site has for one stage of a round; above 0.
-      patience: seconds, above 0, to wait for sites to connect, be approved and fetch the package, counted from the
-        last progress.
-      attempts: number of tries, at least 1, of a round that found too few sites, before the job stops and can be gone
-        on with.
-
-    All but the deadline, which stands in the signed manifest, may change while a job runs, see `run_folder`.
-    """
-
-    home: str
-    sites: int = 0
-    deadline: float = 3600.0
-    patience: float = 3600.0
-    attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -191,9 +26,9 @@ class FedConfig:
     Attributes:
       model: table of the full model.
       data: table of the data.
-      sites: data owners of a simulation; those of a federation between organisations stand in its signed manifest.
+      sites: data owners of a simulation; the signed manifest names the sites of a federation between organisations.
       coordinator: table of a federation between organisations; absent in a simulation.
-      seed: seed of everything that may be repeated: the adapter's start, and in a simulation the noise.
+      seed: seed of everything that may be repeated: the adapter's start, and in a simulation the noise; at least 0.
       emulator: table of the emulator.
       adapter: table of the adapter.
       training: table of rounds and steps.
@@ -257,7 +92,7 @@ class FedConfig:
             self.emulator.kinds([site.name for site in self.sites])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, as they would stand in the file."""
+        """Returns the settings as the plain values of a federation file."""
         return dataclasses.asdict(self)
 
 
@@ -267,12 +102,12 @@ def _check_sites(names: list[str], config: FedConfig) -> None:
     if len(names) < config.secagg.n_min:
         raise ConfigError(
             f"n_sites={len(names)}: secure aggregation opens no sum of fewer than n_min={config.secagg.n_min} "
-            "sites, since with two each could compute the other's update; add sites"
+            "sites, since each of two sites could compute the other's update; add sites"
         )
     if len(set(names)) != len(names) or not all(names):
-        raise ConfigError(f"sites={names}: names must be given and differ; rename one")
+        raise ConfigError(f"sites={names}: no name may be empty, and all names must differ; rename a site")
     if not all(name.replace("-", "").replace("_", "").isalnum() for name in names):
-        raise ConfigError(f"sites={names}: names may have letters, digits, - and _ only; rename one")
+        raise ConfigError(f"sites={names}: names may have letters, digits, - and _ only; rename a site")
 
 
 def _at_least(name: str, value: float, lowest: float) -> None:
@@ -292,17 +127,17 @@ def _above_zero(name: str, value: float) -> None:
 
 
 def read_config(path: Path) -> tuple[FedConfig, str]:
-    """Reads a federation file; relative paths in it are relative to its folder.
+    """Reads a federation file; relative paths in the file are relative to its folder.
 
     Returns:
       The configuration and the SHA-256 of the file, hexadecimal.
 
     Raises:
-      DataError: no such file.
-      ConfigError: not TOML, an unknown or missing key, a wrong type or range.
+      DataError: the path names no file.
+      ConfigError: the file is not TOML, has an unknown key, misses a key, or has a value of a wrong type or range.
     """
     if not path.is_file():
-        raise DataError(f"config={str(path)!r}: no such file; `offsite init` writes one to start from")
+        raise DataError(f"config={str(path)!r}: no such file; `offsite init` writes a file to start from")
     raw = path.read_bytes()
     try:
         content = tomllib.loads(raw.decode("utf-8"))

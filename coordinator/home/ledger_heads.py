@@ -1,4 +1,4 @@
-"""The coordinator's memory of the sites' privacy ledgers, by which a site notices when its own ledger was set back."""
+"""The coordinator's memory of the sites' privacy ledgers; it shows a site that its own ledger was set back."""
 
 import json
 import logging
@@ -12,17 +12,17 @@ from offsite.trust.files import write_atomically
 from offsite.trust.identity import Identity
 
 log = logging.getLogger("offsite.coordinator")
-MAX_LEDGERS = 64  # data sets of one site; the site names them, and without a limit it could fill the disk
+MAX_LEDGERS = 64  # data sets of one site, which the site names; without a limit, a site could fill the disk
 
 
 class Ledgers:
-    """The newest head of each site's ledgers; a head says how often a site has released, and nothing about its data.
+    """The newest heads of all sites' ledgers; a head says how often a site has released, and nothing about its data.
 
-    Of a site with more than `MAX_LEDGERS` data sets, the first are kept.
+    For a site with more than `MAX_LEDGERS` data sets, the first `MAX_LEDGERS` are kept.
 
     Args:
       path: file that keeps the heads.
-      identity: the coordinator's identity, which countersigns.
+      identity: identity of the coordinator, which countersigns the heads.
 
     Raises:
       DataError: the file is damaged.
@@ -35,17 +35,18 @@ class Ledgers:
             self._heads: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         except ValueError as error:
             raise DataError(
-                f"ledgers={str(path)!r} is damaged; restore it: without it no site notices a ledger that was set back"
+                f"ledgers={str(path)!r} is damaged; restore the file, since without it no site notices a ledger that "
+                "was set back"
             ) from error
 
     def learn(self, site: str, head: LedgerHead | None) -> None:
-        """Keeps a site's head if it is newer; an older count never replaces a newer count."""
+        """Keeps a site's head if its count is higher than the known count."""
         if head is None:
             return
         ledgers = self._heads.setdefault(site, {})
         if head.ledger not in ledgers and len(ledgers) >= MAX_LEDGERS:
             if site not in self._full:
-                log.warning("site %s: has over %d ledgers; heads of further ones are not kept", site, MAX_LEDGERS)
+                log.warning("site %s: has over %d ledgers; heads of further ledgers are not kept", site, MAX_LEDGERS)
             self._full.add(site)
             return
         known = ledgers.get(head.ledger, {"count": 0})

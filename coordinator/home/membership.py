@@ -34,12 +34,12 @@ class Approved:
 
 @dataclass(frozen=True)
 class Revoked:
-    """Keys that never count again, under whatever name.
+    """Keys that never count again, under any name.
 
     Attributes:
       site: name of the site that had the keys.
       time: time of the revocation, UTC.
-      keys: identity, sealing, node and TLS key.
+      keys: identity key, sealing key, node key and TLS key.
     """
 
     site: str
@@ -54,7 +54,7 @@ class MemberRegistry:
     Attributes:
       sites: approved sites by name.
       revoked: revoked keys in order of time.
-      federation: current epoch; None before the first approval.
+      federation: manifest of the current epoch; None before the first approval.
     """
 
     sites: dict[str, Approved] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class MemberRegistry:
         elif request.replaces:
             if known is None or known.request.identity != request.replaces:
                 raise Untrusted(
-                    f"site={request.name!r}: its new keys replace an identity that is not approved; refuse them"
+                    f"site={request.name!r}: its new keys replace an identity that is not approved; refuse the request"
                 )
             registry = self.drop(request.name, now=now)
         elif known is not None:

@@ -23,14 +23,14 @@ from offsite.trust.welcome import MAX_EARLIER, Welcome, write_welcome
 
 SETTINGS, SITES = "coordinator.toml", "sites.json"
 CA_KEY, CA, SERVER_KEY, SERVER, IDENTITY = "ca.key", "ca.pem", "server.key", "server.pem", "identity.key"
-_LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator itself reaches its SuperLink under these names
+_LOOPBACK = ("localhost", "127.0.0.1")  # names under which the coordinator itself reaches its SuperLink
 
 
 class CoordinatorHome:
-    """A coordinator's folder; `create` or `open` makes one. Each read is from disk, so a revocation counts at once.
+    """A coordinator's folder, from `create` or `open`. Each read is from disk, so a revocation counts at once.
 
     Args:
-      folder: the folder.
+      folder: folder on disk.
       settings: content of `coordinator.toml`.
     """
 
@@ -100,7 +100,7 @@ class CoordinatorHome:
         return Identity.from_bytes(read_private(self.folder / IDENTITY))
 
     def check(self, now: datetime) -> dict[str, int]:
-        """Returns the days left of everything that expires; at `certificates.WARN_DAYS` and below, warn the person.
+        """Returns the days until each certificate and the epoch expire; at `certificates.WARN_DAYS` or fewer, warn.
 
         Raises:
           Untrusted: a certificate or the epoch has expired, or is not valid yet.
@@ -139,15 +139,15 @@ class CoordinatorHome:
         """Makes a new epoch without a site; the site's keys never count again.
 
         Raises:
-          UnknownName: no such site is approved.
+          UnknownName: no site of this name is approved.
         """
         return self._decide(lambda registry: registry.drop(site, now=now), now)
 
     def federation(self) -> FederationManifest:
-        """Returns the current epoch.
+        """Returns the manifest of the current epoch.
 
         Raises:
-          DataError: no site was approved yet.
+          DataError: no site is approved yet.
         """
         federation = self._registry().federation
         if federation is None:
@@ -241,7 +241,7 @@ class CoordinatorHome:
         return federation
 
     def _finish(self) -> None:
-        """Publishes an epoch that was decided just before a kill."""
+        """Publishes an epoch whose decision was written just before a kill."""
         with self._lock():
             registry = self._registry()
             if registry.federation is not None and not self._epoch(registry.federation.epoch).exists():
@@ -262,7 +262,7 @@ class CoordinatorHome:
         return write_welcome(welcome, self.identity)
 
     def _earlier(self, federation: FederationManifest, site: str) -> tuple[bytes, ...]:
-        """Returns earlier epochs, back to where the site came in; the site learns nothing about the time before."""
+        """Returns the earlier epochs since a site joined; the site learns nothing about the time before."""
         earlier: list[bytes] = []
         for epoch in range(federation.epoch - 1, max(0, federation.epoch - 1 - MAX_EARLIER), -1):
             data = read(self._epoch(epoch))

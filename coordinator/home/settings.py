@@ -23,12 +23,12 @@ class HomeSettings:
       name: name of the federation.
       host: host name or address under which sites reach the coordinator.
       link_port: TCP port of the SuperLink, for messages.
-      depot_port: TCP port of the depot, for packages; another one than `link_port`.
+      depot_port: TCP port of the depot, for packages; it differs from `link_port`.
       suite: suite of the sites' sealing keys: 1 is X25519, 2 is X-Wing.
       n_min: smallest number of sites whose sum a job may open; at least 3.
       max_epsilon: largest epsilon that a job may plan; above 0.
       clip: largest `update_bound` that a job may set; above 0.
-      days: days that certificates and an epoch hold.
+      days: number of days for which certificates and an epoch are valid; at least 1.
       bind: address to listen on; empty takes `host`.
     """
 

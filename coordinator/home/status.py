@@ -1,4 +1,4 @@
-"""Where a job stands, in a file that another process can read at any moment."""
+"""The status of a job, in a file that another process can read at any moment."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from offsite.trust.files import write_atomically
 
 ENDED = ("finished", "stopped", "failed")
 PROCESSES = Path("/proc")
-_STARTED = 19  # place of the start time behind the name of the program, field 22 of proc_pid_stat(5)
+_STARTED = 19  # index of the start time behind the name of the program: field 22 of proc_pid_stat(5)
 
 
 class Status:
     """The status file of one coordinator.
 
     Args:
-      path: the file.
-      clock: gives the time.
+      path: path of the file.
+      clock: function that returns the time.
     """
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
@@ -29,13 +29,13 @@ class Status:
         self._facts: dict[str, Any] = {"state": "starting", "pid": pid, "born": born(pid), "sites": {}, "round": 0}
 
     def set(self, state: str, **facts: Any) -> None:
-        """Says what is being done; facts stay until they are set again, but after an end nothing is awaited."""
+        """Writes the state and facts; a fact stays until it is set again, but after an end nothing is awaited."""
         ended: dict[str, Any] = {"awaited": []} if state in ENDED else {}
         self._facts |= {"state": state, **ended, **facts}
         self._write()
 
     def site(self, name: str, state: str, detail: str, fetched: int) -> None:
-        """Says where a site is."""
+        """Writes the state of a site, with the bytes that the site has fetched."""
         known = self._facts["sites"].get(name, {})
         seen = self._now() if state != "absent" else known.get("seen")
         fresh = {"state": state, "detail": detail, "fetched": fetched}
@@ -45,9 +45,9 @@ class Status:
             self._write()
 
     def reasons(self) -> str:
-        """Returns site and reason of everyone who is not ready, on one line."""
-        waiting = {name: one for name, one in self._facts["sites"].items() if one["state"] != "ready"}
-        return ", ".join(f"{name}: {one['detail'] or one['state']}" for name, one in sorted(waiting.items()))
+        """Returns each site that is not ready, with the reason, on one line."""
+        waiting = {name: site for name, site in self._facts["sites"].items() if site["state"] != "ready"}
+        return ", ".join(f"{name}: {site['detail'] or site['state']}" for name, site in sorted(waiting.items()))
 
     def _write(self) -> None:
         content = json.dumps(self._facts | {"updated": self._now()}, indent=1, sort_keys=True)
@@ -58,26 +58,26 @@ class Status:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Returns the status of a coordinator; one whose process is gone without an end is `killed`.
+    """Returns the status of a coordinator; the state is `killed` where its process is gone without an end.
 
     Raises:
-      DataError: no job was started there.
+      DataError: no job was started in this folder.
     """
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"status={str(path)!r}: no job was started here; `offsite coordinator run` starts one"
+            f"status={str(path)!r}: no job was started here; `offsite coordinator run` starts a job"
         ) from error
     if facts["state"] not in ENDED and not is_running(facts["pid"], facts.get("born", "")):
-        facts |= {"state": "killed", "next": "run the same command again; it goes on where it was"}
+        facts |= {"state": "killed", "next": "run the same command again; the job goes on where it was"}
     return facts
 
 
 def born(pid: int, processes: Path = PROCESSES) -> str:
-    """Returns the boot and the tick in which a process began; empty where that cannot be known.
+    """Returns the boot and the tick in which a process began; empty where the system does not show them.
 
-    After a restart of the machine or of a container, another process soon has the same number.
+    Both are needed: after a restart of the machine or of a container, another process soon has the same number.
     """
     try:
         boot = (processes / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -88,20 +88,20 @@ def born(pid: int, processes: Path = PROCESSES) -> str:
 
 
 def is_running(pid: int, birth: str, processes: Path = PROCESSES) -> bool:
-    """Says whether a process is still the one that was born then.
+    """Returns whether the process with this number and this birth still runs.
 
     Args:
-      pid: its number.
-      birth: what `born` told; where that was nothing, the number alone decides.
-      processes: the folder of processes.
+      pid: number of the process.
+      birth: result of `born` for the process; where it is empty, the number alone decides.
+      processes: folder of processes.
     """
-    if not processes.is_dir():  # macOS has none, and tells of a process by its number only
+    if not processes.is_dir():  # macOS has no such folder, and shows a process by its number only
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return False
         except PermissionError:
-            return True  # another user's
+            return True  # the process belongs to another user
         return True
     now = born(pid, processes)
     return (processes / str(pid)).exists() and (not birth or not now or now == birth)

@@ -1,4 +1,4 @@
-"""What the coordinator puts beside an adapter's spec: masks from public data, and adapters of earlier jobs."""
+"""The tensors that the coordinator adds to an adapter's spec: masks from public data, and adapters of earlier jobs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,41 +20,47 @@ T = TypeVar("T")
 
 
 def check_frozen(config: FedConfig) -> None:
-    """Checks that `adapter.frozen` names adapters that the method takes, as many as it takes, before any slow step.
+    """Checks the kind and the number of the adapters in `adapter.frozen` before any slow step.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: the method takes no such adapters, or another number of adapters.
       DataError, RangeError: an adapter cannot be read.
     """
     folders, spec = config.adapter.frozen, config.adapter.spec(slots=(), seed=config.seed)
     needed = frozen_count(spec)
     if folders and not needed:
         users = " or ".join(
-            name for name, one in METHODS.items() if one.auxiliary and one.auxiliary.frozen_count(AdapterSpec(name))
+            name
+            for name, method in METHODS.items()
+            if method.auxiliary and method.auxiliary.frozen_count(AdapterSpec(name))
         )
         raise ConfigError(
-            f"adapter.frozen={folders[0]!r}: method {spec.method!r} takes none; remove it, or take {users}"
+            f"adapter.frozen={folders[0]!r}: method {spec.method!r} takes no frozen adapter; "
+            f"remove the key, or take {users}"
         )
     if len(folders) != needed:
         raise ConfigError(
-            f"adapter.frozen={len(folders)} folders: method {spec.method!r} takes {needed}; name the adapter folders "
-            "of so many earlier jobs with method 'bottleneck', or set the method's own option"
+            f"adapter.frozen={len(folders)} folders: method {spec.method!r} takes {needed}; name that many adapter "
+            "folders of earlier jobs with method 'bottleneck', or set the method's own option"
         )
     for folder in folders:
         _named(partial(read_bottleneck, folder))
 
 
 def check_mask(config: FedConfig) -> None:
-    """Refuses a mask that every party would take from weights of its own: in a parallel emulator they are compressed.
+    """Refuses a mask by magnitude in a parallel emulator.
+
+    Each party computes such a mask from its own weights, and the weights of a site with a parallel emulator are
+    compressed.
 
     Raises:
-      ConfigError: it is such a mask.
+      ConfigError: the mask is by magnitude, and the emulator is parallel.
     """
     spec = config.adapter.spec(slots=(), seed=config.seed)
     if spec.method == "masked" and not by_fisher(spec) and config.emulator.shape == PARALLEL:
         raise ConfigError(
             "adapter.options by='magnitude': the slots of a parallel emulator are compressed, so its sites would train "
-            "other entries than the full model's largest; take by = 'fisher', a mask that is shipped"
+            "other entries than the full model's largest; take by = 'fisher', a mask that is shipped to the sites"
         )
 
 
@@ -66,15 +72,15 @@ def collected(
     public: PublicRecords,
     on_step: Callable[[str], None],
 ) -> AuxiliaryTensors:
-    """Returns the given tensors of a job; none for most methods.
+    """Returns the auxiliary tensors of a job; most methods have no such tensors.
 
     Args:
       config: the federation file.
-      full: plain model, in the dtype in which its weights are stored; left as it was.
-      spec: of the adapter, with its slots.
-      task: of the job.
-      public: public examples; a mask is computed from those that compressors are fitted to.
-      on_step: told what is being done.
+      full: plain model, in the dtype of its stored weights; its weights are left as they were.
+      spec: specification of the adapter, with its slots.
+      task: task of the job.
+      public: public examples; a mask is computed from the examples that compressors are fitted to.
+      on_step: function that takes a text about what is being done.
 
     Raises:
       ConfigError: an earlier adapter does not fit the model or the slots.
@@ -94,7 +100,7 @@ def collected(
 
 
 def _named(read: Callable[[], T]) -> T:
-    """Says which key of the federation file an error is about."""
+    """Calls `read`, and puts the key of the federation file before an error."""
     try:
         return read()
     except (ConfigError, DataError, RangeError) as error:

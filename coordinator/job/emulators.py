@@ -1,4 +1,4 @@
-"""The emulators of one job, the same for all sites or not: built, gated, scored and measured one after the other."""
+"""The emulators of one job, one for all sites or several: each is built, gated, scored and measured in turn."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from offsite.adapter.auxiliary import AuxiliaryTensors
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.emulator_table import EmulatorVariant
-from offsite.coordinator.config.federation_file import FedConfig, TrainingConfig
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.config.training_tables import TrainingConfig
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.job_facts import EmulatorScores
 from offsite.coordinator.job.public_records import GATE_EXAMPLES, PublicRecords
@@ -37,13 +38,13 @@ from offsite.task.spec import Batch, Task
 
 @dataclass(frozen=True)
 class Emulator:
-    """One emulator of a job as it was made.
+    """One emulator of a job, as measured when it was built.
 
     Attributes:
-      sites: that get it, sorted.
-      facts: manifest of its package.
-      cosine: gradient cosine of the gate.
-      public: score on public records before any training.
+      sites: names of the sites that get the emulator, sorted.
+      facts: manifest of the emulator's package.
+      cosine: gradient cosine of the gate, from -1 to 1.
+      public: score of the emulator on public records before any training.
     """
 
     sites: tuple[str, ...]
@@ -52,24 +53,24 @@ class Emulator:
     public: Score
 
     def scores(self) -> EmulatorScores:
-        """Returns what `reopened` needs beside the package."""
+        """Returns the measurements that `reopened` needs beside the package."""
         return EmulatorScores(self.sites, self.cosine, self.public)
 
 
 @dataclass(frozen=True)
 class EmulatorFactory:
-    """What the emulators of a job have in common; geometry and adapter are, so that their updates can be added.
+    """Everything that the emulators of a job share; geometry and adapter are shared, so that updates can be added.
 
     Attributes:
       config: the federation file.
-      kinds: the emulators to make, the default first.
-      task: of the job.
+      kinds: emulators to build, the default first.
+      task: task of the job.
       public: public examples.
-      geometry: slots and middle.
-      spec: of the adapter.
-      store: run folder.
-      on_step: told what is being done.
-      given: what the adapter needs and does not train; the same in every package.
+      geometry: slots of the adapter, and the blocks between them.
+      spec: specification of the adapter.
+      store: the run folder.
+      on_step: function that takes a text about what is being done.
+      given: tensors that the adapter needs and does not train; the same in every package.
     """
 
     config: FedConfig
@@ -83,18 +84,18 @@ class EmulatorFactory:
     given: AuxiliaryTensors = field(default_factory=dict)
 
     def build(self, full: Any) -> list[Manifest]:
-        """Writes the packages into the run folder and returns their manifests, in order.
+        """Writes the packages into the run folder and returns their manifests, in the order of `kinds`.
 
         Args:
-          full: the model, in the dtype in which its weights are stored.
+          full: full model, in the dtype of its stored weights.
 
         Raises:
-          OffsiteError: see `emulator.package.build`; where there are several, it names the sites.
+          OffsiteError: an emulator cannot be built; in a job with several emulators, the message names the sites.
         """
         self.store.clear_packages()
         fitted = PublicExamples(self.task, self.public.calibration, self.config.training.physical_batch)
         compared = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)
-        found = []
+        manifests = []
         for kind in self.kinds:
             with self._named(kind, "build the emulator package"):
                 facts = write_package(
@@ -105,27 +106,28 @@ class EmulatorFactory:
                     tokenizer=Path(self.config.model.path),
                     auxiliary=self.given,
                 )
-            found.append(facts)
-        return found
+            manifests.append(facts)
+        return manifests
 
     def measure(self, full: Any, packages: list[Manifest]) -> tuple[tuple[Emulator, ...], float]:
-        """Gates and scores every emulator; one is in memory at a time.
+        """Gates and scores every emulator, with one emulator in memory at a time.
 
         Args:
-          full: the model as float32, without adapter, and left so.
-          packages: manifests of the emulators, in order.
+          full: full model in float32 without an adapter; its weights are left as they were.
+          packages: manifests of the emulators, in the order of `kinds`.
 
         Returns:
           The emulators, and the clip of one record's gradient.
 
         Raises:
-          ConfigError: one is below its gate; where there are several, it names the sites.
-          DigestMismatch: one takes another adapter than the full model.
+          ConfigError: an emulator is below its gate; in a job with several emulators, the message names the sites.
+          DigestMismatch: an emulator takes another adapter than the full model.
         """
         pairs = [self._measured(full, kind, facts) for kind, facts in zip(self.kinds, packages, strict=True)]
-        # One clip holds for all, since it stands in the manifest and bounds every update. It is the largest of the
-        # medians: one that is too small for an emulator would cut most gradients of its sites, so that their records
-        # count less in the mean than those of the others; one that is too large costs the others some more noise.
+        # One clip holds for all sites, since the manifest holds one clip and every update is bounded by it. The clip is
+        # the largest of the medians: a clip too small for an emulator would cut most gradients of its sites, so that
+        # their records would count less in the mean than the records of other sites. A clip too large for an emulator
+        # costs its sites some more noise.
         return tuple(emulator for emulator, _ in pairs), max(clip for _, clip in pairs)
 
     def _measured(self, full: Any, kind: EmulatorVariant, facts: Manifest) -> tuple[Emulator, float]:
@@ -151,7 +153,7 @@ class EmulatorFactory:
 
     @contextmanager
     def _named(self, kind: EmulatorVariant, step: str) -> Iterator[None]:
-        """Says what is being done, and for whom where not all sites get the same."""
+        """Shows the step, and the sites where a job has several emulators; an error inside names these sites too."""
         whom = ", ".join(kind.sites)
         self.on_step(step if len(self.kinds) == 1 else f"{step}, for {whom}")
         try:
@@ -163,7 +165,7 @@ class EmulatorFactory:
 
 
 def folders(store: Store, manifest: JobManifest) -> dict[str, Path]:
-    """Returns the package folder of each emulator of a job, by its SHA-256; the default's first."""
+    """Returns the package folder of each emulator of a job by the emulator's SHA-256, the default first."""
     return {
         digest: store.package_of("" if digest == manifest.emulator else sites[0])
         for digest, sites in manifest.shipped().items()
@@ -171,7 +173,7 @@ def folders(store: Store, manifest: JobManifest) -> dict[str, Path]:
 
 
 def reopened(store: Store, manifest: JobManifest, scores: tuple[EmulatorScores, ...]) -> tuple[Emulator, ...]:
-    """Returns the emulators that `EmulatorFactory` made, from `Emulator.scores` and what lies in their folders now."""
+    """Returns the emulators that `EmulatorFactory` built, from `Emulator.scores` and from their folders."""
     return tuple(
         Emulator(own.sites, package_reader.read_manifest(folder), own.gradient_cosine, own.public)
         for folder, own in zip(folders(store, manifest).values(), scores, strict=True)
@@ -179,7 +181,7 @@ def reopened(store: Store, manifest: JobManifest, scores: tuple[EmulatorScores, 
 
 
 def _median_norm(task: Task, model: nn.Module, examples: Batch, training: TrainingConfig) -> float:
-    """Returns the median of what a record's contribution is clipped by: its gradient's norm, or that of its slopes."""
+    """Returns the median norm of a record's contribution: of its gradient, or of its slopes in DP-ZO."""
     if training.directions:
         along = Directions(bytes(SEED_BYTES), training.directions, training.spacing)
         return median_slope(model, task.losses, (examples.select([row]) for row in range(len(examples))), along)

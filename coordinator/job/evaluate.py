@@ -1,4 +1,4 @@
-"""How good a model is on some examples, in the task's own measures."""
+"""The score of a model on some examples, in the task's own measures."""
 
 import functools
 import operator
@@ -13,13 +13,15 @@ from offsite.task.spec import Batch, Tally, Task
 
 
 def score(task: Task, model: nn.Module, *parts: Batch, batch: int) -> Score:
-    """Returns the score of a model over all parts, in chunks of `batch` examples so that memory stays small.
+    """Returns the score of a model over all parts, computed in chunks of `batch` examples so that memory stays small.
 
     Raises:
-      DataError: no example has anything to be scored on.
+      DataError: no example has a target.
     """
     if not any(part.targets.any() for part in parts):
-        raise DataError(f"records={sum(map(len, parts))}: none has anything to learn; give longer or other ones")
+        raise DataError(
+            f"records={sum(map(len, parts))}: no record has anything to learn; give longer records or other records"
+        )
     tallies = (task.tally(model, chunk) for part in parts for chunk in _chunks(part, batch))
     total = functools.reduce(operator.add, tallies, Tally(0.0, 0))
     return Score(total.loss / total.targets, total.targets, total.means())

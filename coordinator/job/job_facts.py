@@ -1,4 +1,4 @@
-"""What a prepared job needs beside its manifest and its packages when it is opened again: `job_facts.json`."""
+"""The file `job_facts.json`: measurements that an opened job needs beside its manifest and its packages."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from offsite.coordinator.job.score import Score
 
 @dataclass(frozen=True)
 class EmulatorScores:
-    """What was measured of one emulator.
+    """Measurements of one emulator.
 
     Attributes:
       sites: names of the sites that get the emulator, sorted.
-      gradient_cosine: result of the gate.
+      gradient_cosine: result of the gate, from -1 to 1.
       public: score on public records before any training.
     """
 
@@ -22,11 +22,11 @@ class EmulatorScores:
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What was measured while a job was prepared.
+    """Measurements from the preparation of a job.
 
     Attributes:
       zero_shot: score of the full model on public records before any training.
-      emulators: what was measured of each emulator, the default first.
+      emulators: measurements of each emulator, the default first.
     """
 
     zero_shot: Score

@@ -14,10 +14,10 @@ OMITTED = types.MappingProxyType({"omitted": True})
 
 
 def encode(value: object) -> Any:
-    """Returns a value as JSON holds it: dataclasses and mappings as objects, tuples and lists as arrays."""
+    """Returns a value in its JSON form: dataclasses and mappings as objects, tuples and lists as arrays."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((one, getattr(value, one.name)) for one in dataclasses.fields(value))
-        return {one.name: encode(own) for one, own in pairs if own is not None or "omitted" not in one.metadata}
+        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: encode(own) for field, own in pairs if own is not None or "omitted" not in field.metadata}
     if isinstance(value, Mapping):
         return {str(key): encode(own) for key, own in value.items()}
     if isinstance(value, tuple | list):
@@ -26,12 +26,12 @@ def encode(value: object) -> Any:
 
 
 def decode(kind: type[T], content: object, where: str = "") -> T:
-    """Returns the dataclass that a JSON object is the form of.
+    """Returns the dataclass whose JSON form is given.
 
-    Keys that are not fields are passed over: a later release may write more.
+    A key without a field is passed over, since a later release may write more keys.
 
     Args:
-      kind: the dataclass; a field without a default is a key that must be there.
+      kind: the dataclass; a field without a default is a required key.
       content: the parsed JSON.
       where: name of the object in messages.
 
@@ -41,17 +41,17 @@ def decode(kind: type[T], content: object, where: str = "") -> T:
     if not isinstance(content, Mapping):
         raise DataError(f"{where or kind.__name__}={content!r}: must be an object; restore the file")
     hints, known = get_type_hints(kind), {}
-    for one in dataclasses.fields(kind):  # type: ignore[arg-type]
-        place = f"{where}.{one.name}".lstrip(".")
-        if one.name in content:
-            known[one.name] = _value(hints[one.name], content[one.name], place)
-        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        place = f"{where}.{field.name}".lstrip(".")
+        if field.name in content:
+            known[field.name] = _value(hints[field.name], content[field.name], place)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise DataError(f"{place}: the key is missing; restore the file")
     return kind(**known)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """Returns a value as its field holds it."""
+    """Returns a JSON value in the form of its field."""
     inner = get_args(hint)
     if get_origin(hint) is types.UnionType and inner[1:] == (types.NoneType,):
         return None if value is None else _value(inner[0], value, where)

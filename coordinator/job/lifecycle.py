@@ -24,15 +24,15 @@ def open_or_prepare(
 
     Args:
       config: the federation file.
-      parties: who takes part in a job that is prepared now.
+      parties: members of the job, for a job that is prepared now.
       store: the run folder.
-      on_step: takes a text about what is being done.
+      on_step: function that takes a text about what is being done.
       settings: SHA-256 of the settings that make the job, to which the run folder is tied; None where the folder
         itself holds the whole configuration, as in a simulation.
 
     Raises:
       ConfigError: the run began with other settings.
-      Untrusted: the owners signed another epoch since, and rounds are left that the sites would refuse.
+      Untrusted: the owners have signed another epoch since then, and the sites would refuse the rounds that are left.
       DataError: records or files of the run cannot be read.
       OffsiteError: the job cannot be prepared; see `prepare`.
     """
@@ -52,7 +52,7 @@ def open_or_prepare(
 
 
 def finished(store: Store, manifest: JobManifest) -> Progress | None:
-    """Returns where a job stands whose rounds are all whole, and None for any other job."""
+    """Returns the progress of a job if all its rounds are whole, and None for any other job."""
     progress = store.load_state()
     return progress if progress is not None and progress.round >= manifest.rounds else None
 
@@ -70,6 +70,6 @@ def _check_settings(store: Store, now: str) -> None:
 def _check_epoch(store: Store, manifest: JobManifest, parties: Parties) -> None:
     if (manifest.federation, manifest.epoch) != (parties.name, parties.epoch) and finished(store, manifest) is None:
         raise Untrusted(
-            f"epoch={manifest.epoch}: this run was made under it, and the owners are at {parties.epoch}; start a new "
-            "run with --out FOLDER"
+            f"epoch={manifest.epoch}: this run was made under that epoch, and the owners are at epoch "
+            f"{parties.epoch}; start a new run with --out FOLDER"
         )

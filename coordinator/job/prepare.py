@@ -1,4 +1,4 @@
-"""From a configuration to a job: full model, emulator packages, gate, clip, manifest; public records only."""
+"""From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ from offsite.coordinator.aggregation.compatibility import check_rule
 from offsite.coordinator.aggregation.factor_rules import read_earlier
 from offsite.coordinator.aggregation.rules import AGGREGATORS
 from offsite.coordinator.config.emulator_table import EmulatorVariant
-from offsite.coordinator.config.federation_file import FedConfig, TrainingConfig
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.config.training_tables import TrainingConfig
 from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
 from offsite.coordinator.job.emulators import Emulator, EmulatorFactory, reopened
 from offsite.coordinator.job.evaluate import score
@@ -37,21 +38,22 @@ from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
 
-# An update's entry is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch. These
-# factors leave ample room; an entry beyond is cut at the site, where it is counted.
+# An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
+# These factors leave ample room; the site cuts and counts an entry beyond the bound.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
 STAGE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class Parties:
-    """Who takes part in a job.
+    """The members of a job.
 
     Attributes:
-      name, epoch: of the federation.
-      roster: (site, Ed25519 key), sorted.
-      n_min: fewest sites of a sum.
-      job: identifier of the job; random, empty in a simulation.
+      name: name of the federation.
+      epoch: number of the federation's epoch, from 1.
+      roster: pairs (site, Ed25519 key in hexadecimal), sorted.
+      n_min: smallest number of sites whose sum may be opened.
+      job: random identifier of the job; empty in a simulation.
     """
 
     name: str
@@ -66,15 +68,15 @@ class Job:
     """A prepared job at the coordinator.
 
     Attributes:
-      manifest: what the sites get.
-      emulators: what was shipped, the default first.
-      full: full model with the adapter attached, at its start.
-      layout: of the adapter.
-      task: of the job.
+      manifest: terms of the job, which the sites get.
+      emulators: emulators that are shipped, the default first.
+      full: full model with the adapter attached, at the adapter's start.
+      layout: layout of the adapter.
+      task: task of the job.
       public: public examples.
       zero_shot: score of the full model on public records before any training.
       start: initial adapter, float32 (d,).
-      given: what the adapter needs and does not train.
+      given: tensors that the adapter needs and does not train.
     """
 
     manifest: JobManifest
@@ -89,23 +91,23 @@ class Job:
 
     @property
     def emulator(self) -> Emulator:
-        """The one that every site gets for which the federation file names no other."""
+        """The default emulator, for every site without an entry in `emulator.variants`."""
         return self.emulators[0]
 
     def facts(self) -> JobFacts:
-        """Returns what `reopen` needs beside the manifest."""
-        return JobFacts(self.zero_shot, tuple(one.scores() for one in self.emulators))
+        """Returns the measurements that `reopen` needs beside the manifest."""
+        return JobFacts(self.zero_shot, tuple(emulator.scores() for emulator in self.emulators))
 
 
 def check_names(config: FedConfig, kinds: tuple[EmulatorVariant, ...], federation: Parties) -> None:
-    """Looks every name of the configuration up, and whether rule and method fit, before the first slow step.
+    """Looks up every name of the configuration, and checks that rule and method fit, before the first slow step.
 
     Raises:
       UnknownName: a table has no such entry.
       UnsupportedModel: the adapter's method is not offered.
       DataError: an earlier adapter cannot be read.
-      ConfigError: an option is none of the method's, an earlier adapter is none that it takes, a step of a recipe
-        cannot be read, or the server rule does not fit the rest; see `check_rule`.
+      ConfigError: the method has no such option, or does not take an earlier adapter; a step of a recipe cannot be
+        read; or the server rule does not fit the rest, see `check_rule`.
     """
     for kind in kinds:
         steps_of(kind.compress)
@@ -126,17 +128,18 @@ def prepare(
     store: Store,
     on_step: Callable[[str], None],
 ) -> Job:
-    """Builds everything that the coordinator does alone.
+    """Builds a job from the federation file; the sites have no part in this.
 
     Args:
       config: the federation file.
       records: public records.
-      federation: who takes part.
-      store: run folder, where the emulator packages go; those that a killed build left are removed.
-      on_step: told what is being done.
+      federation: members of the job.
+      store: run folder for the emulator packages; packages that a killed build left are removed.
+      on_step: function that takes a text about what is being done.
 
     Raises:
-      ConfigError: an emulator is below its gate, is for a site that is not there, or does not fit the model.
+      ConfigError: an emulator is below its gate, is for a site that the roster does not have, or does not fit the
+        model.
       UnsupportedModel, DataError: the model cannot be used; see `task` and `emulator`.
     """
     kinds = config.emulator.kinds([site for site, _ in federation.roster])
@@ -150,12 +153,12 @@ def prepare(
     spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
 
     given = collected(config, full, spec, task, public, on_step)
-    workplace = EmulatorFactory(config, kinds, task, public, geometry, spec, store, on_step, given)
-    packages = workplace.build(full)
-    full = full.float()  # training is float32; the package holds the slots' blocks as they were stored
+    factory = EmulatorFactory(config, kinds, task, public, geometry, spec, store, on_step, given)
+    packages = factory.build(full)
+    full = full.float()  # training is in float32; the package holds the slots' blocks in the stored dtype
     on_step("score the full model on public records")
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
-    emulators, clip = workplace.measure(full, packages)
+    emulators, clip = factory.measure(full, packages)
     full = attach(full, spec, given)
     layout = Layout.of(full)
     for folder in config.aggregation.earlier:
@@ -170,15 +173,15 @@ def reopen(
     """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
 
     Raises:
-      DigestMismatch: a package in the run folder, or the model, is not the one of the manifest.
+      DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
     plain = task.load(config.model.path, dtype=torch.float32)
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
-    for one in emulators:
-        _check_same(store, "emulator", one.facts.digest(), manifest.emulator_of(one.sites[0]))
+    for emulator in emulators:
+        _check_same(store, "emulator", emulator.facts.digest(), manifest.emulator_of(emulator.sites[0]))
     given = auxiliary_file.read(store.package, emulators[0].facts)
     full = attach(plain, manifest.adapter, given)
     layout = Layout.of(full)
@@ -186,26 +189,26 @@ def reopen(
     return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), given)
 
 
-def _check_same(store: Store, what: str, found: str, expected: str) -> None:
-    if found != expected:
+def _check_same(store: Store, name: str, digest: str, expected: str) -> None:
+    if digest != expected:
         raise DigestMismatch(
-            f"{what}={found[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that one back, or start a "
-            "new run"
+            f"{name}={digest[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that {name} back, or "
+            "start a new run"
         )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the floating type that a model folder says its weights have; float32 where it says nothing."""
+    """Returns the dtype that `config.json` of a model folder names, and float32 where the file names no dtype."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return torch.float32  # the loader says what is wrong with the folder
+        return torch.float32  # the loader's error names the fault of the folder
     name = config.get("dtype") or config.get("torch_dtype")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def _most_moves(training: TrainingConfig) -> float:
-    """Returns how many whole steps one entry of an upload may hold: all of a round, or a direction's part of one."""
+    """Returns the number of whole steps in one entry of an upload: all steps of a round, or one direction's part."""
     return 1 / training.directions if training.directions else training.local_steps
 
 
@@ -243,7 +246,7 @@ def _manifest(
         release=version("offsite"),
         identifier=federation.job,
         deadline=config.coordinator.deadline if config.coordinator else STAGE_SECONDS,
-        emulators=tuple(sorted((site, one.facts.digest()) for one in emulators[1:] for site in one.sites)),
+        emulators=tuple(sorted((site, variant.facts.digest()) for variant in emulators[1:] for site in variant.sites)),
         refresh=config.emulator.refresh,
         aggregation=AggregationTerms(
             individuals=not config.secagg.enabled,

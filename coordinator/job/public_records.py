@@ -1,4 +1,4 @@
-"""The coordinator's public records: read as the federation file says, and as examples by what they are for."""
+"""The coordinator's public records: read as the federation file says, and split into examples by purpose."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ CLIP_EXAMPLES = 16
 
 @dataclass(frozen=True)
 class PublicRecords:
-    """Public examples by purpose: even ones tune, odd ones test, so that nothing is tested on what it was tuned on.
+    """Public examples by purpose: even examples tune, odd examples test, so that no test example was tuned on.
 
     Attributes:
-      calibration: what compressors are fitted to.
-      tune: for the gate and the clip.
-      test: for every score.
+      calibration: examples that compressors are fitted to.
+      tune: examples for the gate and the clip.
+      test: examples for every score.
     """
 
     calibration: Batch
@@ -61,28 +61,28 @@ def read_records(config: FedConfig, path: str) -> list[Record]:
 def public_records(
     config: FedConfig, task: Task, processor: Any, records: Sequence[Record], model_config: Any
 ) -> PublicRecords:
-    """Returns the public examples: even ones tune, odd ones test.
+    """Returns the public examples: even examples tune, odd examples test.
 
     Args:
       config: the federation file.
-      task: of the job.
-      processor: of the model, see `task.spec`.
-      records: public ones.
-      model_config: of the model.
+      task: task of the job.
+      processor: processor of the model, see `task.spec`.
+      records: public records.
+      model_config: configuration of the model.
 
     Raises:
-      DataError: too few public records, or one is wrong.
+      DataError: there are too few public records, or a record is wrong.
     """
     data = config.data
     examples = task.encode(processor, records, length=data.length, split=data.split, model_config=model_config)
-    examples = examples.select(torch.nonzero(examples.targets))  # the others have no gradient to measure
+    examples = examples.select(torch.nonzero(examples.targets))  # examples without targets have no gradient
     needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
     if len(examples) < needed:
         raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public data")
     tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
     others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
     return PublicRecords(
-        # Where there are no more records than the tests need, a fit and the gate look at the same.
+        # With no more records than the tests need, compressors are fitted to the same examples that the gate uses.
         calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
         tune=examples.select(tune),
         test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),

@@ -1,4 +1,4 @@
-"""How good a model is: the numbers, without the model."""
+"""The score of a model: the numbers, without the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is.
+    """The quality of a model on some examples.
 
     Attributes:
-      loss: mean over all targets, nats.
+      loss: mean loss over all targets, in the task's unit.
       targets: number of targets.
-      metrics: further measures of the task, by name; see `task.spec.Tally.means`.
+      metrics: further measures of the task by name; see `task.spec.Tally.means`.
     """
 
     loss: float

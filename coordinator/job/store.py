@@ -1,4 +1,4 @@
-"""What survives a crash: the run folder, written so that after any kill it stands at the last whole round."""
+"""The run folder, written so that after any kill it stands at the last whole round."""
 
 import json
 import os
@@ -27,15 +27,15 @@ JOB, JOB_FACTS, ROUNDS = "job.json", "job_facts.json", "rounds.jsonl"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a whole round.
+    """The state of a run after a whole round.
 
     Attributes:
-      server: adapter and running means; the last accepted ones.
-      round: rounds done, 0 before the first.
-      public_loss: the best of the accepted adapters, nats per token.
-      correction: strength with which the accepted adapter was corrected for plug-in, 0 for not at all.
-      corrected: the adapter as it was plugged in, float32 (d,), where that is not the server's.
-      refresh: the emulator's biases as they go with the next round.
+      server: last accepted adapter, with its running means.
+      round: number of rounds done; 0 before the first round.
+      public_loss: lowest public loss of an accepted adapter, in the task's unit.
+      correction: strength with which the accepted adapter was corrected for plug-in; 0 without a correction.
+      corrected: corrected adapter that was plugged in, float32 (d,); None where the server's adapter was plugged in.
+      refresh: biases of the emulator that go with the next round.
     """
 
     server: ServerState
@@ -47,7 +47,7 @@ class Progress:
 
     @property
     def plugged(self) -> np.ndarray:
-        """The adapter of the full model; the sites go on from `server.adapter`, which belongs to the emulator."""
+        """The adapter of the full model; the sites continue from `server.adapter`, which belongs to the emulator."""
         return self.server.adapter if self.corrected is None else self.corrected
 
 
@@ -55,14 +55,14 @@ class Store:
     """The files of one run.
 
     Args:
-      folder: the run folder; made if it is not there.
+      folder: the run folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.partial"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        for leftover in folder.glob(".*.partial"):  # from a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
     @property
     def package(self) -> Path:
@@ -70,11 +70,11 @@ class Store:
         return self.folder / "package"
 
     def package_of(self, name: str) -> Path:
-        """Returns the folder of an emulator's package, named by the first of its sites; the default has no name."""
+        """Returns the folder of an emulator's package; `name` is its first site, and empty for the default."""
         return self.folder / "packages" / name if name else self.package
 
     def clear_packages(self) -> None:
-        """Removes what a killed build left of the packages that are built now."""
+        """Removes the packages that a killed build left behind."""
         for folder in (self.package, self.folder / "packages"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -91,12 +91,12 @@ class Store:
         """Reads a JSON file of the run.
 
         Raises:
-          DataError: there is none, or it is not whole.
+          DataError: the file does not exist, or is not whole.
         """
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"run={str(self.folder)!r}: no readable {name}; is this a run folder") from error
+            raise DataError(f"run={str(self.folder)!r}: no readable {name}; give a run folder") from error
 
     def job(self) -> JobManifest | None:
         """Returns the manifest of the prepared job, or None when preparation did not finish."""
@@ -104,7 +104,7 @@ class Store:
         return JobManifest.from_bytes(path.read_bytes()) if path.exists() else None
 
     def job_facts(self) -> JobFacts:
-        """Returns what was measured while the job was prepared.
+        """Returns the measurements from the preparation of the job.
 
         Raises:
           DataError: the file is missing or damaged.
@@ -112,12 +112,12 @@ class Store:
         return decode(JobFacts, self.read_json(JOB_FACTS), JOB_FACTS)
 
     def save_job(self, manifest: JobManifest, facts: JobFacts) -> None:
-        """Stores a prepared job; from here on the job of this run is this one."""
+        """Stores a prepared job, which is the job of this run from here on."""
         self.write_json(JOB_FACTS, encode(facts))
-        write_atomically(self.folder / JOB, manifest.to_bytes())  # last: it makes the job count
+        write_atomically(self.folder / JOB, manifest.to_bytes())  # last, since this file makes the job count
 
     def save(self, progress: Progress, record: RoundRecord) -> None:
-        """Records a whole round: its line first, then the state that makes the line count."""
+        """Stores a whole round: its line first, then the state that makes the line count."""
         path = self.folder / ROUNDS
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -144,7 +144,7 @@ class Store:
         write_atomically(self.folder / "state.safetensors", save(arrays, metadata={"facts": json.dumps(facts)}))
 
     def load_state(self) -> Progress | None:
-        """Returns the resume point, or None before the first one.
+        """Returns the resume point, or None before the first resume point.
 
         Raises:
           DataError: the file is damaged.

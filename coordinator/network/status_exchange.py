@@ -1,4 +1,4 @@
-"""An exchange that writes into the coordinator's status which answers are awaited."""
+"""An exchange that writes the awaited sites into the coordinator's status."""
 
 from collections.abc import Mapping
 
@@ -18,6 +18,6 @@ class StatusReportingExchange:
         self._exchange, self._status = exchange, status
 
     def send(self, stage: str, payloads: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Sends a stage, after the status says from whom answers are awaited."""
+        """Writes the stage and the awaited sites into the status, then sends the stage."""
         self._status.set("in a round", stage=stage, awaited=sorted(payloads))
         return self._exchange.send(stage, payloads)

@@ -1,21 +1,21 @@
-"""What the sites of a job were given: the emulators that a report tells of."""
+"""The emulators that the sites of a job got, as a report shows them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ShippedEmulator:
-    """One emulator and the sites that got it.
+    """One emulator and its sites.
 
     Attributes:
-      sites: names of the sites, sorted.
-      sha256: digest of the package's manifest, hexadecimal.
+      sites: names of the sites that got the emulator, sorted.
+      sha256: SHA-256 of the package's manifest, hexadecimal.
       shipped_bytes: bytes of the weights.
       package_bytes: bytes of all files of the package.
       recipe: compressors of the blocks between the slots, in order.
       embedding: storage of the word tables.
-      gradient_cosine: result of the gate.
-      public_loss: loss on public records before any training.
+      gradient_cosine: result of the gate, from -1 to 1.
+      public_loss: loss on public records before any training, in the task's unit.
     """
 
     sites: tuple[str, ...]
@@ -30,16 +30,16 @@ class ShippedEmulator:
 
 @dataclass(frozen=True)
 class Composition:
-    """What the default emulator consists of, in bytes and shares of the full model at 16 bits.
+    """The parts of the default emulator, in bytes and in shares of the full model at 16 bits.
 
     Attributes:
       full_bytes: bytes of the full model.
       slot_bytes: bytes of the blocks that carry the adapter.
       embedding_bytes: bytes of the word tables.
-      middle_bytes: bytes of the compressed blocks.
-      middle_ratio: the same as a share of these blocks in the full model.
-      verbatim_share: share of the full model that is shipped bit for bit.
-      gate: least gradient cosine that was allowed.
+      middle_bytes: bytes of the compressed blocks between.
+      middle_ratio: middle_bytes as a share of these blocks in the full model.
+      verbatim_share: share of the full model that is shipped bit for bit, from 0 to 1.
+      gate: smallest allowed gradient cosine, from -1 to 1.
     """
 
     full_bytes: int
@@ -53,7 +53,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class EmulatorFacts:
-    """All emulators of a job: the default, what the default consists of, and the others."""
+    """All emulators of a job: the default, the parts of the default, and the others."""
 
     default: ShippedEmulator
     composition: Composition

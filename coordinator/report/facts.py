@@ -24,7 +24,7 @@ PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting
 
 
 def emulator_facts(job: Job, gate: float) -> EmulatorFacts:
-    """Returns what the sites were given; `gate` is the least cosine that was allowed."""
+    """Returns the facts of a job's emulators; `gate` is the smallest allowed gradient cosine."""
     facts = job.emulator.facts
     composition = Composition(
         full_bytes=facts.full_bytes,
@@ -39,7 +39,7 @@ def emulator_facts(job: Job, gate: float) -> EmulatorFacts:
 
 
 def adapter_facts(job: Job) -> AdapterFacts:
-    """Returns what was trained."""
+    """Returns the facts of the adapter."""
     spec = job.manifest.adapter
     method = METHODS[spec.method]
     return AdapterFacts(
@@ -68,10 +68,12 @@ def rule_facts(config: FedConfig) -> RuleFacts:
 
 
 def secagg_facts(manifest: JobManifest, records: tuple[RoundRecord, ...]) -> SecaggFacts:
-    """Returns how the updates of all whole rounds were added."""
+    """Returns the facts of the addition of updates in all whole rounds."""
     last = records[-1] if records else None
     dropped = (
-        DroppedInRound(one.site, one.stage, one.reason, record.round) for record in records for one in record.dropped
+        DroppedInRound(drop.site, drop.stage, drop.reason, record.round)
+        for record in records
+        for drop in record.dropped
     )
     return SecaggFacts(
         enabled=manifest.aggregation.secure_aggregation,
@@ -86,13 +88,13 @@ def secagg_facts(manifest: JobManifest, records: tuple[RoundRecord, ...]) -> Sec
 
 
 def unit_of(manifest: JobManifest) -> str:
-    """Returns what the promise is for: one record, and what a record is."""
+    """Returns the unit of the privacy promise: one record, with the meaning of a record."""
     record = f"a block of {manifest.length} tokens" if manifest.split == "blocks" else "one row"
     return f"one record: {record} of one site's data"
 
 
 def warnings_of(job: Job, records: tuple[RoundRecord, ...], quality: Quality) -> tuple[str, ...]:
-    """Returns sentences on what a reader of the report must not miss."""
+    """Returns the sentences that a reader of the report must not miss."""
     warnings = []
     method = METHODS[job.manifest.adapter.method]
     if not job.manifest.aggregation.secure_aggregation:

@@ -1,4 +1,4 @@
-"""The end of a job between organisations: the adapter, and the report of what the coordinator knows."""
+"""The end of a job between organisations: the adapter, and a report with the coordinator's knowledge."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +20,34 @@ from offsite.protos.job_manifest import JobManifest
 
 NOISE = (
     "each site's own randomness from its operating system, unless the site's owner permits noise from a seed in "
-    "policy.toml (allow_seeded_noise), which protects nobody and is for tests on invented data; the coordinator cannot "
-    "know whether an owner did"
+    "policy.toml (allow_seeded_noise); noise from a seed protects nobody and is for tests on invented data, and the "
+    "coordinator cannot know whether an owner permits it"
 )
 NO_NOISE = "none: the job is not private"
 NUMBERS_OF_SITES = (
     "The coordinator cannot know a site's number of records, sampling rate, noise multiplier and delta, the epsilon "
-    "that the site has spent, and the share of gradients that were clipped: no answer of a site carries them, but for "
-    "a refusal because of the number of records."
+    "that the site has spent, and the share of gradients that were clipped. No answer of a site carries these numbers; "
+    "only a refusal because of the number of records names that number."
 )
 COUNTS_OF_SITES = (
-    "The coordinator cannot know a site's number of records: no answer of a site carries that, but for a refusal "
-    "because of the number. The site's owner knows."
+    "The coordinator cannot know a site's number of records. No answer of a site carries that number; only a refusal "
+    "because of the number names it. The site's owner knows the number."
 )
 WHO_CAN = (
-    'A site\'s owner can: the command "offsite client dry-run FOLDER JOB" at the site shows the numbers that this job '
-    'is planned with, "offsite client audit verify FOLDER" shows what all jobs together have spent by the site\'s '
-    "ledger, and the site's rounds.jsonl holds the share that was clipped."
+    'A site\'s owner can know them: the command "offsite client dry-run FOLDER JOB" at the site shows the numbers that '
+    'this job is planned with, "offsite client audit verify FOLDER" shows the epsilon that all jobs together have '
+    "spent by the site's ledger, and the site's rounds.jsonl holds the share that was clipped."
 )
 
 
 @dataclass(frozen=True)
 class Started:
-    """What of the beginning of a run its report repeats: the SHA-256 of the federation file, and the wall clock."""
+    """The facts of the start of a run that its report repeats.
+
+    Attributes:
+      config_sha256: SHA-256 of the federation file, hexadecimal.
+      at: wall clock at the start, ISO 8601.
+    """
 
     config_sha256: str
     at: str
@@ -70,10 +75,10 @@ def federation_report(
     Args:
       config: the federation file.
       job: the job.
-      progress: where the job stands.
-      records: all whole rounds.
+      progress: state of the job after its last whole round.
+      records: records of all whole rounds, in order.
       quality: scores on public records.
-      started: facts of the beginning of the run.
+      started: facts of the start of the run.
     """
     return Report(
         mode=FEDERATION,

@@ -1,4 +1,4 @@
-"""Numbers as people read them; a dash stands for a number that there is not."""
+"""Numbers as people read them; a dash stands for a missing number."""
 
 import math
 
@@ -6,14 +6,14 @@ NONE = "\N{EN DASH}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Returns a number with so many digits after the point, or a dash where there is none."""
+    """Returns a number with `digits` digits after the point, or a dash for a missing number."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:,.{digits}f}"
 
 
 def short(value: float | None) -> str:
-    """Returns a number with three significant digits, without an exponent where it reads well."""
+    """Returns a number with three significant digits, with an exponent only far from 1."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.2e}"

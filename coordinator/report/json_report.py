@@ -1,4 +1,4 @@
-"""A report as the JSON of `report.json`, and back."""
+"""The JSON form of a report, as in `report.json`, and the way back."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ FILE = "report.json"
 
 
 def report_to_json(report: Report) -> dict[str, object]:
-    """Returns a report as plain values."""
+    """Returns a report as the plain values of `report.json`."""
     content = {
         "format": FORMAT,
         "mode": report.mode,

@@ -1,4 +1,4 @@
-"""What a run report says of a task's measures: their names, digits and meanings."""
+"""The measures of a task in a run report: their names, digits and meanings."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class Measure:
     """One measure.
 
     Attributes:
-      digits: behind the point.
-      meaning: a sentence; empty where the name says it.
+      digits: number of digits after the point.
+      meaning: sentence on the measure; empty where the name says it all.
     """
 
     digits: int = 3
@@ -21,19 +21,20 @@ class Measure:
 
 MEASURES = {
     "perplexity": Measure(
-        1, "Perplexity is the same as a factor: a perplexity of 20 is like guessing among 20 equal choices."
+        1, "Perplexity is the loss as a factor: a perplexity of 20 is like guessing among 20 equal choices."
     ),
     "accuracy": Measure(meaning="Accuracy is the share of answers that are right."),
     "balanced_accuracy": Measure(
-        meaning="Balanced accuracy is the mean over the classes of the share of each that is found, however rare it is."
+        meaning="Balanced accuracy is the mean over the classes of the share of each class that is found; a rare class "
+        "counts as much as a frequent class."
     ),
     "macro_f1": Measure(
-        meaning="Macro F1 is the mean over the classes of the F1 of each, the harmonic mean of how much of it is found "
-        "and how much of what is called so is right."
+        meaning="Macro F1 is the mean of the F1 of each class. F1 is the harmonic mean of recall (the share of the "
+        "class that is found) and precision (the share of the answers with this class that are right)."
     ),
     "f1": Measure(
-        meaning="F1 is the harmonic mean of how much of what there is to find is found, and of how much of what is "
-        "found is right."
+        meaning="F1 is the harmonic mean of recall (the share of the right answers that are found) and precision (the "
+        "share of the found answers that are right)."
     ),
     "explained": Measure(
         meaning="Explained is the share of the noise's variance that the model predicts; 0 is as good as no model."
@@ -44,12 +45,12 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Loss:
-    """What a task's loss is.
+    """The words for a task's loss.
 
     Attributes:
-      unit: behind a number.
-      meaning: a sentence.
-      kind: what is learned from: text, or records of any other kind.
+      unit: unit of the loss, as it stands after a number.
+      meaning: sentence on the loss.
+      kind: word for the records of the task: text, or records of any other kind.
     """
 
     unit: str
@@ -57,7 +58,7 @@ class Loss:
     kind: str = "records"
 
 
-# By the measure that tells what the loss is; a loss without one is that of right answers.
+# The key is the measure that identifies the loss; a score without such a measure has the loss of right answers.
 LOSSES = {
     "perplexity": Loss(
         "nats per token",
@@ -72,18 +73,18 @@ LOSSES = {
 }
 ANSWERS = Loss(
     "nats per target",
-    "Loss is how surprised a model is by the right answer, in nats per target (what it is asked to tell); lower is "
-    "better.",
+    "Loss is how surprised a model is by the right answer, in nats per target (an answer that the model is asked "
+    "for); lower is better.",
 )
 
 
 def loss_of(score: Score) -> Loss:
-    """Returns what the loss of a score is."""
+    """Returns the words for the loss of a score."""
     return next((LOSSES[name] for name in score.metrics if name in LOSSES), ANSWERS)
 
 
 def against(after: Score, before: Score) -> str:
-    """Returns each measure of one score against that of another, as in a sentence; empty where there is none."""
+    """Returns each measure of a score against the same measure of another score, in words; empty without measures."""
     return "; ".join(f"{title(name)} {value(after, name)} against {value(before, name)}" for name in names(after))
 
 
@@ -103,5 +104,5 @@ def value(score: Score, name: str) -> str:
 
 
 def meanings(score: Score) -> tuple[str, ...]:
-    """Returns a sentence on each measure that needs one."""
+    """Returns a sentence on each measure whose name does not say it all."""
     return tuple(MEASURES[name].meaning for name in names(score) if name in MEASURES)

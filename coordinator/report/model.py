@@ -1,4 +1,4 @@
-"""The report of a job as one frozen value, for a simulation and for a job between organisations alike."""
+"""The report of a job as one frozen value, the same for a simulation and for a job between organisations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ SIMULATION, FEDERATION = "simulation", "federation"
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What was trained.
+    """The adapter of a job.
 
     Attributes:
       method: name of the adapter method.
       rank, alpha, targets, options: settings of the method.
-      slots: blocks that carry the adapter.
-      parameters: count of trained numbers.
+      slots: paths of the blocks that carry the adapter.
+      parameters: number of trained numbers.
       exact_mean: whether the mean of the sites' adapters is the mean of their effects.
-      why: reason for that.
+      why: reason why the mean is exact, or is not.
       peft: whether Hugging Face PEFT loads the adapter.
       directory: folder of the adapter inside the run folder.
     """
@@ -42,7 +42,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class RuleFacts:
-    """The server rule: its name, what it needs of the sites, whether it is linear in an upload, and why."""
+    """The server rule of a job.
+
+    Attributes:
+      rule: name of the rule.
+      needs: uploads that the rule needs: the mean, or each site's own.
+      linear: whether the rule's result is linear in an upload.
+      why: reason why the result is linear, or is not.
+    """
 
     rule: str
     needs: str
@@ -52,24 +59,24 @@ class RuleFacts:
 
 @dataclass(frozen=True)
 class DroppedInRound(Dropped):
-    """A site that dropped out of a round, with the number of the round."""
+    """A site that dropped out of a round, with the number of the round, from 1."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class SecaggFacts:
-    """Secure aggregation over the job.
+    """The secure aggregation of a job.
 
     Attributes:
       enabled: whether the coordinator saw sums only.
       suite: number of the protocol's suite of algorithms.
-      members: sites of the last round.
-      threshold: fewest members of the last round.
+      members: sites whose updates count in the last round.
+      threshold: smallest number of members of the last round.
       dropped: all sites that dropped out of a round.
       upload_bytes: bytes of the largest upload.
       payload_bytes: bytes of one update as plain 32-bit numbers.
-      rounds: count of whole rounds.
+      rounds: number of whole rounds.
     """
 
     enabled: bool
@@ -84,7 +91,14 @@ class SecaggFacts:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of one phase: bytes from and to all sites, seconds, peak resident memory in bytes."""
+    """The cost of one phase of a run.
+
+    Attributes:
+      bytes_up: bytes from all sites.
+      bytes_down: bytes to all sites.
+      seconds: duration of the phase.
+      peak_rss_bytes: peak resident memory of the process, in bytes.
+    """
 
     bytes_up: int
     bytes_down: int
@@ -94,13 +108,13 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the numbers come from.
+    """The origin of a report's numbers.
 
     Attributes:
-      seed: of the federation file.
-      config_sha256: of the federation file.
-      model_sha256: of the model's weight files.
-      job_sha256: of the job's manifest.
+      seed: seed of the federation file.
+      config_sha256: SHA-256 of the federation file, hexadecimal.
+      model_sha256: SHA-256 over the model's weight files, hexadecimal.
+      job_sha256: SHA-256 of the job's manifest, hexadecimal.
       versions: versions of the installed packages, by name.
       started: wall clock at the start of the run, ISO 8601.
       platform: operating system and processor.
@@ -119,22 +133,22 @@ class Provenance:
 class Report:
     """One job from its first to its last round.
 
-    What the coordinator cannot know is None; `privacy.not_known_here` says so in words.
+    A number that the coordinator cannot know is None; `privacy.not_known_here` says so in words.
 
     Attributes:
       mode: SIMULATION, or FEDERATION for a job between organisations.
-      engine: what carried the rounds: "memory" or "flower" in a simulation, "superlink" between organisations.
-      rounds_planned: rounds of the job.
-      finished_rounds: whole rounds.
+      engine: carrier of the rounds: "memory" or "flower" in a simulation, "superlink" between organisations.
+      rounds_planned: number of rounds of the job.
+      finished_rounds: number of whole rounds.
       quality: scores of the models.
-      emulators: what the sites were given.
-      adapter: what was trained.
-      privacy: what is promised to each record.
+      emulators: emulators that the sites got.
+      adapter: the trained adapter.
+      privacy: privacy promise to each record.
       aggregation: the server rule.
-      secagg: how the updates were added.
-      rounds: record of each whole round.
-      cost: cost of each phase by name; None where it was not measured.
-      warnings: sentences on what a reader must not miss.
+      secagg: secure aggregation of the job.
+      rounds: records of the whole rounds, in order.
+      cost: cost of each phase by name; None where no cost was measured.
+      warnings: sentences that a reader must not miss.
       provenance: seed, hashes and versions.
     """
 
@@ -155,7 +169,7 @@ class Report:
 
     @property
     def simulated(self) -> bool:
-        """Whether one process held everything."""
+        """Whether the job was a simulation, in which one process held everything."""
         return self.mode == SIMULATION
 
     @property

@@ -16,14 +16,14 @@ from offsite.coordinator.report.quality_facts import FourScores, Quality
 from offsite.coordinator.report.quality_section import FOUR
 from offsite.coordinator.report.svg import COLOURS, INK, MARKERS, STYLE, WIDTH, Line, draw_lines, to_svg
 
-MAX_NAMED = 8  # lines with a name of their own; more would not be told apart
+MAX_NAMED = 8  # lines with a name of their own; nobody could distinguish more lines
 BETTER, WORSE, NEUTRAL = COLOURS[0], COLOURS[1], COLOURS[2]
 PRIVATE, PUBLIC = "Held-out private text", "Public text (what was forgotten)"
 PUBLIC_ALONE = "Public text"
 
 
 def plots(report: Report) -> dict[str, tuple[str, str]]:
-    """Returns the plots that a report has numbers for: key to (SVG, what it shows in words)."""
+    """Returns the plots that a report has numbers for: key to (SVG, description in words)."""
     with mpl.rc_context(STYLE):
         drawn = {"fidelity": (_fidelity(report.quality), _fidelity_words(report.quality))}
         if report.rounds:
@@ -42,7 +42,7 @@ def _panels(quality: Quality) -> dict[str, FourScores]:
 
 
 def _fidelity(quality: Quality) -> str:
-    """Bars of the difference from the full model before training: they start at zero, and small gains stay visible."""
+    """Draws bars of the change from the full model before training; bars from zero keep small gains visible."""
     panels = _panels(quality)
     both = len(panels) > 1
     figure = Figure(figsize=(WIDTH, 4.2 if both else 2.4))
@@ -134,7 +134,7 @@ def _epsilon(privacy: PrivacyFacts) -> str:
 
 
 def _lines(numbers: Sequence[int], values: Mapping[str, Sequence[float | None]]) -> list[Line]:
-    """Returns one named line for each site, or thin unnamed ones when there are too many to tell apart."""
+    """Returns a named line for each site, or unnamed lines for more sites than a reader can distinguish."""
     if len(values) > MAX_NAMED:
         names = [f"{len(values)} sites", *[""] * (len(values) - 1)]
         return [
@@ -166,7 +166,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _target(privacy: PrivacyFacts) -> float | None:
-    """Returns the epsilon that was asked for, where it is a number."""
+    """Returns the target epsilon, or None where the target is not a finite number."""
     return privacy.target_epsilon if _finite(privacy.target_epsilon) else None
 
 

@@ -1,4 +1,4 @@
-"""What a report says of privacy: the terms of the job, and the numbers of each site as far as they are known."""
+"""The privacy facts of a report: the terms of the job, and the known numbers of each site."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ class SitePrivacy:
 
     Attributes:
       site: name of the site.
-      records: count of records.
-      epsilon: epsilon that was spent; None without privacy.
+      records: number of records.
+      epsilon: spent epsilon; None without privacy.
       epsilon_by_round: epsilon spent up to and including each round.
-      delta: delta of epsilon.
+      delta: delta that belongs to epsilon.
       noise_multiplier: standard deviation of the noise over `max_grad_norm`.
       max_grad_norm: bound on one record's contribution.
-      sample_rate: chance of each record to be in a batch.
-      steps: training steps.
-      engine: how each record's own contribution was found; empty where unknown.
-      clipped_fraction: mean share of drawn records whose contribution was clipped.
-      rounds: count of rounds in which the site's update counts; where a simulation knows the steps, None.
+      sample_rate: probability with which a record is in a batch, from 0 to 1.
+      steps: number of training steps.
+      engine: name of the engine that computes each record's own contribution; empty where unknown.
+      clipped_fraction: mean share of drawn records whose contribution was clipped, from 0 to 1.
+      rounds: number of rounds in which the site's update counts; None in a simulation, which knows the steps.
     """
 
     site: str
@@ -45,14 +45,16 @@ class PrivacyFacts:
 
     Attributes:
       private: whether gradients were clipped and noised.
-      unit: what is protected.
-      accountant: name of the accountant that adds up what is spent.
+      unit: unit of privacy in words, as one record.
+      accountant: name of the accountant that adds up the spent epsilon.
       target_epsilon: epsilon that each site plans its noise for; None without privacy.
-      noise_source: where the noise comes from.
-      sites: numbers of each site.
-      not_known_here: sentences on what the coordinator cannot know and who can; None in a simulation, which knows all.
-      max_grad_norm: bound on one record's contribution; in a simulation with the sites.
-      expected_batch: records in a batch on average; in a simulation the sites' rates say the same.
+      noise_source: origin of the noise, in words.
+      sites: privacy numbers of each site.
+      not_known_here: sentences on the numbers that the coordinator cannot know, and on who can know them; None in a
+        simulation, which knows all numbers.
+      max_grad_norm: bound on one record's contribution; None in a simulation, where each site has the bound.
+      expected_batch: expected number of records in a batch; None in a simulation, where the sites' sample rates say the
+        same.
     """
 
     private: bool
@@ -72,6 +74,6 @@ class PrivacyFacts:
 
     @property
     def largest_epsilon(self) -> float | None:
-        """The largest epsilon of any site, or None when one of them is unknown or not finite."""
+        """The largest epsilon of any site, or None when the epsilon of a site is unknown or not finite."""
         known = [site.epsilon for site in self.sites if site.epsilon is not None and math.isfinite(site.epsilon)]
         return max(known) if known and len(known) == len(self.sites) else None

@@ -9,12 +9,12 @@ from offsite.coordinator.report.privacy_statement import WITHOUT_PRIVACY
 from offsite.coordinator.report.section import Rows, Section
 
 HEAD = ("site", "records", "epsilon", "delta", "noise multiplier", "clip", "sample rate", "steps")
-HEAD_UNTOLD = ("site", "rounds with its update", "clip", "epsilon at most")
+HEAD_BETWEEN = ("site", "rounds with its update", "clip", "epsilon at most")
 BOUND = "Epsilon bounds how much the result can depend on any one record; smaller is more private."
 
 
 def privacy(report: Report) -> Section:
-    """Returns the section on each site's privacy numbers, or on what of them the coordinator cannot know."""
+    """Returns the section on each site's privacy numbers, or on the numbers that the coordinator cannot know."""
     facts = report.privacy
     if not report.simulated:
         return _between_organisations(facts)
@@ -40,7 +40,7 @@ def privacy(report: Report) -> Section:
             '"sample rate", its gradient is cut to the length "clip", and Gaussian noise of "noise multiplier" times '
             '"clip" is added.',
             f"Epsilon and delta hold for all rounds together, computed by the accountant {facts.accountant}. "
-            f"{_engines(facts.sites)}Noise: {facts.noise_source}. What is not protected stands in privacy.json.",
+            f"{_engines(facts.sites)}Noise: {facts.noise_source}. The file privacy.json says what is not protected.",
         ),
         HEAD,
         rows,
@@ -50,7 +50,7 @@ def privacy(report: Report) -> Section:
 
 
 def privacy_line(report: Report) -> str:
-    """Returns what is promised, in two sentences."""
+    """Returns the privacy promise, in two or three sentences."""
     facts = report.privacy
     if not facts.private:
         return _without()
@@ -58,7 +58,7 @@ def privacy_line(report: Report) -> str:
         return (
             "Every record of a site that took part is protected by differential privacy with epsilon "
             f"{number(facts.target_epsilon, 2)} at most over the whole job, by the noise that each site's own software "
-            f"plans and adds. The coordinator cannot know what a site has spent. {BOUND}"
+            f"plans and adds. The coordinator cannot know the epsilon that a site has spent. {BOUND}"
         )
     deltas = [site.delta for site in facts.sites if site.delta is not None]
     return (
@@ -74,28 +74,28 @@ def _between_organisations(facts: PrivacyFacts) -> Section:
     )
     if not facts.private:
         plain = tuple((site, rounds, NONE, NONE) for site, rounds, *_ in rows)
-        return Section("Privacy", (_without(),), HEAD_UNTOLD, plain, numbers=True)
+        return Section("Privacy", (_without(),), HEAD_BETWEEN, plain, numbers=True)
     return Section(
         "Privacy",
         (
             f"{_protected(facts)} In each step a site draws each of its records with the same probability, "
             f"chosen so that {facts.expected_batch} records are drawn on average. {_clipped(facts)} "
             "The site then adds Gaussian noise.",
-            "Each site plans its noise before it trains, so that all rounds of the job together, spare ones included, "
-            f"spend no more than the epsilon in the table by the accountant {facts.accountant}, at a delta of the "
-            "site's number of records to the power of -1.1. A site refuses a job for which its ledger or its owner's "
-            f"policy has no room. Noise: {facts.noise_source}.",
+            "Each site plans its noise before it trains, so that all rounds of the job together, spare rounds "
+            f"included, spend no more than the epsilon in the table by the accountant {facts.accountant}; the delta is "
+            "the site's number of records to the power of -1.1. A site refuses a job for which its ledger or its "
+            f"owner's policy has no room. Noise: {facts.noise_source}.",
             " ".join(facts.not_known_here or ()),
-            "What is not protected stands in privacy.json.",
+            "The file privacy.json says what is not protected.",
         ),
-        HEAD_UNTOLD,
+        HEAD_BETWEEN,
         rows,
         numbers=True,
     )
 
 
 def _protected(facts: PrivacyFacts) -> str:
-    return f"What is protected: {facts.unit}. The promise compares two data sets of which one has one record more."
+    return f"What is protected: {facts.unit}. The promise compares two data sets that differ in one additional record."
 
 
 def _clipped(facts: PrivacyFacts) -> str:
@@ -109,10 +109,10 @@ def _without() -> str:
 
 
 def _engines(sites: Sequence[SitePrivacy]) -> str:
-    """Returns a sentence on how each record's own contribution was found; a real site keeps that to itself."""
-    found = sorted({site.engine for site in sites if site.engine})
-    if not found:
+    """Returns a sentence on the engine of each record's own contribution, which a real site keeps to itself."""
+    engines = sorted({site.engine for site in sites if site.engine})
+    if not engines:
         return ""
-    if found == ["zero_order"]:
+    if engines == ["zero_order"]:
         return "No gradients were taken: each record's losses along public directions were clipped instead. "
-    return f"Each record's own gradient comes from the engine {' or '.join(found)}, which the start-up probe chose. "
+    return f"Each record's own gradient comes from the engine {' or '.join(engines)}, which the start-up probe chose. "

@@ -1,4 +1,4 @@
-"""The privacy statement of a run, for machines to read: what is promised, to whom, and what is not."""
+"""The privacy statement of a run, for machines to read: the promise, its holders, and its limits."""
 
 from offsite.coordinator.job.json_form import encode
 from offsite.coordinator.report import trust_statement
@@ -41,7 +41,7 @@ ZERO_ORDER = (
 SCHEME = "Poisson: in every step each record is in the batch with probability sample_rate, independently"
 OVER = "all steps of all finished rounds together, never one round alone; a round not taken over counts too"
 OVER_BETWEEN = (
-    "all steps of all rounds of the job together, spare ones included, never one round alone; an attempt that failed "
+    "all steps of all rounds of the job together, spare rounds included, never one round alone; an attempt that failed "
     "after its updates had left, and a round not taken over, count too"
 )
 DELTA = (
@@ -64,8 +64,8 @@ def privacy_statement(report: Report) -> dict[str, object]:
     """Returns the statement of a run, the content of `privacy.json`.
 
     Returns:
-      Plain values; the first key is `private`, and when it is False the second, `claim`, says that nothing is promised.
-      Between organisations there are keys more: `delta`, `epsilon_at_most`, `site` and `not_known_here`.
+      Plain values. The first key is `private`; when its value is False, the second key, `claim`, says that nothing is
+      promised. A job between organisations has further keys: `delta`, `epsilon_at_most`, `site` and `not_known_here`.
     """
     facts, private = report.privacy, report.privacy.private
     return {
@@ -108,7 +108,7 @@ def _claim(report: Report) -> str:
     return (
         f"record-level differential privacy at every site, epsilon at most {report.privacy.target_epsilon} at the "
         "delta of each site, over the whole job, by the noise that each site's own software plans and adds; the "
-        "coordinator cannot know what was spent; see not_protected, site and not_known_here"
+        "coordinator cannot know the spent epsilon; see not_protected, site and not_known_here"
     )
 
 

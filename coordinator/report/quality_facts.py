@@ -1,4 +1,4 @@
-"""How good the models of a job are: the scores that a report shows."""
+"""The quality of the models of a job: the scores that a report shows."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class FourScores:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good the models are.
+    """The quality of the models of a job.
 
     Attributes:
       public: scores on the coordinator's public records.
@@ -38,16 +38,16 @@ class Quality:
 
     @property
     def shown(self) -> FourScores:
-        """The scores that say most: private ones where they are known."""
+        """The scores that say most: the private scores where they are known, otherwise the public scores."""
         return self.public if self.private is None else self.private
 
     @property
     def gain_nats(self) -> float | None:
-        """By how much the plug-in is better on private records than the full model before training."""
+        """Fall of the loss on private records from the full model before training to the plug-in; above 0 is better."""
         own = self.private
         return None if own is None else own.full_zero_shot.loss - own.plug_in.loss
 
     @property
     def forgetting_nats(self) -> float:
-        """By how much the plug-in is worse on public records than the full model before training."""
+        """Rise of the loss on public records from the full model before training to the plug-in; above 0 is worse."""
         return self.public.plug_in.loss - self.public.full_zero_shot.loss

@@ -1,4 +1,4 @@
-"""The section of a report on how good the four models are."""
+"""The section of a report on the quality of the four models."""
 
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.report import metrics
@@ -17,7 +17,7 @@ FOUR = {
 
 
 def quality(report: Report) -> Section:
-    """Returns the section on how good the four models are, on private records where they are known, and on public."""
+    """Returns the section on the quality of the four models, on public records, and on private records where known."""
     scores = report.quality
     kinds = (
         {"public": scores.public} if scores.private is None else {"private": scores.private, "public": scores.public}
@@ -33,10 +33,11 @@ def quality(report: Report) -> Section:
 
 
 def unknown_here(kind: str) -> str:
-    """Returns a sentence on what the coordinator cannot know of the model, and who can."""
+    """Returns the sentences on the quality that the coordinator cannot know, and on who can measure it."""
     return (
-        f"The coordinator cannot know how good the model is on the sites' own {kind}, since it holds none of that "
-        f"{kind}. Only a site's owner can measure that, by trying the tuned model on {kind} held out from training."
+        f"The coordinator cannot know how good the model is on the sites' own {kind}, since only the sites hold their "
+        f"own {kind}. Only a site's owner can measure the quality there, by trying the tuned model on {kind} held out "
+        "from training."
     )
 
 
@@ -48,8 +49,8 @@ def _meaning(scores: Quality) -> tuple[str, ...]:
     loss, change = metrics.loss_of(scores.shown.plug_in), signed(scores.forgetting_nats)
     words = (
         *(loss.meaning, *metrics.meanings(scores.shown.plug_in)),
-        "An adapter is the small set of trained numbers; an emulator is the smaller stand-in for the full model on "
-        "which the sites train it.",
+        "An adapter is the small set of trained numbers. An emulator is a smaller stand-in for the full model; the "
+        "sites train the adapter on the emulator.",
     )
     public = count(scores.public.plug_in.targets)
     if scores.private is None:
@@ -59,24 +60,24 @@ def _meaning(scores: Quality) -> tuple[str, ...]:
         return (
             " ".join(words),
             f"Private text is text of the sites that was held out from training ({held} tokens). Public text is of "
-            f"another kind ({public} tokens) and shows what was forgotten: its loss changed by {change} "
+            f"another kind ({public} tokens) and shows what was forgotten: the loss on public text changed by {change} "
             f"{loss.unit}.",
         )
     return (
         " ".join(words),
         f"Private records are records of the sites that were held out from training ({held} targets). Public records "
-        f"are the coordinator's own ({public} targets) and show what was forgotten: their loss changed by {change} "
-        f"{loss.unit}.",
+        f"are the coordinator's own ({public} targets) and show what was forgotten: the loss on public records "
+        f"changed by {change} {loss.unit}.",
     )
 
 
 def _public_only(loss: metrics.Loss, targets: str, change: str) -> str:
-    begins, own, none = (
-        (f"Public text is the coordinator's own ({targets} tokens); its", "text has", "none of that text")
+    begins, own, held = (
+        (f"Public text is the coordinator's own ({targets} tokens).", "text has", "that text")
         if loss.kind == "text"
-        else (f"Public records are the coordinator's own ({targets} targets); their", "records have", "none of them")
+        else (f"Public records are the coordinator's own ({targets} targets).", "records have", "these records")
     )
     return (
-        f"{begins} loss in the full model changed by {change} {loss.unit}. The sites' own {own} no column here, since "
-        f"the coordinator holds {none}."
+        f"{begins} The full model's loss on public {loss.kind} changed by {change} {loss.unit}. The sites' own {own} "
+        f"no column here, since the coordinator does not hold {held}."
     )

@@ -11,7 +11,7 @@ HEAD = ("round", "taken over", "public loss", "update length", "sites", "seconds
 
 
 def rounds(report: Report) -> Section:
-    """Returns the section on the rounds, and why one was not taken over."""
+    """Returns the section on the rounds, with the reason of each round that was not taken over."""
     rows = tuple(
         (
             f"{record.round}",
@@ -28,9 +28,9 @@ def rounds(report: Report) -> Section:
     return Section(
         "Rounds",
         (
-            f"{report.finished_rounds} of {report.rounds_planned} rounds were run. After each, the new adapter "
-            "is tried in the full model on public records, and taken over only if the loss there is no worse than the "
-            "best so far, within a tolerance. Update length is how far the sites' mean moved the adapter.",
+            f"{report.finished_rounds} of {report.rounds_planned} rounds were run. After each round, the new adapter "
+            "is tried in the full model on public records; it is taken over only if the loss there is no worse than "
+            "the best loss so far, within a tolerance. Update length is the length of the sites' mean update.",
             *(f"Round {record.round}: {record.reason}." for record in report.refused),
             *_corrected(report),
             *refreshes(report.rounds),
@@ -43,17 +43,18 @@ def rounds(report: Report) -> Section:
 
 
 def _corrected(report: Report) -> tuple[str, ...]:
-    found = [str(record.round) for record in report.accepted if record.correction]
-    if not found:
+    corrected = [str(record.round) for record in report.accepted if record.correction]
+    if not corrected:
         return ()
     return (
-        f"In round {', '.join(found)} what the adapter had learnt to repair in the emulator was taken out, wholly "
-        "or by half, before it was plugged in: the full model was better so on public records.",
+        f"In round {', '.join(corrected)}, the adapter had learnt to repair the emulator. This repair was taken out, "
+        "wholly or by half, before the adapter was plugged in, since the full model was better without it on public "
+        "records.",
     )
 
 
 def refreshes(records: Sequence[RoundRecord]) -> tuple[str, ...]:
-    """Returns a sentence on what became of the emulator between rounds; nothing for a job without refreshes."""
+    """Returns a sentence on the emulator's refreshes between rounds; empty for a job without refreshes."""
     tried = [record for record in records if record.refreshed is not None]
     kept = [record for record in tried if record.refreshed]
     if not tried:
@@ -69,7 +70,7 @@ def refreshes(records: Sequence[RoundRecord]) -> tuple[str, ...]:
     share = None if most.refresh_share is None else 100 * most.refresh_share
     return (
         f"The emulator was refreshed after round {', '.join(str(record.round) for record in kept)}: biases of its "
-        f"middle moved, and its loss with the adapter on public records went from {before} to {after} in the mean. "
+        f"middle moved, and its loss with the adapter on public records went from {before} to {after} on average. "
         f"With each later round a site got {size(most.refresh_bytes)} of biases, {short(share)} % of the package.",
     )
 

@@ -9,14 +9,14 @@ FACTS = ("fact", "value")
 
 @dataclass(frozen=True)
 class Section:
-    """One heading with what stands below it.
+    """One heading, with the paragraphs, the table and the plot below.
 
     Attributes:
       heading: words of the heading.
       text: paragraphs before the table.
       head: column names.
-      rows: rows with as many cells each as there are column names.
-      plot: key of the plot that belongs here, or empty.
+      rows: rows of the table, each with one cell per column name.
+      plot: key of the section's plot; empty without a plot.
       numbers: whether all columns but the first hold numbers.
     """
 

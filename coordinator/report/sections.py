@@ -1,4 +1,4 @@
-"""The last sections of a report: what was trained, what it cost, and where the numbers come from."""
+"""The last sections of a report: the adapter, the cost, and the origin of the numbers."""
 
 from offsite.coordinator.report.formatting import count, number, size
 from offsite.coordinator.report.model import AdapterFacts, Report
@@ -9,7 +9,7 @@ CARRIED = {"superlink": "over Flower's SuperLink"}
 
 
 def adapter(adapter: AdapterFacts) -> Section:
-    """Returns the section on what was trained."""
+    """Returns the section on the adapter."""
     mean = "exact" if adapter.exact_mean else "not exact"
     rows = (
         ("method", adapter.method),
@@ -27,30 +27,30 @@ def adapter(adapter: AdapterFacts) -> Section:
 
 
 def cost(report: Report) -> Section:
-    """Returns the section on time, memory and bytes of each phase, or on where a reader finds what is known of them."""
+    """Returns the section on time, memory and bytes of each phase, or on the known costs of a real job."""
     if report.cost is None:
         return Section("Cost", (_cost_of_sites(report),))
     rows = tuple(
         (
             phase,
-            number(one.seconds, 1),
-            size(one.peak_rss_bytes),
-            size(one.bytes_down),
-            size(one.bytes_up),
+            number(spent.seconds, 1),
+            size(spent.peak_rss_bytes),
+            size(spent.bytes_down),
+            size(spent.bytes_up),
         )
-        for phase, one in report.cost.items()
+        for phase, spent in report.cost.items()
     )
     text = "Bytes are summed over all sites. Peak memory is the most that the process held at once."
     return Section("Cost", (text,), COST_HEAD, rows, numbers=True)
 
 
 def _cost_of_sites(report: Report) -> str:
-    sizes = sorted({one.package_bytes for one in report.emulators.all})
+    sizes = sorted({emulator.package_bytes for emulator in report.emulators.all})
     package = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
     return (
         f"Each site fetched its emulator's package once, {package}. The table of the rounds has the bytes and seconds "
         "of each round; the seconds are the coordinator's, and include its waits for sites. The coordinator cannot "
-        "know what a round costs a site in time and memory; the site's owner can, on the site's own machine."
+        "know what a round costs a site in time and memory; the site's owner can measure that on the site's machine."
     )
 
 
@@ -65,6 +65,6 @@ def provenance(report: Report) -> Section:
         ("config sha256", facts.config_sha256),
         ("model sha256", facts.model_sha256),
         ("job sha256", facts.job_sha256),
-        *((package, number_of) for package, number_of in sorted(facts.versions.items())),
+        *sorted(facts.versions.items()),
     )
     return Section("Where it comes from", (), FACTS, rows)

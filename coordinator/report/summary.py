@@ -1,4 +1,4 @@
-"""What a report says, once: `to_markdown` and `to_html` write the same words."""
+"""The words of a report: `to_markdown` and `to_html` write the same summary."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,8 @@ def summarise(report: Report) -> Summary:
         if report.simulated
         else "offsite: report of a job between organisations",
         answer=_answer(report),
-        warnings=tuple(one for one in report.warnings if one != NO_SECAGG_WARNING),  # the answer begins with that one
+        # The answer begins with the warning on secure aggregation.
+        warnings=tuple(warning for warning in report.warnings if warning != NO_SECAGG_WARNING),
         sections=(
             quality(report),
             rounds(report),
@@ -78,7 +79,8 @@ def _public_lines(report: Report) -> tuple[str, ...]:
     before, after = report.quality.public.full_zero_shot, report.quality.public.plug_in
     further, loss = metrics.against(after, before), metrics.loss_of(after)
     return (
-        f"{report.finished_rounds} of {report.rounds_planned} rounds are done, {len(report.accepted)} were taken over. "
+        f"{report.finished_rounds} of {report.rounds_planned} rounds are done, and {len(report.accepted)} were taken "
+        "over. "
         f"On the coordinator's public {loss.kind} the full model's loss is {number(after.loss)} with the tuned adapter "
         f"against {number(before.loss)} before, a change of {signed(report.quality.forgetting_nats)} {loss.unit}"
         + (f" ({further})." if further else "."),
@@ -87,10 +89,10 @@ def _public_lines(report: Report) -> tuple[str, ...]:
 
 
 def _shipped_line(emulators: EmulatorFacts) -> str:
-    full, sizes = emulators.composition.full_bytes, [one.shipped_bytes for one in emulators.all]
+    full, sizes = emulators.composition.full_bytes, [emulator.shipped_bytes for emulator in emulators.all]
     if len(sizes) == 1:
-        what, shares = f"an emulator of {size(sizes[0])}", percent(sizes[0] / full)
+        shipped, shares = f"an emulator of {size(sizes[0])}", percent(sizes[0] / full)
     else:
-        what = f"{len(sizes)} emulators, of {size(min(sizes))} to {size(max(sizes))},"
+        shipped = f"{len(sizes)} emulators, of {size(min(sizes))} to {size(max(sizes))},"
         shares = f"{percent(min(sizes) / full)} to {percent(max(sizes) / full)}"
-    return f"The sites were given {what} instead of the full model's {size(full)} ({shares})."
+    return f"The sites were given {shipped} instead of the full model's {size(full)} ({shares})."

@@ -1,4 +1,4 @@
-"""How a report's plots look: colours, lines with their names beside them, and SVG that follows the page's colours."""
+"""The look of a report's plots: colours, lines with names beside them, and SVG that follows the page's colours."""
 
 import io
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours that carry on white and on near-black; lines differ in their markers too, for whoever does not
-# see the colours.
+# Okabe and Ito's colours that carry on white and on near-black. Lines differ in their markers too, for readers who do
+# not see the colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "<")
 INK = "#010203"  # stands for the page's text colour until the SVG is done
@@ -40,7 +40,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-"""Settings under which `plots` draws; they hold only meanwhile."""
+"""Matplotlib's settings that hold while `plots` draws, and only then."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Line:
     """One line of a plot.
 
     Attributes:
-      name: stands beside the line's end; empty for none.
-      x: positions.
-      y: values, NaN where there is none.
-      colour: of line and markers.
-      marker: matplotlib's letter, or empty.
-      style: matplotlib's line style, or empty for markers alone.
+      name: text beside the line's end; empty for no text.
+      x: positions on the horizontal axis, as many as values.
+      y: values; NaN for a missing value.
+      colour: colour of line and markers.
+      marker: matplotlib's letter of the marker; empty for no marker.
+      style: matplotlib's line style; empty for markers alone.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Line:
 
 
 def draw_lines(axes: Axes, lines: Sequence[Line], *, bottom: float | None = None) -> None:
-    """Draws lines with their names at the right, moved apart where they would overlap.
+    """Draws lines with their names at the right, moved apart where names would overlap.
 
     Args:
-      axes: where to; its limits are set here.
-      lines: what to draw.
+      axes: axes that receive the lines and their limits.
+      lines: lines to draw.
       bottom: lower end of the vertical axis; None fits it to the values.
     """
     for line in lines:
@@ -111,7 +111,7 @@ def draw_lines(axes: Axes, lines: Sequence[Line], *, bottom: float | None = None
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Returns places near the wanted ones, in their order and at least `gap` apart, inside 0..1 while they fit."""
+    """Returns places near the wanted places, in their order and at least `gap` apart, inside 0..1 while they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     groups: list[list[int]] = []
     for index in order:
@@ -128,17 +128,17 @@ def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def to_svg(figure: Figure, key: str) -> str:
-    """Returns a figure as an SVG element without ids that another figure on the page has, in the page's text colour.
+    """Returns a figure as an SVG element in the page's text colour; its ids are unique on the page.
 
     Args:
-      figure: drawn under `STYLE`.
-      key: short name of the figure, put before every id.
+      figure: figure that was drawn under `STYLE`.
+      key: short name of the figure, which is put before every id.
     """
     out = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from", category=UserWarning
-        )  # the browser has others
+        )  # the browser has other fonts
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -155,6 +155,6 @@ def _end(line: Line) -> float:
 
 
 def _start(group: Sequence[int], wanted: Sequence[float], gap: float) -> float:
-    """Returns the lowest place of a group that stands `gap` apart around the mean of its wishes, inside 0..1."""
+    """Returns the lowest place of a group with `gap` between its places, around the mean of its wishes, inside 0..1."""
     length = gap * (len(group) - 1)
     return max(0.0, min(1.0 - length, sum(wanted[i] for i in group) / len(group) - length / 2))

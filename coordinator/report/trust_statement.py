@@ -1,4 +1,4 @@
-"""Whom one has to trust with what: the coordinator, secure aggregation, and a site's own software."""
+"""The trust statement of a run: the coordinator, secure aggregation, and a site's own software."""
 
 from offsite.coordinator.report.model import Report
 
@@ -12,7 +12,7 @@ PUBLIC = "public records, on which it evaluates and decides whether a round is t
 SEES = (ADAPTER, "how many records each site has, and which sites took part in each round", PUBLIC)
 SEES_BETWEEN = (
     ADAPTER,
-    "which sites took part in each round, why one dropped out, and how many entries each site's privacy ledger has",
+    "which sites took part in each round, why a site dropped out, and how many entries each site's privacy ledger has",
     "a site's number of records only where the site refuses a job because of that number",
     PUBLIC,
 )
@@ -34,7 +34,7 @@ DOES_NOT_COVER = (
 
 
 def coordinator(report: Report) -> dict[str, object]:
-    """Returns what the coordinator sees, what it is not trusted with, and what it can still do."""
+    """Returns what the coordinator sees, what nobody has to trust it with, and what it can still do."""
     sees = list(SEES if report.simulated else SEES_BETWEEN)
     enabled, hidden = report.secagg.enabled, HIDDEN + (NOISED if report.privacy.private else "")
     return {
@@ -45,7 +45,7 @@ def coordinator(report: Report) -> dict[str, object]:
 
 
 def secure_aggregation(report: Report) -> dict[str, object]:
-    """Returns what secure aggregation promises, and what it does not cover."""
+    """Returns the promise of secure aggregation, and the limits of this promise."""
     secagg = report.secagg
     if not secagg.enabled:
         claim = f"none: the coordinator sees {_seen(report)}"
@@ -62,7 +62,7 @@ def secure_aggregation(report: Report) -> dict[str, object]:
 
 
 def site() -> list[str]:
-    """Returns what a site's owner trusts the own software with."""
+    """Returns the tasks that a site's owner trusts the site's own software with."""
     return list(OF_A_SITE)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run, written four times: for programs, as text, for the browser, and as a privacy statement."""
+"""The four files of a run's report: for programs, as text, for the browser, and the privacy statement."""
 
 import json
 import math
@@ -21,8 +21,8 @@ def write_report(folder: Path, report: Report) -> None:
     """Writes `report.json`, `privacy.json`, `report.md` and `report.html`, each whole or not at all.
 
     Args:
-      folder: the run folder, which exists.
-      report: the report; a number that is not finite becomes null.
+      folder: existing run folder.
+      report: the report; a number that is not finite becomes null in the JSON files.
     """
     summary = summarise(report)
     files = {
@@ -36,7 +36,7 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def to_json(content: Mapping[str, object]) -> str:
-    """Returns strict JSON, in which there is no infinity and no NaN: they are null."""
+    """Returns strict JSON, with null for infinity and NaN."""
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -46,10 +46,12 @@ def one_line(report: Report) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """Returns the report as Markdown: the answer, warnings, then tables."""
+    """Returns the report as Markdown: the answer, then warnings, then tables."""
     parts = [f"# {_plain(summary.title)}", *map(_plain, summary.answer)]
     if summary.warnings:
-        parts.append("\n".join(f"> **Warning:** {_plain(one)}" for one in summary.warnings).replace("\n", "\n>\n"))
+        parts.append(
+            "\n".join(f"> **Warning:** {_plain(warning)}" for warning in summary.warnings).replace("\n", "\n>\n")
+        )
     for section in summary.sections:
         parts += [f"## {_plain(section.heading)}", *map(_plain, section.text)]
         if section.rows:
@@ -61,11 +63,13 @@ def to_html(summary: Summary, drawn: Mapping[str, tuple[str, str]]) -> str:
     """Returns the report as one HTML page that loads nothing.
 
     Args:
-      summary: the words; every one is escaped.
+      summary: words of the report; every word is escaped.
       drawn: SVG and description of each plot, by key.
     """
-    warnings = "".join(f'<p class="warning"><strong>Warning:</strong> {_words(one)}</p>\n' for one in summary.warnings)
-    answer = "".join(f"<p>{_words(one)}</p>\n" for one in summary.answer)
+    warnings = "".join(
+        f'<p class="warning"><strong>Warning:</strong> {_words(text)}</p>\n' for text in summary.warnings
+    )
+    answer = "".join(f"<p>{_words(text)}</p>\n" for text in summary.answer)
     body = "".join(_html_section(section, drawn) for section in summary.sections)
     title = escape(summary.title)
     return PAGE.format(title=title, css=CSS, answer=answer, warnings=warnings, body=body)
@@ -119,7 +123,7 @@ figure svg { width: 100%; height: auto; display: block; }
 
 
 def _html_section(section: Section, drawn: Mapping[str, tuple[str, str]]) -> str:
-    text = "".join(f"<p>{_words(one)}</p>\n" for one in section.text)
+    text = "".join(f"<p>{_words(paragraph)}</p>\n" for paragraph in section.text)
     figure = ""
     if section.plot in drawn:
         svg, words = drawn[section.plot]
@@ -140,7 +144,7 @@ def _html_table(section: Section) -> str:
 
 
 def _words(text: str) -> str:
-    """Returns text for HTML, with numbers that stay together with their unit."""
+    """Returns text for HTML; a number and its unit stay on one line."""
     return re.sub(r"(?<=\d) (?=%|[kMGT]?B\b)", "\N{NO-BREAK SPACE}", escape(text))
 
 
@@ -152,7 +156,7 @@ def _markdown_table(section: Section) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text that Markdown shows as it is, on one line; markup in a name stays visible instead of working."""
+    """Returns text that Markdown shows as it is, on one line; markup in a name stays visible and has no effect."""
     for sign, instead in (("&", "&amp;"), ("<", "&lt;"), ("`", "&#96;"), ("*", "\\*"), ("_", "\\_"), ("[", "\\[")):
         text = text.replace(sign, instead)
     return " ".join(text.split())
@@ -162,7 +166,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(inner) for inner in value]
     return value

@@ -1,4 +1,4 @@
-"""The rounds of one job, from the start or from where a run stopped."""
+"""The rounds of one job, from the start or from the last whole round."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from offsite.protos.upload import scatter_uploaded
 
 @dataclass(frozen=True)
 class _Judged:
-    """Verdict of the acceptance test; the fields are those of `RoundRecord`."""
+    """Verdict of the acceptance test; the fields have the meanings of the same fields of `RoundRecord`."""
 
     accepted: bool
     reason: str
@@ -39,15 +39,15 @@ class _Judged:
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """What stays the same over all rounds of a job.
+    """The rounds of one job, with everything that is the same in all rounds.
 
     Attributes:
       job: full model, adapter and manifest.
-      config: rule of aggregation and tolerance of the acceptance test.
-      store: where the run is kept.
-      attempts: at the rounds of this run.
-      tries: how often a round that found too few sites is tried.
-      on_ledger: told each site's newest ledger entry, see `run_round`.
+      config: federation file, with the server rule and the tolerance of the acceptance test.
+      store: the run folder.
+      attempts: attempts at the rounds of this run.
+      tries: number of tries of a round that found too few sites; at least 1.
+      on_ledger: function that takes each site's newest ledger entry, see `run_round`.
     """
 
     job: Job
@@ -58,7 +58,7 @@ class TrainingLoop:
     on_ledger: OnLedger = lambda site, head: None
 
     def public_loss(self, adapter: np.ndarray) -> float:
-        """Plugs an adapter into the full model and returns its loss on public text, nats per token."""
+        """Plugs an adapter into the full model and returns the model's loss on public records, in the task's unit."""
         job = self.job
         plug(job.full, job.layout, adapter)
         return score(job.task, job.full, job.public.test, batch=job.manifest.physical_batch).loss
@@ -70,27 +70,27 @@ class TrainingLoop:
 
     @cached_property
     def rule_settings(self) -> RuleSettings:
-        """What the rule is told; earlier adapters are read where it asks for them."""
+        """The settings of the server rule, with the earlier adapters that the federation file names."""
         config, layout = self.config.aggregation, self.job.layout
         earlier = tuple(read_earlier(folder, layout) for folder in config.earlier)
         return RuleSettings(config.learning_rate, config.momentum, config.faulty, config.penalty, layout, earlier)
 
     @cached_property
     def shipped(self) -> DeployedEmulator:
-        """The emulator that the sites have; loaded where something asks for it."""
+        """The emulator that the sites have; it is loaded at the first use."""
         return DeployedEmulator.open(self.store.package, self.job)
 
     def plug_in(self, adapter: np.ndarray) -> PlugIn:
-        """Returns what of an adapter that was tuned on the emulator is best plugged into the full model."""
+        """Returns the best plug-in for the full model from an adapter that was tuned on the emulator."""
         job, plain = self.job, plainly(adapter, self.public_loss)
-        # What an adapter learnt to repair is known where it was tuned on one emulator, and not on several.
-        one = len(job.emulators) == 1
-        if not one or not correctable(job.emulator.facts.geometry, job.manifest.adapter.method):
+        # The repair that an adapter learnt is known only where the adapter was tuned on a single emulator.
+        single = len(job.emulators) == 1
+        if not single or not correctable(job.emulator.facts.geometry, job.manifest.adapter.method):
             return plain
         return corrected(plain, job.full, job.layout, self.shipped.model, self.public_loss)
 
     def start(self) -> Progress:
-        """Returns the resume point, or the state before the first round, which it stores."""
+        """Returns the resume point; without one, stores and returns the state before the first round."""
         if (progress := self.store.load_state()) is not None:
             self.store.drop_rounds_after(progress.round)
             return progress
@@ -106,16 +106,16 @@ class TrainingLoop:
         cohort: Callable[[], tuple[str, ...]] | None = None,
         farewell: Exchange | None = None,
     ) -> Progress:
-        """Runs all rounds that are left and returns where the job stands.
+        """Runs all rounds that are left and returns the job's progress.
 
         Args:
           exchange: transport to the sites.
-          on_round: told each whole round's line.
-          cohort: gives the sites that are asked in the next round; all by default.
-          farewell: transport to the sites for what needs no answer and is not waited for long; `exchange` by default.
+          on_round: function that takes the record of each whole round.
+          cohort: function that returns the sites of the next attempt; all sites by default.
+          farewell: transport to the sites for messages that need no answer and no long wait; `exchange` by default.
 
         Raises:
-          TooFewSurvivors: a round had no sum, as often as it was tried; the run folder stands at the round before.
+          TooFewSurvivors: no try of a round gave a sum; the run folder stands at the last whole round.
         """
         progress = self.start()
         manifest = self.job.manifest
@@ -131,7 +131,7 @@ class TrainingLoop:
     def _round(
         self, progress: Progress, open_attempt: Callable[[], Attempt], farewell: Exchange
     ) -> tuple[Progress, RoundRecord]:
-        """Tries a round until it has a sum; the attempt that a crash left does not count as a try."""
+        """Tries a round until a try gives a sum; an attempt that a crash left behind does not count as a try."""
         failed = 0
         while True:
             attempt = open_attempt()
@@ -145,7 +145,7 @@ class TrainingLoop:
                     raise
 
     def advance(self, progress: Progress, attempt: Attempt) -> tuple[Progress, RoundRecord]:
-        """Runs one attempt at a round, its acceptance test, and what is due after it; nothing is stored."""
+        """Runs one attempt at a round, the acceptance test, and a refresh where it is due; stores nothing."""
         began, number = time.monotonic(), attempt.plan.number
         manifest, server = self.job.manifest, progress.server
         result = run_round(manifest, attempt.plan, server.adapter, attempt, self.on_ledger, refresh=progress.refresh)
@@ -161,16 +161,18 @@ class TrainingLoop:
         return after, record
 
     def _uploads(self, number: int, result: RoundResult) -> np.ndarray:
-        """Returns what the rule is given, float64 in the adapter's layout: the mean, or each member's own."""
+        """Returns the rule's input in the adapter's layout, float64: the mean, (d,), or each member's own, (n, d)."""
         uploads = result.update
         if self.rule.needs == INDIVIDUALS:
             if result.individuals is None:
-                raise ConfigError(f"rule={self.rule.name!r}: needs what secure aggregation hid; start a new run")
+                raise ConfigError(
+                    f"rule={self.rule.name!r}: needs each site's update, which secure aggregation hid; start a new run"
+                )
             uploads = result.individuals
         return scatter_uploaded(self.job.manifest, number, uploads)
 
     def _judge(self, progress: Progress, uploads: np.ndarray) -> tuple[Progress, _Judged]:
-        """Returns where the job stands after as much of the uploads as does no harm, and the verdict."""
+        """Returns the progress after the largest share of the uploads that does no harm, and the verdict."""
         tried: dict[float, tuple[ServerState, PlugIn]] = {}
 
         def loss_at(scale: float) -> float:
@@ -184,13 +186,13 @@ class TrainingLoop:
         judged = _Judged(verdict.accepted, verdict.reason, scale, plugged.correction, known)
         if not verdict.accepted:
             return progress, judged
-        # compared with the best so far, so that many small steps down are not taken over one by one
+        # The test compares with the best loss so far, so that many small losses cannot add up.
         best = min(loss, progress.public_loss)
         plugged_in = replace(progress, correction=plugged.correction, corrected=plugged.corrected)
         return replace(plugged_in, server=server, public_loss=best), judged
 
     def _refresh_due(self, number: int) -> bool:
-        """Whether the emulator is refreshed after a round; after the last nobody trains on it."""
+        """Whether the emulator is refreshed after a round; after the last round no site trains on it."""
         every = self.job.manifest.refresh
         return every > 0 and number % every == 0 and number < self.job.manifest.rounds
 
@@ -200,7 +202,7 @@ def _record(number: int, result: RoundResult, judged: _Judged, *, seconds: float
         round=number,
         members=tuple(result.members),
         threshold=result.threshold,
-        dropped=tuple(Dropped(one.site, one.stage, one.reason) for one in result.refused),
+        dropped=tuple(Dropped(refusal.site, refusal.stage, refusal.reason) for refusal in result.refused),
         faulty=tuple(result.faulty),
         update_norm=float(np.linalg.norm(result.update)),
         bytes_down=result.traffic.down,

@@ -21,7 +21,7 @@ def world(fed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command, and returns the one line it must end with."""
+    """Runs the command, and returns the one line with which it must end."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["offsite", *arguments])
@@ -149,6 +149,6 @@ def test_init_does_not_overwrite(world: Path, refused: Callable[..., str]) -> No
 
 
 def test_what_the_system_refuses_is_one_line(refused: Callable[..., str], world: Path) -> None:
-    """A folder of the run is to be where a file stands."""
+    """A file stands where the run needs a folder."""
     (world.parent / "file").write_text("x")
     assert "file" in refused("simulate", str(world), "--out", str(world.parent / "file" / "run"))

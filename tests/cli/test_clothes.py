@@ -1,4 +1,4 @@
-"""The clothes demo's input: whose an image is, that none is in two places, and the model trained on public ones."""
+"""The clothes demo's input: the owner of each image, no image in two places, and the model trained on public images."""
 
 import gzip
 import shutil
@@ -17,11 +17,16 @@ from offsite.task.readers.image_files import read_npz
 from offsite.task.tasks import TASKS
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
-OWN = {"east": "coat", "north": "trousers", "south": "pullover", "west": "dress"}  # a kind of which each sells half
+OWN = {
+    "east": "coat",
+    "north": "trousers",
+    "south": "pullover",
+    "west": "dress",
+}  # the kind of which both owners sell half
 
 
 def numbered(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images that each say in three pixels which one they are and in one of which part, and kinds."""
+    """Returns images and kinds; three pixels of an image give its number, and one pixel its part."""
     count = COUNTS[part]
     images = np.zeros((count, clothes.SIDE, clothes.SIDE), np.uint8)
     for digit in range(3):
@@ -31,7 +36,7 @@ def numbered(part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def debian_package(folder: Path) -> Path:
-    """Writes a package of the layout that the images come in."""
+    """Writes a package with the layout of the real images."""
     if shutil.which("dpkg-deb") is None:
         pytest.skip("no dpkg-deb here to build a package with")
     place = folder / "tree" / clothes.INSIDE
@@ -53,7 +58,7 @@ def debian_package(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], list[int], list[str]]]:
-    """What is made of such a package: by file, which images it holds, of which part, and their kinds."""
+    """The files made of such a package: for each file the numbers, parts and kinds of its images."""
     folder = tmp_path_factory.mktemp("clothes")
     clothes.extract_clothes(debian_package(folder), folder)
     found = {}
@@ -116,7 +121,7 @@ def test_the_model_knows_all_kinds_by_name_and_learns_those_it_is_shown(tmp_path
 def test_the_federation_file_is_one_and_names_every_shop(tmp_path: Path) -> None:
     for name in ("models/vit-clothes", "clothes"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "SHA256.json").write_text("{}")  # both made before, without a file
+        (tmp_path / name / "SHA256.json").write_text("{}")  # the earlier run made both, without a file
     model, images, content = clothes.prepare_clothes(tmp_path, None)
     (tmp_path / "fed.toml").write_text(content)
     config, _ = read_config(tmp_path / "fed.toml")

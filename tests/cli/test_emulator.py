@@ -1,4 +1,4 @@
-"""`offsite emulator`: build within limits, look, compare, vet; and what is refused leaves nothing behind."""
+"""`offsite emulator`: build within limits, inspect, compare, vet; a refusal leaves nothing behind."""
 
 import json
 from collections.abc import Callable
@@ -99,12 +99,12 @@ def test_what_fails_the_gate_is_not_shipped(build: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--max-bytes", "lots"), "max_bytes='lots' is no size; write 80MB"),
+        (("--max-bytes", "lots"), "max_bytes='lots' is not a size; write 80MB"),
         (("--max-bytes", "1KB"), "max_bytes: the smallest emulator has"),
         (("--max-flops", "1.5"), "max_flops=1.5: it is a share"),
         (("--recipe", "gptq5:16"), "compressor='gptq5' is not known"),
         (("--shape", "round", "--recipe", "int8"), "shape='round' is neither"),
-        (("--relearn", "many", "--recipe", "int8"), "relearn='many' is no number of tokens"),
+        (("--relearn", "many", "--recipe", "int8"), "relearn='many' is not a number of tokens"),
         (("--sequences", "100000"), "100032 are needed"),
     ],
 )

@@ -21,7 +21,7 @@ def folder(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steady(report: dict[str, Any]) -> dict[str, Any]:
-    """Returns a report without what differs from run to run: times, memory, versions, keys."""
+    """Returns a report without times, memory, versions and keys, which differ from run to run."""
     cost = {phase: sorted(facts) for phase, facts in report["cost"].items()}
     rounds = [{key: value for key, value in line.items() if key != "seconds"} for line in report["rounds"]]
     provenance = {key: value if key == "seed" else "-" for key, value in report["provenance"].items()}
@@ -29,7 +29,7 @@ def steady(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(ours: Any, golden: Any, place: str = "") -> list[str]:
-    """Returns where two values differ; numbers may differ by what another processor's arithmetic does."""
+    """Returns the places where two values differ; numbers may differ by another processor's arithmetic."""
     if isinstance(golden, dict) and isinstance(ours, dict):
         keys = sorted(ours.keys() ^ golden.keys())
         found = [f"{place}/{key}: in one of both only" for key in keys]
@@ -43,7 +43,7 @@ def differences(ours: Any, golden: Any, place: str = "") -> list[str]:
     if isinstance(golden, float) and isinstance(ours, float):
         return [] if ours == pytest.approx(golden, rel=1e-3, abs=1e-5) else [f"{place}: {ours} instead of {golden}"]
     if isinstance(golden, str) and isinstance(ours, str) and "epsilon at most" in golden:
-        return []  # a sentence with a number in it, which stands elsewhere too
+        return []  # a sentence with a number that stands elsewhere too
     return [] if type(ours) is type(golden) and ours == golden else [f"{place}: {ours!r} instead of {golden!r}"]
 
 

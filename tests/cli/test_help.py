@@ -1,4 +1,4 @@
-"""What a person reads who asks for help: a text for everything, one suggestion for a slip, and names by the tab key."""
+"""The help: a text for everything, one suggestion for a slip, and names by the tab key."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Gives a command and all below it, each with the words that call it."""
+    """Yields a command and all commands below it, each with the words that call it."""
     yield path, command
     if isinstance(command, click.Group):
         for name, below in command.commands.items():
@@ -37,7 +37,7 @@ each = pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path)
 
 
 def shown(*arguments: str) -> str:
-    """Returns what a command prints, without frames and line breaks."""
+    """Returns a command's output without frames and line breaks."""
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())

@@ -1,4 +1,4 @@
-"""What an owner is shown of an offered job before approving it, as at a terminal."""
+"""The view of an offered job before its approval, as an owner reads it at a terminal."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def run(app: object, *arguments: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def show(tmp_path_factory: pytest.TempPathFactory) -> Show:
-    """Gives what `inspect` and `approve` print of a job under some terms."""
+    """Returns the output of `inspect` and `approve` for a job under some terms."""
     folder = tmp_path_factory.mktemp("owners")
     (folder / "text.txt").write_text("text")
     home, names = folder / "home", ("east", "north", "west")
@@ -66,12 +66,12 @@ def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
 def test_other_jobs_say_what_the_sites_do_and_no_warning(show: Show) -> None:
     for terms, words in (
         (AggregationTerms(), ""),
-        (NESTED, "ranks      of 8 columns these sites train fewer: north 2"),
+        (NESTED, "ranks      these sites train fewer than 8 columns: north 2"),
     ):
         inspected, approved = show(terms)
         assert not any("WARNING" in line for line in (*inspected, *approved))
         assert not words or words in inspected
         assert any(line.startswith("leaves     one masked update a round") for line in inspected)
     inspected, _ = show(TURNS)
-    assert "turns      B is trained in odd rounds and A in even ones; only that part leaves" in inspected
+    assert "turns      B is trained in odd rounds and A in even rounds; only the trained part leaves" in inspected
     assert "pull       each step is pulled back to where the round began (FedProx), mu 0.5" in inspected

@@ -1,4 +1,4 @@
-"""What the commands of every day may not load: who asks for a status waits for no model library."""
+"""Everyday commands load no heavy module: nobody waits for a model library to read a status."""
 
 import json
 import re
@@ -25,7 +25,7 @@ MODELS = ("torch", "transformers", "peft", "opacus", "diffusers", "bitsandbytes"
 HEAVY = (*MODELS, "dp_accounting", "scipy", "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")
 SITES = ("east", "north", "south", "west")
 
-# COMMAND -> the exit code that it has here, and the modules that it may not load.
+# COMMAND -> its exit code in this test, and the modules that it may not load.
 TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "--help": (0, (*HEAVY, "numpy")),
     "--version": (0, (*HEAVY, "numpy")),
@@ -80,7 +80,7 @@ class Place:
         return command.format(**known, job=JOB.digest().hex(), fingerprint=welcome.fingerprint).split()
 
     def run(self, command: str) -> tuple[int, str, set[str]]:
-        """Runs a row of the table as a process; returns exit code, output, and what was loaded at the end."""
+        """Runs a row of the table as a process; returns exit code, output, and the modules loaded at the end."""
         done = subprocess.run(
             [sys.executable, "-c", PROBE, *self.words(command)],
             capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
@@ -138,7 +138,7 @@ def test_the_epsilon_of_a_ledger_with_entries_is_shown_as_recorded(place: Place)
 
 
 def test_what_a_command_loads_is_seen_also_where_it_fails(place: Place) -> None:
-    """A dry run needs all of it, and ends with an error as the package of the job is not here."""
+    """A dry run needs every library, and ends with an error, since the job's package is not here."""
     code, output, loaded = place.run("client dry-run {site} {job}")
     assert code == 2, output
     assert "its package is not here yet" in output

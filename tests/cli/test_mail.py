@@ -1,4 +1,4 @@
-"""The mail demo's input: whose a mail is, what is read of it, and that no mail is in two places."""
+"""The mail demo's input: the owner and the text of each mail, and no mail in two places."""
 
 import io
 import json
@@ -16,7 +16,7 @@ PAGE = "<html><body>Buy <b>now</b></body></html>"
 
 
 def npm_archive(path: Path, mails: dict[str, str]) -> None:
-    """Writes an archive of the layout that the mail comes in."""
+    """Writes an archive with the layout of the real mail."""
     with tarfile.open(path, "w:gz") as tar:
         for name, text in mails.items():
             content = json.dumps({"id": name, "text": text}).encode()
@@ -27,7 +27,7 @@ def npm_archive(path: Path, mails: dict[str, str]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What is made of ten mails of a list, a few of none, and spam with and without one."""
+    """The files made of ten mails of a list, a few mails without a list, and spam with and without a list."""
     mails = {f"easy-ham-1/{n:03d}": f"Subject: [ILUG] s{n}\n{LIST}\nbody\n {n}\n-- \nfooter\n" for n in range(10)}
     mails |= {"easy-ham-2/900": f"Subject: s3\n{LIST}\nbody 3\n"}  # the same text again
     mails |= {"hard-ham-1/001": f"Subject: hm\nContent-Type: text/html\n\n{PAGE}", "easy-ham-1/800": "Subject:\n\n \n"}
@@ -67,7 +67,7 @@ def test_half_of_the_spam_is_dealt_out_and_nothing_is_in_two_places(folder: Path
 def test_the_federation_file_is_one_and_names_every_list(tmp_path: Path) -> None:
     for name in ("models/minilm-l6-spam", "mail"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "SHA256.json").write_text("{}")  # both made before, without a file
+        (tmp_path / name / "SHA256.json").write_text("{}")  # the earlier run made both, without a file
     model, texts, content = mail.prepare_mail(tmp_path, None)
     (tmp_path / "fed.toml").write_text(content)
     config, _ = read_config(tmp_path / "fed.toml")

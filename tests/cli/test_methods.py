@@ -1,4 +1,4 @@
-"""`offsite methods`: the shipped table is what a live probe, closed forms and the table of methods say."""
+"""`offsite methods`: the shipped table agrees with a live probe, closed forms and the table of methods."""
 
 import json
 import subprocess

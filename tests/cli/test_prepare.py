@@ -1,4 +1,4 @@
-"""The demo's input: verified, made once, and any change to it said in one line."""
+"""The demo's input: verified and made once; any change gives an error of one line."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from offsite.errors import ConfigError, DataError, DigestMismatch
 
 
 def npm_archive(path: Path) -> None:
-    """Writes an archive of the layout that the texts come in: six addresses of two owners, two chapters."""
+    """Writes an archive with the layout of the real texts: six addresses of two owners, two chapters."""
     files = {"package/moby-dick/data/chapter_1.txt": "Call me", "package/moby-dick/data/chapter_12.txt": "Queequeg"}
     for year in range(1790, 1796):
         name = "George Mc'Test" if year < 1795 else "Ann Other"
@@ -29,7 +29,7 @@ def npm_archive(path: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose archive is already downloaded and has the announced hash."""
+    """A cache with an archive that is already downloaded and has the announced hash."""
     place = tmp_path / "downloads" / "texts.tgz"
     place.parent.mkdir()
     npm_archive(place)
@@ -45,7 +45,7 @@ def test_owners_get_folders_and_every_fourth_address_is_held_out(cache: Path) ->
     assert sorted(p.stem for p in (owner / "train").iterdir()) == ["1790", "1791", "1793", "1794"]
     assert sorted(p.name for p in (data / "public").iterdir()) == ["001.txt", "012.txt"]
     assert (owner / "train" / "1790.txt").read_text() == "address of 1790"
-    assert speeches.prepare_corpora(cache) == data  # the second time it is only verified
+    assert speeches.prepare_corpora(cache) == data  # the second call only verifies the model
 
 
 def test_an_altered_file_is_named(cache: Path) -> None:

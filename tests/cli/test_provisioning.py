@@ -13,7 +13,7 @@ SITES = ("east", "north", "west")
 
 
 def run(app, *arguments, answer=""):
-    """Runs a command as at a terminal, and returns what it printed; an error of ours is raised."""
+    """Runs a command as at a terminal, and returns its output; raises an `OffsiteError` of the command."""
     result = CliRunner().invoke(app, [str(one) for one in arguments], input=answer)
     if result.exception is not None:
         raise result.exception
@@ -63,7 +63,7 @@ def test_the_commands_from_nothing_to_a_signed_federation(tmp_path):
 
 @pytest.fixture
 def home(tmp_path):
-    """A signed federation of three sites beside it."""
+    """The home of a coordinator, beside three sites of its signed federation."""
     (tmp_path / "text.txt").write_text("text")
     run(coordinator.app, "init", tmp_path / "home", "--suite", 1)
     for name in SITES:

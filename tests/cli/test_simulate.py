@@ -1,4 +1,4 @@
-"""The main job on a tiny model: every engine, a plain loop, an interruption, and what the run folder holds."""
+"""The main job on a tiny model: every engine, a plain loop, an interruption, and the content of the run folder."""
 
 import json
 import os
@@ -179,7 +179,7 @@ def test_another_seed_gives_another_adapter(fed: Path, tmp_path: Path, finished:
 
 
 def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
-    """A server step of 1000 wrecks the model; the round must be refused and the adapter stay where it was."""
+    """A server step of 1000 wrecks the model; the round must be refused, and the adapter must stay as it was."""
     wild = fed.parent / "wild.toml"
     wild.write_text(fed.read_text().replace("learning_rate = 0.02", "learning_rate = 1000.0"))
     run = open_run(wild, tmp_path / "wild", rounds=1)
@@ -190,7 +190,7 @@ def test_a_worse_adapter_is_not_taken_over(fed: Path, tmp_path: Path) -> None:
 
 
 def test_a_site_that_drops_out_is_left_out_of_the_sum(fed: Path, tmp_path: Path) -> None:
-    """One of four sites fails after training; the sum of the other three must be what a plain sum of three gives."""
+    """One of four sites fails after training; the sum must equal a plain sum of the other three updates."""
 
     def one_falls_silent(run: Run, manifest: Any, sessions: Any, display: Any, rounds: Any) -> Any:
         sites = {name: run.site(name, manifest, sessions[name]) for name, _ in manifest.roster}
@@ -237,7 +237,7 @@ def test_without_privacy_the_report_says_so_first(fed: Path, tmp_path: Path) -> 
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_identical_adapter(
     fed: Path, tmp_path: Path, finished: tuple[Run, Report]
 ) -> None:
-    """The same with a real process and a real signal, at whatever moment it arrives after the first round."""
+    """The process and the signal are real, and the signal arrives at any moment after the first round."""
     out = tmp_path / "killed"
     process = offsite("simulate", str(fed), "--out", str(out))
     until = time.monotonic() + 240

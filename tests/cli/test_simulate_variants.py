@@ -1,4 +1,4 @@
-"""Two emulators in one round: the adapter is what each site's own emulator and a plain sum give."""
+"""Two emulators in one round: the adapter equals a plain sum of updates from each site's own emulator."""
 
 import json
 from functools import cache
@@ -33,7 +33,7 @@ OTHERS = ("birch", "elm")
 
 @pytest.fixture(scope="module")
 def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, JobManifest, Report]:
-    """One round under the plain mean, of which all is taken over."""
+    """A run of one round under the plain mean, whose update is taken over as a whole."""
     fed = varied.with_name("mean.toml")
     text = varied.read_text().replace("[aggregation]", '[aggregation]\nrule = "mean"')
     fed.write_text(text.replace("[evaluation]", "[evaluation]\ntolerance = 100.0"))
@@ -48,7 +48,7 @@ def finished(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
 
 
 def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) -> str:
-    """An emulator of the run's model, built without the job's own way; returns its digest."""
+    """Builds an emulator of the run's model without the job's code, and returns its digest."""
     task = TASKS["causal_lm"]
     full = task.load(run.config.model.path, dtype=torch.float32)
     examples = task.encode(
@@ -68,7 +68,7 @@ def built(run: Run, folder: Path, *, recipe: tuple[str, ...], embedding: str) ->
 
 
 def trained(run: Run, manifest: JobManifest, name: str, session: EmulatorSession) -> np.ndarray:
-    """The update of one site's first round on an emulator."""
+    """Returns the update of a site's first round on an emulator."""
     train = next(site.train for site in run.config.sites if site.name == name)
     examples = run.examples(train, manifest, session)
     start = session.layout.read(session.model).copy()

@@ -1,4 +1,4 @@
-"""The commands with another task than language modelling: columns by name, and its own measures in the report."""
+"""The commands with another task than language modelling: columns by name, and the task's measures in the report."""
 
 import csv
 import json

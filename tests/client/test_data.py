@@ -1,4 +1,4 @@
-"""task.readers.tables: what one format alone can get wrong."""
+"""task.readers.tables: faults that only one format can have."""
 
 import csv
 

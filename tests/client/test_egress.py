@@ -1,4 +1,4 @@
-"""What leaves is written down first, in words that hold no data; what cannot be written down does not leave."""
+"""Each update is written down before it leaves, in words that hold no data; without that entry no update leaves."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def audit(tmp_path: Path) -> Audit:
 
 @pytest.fixture
 def release_log(tmp_path: Path, audit: Audit) -> LedgerReleaseLog:
-    """The accounts of a real site with a ledger, a log and a clock that moves."""
+    """The release log of a real site, with a ledger, an audit log and a clock that moves."""
     ledger = Ledger(tmp_path / "ledger.jsonl", dataset="patients", epsilon_cap=8.0, delta=DELTA, accountant="rdp")
     times = iter(NOW + timedelta(minutes=minute) for minute in range(100))
     return LedgerReleaseLog(ledger, JOB, policy=policy(), audit=audit, clock=lambda: next(times))
@@ -125,7 +125,7 @@ def test_the_report_says_all_that_leaves(tmp_path: Path, release_log: LedgerRele
 
 
 def test_no_value_of_the_update_is_written_down(tmp_path: Path, release_log: LedgerReleaseLog) -> None:
-    """No number in log or ledger is near an entry of the update, and neither is any of its bytes in them."""
+    """No number in log or ledger is near an entry of the update, and no bytes of the update stand in either file."""
     release_log.release(going(1))
     text = (tmp_path / "audit.jsonl").read_text() + (tmp_path / "ledger.jsonl").read_text()
     found: list[float] = []

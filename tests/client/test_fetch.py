@@ -35,7 +35,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Wire:
-    """A TCP relay in front of a depot: a slow link, a cut, a stall, a flipped bit; it counts what it carries."""
+    """A TCP relay in front of a depot, which counts its bytes: a slow link, a cut, a stall, a flipped bit."""
 
     def __init__(self, port: int) -> None:
         self.to, self.rate, self.down, self.connections = port, 0.0, 0, 0
@@ -150,7 +150,7 @@ def partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-# --- it arrives
+# --- the package arrives
 
 
 def test_a_file_arrives_and_is_not_fetched_twice(world: World, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_changed_file_at_the_target_is_fetched_again(world: World, tmp_path: P
 
 
 def child(world: World, target: Path, before: str = "") -> subprocess.Popen[str]:
-    """Starts a process that fetches and prints how it ended."""
+    """Starts a process that fetches and prints the outcome."""
     address = world.address()
     files = {name: target.parent / f"{name}.pem" for name in ("ca", "cert", "key")}
     for name, path in files.items():
@@ -214,7 +214,7 @@ def test_killed_three_times_it_goes_on_where_it_was(world: World, tmp_path: Path
     assert not target.exists()
     assert child(world, target).communicate(timeout=300)[0] == "whole\n"
     assert target.read_bytes() == CONTENT
-    # each kill loses what was on its way: one chunk not yet whole, and what gRPC and the kernel had read ahead
+    # each kill loses the bytes on their way: one chunk not yet whole, and those read ahead by gRPC and the kernel
     assert world.wire.down < SIZE + 3 * 4 * CHUNK
 
 
@@ -249,7 +249,7 @@ def test_a_slow_link_is_never_given_up_while_bytes_move(world: World, tmp_path: 
 
 
 def test_a_link_too_slow_for_a_chunk_gets_smaller_ones(world: World, tmp_path: Path) -> None:
-    """At 400 kB/s this file, one chunk, takes 1.5 s, and after 0.6 s without one the link counts as idle."""
+    """At 400 kB/s this file, one chunk, takes 1.5 s; after 0.6 s without a chunk the link counts as idle."""
     world.wire.rate = 4e5
     content = CONTENT[:600_000]
     digest = hashlib.sha256(content).hexdigest()
@@ -272,7 +272,7 @@ def test_a_depot_that_comes_back_is_waited_for(world: World, tmp_path: Path) -> 
     assert target.read_bytes() == CONTENT
 
 
-# --- it does not, and says why
+# --- the package does not arrive, and the error says why
 
 
 def test_a_depot_that_is_gone_is_given_up_after_the_patience(world: World, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_it_begins_anew_once_and_no_more(world: World, tmp_path: Path) -> None:
 def test_a_depot_with_its_hands_full_is_waited_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another site has its one worker, and gives it back after a while."""
+    """Another site has the one worker of the depot, and gives it back after a while."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "MAX_REQUESTS", 1)
     small = Depot(world.folder, address="127.0.0.1:0", tls=world.tls, allowed=world.allowed)
     world.wire.to = port = small.start()

@@ -1,4 +1,4 @@
-"""Fetching from a depot that lies or sends damaged chunks: what is on disk is right, or is removed."""
+"""Fetching from a depot that lies or sends damaged chunks: a file on the disk is right, or is removed."""
 
 import hashlib
 import random
@@ -31,9 +31,9 @@ def ignore(_: int) -> None:
 
 
 class Liar(stubs.DepotServicer):
-    """A depot whose chunks go through a function of (number of the request, chunk); it describes the right size.
+    """A depot that sends each chunk through a function of (number of the request, chunk) and announces the right size.
 
-    `beyond` are bytes that it sends after the end.
+    `beyond`: bytes that the depot sends after the end.
     """
 
     def __init__(self, change: Callable[[int, wire.Chunk], wire.Chunk], beyond: int = 0) -> None:

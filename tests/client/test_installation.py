@@ -1,4 +1,4 @@
-"""A site's folder: what its owner joins, follows, rotates and leaves, and what it must not be led into."""
+"""A site's folder: how its owner joins, follows, rotates and leaves, and which deceptions it refuses."""
 
 import base64
 import dataclasses
@@ -59,7 +59,7 @@ def joined(home, sites, now=NOW):
 
 
 def offer(home, **changed):
-    """The welcome of `north`, with another content that the coordinator did sign."""
+    """The welcome of `north`, with other content that the coordinator did sign."""
     honest = Welcome.from_bytes(home.welcome("north").read_bytes())
     return write_welcome(dataclasses.replace(honest, **changed), home.identity).to_bytes()
 
@@ -239,7 +239,7 @@ def test_rotation_serves_with_old_keys_until_the_new_epoch(home, sites):
     assert new.replaces == old.hex()
     assert SiteHome.open(north.folder).keys.identity.public == old
     north.rotate(LATER)
-    assert request(north).identity == new.identity  # asked twice, one new set of keys
+    assert request(north).identity == new.identity  # two requests, one new set of keys
     home.approve([request(north)], LATER)
     north.join(home.welcome("north").read_bytes(), now=LATER, expected=None)
     assert north.keys.identity.public.hex() == new.identity
@@ -372,7 +372,7 @@ def test_places_that_are_none(tmp_path):
 
 
 def test_columns_are_written_and_read_as_a_table(sites):
-    """Also names that need quotes; and a file of an earlier release, which has none."""
+    """Also names that need quotes, and a file of an earlier release, which has no columns."""
     folder = sites["north"].folder
     settings = dataclasses.replace(sites["north"].settings, columns={"text": 'my "body"', "label": "spam"})
     (folder / "site.toml").write_text(settings.to_toml())

@@ -1,4 +1,4 @@
-"""What the owner's limits do to a running process, and what a job is told that does not fit into them."""
+"""The owner's limits on a running process, and the answer to a job that does not fit into them."""
 
 import os
 import subprocess
@@ -97,7 +97,7 @@ def ready(reply: codec.Message) -> bool:
 
 
 def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path: Path) -> None:
-    """The owner reads why, what was fetched is kept, and the next offer but one tries again."""
+    """The owner reads the reason, the fetched file is kept, and the next offer but one tries again."""
     site = RunningSite(world, "ash", tmp_path / "ash")
     packages = tmp_path / "ash" / "packages"
     packages.mkdir()

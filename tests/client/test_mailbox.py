@@ -23,7 +23,7 @@ REPLY = codec.encode(codec.TrainReply(1))
 
 
 class Box:
-    """An endpoint whose handler keeps what it was given."""
+    """An endpoint with a handler that keeps every message."""
 
     def __init__(self, folder: Path, handle: Callable[[str, bytes], bytes] | None = None) -> None:
         self.memory, self.handled, self.refused = folder / "letters.json", list[tuple[str, bytes]](), list[str]()
@@ -131,7 +131,7 @@ def test_in_any_order_only_numbers_that_go_up_are_opened(
 def test_what_the_coordinator_did_not_write_to_this_site(box: Box, changed: dict[str, object], match: str) -> None:
     box.answer(letter(1))
     box.refuses(letter(2, **changed), match)
-    assert box.answer(letter(2)).body == REPLY  # the number was not used up
+    assert box.answer(letter(2)).body == REPLY  # the number is still unused
 
 
 def test_every_changed_or_missing_byte(box: Box) -> None:
@@ -145,7 +145,7 @@ def test_every_changed_or_missing_byte(box: Box) -> None:
 
 
 def test_a_letter_that_is_not_read_is_answered_without_its_number(box: Box) -> None:
-    """Such an answer is one to nothing; the coordinator drops it and asks again."""
+    """Such an answer belongs to no letter; the coordinator drops the answer and asks again."""
     assert box.refuses(letter(9, key=STRANGER), "did not sign").number == 0
     assert box.refuses(b"", "").number == 0
     box.answer(letter(9))
@@ -220,7 +220,7 @@ assert len(box.handled) == 2
 
 
 def test_on_a_full_disk_no_letter_is_opened_and_none_is_lost(tmp_path: Path) -> None:
-    """A real process whose files may not grow: byte for byte of the memory, the site says no and forgets nothing."""
+    """A real process with files that may not grow: the site refuses, and its memory stays the same byte for byte."""
     process = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],
         cwd=ROOT,

@@ -11,7 +11,7 @@ from offsite.client.network.node import Node, SuperNodeConfig
 
 
 class Told:
-    """An executor to whose SuperNode something happens."""
+    """An executor with a SuperNode to which something happens."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -22,7 +22,7 @@ class Told:
 
 @pytest.mark.parametrize("error", [DecodeError("Mr Smith has flu"), IndexError("Mr Smith"), AttributeError("Smith")])
 def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Exception) -> None:
-    """It is told once, without a word of it."""
+    """The log names the message once, without a word of its content."""
     notes: list[tuple[str, str]] = []
     node = Node(
         SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),

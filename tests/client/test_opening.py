@@ -1,4 +1,4 @@
-"""A site that is opened for a job: what follows from its data is told to its owner and to nobody else."""
+"""A site that is opened for a job: facts about its data reach its owner and nobody else."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,12 +59,12 @@ def test_what_a_refusal_says_of_the_data_stays_here(
     assert secret not in str(told.value)
     assert told.value.__cause__ is None
     assert secret in (tmp_path / "audit.jsonl").read_text()
-    with pytest.raises(kind, match=secret):  # a dry run is its owner's own
+    with pytest.raises(kind, match=secret):  # a dry run belongs to the owner
         site.open_dry_run(rowwise(world), world.run.store.package, tmp_path / "rounds")
 
 
 def rowwise(world: World) -> JobManifest:
-    """The job with one record of each text."""
+    """The job with one record for each text."""
     return dataclasses.replace(world.manifest, split="truncate")
 
 
@@ -109,7 +109,7 @@ class Judging(CausalLM):
 def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only the owner is told, by line; a dry run is the owner's own and stops there."""
+    """Only the owner learns it, by line; a dry run belongs to the owner and stops at that line."""
     session = dataclasses.replace(world.session, task=Judging())
     rows = ["w1 w2 w3"] * 20 + ["w1 w13 w3"] + ["w1 w2 w3"] * 20
     site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41, delta_cap=0.5)

@@ -57,7 +57,7 @@ def nested(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def trained(world: World, site: str, number: int, **terms: float) -> tuple[np.ndarray, np.ndarray]:
-    """Our update, and the same by the slow way in the whole adapter's layout."""
+    """Our update, and the same update by the slow way in the whole adapter's layout."""
     manifest = world.manifest
     mu = float(terms.get("proximal", 0.0))
     if terms:

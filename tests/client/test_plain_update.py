@@ -61,7 +61,7 @@ def request(world: World, sequence: int = 1, number: int = 1) -> codec.UpdateReq
 
 
 def through(sites: dict[str, RunningSite], kept: dict[tuple[str, str], bytes] | None = None) -> MemoryExchange:
-    """To the sites themselves; their answers are kept for who wants to play them again."""
+    """An exchange with the sites themselves that keeps their answers, to be played again."""
 
     def handle(name: str, stage: str, body: bytes) -> bytes:
         reply = sites[name].service.handle(stage, body)
@@ -74,7 +74,7 @@ def through(sites: dict[str, RunningSite], kept: dict[tuple[str, str], bytes] | 
 
 @pytest.fixture(scope="module")
 def answers(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], bytes]:
-    """What honest sites answered in the first round."""
+    """The answers of honest sites in the first round."""
     kept: dict[tuple[str, str], bytes] = {}
     sites = opened(world, tmp_path_factory.mktemp("honest"))
     run_round(world.manifest, plan(1, 1, sites), world.start, through(sites, kept))
@@ -128,7 +128,7 @@ def test_an_owner_who_does_not_permit_it_is_not_in_the_job(world: World, tmp_pat
 
 
 def test_an_update_leaves_once(world: World, sites: dict[str, RunningSite]) -> None:
-    """The same question has the same bytes for an answer; another one, with another number, has none."""
+    """The same question gets the same bytes; another question, with another number, gets no update."""
     site, training = sites["ash"], codec.TrainRequest(world.manifest.digest(), 1, world.start)
     assert site.ask("train", training) == codec.TrainReply(1)
     ask = codec.encode(request(world))
@@ -181,7 +181,7 @@ def _terms(world: World) -> SecAggParams:
 
 
 def _sealed_again(world: World, reply: codec.UpdateReply, box: bytes) -> codec.UpdateReply:
-    """As the site itself would sign another box."""
+    """Signs another box as the site itself would."""
     found = signed_bodies.sign(world.identities["elm"], UPDATE, _terms(world).t0(), "elm", digest_of(box))
     return dataclasses.replace(reply, box=box, commitment=found)
 
@@ -254,7 +254,7 @@ def test_a_bad_update_costs_its_site_the_round_and_nobody_else(
 
 
 def test_nobody_between_reads_an_update(world: World, answers: dict[tuple[str, str], bytes]) -> None:
-    """No eight entries in a row of what the coordinator gets stand in the answers that carry it."""
+    """No eight entries in a row of an update stand in the answers that carry the update."""
     result = again(world, answers, "elm", lambda reply: reply)
     assert result.individuals is not None
     for name, row in zip(result.members, result.individuals, strict=True):

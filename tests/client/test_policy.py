@@ -1,4 +1,4 @@
-"""The owner's policy: every rule says no by itself, and what is not in the file is not permitted."""
+"""The owner's policy: every rule refuses by itself, and the file permits nothing that it does not name."""
 
 import dataclasses
 import itertools
@@ -81,7 +81,7 @@ def changed(**fields: Any) -> JobManifest:
 
 
 def test_the_template_is_a_policy_that_permits_no_job(tmp_path: Path) -> None:
-    """It explains every key, asks for each approval, and tells nothing beside the update."""
+    """The template explains every key, asks for each approval, and lets nothing leave beside the update."""
     policy = Policy.read(written(tmp_path))
     assert (policy.models, policy.methods, policy.metrics) == ((), (), ())
     assert policy.splits == ("truncate",)  # the tokenizer has no say in how many records there are

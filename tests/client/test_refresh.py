@@ -128,7 +128,7 @@ def test_what_does_not_belong_there_is_refused_and_leaves_nothing(world: World, 
     assert reason in world.refusal(2, tuple(sorted(moved)))
     assert session.biases.values() == shipped
     assert world.sites["ash"]._pending is None
-    assert reason in world.refusal(2, tuple(sorted(moved)))  # asked again, it is looked at again
+    assert reason in world.refusal(2, tuple(sorted(moved)))  # a second request is checked again
 
 
 def test_it_moves_only_where_the_approved_job_says_so(world: World) -> None:

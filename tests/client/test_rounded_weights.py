@@ -1,4 +1,4 @@
-"""A site whose frozen weights lie in bitsandbytes' numbers: nearly the same update, and what doctor says."""
+"""A site with frozen weights in bitsandbytes' numbers: nearly the same update, and the line of doctor."""
 
 import sys
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 
 @pytest.fixture(scope="module")
 def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A job whose emulator keeps its middle in 32 bits, which there is something to round of."""
+    """A job with an emulator that keeps its middle in 32 bits, so that rounding has something to round."""
     pytest.importorskip("bitsandbytes", reason=NEEDED)
     path = fed.parent / "wide.toml"
     path.write_text(fed.read_text().replace('["int4:32"]', '["skip@2"]'))
@@ -28,7 +28,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_nearly_the_same_update_in_less_memory(world: World) -> None:
-    """The noise is the same, so what differs is the gradients' share."""
+    """The noise is the same, so only the gradients' share differs."""
     plain, exact = trained(world, "widened")
     sizes = []
     for weights, most in (("int8", 0.02), ("nf4", 0.4)):
@@ -40,14 +40,14 @@ def test_nearly_the_same_update_in_less_memory(world: World) -> None:
         assert session.engine == plain.engine
         np.testing.assert_array_equal(session.start, plain.start)  # the slots are the coordinator's to the last bit
         numbers = [[check["value"] for check in one.vetting[0].to_dict()["checks"]] for one in (plain, session)]
-        assert numbers[0] != numbers[1]  # it was vetted as it runs
+        assert numbers[0] != numbers[1]  # the vetted emulator is the one that runs
     assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_doctor_says_that_the_extra_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "records.txt").write_text("a record\n")
     made = SiteHome.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if bitsandbytes were not installed
 
     def versions() -> str:
         found = examine(SiteHome.open(made.folder), lambda: NOW)[0]

@@ -1,4 +1,4 @@
-"""A running site's answers, without a network: whose word it takes, when it trains, and what it tries again."""
+"""A running site's answers, without a network: its trust, its trainings and its second tries."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def offered(site: RunningSite, state: str = "ready") -> codec.OfferReply:
-    """Offers until the site is in a state."""
+    """Offers a job until the site reports a state."""
     for _ in range(3000):
         reply = site.ask("offer", site.world.offer(site.name))
         assert isinstance(reply, codec.OfferReply), reply
@@ -47,7 +47,7 @@ def notes(site: RunningSite) -> list[str]:
 
 
 def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path: Path) -> None:
-    """Fetched and opened meanwhile, so that a dry run is possible; the approval counts at once, and so does its end."""
+    """The package is fetched and opened meanwhile, for a dry run; an approval and its end count at once."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     digest = world.manifest.digest().hex()
     reply = offered(site, "waiting")
@@ -68,7 +68,7 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
 
 
 def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each change once, however often the coordinator asks; words that are not ours stand in quotes."""
+    """The log names each change once, however often the coordinator asks; foreign words stand in quotes."""
     caplog.set_level("INFO", "offsite.client")
     digest = world.manifest.digest().hex()
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
@@ -103,7 +103,7 @@ def test_its_owner_is_told_of_a_refusal(world: World, tmp_path: Path, caplog: py
 
 
 def test_an_epoch_that_has_ended_takes_no_job(world: World, tmp_path: Path) -> None:
-    """A site may have run since before its end."""
+    """A site may have run since before the end of its epoch."""
     site = RunningSite(world, "ash", tmp_path / "ash")
     site.change(clock=lambda: NOW + timedelta(days=400))
     reply = site.ask("offer", world.offer("ash"))
@@ -129,7 +129,7 @@ def failing(error: Exception, times: int, honest: Callable[..., Any], seen: list
 def test_what_may_pass_is_tried_again_from_where_it_stood(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a pause, and without vetting again: the coordinator may ask as often as it likes."""
+    """The site pauses and does not vet again, however often the coordinator asks."""
     monkeypatch.setattr("offsite.client.service.job_loading.PAUSES", (0.3, 300.0))
     site, opened = RunningSite(world, "ash", tmp_path / "ash"), list[JobManifest]()
     open_site = failing(DataError("disk is full"), 2, site._open, opened)
@@ -144,7 +144,7 @@ def test_what_may_pass_is_tried_again_from_where_it_stood(
 
 @pytest.mark.parametrize("error", [UnsupportedModel("a trap"), DigestMismatch("another")])
 def test_what_cannot_pass_is_not(world: World, tmp_path: Path, error: Exception) -> None:
-    """A refused emulator is not vetted again with every offer; one that may be damaged was fetched a second time."""
+    """A refused emulator is not vetted again with every offer; an emulator that may be damaged was fetched twice."""
     seen: list[JobManifest] = []
     fetched: list[str] = []
     site = RunningSite(world, "ash", tmp_path / "ash")
@@ -163,7 +163,7 @@ def test_what_cannot_pass_is_not(world: World, tmp_path: Path, error: Exception)
 
 
 def test_a_package_that_was_damaged_on_the_disk_is_fetched_again(world: World, tmp_path: Path) -> None:
-    """As by a machine that lost its power while it unpacked."""
+    """As on a machine that lost its power while it unpacked."""
     site = RunningSite(world, "ash", tmp_path / "ash")
     folder = tmp_path / "ash" / "packages" / world.manifest.emulator
     folder.mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_a_package_that_was_damaged_on_the_disk_is_fetched_again(world: World, t
 
 
 def test_a_package_that_was_made_anew_is_tried(world: World, tmp_path: Path) -> None:
-    """The coordinator encrypts it again when its own copy is damaged: another file, the same job."""
+    """The coordinator encrypts a package again when its own copy is damaged: another file, the same job."""
     site = RunningSite(world, "ash", tmp_path / "ash")
     fetched: list[str] = []
 
@@ -209,7 +209,7 @@ def is_refused(reply: codec.Message) -> codec.OfferReply | None:
 
 
 def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> None:
-    """A job that waits for its owner says the same whatever the data are."""
+    """A job that waits for its owner reports the same whatever the data are."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     site.change(open_site=failing(PolicyRefusal("does not fit"), 1, site._open, site.opened))
     waiting = offered(site, "waiting")
@@ -224,7 +224,7 @@ def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> 
 
 
 def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
-    """However jobs come and end: an older fetch is broken off, and what only waited is never begun."""
+    """However jobs come and end, an older fetch is broken off, and a job that only waited never begins."""
     jobs = [dataclasses.replace(world.manifest, model=f"model {number}") for number in range(6)]
     site = RunningSite(world, "ash", tmp_path / "ash")
     running, most, begun = [0], [0], list[str]()
@@ -252,7 +252,7 @@ def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
 
 
 def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, tmp_path: Path) -> None:
-    """Also where it was there when the job came: the records are not read, and nothing that they would say goes out."""
+    """Also where the approval was there when the job came: no record is read, and no fact about the records leaves."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     vetting, digest = threading.Event(), world.manifest.digest().hex()
 
@@ -290,7 +290,7 @@ def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
 
 
 def test_offers_do_not_fill_the_disk(world: World, tmp_path: Path) -> None:
-    """The newest stay, and those that an owner approved."""
+    """The newest offers stay, and the offers that an owner approved."""
     jobs, content, digests = Jobs(tmp_path / "jobs"), world.manifest.to_bytes(), [f"{n:064x}" for n in range(120)]
     for number, digest in enumerate(digests):
         jobs.keep(content, bytes(64), digest)
@@ -353,7 +353,9 @@ def test_a_ledger_that_fell_behind_is_told_before_anything_is_fetched(world: Wor
     forged = world.offer("ash", ledgers=(codec.LedgerHead(name, 3, head, bytes(64)),))
     assert isinstance(site.ask("offer", forged), codec.Refusal)
     other = world.offer("ash", ledgers=(codec.LedgerHead(ledger_name("other"), 3, head, bytes(64)),))
-    assert isinstance(site.ask("offer", other), codec.OfferReply)  # of another data set: not this ledger's business
+    assert isinstance(
+        site.ask("offer", other), codec.OfferReply
+    )  # a head of another data set, which is not this ledger's business
 
 
 def test_the_end_of_a_job_is_an_end(world: World, tmp_path: Path) -> None:

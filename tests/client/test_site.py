@@ -1,4 +1,4 @@
-"""A site's refusals, with real messages: nothing is answered that would release more than was planned."""
+"""A site's refusals, with real messages: no answer releases more than was planned."""
 
 import dataclasses
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_no_private_record_decides_whether_the_gradients_are_right(
 def test_a_site_that_sends_no_message_or_two_is_left_out(
     opened: tuple[JobManifest, dict[str, Site], np.ndarray], stage: str, count: int
 ) -> None:
-    """The others have their sum without it, or with what it had sent before."""
+    """The others have their sum without this site, or with its earlier message."""
     manifest, sites, start = opened
 
     def hostile(asked: str, body: bytes) -> bytes:
@@ -109,7 +109,7 @@ def test_a_site_that_sends_no_message_or_two_is_left_out(
 def test_an_update_that_is_trained_anew_is_not_sent_through_the_round_before(
     opened: tuple[JobManifest, dict[str, Site], np.ndarray],
 ) -> None:
-    """Its ledger would tell of another update than the one that left."""
+    """Otherwise the ledger would describe another update than the update that left."""
     manifest, sites, start = opened
     site = sites["ash"]
     answer(site, "train", codec.encode(codec.TrainRequest(manifest.digest(), 1, start)))

@@ -1,4 +1,4 @@
-"""What leaves of a training: all that the mechanism gave, cut to the public bound, and never an answer instead."""
+"""The update of a training: the whole result of the mechanism, cut to the public bound, and never a refusal."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What every entry of privacy.ACCOUNTANTS promises; a new entry inherits all of it."""
+"""The promises of every entry of privacy.accountants.ACCOUNTANTS; a new entry inherits all tests."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_order_does_not_matter(name):
 @each
 @pytest.mark.parametrize(("noise", "steps"), [(3.0, 1), (5.0, 30), (20.0, 200)])
 def test_never_below_the_closed_form_without_sampling(name, noise, steps):
-    """k Gaussian steps of the full batch are one of noise/sqrt(k) (Balle and Wang 2018, arXiv 1805.06530, thm 8)."""
+    """k Gaussian steps of the full batch are a step of noise/sqrt(k) (Balle and Wang 2018, arXiv 1805.06530, thm 8)."""
     spread = noise / math.sqrt(steps)
 
     def excess(epsilon):

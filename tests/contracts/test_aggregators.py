@@ -22,7 +22,7 @@ Reference = Callable[[np.ndarray, list[np.ndarray]], np.ndarray]
 
 
 def draw(seed: int, name: str, scale: float = 1.0) -> np.ndarray:
-    """What a rule is given: a mean, or an update for each site."""
+    """Draws the input of a rule: a mean, or an update for each site."""
     shape = (LAYOUT.size,) if AGGREGATORS[name].needs == SUM else (SITES, LAYOUT.size)
     return np.random.default_rng(seed).normal(size=shape) * scale
 
@@ -36,7 +36,7 @@ def products(vector: np.ndarray) -> list[np.ndarray]:
     return [named[B.format(i)].astype(np.float64) @ named[A.format(i)] for i in (0, 1)]
 
 
-# what every rule promises
+# promises of every rule
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -55,7 +55,7 @@ def test_a_rule_is_pure(name: str) -> None:
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_a_zero_update_moves_nothing(name: str) -> None:
-    """flexlora writes the same products with other factors; olora is asked where it has nothing left to do."""
+    """flexlora writes the same products with other factors; olora is tested where it has nothing left to do."""
     start = adapter()
     if name == "olora":
         named = LAYOUT.named(start)
@@ -152,7 +152,7 @@ def entrywise(choose: Callable[[list[float]], float]) -> Reference:
 
 
 def flexlora_by_hand(here: np.ndarray, updates: np.ndarray) -> np.ndarray:
-    """By the whole product and its whole decomposition; signs are those of the rule, since they are nobody's choice."""
+    """By the whole product and its whole decomposition; signs are those of the rule, since they are free."""
     mine = LAYOUT.named(AGGREGATORS["flexlora"].step(ServerState.start(here), updates, SETTINGS).adapter)
     named = LAYOUT.named((here + updates).mean(axis=0))
     for i in (0, 1):
@@ -208,7 +208,7 @@ def test_a_rule_equals_its_second_implementation(name: str) -> None:
     assert np.abs(state.adapter - start).max() > 0.01
 
 
-# what single rules promise
+# promises of single rules
 
 
 def test_krum_ignores_sites_that_send_anything() -> None:

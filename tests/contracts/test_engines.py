@@ -1,4 +1,4 @@
-"""What every entry of privacy.ENGINES promises: each example's own gradient, to the last bit that arithmetic allows."""
+"""The promise of every entry of ENGINES: each example's own gradient, as exactly as arithmetic allows."""
 
 from typing import Any
 
@@ -132,7 +132,7 @@ def fitting(engines: Any, cases: Any) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_example_has_its_own_gradient(engine: str, case: str) -> None:
-    """In float64, where nothing but arithmetic that differs could differ; with short and long records in one batch."""
+    """In float64, so that only a different computation can differ; with short and long records in one batch."""
     model = adapted(case).double()
     if not fits(engine, case):
         with pytest.raises((PrivacyRefusal, NotImplementedError, RuntimeError, AttributeError, TypeError)):
@@ -170,7 +170,7 @@ def test_a_bfloat16_model_with_float32_adapters(engine: str, case: str) -> None:
     found = by_engine(model, TASK.losses, ragged(), engine)
     right = by_engine(model, TASK.losses, ragged(), "loop")
     assert error(found, right) < 2e-2
-    assert error(found[::-1], right) > 0.5  # one example's gradient is not another's
+    assert error(found[::-1], right) > 0.5  # the gradients of two examples differ
 
 
 def clipped_sum(model: nn.Module, losses: Any, batch: Any, engine: str, bound: float, physical: int = 64) -> Tensor:
@@ -211,7 +211,7 @@ def test_micro_batches_and_empty_ones_add_up_to_the_whole(engine: str) -> None:
 
 
 class Poison(torch.autograd.Function):
-    """The identity, but for what is not finite in some rows: forwards, or only backwards."""
+    """The identity, except for values that are not finite in some rows: forwards, or only backwards."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, bad: Tensor, where: str) -> Tensor:

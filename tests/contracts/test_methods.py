@@ -1,4 +1,4 @@
-"""The promises of every entry of adapter.METHODS on the families that it fits; a new entry inherits all tests."""
+"""The promises of every entry of adapter.methods.METHODS on the families that fit; a new entry inherits all tests."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_f
 
 # Methods that do not take GPT-2's transposed layers.
 LINEAR = ("beft", "c3a", "delora", "glora", "hra", "loha", "lokr", "miss", "miss_bat", "oft", "peanut", "road", "shira")
-# (method, family) -> the alternative that the message names
+# (method, family) -> the alternative in the message
 UNFIT = {("bitfit", "llama"): "norm"} | {(name, "gpt2"): "ffa_lora" for name in (*LINEAR, "supertuning")}
 UNFIT |= {("clip_adapter", family): "bottleneck" for family in TOWERS}
 UNFIT |= {(method, family): "lora" for method in ("concept_tokens", "ip_adapter") for family in TOWERS}

@@ -83,7 +83,7 @@ def test_gradients_are_per_example(method: str, family: str) -> None:
             assert engine != chosen
             continue
         error = float(((found - right).norm(dim=1) / right.norm(dim=1)).max())
-        if engine != "hooks":  # Opacus is silently wrong for some; then the probe must not have taken it
+        if engine != "hooks":  # Opacus is silently wrong for some methods; then the probe must not have taken Opacus
             assert error < 1e-6, engine
         if error < 1e-6:
             exact.append(engine)
@@ -93,7 +93,7 @@ def test_gradients_are_per_example(method: str, family: str) -> None:
 
 
 def most_moved(model: nn.Module, batch: Inputs, engine: str) -> float:
-    """Returns by how much one example moves the clipped sum at most, as a share of the bound, which clips most of them.
+    """Returns the largest move of the clipped sum by one example, as a share of the bound, which clips most examples.
 
     By brute force: the sum with and without each example, noise off, in the float32 that a site trains in.
     """

@@ -1,4 +1,4 @@
-"""The promises of every entry of task.TASKS; a new entry inherits all tests by its sample in `task_samples`."""
+"""The promises of every entry of task.tasks.TASKS; a new entry inherits all tests by its sample in `task_samples`."""
 
 import copy
 import socket
@@ -73,7 +73,7 @@ def train(model, part):
 
 
 def tables(model):
-    """Returns the word embeddings at both ends of a model, as far as it has them."""
+    """Returns the word embeddings at the ends of a model, where the model has any."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return [*token_embeddings(model), *([] if head is None else [head])]
 
@@ -148,7 +148,7 @@ def test_the_gradient_of_one_loss_is_the_gradient_of_that_example_alone(loaded, 
 
 
 def broken(sample):
-    """A sample's records; its processor fails on the second."""
+    """A sample's records, with a processor that fails on the second."""
     first, second, third = sample.records(3, 1)
     main = next(iter(second))
     if sample.task == "chat":

@@ -20,7 +20,7 @@ OWNERS = ("ash", "birch", "cedar")
 
 
 def teach(sample, folder, steps):
-    """Trains the model a little on public records, so that it has something to adapt."""
+    """Trains the model a little on public records, so that an adapter has something to adapt."""
     task = TASKS[sample.task]
     model = task.load(folder, dtype=torch.float32).requires_grad_(True)
     batch = task.encode(
@@ -77,7 +77,7 @@ def test_a_private_federation_learns_it_on_the_emulator_and_for_the_full_model(n
 
 @pytest.mark.slow
 def test_a_private_federation_learns_on_a_u_net(tmp_path):
-    """The blocks of a U-net are in several towers, so its emulator is built in another way."""
+    """The blocks of a U-net lie in several towers, so its emulator is built in another way."""
     content = config_for(next(one for one in SAMPLES if str(one) == "text_to_image-unet"), tmp_path)
     content["adapter"]["targets"] = ["to_v", "to_out.0", "proj", "net.2"]
     content["training"]["rounds"], content["aggregation"]["learning_rate"] = 2, 0.1
@@ -86,7 +86,7 @@ def test_a_private_federation_learns_on_a_u_net(tmp_path):
 
 @pytest.mark.slow
 def test_an_ip_adapter_learns_what_images_say(tmp_path):
-    """The full model predicts a record better with its own image, and much worse with the image of another."""
+    """The full model predicts a record better with its own image, and much worse with the image of another record."""
     sample = replace(first_of("image_prompt_to_image"), records=latents.toned, dialects=True)
     scores = simulated(config_for(sample, tmp_path, steps=100), tmp_path)["quality"]["private"]
     assert scores["plug_in"]["loss"] < scores["full_zero_shot"]["loss"]

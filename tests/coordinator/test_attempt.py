@@ -1,4 +1,4 @@
-"""An attempt at a round, killed in every stage: it resumes with the same masks, asks nothing twice, counts once."""
+"""An attempt at a round, killed in every stage, resumes with the same masks, asks nothing twice and counts once."""
 
 import errno
 import json
@@ -37,7 +37,8 @@ class Asked:
     Args:
       inner: function that carries the stages.
       stage: stage in which the exchange dies.
-      moment: `before` any site is asked, `among` them after the first, or `after` the last, whose answer is then lost.
+      moment: moment of the kill: `before` any site is asked, `among` the sites after the first question, or `after` the
+        last question, whose answer is then lost.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ CHANGES: dict[str, Callable[[dict[str, bytes]], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_answers_to_another_question_are_refused(tmp_path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
-    """Same stage, other payload: old answers would mix two computations."""
+    """The stage is the same and the payload differs; old answers would mix two computations."""
     run_stages(attempts(tmp_path).open(1, everyone, Asked(echo)), until="shares")
     exchange, payloads = Asked(echo), question("keys")
     change(payloads)
@@ -216,7 +217,7 @@ def test_killed_before_the_plan_was_on_disk_it_starts_afresh(tmp_path: Path, lef
 def test_killed_while_an_attempt_is_forgotten_it_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan that outlived its answers would ask the sites again, in stages that the sites have already left."""
+    """A plan without its answers would ask the sites again, in stages that the sites have already left."""
     first = attempts(tmp_path)
     run_stages(first.open(1, everyone, Asked(echo)))
 
@@ -257,7 +258,7 @@ def test_a_full_disk_is_said_where_an_attempt_begins(tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_is_said_where_an_attempt_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mark is a file like the others: it is on disk before an update leaves, or the round ends."""
+    """The mark is a file like the others: the mark is on disk before an update leaves, or the round ends."""
     exchange = Asked(echo)
     attempt = attempts(tmp_path).open(1, everyone, exchange)
     run_stages(attempt, MASKED_UPLOAD_STAGE)
@@ -279,7 +280,7 @@ def test_a_full_disk_is_said_where_an_attempt_is_counted(tmp_path: Path, monkeyp
 
 
 def test_answers_that_cannot_be_kept_end_the_round(tmp_path: Path) -> None:
-    """Without the answers on disk, a resumed round would ask the sites in a stage that they have already left."""
+    """Without the answers on disk, a resumed round would ask sites in a stage that the sites have already left."""
     attempt = attempts(tmp_path).open(1, everyone, Asked(echo))
     (tmp_path / "attempt" / f".train.replies.{os.getpid()}.partial").mkdir()
     with pytest.raises(DataError, match="cannot be written"):
@@ -419,7 +420,7 @@ def test_an_attempt_that_cannot_go_on_is_tried_with_other_masks(
 ) -> None:
     """Too few sites answer one stage, and the round is tried afresh.
 
-    An update that had left its site is trained again with other noise and debited again; any other update is used
+    An update that had left its site is trained again with other noise and debited again. Any other update is used
     again. In the second attempt one more site has come back.
     """
     sites = open_sites(world, tmp_path / "sites")
@@ -455,7 +456,7 @@ def test_a_changed_adapter_does_not_go_on_with_old_answers(world: World, tmp_pat
 def test_a_site_whose_share_does_not_fit_is_named(
     world: World, undisturbed: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The site's update is in the sum, which the others' shares open; the round's record names the site."""
+    """The site's update is in the sum, which the other sites' shares open; the round's record names the site."""
     original = Member.unmask
 
     def wrong(member: Member, signatures: list[signed_bodies.Signed]) -> signed_bodies.Signed:

@@ -38,7 +38,7 @@ class Pair:
         self.talk = self.signed_exchange()
 
     def signed_exchange(self) -> SignedExchange:
-        """Returns the coordinator's end; a second call makes the coordinator after a restart."""
+        """Returns the coordinator's end; a second call returns the end after a restart."""
         return SignedExchange(
             self,
             self.coordinator,
@@ -123,7 +123,7 @@ def test_a_kept_message_sent_again_is_acted_upon_once(pair: Pair) -> None:
 
 
 def test_messages_that_overtake_each_other(pair: Pair) -> None:
-    """The first message is held back until the second is opened; it then never opens, and no answer counts twice."""
+    """The first message is held back until the second opens; the first never opens, and no answer counts twice."""
     held: list[dict[str, bytes]] = []
 
     def hold(stage: str, payloads: dict[str, bytes]) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def test_messages_that_overtake_each_other(pair: Pair) -> None:
 
 
 def test_an_answer_to_another_message(pair: Pair) -> None:
-    """Old answers with valid signatures: to an earlier message of the same stage, and of another stage."""
+    """Old answers have valid signatures, and answer an earlier message of the same stage or of another stage."""
     kept: list[dict[str, bytes]] = []
 
     def keep(stage: str, replies: dict[str, bytes]) -> dict[str, bytes]:
@@ -269,7 +269,7 @@ def test_a_refusal_is_an_answer_and_is_not_asked_for_again(tmp_path: Path) -> No
 
 
 def test_every_message_of_one_stage_goes_to_one_site_only(pair: Pair) -> None:
-    """All messages of a stage share a number; each still opens at one site only."""
+    """All messages of a stage share a number; each message still opens at one site only."""
     seen: dict[str, bytes] = {}
     pair.down = lambda stage, payloads: seen.update(payloads) or {}
     pair.ask()
@@ -282,7 +282,7 @@ def test_every_message_of_one_stage_goes_to_one_site_only(pair: Pair) -> None:
 
 
 def test_the_same_messages_of_another_epoch_are_refused(pair: Pair, tmp_path: Path) -> None:
-    """Same keys, same sites, a manifest with one other term."""
+    """Keys and sites are the same, and a single term of the manifest differs."""
     other = federation_of(pair.identities, pair.coordinator, max_epsilon=7.0)
     talk = SignedExchange(
         pair,

@@ -1,4 +1,4 @@
-"""The encrypted package: every site opens it, a restart hands out the same, and a file torn by a crash is made anew."""
+"""The encrypted package opens at every site, is the same after a restart, and is made anew where a crash tore it."""
 
 import dataclasses
 import errno
@@ -38,7 +38,7 @@ class Place:
         return self.depot / delivery.sha256.hex()
 
     def check(self, delivery: Delivery) -> None:
-        """Asserts that every site can open the file, and that it is the package."""
+        """Asserts that every site can open the file, and that the content is the package."""
         sealed = self.file(delivery).read_bytes()
         assert (hashlib.sha256(sealed).digest(), len(sealed)) == (delivery.sha256, delivery.size)
         manifest = read_manifest(self.world.run.store.package).to_bytes()
@@ -88,7 +88,7 @@ def test_a_torn_file_is_not_offered_again(place: Place, tear: str) -> None:
     ids=ascii,
 )
 def test_damaged_facts_are_made_anew_under_another_key(place: Place, content: bytes) -> None:
-    """The key stood in the facts alone; a site that still fetches the old file has the key from the old offer."""
+    """The facts alone held the key; a site that still fetches the old file has the key from the old offer."""
     first = place.deliver()
     place.facts.write_bytes(content)
     second = place.deliver()

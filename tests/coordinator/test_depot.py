@@ -157,7 +157,7 @@ def test_only_whole_digests_are_names(world: World, name: str) -> None:
 
 
 def test_without_a_good_certificate_there_is_no_connection(world: World) -> None:
-    """TLS itself refuses these peers, each for its own reason, beside a member that gets in by the same way."""
+    """TLS itself refuses these peers, each for a reason of its own; a member gets in by the same way."""
     stranger = create_authority("authority", now=NOW)
     for pair in (
         (None, None),
@@ -294,7 +294,7 @@ def test_a_site_that_asks_for_nothing_holds_no_worker(world: World, monkeypatch:
 
 
 def test_one_site_cannot_hold_what_all_have_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One site sends more silent requests than the depot takes from all; its neighbour is answered beside them."""
+    """A site sends more silent requests than the depot takes from all sites; a neighbour is still answered."""
     monkeypatch.setattr(offsite.coordinator.network.depot, "REQUEST_SECONDS", 60 * HANGS)
     with world.channel(world.ash) as channel:
         calls = [silent(channel) for _ in range(MAX_REQUESTS + 20)]

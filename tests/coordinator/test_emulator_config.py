@@ -1,4 +1,4 @@
-"""Who gets which emulator by the federation file, and every way in which it does not say so."""
+"""The emulator of each site by the federation file, and every way in which the file fails to name it."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_the_order_of_the_file_makes_no_difference() -> None:
     ("variants", "said"),
     [
         ('sites = ["elk"]', r"emulator.variants\[0\].sites='elk': no site of this federation; did you mean elm"),
-        ("sites = []", r"emulator.variants\[0\].sites=\[\]: a variant is for one site or more; name them"),
+        ("sites = []", r"emulator.variants\[0\].sites=\[\]: a variant is for one site or more; name sites"),
         ('sites = ["elm", "elm"]', r"emulator.variants\[0\].sites='elm': named before; a site has one emulator"),
         ('sites = ["elm"]\n[[emulator.variants]]\nsites = ["elm"]', r"variants\[1\].sites='elm': named before"),
         ('sites = ["elm"]\ngate = 1.5', r"emulator.variants\[0\].gate=1.5: a cosine lies in \[-1, 1\]"),
@@ -97,7 +97,7 @@ def test_what_says_nothing_is_refused_in_one_line(variants: str, said: str) -> N
 
 
 def test_members_of_a_real_federation_are_not_in_the_file() -> None:
-    """They are compared with the roster when the job is prepared, `tests/coordinator/test_variants.py`."""
+    """The names are compared with the roster when the job is prepared, see `tests/coordinator/test_variants.py`."""
     real = "model.path = 'm'\ndata.public = 'p'\ncoordinator.home = 'home'\n"
     emulator = config("[[emulator.variants]]\nsites = ['elk']", real).emulator
     with pytest.raises(ConfigError, match=r"sites='elk': no site of this federation; did you mean elm"):
@@ -128,5 +128,5 @@ def test_a_refresh_beside_variants_is_refused() -> None:
     sites = ["ash"]
     compress = ["int8"]
     """
-    with pytest.raises(ConfigError, match=r"emulator.refresh=2: only one emulator .* leave emulator.variants out"):
+    with pytest.raises(ConfigError, match=r"emulator.refresh=2: only a single emulator .* leave emulator.variants out"):
         config(text)

@@ -1,4 +1,4 @@
-"""The report of a job between organisations, from real sites in one process: what it holds, and what it cannot know."""
+"""The report of a job between organisations, from real sites in one process: its numbers, and its gaps."""
 
 import json
 import re
@@ -52,7 +52,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Concluded:
-    """A job whose rounds are all whole, and what was written of it."""
+    """A job with all rounds whole, and the files of its report."""
 
     world: World
     job: Job
@@ -133,10 +133,10 @@ def test_its_words_are_those_of_a_real_job(concluded: Concluded, name: str) -> N
     words = concluded.text(name).replace("&#x27;", "'").replace("&quot;", '"')
     assert "report of a job between organisations" in words
     for said in (
-        "2 of 2 rounds are done, 2 were taken over",
+        "2 of 2 rounds are done, and 2 were taken over",
         "The coordinator cannot know how good the model is on the sites' own text",
         "epsilon 8.00 at most over the whole job",
-        "The coordinator cannot know what a site has spent",
+        "The coordinator cannot know the epsilon that a site has spent",
         "What is protected: one record: a block of 16 tokens of one site's data",
         "so that 8 records are drawn on average",
         "number of records to the power of -1.1",
@@ -171,7 +171,7 @@ def test_its_statement_says_unit_relation_sampling_delta_and_trust(concluded: Co
     assert statement["epsilon_largest"] is None
     assert "at most 8.0" in statement["claim"]
     assert statement["composition"]["over"].startswith(
-        "all steps of all rounds of the job together, spare ones included"
+        "all steps of all rounds of the job together, spare rounds included"
     )
     assert statement["simulated"] == []
     assert "allow_seeded_noise" in statement["noise_source"]

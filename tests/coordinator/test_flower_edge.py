@@ -1,4 +1,4 @@
-"""What comes out of Flower is not signed yet: an unreadable answer costs its site the question, and no other site."""
+"""Answers from Flower are not signed yet: an unreadable answer costs its own site the question, and no other site."""
 
 from collections.abc import Iterable
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Jobs with given tensors, from the federation file to the plug-in: Fisher masks, MAD-X and AdapterFusion."""
+"""Jobs with auxiliary tensors, from the federation file to the plug-in: Fisher masks, MAD-X and AdapterFusion."""
 
 import dataclasses
 import hashlib
@@ -116,7 +116,7 @@ def test_a_mask_by_fisher_information_of_public_data(fed: Path, tmp_path: Path) 
 
 
 def test_a_mask_reads_public_data_alone(fed: Path, tmp_path: Path) -> None:
-    """With every file of the sites gone, the same mask comes out; with other public text, another."""
+    """Without any file of the sites, the mask is the same; with other public text, the mask is another."""
     folder = tmp_path / "world"
     (folder / "data" / "public").mkdir(parents=True)
     (folder / "model").symlink_to(fed.parent / "model")
@@ -192,7 +192,7 @@ def _bottleneck(values: dict[str, torch.Tensor], slot: str) -> Any:
 def test_a_site_trains_on_nothing_but_what_its_job_takes(
     madx: World, change: Any, kind: type[Exception], reason: str, tmp_path: Path
 ) -> None:
-    """A coordinator that announces another file honestly, and signs a job for it."""
+    """The coordinator announces another file honestly, and signs a job for that file."""
     folder = tmp_path / "package"
     shutil.copytree(madx.run.store.package, folder)
     facts = package_reader.read_manifest(folder)
@@ -241,7 +241,11 @@ def test_two_adapters_are_fused(fed: Path, languages: list[Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("adapter", "kind", "reason"),
     [
-        ('method = "lora"\nfrozen = ["{a}"]', ConfigError, "'lora' takes none; remove it, or take madx or fusion$"),
+        (
+            'method = "lora"\nfrozen = ["{a}"]',
+            ConfigError,
+            "'lora' takes no frozen adapter; remove the key, or take madx or fusion$",
+        ),
         ('method = "madx"', ConfigError, "^adapter.frozen=0 folders: method 'madx' takes 1"),
         ('method = "madx"\nfrozen = ["{a}", "{b}"]', ConfigError, "^adapter.frozen=2 folders: .*'madx' takes 1"),
         ('method = "fusion"\nfrozen = ["{a}"]', ConfigError, "^adapter.frozen=1 folders: .*'fusion' takes 2"),
@@ -312,7 +316,7 @@ def test_folders_are_relative_to_the_file(fed: Path) -> None:
 
 
 def test_a_mask_from_compressed_weights_is_refused(fed: Path) -> None:
-    """In a parallel emulator a site's largest entries are others than the full model's, of as many, so none notices."""
+    """In a parallel emulator, other entries are the largest, in equal number, so that no site would notice."""
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     coarse = (weight / weight.abs().max() * 7).round()
     assert not torch.equal(largest(weight, 100), largest(coarse, 100))

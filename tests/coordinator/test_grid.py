@@ -1,4 +1,4 @@
-"""The answers that a site may construct: real pieces of Flower's, some of which do not make a message."""
+"""The answers that a site may construct from real pieces of Flower; some answers do not make a message."""
 
 import json
 from types import SimpleNamespace
@@ -139,7 +139,7 @@ def test_pieces_that_are_too_long_are_put_together_nowhere(link: SuperLink, grid
 
 
 def test_one_piece_named_a_million_times_is_refused() -> None:
-    """Such an array of 5 MB would fill the memory when it is put together."""
+    """An array of this kind has 5 MB, and would fill the memory when its pieces are put together."""
     array = Array(np.zeros(1 << 20, dtype=np.uint8))
     contents = {name: one.deflate() for name, one in get_all_nested_objects(array).items()}
     check_size(contents, LARGEST)

@@ -124,7 +124,7 @@ def test_a_port_that_is_taken_is_said(place: SuperLinkPlace, tmp_path: Path) -> 
 
 @pytest.fixture
 def interrupts() -> Iterator[list[int]]:
-    """Collects interrupts sent to this process, which a coordinator would take for a person's."""
+    """Collects interrupts sent to this process; a coordinator would take them for interrupts by a person."""
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
     yield seen
@@ -134,7 +134,7 @@ def interrupts() -> Iterator[list[int]]:
 def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
     place: SuperLinkPlace, tmp_path: Path, interrupts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a minute's sleep of the machine: the run's token has expired with its heartbeats."""
+    """The run's token has expired with its heartbeats, as after a minute's sleep of the machine."""
     monkeypatch.setattr("offsite.coordinator.network.flower_grid.LOST_SECONDS", 10 * HANGS)
     with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
         (run,) = unfinished(place)

@@ -36,7 +36,7 @@ class Waiting:
 
     Args:
       folder: folder of status and ledgers.
-      says: reports of each site, one per offer; None is no answer.
+      says: reports of each site, one per offer; None stands for no answer.
     """
 
     def __init__(self, folder: Path, says: Mapping[str, Iterator[Said]]) -> None:
@@ -89,7 +89,7 @@ class Waiting:
         return self.poller.wait(ReadinessPolicy(wanted, min_sites, patience))
 
     def waits(self, at_least: float, at_most: float) -> TooFewSurvivors:
-        """Asserts that the poller gives up, and after how many seconds."""
+        """Asserts that the poller gives up after this number of seconds."""
         began = self.time
         with pytest.raises(TooFewSurvivors) as caught:
             self.wait()
@@ -130,7 +130,7 @@ def test_a_site_that_comes_no_further_does_not_make_the_wait_endless(
 
 
 def test_counting_the_whole_package_up_ends(tmp_path: Path) -> None:
-    """One piece each time the patience is nearly over gives the longest wait that a site can cause; it ends."""
+    """A piece each time the patience is nearly over gives the longest wait that a site can cause; this wait ends."""
     slow = (reply("fetching", piece * PIECE) for piece in count() for _ in range(5))
     waiting = Waiting(tmp_path, sites(slow))
     waiting.sleep = lambda seconds: setattr(waiting, "time", waiting.time + PATIENCE / 5)  # type: ignore[method-assign]
@@ -153,7 +153,7 @@ def test_a_slow_site_that_fetches_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_each_step_of_a_site_is_progress_once_in_each_wait(tmp_path: Path) -> None:
-    """States of the first wait do not count in the second: sites that come back then are waited for again."""
+    """States of the first wait do not count in the second wait, which waits again for sites that come back."""
 
     def coming() -> Iterator[Said]:
         for state in ("waiting", "fetching", "refused"):
@@ -248,7 +248,7 @@ CHANGED = (
 
 
 def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path) -> None:
-    """A signature that comes then is of the old epoch, and is not kept under the current epoch."""
+    """A signature that comes afterwards is of the old epoch, and is not kept under the current epoch."""
     waiting = Waiting(tmp_path, sites(iter([None, None, reply("ready")])))
 
     def change(seconds: float) -> None:
@@ -263,7 +263,7 @@ def test_another_epoch_ends_the_wait_for_a_signature_in_one_line(tmp_path: Path)
 
 
 def test_another_epoch_does_not_end_a_job_that_all_have_signed(tmp_path: Path) -> None:
-    """Sites that moved to the new epoch are missing; if too many are, the error names the epoch."""
+    """Sites that moved to the new epoch are missing; where too many sites are missing, the error names the epoch."""
     waiting = Waiting(tmp_path, sites(iter([reply("ready"), *[None] * 50, *[reply("ready")] * 2, *[None] * 1000])))
     assert waiting.wait() == NAMES
     waiting.current = following(waiting.federation)

@@ -1,4 +1,4 @@
-"""Numbers never come twice: over restarts, with a clock set back, without the file; each is on disk before its use."""
+"""A number never comes twice: after restarts, with a clock set back, without the file; disk comes before use."""
 
 import os
 import subprocess

@@ -287,7 +287,7 @@ def kill_at(folder: Path, request: bytes, step: int) -> None:
 
 
 def test_after_a_kill_at_any_step_the_folder_is_of_one_epoch(home, keys):
-    """Killed at every replaced file: the epoch is the old or the new one, and every welcome belongs to that epoch."""
+    """After a kill at any replaced file, the epoch is the old or the new epoch, and every welcome belongs to it."""
     home.approve(requests(keys, "east", "north"), NOW)
     request = requests(keys, "west")[0]
     spawn, seen = multiprocessing.get_context("fork"), []

@@ -1,4 +1,4 @@
-"""Between rounds the emulator is aligned anew: kept where it is better, the same after a restart, and small."""
+"""Between rounds the emulator is aligned anew; a refresh is small, kept where better, and the same after a restart."""
 
 import copy
 import dataclasses
@@ -71,7 +71,7 @@ def test_a_line_tells_what_a_refresh_weighs_and_does(finished: tuple[Run, Report
 
 
 def test_sites_train_on_the_refreshed_emulator(refreshing: Path, tmp_path: Path) -> None:
-    """A plain loop over them, on an emulator whose biases were written by hand, gives the second adapter."""
+    """A plain loop over the sites gives the second adapter, on an emulator whose biases were written by hand."""
     run = open_run(refreshing, tmp_path / "run", rounds=2)
     with pytest.raises(KeyboardInterrupt):
         simulate(run, options(StopAfter(1)))
@@ -147,7 +147,7 @@ def started(shipped: DeployedEmulator, **more: Any) -> Progress:
 
 
 def test_an_emulator_that_was_led_astray_is_led_back(shipped: DeployedEmulator) -> None:
-    """The public loss must fall: every bias was pushed off by a whole unit, and only a refresh can take that back."""
+    """Every bias was pushed off by a whole unit. Only a refresh can take that back, so the public loss must fall."""
     shipped.biases.put(())
     near = shipped._loss()
     for bias in shipped.biases.tensors.values():
@@ -164,7 +164,7 @@ def test_an_emulator_that_was_led_astray_is_led_back(shipped: DeployedEmulator) 
 
 
 def fitted_to_one_word(shipped: DeployedEmulator, word: int) -> DeployedEmulator:
-    """The same coordinator, whose calibration text is one word over and over."""
+    """The same coordinator, with a calibration text that repeats a single word."""
     two = shipped.job.public.calibration.select([0, 1])
     dull = dataclasses.replace(two, input_ids=torch.full_like(two.input_ids, word))
     public = dataclasses.replace(shipped.job.public, calibration=dull)
@@ -179,7 +179,7 @@ def risen(trial: RefreshTrial) -> float:
 
 
 def test_a_refresh_that_does_harm_is_not_kept(shipped: DeployedEmulator) -> None:
-    """Fitted to a single word the loss on real text rises, for some word at least: the tiny model knows few."""
+    """A fit to a single word raises the loss on real text, at least for some word: the tiny model knows few words."""
     progress = started(shipped)
     tried = []
     for word in range(5, 15):

@@ -1,4 +1,4 @@
-"""The written report against the numbers it was given, read back as a program, a person and a browser would."""
+"""The written report against its input, read back as a program, a person and a browser would read it."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Reports and round records are typed: no key in quotes is looked up in them, and no dictionary stands for them."""
+"""Reports and round records are typed: no code looks up a key in quotes, and no dictionary stands for a record."""
 
 import ast
 from pathlib import Path

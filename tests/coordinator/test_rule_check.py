@@ -11,15 +11,9 @@ from safetensors.numpy import save_file
 from offsite.coordinator.aggregation.compatibility import KEYS, check_rule
 from offsite.coordinator.aggregation.rules import AGGREGATORS, INDIVIDUALS, REFUSED
 from offsite.coordinator.config.aggregation_table import AggregationConfig, RankConfig, SecaggConfig
-from offsite.coordinator.config.federation_file import (
-    AdapterConfig,
-    DataConfig,
-    FedConfig,
-    ModelConfig,
-    SiteConfig,
-    TrainingConfig,
-    read_config,
-)
+from offsite.coordinator.config.data_tables import DataConfig, ModelConfig, SiteConfig
+from offsite.coordinator.config.federation_file import FedConfig, read_config
+from offsite.coordinator.config.training_tables import AdapterConfig, TrainingConfig
 from offsite.errors import ConfigError, DataError, UnknownName
 
 SITES = ("ash", "birch", "cedar", "elm", "fir")
@@ -36,7 +30,7 @@ FITS: dict[str, dict[str, Any]] = {
 
 
 def config(rule: str, **changed: Any) -> FedConfig:
-    """Returns a federation of five with a rule and the keys that it needs, with a test's changes."""
+    """Returns a federation of five sites with a rule and the keys that the rule needs, with a test's changes."""
     values = FITS.get(rule, {}) | changed
     training = TrainingConfig(local_steps=values.pop("steps", 1), learning_rate=values.pop("rate", 1.0))
     adapter = AdapterConfig(method=values.pop("method", "ffa_lora"), rank=4)

@@ -86,7 +86,7 @@ def test_factors_in_turn(fed: Path, tmp_path: Path) -> None:
 
 
 def test_ledger_and_egress_report_are_of_the_part_that_leaves(fed: Path, tmp_path: Path) -> None:
-    """Real sites: before the upload, the audit log announces the factor that is trained in this round."""
+    """At real sites, the audit log announces the factor of this round before the upload."""
     world = make_world(written(fed, "rolora", method="lora"), tmp_path / "world")
     sites = open_sites(world, tmp_path)
     exchange = MemoryExchange({name: site.service.handle for name, site in sites.items()})

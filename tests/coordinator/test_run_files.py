@@ -1,4 +1,4 @@
-"""The files of a begun run: lines and facts of earlier releases are read, and what is written has the same keys."""
+"""The files of a begun run: lines and facts of earlier releases are readable, and new files have the same keys."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A job at a coordinator's desk: what its run folder is tied to, when it needs no site, and how it takes losses."""
+"""A job at a coordinator: the settings of its run folder, its end without sites, and its lost links."""
 
 import dataclasses
 import re
@@ -81,7 +81,7 @@ def context(folder: Path, run: Path, config: FedConfig | None = None) -> JobCont
 
 
 def edited(folder: Path, **replaced: str) -> FedConfig:
-    """The configuration after an edit of the file: each key's line gets another value, or is added below its table."""
+    """The configuration after an edit of the file: each key's line gets another value, or is added below the table."""
     text = (folder / "fed.toml").read_text()
     for key, value in replaced.items():
         text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
@@ -123,7 +123,7 @@ def test_all_rounds_on_disk_are_concluded_without_a_site(folder: Path, run: Path
 def test_it_is_concluded_under_the_next_epoch_too(folder: Path, run: Path, job: tuple[Job, Path]) -> None:
     opened = context(folder, run)
     epoch = replace(opened.home.federation(), epoch=2)
-    with pytest.raises(Untrusted, match="epoch=1: this run was made under it, and the owners are at 2; start a new"):
+    with pytest.raises(Untrusted, match="epoch=1: this run was made under that epoch, and the owners are at epoch 2"):
         open_job(opened, epoch)
     all_rounds(job[0], opened.store)
     assert open_job(opened, epoch).manifest == job[0].manifest
@@ -219,7 +219,7 @@ def test_a_folder_without_its_settings_is_no_run_folder(folder: Path, run: Path)
 
 
 def losing(opened: JobContext, job: Job, rounds: list[int]) -> Callable[..., Progress]:
-    """Links that are lost one after the other, each after so many whole rounds of the job in all."""
+    """Links that are lost one after the other, each when the job has the given number of whole rounds."""
     left = iter(rounds)
 
     def over_link(*_: object) -> Progress:
@@ -261,7 +261,7 @@ def test_a_link_that_is_lost_again_and_again_ends_the_job_in_one_line(
 def test_a_link_that_is_lost_in_the_farewell_is_not_missed(
     folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All rounds are whole: nobody is waited for again."""
+    """All rounds are whole, so that the job waits for no site."""
     opened, epoch = context(folder, run), CoordinatorHome.open(folder / "home").federation()
     monkeypatch.setattr(service, "_over_link", losing(opened, job[0], [2, 0]))
     assert service._over_links(opened, job[0], epoch, DELIVERIES).round == job[0].manifest.rounds

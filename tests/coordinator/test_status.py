@@ -1,4 +1,4 @@
-"""Where a job stands: a coordinator that is gone is told from another process that has got its number since."""
+"""The status of a job: a new process with the number of a dead coordinator does not count as the coordinator."""
 
 import json
 import os
@@ -19,7 +19,7 @@ BOOT, OTHER = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-2
 
 
 def written(folder: Path, **changed: Any) -> Path:
-    """The status of this very process in a round, with some facts changed; None removes one."""
+    """The status of this very process in a round, with some facts changed; None removes a fact."""
     Status(folder / "status.json", lambda: NOW).set("in a round")
     facts = json.loads((folder / "status.json").read_text()) | changed
     (folder / "status.json").write_text(json.dumps({key: one for key, one in facts.items() if one is not None}))
@@ -76,7 +76,7 @@ def test_a_process_that_is_gone_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("birth", ["", None])
 def test_a_status_without_a_birth_is_judged_by_the_number(tmp_path: Path, birth: str | None) -> None:
-    """An earlier release's, or one written on macOS."""
+    """Such a status comes from an earlier release, or from macOS."""
     assert read_status(written(tmp_path, born=birth))["state"] == "in a round"
     assert healthy(tmp_path)
 

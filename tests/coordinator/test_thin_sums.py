@@ -1,4 +1,4 @@
-"""Where ranks differ and sites go missing, few sites may make up a part of the sum: the sites refuse to open it."""
+"""Where ranks differ and sites go missing, a part of the sum may be of few sites; the sites refuse to open the sum."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ def opened(made: tuple[Run, JobManifest, EmulatorSession]) -> Opened:
 
 @dataclass
 class Heard:
-    """A coordinator's questions, and the refusals by stage."""
+    """A coordinator's questions to the sites, and the sites' refusals by stage."""
 
     stages: list[str] = field(default_factory=list)
     refusals: dict[str, set[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A job with two emulators: each is built, gated and measured, and each site can open its own package and no other."""
+"""A job with two emulators: both are built, gated and measured, and a site can open its own package and no other."""
 
 import dataclasses
 import io
@@ -78,7 +78,7 @@ def test_one_layout_fits_every_emulator_and_the_full_model(world: World, job: Jo
 
 
 def test_the_clip_is_the_largest_of_the_medians(world: World, job: Job) -> None:
-    """By the loop engine, which takes one example at a time."""
+    """The loop engine computes the norms, one example at a time."""
     task, medians = TASKS["causal_lm"], []
     for name in ("package", "packages/birch"):
         emulator = attach(package_reader.load(world.run.store.folder / name, dtype=torch.float32), job.manifest.adapter)
@@ -153,7 +153,9 @@ def test_another_package_in_the_place_of_one_is_refused(world: World, tmp_path: 
     shutil.copytree(world.run.store.folder, folder)
     shutil.rmtree(folder / name)
     shutil.copytree(world.run.store.folder / other, folder / name)
-    with pytest.raises(DigestMismatch, match=r"^emulator=\w{16}: run '.*run' began with \w{16}; put that one back"):
+    with pytest.raises(
+        DigestMismatch, match=r"^emulator=\w{16}: run '.*run' began with \w{16}; put that emulator back"
+    ):
         Run.open(folder).open_job()
 
 
@@ -208,7 +210,7 @@ def test_a_restart_hands_out_the_same_and_mends_what_is_torn_alone(world: World,
 
 
 def test_facts_of_another_emulator_are_made_anew(world: World, tmp_path: Path) -> None:
-    """They seal to other sites; a copied file gives nobody a key that is not his."""
+    """The facts seal to other sites; a copied file gives no site a key of another site."""
     store, depot = Store(tmp_path / "run"), tmp_path / "depot"
     for name in ("package", "packages"):
         shutil.copytree(world.run.store.folder / name, store.folder / name)
@@ -231,7 +233,7 @@ def test_each_site_fetches_and_unpacks_its_own(world: World, tmp_path: Path) -> 
 
 
 def test_a_site_takes_no_other_sites_package(world: World, tmp_path: Path) -> None:
-    """Also where the coordinator seals it to that site: its digest is not the one that everybody was told."""
+    """This holds also where the coordinator seals the package to that site: the digest differs from the manifest's."""
     store, folder = world.run.store, tmp_path / "depot"
     sealed = deliver(
         store.package, folder, world.manifest, world.federation, tmp_path / "facts.json", sites=world.sites
@@ -246,7 +248,7 @@ def test_a_site_takes_no_other_sites_package(world: World, tmp_path: Path) -> No
 
 
 def test_a_site_does_not_train_on_an_emulator_that_only_it_was_told_of(world: World, tmp_path: Path) -> None:
-    """It is another job, which the others do not know: the coordinator's signature is over the whole manifest."""
+    """The coordinator signs the whole manifest, so that this is another job, which the other sites do not know."""
     other = dataclasses.replace(world.manifest, emulators=(("ash", "ab" * 32), *world.manifest.emulators))
     forged = dataclasses.replace(world.offer("ash"), manifest=other.to_bytes())
     refusal = RunningSite(world, "ash", tmp_path / "ash").ask("offer", forged)

@@ -1,4 +1,4 @@
-"""Rounds of DP-ZO: a few numbers leave each site, and the coordinator's replay of their sum is the open computation."""
+"""Rounds of DP-ZO: a few numbers leave each site, and the coordinator's replay of the sum is the open computation."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_terms_that_no_release_writes_are_refused(terms: AggregationTerms, forwa
 
 
 def test_ledger_and_egress_report_are_of_the_numbers_that_leave(forward: Path, tmp_path: Path) -> None:
-    """Real sites: a few bytes are announced and debited as the steps that they are of."""
+    """Real sites announce the few bytes of an upload, and debit the steps behind these bytes."""
     world = make_world(forward, tmp_path / "world")
     sites = open_sites(world, tmp_path)
     exchange = MemoryExchange({name: site.service.handle for name, site in sites.items()})

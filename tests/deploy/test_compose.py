@@ -1,4 +1,4 @@
-"""docker-compose.yml and Dockerfile: who may write what, reach whom and see which records, read off the files."""
+"""docker-compose.yml and Dockerfile: rights to write, to reach others and to see records, read off the files."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_a_client_can_reach_the_coordinator_and_nobody_else(compose: dict[str, A
 
 
 def test_tls_is_not_an_option() -> None:
-    """There is no switch without TLS, neither in the files nor in the programs that they start."""
+    """No switch turns TLS off, neither in the files nor in the programs that they start."""
     for name in (
         "docker-compose.yml",
         "Dockerfile",
@@ -155,7 +155,7 @@ def test_only_what_the_image_is_made_of_is_sent_to_the_builder() -> None:
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deploy/healthcheck.py"}
-    parts = [name.split(".")[:2] for name in packages]  # a room's folder brings what is inside it
+    parts = [name.split(".")[:2] for name in packages]  # a room's folder brings its content
     rooms = {name for part in parts for name in part}
     assert kept == rooms | files
     assert all((ROOT / one).exists() for one in kept)

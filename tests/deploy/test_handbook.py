@@ -1,4 +1,4 @@
-"""docs/operations.md against the code: every key, state, check and number that it names is the one that runs."""
+"""docs/operations.md against the code: the keys, states, checks and numbers on the page are those that run."""
 
 import ast
 import dataclasses
@@ -48,7 +48,7 @@ def test_every_key_of_the_policy_with_its_default() -> None:
 
 
 def test_every_state_of_a_job() -> None:
-    sources = [*(ROOT / "coordinator").glob("*.py"), ROOT / "cli" / "coordinator_run.py"]
+    sources = [*(ROOT / "coordinator").rglob("*.py"), ROOT / "cli" / "coordinator_run.py"]
     code = "".join(path.read_text() for path in sources)
     states = set(re.findall(r'status\.set\(\s*"([^"]+)"', code)) | set(re.findall(r'"state": "([^"]+)"', code))
     listed = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", section("coordinator status")))))
@@ -64,7 +64,7 @@ def test_every_state_of_a_site() -> None:
 
 
 def test_every_check_of_doctor() -> None:
-    code = (ROOT / "client" / "doctor.py").read_text().split("checks: dict")[1].split("return [")[0]
+    code = (ROOT / "client" / "service" / "doctor.py").read_text().split("checks: dict")[1].split("return [")[0]
     first = re.findall(r"(?m)^\| ([a-z ,]+) \|", section("doctor"))
     listed = {one.strip() for cell in first for one in cell.split(",")}
     assert set(re.findall(r'(?m)^\s+"([\w ]+)":', code)) == listed - {"check"}
@@ -102,7 +102,7 @@ def test_the_numbers_of_the_page_of_timeouts(start: str, numbers: list[float]) -
 
 
 def test_defaults_of_the_federation_file() -> None:
-    code = (ROOT / "coordinator" / "config.py").read_text().split("class CoordinatorConfig")[1].split("@dataclass")[0]
+    code = (ROOT / "coordinator" / "config" / "coordinator_table.py").read_text()
     for key, start in (("deadline", "one stage"), ("patience", "waiting for sites"), ("attempts", "tries of a round")):
         found = re.search(rf"(?m)^    {key}: \w+ = ([\d.]+)$", code)
         assert found is not None

@@ -1,4 +1,4 @@
-"""README's six commands, as the script that its readers run: real processes, and the adapter of the memory engine."""
+"""README's six commands, in the script that its readers run: real processes, and the adapter of the memory engine."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def lines_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def job_of(fed: Path, **replaced: object) -> str:
-    """Returns what a federation file of the tiny world says beside its places and its sites."""
+    """Returns the lines of a federation file of the tiny world without its places and sites."""
     table = tomllib.loads(fed.read_text())
     del table["model"]
     table["data"] = {"length": table["data"]["length"]}
@@ -56,7 +56,7 @@ def policy(**values: str) -> str:
 
 
 class Script:
-    """A run of the script in a session of its own, ended whatever the test does."""
+    """A run of the script in a session of its own, which ends whatever the test does."""
 
     def __init__(self, folder: Path, world: Path, sites: Path, **environment: str) -> None:
         assert shutil.which("bash"), "the script needs bash"
@@ -82,7 +82,7 @@ class Script:
         self.process.wait()
 
     def left(self) -> list[psutil.Process]:
-        """Returns what still runs of the script's session."""
+        """Returns the processes of the script's session that still run."""
         alive = []
         for process in psutil.process_iter():
             try:

@@ -1,4 +1,4 @@
-"""The systemd units: systemd's own checks where it is here, and the keys that the handbook promises in any case."""
+"""The systemd units: systemd's own checks where it is installed, and always the keys that the handbook promises."""
 
 import configparser
 import re
@@ -45,7 +45,7 @@ def read(name: str) -> configparser.ConfigParser:
 
 
 def installed(name: str, folder: Path, extra: str = "") -> Path:
-    """Writes a unit as it would be installed here: an instance, and the program of this environment."""
+    """Writes a unit as an installation here would: an instance, and the program of this environment."""
     program = Path(sys.executable).parent / "offsite"
     text = (ROOT / "deploy" / "systemd" / name).read_text().replace("/opt/offsite/bin/offsite", str(program))
     path = folder / name.replace("@", "@north")

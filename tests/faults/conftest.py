@@ -54,12 +54,12 @@ class Federation:
     """The folders and the processes of one federation.
 
     Args:
-      folder: where everything goes.
+      folder: folder for all files of the federation.
       fed: federation file of the tiny world, with its model and texts.
-      ports: (link, depot) to listen on.
-      sites: their names.
-      told: (link, depot) that sites are told, where a proxy stands between.
-      plain: whether every process is a new interpreter, and no fork of one that has imported everything.
+      ports: ports (link, depot) of the coordinator.
+      sites: names of the sites.
+      told: ports (link, depot) in the welcomes, where a proxy stands between.
+      plain: whether every process is a new interpreter, instead of a fork of a process that has imported everything.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Federation:
         printed = self.command("coordinator", "approve", str(self.home), *requests, "--yes")
         fingerprint = re.search(r"to compare: (\S+)", printed)
         assert fingerprint is not None, printed
-        if told is not None:  # only now: a welcome tells the ports of these settings
+        if told is not None:  # only now, since a welcome names the ports of these settings
             settings = self.home / "coordinator.toml"
             for key, port in zip(("link_port", "depot_port"), self.ports, strict=True):
                 settings.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {port}", settings.read_text()))
@@ -128,7 +128,7 @@ class Federation:
         return path
 
     def forget_updates(self) -> None:
-        """Lets the sites send an update again that they sent in an earlier test.
+        """Lets the sites send an update of an earlier test again.
 
         With noise from a seed every job repeats the same update, which a site's journal rightly refuses to send twice.
         """
@@ -136,7 +136,7 @@ class Federation:
             (self.site(site) / "state" / "journal.jsonl").unlink(missing_ok=True)
 
     def start(self, name: str, *arguments: str, module: str = PROGRAM, env: dict[str, str] | None = None) -> Process:
-        """Starts a process whose output goes to NAME.log; one with an environment of its own is no fork."""
+        """Starts a process with its output in NAME.log; a process with an environment of its own is not a fork."""
         with (self.folder / f"{name}.log").open("ab") as log:
             plain = self.plain or env is not None
             process = launch(module, *arguments, output=log, errors=log, env=env, plain=plain)
@@ -213,7 +213,7 @@ class Federation:
 
 @pytest.fixture(scope="module")
 def federation(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Three sites that run for a whole module; a test that kills one starts it again."""
+    """Three sites that run for a whole module; a test that kills a site starts it again."""
     made = Federation(tmp_path_factory.mktemp("federation"), fed)
     made.start_sites()
     try:

@@ -1,4 +1,4 @@
-"""A coordinator in a test's hands: the real keys, link, depot and job, and whatever letters the test wants to send."""
+"""A coordinator in a test's hands: the real keys, link, depot and job, and all letters that the test wants to send."""
 
 import contextlib
 import hashlib
@@ -43,10 +43,10 @@ def now() -> datetime:
 
 
 class HostileCoordinator:
-    """Used as a context manager while the sites of a federation run.
+    """A coordinator that cheats, as a context manager while the sites of a federation run.
 
     Args:
-      federation: whose coordinator this is.
+      federation: federation of this coordinator.
       path: federation file of the job.
     """
 
@@ -87,7 +87,7 @@ class HostileCoordinator:
     def manifest(self) -> JobManifest:
         return self.job.manifest
 
-    # what an honest coordinator does
+    # the acts of an honest coordinator
 
     def ready(self, patience: float = 90.0) -> tuple[str, ...]:
         """Offers the job until every site is ready."""
@@ -109,7 +109,7 @@ class HostileCoordinator:
     def start(self) -> np.ndarray:
         return self.job.start
 
-    # what a hostile one does
+    # the acts of a hostile coordinator
 
     def letter(
         self,
@@ -134,7 +134,7 @@ class HostileCoordinator:
         )
 
     def send(self, site: str, stage: str, data: bytes) -> codec.Message:
-        """Sends the bytes of a letter and returns what is in the site's own letter."""
+        """Sends the bytes of a letter and returns the content of the site's own letter."""
         replies = self.exchange.send(stage, {site: data})
         assert site in replies, f"{site} did not answer"
         return codec.decode(codec.decode_signed_message(replies[site]).body)
@@ -165,7 +165,7 @@ class HostileCoordinator:
         return replace(offer, **changed)
 
     def offered(self, site: str, offer: codec.Offer, seconds: float = 60.0) -> codec.OfferReply:
-        """Offers until the site has made up its mind."""
+        """Offers a job until the site has decided."""
         until = time.monotonic() + seconds
         while True:
             reply = self.ask(site, "offer", offer)
@@ -201,10 +201,10 @@ class Tampered:
     """An exchange in which one stage is changed on its way out or on its way back.
 
     Args:
-      inner: carries the rest.
-      stage: that is changed.
-      outgoing: payloads -> payloads.
-      incoming: replies -> replies.
+      inner: exchange that carries all stages.
+      stage: name of the changed stage.
+      outgoing: function from payloads to changed payloads.
+      incoming: function from replies to changed replies.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""A site that cheats: `python -m tests.faults.hostile_site FOLDER`, with what it does now in FOLDER/hostile.txt.
+"""A site that cheats: `python -m tests.faults.hostile_site FOLDER`, with its current act in FOLDER/hostile.txt.
 
-It is `offsite client run` with its own honest code changed in the places named here, as a hostile owner could do.
+This program is `offsite client run` with its honest code changed in the places named here, as a hostile owner could.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def mode() -> str:
 
 
 def wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replaces a function by one that is given the original first."""
+    """Replaces a function by a wrapper with the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *arguments, **named: change(original, *arguments, **named))
 
@@ -96,7 +96,7 @@ OPENLY: dict[str, Callable[[Any, float], Any]] = {
 
 
 def spend(original: Any, update: Any, terms: Any, *rest: Any, **named: Any) -> Any:
-    """Another update in the place of the one that was trained and entered, with the site's own check left out."""
+    """Another update in the place of the trained and entered update, with the site's own check left out."""
     if mode() not in OPENLY:
         return original(update, terms, *rest, **named)
     check, ring.check = ring.check, lambda *_, **__: None  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def spend(original: Any, update: Any, terms: Any, *rest: Any, **named: Any) -> A
 
 
 def encode(original: Any, update: Any, **named: Any) -> Any:
-    """A site that leaves its own check out: the ring holds no more than the largest value for each entry."""
+    """Encodes without the site's own check: the ring holds no more than the largest value for each entry."""
     if mode() != "heavy":
         return original(update, **named)
     top = ring.levels(named["members"])

@@ -1,4 +1,4 @@
-"""A program for tests of the fork server: `python -m tests.faults.look HOW` says what it finds, or ends in some way."""
+"""A program for tests of the fork server: `python -m tests.faults.look HOW` prints its state, or ends in some way."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGCHLD", "SIGPIPE")
 
 
 def found() -> dict[str, Any]:
-    """Returns what this process has."""
+    """Returns the state of this process."""
     has_torch = "torch" in sys.modules
     import numpy as np
     import torch
@@ -41,7 +41,7 @@ def found() -> dict[str, Any]:
 
 
 def main(how: str) -> None:
-    """Does what it was started for."""
+    """Prints the state, or ends as its argument says."""
     if how == "print":
         sys.stdout.write(json.dumps(found()))
     elif how == "exit":

@@ -1,4 +1,4 @@
-"""The update that a hostile site sends in the place of its own, as far out as a job lets it."""
+"""The update that a hostile site sends in the place of its own, as far out as a job permits."""
 
 import numpy as np
 

@@ -11,8 +11,8 @@ class Proxy:
     """Forwards one port to another.
 
     Args:
-      target: port on loopback.
-      rate: bytes per second of each direction of each connection; None for no limit.
+      target: number of the target port on loopback.
+      rate: bytes per second for each direction of each connection; None for no limit.
     """
 
     def __init__(self, target: int, *, rate: float | None = None) -> None:

@@ -38,7 +38,7 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Target:
-    """Where an attacker points its programs, with all it holds: an address and a certificate that is public."""
+    """The target of an attacker's programs, with all that the attacker holds: an address and a public certificate."""
 
     address: str
     ca: bytes
@@ -64,7 +64,7 @@ class Target:
 
 
 def bundle_with_code(marker: Path) -> tuple[bytes, str]:
-    """A bundle whose client code writes a file wherever it runs."""
+    """A bundle with client code that writes a file wherever the code runs."""
     project = """
 [project]
 name = "evil"
@@ -254,7 +254,7 @@ def test_code_of_a_peer_is_not_taken(ours: HostileCoordinator, tmp_path: Path) -
     with pytest.raises(httpx.HTTPStatusError) as refused:
         submit_code(target_of(ours), marker)
     assert refused.value.response.status_code == httpx.codes.NOT_FOUND
-    assert healthy(target_of(ours))  # it is there, and answers what peers may ask
+    assert healthy(target_of(ours))  # the server is there, and answers the questions that peers may ask
     time.sleep(2)
     assert not marker.exists()
 

@@ -12,7 +12,7 @@ from tests.faults.conftest import SITES, Federation, preloaded
 from tests.forked import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
-# Where the step is too short to be met from outside: (the rename at which the process dies, the step that it ends in).
+# For steps too short to be met from outside: (the rename at which the process dies, the step in which it ends).
 MOMENTS = {
     "aggregate": "after unmask.replies 1",
     "save, before the line counts": "before state.safetensors 2",
@@ -24,7 +24,7 @@ MOMENTS = {
 
 
 def kill_in(federation: Federation, job: Path, stage: str) -> None:
-    """Starts the coordinator and kills it in a stage, by what its status says."""
+    """Starts the coordinator and kills it in a stage, as its status names it."""
     process = federation.start_coordinator(job)
     federation.wait_stage(stage, pid=process.pid)
     assert process.poll() is None, federation.log("coordinator")
@@ -78,7 +78,7 @@ def test_another_base_model_is_refused_and_the_right_one_goes_on(
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     federation.start_coordinator(job)
     assert federation.finish() == 2
-    refusal = r"offsite: model=(\w{16}): run \S+ began with (\w{16}); put that one back"
+    refusal = r"offsite: model=(\w{16}): run \S+ began with (\w{16}); put that model back"
     told = re.search(refusal, federation.log("coordinator"))
     assert told is not None
     assert told[1] != told[2]

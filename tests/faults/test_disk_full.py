@@ -1,6 +1,6 @@
-"""The disk is full at a site or at the coordinator: nothing is torn, nothing leaves unaccounted, and it goes on later.
+"""The disk is full at a site or the coordinator: nothing is torn, nothing leaves unaccounted, the job goes on later.
 
-Full is what the operating system says to every write over a limit that is set on the running process.
+A limit on the running process makes the operating system refuse every larger write, as on a full disk.
 """
 
 import json
@@ -42,7 +42,7 @@ def four(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federa
 
 
 def test_a_site_without_room_for_the_package_says_so_and_takes_it_later(four: Federation) -> None:
-    """It can write its logs, and no file as large as the package."""
+    """The site can write its logs, and no file as large as the package."""
     pid = four.processes["elm"].pid
     with full(pid, 60_000):
         process = four.start_coordinator(job := four.job("package", rounds=1, coordinator="sites = 4"))
@@ -97,7 +97,7 @@ def test_a_coordinator_that_cannot_write_stops_and_goes_on_later(four: Federatio
 
 
 def test_a_full_disk_under_flowers_superlink_is_survived(four: Federation) -> None:
-    """Its answers are then errors, at which the sites' SuperNodes end; everything is started again by itself."""
+    """The SuperLink then answers with errors, at which the sites' SuperNodes end; everything starts again by itself."""
     four.forget_updates()
     job = four.job("superlink", rounds=1, training="spare_rounds = 2", coordinator="sites = 4\nattempts = 5")
     process = four.start_coordinator(job)

@@ -1,4 +1,4 @@
-"""The fork server of the tests: what it starts is a process like any other, with nothing of its siblings' in it."""
+"""The fork server of the tests: each fork is a process like any other, and holds nothing of its siblings."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 
 
 def looked(*, plain: bool = False) -> dict[str, Any]:
-    """Starts a program that prints what it finds in its process, and returns that."""
+    """Starts a program that prints the state of its process, and returns this state."""
     with tempfile.TemporaryFile() as output:
         process = launch(LOOK, "print", output=output, errors=output, plain=plain)
         assert process.wait(timeout=300) == 0
@@ -60,7 +60,7 @@ def test_exit_codes_are_those_of_an_interpreter(how: str, code: int) -> None:
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_it_and_end_it(number: signal.Signals) -> None:
     with tempfile.TemporaryFile() as output:
         process = launch(LOOK, "sleep", output=output, errors=output)

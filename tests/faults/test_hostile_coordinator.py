@@ -48,7 +48,7 @@ def coordinator(federation: Federation) -> Iterator[HostileCoordinator]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_unseen(federation: Federation) -> Iterator[None]:
-    """Whatever is tried: as many debits as egress reports, and every refusal is in the audit log."""
+    """After every attack there are as many debits as egress reports, and every refusal is in the audit log."""
     yield
     for site in SITES:
         assert len(federation.ledger(site)) == len(federation.audit(site, "egress"))
@@ -116,7 +116,7 @@ def test_a_truncated_letter_is_refused(coordinator: HostileCoordinator, size: in
 
 
 def test_a_changed_job_with_a_good_letter_is_refused(coordinator: HostileCoordinator) -> None:
-    """The letter is signed, the manifest inside is not the one that was signed."""
+    """The letter is signed, but the signature of the manifest inside belongs to another manifest."""
     honest = coordinator.offer("ash", coordinator.manifest)
     for old, new in ((b'"epsilon":8.0', b'"epsilon":8.5'), (b'"rounds":3', b'"rounds":4')):
         assert old in honest.manifest
@@ -251,7 +251,7 @@ def test_a_roster_of_one_is_refused(coordinator: HostileCoordinator, federation:
 
 
 def test_two_rosters_have_no_common_sum(coordinator: HostileCoordinator, federation: Federation) -> None:
-    """Two sites are told of four members, two of three: nobody can open the others' shares, and no update leaves."""
+    """Two sites hear of four members, two of three: nobody can open the others' shares, and no update leaves."""
     before = left(federation)
 
     def split(payloads: dict[str, bytes]) -> dict[str, bytes]:
@@ -266,7 +266,7 @@ def test_two_rosters_have_no_common_sum(coordinator: HostileCoordinator, federat
 
 
 def test_two_survivor_sets_open_nothing(coordinator: HostileCoordinator) -> None:
-    """Told of different survivors, no site gets the signatures it needs before it gives a share."""
+    """With different survivors at the sites, no site gets the signatures that it needs before it gives a share."""
 
     def split(payloads: dict[str, bytes]) -> dict[str, bytes]:
         announced = codec.decode(payloads["ash"])
@@ -305,7 +305,7 @@ def test_no_site_gives_both_shares_of_a_peer(coordinator: HostileCoordinator, fe
 
 
 def test_an_update_that_left_is_not_summed_again_with_others(coordinator: HostileCoordinator) -> None:
-    """The round is lost after the upload; its update is gone, and a second cohort finds none."""
+    """The round is lost after the upload; its update is gone, and a second cohort gets no update."""
     cheat(coordinator, "survivors", outgoing=lambda payloads: {})
     assert "no update of this round is waiting" in coordinator.refused(
         "ash", "keys", opening(coordinator, ("ash", "birch", "cedar"))
@@ -319,7 +319,7 @@ def test_after_all_this_an_honest_round_has_a_sum(coordinator: HostileCoordinato
     )
     assert result.members == SITES
     assert np.isfinite(result.update).all()
-    for site in SITES:  # the same question again gets the same bytes, another one none
+    for site in SITES:  # the same question again gets the same bytes, another question nothing
         again = coordinator.ask(site, "unmask", exchange.asked["unmask"][site])
         assert codec.encode(again) == exchange.seen["unmask"][site]
         assert "no secure aggregation is open" in coordinator.refused(site, "unmask", codec.SignedBatch(()))
@@ -413,7 +413,7 @@ def _bomb_of_widths(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
 
 
 def _bomb_of_bytes(manifest: dict[str, Any], files: dict[str, bytes]) -> str:
-    """What a zip bomb would be here: a petabyte is announced, and a few bytes come."""
+    """A zip bomb in the form of a package: a petabyte is announced, and a few bytes come."""
     manifest["files"]["vocab.txt"] = {"sha256": "00" * 32, "bytes": 1 << 50}
     return "ends too early"
 

@@ -32,7 +32,7 @@ def federation(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def coordinator(federation: Federation) -> Iterator[HostileCoordinator]:
-    """An honest one; its class can do more."""
+    """An honest coordinator; its class can do more."""
     job = federation.job("cheated", rounds=3, training="spare_rounds = 40")
     with HostileCoordinator(federation, job) as made:
         assert made.ready() == SITES
@@ -88,7 +88,7 @@ def test_a_billionfold_update_counts_as_the_bound_and_no_more(coordinator: Hosti
     assert honest.members == heavy.members == SITES
     bound = coordinator.manifest.update_bound
     assert np.abs(heavy.update).max() <= bound
-    others = np.abs(heavy.update) * 4 - bound  # what the three honest sites have added to the bound of the fourth
+    others = np.abs(heavy.update) * 4 - bound  # the sum of the three honest sites, beside the bound of the fourth
     assert np.abs(others).max() <= 3 * bound
     assert np.median(np.abs(heavy.update)) == pytest.approx(bound / 4, rel=0.5)
 

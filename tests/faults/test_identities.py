@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def stopped(fed: Path, tmp_path: Path) -> Iterator[Federation]:
-    """Four sites, none of which runs yet."""
+    """Four sites that do not run yet."""
     made = Federation(tmp_path, fed, sites=(*SITES, "elm"))
     try:
         yield made
@@ -53,13 +53,13 @@ def test_a_revoked_site_stays_out_and_is_told_why(stopped: Federation) -> None:
     assert stopped.ledger("elm") == []
     assert "does not let this site in: it was revoked" in stopped.log("elm")
     ended = [one["reason"] for one in stopped.audit("elm", "supernode ended")]
-    assert len(ended) == len(set(ended))  # said once, however often it tried
+    assert len(ended) == len(set(ended))  # logged once, however often the site tried
     refusal = offsite("coordinator", "approve", str(stopped.home), *_requests(stopped, ("elm",)), "--yes", fails=True)
     assert "was revoked with site 'elm'" in refusal
 
 
 def test_a_site_that_missed_an_epoch_is_told_to_sign(stopped: Federation) -> None:
-    """It is a member still, but its letters are under the epoch before."""
+    """The site is still a member, but its letters are under the epoch before."""
     offsite("coordinator", "revoke", str(stopped.home), "elm", "--yes")
     sign_newest(stopped, "ash", "birch")
     stopped.start_sites()
@@ -98,7 +98,7 @@ def test_a_second_process_in_the_same_folder_is_refused(stopped: Federation) -> 
     stopped.start_site("ash")
     wait_for(lambda: stopped.audit("ash", "started"))
     told = offsite("client", "run", str(stopped.site("ash")), fails=True)
-    assert "a client runs here already; stop that one first" in told
+    assert "a client runs here already; stop that process first" in told
     assert len(stopped.audit("ash", "started")) == 1
     stopped.start_coordinator(job := stopped.job("twice"))
     wait_for(lambda: stopped.status()["state"] == "waiting for sites")
@@ -108,11 +108,11 @@ def test_a_second_process_in_the_same_folder_is_refused(stopped: Federation) -> 
 
 
 def test_a_copy_of_a_site_takes_no_part_beside_it_nor_after_it(stopped: Federation) -> None:
-    """Beside it, Flower lets one node in under a key; after it, the copy's ledger is behind what was countersigned."""
+    """Beside it, Flower lets one node in under a key; after it, the copy's ledger is behind the countersigned head."""
     copy = stopped.folder / "copy"
     shutil.copytree(stopped.site("elm"), copy)
     stopped.start_sites()
-    with HostileCoordinator(stopped, stopped.job("copied", rounds=1)) as coordinator:  # an honest one, in our hands
+    with HostileCoordinator(stopped, stopped.job("copied", rounds=1)) as coordinator:  # honest, in our hands
         assert coordinator.ready() == stopped.sites
         stopped.start("copy", "client", "run", str(copy))
         wait_for(lambda: "another copy of it is connected" in stopped.log("copy"))

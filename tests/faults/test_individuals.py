@@ -1,6 +1,6 @@
 """Single updates over real processes: a policy that refuses, a site that cheats, a killed coordinator, and krum.
 
-Five `client run` processes over Flower and TLS, one of them hostile; what comes out is compared with a slow
+Five `client run` processes over Flower and TLS, one of them hostile; the result is compared with a slow
 computation on updates that this test trains itself.
 """
 
@@ -57,7 +57,7 @@ def open_fed(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         place.mkdir(parents=True)
         (place / "text.txt").write_text(sentence(UNWILLING + part, count))
     text = fed.read_text().replace('"elm"]', '"elm", "fir"]')
-    # steps that are long enough for an update at the bound to change what this small model says
+    # steps long enough for an update at the bound to change the outputs of this small model
     text = text.replace("batch = 8", "batch = 8\nlearning_rate = 1000.0")
     (folder / "fed.toml").write_text(text.replace("[aggregation]\nlearning_rate = 0.02\n", TABLES))
     return folder / "fed.toml"
@@ -65,7 +65,7 @@ def open_fed(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def federation(open_fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """All owners but one permit that their updates are seen; one of those cheats."""
+    """All owners but one permit that the coordinator sees their updates; one of these sites cheats."""
     made = Federation(tmp_path_factory.mktemp("seen"), open_fed, sites=SITES)
     for site in SITES:
         made.set_policy(site, allow_individual_updates=str(site != UNWILLING).lower())
@@ -84,14 +84,14 @@ def start(federation: Federation, site: str) -> None:
 
 
 def permit(federation: Federation, site: str, permitted: bool) -> None:
-    """Lets an owner change the policy, for which the client is started again."""
+    """Lets an owner change the policy, and starts the client again for it."""
     federation.set_policy(site, allow_individual_updates=str(permitted).lower())
     federation.kill(site, signal.SIGTERM)
     start(federation, site)
 
 
 class Slowly:
-    """What a job's first round should have been, from the emulator that was shipped and the sites' own records."""
+    """The expected first round of a job, from the shipped emulator and the sites' own records."""
 
     def __init__(self, federation: Federation, job: Path, open_fed: Path) -> None:
         config, sha256 = read_config(open_fed)
@@ -118,12 +118,12 @@ class Slowly:
         return local_update(job, self.start, randomness=Randomness.for_simulation(SEED, "noise", site, "1")).update
 
     def moved(self, update: np.ndarray) -> np.ndarray:
-        """The adapter after a step, as much of it as the coordinator took."""
+        """The adapter after the part of a step that the coordinator took."""
         return (self.start + update.astype(np.float64) * self.line.scale).astype(np.float32)
 
 
 def nearest(rows: list[np.ndarray], faulty: int) -> int:
-    """Krum as its paper writes it, one pair after the other."""
+    """Krum as in its paper, one pair after the other."""
     scores = []
     for place, row in enumerate(rows):
         far = sorted(

@@ -30,7 +30,7 @@ PROGRAMS = (
 
 @dataclass
 class Watched:
-    """What was seen of a run: its folders, (process, call, host, port) of every address, and every command line."""
+    """The record of a run: its folders, (process, call, host, port) of every address, and every command line."""
 
     federation: Federation
     addresses: list[tuple[int, str, str, int]]
@@ -91,7 +91,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def test_the_watch_saw_every_process_and_both_ports(watched: Watched) -> None:
-    """What is not seen would pass the test above."""
+    """An unseen call would pass the test above."""
     link, depot = watched.federation.ports
     ran = {pid: next((p for p in PROGRAMS if p in command), "") for pid, command in watched.commands}
     seen = {ran.get(pid) for pid, _, _, _ in watched.addresses}
@@ -105,7 +105,7 @@ def test_the_watch_saw_every_process_and_both_ports(watched: Watched) -> None:
 
 
 def secrets_of(folder: Path) -> dict[str, str]:
-    """Returns every way in which a key of a federation could stand in a text, by the file it is from."""
+    """Returns every way in which a key of a federation could stand in a text, by the file of the key."""
     found = {}
     for path in [*folder.rglob("*.key"), *folder.rglob("guard"), *folder.rglob("superexec")]:
         content = path.read_bytes()
@@ -141,7 +141,7 @@ def test_no_key_or_secret_stands_in_a_log_or_command_line(watched: Watched) -> N
 
 
 def test_no_training_text_stands_in_a_log_or_command_line(watched: Watched) -> None:
-    """Two words of the tiny world's language in a row are enough; its tokenizer lists each of them once."""
+    """Two words of the tiny world's language in a row are enough; its tokenizer lists each word once."""
     for where, text in texts_of(watched).items():
         if not where.endswith(("tokenizer.json", "vocab.json")):
             assert not re.search(r"\bw\d+[\s,]+w\d+\b", text), where

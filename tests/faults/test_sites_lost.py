@@ -35,7 +35,7 @@ def rounds(federation: Federation, job: Path) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("stage", ["train", "masked"])
 def test_a_site_killed_in_a_round_is_left_out_and_comes_back(four: Federation, stage: str) -> None:
-    """Killed while it trains, or while it uploads; the round closes without it, and the next one has it again."""
+    """The site is killed in training or upload; the round closes without it, and the next round has the site again."""
     four.forget_updates()
     job = four.job(f"lost-{stage}", rounds=2, coordinator="sites = 4")
     process = four.start_coordinator(job)
@@ -55,7 +55,7 @@ def test_a_site_killed_in_a_round_is_left_out_and_comes_back(four: Federation, s
 
 
 def test_a_round_with_too_few_is_given_up_and_tried_again(four: Federation) -> None:
-    """Two of four vanish with their uploads: nothing is unmasked, the others are told, and the next try has a sum."""
+    """Two of four vanish with their uploads: nothing is unmasked, the others hear of it, and the next try has a sum."""
     four.start_sites()
     four.forget_updates()
     job = four.job("too-few", rounds=1, training="spare_rounds = 1", coordinator="sites = 4")
@@ -78,7 +78,7 @@ def test_a_round_with_too_few_is_given_up_and_tried_again(four: Federation) -> N
 
 @pytest.mark.parametrize("who", ["ash", "coordinator"])
 def test_sigterm_ends_in_the_middle_of_a_round(four: Federation, who: str) -> None:
-    """The process ends by itself before the round does, and what was stored stays usable."""
+    """The process ends by itself before the round ends, and its stored state stays usable."""
     four.start_sites()
     four.forget_updates()
     job = four.job(f"sigterm-{who}", rounds=1, coordinator="sites = 4")

@@ -1,4 +1,4 @@
-"""Sites with different emulators, over real processes: each gets its own; the adapter is the memory engine's."""
+"""Sites with different emulators, over real processes: each gets its own; the adapter equals the memory engine's."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.faults.conftest import Federation
 
 @pytest.fixture(scope="module")
 def varied_federation(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """New interpreters, as users start them: what a fork has imported before its start hides no missing import here."""
+    """New interpreters, as users start them: here no import made before a fork hides a missing import."""
     made = Federation(tmp_path_factory.mktemp("federation"), varied, plain=True)
     made.start_sites()
     try:

@@ -119,7 +119,7 @@ def test_an_entry_without_its_epsilon_is_not_taken_for_none(tmp_path: Path, tota
     fields = {"job": "job", "round": 1, "noise_multiplier": EVENT.noise_multiplier, "sample_rate": EVENT.sample_rate}
     fields |= {"steps": EVENT.steps, "delta": DELTA, "epsilon_total": total}
     Chain(tmp_path / "l.jsonl", "offsite privacy ledger records").append("spend", fields, now=NOW)
-    with pytest.raises(DataError, match="entry 1 is not one that this release knows"):
+    with pytest.raises(DataError, match="entry 1 is unknown to this release"):
         opened(tmp_path / "l.jsonl").recorded()
 
 
@@ -376,5 +376,5 @@ def test_the_ledger_of_another_data_set_does_not_stand_in(tmp_path: Path) -> Non
 def test_an_entry_that_is_not_understood_is_not_passed_over(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
     path = tmp_path / "l.jsonl"
     Chain(path, "offsite privacy ledger records").append(kind, fields, now=NOW)
-    with pytest.raises(DataError, match="entry 1 is not one that this release knows"):
+    with pytest.raises(DataError, match="entry 1 is unknown to this release"):
         opened(path).check(EVENT)

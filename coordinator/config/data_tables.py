@@ -1,0 +1,55 @@
+"""The tables [model], [data] and [[sites]] of the federation file: the inputs of a job."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The table [model]: the full model, and its task.
+
+    Attributes:
+      path: Hugging Face folder with safetensors weights; nothing is fetched.
+      task: task that the model is trained for; a name in `task.tasks.TASKS`.
+    """
+
+    path: str
+    task: str = "causal_lm"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The table [data]: the coordinator's public records, and how all records become examples.
+
+    Attributes:
+      public: file or folder of public records, with the sites' fields, for gate, clip and acceptance test.
+      length: number of tokens of one record, the unit of privacy; at least 2.
+      split: way from texts to records; `truncate` makes one record of each text. `blocks` joins texts and cuts them to
+        full records: no single person stands behind such a record, and the tokenizer decides the number of records.
+      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
+        picks by file name.
+      column: column or key that holds the main field of the task's records, for example the text; empty takes the
+        field's name.
+      columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.
+    """
+
+    public: str
+    length: int = 128
+    split: str = "truncate"
+    reader: str = ""
+    column: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One entry [[sites]]: a data owner of a simulation.
+
+    Attributes:
+      name: name of the site, of letters, digits, `-` and `_`.
+      train: file or folder of the site's training records.
+      heldout: file or folder of records of the same kind for scores; no site trains on them.
+    """
+
+    name: str
+    train: str
+    heldout: str
