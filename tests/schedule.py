@@ -9,7 +9,31 @@ from xdist.scheduler import LoadScopeScheduling
 
 PROCESSES = ("tests/faults/", "tests/deploy/test_six_commands.py")
 # Measured seconds of the longest files on two cores; the others count by their tests.
-SECONDS: dict[str, float] = {}
+SECONDS: dict[str, float] = {
+    "tests/faults/test_sites_lost.py": 480,
+    "tests/faults/test_hostile_coordinator.py": 400,
+    "tests/deploy/test_six_commands.py": 380,
+    "tests/faults/test_coordinator_killed.py": 300,
+    "tests/faults/test_hostile_site.py": 220,
+    "tests/docs/test_commands.py": 200,
+    "tests/emulator/test_vet.py": 160,
+    "tests/contracts/test_methods.py": 150,
+    "tests/faults/test_disk_full.py": 140,
+    "tests/faults/test_individuals.py": 140,
+    "tests/faults/test_quiet.py": 130,
+    "tests/contracts/test_compressors.py": 125,
+    "tests/contracts/test_per_example_gradients.py": 115,
+    "tests/faults/test_variants.py": 115,
+    "tests/contracts/test_engines.py": 115,
+    "tests/contracts/test_tasks.py": 110,
+    "tests/contracts/test_tasks_learn.py": 100,
+    "tests/faults/test_identities.py": 80,
+    "tests/emulator/test_package.py": 75,
+    "tests/coordinator/test_attempt.py": 65,
+    "tests/cli/test_simulate.py": 60,
+    "tests/test_package.py": 50,
+    "tests/coordinator/test_plugging.py": 40,
+}
 SECONDS_A_TEST = 0.2
 
 

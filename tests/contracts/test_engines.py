@@ -292,7 +292,7 @@ def test_a_weight_that_is_read_beside_its_module_is_refused() -> None:
             return self.inner(x) @ self.inner.weight
 
     rows = Rows(torch.randn(3, 6))
-    with pytest.raises(PrivacyRefusal, match="beside its module"):
+    with pytest.raises(PrivacyRefusal, match="outside its module"):
         by_engine(Beside(), squares, rows, "bookkeeping")
     assert choose_engine(Beside(), squares, rows) in {"slot", "loop"}
 

@@ -35,7 +35,7 @@ from offsite.trust.identity import Identity
 from offsite.trust.sealing import seal
 from tests.faults.conftest import Federation
 
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 90.0
 
 
 def now() -> datetime:
@@ -164,7 +164,7 @@ class HostileCoordinator:
         )
         return replace(offer, **changed)
 
-    def offered(self, site: str, offer: codec.Offer, seconds: float = 60.0) -> codec.OfferReply:
+    def offered(self, site: str, offer: codec.Offer, seconds: float = 600.0) -> codec.OfferReply:
         """Offers a job until the site has decided."""
         until = time.monotonic() + seconds
         while True:

@@ -46,7 +46,7 @@ def test_a_site_without_room_for_the_package_says_so_and_takes_it_later(four: Fe
     pid = four.processes["elm"].pid
     with full(pid, 60_000):
         process = four.start_coordinator(job := four.job("package", rounds=1, coordinator="sites = 4"))
-        wait_for(lambda: "free disk space" in four.status()["sites"].get("elm", {}).get("detail", ""), 90)
+        wait_for(lambda: "free disk space" in four.status()["sites"].get("elm", {}).get("detail", ""))
         assert process.poll() is None
     assert four.finish() == 0, four.log("coordinator")
     (line,) = rounds(four, job)
@@ -64,7 +64,7 @@ def test_a_site_that_cannot_write_its_books_sends_nothing(four: Federation) -> N
     before = len(four.ledger("elm")), len(four.audit("elm", "egress"))
     four.wait_stage("train", pid=process.pid)
     with full(four.processes["elm"].pid):
-        wait_for((four.run(job) / "rounds.jsonl").exists, 90)
+        wait_for((four.run(job) / "rounds.jsonl").exists)
         assert (len(four.ledger("elm")), len(four.audit("elm", "egress"))) == before
     assert four.finish() == 0, four.log("coordinator")
     first, second = rounds(four, job)
@@ -108,6 +108,6 @@ def test_a_full_disk_under_flowers_superlink_is_survived(four: Federation) -> No
         if "offsite.coordinator.network.superlink" in one.cmdline()
     ]
     with full(link.pid):
-        wait_for(lambda: four.status()["state"] in ("link lost", "waiting for sites", "building"), 90)
+        wait_for(lambda: four.status()["state"] in ("link lost", "waiting for sites", "building"))
     assert four.finish() == 0, four.log("coordinator")
     assert len(rounds(four, job)) == 1

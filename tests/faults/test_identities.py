@@ -122,9 +122,9 @@ def test_a_copy_of_a_site_takes_no_part_beside_it_nor_after_it(stopped: Federati
         assert result.members == stopped.sites
         assert not (copy / "state" / "ledger-main.jsonl").exists()
         stopped.kill("elm")
-        wait_for(lambda: "elm" not in coordinator.link.node_ids(), 60)
-        wait_for(lambda: "elm" in coordinator.link.node_ids(), 60)
-        wait_for(lambda: coordinator.exchange.send("offer", {"elm": b""}), 60)
+        wait_for(lambda: "elm" not in coordinator.link.node_ids())
+        wait_for(lambda: "elm" in coordinator.link.node_ids())
+        wait_for(lambda: coordinator.exchange.send("offer", {"elm": b""}))
         refusal = coordinator.refused("elm", "offer", coordinator.offer("elm", coordinator.manifest))
         assert "has 0 entries, and the coordinator countersigned 1: an old copy was restored" in refusal
 

@@ -68,10 +68,11 @@ def _look(found: Watched, ended: threading.Event) -> None:
     while not ended.wait(0.2):
         for process in psutil.process_iter():
             try:
-                command = " ".join(process.cmdline())
+                command, parent = " ".join(process.cmdline()), process.parent()
+                begun = parent is None or " ".join(parent.cmdline()) != command
             except psutil.Error:
                 continue
-            if str(found.federation.folder) in command:
+            if begun and str(found.federation.folder) in command:  # a child has its parent's before it runs its own
                 found.commands.add((process.pid, command))
 
 

@@ -84,7 +84,7 @@ def test_a_directory_without_weights_is_refused(folder):
 def test_weights_only_in_a_pickle_are_refused_unread(folder):
     (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never unpickled")
-    refused(folder, DataError, r"pytorch_model\.bin, a pickle; convert")
+    refused(folder, DataError, r"in a pickle, pytorch_model\.bin; convert")
 
 
 def test_truncated_weights_are_refused(folder):

@@ -210,7 +210,7 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_loss(name, opened):
 
 def test_a_model_of_another_task_or_with_wishes_of_its_own_is_refused(opened, tmp_path):
     folder(dit, tmp_path)
-    with pytest.raises(UnsupportedModel, match="needs a PixArtTransformer2DModel or UNet2D"):
+    with pytest.raises(UnsupportedModel, match="must be PixArtTransformer2DModel or UNet2D"):
         TextToImage().load(tmp_path, dtype=torch.float32)
     task, model, schedule, _ = opened("text_to_image")
     for change, reason in (({"out_channels": 7}, "out_channels"), ({"use_additional_conditions": True}, "size")):

@@ -184,7 +184,7 @@ def test_trying_a_model_out_draws_no_random_numbers():
 def test_what_was_found_of_a_model_goes_with_it():
     task = CausalLM()
     task.losses(llama(), batch())
-    assert len(task._tried) == len(task._told) == 0
+    assert len(task._tried) == len(task._logged) == 0
 
 
 def test_a_task_travels_to_other_processes_without_what_it_found():
