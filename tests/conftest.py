@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.schedule import PROCESSES, Files
+from tests.schedule import PROCESSES, Files, spread
 
 WORDS = [f"w{i}" for i in range(60)]
 OWNERS = ("ash", "birch", "cedar", "elm")
@@ -111,11 +111,20 @@ def make_world(folder: Path) -> Path:
     return folder / "fed.toml"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that run whole federations as processes, by where they stand."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--cases`, by which `make test-quick` runs every test but not every row of the large tables."""
+    parser.addoption("--cases", type=int, default=0, help="number of cases of each test at most, spread evenly; 0 for all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests that run whole federations as processes, by where they stand, and keeps `--cases` of each."""
     for item in items:
         if item.nodeid.startswith(PROCESSES):
             item.add_marker(pytest.mark.processes)
+    if limit := config.getoption("--cases"):
+        kept = spread([item.nodeid for item in items], limit)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,6 +37,14 @@ SECONDS: dict[str, float] = {
 SECONDS_A_TEST = 0.2
 
 
+def spread(names: list[str], limit: int) -> set[str]:
+    """Returns at most `limit` cases of each test, the first case among them and the others at equal distances."""
+    tests: dict[str, list[str]] = {}
+    for name in names:
+        tests.setdefault(name.partition("[")[0], []).append(name)
+    return {cases[i * len(cases) // limit] for cases in tests.values() for i in range(limit)}
+
+
 class Files(LoadScopeScheduling):
     """Keeps a file's tests, and with them its federation, on one worker."""
 
