@@ -113,7 +113,7 @@ def make_world(folder: Path) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--cases`, by which `make test-quick` runs every test but not every row of the large tables."""
-    parser.addoption("--cases", type=int, default=0, help="number of cases of each test at most, spread evenly; 0 for all")
+    parser.addoption("--cases", type=int, default=0, help="cases of each test at most, spread evenly; 0 for all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
