@@ -88,8 +88,8 @@ def test_a_private_federation_learns_on_a_u_net(tmp_path):
 def test_an_ip_adapter_learns_what_images_say(tmp_path):
     """The full model predicts a record better with its own image, and much worse with the image of another record."""
     sample = replace(first_of("image_prompt_to_image"), records=latents.toned, dialects=True)
-    scores = simulated(config_for(sample, tmp_path, steps=100), tmp_path)["quality"]["private"]
-    assert scores["plug_in"]["loss"] < scores["full_zero_shot"]["loss"]
+    scores = private_scores(config_for(sample, tmp_path, steps=100), tmp_path)
+    assert scores["plug_in"].loss < scores["full_zero_shot"].loss
     task, folder, records = TASKS[sample.task], tmp_path / "model", latents.toned(120, 77)
     images = [one["image_embeds"] for one in records]
     others = [one | {"image_embeds": image} for one, image in zip(records, images[1:] + images[:1], strict=True)]
@@ -103,17 +103,18 @@ def loss_of(task, folder, model, records):
     return tally.loss / tally.targets
 
 
-def simulated(content, tmp_path):
-    """Runs a private federation to its end, and returns its report."""
+def private_scores(content, tmp_path):
+    """Runs a private federation to its end, and returns its scores on held-out records by name."""
     run = Run.create(parse_config(content, tmp_path), "0" * 64, tmp_path / "run")
     report = simulate(run, Options(memory_engine, "memory", PlainDisplay(), "2026-01-01T00:00:00+00:00"))
     assert report.finished_rounds == content["training"]["rounds"]
     assert report.secagg.members == tuple(OWNERS)
     assert all(0 < (site.epsilon or 0) <= 8.0 for site in report.privacy.sites)
-    return report
+    assert report.quality.private is not None
+    return report.quality.private.all()
 
 
 def check_learnt(content, tmp_path):
-    scores = simulated(content, tmp_path)["quality"]["private"]
+    scores = private_scores(content, tmp_path)
     for before, after in (("emulator_zero_shot", "emulator_tuned"), ("full_zero_shot", "plug_in")):
-        assert scores[after]["loss"] < 0.9 * scores[before]["loss"]
+        assert scores[after].loss < 0.9 * scores[before].loss
