@@ -172,7 +172,7 @@ def test_an_owner_reads_that_biases_may_move(world: World) -> None:
     said = "\n".join(job_lines(world.manifest, site="ash", approved=False))
     assert "refresh    after every 1 rounds the biases at the ends of the emulator's middle blocks may move" in said
     still = replace(world.manifest, refresh=0)
-    assert "never: the emulator stays as it is fetched" in "\n".join(job_lines(still, site="ash", approved=False))
+    assert "never: the emulator stays as it was fetched" in "\n".join(job_lines(still, site="ash", approved=False))
 
 
 def test_the_start_of_a_training_is_named_by_all_that_it_starts_from(world: World) -> None:
