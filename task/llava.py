@@ -111,7 +111,8 @@ class ImageText:
         vocabulary = int(model_config.get_text_config().vocab_size)
         if length < count + SHORTEST:
             raise ConfigError(
-                f"length={length} must be at least {count + SHORTEST}, an image takes {count} tokens; {count + 64} is usual"
+                f"length={length} must be at least {count + SHORTEST}, an image takes {count} tokens; "
+                f"{count + 64} is usual"
             )
         pixels, valid = processor.images.pixels(records, "image", model_config.vision_config)
         encoded = processor.words.chats([_conversation(record) for record in records], length - count + 1)
