@@ -37,9 +37,9 @@ test: setup $(VENV)/extra/.ready ## runs all tests: half an hour on two cores
 	$(PYTEST) -n $(WORKERS)
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
 
-# Every test runs but for these three kinds, and of the large tables three rows each.
-test-quick: setup ## runs the tests for the working day: no federation, nothing slow, no statistics, three cases of each
-	$(PYTEST) -n $(WORKERS) --cases 3 -m "not processes and not slow and not statistical"
+# Every test runs but for these three kinds, and of the large tables two rows each.
+test-quick: setup ## runs the tests for the working day: no federation, nothing slow, no statistics, two cases of each
+	$(PYTEST) -n $(WORKERS) --cases 2 -m "not processes and not slow and not statistical"
 
 check: setup ## lint, format, types, import contracts, generated stubs
 	$(BIN)/ruff check .
