@@ -328,7 +328,7 @@ def test_a_copy_that_went_on_by_itself_is_seen(tmp_path: Path) -> None:
     debited(opened(path), 1)
     debited(opened(other), 3, OTHER)
     opened(other).check_against(2, opened(path)._chain.links()[1].digest)
-    with pytest.raises(PrivacyRefusal, match="entry 3 is not the one"):
+    with pytest.raises(PrivacyRefusal, match="entry 3 is not the entry"):
         opened(other).check_against(*opened(path).head())
 
 
