@@ -68,8 +68,8 @@ def test_two_emulators_in_one_federation(varied_federation: Federation, varied: 
     shown = {
         site: federation.command("client", "inspect", str(federation.site(site)), digest) for site in federation.sites
     }
-    assert f"other emulators than this one: birch {manifest.emulator_of('birch')[:16]}" in shown["ash"]
-    assert f"other emulators than this one: ash and cedar {manifest.emulator[:16]}" in shown["birch"]
+    assert f"other emulators than this site: birch {manifest.emulator_of('birch')[:16]}" in shown["ash"]
+    assert f"other emulators than this site: ash and cedar {manifest.emulator[:16]}" in shown["birch"]
     assert f"emulator {manifest.emulator_of('birch')[:16]}" in shown["birch"]
     told = json.loads(federation.command("client", "inspect", str(federation.site("birch")), digest, "--json"))
     assert told["emulator"] == manifest.emulator_of("birch") != manifest.emulator
