@@ -13,6 +13,8 @@ from offsite.protos.flower import NAME_STAGE, pack, unpack
 
 log = logging.getLogger("offsite.coordinator")
 POLL_SECONDS = 0.05
+# A stage takes milliseconds or hours, and each look asks the SuperLink, so looks get rarer in proportion to the wait.
+WAIT_FRACTION, LONGEST_POLL_SECONDS = 0.1, 1.0
 Nodes = Callable[[], Mapping[str, int]]
 
 
@@ -48,8 +50,8 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
     identifiers = grid.push_messages(list(messages.values()))
     waiting = {number: name for number, name in zip(identifiers, messages, strict=True) if number is not None}
     answers: dict[str, bytes] = {}
-    until = time.monotonic() + deadline
-    late = False
+    began = time.monotonic()
+    until, late = began + deadline, False
     while waiting and not late:
         late = time.monotonic() >= until  # answers that came until then are still taken
         for reply in grid.pull_messages(list(waiting)):
@@ -61,8 +63,14 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
             else:
                 log.warning("site %s: Flower says: %s", name, cut(reply.error.reason))
         if not late:
-            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            time.sleep(min(pause(now - began), max(until - now, 0.0)))
     return answers
+
+
+def pause(waited: float) -> float:
+    """Returns the seconds until the next look for answers, given the seconds since the question left."""
+    return min(max(POLL_SECONDS, WAIT_FRACTION * waited), LONGEST_POLL_SECONDS)
 
 
 def _take(answers: dict[str, bytes], name: str, content: RecordDict) -> None:

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from offsite.coordinator.network.flower_exchange import _message, call
+from offsite.coordinator.network.flower_exchange import LONGEST_POLL_SECONDS, _message, call, pause
 from offsite.coordinator.rounds.exchange import MAX_REASON_LENGTH
 from offsite.protos.flower import pack
 
@@ -72,3 +72,12 @@ def test_what_flower_says_of_a_site_is_cut(monkeypatch: pytest.MonkeyPatch, capl
     (said,) = (record.getMessage() for record in caplog.records)
     assert len(said) < 2 * MAX_REASON_LENGTH
     assert said.isprintable()
+
+
+@pytest.mark.parametrize(("wait", "looks"), [(0.52, 11), (10.0, 45), (3600.0, 3640)])
+def test_a_long_stage_is_looked_at_more_rarely_and_never_much_too_late(wait: float, looks: int) -> None:
+    waited, count = 0.0, 0
+    while waited < wait:
+        waited, count = waited + pause(waited), count + 1
+    assert count <= looks
+    assert waited - wait <= min(max(0.05, 0.1 * wait), LONGEST_POLL_SECONDS)
