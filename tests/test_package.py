@@ -44,6 +44,7 @@ def test_the_public_names_are_all_that_a_user_sees() -> None:
     assert {name for name in vars(offsite) if not name.startswith("_")} <= set(offsite.__all__) | set(ROOMS)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_package_runs(fed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fed.toml", "model", "data"):
         (tmp_path / name).symlink_to(fed.parent / name)
@@ -57,6 +58,7 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
     assert printed.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_files_of_a_user_with_the_names_of_our_rooms_change_nothing(fed: Path, tmp_path: Path) -> None:
     """A whole simulation beside `task.py`, `errors.py` and the like, each of which would end it."""
     for name in ROOMS:
@@ -79,6 +81,7 @@ def test_no_file_of_ours_imports_a_room_by_its_bare_name() -> None:
             assert not {one.partition(".")[0] for one in names} & set(ROOMS), f"{name}:{getattr(node, 'lineno', 0)}"
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_one_name(tmp_path: Path) -> None:
     """Plain files and no links: every module of the checkout, and nothing beside `offsite`."""
     source = tmp_path / "source"

@@ -33,6 +33,7 @@ from offsite.simulation.run_folder import Run, simulated_sessions, with_options
 from offsite.simulation.simulate import Options, simulate
 from offsite.task.tasks import TASKS
 
+pytestmark = pytest.mark.slow  # a simulation for almost each test; tests/cli/test_golden.py has the quick one
 KEYS = {
     "quality": {"full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "private", "public"},
     "emulator": {"shipped_bytes", "full_bytes", "middle_ratio", "gradient_cosine"},
@@ -254,7 +255,6 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_identical_adapter(
     assert weights(Run.open(out)) == weights(finished[0])
 
 
-@pytest.mark.slow
 def test_flowers_simulation_gives_the_same_adapter(fed: Path, tmp_path: Path, finished: tuple[Run, Report]) -> None:
     pytest.importorskip("ray", reason="the extra `simulation` is not installed")
     out = tmp_path / "flower"

@@ -23,6 +23,7 @@ from offsite.simulation.simulate import simulate
 from offsite.task.tasks import TASKS
 from tests.cli.test_simulate import open_run, options
 
+pytestmark = pytest.mark.slow  # two whole simulations
 TASK = TASKS["causal_lm"]
 PARALLEL = """last = 1
 shape = "parallel"

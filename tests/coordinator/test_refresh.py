@@ -28,6 +28,8 @@ from offsite.simulation.run_folder import Run, simulated_sessions
 from offsite.simulation.simulate import simulate
 from tests.cli.test_simulate import StopAfter, open_run, options, weights
 
+pytestmark = pytest.mark.slow  # whole simulations
+
 ALIGNED = """compress = ["lowrank:0.25", "center"]
 gate = -1.0
 refresh = 1

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from offsite.client.training.local_update import SiteJob, local_update
 from offsite.coordinator.aggregation.factor_rules import read_earlier
@@ -19,6 +20,8 @@ from offsite.simulation.simulate import simulate
 from tests.cli.test_simulate import options
 from tests.memory_federation import make_world, open_sites
 from tests.rule_worlds import examples_of, mask_of, written
+
+pytestmark = pytest.mark.slow  # whole simulations
 
 SITES = ("ash", "birch", "cedar", "elm")
 

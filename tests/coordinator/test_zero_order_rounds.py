@@ -20,6 +20,8 @@ from offsite.simulation.run_folder import Run, simulated_sessions
 from tests.coordinator.test_rules_in_rounds import adapter_of, finished, summed, updates_of
 from tests.memory_federation import make_world, open_sites
 
+pytestmark = pytest.mark.slow  # whole simulations
+
 DIRECTIONS, STEPS = 6, 2
 
 

@@ -214,6 +214,7 @@ def killed_at(line: int, work: Callable[[], None]) -> int:
     return ended(forked(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("already", [0, 2])
 def test_killed_at_any_line_the_record_covers_every_release(tmp_path: Path, already: int) -> None:
     """A real process, kill -9 before each line of check and debit; another file records its releases."""
