@@ -60,6 +60,7 @@ def sign(
     if fingerprint is None:
         confirm("did the coordinator read the same fingerprint to you, and do you accept this?", yes=False)
         fingerprint = offered.fingerprint
+    _declare(site)
     site.join(data, now=now, expected=fingerprint)
     site.sign()
     typer.echo(f"signed; next, to send the signature and wait for jobs: offsite client run {folder}")
@@ -83,6 +84,22 @@ def leave(
     confirm(f"destroy the keys of {site.settings.name!r}? the site cannot come back with them", yes=yes)
     site.leave()
     typer.echo(f"keys destroyed; tell the coordinator: offsite coordinator revoke DIR {site.settings.name}")
+
+
+def _declare(site: SiteHome) -> None:
+    """Counts the records once, unless their number is declared, and says what follows from it."""
+    from offsite.client.home.declared_records import check_count, count_by_task, declare
+
+    try:
+        counts = count_by_task(site).values()
+    except DataError as error:
+        typer.echo(f"warning: the records are not counted yet, but at the first approval: {error}")
+        return
+    check_count(site, *counts)
+    typer.echo(
+        f"records: {declare(site)}, public from now on: noise and sample rate follow from this number; "
+        "records = N in site.toml declares another"
+    )
 
 
 def _show_request(site: SiteHome, path: Path) -> None:

@@ -88,7 +88,9 @@ def inspect(
 ) -> None:
     """List the offered jobs, or show what one of them asks for."""
     from offsite.cli.job_text import job_lines
+    from offsite.client.home.declared_records import places_of
     from offsite.client.home.jobs import Jobs
+    from offsite.privacy.calibrate import LARGEST_DELTA, public_delta
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
@@ -103,15 +105,18 @@ def inspect(
         facts = {"job": offered.digest, "approved": offered.approved, "emulator": manifest.emulator_of(site)}
         typer.echo(json.dumps(facts | {"manifest": json.loads(manifest.to_bytes())}))
         return
-    typer.echo("\n".join(job_lines(manifest, site=site, approved=offered.approved)))
+    records = places_of(installation, manifest.split)
+    delta = min(installation.read_policy().delta_cap, public_delta(records) if records else LARGEST_DELTA)
+    typer.echo("\n".join(job_lines(manifest, site=site, approved=offered.approved, records=records, delta=delta)))
 
 
 @app.command()
 def approve(
     folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")]
 ) -> None:
-    """Approve one job by the hash of its manifest."""
+    """Approve one job by the hash of its manifest, and set its whole privacy aside in the ledger."""
     from offsite.client.home.jobs import Jobs
+    from offsite.client.service.approval import approve as approve_job
     from offsite.protos.aggregation import NO_SECAGG_WARNING
 
     installation = open_folder(folder)
@@ -119,7 +124,11 @@ def approve(
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     if offered.manifest.aggregation.individuals:
         typer.echo(f"WARNING {NO_SECAGG_WARNING}")
-    digest = jobs.approve(job, by=_user(), at=now().isoformat(timespec="seconds"))
+    digest, plan = approve_job(installation, job, by=_user(), now=now())
+    typer.echo(
+        f"set aside in the ledger: epsilon {plan.epsilon:.3f} at delta {plan.delta:.3g}, for {plan.records} declared "
+        f"records, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
+    )
     typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
 
 
@@ -168,7 +177,8 @@ def dry_run(
         line = site.rehearse()
     plan = site.plan
     typer.echo(
-        f"records {plan.records}, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
+        f"records {plan.records} (declared), sample rate {plan.sample_rate:.4g}, "
+        f"noise multiplier {plan.noise_multiplier:.4g}"
     )
     typer.echo(
         f"trained one round: batch sizes {line['batch_sizes']}, losses {line['losses']}, engine {line['engine']}"
@@ -192,4 +202,8 @@ def verify(folder: Place) -> None:
     ledger = site.ledger(site.read_policy())
     count, head = ledger.head()
     typer.echo(f"audit log: {entries} entries, chain whole")
-    typer.echo(f"ledger of {ledger.dataset!r}: {count} entries, epsilon {ledger.recorded():.4f}, head {head[:16]}…")
+    standing = ledger.standing()
+    typer.echo(
+        f"ledger of {ledger.dataset!r}: {count} entries, epsilon {standing.spent:.4f} spent and "
+        f"{standing.committed:.4f} with what is set aside, at delta {standing.delta:.3g}, head {head[:16]}…"
+    )

@@ -28,7 +28,9 @@ def init(
     link_port: Annotated[int, typer.Option(help="port of the SuperLink, which carries the messages")] = 8443,
     depot_port: Annotated[int, typer.Option(help="port of the depot, from which sites fetch packages")] = 8444,
     n_min: Annotated[int, typer.Option(help="smallest number of sites whose sum a job may open, at least 3")] = 3,
-    max_epsilon: Annotated[float, typer.Option(help="largest epsilon that a job may plan")] = 8.0,
+    max_epsilon: Annotated[
+        float, typer.Option(help="largest epsilon that a job may plan, at a delta of at most 1e-6")
+    ] = 8.0,
     clip: Annotated[float, typer.Option(help="largest bound on an update's entries that a job may set")] = 100.0,
     suite: Annotated[
         int,

@@ -9,13 +9,15 @@ SPLITS = {
 }
 
 
-def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
+def job_lines(manifest: JobManifest, *, site: str, approved: bool, records: int | None, delta: float) -> list[str]:
     """Returns what a job asks of a site, one fact in each line.
 
     Args:
       manifest: manifest of the job.
       site: name of the site; the manifest maps this name to an emulator.
       approved: whether the site's owner approved the job.
+      records: declared number of the site's records, or of its blocks; None where there is none yet.
+      delta: delta of the job at this site.
     """
     digest, own, rule = manifest.digest().hex(), manifest.emulator_of(site), manifest.aggregation
     lines = [
@@ -23,12 +25,12 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
         f"model      {manifest.model} ({manifest.base[:16]}…), task {manifest.task}, "
         f"emulator {own[:16]}…, tokenizer {manifest.tokenizer[:16]}…",
         f"refresh    {_refresh(manifest.refresh)}",
-        *_training(manifest),
+        *_training(manifest, records, delta),
         f"{'round' if rule.individuals else 'sum':<10} of at least {manifest.n_min} of {len(manifest.roster)} "
         f"sites: {', '.join(name for name, _ in manifest.roster)}",
         *_of_rule(rule, manifest.adapter.rank),
-        f"leaves     one {'signed, plain' if rule.individuals else 'masked'} update a round; "
-        f"metrics: {', '.join(manifest.metrics) or 'none'}",
+        f"leaves     one {'signed, plain' if rule.individuals else 'masked'} update a round"
+        + "".join(f", and the metric {name}, which no site sends" for name in manifest.metrics),
         f"next       offsite client approve DIR {digest[:12]}",
     ]
     if rule.individuals:
@@ -38,17 +40,18 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool) -> list[str]:
     return lines
 
 
-def _training(manifest: JobManifest) -> list[str]:
+def _training(manifest: JobManifest, records: int | None, delta: float) -> list[str]:
     """Says what a job trains, on which records, and at what cost in privacy."""
-    privacy, adapter = manifest.privacy, manifest.adapter
+    privacy, adapter, declared = manifest.privacy, manifest.adapter, records or "not declared yet"
+    split = SPLITS.get(manifest.split, "cut in a way that this release does not know")
     return [
         f"adapter    {adapter.method} rank {adapter.rank}, {manifest.layout.size} parameters in all"
         + "".join(f", {name} {value}" for name, value in adapter.options),
         f"training   {manifest.rounds} rounds (+{manifest.spare_rounds} spare) of {manifest.local_steps} steps, "
         f"{manifest.length} tokens a record, expected batch {privacy.batch}",
-        f"records    {SPLITS.get(manifest.split, 'cut in a way that this release does not know')} ({manifest.split})",
-        f"privacy    epsilon {privacy.epsilon} for the whole job, clip {privacy.max_grad_norm:.4g}, "
-        f"accountant {privacy.accountant}",
+        f"records    {declared}: {split} ({manifest.split})",
+        f"privacy    epsilon {privacy.epsilon} at delta {delta:.3g} for the whole job, "
+        f"clip {privacy.max_grad_norm:.4g}, accountant {privacy.accountant}",
     ]
 
 

@@ -21,6 +21,7 @@
 #   SIMULATION_SEED  noise from this seed, to repeat a run on invented data; it protects nobody, and the policy has to
 #                    permit it
 #   SPLIT            how texts become records; blocks, for folders of long texts
+#   BLOCKS           number of blocks that each owner declares for the split blocks, at most as many as the texts make
 #   LINK_PORT, DEPOT_PORT   ports on which the coordinator listens; 8443 and 8444 by default
 set -euo pipefail
 
@@ -31,7 +32,7 @@ fi
 mkdir -p "$(dirname "$1")"
 mkdir "$1"
 folder=$(realpath "$1") model=$(realpath "$2") public=$(realpath "$3") sites=$(realpath "$4")
-split=${SPLIT:-blocks}
+split=${SPLIT:-blocks} blocks=${BLOCKS:-100}
 link=${LINK_PORT:-8443} depot=${DEPOT_PORT:-8444}
 mapfile -t entries < <(find "$sites" -mindepth 1 -maxdepth 1 ! -name '.*' | LC_ALL=C sort | head -n 3)
 if [[ ${#entries[@]} -ne 3 ]]; then
@@ -92,6 +93,7 @@ for name in "${names[@]}"; do
     sed -i "s|^models = .*|models = ['$permitted']|; s|^methods = .*|methods = ['ffa_lora']|
       s|^splits = .*|splits = ['$split']|" "$policy"
   fi
+  if [[ $split == blocks ]]; then sed -i "s|^blocks = .*|blocks = $blocks|" "$folder/$name/site.toml"; fi
   if [[ -n ${SIMULATION_SEED:-} ]]; then echo "simulation_seed = $SIMULATION_SEED" >>"$folder/$name/site.toml"; fi
 done
 

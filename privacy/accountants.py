@@ -1,7 +1,8 @@
 """The table of privacy accountants: events in, epsilon out.
 
-All accountants work under the add-or-remove-one-record neighbouring relation under Poisson sampling. A Gaussian-DP
-(central limit) accountant is absent on purpose: measured against PLD it under-reports epsilon by up to 56 %.
+All accountants work under Poisson sampling at a fixed rate, for two data sets of which one has a record where the other
+has an empty record. An empty record adds nothing, so the numbers are those of adding or removing a record. A Gaussian
+DP (central limit) accountant is absent on purpose: measured against PLD it under-reports epsilon by up to 56 %.
 
 Each accountant imports its library at its first use: `dp_accounting` takes a second of CPU and Opacus four, and most
 commands open a ledger or look up a name and compute nothing.
@@ -37,7 +38,7 @@ def check_delta(delta: float) -> None:
       ConfigError: the delta lies outside.
     """
     if not 0 < delta < 1:
-        raise ConfigError(f"delta={delta} must be in (0, 1); n**-1.1 for n records is the default")
+        raise ConfigError(f"delta={delta} must be in (0, 1); min(1e-6, 1 / (100 n)) for n records is the default")
 
 
 def check_noise(noise_multiplier: float) -> None:

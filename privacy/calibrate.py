@@ -8,6 +8,7 @@ from offsite.errors import ConfigError, PrivacyRefusal, lookup
 from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
 from offsite.privacy.events import Event, check_sample_rate, check_steps
 
+LARGEST_DELTA = 1e-6  # of any site, however few records it has
 NOISE_CEILING = 1e4
 TOLERANCE = 0.01
 MAX_EVALUATIONS = 60
@@ -17,17 +18,20 @@ Spent = Callable[[float], float]
 
 
 def public_delta(n: int) -> float:
-    """Returns the default delta of a site, n**-1.1.
+    """Returns the default delta of a site, min(1e-6, 1 / (100 n)).
+
+    A mechanism may spend its delta on giving a whole record away, so over n records the sum of all deltas stays at or
+    below 1/100.
 
     Args:
-      n: number of records that the site has announced in public, >= 2; never a count taken from private data.
+      n: number of records that the site has declared in public, >= 1; never a count taken from private data.
 
     Raises:
-      ConfigError: n is below 2.
+      ConfigError: n is below 1.
     """
-    if n < 2:
-        raise ConfigError(f"n={n} must be >= 2 records for a delta below 1; add records or set delta")
-    return float(n) ** -1.1
+    if n < 1:
+        raise ConfigError(f"n={n} must be >= 1 record; add records, or correct the declared number")
+    return min(LARGEST_DELTA, 1 / (100 * n))
 
 
 def noise_multiplier_for(

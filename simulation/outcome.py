@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.report import facts
 from offsite.coordinator.report.model import SIMULATION, PhaseCost, Report
-from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.privacy_facts import DELTAS, PrivacyFacts, SitePrivacy, short_delta
 from offsite.coordinator.report.quality_facts import Quality
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.privacy.events import Event
@@ -84,6 +85,7 @@ def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) ->
         epsilon=(spent[-1] if spent else 0.0) if terms.private else None,
         epsilon_by_round=spent,
         delta=plan.delta,
+        epsilon_at=_epsilon_at(terms.accountant, plan, int(done[-1]) if done else 0) if terms.private else None,
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=terms.max_grad_norm,
         sample_rate=plan.sample_rate,
@@ -94,7 +96,18 @@ def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) ->
 
 
 def _epsilon(accountant: str, plan: SitePlan, steps: int) -> float:
-    return ACCOUNTANTS[accountant]([Event(plan.noise_multiplier, plan.sample_rate, steps)], plan.delta)
+    return _epsilon_of(accountant, plan.noise_multiplier, plan.sample_rate, steps, plan.delta)
+
+
+def _epsilon_at(accountant: str, plan: SitePlan, steps: int) -> dict[str, float]:
+    """Returns the epsilon of a number of steps at each delta of `DELTAS`."""
+    mechanism = (accountant, plan.noise_multiplier, plan.sample_rate, steps)
+    return {short_delta(delta): _epsilon_of(*mechanism, delta) if steps else 0.0 for delta in DELTAS}
+
+
+@lru_cache(maxsize=256)  # sites with as many records have the same numbers
+def _epsilon_of(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
+    return ACCOUNTANTS[accountant]([Event(noise, rate, steps)], delta)
 
 
 def _with_losses(run: Run, manifest: JobManifest, record: RoundRecord) -> RoundRecord:

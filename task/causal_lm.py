@@ -14,6 +14,7 @@ from offsite.task import checkpoint, chunked_head
 from offsite.task.encode import encode
 from offsite.task.examples import Examples, vocabulary_of
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import LenientRecords
 from offsite.task.spec import Record, Tally
 
 log = logging.getLogger("offsite.task")
@@ -54,7 +55,8 @@ class CausalLM:
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> Examples:
         """Returns texts as examples; see `task.encode.encode`."""
-        return encode(processor, [record["text"] for record in records], length=length, split=split)
+        texts, lenient = [record["text"] for record in records], isinstance(records, LenientRecords)
+        return encode(processor, texts, length=length, split=split, may_be_none=lenient)
 
     def losses(self, model: nn.Module, batch: Examples) -> torch.Tensor:
         """Returns each example's mean negative log-likelihood per target token, nats, float32 (B,), differentiable.

@@ -12,7 +12,7 @@ from offsite.task.examples import Examples
 SHORTEST = 2  # tokens; a shorter record has no next token to predict
 
 
-def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> Examples:
+def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str, may_be_none: bool = False) -> Examples:
     """Returns texts as examples of one length.
 
     Args:
@@ -22,6 +22,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
       split: "blocks" joins all texts, cuts consecutive blocks of exactly `length` tokens and drops the remainder, so
         that the number of examples depends on the tokenizer; "truncate" makes one example from each text, cut or padded
         on the right, whatever the tokenizer returns. A text of fewer than 2 tokens is then an example without a target.
+      may_be_none: whether no example is a result, as at a site, where an error would tell what the tokenizer met.
 
     Raises:
       ConfigError: the length is too small.
@@ -31,7 +32,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, length: int, split: str) -> 
     check_length(length)
     cut = lookup(SPLITS, split, "split")
     rows = cut(tokenizer.tokens(texts), end_of(tokenizer), length)
-    if not rows:
+    if not rows and not may_be_none:
         raise DataError(f"examples=0 from {len(texts)} texts at length={length}; give more text or lower the length")
     # Padding is never a target, and a causal model never sees padding on the right, so any valid id will do.
     return Examples(padded(rows, length), mask_of(rows, length))
@@ -47,7 +48,7 @@ def padded(rows: Sequence[Sequence[int]], width: int, value: int = 0) -> torch.T
 
 def mask_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
     """Returns 1 for each number of `padded` and 0 for its padding, int64 (n, width)."""
-    return (torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows])[:, None]).long()
+    return (torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]).long()
 
 
 def end_of(tokenizer: Any) -> list[int]:

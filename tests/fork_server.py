@@ -37,7 +37,7 @@ LATE = (
 )
 # Noise that most jobs of the tests need, so that it is searched for once and not by every site: epsilon, delta and
 # sample rate of a site with 100 records and batches of 8, and the steps of 1 to 3 rounds, and of 3 with 40 spare.
-TINY_WORLD, CALIBRATED = (8.0, 100.0**-1.1, 8 / 100), (1, 2, 3, 43)
+TINY_WORLD, CALIBRATED = (8.0, 1e-6, 8 / 100), (1, 2, 3, 43)
 
 
 @dataclass(frozen=True)

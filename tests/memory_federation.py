@@ -1,5 +1,6 @@
 """A federation in one process: a delivered job, and real sites with ledger, policy, audit log and signed endpoint."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from offsite.client.home.audit import Audit
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
 from offsite.client.home.policy import Policy, permit
+from offsite.client.home.redact import for_peer
 from offsite.client.home.settings import SiteSettings
 from offsite.client.network.message_endpoint import SignedEndpoint
 from offsite.client.service.site_runtime import SiteRuntime
@@ -28,6 +30,7 @@ from offsite.client.training.privacy_plan import plan_for
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.network.package_delivery import Delivery, deliver_all
 from offsite.coordinator.rounds.exchange import MemoryExchange
+from offsite.privacy.calibrate import LARGEST_DELTA
 from offsite.privacy.ledger import Ledger
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
@@ -75,6 +78,13 @@ class World:
     def start(self) -> np.ndarray:
         """The adapter at the start of the first round."""
         return self.session.layout.read(self.session.model)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The number of examples of each site, which its owner has declared."""
+        return {
+            site.name: len(self.run.examples(site.train, self.manifest, self.session)) for site in self.run.config.sites
+        }
 
     @cached_property
     def signatures(self) -> dict[str, bytes]:
@@ -152,14 +162,15 @@ def policy_for(folder: Path, **changed: Any) -> Policy:
         epsilon_cap=60.0,
         allow_variants=True,
     )
-    return replace(permitted, **({"delta_cap": 1e-2} | changed))
+    return replace(permitted, **changed)
 
 
 class WorldHome(SiteHome):
     """A site's folder with the keys and the federation of a world in the place of files."""
 
     def __init__(self, world: World, name: str, folder: Path) -> None:
-        super().__init__(folder, SiteSettings(name, "data.csv", dataset=DATASET))
+        number = world.places[name]
+        super().__init__(folder, SiteSettings(name, "data.csv", dataset=DATASET, records=number, blocks=number))
         self._world = world
 
     @property
@@ -214,7 +225,7 @@ class RunningSite:
             self.folder / "ledger.jsonl",
             dataset=DATASET,
             epsilon_cap=self.rules.epsilon_cap,
-            delta=self.rules.delta_cap,
+            delta=min(self.rules.delta_cap, LARGEST_DELTA),
             accountant=self.accountant,
         )
         packages = self.folder / "packages"
@@ -251,8 +262,16 @@ class RunningSite:
         self.service._runtime = replace(self.service._runtime, **changed)
 
     def ask(self, stage: str, message: codec.Message) -> codec.Message:
-        """Returns the answer to a stage, without a letter around the answer."""
-        return codec.decode(self.service.handle(stage, codec.encode(message)))
+        """Returns the answer to a stage, without a letter around the answer; its words are constants."""
+        reply = codec.decode(self.service.handle(stage, codec.encode(message)))
+        assert for_peer(reply) == reply
+        return reply
+
+    @property
+    def reason(self) -> str:
+        """The last reason in the audit log, which its owner alone reads."""
+        lines = [json.loads(line)["fields"] for line in (self.folder / "audit.jsonl").read_text().splitlines()]
+        return str([line["reason"] for line in lines if "reason" in line][-1])
 
     def ready(self) -> None:
         """Offers the job until the site is ready."""
@@ -279,7 +298,7 @@ class RunningSite:
             SiteJob(name, manifest, session, examples, plan_for(manifest, len(examples))),
             identity=world.identities[name],
             journal=FileJournal(self.folder / "journal.jsonl"),
-            release_log=LedgerReleaseLog(self.ledger, manifest, policy=self.rules, audit=self.audit, clock=lambda: NOW),
+            release_log=LedgerReleaseLog(self.ledger, manifest, audit=self.audit, clock=lambda: NOW),
             training_log=self.folder / "rounds.jsonl",
             randomness=SiteRandomness(name, 1),
         )

@@ -60,7 +60,7 @@ class FederationManifest:
       n_min: fewest sites whose sum a job may open, at least 3.
       clip: largest `update_bound` that a job may set, > 0.
       scale: bits of the ring of the secure sum.
-      max_epsilon: largest epsilon that a job may plan, > 0.
+      max_epsilon: largest epsilon that a job may plan, at a delta of at most 1e-6, > 0.
       coordinator: Ed25519 public key of the coordinator, hexadecimal.
       members: the sites, sorted by name.
       created: start of the epoch's validity, UTC.

@@ -15,21 +15,25 @@ from offsite.trust.files import read
 T = TypeVar("T")
 
 
-def read_settings(path: Path, kind: type[T]) -> T:
+def read_settings(path: Path, kind: type[T], *, removed: Mapping[str, str] | None = None) -> T:
     """Reads a TOML file whose keys are the fields of a dataclass.
 
     Args:
       path: TOML file, UTF-8.
       kind: dataclass of the settings; a field without a default is a required key.
+      removed: next step of the owner, by key that earlier releases knew.
 
     Raises:
       DataError: the file is missing.
-      ConfigError: the file is not TOML, or a key is unknown, missing or of a wrong type.
+      ConfigError: the file is not TOML, or a key is removed, unknown, missing or of a wrong type.
     """
     try:
         content = tomllib.loads(read(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"path={str(path)!r} is not valid TOML ({error}); correct that line") from error
+    for key, step in (removed or {}).items():
+        if key in content:
+            raise ConfigError(f"{path.name} key {key} is no longer known: {step}")
     return TableReader(path.name, f"{path.name} key ").table(kind, content)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from offsite.client.home.policy import Policy
 from offsite.client.home.settings import SETTINGS, SiteSettings
 from offsite.errors import ConfigError, DataError, PolicyRefusal, Untrusted
+from offsite.privacy.calibrate import LARGEST_DELTA
 from offsite.privacy.ledger import Ledger
 from offsite.trust import certificates
 from offsite.trust.certificates import check_issued, check_valid
@@ -140,12 +141,12 @@ class SiteHome:
         return policy
 
     def ledger(self, policy: Policy) -> Ledger:
-        """Returns the ledger of the site's data set, with the policy's cap and delta."""
+        """Returns the ledger of the site's data set, with the policy's cap, at the smaller of its delta and ours."""
         return Ledger(
             self.state / f"ledger-{self.settings.dataset}.jsonl",
             dataset=self.settings.dataset,
             epsilon_cap=policy.epsilon_cap,
-            delta=policy.delta_cap,
+            delta=min(policy.delta_cap, LARGEST_DELTA),
             accountant=ACCOUNTANT,
         )
 

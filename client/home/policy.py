@@ -16,17 +16,17 @@ APPROVALS = ("manual", "automatic")
 ANY = "any"
 GIGABYTE = 2**30
 UNPACKING = 3  # a package is on the disk encrypted, decrypted and unpacked at once
+_REMOVED = {"metrics": "nothing leaves a site but its update, and no key permits more; remove the line"}
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _TEMPLATE = """\
 # What this site permits. Only its owner changes this file; a job that asks for more is refused before any training.
-epsilon_cap = 8.0          # privacy that may be spent on the data set in all, over every job
-delta_cap = 1e-3           # no job may use a larger delta
+epsilon_cap = 8.0          # privacy of the data set over all jobs, spent and set aside, at their smallest delta
+delta_cap = 1e-6           # largest delta of a job, which is min(1e-6, 1 / (100 records)) where this is more
 min_cohort = 3             # fewest sites whose sum may be opened
-min_records = 100          # do not train on fewer records than this
+min_records = 100          # do not train on fewer declared records than this
 models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
 methods = []               # permitted adapter methods, for example ["ffa_lora", "lora"]; "any" permits every one
 splits = ["truncate"]      # how texts become records: truncate, one of each text; blocks, as the tokenizer cuts them
-metrics = []               # names of values that may leave beside the masked update; nothing by default
 max_length = 4096          # most tokens of a record
 max_rank = 16              # largest inner width of an adapter
 max_adapter_share = 0.25   # most trained numbers over those of the blocks that carry the adapter; whole blocks need 1.1
@@ -52,7 +52,6 @@ class Policy:
     models: tuple[str, ...]
     methods: tuple[str, ...]
     splits: tuple[str, ...]
-    metrics: tuple[str, ...]
     max_length: int
     max_rank: int
     max_adapter_share: float
@@ -98,7 +97,7 @@ class Policy:
           DataError: the file is missing.
           ConfigError: the file is not TOML, or a key is unknown, missing, of a wrong type or out of its range.
         """
-        return read_settings(path, cls)
+        return read_settings(path, cls, removed=_REMOVED)
 
     @staticmethod
     def template() -> str:
@@ -109,7 +108,7 @@ class Policy:
 def permit(
     policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, free_disk: int, package_bytes: int
 ) -> None:
-    """Checks a job against the policy, before any part of its package is fetched.
+    """Checks a job, its package and the time against the policy, before any part of the package is fetched.
 
     Args:
       policy: permissions of the owner.
@@ -122,6 +121,22 @@ def permit(
     Raises:
       PolicyRefusal: the job breaks a rule; the message names the first broken rule.
     """
+    permit_terms(policy, manifest, site=site)
+    _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
+    needed = UNPACKING * package_bytes
+    if free_disk < needed:
+        raise PolicyRefusal(
+            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
+        )
+    permit_now(policy, now)
+
+
+def permit_terms(policy: Policy, manifest: "JobManifest", *, site: str) -> None:
+    """Checks the terms of a job against the policy.
+
+    Raises:
+      PolicyRefusal: the job breaks a rule; the message names the first broken rule.
+    """
     terms, spec = manifest.privacy, manifest.adapter
     if not terms.private:
         raise PolicyRefusal("private=false: no policy permits training without differential privacy; switch it on")
@@ -129,23 +144,19 @@ def permit(
     _permit_what_shows_more(policy, manifest)
     _listed("methods", policy.methods, spec.method)
     _listed("splits", policy.splits, manifest.split)
-    for metric in manifest.metrics:
-        _listed("metrics", policy.metrics, metric)
+    if manifest.metrics:
+        raise PolicyRefusal(
+            f"metric={manifest.metrics[0]!r}: nothing leaves a site but its update; ask the coordinator for a job "
+            "without metrics"
+        )
     _at_most("epsilon", terms.epsilon, "epsilon_cap", policy.epsilon_cap)
     _at_most("length", manifest.length, "max_length", policy.max_length)
     _at_most("rank", spec.rank, "max_rank", policy.max_rank)
-    _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
     if manifest.n_min < policy.min_cohort:
         raise PolicyRefusal(
             f"n_min={manifest.n_min}: policy.toml has min_cohort={policy.min_cohort}; ask the coordinator for more "
             "sites, or lower min_cohort"
         )
-    needed = UNPACKING * package_bytes
-    if free_disk < needed:
-        raise PolicyRefusal(
-            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
-        )
-    permit_now(policy, now)
 
 
 def _permit_what_shows_more(policy: Policy, manifest: "JobManifest") -> None:

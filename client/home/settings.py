@@ -10,6 +10,7 @@ from offsite.trust.toml_tables import quote
 from offsite.trust.welcome import MAX_PORT
 
 SETTINGS = "site.toml"
+MAX_RECORDS = 10**9
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class SiteSettings:
       columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.
       dataset: name under which the privacy ledger counts what was spent on these records; one data set has one name
         for ever.
+      records: public number of the records, from which noise and sample rate follow; the data must hold exactly so
+        many. 0 counts them once, at `offsite client sign` or at the first approval, and keeps that number.
+      blocks: public number of blocks for jobs with split `blocks`, which take so many of the texts' blocks and fill up
+        with empty blocks; 0 refuses such jobs.
       runtime_port: port of the SuperNode's own interface on this machine; 0 takes a free port.
       simulation_seed: seed of repeatable noise, for tests on invented data only; needs `allow_seeded_noise` of the
         policy.
@@ -41,6 +46,8 @@ class SiteSettings:
     column: str = ""
     columns: dict[str, str] = field(default_factory=dict)
     dataset: str = "main"
+    records: int = 0
+    blocks: int = 0
     runtime_port: int = 0
     simulation_seed: int | None = None
     weights: str = "widened"
@@ -51,6 +58,9 @@ class SiteSettings:
         canonical.check_name(self.dataset, "dataset")
         if not self.data:
             raise ConfigError("data='': must be the file or folder of the site's records")
+        for name in ("records", "blocks"):
+            if not 0 <= getattr(self, name) <= MAX_RECORDS:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be from 0 to {MAX_RECORDS}")
         if not 0 <= self.runtime_port <= MAX_PORT:
             raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
         lookup(WEIGHT_FORMS, self.weights, "weights")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from offsite.client.home.redact import for_peer
 from offsite.errors import DataError, MalformedMessage, OffsiteError, ProtocolViolation
 from offsite.protos import codec, signed_messages
 from offsite.trust import files
@@ -40,7 +41,7 @@ class SignedEndpoint:
         self._memory, self._handle, self._on_refused = memory, handle, on_refused
 
     def answer(self, stage: str, data: bytes) -> bytes:
-        """Returns the signed answer to a letter; the answer to a letter that may not be opened is the reason alone."""
+        """Returns the signed answer to a letter; a letter that may not be opened gets the kind of the refusal alone."""
         number = 0
         try:
             letter = signed_messages.read(
@@ -55,7 +56,7 @@ class SignedEndpoint:
             body = self._handle(stage, letter.body)
         except OffsiteError as error:
             self._on_refused(f"{type(error).__name__}: {error}")
-            body = codec.encode(codec.Refusal(type(error).__name__, str(error)))
+            body = codec.encode(for_peer(codec.Refusal(type(error).__name__, str(error))))
         return signed_messages.write(
             self._identity,
             self._federation,
@@ -74,7 +75,7 @@ class SignedEndpoint:
             )
         try:
             files.write_atomically(self._memory, json.dumps({"last": number}).encode())
-        except DataError as error:  # the coordinator reads this and need not know the site's folders
+        except DataError as error:
             raise DataError(
                 f"state={self._memory.name}: cannot be written ({files.why(error)}); free disk space"
             ) from error

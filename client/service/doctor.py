@@ -11,12 +11,10 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 
 from offsite.client.home.audit import verify
+from offsite.client.home.declared_records import check_count, count_by_task, declared
 from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
-from offsite.task.readers.columns import columns_for
-from offsite.task.readers.tables import read
-from offsite.task.record_fields import FIELDS
 from offsite.trust.certificates import WARN_DAYS
 
 FINE, WARNED, FAILED = "ok", "warning", "FAILED"
@@ -43,7 +41,7 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
         "keys": lambda: _keys(site),
         "certificates": lambda: _certificates(site, clock()),
         "data": lambda: _data(site),
-        "policy": lambda: site.read_policy().approval + " approval",
+        "policy": lambda: _policy(site),
         "ledger": lambda: _ledger(site),
         "audit log": lambda: f"{verify(site.state / 'audit.jsonl')} entries, chain whole",
         "disk": lambda: _disk(site),
@@ -89,23 +87,34 @@ def _certificates(site: SiteHome, now: datetime) -> str:
 
 
 def _data(site: SiteHome) -> str:
-    settings = site.settings
-    counts, refusals = dict[str, int](), list[DataError]()
-    for task in FIELDS:
-        columns = columns_for(task, column=settings.column, names=settings.columns)
-        try:
-            counts[task] = len(read(site.data, reader=settings.reader or None, columns=columns))
-        except DataError as error:
-            refusals.append(error)
-    if not counts:
-        raise refusals[0]
-    return f"{max(counts.values())} records, for the tasks {', '.join(counts)}"
+    counts = count_by_task(site)
+    check_count(site, *counts.values())
+    tasks, number, blocks = ", ".join(counts), declared(site), site.settings.blocks
+    if number is None:
+        return f"{max(counts.values())} records, for the tasks {tasks}; the first approval keeps the number"
+    cut = f", and {blocks} blocks of their texts" if blocks else ""
+    return f"{number} records as declared{cut}, for the tasks {tasks}"
+
+
+def _policy(site: SiteHome) -> str:
+    """Says what every job meets whose number of records is declared; approval and training make the same checks."""
+    policy, number = site.read_policy(), declared(site)
+    most = max(number or 0, site.settings.blocks)
+    if most and most < policy.min_records:
+        raise PolicyRefusal(
+            f"records={most}: policy.toml has min_records={policy.min_records}, so every job is refused; add records "
+            "or lower it"
+        )
+    return f"{policy.approval} approval"
 
 
 def _ledger(site: SiteHome) -> str:
     policy = site.read_policy()
-    spent, cap = site.ledger(policy).recorded(), policy.epsilon_cap
-    return f"{'warning: ' if spent > 0.9 * cap else ''}epsilon {spent:.3f} of {cap:g} spent"
+    standing, cap = site.ledger(policy).standing(), policy.epsilon_cap
+    return (
+        f"{'warning: ' if standing.committed > 0.9 * cap else ''}epsilon {standing.spent:.3f} of {cap:g} spent, "
+        f"{standing.committed:.3f} with approved jobs, at delta {standing.delta:.3g}"
+    )
 
 
 def _disk(site: SiteHome) -> str:

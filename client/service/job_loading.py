@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from offsite.client.home.policy import GIGABYTE, UNPACKING
-from offsite.client.home.redact import local_message, peer_message
+from offsite.client.home.redact import FAULT, REFUSED, local_message
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.site.round_handler import Site
 from offsite.client.training.emulator_session import EmulatorSession
@@ -23,7 +23,7 @@ from offsite.protos.signed_job import package_context
 from offsite.trust import streaming
 
 log = logging.getLogger("offsite.client")
-FETCHING, VETTED, OPENING, READY, REFUSED = "fetching", "vetted", "opening", "ready", "refused"
+FETCHING, VETTED, OPENING, READY = "fetching", "vetted", "opening", "ready"
 APPROVAL_SECONDS = 0.5  # between two looks for the owner's approval
 PAUSES = (1.0, 300.0)  # seconds before the next try after an error that may pass; they double up to the second number
 TRIES = 2  # a package that was damaged on the way or on the disk is fetched once more
@@ -41,7 +41,7 @@ class JobLoader:
 
     Attributes:
       state: FETCHING; VETTED while the job waits for its approval; OPENING; READY or REFUSED.
-      detail: reason of a refusal.
+      detail: kind and reason of a refusal, for the owner alone; `client.home.redact.for_peer` leaves the kind.
       fetched: number of bytes of the package that are on the disk.
       opened: whether the records were read, so that further answers may follow from them.
       site: site that trains the job; None until the job is ready.
@@ -73,22 +73,25 @@ class JobLoader:
         except _GivenUp:
             self._session = self.site = None
         except OffsiteError as error:
-            self._refuse(error, str(error))
+            self._refuse(type(error).__name__, str(error))
         except BaseException as error:  # a bug must not leave the coordinator waiting for ever
             log.error("job could not be loaded: %s: %s", type(error).__name__, local_message(error))
-            self._refuse(error, peer_message(error))
+            self._refuse(FAULT, local_message(error))
 
     def _is_ready(self) -> bool:
         """Goes on from where the job stands, and says whether the job is ready; otherwise the next try may succeed."""
         try:
             self._check_not_stopped()
+            if self._runtime.is_approved(self.manifest):  # refused here, a package is not even fetched
+                self._runtime.reserve(self.manifest)
             self._session = self._session or self._vetted()
             self._wait_for_approval()
+            self._runtime.reserve(self.manifest)
             self._enter(OPENING)
             self.opened = True
             self.site = self._runtime.open_site(self.manifest, self._session)
         except DataError as error:
-            self._refuse(error, str(error))
+            self._refuse(type(error).__name__, str(error))
             return False
         self._enter(READY)
         self._settled.set()
@@ -110,8 +113,8 @@ class JobLoader:
         if self.state != REFUSED or state == READY:
             self.state = state
 
-    def _refuse(self, error: BaseException, reason: str) -> None:
-        self.state, self.detail = REFUSED, f"{type(error).__name__}: {reason}"
+    def _refuse(self, kind: str, reason: str) -> None:
+        self.state, self.detail = REFUSED, f"{kind}: {reason}"
         self._settled.set()
 
     def _vetted(self) -> EmulatorSession:

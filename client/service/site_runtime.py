@@ -12,26 +12,27 @@ from functools import cached_property
 from pathlib import Path
 
 from offsite.client.home.audit import Audit
+from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
 from offsite.client.home.policy import Policy, permit
 from offsite.client.home.redact import local_message
 from offsite.client.network.fetch import DepotAddress, fetch
 from offsite.client.network.node import SuperNodeConfig
+from offsite.client.service.approval import reserve, site_plan
 from offsite.client.site.release_log import CountingReleaseLog, LedgerReleaseLog, ReleaseLog
 from offsite.client.site.round_handler import Site
 from offsite.client.site.site_randomness import SiteRandomness
 from offsite.client.training.emulator_session import EmulatorSession, encode_records, open_session
+from offsite.client.training.example_places import in_places
 from offsite.client.training.local_update import SiteJob
-from offsite.client.training.privacy_plan import plan_for
+from offsite.client.training.privacy_plan import SitePlan
 from offsite.emulator.vetting.limits import VettingThresholds
-from offsite.errors import DataError, OffsiteError, PolicyRefusal, PrivacyRefusal
+from offsite.errors import DataError, OffsiteError, PolicyRefusal
 from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
-from offsite.task.readers.columns import columns_for
-from offsite.task.readers.tables import read
 from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
 from offsite.trust.federation_manifest import FederationManifest
@@ -133,6 +134,34 @@ class SiteRuntime:
         """Says whether a job may train now; an approval that the owner took back does not count any more."""
         return self.policy.approval == "automatic" or manifest.digest().hex() in self.jobs.approved()
 
+    def reserve(self, manifest: JobManifest) -> None:
+        """Sets an approved job aside in the ledger, where that was not done yet; once more changes nothing.
+
+        Raises:
+          PolicyRefusal, PrivacyRefusal: the declared number of records or the cap does not permit the job.
+          ConfigError, DataError: the number of records is not declared, or the ledger cannot be written.
+        """
+        reserve(self.ledger, manifest, self.plan(manifest), now=self.clock())
+
+    def close_others(self, manifest: JobManifest) -> None:
+        """Closes the reserves of jobs that may not train now, so that what they have not spent is free again.
+
+        These are the jobs whose approval the owner took back. Where approval is automatic, these are all jobs but the
+        offered one: a coordinator could otherwise fill the cap with offers alone.
+
+        Raises:
+          DataError: the ledger is damaged, or cannot be written.
+        """
+        automatic = self.policy.approval == "automatic"
+        kept = frozenset({manifest.digest().hex()}) if automatic else self.jobs.approved()
+        for job in sorted(self.ledger.reserved_jobs() - kept):
+            self.ledger.close(job, now=self.clock())
+            self.note("reserve closed", f"job {job[:12]} is not approved, or another job took its place")
+
+    def plan(self, manifest: JobManifest) -> SitePlan:
+        """Returns this site's plan of a job, from the declared number of records; raises as `reserve` does."""
+        return site_plan(self.policy, manifest, places(self.home, manifest.split, manifest.task))
+
     def fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
         """Fetches a package from the coordinator's depot, from where an earlier try ended; see `network.fetch`."""
         welcome = self.home.welcome
@@ -168,21 +197,17 @@ class SiteRuntime:
         """Opens this site for a job that its owner approved, with its ledger and its journal.
 
         Raises:
-          DataError: the data cannot be read now.
-          PolicyRefusal: the data do not fit. Neither error says why, because the reason follows from the data.
+          DataError: the data cannot be read now, do not fit, or are not as many records as declared. The error never
+            says which, because the reason follows from the data.
         """
-        release_log = LedgerReleaseLog(self.ledger, manifest, policy=self.policy, audit=self.audit, clock=self.clock)
+        release_log = LedgerReleaseLog(self.ledger, manifest, audit=self.audit, clock=self.clock)
         journal, training_log = FileJournal(self.home.state / "journal.jsonl"), self.home.state / "rounds.jsonl"
         try:
             records = LenientRecords(self.records(manifest.task))
-        except Exception as error:  # the place where a program fails depends on the records that it reads
-            self._tell_owner(manifest, "data cannot be read", error)
-            raise DataError("this site's data cannot be read now; its owner sees why in the site's log") from None
-        try:
             return self._site(self._site_job(manifest, session, records), release_log, journal, training_log)
-        except Exception as error:
+        except Exception as error:  # the place where a program fails depends on the records that it reads
             self._tell_owner(manifest, "data do not fit", error)
-            raise PolicyRefusal("this site's data do not fit this job; its owner sees why in the site's log") from None
+            raise DataError("this site's data do not fit this job now; its owner sees why in the site's log") from None
 
     def open_dry_run(self, manifest: JobManifest, package: Path, training_log: Path) -> Site:
         """Opens this site for a rehearsal by its owner: no ledger is debited, and errors name the record.
@@ -201,9 +226,7 @@ class SiteRuntime:
           DataError: the records cannot be read.
           ConfigError: `site.toml` names a field that no task has.
         """
-        settings = self.home.settings
-        columns = columns_for(task, column=settings.column, names=settings.columns)
-        return read(self.home.data, reader=settings.reader or None, columns=columns)
+        return read_records(self.home, task)
 
     def _tell_owner(self, manifest: JobManifest, kind: str, error: Exception) -> None:
         """Tells the owner alone why a job cannot use the data, once for each reason."""
@@ -214,17 +237,14 @@ class SiteRuntime:
             log.warning("job %s: %s", manifest.digest().hex()[:12], reason)
 
     def _site_job(self, manifest: JobManifest, session: EmulatorSession, records: list[Record]) -> SiteJob:
-        examples = encode_records(session, manifest, records)
-        if len(examples) < self.policy.min_records:
-            raise PolicyRefusal(
-                f"records={len(examples)}: policy.toml has min_records={self.policy.min_records}; add data or lower it"
-            )
-        plan, cap = plan_for(manifest, len(examples)), self.policy.delta_cap
-        if plan.delta > cap:
-            raise PrivacyRefusal(
-                f"delta={plan.delta:.3g} of {len(examples)} records: policy.toml has delta_cap={cap}; "
-                "add records, or raise it"
-            )
+        if manifest.split != BLOCKS:
+            check_count(self.home, len(records))
+        plan, examples = self.plan(manifest), encode_records(session, manifest, records)
+        if manifest.split == BLOCKS:
+            log.info("blocks=%d of the texts, in %d declared places", len(examples), plan.records)
+            examples = in_places(examples, plan.records)
+        if len(examples) != plan.records:
+            raise PolicyRefusal(f"examples={len(examples)}: {plan.records} are declared; each record is one example")
         for fault in records.faults[:MAX_FAULTS] if isinstance(records, LenientRecords) else ():
             log.warning("a record adds nothing: %s", printable(fault))
         if empty := int((examples.targets == 0).sum()):

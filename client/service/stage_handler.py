@@ -1,15 +1,22 @@
 """A site's answer to each stage of its coordinator: look at offers, take part in rounds, write down every answer."""
 
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 
 from offsite.client.home.policy import permit_now
-from offsite.client.home.redact import local_message, peer_message
+from offsite.client.home.redact import (
+    FAULT,
+    NOT_APPROVED,
+    NOT_SIGNED,
+    READS_DATA,
+    REFUSED,
+    for_peer,
+    local_message,
+)
 from offsite.client.network.message_endpoint import SignedEndpoint
-from offsite.client.service.job_loading import FETCHING, OPENING, READY, REFUSED, VETTED, JobLoader
+from offsite.client.service.job_loading import FETCHING, OPENING, READY, VETTED, JobLoader
 from offsite.client.service.job_queue import LatestJobRunner
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.site.release_log import ledger_name
@@ -43,7 +50,7 @@ class StageHandler:
         self._loader: JobLoader | None = None
         self._runner = LatestJobRunner()
         self._sent: dict[str, tuple[bytes, bytes]] = {}
-        self._noted_ready = ""  # job whose being ready was written to the audit log
+        self._noted: dict[str, tuple[str, str]] = {}  # last job and reason in the audit log, by kind of entry
         self._shown: dict[str, str] = {}  # last line of each stage for the people at this machine
 
     def endpoint(self) -> SignedEndpoint:
@@ -66,12 +73,11 @@ class StageHandler:
         except OffsiteError as error:
             reply = codec.encode(codec.Refusal(type(error).__name__, str(error)))
         except Exception as error:  # a bug must not leave the coordinator waiting
-            reply = codec.encode(codec.Refusal("Fault", peer_message(error)))
+            reply = codec.encode(codec.Refusal(FAULT, local_message(error)))
             log.error("stage %s: %s: %s", printable(stage), type(error).__name__, local_message(error))
         message = codec.decode(reply)
-        if isinstance(message, codec.Refusal | codec.OfferReply):
-            message = self._without_paths(message)
-            reply = codec.encode(message)
+        told = for_peer(message)
+        reply = reply if told is message else codec.encode(told)
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
             fields |= {"error": message.kind, "reason": message.reason}
@@ -79,13 +85,6 @@ class StageHandler:
             self._note("answered", fields)
         self._show(stage, status_line(stage, message))
         return reply
-
-    def _without_paths(self, message: codec.Refusal | codec.OfferReply) -> codec.Refusal | codec.OfferReply:
-        """Returns an answer without the paths of this machine."""
-        folder = str(self._runtime.home.folder)
-        if isinstance(message, codec.Refusal):
-            return dataclasses.replace(message, reason=message.reason.replace(folder, "SITE"))
-        return dataclasses.replace(message, detail=message.detail.replace(folder, "SITE"))
 
     def _show(self, stage: str, line: str) -> None:
         """Shows a line to the people at this machine, unless the last line of this stage in this round was the same."""
@@ -129,7 +128,8 @@ class StageHandler:
         federation.check_valid(runtime.clock())  # a site may run for longer than its owners signed
         manifest = check_job(runtime.coordinator, offer.manifest, offer.manifest_signature)
         if missing := sorted({member.site for member in federation.members} - dict(offer.owners).keys()):
-            return self._reply(WAITING, f"signatures of {', '.join(missing)} under the federation manifest are missing")
+            log.info("job waits for the signatures of %s", ", ".join(missing))
+            return self._reply(WAITING, NOT_SIGNED)
         check_signatures(federation, dict(offer.owners))
         _check_terms(manifest, federation)
         self._check_ledger(offer)
@@ -138,6 +138,7 @@ class StageHandler:
             runtime.jobs.keep(offer.manifest, offer.manifest_signature, digest)
             self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
         runtime.check_policy(manifest, offer.package_bytes)
+        runtime.close_others(manifest)
         return self._load(offer, manifest)
 
     def _load(self, offer: codec.Offer, manifest: JobManifest) -> codec.OfferReply:
@@ -151,21 +152,23 @@ class StageHandler:
         loader.wait(0.2)
         approved, state = self._runtime.is_approved(manifest), loader.state
         if state == REFUSED and (approved or not loader.opened):
+            self._note_once("refused", manifest, loader.detail)
             return self._reply(REFUSED, loader.detail)
         if not approved:
-            reason = f"the data owner has not approved job {manifest.digest().hex()[:12]} yet"
-            return self._reply(WAITING, reason, loader.fetched)
+            return self._reply(WAITING, NOT_APPROVED, loader.fetched)
         if state == READY:
-            self._note_once_ready(manifest)
+            self._runtime.reserve(manifest)  # once more changes nothing; a reserve may have been closed meanwhile
+            self._note_once("ready", manifest)
             return self._reply(READY, "", loader.fetched)
         reads = state in (VETTED, OPENING)
-        return self._reply(FETCHING, "approved, its data are read" if reads else "", loader.fetched)
+        return self._reply(FETCHING, READS_DATA if reads else "", loader.fetched)
 
-    def _note_once_ready(self, manifest: JobManifest) -> None:
+    def _note_once(self, kind: str, manifest: JobManifest, reason: str = "") -> None:
+        """Writes a state of a job to the audit log when it begins; the coordinator asks again and again."""
         job = manifest.digest().hex()
-        if self._noted_ready != job:
-            self._noted_ready = job
-            self._note("ready", {"job": job})
+        if self._noted.get(kind) != (job, reason):
+            self._noted[kind] = job, reason
+            self._note(kind, {"job": job} | ({"reason": printable(reason)} if reason else {}))
 
     def _check_ledger(self, offer: codec.Offer) -> None:
         """Checks the ledger against the heads that the coordinator has countersigned for this site.
@@ -185,6 +188,8 @@ class StageHandler:
 
     def _finish(self, notice: codec.Notice) -> codec.Notice:
         self._runner.clear()
+        if self._loader is not None:  # what the job did not spend returns to the data set
+            self._runtime.ledger.close(self._loader.manifest.digest().hex(), now=self._runtime.clock())
         self._loader = None
         self._sent.clear()
         self._note("finished", {"reason": notice.reason})

@@ -9,8 +9,7 @@ import numpy as np
 
 from offsite.adapter.layout import Layout
 from offsite.client.home.audit import Audit
-from offsite.client.home.policy import ANY, Policy
-from offsite.errors import PolicyRefusal, RangeError
+from offsite.errors import RangeError
 
 ENTRY_BYTES = 4
 
@@ -27,7 +26,7 @@ class EgressReport:
       norm: Euclidean norm of the update before masking.
       epsilon_round: epsilon that this release adds.
       epsilon_total: epsilon that the data set has then spent, over all jobs.
-      metrics: numbers that leave beside the update, by name.
+      delta: delta of both epsilons.
     """
 
     job: str
@@ -37,19 +36,18 @@ class EgressReport:
     norm: float
     epsilon_round: float
     epsilon_total: float
-    metrics: dict[str, float]
+    delta: float
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         return dataclasses.asdict(self)
 
 
-def release(report: EgressReport, layout: Layout, policy: Policy, audit: Audit, *, now: datetime) -> None:
-    """Checks a report against the job and the policy, and writes it to the audit log; then the update may leave.
+def release(report: EgressReport, layout: Layout, audit: Audit, *, now: datetime) -> None:
+    """Checks a report against the job, and writes it to the audit log; then the update may leave.
 
     Raises:
-      RangeError: the upload has not the announced size, or the update or a metric is not finite.
-      PolicyRefusal: the owner did not permit a metric.
+      RangeError: the upload has not the announced size, or the update is not finite.
       DataError: the audit log cannot be written, so the update may not leave.
     """
     if report.upload_bytes != ENTRY_BYTES * layout.size:
@@ -58,9 +56,4 @@ def release(report: EgressReport, layout: Layout, policy: Policy, audit: Audit, 
         )
     if not np.isfinite(report.norm):
         raise RangeError("update norm is not finite; nothing leaves")
-    for name, value in report.metrics.items():
-        if ANY not in policy.metrics and name not in policy.metrics:
-            raise PolicyRefusal(f"metric={name!r}: not in metrics of policy.toml; nothing leaves")
-        if not np.isfinite(value):
-            raise RangeError(f"metric={name!r} is not finite; nothing leaves")
     audit.record("egress", now=now, **report.to_dict())

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 
 from offsite.client.home.audit import Audit
-from offsite.client.home.policy import Policy
 from offsite.client.site import egress
 from offsite.client.site.egress import EgressReport
 from offsite.errors import PrivacyRefusal
@@ -81,32 +80,29 @@ class LedgerReleaseLog:
     Args:
       ledger: privacy ledger of the data set.
       manifest: manifest of the job.
-      policy: permissions and limits of the owner.
       audit: audit log of the site.
       clock: source of the time.
     """
 
-    def __init__(
-        self, ledger: Ledger, manifest: JobManifest, *, policy: Policy, audit: Audit, clock: Callable[[], datetime]
-    ) -> None:
-        self._ledger, self._manifest = ledger, manifest
-        self._policy, self._audit, self._clock = policy, audit, clock
+    def __init__(self, ledger: Ledger, manifest: JobManifest, *, audit: Audit, clock: Callable[[], datetime]) -> None:
+        self._ledger, self._manifest, self._audit, self._clock = ledger, manifest, audit, clock
         self._job = manifest.digest().hex()
 
     def check(self, event: Event | None) -> None:
         """Refuses, before training, a release that was not planned or that the data set cannot afford.
 
         Raises:
-          PrivacyRefusal: the job has no privacy, all planned releases were made, or the release would exceed the cap.
+          PrivacyRefusal: the job has no privacy, all planned releases were made, the ledger has no reserve of the job
+            that covers the release, or the release would exceed the cap.
         """
         refuse_unplanned(self._ledger.releases(self._job), self._manifest.releases)
-        self._ledger.check(_private(event))
+        self._ledger.check(_private(event), job=self._job)
 
     def release(self, release: Release) -> LedgerHead | None:
         """Debits the ledger, then writes the egress report; both are on disk before the update may leave.
 
         Raises:
-          PrivacyRefusal, PolicyRefusal, RangeError, DataError: the update may not leave.
+          PrivacyRefusal, RangeError, DataError: the update may not leave.
         """
         now = self._clock()
         refuse_unplanned(self._ledger.releases(self._job), self._manifest.releases)
@@ -120,9 +116,9 @@ class LedgerReleaseLog:
             norm=float(np.linalg.norm(release.update.astype(np.float64))),
             epsilon_round=spend.epsilon_round,
             epsilon_total=spend.epsilon_total,
-            metrics={},
+            delta=spend.delta,
         )
-        egress.release(report, layout, self._policy, self._audit, now=now)
+        egress.release(report, layout, self._audit, now=now)
         return LedgerHead(ledger_name(self._ledger.dataset), spend.number, spend.head)
 
 

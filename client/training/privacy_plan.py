@@ -1,11 +1,15 @@
 """The privacy plan of one site: sampling, noise and epsilon, computed here and never taken from a message."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.calibrate import calibrated, public_delta
-from offsite.privacy.mechanism import DpSgdConfig
+from offsite.privacy.events import Event
 from offsite.protos.job_manifest import JobManifest
+
+if TYPE_CHECKING:
+    from offsite.privacy.mechanism import DpSgdConfig
 
 
 @dataclass(frozen=True)
@@ -13,9 +17,9 @@ class SitePlan:
     """The DP numbers of one site for a whole job.
 
     Attributes:
-      records: number of records, which this site declares public.
+      records: number of records, which the site's owner has declared public.
       sample_rate: chance q of each record to be in a batch, expected batch / records.
-      delta: delta of the guarantee, records ** -1.1.
+      delta: delta of the guarantee, min(1e-6, 1 / (100 records)), or the owner's delta_cap where that is smaller.
       noise_multiplier: standard deviation sigma of the noise over `max_grad_norm`; 0 without privacy.
       epsilon: epsilon that all steps spend together; infinite without privacy.
       steps: number of DP-SGD steps over all rounds, spare rounds included.
@@ -28,9 +32,23 @@ class SitePlan:
     epsilon: float
     steps: int
 
+    @property
+    def event(self) -> Event:
+        """All steps of the job together.
 
-def plan_for(manifest: JobManifest, records: int) -> SitePlan:
-    """Returns the plan of a site with so many records.
+        Raises:
+          ConfigError: the job has no privacy.
+        """
+        return Event(self.noise_multiplier, self.sample_rate, self.steps)
+
+
+def plan_for(manifest: JobManifest, records: int, *, delta_cap: float = 1.0) -> SitePlan:
+    """Returns the plan of a site with so many declared records.
+
+    Args:
+      manifest: manifest of the job.
+      records: public number of records.
+      delta_cap: largest delta that the owner permits.
 
     Raises:
       PrivacyRefusal: the site has fewer records than twice the expected batch, so that Poisson sampling would hide too
@@ -42,15 +60,17 @@ def plan_for(manifest: JobManifest, records: int) -> SitePlan:
             f"records={records}: fewer than twice the expected batch={terms.batch}, so sampling hides too little; "
             "lower training.batch or leave this site out"
         )
-    rate, delta, steps = terms.batch / records, public_delta(records), manifest.steps
+    rate, delta, steps = terms.batch / records, min(public_delta(records), delta_cap), manifest.steps
     if not terms.private:
         return SitePlan(records, rate, delta, 0.0, float("inf"), steps)
     sigma, epsilon = calibrated(terms.epsilon, delta, rate, steps, terms.accountant)
     return SitePlan(records, rate, delta, sigma, epsilon, steps)
 
 
-def round_terms(manifest: JobManifest, plan: SitePlan, engine: str) -> DpSgdConfig:
+def round_terms(manifest: JobManifest, plan: SitePlan, engine: str) -> "DpSgdConfig":
     """Returns the terms of one round's training."""
+    from offsite.privacy.mechanism import DpSgdConfig  # needs torch, and an approval makes a plan without
+
     return DpSgdConfig(
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=manifest.privacy.max_grad_norm,

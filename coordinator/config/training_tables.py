@@ -71,7 +71,7 @@ class PrivacyConfig:
 
     Attributes:
       private: switch of differential privacy; `false` trains without clip and noise, and the report says so first.
-      epsilon: privacy parameter of the whole job at each site; above 0.
+      epsilon: privacy parameter of the whole job at each site, at delta min(1e-6, 1 / (100 records)); above 0.
       max_grad_norm: clip of one record's gradient; 0 takes the median norm on public records.
       accountant: name in `privacy.accountants.ACCOUNTANTS`: pld, prv or rdp.
     """

@@ -26,7 +26,7 @@ class HomeSettings:
       depot_port: TCP port of the depot, for packages; it differs from `link_port`.
       suite: suite of the sites' sealing keys: 1 is X25519, 2 is X-Wing.
       n_min: smallest number of sites whose sum a job may open; at least 3.
-      max_epsilon: largest epsilon that a job may plan; above 0.
+      max_epsilon: largest epsilon that a job may plan, at a delta of at most 1e-6; above 0.
       clip: largest `update_bound` that a job may set; above 0.
       days: number of days for which certificates and an epoch are valid; at least 1.
       bind: address to listen on; empty takes `host`.

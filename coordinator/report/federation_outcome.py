@@ -26,12 +26,11 @@ NOISE = (
 NO_NOISE = "none: the job is not private"
 NUMBERS_OF_SITES = (
     "The coordinator cannot know a site's number of records, sampling rate, noise multiplier and delta, the epsilon "
-    "that the site has spent, and the share of gradients that were clipped. No answer of a site carries these numbers; "
-    "only a refusal because of the number of records names that number."
+    "that the site has spent, and the share of gradients that were clipped. No answer of a site carries these numbers."
 )
 COUNTS_OF_SITES = (
-    "The coordinator cannot know a site's number of records. No answer of a site carries that number; only a refusal "
-    "because of the number names it. The site's owner knows the number."
+    "The coordinator cannot know a site's number of records. No answer of a site carries that number. The site's "
+    "owner knows the number."
 )
 WHO_CAN = (
     'A site\'s owner can know them: the command "offsite client dry-run FOLDER JOB" at the site shows the numbers that '

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from offsite.coordinator.report import metrics
-from offsite.coordinator.report.formatting import number, signed
+from offsite.coordinator.report.formatting import number, short, signed
 from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.privacy_facts import PrivacyFacts
 from offsite.coordinator.report.quality_facts import FourScores, Quality
@@ -127,7 +127,7 @@ def _epsilon(privacy: PrivacyFacts) -> str:
     lines = _lines(numbers, spent)
     if target is not None:
         lines.append(Line(f"target {target:g}", [0, max(longest, 1)], [target, target], INK, "", "--"))
-    axes.set_title("Epsilon spent up to and including each round")
+    axes.set_title(f"Epsilon spent up to and including each round, at delta {short(privacy.largest_delta)}")
     draw_lines(axes, lines, bottom=0.0)
     _number_rounds(axes, longest)
     return to_svg(figure, "epsilon")
@@ -191,4 +191,5 @@ def _rounds_words(report: Report) -> str:
 
 def _epsilon_words(privacy: PrivacyFacts) -> str:
     ends = ", ".join(f"{site} {number(spent[-1], 2)}" for site, spent in _spent(privacy).items() if spent)
-    return f"Epsilon spent in the end: {ends}; target {number(_target(privacy), 2)}."
+    target, delta = number(_target(privacy), 2), short(privacy.largest_delta)
+    return f"Epsilon spent in the end, at delta {delta}: {ends}; target {target}."

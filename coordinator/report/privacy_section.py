@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 from offsite.coordinator.report.formatting import NONE, count, number, short
 from offsite.coordinator.report.model import Report
-from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.privacy_facts import DELTAS, PrivacyFacts, SitePrivacy, short_delta
 from offsite.coordinator.report.privacy_statement import WITHOUT_PRIVACY
 from offsite.coordinator.report.section import Rows, Section
 
-HEAD = ("site", "records", "epsilon", "delta", "noise multiplier", "clip", "sample rate", "steps")
-HEAD_BETWEEN = ("site", "rounds with its update", "clip", "epsilon at most")
+HEAD = (
+    *("site", "records", "epsilon", "delta", "epsilon at 1e-5", "epsilon at 1e-6"),
+    *("noise multiplier", "clip", "sample rate", "steps"),
+)
+HEAD_BETWEEN = ("site", "rounds with its update", "clip", "epsilon at most, at delta 1e-6")
 BOUND = "Epsilon bounds how much the result can depend on any one record; smaller is more private."
 
 
@@ -24,6 +27,7 @@ def privacy(report: Report) -> Section:
             count(site.records),
             number(site.epsilon, 2),
             short(site.delta),
+            *(number((site.epsilon_at or {}).get(short_delta(delta)), 2) for delta in DELTAS),
             short(site.noise_multiplier),
             short(site.max_grad_norm),
             short(site.sample_rate),
@@ -56,14 +60,16 @@ def privacy_line(report: Report) -> str:
         return _without()
     if not report.simulated:
         return (
-            "Every record of a site that took part is protected by differential privacy with epsilon "
-            f"{number(facts.target_epsilon, 2)} at most over the whole job, by the noise that each site's own software "
-            f"plans and adds. The coordinator cannot know the epsilon that a site has spent. {BOUND}"
+            "Every record that a site trained on is protected by differential privacy with epsilon "
+            f"{number(facts.target_epsilon, 2)} at most at delta 1e-6 over the whole job, by the noise that each "
+            f"site's own software plans and adds. The coordinator cannot know the epsilon that a site has spent. "
+            f"{BOUND}"
         )
-    deltas = [site.delta for site in facts.sites if site.delta is not None]
     return (
-        f"Every record is protected by differential privacy with epsilon {number(facts.largest_epsilon, 2)} at most "
-        f"(delta {short(max(deltas, default=None))} or less) over all {report.finished_rounds} rounds. {BOUND}"
+        "Every record that a site trained on is protected by differential privacy with epsilon "
+        f"{number(facts.largest_epsilon, 2)} at most at delta {short(facts.largest_delta)} over all "
+        f"{report.finished_rounds} rounds. The records held out for the scores above are not: their losses have no "
+        f"noise. {BOUND}"
     )
 
 
@@ -82,8 +88,9 @@ def _between_organisations(facts: PrivacyFacts) -> Section:
             f"chosen so that {facts.expected_batch} records are drawn on average. {_clipped(facts)} "
             "The site then adds Gaussian noise.",
             "Each site plans its noise before it trains, so that all rounds of the job together, spare rounds "
-            f"included, spend no more than the epsilon in the table by the accountant {facts.accountant}; the delta is "
-            "the site's number of records to the power of -1.1. A site refuses a job for which its ledger or its "
+            f"included, spend no more than the epsilon in the table by the accountant {facts.accountant}. A site's "
+            "delta is min(1e-6, 1 / (100 records)) for its declared number of records, or less where its owner says "
+            "so; at 1e-5 epsilon is smaller still. A site refuses a job for which its ledger or its "
             f"owner's policy has no room. Noise: {facts.noise_source}.",
             " ".join(facts.not_known_here or ()),
             "The file privacy.json says what is not protected.",
@@ -95,7 +102,10 @@ def _between_organisations(facts: PrivacyFacts) -> Section:
 
 
 def _protected(facts: PrivacyFacts) -> str:
-    return f"What is protected: {facts.unit}. The promise compares two data sets that differ in one additional record."
+    return (
+        f"What is protected: {facts.unit}. The promise compares two data sets with the same, public number of records: "
+        "one of them has an empty record in the place of one record."
+    )
 
 
 def _clipped(facts: PrivacyFacts) -> str:

@@ -3,7 +3,7 @@
 from offsite.coordinator.job.json_form import encode
 from offsite.coordinator.report import trust_statement
 from offsite.coordinator.report.model import Report
-from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
+from offsite.coordinator.report.privacy_facts import DELTAS, PrivacyFacts, SitePrivacy, short_delta
 
 FORMAT = 1
 
@@ -11,7 +11,7 @@ NOT_PROTECTED = (
     "several records of one person: the promise is for one record, and weakens with every further one",
     "facts that many records share, for example the style or the topics of a site",
     "losses, gradient norms and batch sizes that a site measures while it trains",
-    "the losses on held-out private text in the report; they are computed without noise",
+    "records held out for the scores: their losses in the report are computed without noise",
     "rounding of floating-point numbers: the analysis takes noise and sums as exact numbers",
 )
 NOT_PROTECTED_BETWEEN = (
@@ -45,13 +45,24 @@ OVER_BETWEEN = (
     "after its updates had left, and a round not taken over, count too"
 )
 DELTA = (
-    "of each site: its number of records to the power of -1.1; a site refuses a job whose delta would be above the "
-    "delta_cap of its policy.toml"
+    "of each site: min(1e-6, 1 / (100 records)) for its declared number of records, or the delta_cap of its "
+    "policy.toml where that is smaller; so epsilon_at_most holds at 1e-5 and at 1e-6"
+)
+RELATION = (
+    "one record of one site is replaced by an empty record, which adds nothing; the number of records is the same in "
+    "both data sets, and public: {declared}"
+)
+DECLARED = "each site's owner declares it, and noise and sample rate follow from the declared number alone"
+COUNTED = "a simulation counts it in the site's file"
+BETWEEN_SITES = (
+    "nothing is added for a record that one site holds; for a record that several sites hold, their epsilons add up, "
+    "and so do their deltas"
 )
 NUMBERS_OF_A_SITE = (
     "records",
     "epsilon",
     "delta",
+    "epsilon_at",
     "noise_multiplier",
     "max_grad_norm",
     "sample_rate",
@@ -73,13 +84,15 @@ def privacy_statement(report: Report) -> dict[str, object]:
         "claim": _claim(report) if private else WITHOUT_PRIVACY,
         "format": FORMAT,
         "unit": facts.unit,
-        "neighbouring_relation": "add or remove one record of one site; the number of records is taken as public",
+        "neighbouring_relation": RELATION.format(declared=COUNTED if report.simulated else DECLARED),
         "sampling": _sampling(facts),
         "mechanism": ZERO_ORDER if facts.zero_order else MECHANISM,
         "accountant": facts.accountant,
         "composition": _composition(report),
         "sites": [_site(site, facts) for site in facts.sites],
         "epsilon_largest": facts.largest_epsilon if private else None,
+        "delta_largest": facts.largest_delta if private else None,
+        "epsilon_largest_at": _largest_at(report),
         "holds_against": HOLDS_AGAINST if private else "nobody",
         "coordinator": trust_statement.coordinator(report),
         "secure_aggregation": trust_statement.secure_aggregation(report),
@@ -102,14 +115,24 @@ def _between_organisations(facts: PrivacyFacts) -> dict[str, object]:
 def _claim(report: Report) -> str:
     if report.simulated:
         return (
-            f"record-level differential privacy at every site, epsilon at most {report.privacy.largest_epsilon} at the "
-            "delta of each site, over all rounds; see not_protected and simulated"
+            f"record-level differential privacy at every site, epsilon at most {report.privacy.largest_epsilon} at "
+            f"delta {report.privacy.largest_delta}, over all rounds; see not_protected and simulated"
         )
     return (
-        f"record-level differential privacy at every site, epsilon at most {report.privacy.target_epsilon} at the "
-        "delta of each site, over the whole job, by the noise that each site's own software plans and adds; the "
+        f"record-level differential privacy at every site, epsilon at most {report.privacy.target_epsilon} at delta "
+        "1e-6, over the whole job, by the noise that each site's own software plans and adds; the "
         "coordinator cannot know the spent epsilon; see not_protected, site and not_known_here"
     )
+
+
+def _largest_at(report: Report) -> dict[str, float | None]:
+    """Returns epsilon at the deltas of `DELTAS`; between organisations the target, which holds at each of them."""
+    facts = report.privacy
+    if not facts.private:
+        return {}
+    if not report.simulated:
+        return {short_delta(delta): facts.target_epsilon for delta in DELTAS}
+    return {short_delta(delta): facts.largest_epsilon_at(delta) for delta in DELTAS}
 
 
 def _sampling(facts: PrivacyFacts) -> dict[str, object]:
@@ -124,7 +147,7 @@ def _composition(report: Report) -> dict[str, object]:
         "over": OVER if report.simulated else OVER_BETWEEN,
         "rounds_planned": report.rounds_planned,
         "rounds_finished": report.finished_rounds,
-        "between_sites": "none needed: a record belongs to one site; epsilons of different sites are not added",
+        "between_sites": BETWEEN_SITES,
     }
 
 

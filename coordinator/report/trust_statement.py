@@ -13,7 +13,8 @@ SEES = (ADAPTER, "how many records each site has, and which sites took part in e
 SEES_BETWEEN = (
     ADAPTER,
     "which sites took part in each round, why a site dropped out, and how many entries each site's privacy ledger has",
-    "a site's number of records only where the site refuses a job because of that number",
+    "the kind of each refusal of a site, one constant sentence; a refusal may follow from the site's declared number "
+    "of records, which counts as public, and never from a record",
     PUBLIC,
 )
 RECORD = "a record of any site"

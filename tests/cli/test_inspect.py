@@ -1,6 +1,7 @@
 """The view of an offered job before its approval, as an owner reads it at a terminal."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,10 @@ from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.signed_job import sign_job
 from tests.protos.test_manifest import JOB
 
+PERMITTED = {
+    **{"models": '["any"]', "methods": '["any"]', "splits": '["any"]', "max_rank": "64"},
+    **{"epsilon_cap": "100.0", "allow_individual_updates": "true"},
+}
 Show = Callable[[AggregationTerms], tuple[list[str], list[str]]]
 
 
@@ -28,14 +33,17 @@ def run(app: object, *arguments: object) -> list[str]:
 def show(tmp_path_factory: pytest.TempPathFactory) -> Show:
     """Returns the output of `inspect` and `approve` for a job under some terms."""
     folder = tmp_path_factory.mktemp("owners")
-    (folder / "text.txt").write_text("text")
+    (folder / "text.csv").write_text("text\n" + "some words\n" * 120)
     home, names = folder / "home", ("east", "north", "west")
     run(coordinator.app, "init", home, "--name", "demo")
     for name in names:
-        run(client.app, "init", folder / name, "--name", name, "--data", folder / "text.txt")
+        run(client.app, "init", folder / name, "--name", name, "--data", folder / "text.csv")
     said = run(coordinator.app, "approve", home, *(folder / name / "site.request" for name in names), "--yes")
     fingerprint = next(line.split(": ")[1] for line in said if line.startswith("fingerprint for every site"))
     run(client.app, "sign", folder / "east", home / "welcomes" / "east.welcome", "--fingerprint", fingerprint)
+    policy = folder / "east" / "policy.toml"
+    for key, value in PERMITTED.items():
+        policy.write_text(re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", policy.read_text()))
     jobs, identity = Jobs(SiteHome.open(folder / "east").state / "jobs"), CoordinatorHome.open(home).identity
 
     def shown(terms: AggregationTerms) -> tuple[list[str], list[str]]:
@@ -61,6 +69,9 @@ def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
     assert any(line.startswith("leaves     one signed, plain update a round") for line in inspected)
     assert approved[0].startswith("WARNING secure aggregation is OFF")
     assert approved[-1].startswith("approved ")
+    assert re.match(r"set aside in the ledger: epsilon \d+\.\d+ at delta 1e-06, for 120 declared records", approved[-2])
+    assert any(re.match(r"privacy    epsilon \S+ at delta 1e-06 for the whole job", line) for line in inspected)
+    assert any(line.startswith("records    120: ") for line in inspected)
 
 
 def test_other_jobs_say_what_the_sites_do_and_no_warning(show: Show) -> None:

@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "coordinator status {home}": (0, HEAVY),
     "coordinator status {new}": (2, HEAVY),
     "client --help": (0, HEAVY),
-    "client init {new} --name new --data {folder}/text.txt": (0, HEAVY),
+    "client init {new} --name new --data {folder}/text.csv": (0, HEAVY),
     "client request {site}": (0, HEAVY),
     "client sign {site} {home}/welcomes/east.welcome --fingerprint {fingerprint}": (0, HEAVY),
     "client sign {site} {home}/welcomes/east.welcome --fingerprint 0000": (2, HEAVY),
@@ -50,10 +50,11 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "client inspect {site}": (0, HEAVY),
     "client inspect {site} {job}": (0, HEAVY),
     "client inspect {site} {job} --json": (0, HEAVY),
-    "client approve {site} {job}": (0, HEAVY),
+    "client approve {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
     "client audit verify {site}": (0, HEAVY),
     "client doctor {site}": (1, HEAVY),  # no coordinator runs here
 }
+PERMITTED = {"models": '["any"]', "methods": '["any"]', "splits": '["any"]', "epsilon_cap": "100.0"}
 PROBE = """
 import json, sys
 from offsite.cli.main import main
@@ -100,11 +101,11 @@ def offsite(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("light")
-    (folder / "text.txt").write_text("text\n")
+    (folder / "text.csv").write_text("text\n" + "some words\n" * 120)
     home, now = folder / "home", datetime.now(UTC)
     offsite("coordinator", "init", home)
     for name in (*SITES, "fresh"):
-        offsite("client", "init", folder / name, "--name", name, "--data", folder / "text.txt")
+        offsite("client", "init", folder / name, "--name", name, "--data", folder / "text.csv")
     said = offsite("coordinator", "approve", home, *(folder / name / "site.request" for name in SITES), "--yes")
     fingerprint = re.search(r"to compare: (\S+)", said)
     assert fingerprint is not None
@@ -113,10 +114,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         offsite("client", "sign", folder / name, welcome, "--fingerprint", fingerprint[1])
     Status(home / "status.json", lambda: now).set("finished", round=1)
     site, data = SiteHome.open(folder / "east"), JOB.to_bytes()
+    for key, value in PERMITTED.items():
+        text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", site.policy.read_text())
+        assert count == 1, key
+        site.policy.write_text(text)
     Jobs(site.state / "jobs").keep(data, sign_job(CoordinatorHome.open(home).identity, data), JOB.digest().hex())
-    spent = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3}
-    entry = {"job": "ab", "round": 1, **spent, "delta": site.read_policy().delta_cap, "epsilon_total": 1.25}
-    Chain(site.state / "ledger-main.jsonl", "offsite privacy ledger main").append("spend", entry, now=now)
+    spent = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3, "delta": site.read_policy().delta_cap}
+    entry = {"job": "ab", "round": 1, **spent, "epsilon_total": 1.25, "epsilon_committed": 1.5}
+    for name in ("east", "south"):
+        ledger = SiteHome.open(folder / name).state / "ledger-main.jsonl"
+        Chain(ledger, "offsite privacy ledger main").append("spend", entry, now=now)
     return folder
 
 
@@ -134,7 +141,8 @@ def test_a_command_loads_only_what_it_needs(command: str, place: Place) -> None:
 
 
 def test_the_epsilon_of_a_ledger_with_entries_is_shown_as_recorded(place: Place) -> None:
-    assert "ledger of 'main': 1 entries, epsilon 1.2500" in place.run("client audit verify {site}")[1]
+    said = place.run("client audit verify {folder}/south")[1]
+    assert "ledger of 'main': 1 entries, epsilon 1.2500 spent and 1.5000 with what is set aside, at delta 1e-06" in said
 
 
 def test_what_a_command_loads_is_seen_also_where_it_fails(place: Place) -> None:

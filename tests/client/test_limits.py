@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offsite.client.home.policy import UNPACKING, Policy
-from offsite.client.home.redact import local_message
+from offsite.client.home.redact import REFUSALS, local_message
 from offsite.client.service.job_loading import _make_way
 from offsite.client.service.site_runtime import limit_resources
 from offsite.errors import DataError
@@ -104,8 +104,9 @@ def test_a_disk_that_is_full_while_it_is_unpacked_is_told(world: World, tmp_path
     plain = packages / f"{world.delivery.sha256.hex()}.plain"
     plain.symlink_to("/dev/full")  # every write to it finds no space left on the device
     reply = wait_for(lambda: refused(site.ask("offer", world.offer("ash"))))
-    assert "cannot be written" in reply.detail
-    assert "No space left on device" in reply.detail
+    assert reply.detail == f"DataError: {REFUSALS['DataError']}"
+    assert "cannot be written" in site.reason
+    assert "No space left on device" in site.reason
     assert [path.suffix for path in packages.iterdir()] == [".sealed"]
     wait_for(lambda: ready(site.ask("offer", world.offer("ash"))))  # by itself
 

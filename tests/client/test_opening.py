@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from offsite.client.home.audit import Audit
+from offsite.client.home.settings import SiteSettings
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.training.emulator_session import _check_ids, encode_records
-from offsite.errors import DataError, PolicyRefusal, UnsupportedModel
+from offsite.errors import ConfigError, DataError, PolicyRefusal, UnsupportedModel
 from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.causal_lm import CausalLM
@@ -27,14 +28,14 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(fed, tmp_path_factory.mktemp("opening"))
 
 
-def opened(world: World, folder: Path, data: str, **policy: Any) -> SiteRuntime:
+def opened(world: World, folder: Path, data: str, declared: dict[str, int] | None = None, **policy: Any) -> SiteRuntime:
     """An open site with one data file."""
     (folder / "data.csv").write_text(data)
-    told = {"reader": "", "column": "text", "columns": {}, "name": "ash", "simulation_seed": None, "weights": "widened"}
-    settings = SimpleNamespace(**told)
+    settings = SiteSettings("ash", "data.csv", column="text", **(declared or {}))
     home = SimpleNamespace(settings=settings, data=folder / "data.csv", state=folder)
+    home.keys = SimpleNamespace(identity=world.identities["ash"])
     rules = policy_for(folder, **policy)
-    ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-2, accountant="rdp")
+    ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-6, accountant="rdp")
     audit = Audit(folder / "audit.jsonl")
     return SiteRuntime(cast(Any, home), rules, audit, ledger, cast(Any, None), lambda: NOW)
 
@@ -43,19 +44,22 @@ RECORDS = "text\n" + "\n".join(["w1 w2 w3 w4 w5 w6"] * 7)
 
 
 @pytest.mark.parametrize(
-    ("data", "secret", "kind", "told_kind"),
+    ("data", "declared", "secret", "kind"),
     [
-        (RECORDS, "records=7", PolicyRefusal, PolicyRefusal),
-        ("Mr Smith has the flu,1950\nMs Jones is well,1960\n", "Mr Smith", DataError, DataError),
+        (RECORDS, {}, "records=7: policy.toml has min_records=100", PolicyRefusal),
+        (RECORDS, {"records": 100}, "records=7 in the data: 100 are declared", DataError),
+        (RECORDS, {"records": 6}, "records=7 in the data: 6 are declared", DataError),
+        ("Mr Smith has the flu,1950\nMs Jones is well,1960\n", {}, "Mr Smith", DataError),
     ],
 )
 def test_what_a_refusal_says_of_the_data_stays_here(
-    world: World, tmp_path: Path, data: str, secret: str, kind: type[Exception], told_kind: type[Exception]
+    world: World, tmp_path: Path, data: str, declared: dict[str, int], secret: str, kind: type[Exception]
 ) -> None:
-    site = opened(world, tmp_path, data, min_records=100)
-    with pytest.raises(told_kind, match=r"its owner sees why in the site's log") as told:
+    """Whether the data cannot be read, are too few or are not as many as declared: the answer is the same."""
+    site = opened(world, tmp_path, data, declared, min_records=100)
+    with pytest.raises(DataError, match=r"data do not fit this job now; its owner sees why in the site's log") as told:
         site.open_site(rowwise(world), world.session)
-    assert type(told.value) is told_kind
+    assert type(told.value) is DataError
     assert secret not in str(told.value)
     assert told.value.__cause__ is None
     assert secret in (tmp_path / "audit.jsonl").read_text()
@@ -88,12 +92,43 @@ def test_what_a_tokenizer_meets_does_not_tell_whether_a_job_fits(world: World, t
     for word in ("w12", "w13"):
         (tmp_path / word).mkdir()
         data = "text\n" + "\n".join([f"w1 {word} w3"] * 40)
-        site = opened(world, tmp_path / word, data, min_records=40, delta_cap=0.5)
-        home = cast(Any, site.home)
-        home.keys = SimpleNamespace(identity=world.identities["ash"])
+        site = opened(world, tmp_path / word, data, min_records=40)
         plans.append(site.open_site(rowwise(world), session).plan)
     assert plans[0] == plans[1]
     assert plans[0].records == 40
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 2, 3], list(range(1, 10)) * 7])
+def test_what_a_tokenizer_makes_of_texts_changes_no_number(world: World, tmp_path: Path, ids: list[int]) -> None:
+    """Blocks: two owners, one with the word in every text. Both have the declared number of places, and one noise."""
+    session = dataclasses.replace(world.session, processor=cast(Any, Choosy(ids)))
+    sites = []
+    for word in ("w12", "w13"):
+        (tmp_path / word).mkdir()
+        data = "text\n" + "\n".join([f"w1 {word} w3"] * 40)
+        site = opened(world, tmp_path / word, data, {"blocks": 30}, min_records=30)
+        sites.append(site.open_site(world.manifest, session))
+    assert sites[0].plan == sites[1].plan
+    assert [len(site._job.examples) for site in sites] == [sites[0].plan.records] * 2 == [30, 30]
+
+
+def test_blocks_without_a_declared_number_are_refused(world: World, tmp_path: Path) -> None:
+    site = opened(world, tmp_path, RECORDS, {"records": 7}, min_records=1)
+    with pytest.raises(ConfigError, match=r"blocks=0: this job joins the texts .* write blocks = N in site\.toml"):
+        site.reserve(world.manifest)
+    assert site.ledger.head()[0] == 0
+
+
+def test_the_noise_does_not_tell_how_many_records_are_readable(world: World, tmp_path: Path) -> None:
+    """The count is taken once; whatever the file is later, the plan keeps the first number or the job is refused."""
+    site = opened(world, tmp_path, "text\n" + "\n".join(["w1 w2 w3"] * 41), min_records=41)
+    plan = site.open_site(rowwise(world), world.session).plan
+    (tmp_path / "data.csv").write_text("text\n" + "\n".join(["w1 w2 w3"] * 42))
+    assert site.plan(rowwise(world)) == plan
+    assert plan.records == 41
+    with pytest.raises(DataError, match="data do not fit this job now"):
+        site.open_site(rowwise(world), world.session)
+    assert "records=42 in the data: 41 are declared" in (tmp_path / "audit.jsonl").read_text()
 
 
 class Judging(CausalLM):
@@ -112,9 +147,7 @@ def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
     """Only the owner learns it, by line; a dry run belongs to the owner and stops at that line."""
     session = dataclasses.replace(world.session, task=Judging())
     rows = ["w1 w2 w3"] * 20 + ["w1 w13 w3"] + ["w1 w2 w3"] * 20
-    site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41, delta_cap=0.5)
-    home = cast(Any, site.home)
-    home.keys = SimpleNamespace(identity=world.identities["ash"])
+    site = opened(world, tmp_path, "text\n" + "\n".join(rows), min_records=41)
     assert site.open_site(rowwise(world), session).plan.records == 41
     assert "line=22 field='text': must not hold" in caplog.text
     assert "w13" not in caplog.text

@@ -41,7 +41,6 @@ JOB = JobManifest(
     privacy=PRIVACY,
     physical_batch=8,
     model="smol",
-    metrics=("loss",),
 )
 ROOM: dict[str, Any] = {"site": "east", "free_disk": 100 * GIGABYTE, "package_bytes": GIGABYTE}
 
@@ -62,7 +61,7 @@ def written(folder: Path, **changed: Any) -> Path:
 @pytest.fixture
 def wide(tmp_path: Path) -> Policy:
     """A policy that just permits `JOB`."""
-    lists = {"models": '["smol"]', "methods": '["ffa_lora"]', "metrics": '["loss"]'}
+    lists = {"models": '["smol"]', "methods": '["ffa_lora"]'}
     return Policy.read(written(tmp_path, **lists, epsilon_cap="4.0", max_rank="8", max_disk_gb="3"))
 
 
@@ -83,7 +82,7 @@ def changed(**fields: Any) -> JobManifest:
 def test_the_template_is_a_policy_that_permits_no_job(tmp_path: Path) -> None:
     """The template explains every key, asks for each approval, and lets nothing leave beside the update."""
     policy = Policy.read(written(tmp_path))
-    assert (policy.models, policy.methods, policy.metrics) == ((), (), ())
+    assert (policy.models, policy.methods) == ((), ())
     assert policy.splits == ("truncate",)  # the tokenizer has no say in how many records there are
     assert (policy.approval, policy.allow_variants, policy.allow_seeded_noise) == ("manual", False, False)
     assert not policy.allow_individual_updates
@@ -136,6 +135,7 @@ def test_nothing_is_permitted_by_being_forgotten(tmp_path: Path, key: str) -> No
         ("hours", '"08:00-08:00"', "begins when it ends"),
         ("hours", '""', "like '20:00-06:00'"),
         ("table", "{}", "not known"),
+        ("metrics", "[]", "metrics is no longer known: nothing leaves a site but its update, .*; remove the line"),
     ],
 )
 def test_a_policy_is_read_strictly(tmp_path: Path, key: str, value: str, words: str) -> None:
@@ -163,7 +163,10 @@ def test_a_job_at_every_limit_is_permitted(wide: Policy) -> None:
         (changed(model="other"), "model='other': policy.toml models permits smol"),
         (changed(model=""), "models permits smol"),
         (changed(adapter=AdapterSpec("lora", rank=8, slots=("h.0",))), "method='lora': .* methods permits ffa_lora"),
-        (changed(metrics=("loss", "accuracy")), "metric='accuracy': .* metrics permits loss"),
+        (
+            changed(metrics=("loss",)),
+            "metric='loss': nothing leaves a site but its update; ask the coordinator for a job",
+        ),
         (changed(adapter=AdapterSpec("ffa_lora", rank=9, slots=("h.0",))), "rank=9: .* max_rank=8"),
         (changed(n_min=2), "n_min=2: .* min_cohort=3"),
         (changed(privacy=dataclasses.replace(PRIVACY, epsilon=4.01)), r"epsilon=4\.01: .* epsilon_cap=4"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,10 +170,11 @@ def test_sites_with_different_refreshes_have_no_sum(world: World) -> None:
 
 
 def test_an_owner_reads_that_biases_may_move(world: World) -> None:
-    said = "\n".join(job_lines(world.manifest, site="ash", approved=False))
+    asked: dict[str, Any] = {"site": "ash", "approved": False, "records": 100, "delta": 1e-6}
+    said = "\n".join(job_lines(world.manifest, **asked))
     assert "refresh    after every 1 rounds the biases at the ends of the emulator's middle blocks may move" in said
     still = replace(world.manifest, refresh=0)
-    assert "never: the emulator stays as it was fetched" in "\n".join(job_lines(still, site="ash", approved=False))
+    assert "never: the emulator stays as it was fetched" in "\n".join(job_lines(still, **asked))
 
 
 def test_the_start_of_a_training_is_named_by_all_that_it_starts_from(world: World) -> None:

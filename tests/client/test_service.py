@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from offsite.client.home.jobs import Jobs
+from offsite.client.home.redact import REFUSALS
+from offsite.client.site.release_log import Release
+from offsite.client.training.privacy_plan import plan_for
 from offsite.emulator.package.package_reader import read_manifest
-from offsite.errors import DataError, DigestMismatch, PolicyRefusal, UnsupportedModel
+from offsite.errors import DataError, DigestMismatch, PolicyRefusal, PrivacyRefusal, UnsupportedModel
+from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos import codec
 from offsite.protos.job_manifest import JobManifest
 from tests.faults.conftest import wait_for
@@ -51,7 +55,7 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     digest = world.manifest.digest().hex()
     reply = offered(site, "waiting")
-    assert f"has not approved job {digest[:12]}" in reply.detail
+    assert reply.detail == "the data owner has not approved this job yet"
     assert site.service._loader is not None
     site.service._loader.wait(30)
     assert (tmp_path / "ash" / "packages" / world.manifest.emulator).is_dir()
@@ -85,7 +89,7 @@ def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog
     site.ask("abort", codec.Notice("abort", "\x1b[2J"))
     passing = ("job offered: its package is fetched and vetted", "job approved, its data are read")  # if it takes long
     assert [line for line in caplog.messages if line not in passing] == [
-        f"job waiting: the data owner has not approved job {digest[:12]} yet",
+        "job waiting: the data owner has not approved this job yet",
         "job ready",
         "round 1: trained",
         "the coordinator gave the round up: ' [2J'",
@@ -136,7 +140,8 @@ def test_what_may_pass_is_tried_again_from_where_it_stood(
     seen: list[JobManifest] = []
     site.change(open_site=open_site, open_session=failing(DataError(""), 0, lambda *_: world.session, seen))
     for _ in range(5):
-        assert offered(site, "refused").detail == "DataError: disk is full"
+        assert offered(site, "refused").detail == f"DataError: {REFUSALS['DataError']}"
+        assert site.reason == "DataError: disk is full"
     offered(site)
     assert (len(opened), len(seen)) == (3, 1)
     assert notes(site).count("accepted") == 1
@@ -198,7 +203,8 @@ def test_a_package_that_was_made_anew_is_tried(world: World, tmp_path: Path) -> 
     broken = world.offer("ash", package=bytes(32))
     for _ in range(3):
         reply = wait_for(lambda: is_refused(site.ask("offer", broken)))
-        assert "another file" in reply.detail
+        assert reply.detail == f"DigestMismatch: {REFUSALS['DigestMismatch']}"
+        assert site.reason == "DigestMismatch: another file"
     offered(site)
     assert fetched == [bytes(32).hex(), world.delivery.sha256.hex()]
 
@@ -219,7 +225,8 @@ def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> 
     assert dataclasses.replace(offered(site, "waiting"), fetched=0) == dataclasses.replace(waiting, fetched=0)
     assert not site.opened
     site.jobs.approve(world.manifest.digest().hex(), by="owner", at="now")
-    assert offered(site, "refused").detail == "PolicyRefusal: does not fit"
+    assert offered(site, "refused").detail == f"PolicyRefusal: {REFUSALS['PolicyRefusal']}"
+    assert site.reason == "PolicyRefusal: does not fit"
     assert site.opened == [world.manifest]
 
 
@@ -277,16 +284,18 @@ def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: Wo
     offered(site, "waiting")
     digest = world.manifest.digest().hex()
     site.jobs.approve(digest, by="owner", at="now")
-    assert offered(site, "refused").detail == "PolicyRefusal: the data do not fit"
+    assert offered(site, "refused").detail == f"PolicyRefusal: {REFUSALS['PolicyRefusal']}"
+    assert site.reason == "PolicyRefusal: the data do not fit"
     (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
-    assert "do not fit" not in offered(site, "waiting").detail
+    assert offered(site, "waiting").detail == "the data owner has not approved this job yet"
 
 
 def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
     site = RunningSite(world, "ash", tmp_path / "ash")
     where = site.folder / "packages" / "x"
     site.change(open_session=failing(UnsupportedModel(f"path={str(where)!r}"), 1, site._open, []))
-    assert offered(site, "refused").detail == "UnsupportedModel: path='SITE/packages/x'"
+    assert offered(site, "refused").detail == f"UnsupportedModel: {REFUSALS['UnsupportedModel']}"
+    assert site.reason == f"UnsupportedModel: path={str(where)!r}"
 
 
 def test_offers_do_not_fill_the_disk(world: World, tmp_path: Path) -> None:
@@ -313,7 +322,7 @@ def test_the_same_question_gets_the_same_bytes_until_it_trains_again(world: Worl
     assert isinstance(train(site), codec.TrainReply)  # the update that waits is not trained twice
     again = codec.decode(site.service.handle("keys", opening))
     assert isinstance(again, codec.Refusal)  # the round was claimed, and its keys are gone with the question
-    assert "not newer" in again.reason
+    assert "not newer" in site.reason
 
 
 def test_a_fault_in_the_program_is_told_without_its_words(world: World, tmp_path: Path) -> None:
@@ -349,7 +358,8 @@ def test_a_ledger_that_fell_behind_is_told_before_anything_is_fetched(world: Wor
     offer = world.offer("ash", ledgers=(codec.LedgerHead(name, 3, head, signature),))
     refusal = site.ask("offer", offer)
     assert isinstance(refusal, codec.Refusal)
-    assert "an old copy was restored" in refusal.reason
+    assert refusal.reason == REFUSALS["PrivacyRefusal"]
+    assert "an old copy was restored" in site.reason
     forged = world.offer("ash", ledgers=(codec.LedgerHead(name, 3, head, bytes(64)),))
     assert isinstance(site.ask("offer", forged), codec.Refusal)
     other = world.offer("ash", ledgers=(codec.LedgerHead(ledger_name("other"), 3, head, bytes(64)),))
@@ -364,5 +374,87 @@ def test_the_end_of_a_job_is_an_end(world: World, tmp_path: Path) -> None:
     site.ask("finish", codec.Notice("finish", "all rounds are done"))
     refusal = train(site)
     assert isinstance(refusal, codec.Refusal)
-    assert "no job is ready at this site" in refusal.reason
+    assert "no job is ready at this site" in site.reason
     assert "finished" in notes(site)
+
+
+# What is set aside
+
+
+def other_job(world: World, number: int) -> JobManifest:
+    return dataclasses.replace(world.manifest, identifier=f"{number:02x}" * 32)
+
+
+def state(site: RunningSite, job: JobManifest) -> codec.OfferReply:
+    """Offers a job until the site has decided."""
+    for _ in range(3000):
+        reply = site.ask("offer", site.world.offer(site.name, job))
+        assert isinstance(reply, codec.OfferReply), reply
+        if reply.state != "fetching":
+            return reply
+        time.sleep(0.01)
+    raise AssertionError(reply)
+
+
+def of_one_job(world: World) -> float:
+    """The epsilon of one whole job by the ledger's accountant, at the job's delta."""
+    number = world.places["ash"]
+    return ACCOUNTANTS["rdp"]([plan_for(world.manifest, number).event], 1e-6)
+
+
+def test_a_job_that_the_cap_does_not_cover_is_never_ready(world: World, tmp_path: Path) -> None:
+    """The second of two approved jobs is refused before it trains: no word of data set, cap or spending.
+
+    Once the first has ended, what it did not spend is free, and the second is taken.
+    """
+    cap = 1.2 * of_one_job(world)
+    terms = {"epsilon_cap": cap, "approval": "manual"}
+    site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy=terms)
+    first, second = other_job(world, 1), other_job(world, 2)
+    for job in (first, second):
+        assert state(site, job).state == "waiting"
+        site.jobs.approve(job.digest().hex(), by="owner", at="now")
+    assert state(site, first).state == "ready"
+    assert site.ledger.standing().committed == pytest.approx(of_one_job(world))
+    for _ in range(2):
+        reply = state(site, second)
+        assert (reply.state, reply.detail) == ("refused", f"PrivacyRefusal: {REFUSALS['PrivacyRefusal']}")
+        assert isinstance(site.ask("train", codec.TrainRequest(second.digest(), 1, world.start)), codec.Refusal)
+    assert f"the cap of data set 'main' is {cap:g}" in (tmp_path / "ash" / "audit.jsonl").read_text()
+    assert site.opened == [first]
+    assert state(site, first).state == "ready"
+    site.ask("finish", codec.Notice("finish", "all rounds are done"))
+    assert site.ledger.standing().committed == 0.0
+    again = RunningSite(world, "ash", tmp_path / "ash", policy=terms)
+    assert state(again, second).state == "ready"
+    reply = state(again, first)
+    assert reply.state == "refused"
+
+
+def test_offers_alone_do_not_fill_the_cap_of_an_owner_with_automatic_approval(world: World, tmp_path: Path) -> None:
+    """A job that another job took the place of is set aside anew when it comes back."""
+    terms = {"epsilon_cap": 1.2 * of_one_job(world)}
+    site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy=terms)
+    for number in (1, 2, 3, 1):
+        job = other_job(world, number)
+        assert state(site, job).state == "ready"
+        assert site.ledger.reserved_jobs() == {job.digest().hex()}
+
+
+def test_an_approval_that_was_taken_back_frees_its_reserve(world: World, tmp_path: Path) -> None:
+    """An update that was trained before does not leave afterwards."""
+    site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy={"approval": "manual"})
+    digest = world.manifest.digest().hex()
+    state(site, world.manifest)
+    site.jobs.approve(digest, by="owner", at="now")
+    offered(site)
+    assert site.ledger.reserved_jobs() == {digest}
+    assert isinstance(train(site), codec.TrainReply)
+    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    assert state(site, world.manifest).state == "waiting"
+    assert site.ledger.reserved_jobs() == frozenset()
+    assert site.service._loader is not None
+    assert site.service._loader.site is not None
+    with pytest.raises(PrivacyRefusal, match="no reserve of this job"):
+        site.service._loader.site._release_log.release(Release(1, site.service._loader.site._event(), world.start, 4))
+    assert site.ledger.spent() == 0.0

@@ -117,7 +117,7 @@ def test_what_only_the_sites_know_stands_nowhere(concluded: Concluded) -> None:
     (ledger,) = {site.ledger.spent() for site in concluded.sites.values()}
     golden = json.loads((GOLDEN / "report.json").read_text())["privacy"]["sites"][0]
     assert ledger > 0
-    secrets = [f"{number:.5f}"[:6] for number in (ledger, golden["noise_multiplier"], golden["delta"])]
+    secrets = [f"{number:.5f}"[:6] for number in (ledger, golden["noise_multiplier"])]  # delta is public
     for name in FILES:
         words = re.sub(r"<svg.*?</svg>", "", concluded.text(name), flags=re.DOTALL)
         assert not [secret for secret in secrets if secret in words], name
@@ -135,11 +135,11 @@ def test_its_words_are_those_of_a_real_job(concluded: Concluded, name: str) -> N
     for said in (
         "2 of 2 rounds are done, and 2 were taken over",
         "The coordinator cannot know how good the model is on the sites' own text",
-        "epsilon 8.00 at most over the whole job",
+        "epsilon 8.00 at most at delta 1e-6 over the whole job",
         "The coordinator cannot know the epsilon that a site has spent",
         "What is protected: one record: a block of 16 tokens of one site's data",
         "so that 8 records are drawn on average",
-        "number of records to the power of -1.1",
+        "delta is min(1e-6, 1 / (100 records)) for its declared number of records",
         "each site's own randomness from its operating system",
         "offsite client dry-run FOLDER JOB",
         "offsite client audit verify FOLDER",
@@ -163,10 +163,14 @@ def test_its_statement_says_unit_relation_sampling_delta_and_trust(concluded: Co
     statement = concluded.json("privacy.json")
     assert next(iter(statement.items())) == ("private", True)
     assert statement["unit"] == "one record: a block of 16 tokens of one site's data"
-    assert statement["neighbouring_relation"].startswith("add or remove one record of one site")
+    assert statement["neighbouring_relation"].startswith("one record of one site is replaced by an empty record")
+    assert "owner declares it" in statement["neighbouring_relation"]
     assert statement["sampling"]["expected_batch"] == 8
     assert statement["sampling"]["sample_rate"] == "expected_batch / records, at each site"
-    assert "to the power of -1.1" in statement["delta"]
+    assert statement["delta"].startswith(
+        "of each site: min(1e-6, 1 / (100 records)) for its declared number of records"
+    )
+    assert statement["epsilon_largest_at"] == {"1e-5": 8.0, "1e-6": 8.0}
     assert statement["epsilon_at_most"] == 8.0
     assert statement["epsilon_largest"] is None
     assert "at most 8.0" in statement["claim"]

@@ -115,7 +115,8 @@ def site_privacy(k: int, site: str, rounds: int, private: bool) -> SitePrivacy:
         records=records,
         epsilon=spent[-1] if private else math.inf,
         epsilon_by_round=spent if private else (),
-        delta=records**-1.1,
+        delta=1e-6,
+        epsilon_at={"1e-5": 0.9 * spent[-1], "1e-6": spent[-1]} if private else None,
         noise_multiplier=0.395 if private else 0.0,
         max_grad_norm=0.127,
         sample_rate=16 / records,
@@ -332,6 +333,29 @@ def test_statement_names_trust_limits_and_simulation() -> None:
     for words in ("sum", "block a round", "public", "not differential privacy", "malicious site", "subtract", "seed"):
         assert words in text
     assert "several records of one person" in text
+    assert "their epsilons add up, and so do their deltas" in text
+    assert "replaced by an empty record" in text
+    assert "records held out for the scores" in text
+
+
+def test_epsilon_stands_beside_its_delta_and_at_two_common_ones(tmp_path: Path) -> None:
+    """In the answer, in the table, in the claim, and in the statement's numbers."""
+    files = written(tmp_path, sample())
+    answer, rest = files["report.md"].split("\n## ", 1)
+    assert "Every record that a site trained on is protected" in answer
+    assert "epsilon 8.00 at most at delta 1.00e-06 over all" in answer
+    assert "held out for the scores above are not" in answer
+    head = next(line for line in rest.splitlines() if line.startswith("| site | records | epsilon | delta |"))
+    assert head.split(" | ")[4:6] == ["epsilon at 1e-5", "epsilon at 1e-6"]
+    statement = strict(files["privacy.json"])
+    assert "epsilon at most 8.0 at delta 1e-06" in statement["claim"]
+    assert statement["delta_largest"] == 1e-6
+    assert statement["epsilon_largest_at"] == pytest.approx({"1e-5": 7.2, "1e-6": 8.0})
+    assert all(set(site["epsilon_at"]) == {"1e-5", "1e-6"} for site in statement["sites"])
+    assert privacy_statement(with_site(sample(), 1, epsilon_at=None))["epsilon_largest_at"] == {
+        "1e-5": None,
+        "1e-6": None,
+    }
 
 
 def test_one_infinite_epsilon_leaves_no_largest() -> None:

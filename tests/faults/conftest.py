@@ -16,14 +16,13 @@ from tests.forked import PROGRAM, Process, launch, offsite
 from tests.ports import free_ports
 
 SITES = ("ash", "birch", "cedar")
-SEED = 1
+SEED, BLOCKS = 1, 100  # BLOCKS: of every site's texts in the tiny world
 POLICY = {
     "models": '["any"]',
     "methods": '["any"]',
     "splits": '["blocks"]',
     "approval": '"automatic"',
     "min_records": "10",
-    "delta_cap": "0.01",
     "epsilon_cap": "1000.0",
     "allow_variants": "true",
     "allow_seeded_noise": "true",
@@ -98,6 +97,7 @@ class Federation:
             self.set_policy(site, **POLICY)
             with (self.site(site) / "site.toml").open("a") as file:
                 file.write(f"simulation_seed = {SEED}\n")
+            self.set_settings(site, blocks=str(BLOCKS))
 
     def command(self, *arguments: str) -> str:
         return offsite(*arguments, plain=self.plain)
@@ -106,7 +106,12 @@ class Federation:
         return self.folder / name
 
     def set_policy(self, site: str, **values: str) -> None:
-        path = self.site(site) / "policy.toml"
+        self._set(self.site(site) / "policy.toml", values)
+
+    def set_settings(self, site: str, **values: str) -> None:
+        self._set(self.site(site) / "site.toml", values)
+
+    def _set(self, path: Path, values: dict[str, str]) -> None:
         text = path.read_text()
         for key, value in values.items():
             text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
@@ -188,6 +193,10 @@ class Federation:
         return [line["fields"] for line in lines if line["kind"] == kind]
 
     def ledger(self, site: str) -> list[dict[str, Any]]:
+        """Returns the releases in a site's ledger, without what was set aside for jobs."""
+        return [entry for entry in self.ledger_entries(site) if entry["kind"] == "spend"]
+
+    def ledger_entries(self, site: str) -> list[dict[str, Any]]:
         path = self.site(site) / "state" / "ledger-main.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from offsite.client.home.redact import for_peer
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.provision import CoordinatorHome
@@ -134,19 +135,26 @@ class HostileCoordinator:
         )
 
     def send(self, site: str, stage: str, data: bytes) -> codec.Message:
-        """Sends the bytes of a letter and returns the content of the site's own letter."""
+        """Sends the bytes of a letter and returns the content of the site's own letter, whose words are constants."""
         replies = self.exchange.send(stage, {site: data})
         assert site in replies, f"{site} did not answer"
-        return codec.decode(codec.decode_signed_message(replies[site]).body)
+        reply = codec.decode(codec.decode_signed_message(replies[site]).body)
+        assert for_peer(reply) == reply
+        return reply
+
+    def reason(self, site: str) -> str:
+        """Returns the last reason in a site's audit log."""
+        lines = (self.federation.site(site) / "state" / "audit.jsonl").read_text().splitlines()
+        return str([fields["reason"] for line in lines if "reason" in (fields := json.loads(line)["fields"])][-1])
 
     def ask(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> codec.Message:
         return self.send(site, stage, self.letter(site, stage, message, **changed))
 
     def refused(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> str:
-        """Sends a message and returns the reason of the refusal."""
+        """Sends a message and returns the reason of the refusal, which the site's owner alone reads."""
         reply = self.ask(site, stage, message, **changed)
         assert isinstance(reply, codec.Refusal), reply
-        return f"{reply.kind}: {reply.reason}"
+        return self.reason(site)
 
     def offer(
         self, site: str, manifest: JobManifest | bytes, delivery: Delivery | None = None, **changed: Any

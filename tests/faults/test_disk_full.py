@@ -46,7 +46,8 @@ def test_a_site_without_room_for_the_package_says_so_and_takes_it_later(four: Fe
     pid = four.processes["elm"].pid
     with full(pid, 60_000):
         process = four.start_coordinator(job := four.job("package", rounds=1, coordinator="sites = 4"))
-        wait_for(lambda: "free disk space" in four.status()["sites"].get("elm", {}).get("detail", ""))
+        wait_for(lambda: "DataError" in four.status()["sites"].get("elm", {}).get("detail", ""))
+        assert any("free disk space" in line["reason"] for line in four.audit("elm", "refused"))
         assert process.poll() is None
     assert four.finish() == 0, four.log("coordinator")
     (line,) = rounds(four, job)

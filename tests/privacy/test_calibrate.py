@@ -74,6 +74,9 @@ def test_refuses_the_rest():
 
 
 def test_public_delta():
-    assert public_delta(1000) == pytest.approx(1000**-1.1)
-    with pytest.raises(ConfigError, match="n=1 must be"):
-        public_delta(1)
+    """At most 1e-6, and over all n records never more than 1/100 in sum."""
+    assert [public_delta(n) for n in (1, 100, 10_000)] == [1e-6] * 3
+    assert public_delta(1_000_000) == pytest.approx(1e-8)
+    assert all(n * public_delta(n) <= 0.01 + 1e-12 for n in (1, 99, 10_001, 10**7))
+    with pytest.raises(ConfigError, match="n=0 must be"):
+        public_delta(0)

@@ -1,0 +1,128 @@
+"""The public number of a site's records: declared in `site.toml`, or counted once and kept ever after.
+
+Noise, sample rate and delta follow from this number alone. Two data sets that the privacy promise compares have the
+same number of records, since one record is replaced by an empty record, so a comparison of this number with the file
+comes out the same for both and tells nothing about a record.
+"""
+
+import json
+from pathlib import Path
+
+from offsite.client.home.installation import SiteHome
+from offsite.errors import ConfigError, DataError, MalformedMessage
+from offsite.task.readers.columns import columns_for
+from offsite.task.readers.tables import read
+from offsite.task.record_fields import FIELDS
+from offsite.task.spec import Record
+from offsite.trust.files import write_atomically
+
+BLOCKS = "blocks"  # the split whose examples are cut from the joined texts
+
+
+def read_records(home: SiteHome, task: str) -> list[Record]:
+    """Returns a site's records with the fields that a task reads.
+
+    Raises:
+      DataError: the records cannot be read.
+      ConfigError: `site.toml` names a field that no task has.
+    """
+    settings = home.settings
+    columns = columns_for(task, column=settings.column, names=settings.columns)
+    return read(home.data, reader=settings.reader or None, columns=columns)
+
+
+def count_by_task(home: SiteHome) -> dict[str, int]:
+    """Returns the number of records in the site's data for each task whose fields they have.
+
+    Raises:
+      DataError: no task reads the data.
+    """
+    counts, refusals = dict[str, int](), list[DataError]()
+    for task in FIELDS:
+        try:
+            counts[task] = len(read_records(home, task))
+        except DataError as error:
+            refusals.append(error)
+    if not counts:
+        raise refusals[0]
+    return counts
+
+
+def declared(home: SiteHome) -> int | None:
+    """Returns the declared number of records; None where nobody has declared or counted them.
+
+    Raises:
+      MalformedMessage: the kept number is damaged.
+    """
+    path = _kept(home)
+    if home.settings.records or not path.exists():
+        return home.settings.records or None
+    try:
+        number = json.loads(path.read_text(encoding="ascii"))["records"]
+        if type(number) is not int or number < 1:
+            raise ValueError(number)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MalformedMessage(f"state={path.name}: damaged; write records = N in site.toml") from error
+    return number
+
+
+def declare(home: SiteHome, task: str | None = None) -> int:
+    """Returns the declared number of records; where there is none, counts the records and keeps their number.
+
+    Args:
+      home: folder of the site.
+      task: name of the task that reads the records; None takes the largest number of any task.
+
+    Raises:
+      DataError: the records cannot be read, or the number cannot be kept.
+    """
+    number = declared(home)
+    if number is None:
+        number = len(read_records(home, task)) if task is not None else max(count_by_task(home).values())
+        write_atomically(_kept(home), json.dumps({"records": number}).encode())
+    return number
+
+
+def places(home: SiteHome, split: str, task: str) -> int:
+    """Returns the declared number of a job's examples: of the records, or of the blocks that their texts are cut into.
+
+    Raises:
+      ConfigError: the job cuts texts into blocks, whose number the owner has not declared.
+      DataError: as for `declare`.
+    """
+    if split != BLOCKS:
+        return declare(home, task)
+    number = places_of(home, split)
+    if number is None:
+        raise ConfigError(
+            "site.toml blocks=0: this job joins the texts and cuts them into blocks, so the job's tokenizer would "
+            "decide how many records there are; write blocks = N in site.toml, or permit split truncate alone"
+        )
+    return number
+
+
+def places_of(home: SiteHome, split: str) -> int | None:
+    """Returns the number of `places` where it is declared or was counted, else None; reads no record."""
+    return (home.settings.blocks or None) if split == BLOCKS else declared(home)
+
+
+def check_count(home: SiteHome, *counts: int) -> None:
+    """Checks that the data hold as many records as are declared.
+
+    Args:
+      home: folder of the site.
+      counts: numbers of records in the data, as different tasks read them; one of them must be the declared number.
+
+    Raises:
+      DataError: the data hold more or fewer.
+    """
+    number = declared(home)
+    if number is not None and number not in counts:
+        raise DataError(
+            f"records={max(counts)} in the data: {number} are declared, and noise is planned for that number; bring "
+            f"the data back, or declare the new number with records = {max(counts)} in site.toml"
+        )
+
+
+def _kept(home: SiteHome) -> Path:
+    return home.state / f"records-{home.settings.dataset}.json"
