@@ -1,33 +1,32 @@
-"""A tokenizer in a process of its own, so that its rules can harm only that process, even if they kill it.
+"""A tokenizer in processes of its own, so that its rules can harm only the record that they are applied to.
 
 The tokenizer of a package was written by the model's owner, who could use it to distinguish some texts from others: by
-a crash, by endless use of memory, by a chat template, which is a program, or by the files that a tokenizer's settings
-name. So only tokenizer.json, the names of a few special tokens and the chat template are read from a model's folder,
-and a text influences nothing but its own ids.
+a crash, by endless use of memory or time, by a chat template, which is a program, or by the files that a tokenizer's
+settings name. So only tokenizer.json, the names of a few special tokens and the chat template are read from a model's
+folder, and a text influences nothing but its own ids; see `task.tokenizer_worker`.
 """
 
-import contextlib
 import json
-import os
-import selectors
-import struct
-import subprocess
-import sys
-import time
-from array import array
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import DataError
+from offsite.task.tokenizer_worker import CPU_SECONDS, Outcomes, TokenizerWorker
 
-START_SECONDS, TEXT_SECONDS, BYTES_PER_SECOND = 60.0, 10.0, 50_000
-WASTED_SECONDS = 600.0  # limit of the time for texts on which the tokenizer fails; later texts are then not tried
+log = logging.getLogger("offsite.task")
 MAX_BYTES = 1 << 28
-_PROGRAM = Path(__file__).with_name("tokenizer_process.py")
+IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more ids from a text; a longer result is dropped
 _NONE = 0xFFFFFFFF
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens that a chat template may write
+# For the site's log alone: the numbers follow from the records.
+_SLOW = (
+    "tokenizer: a record was stopped at its limit of time; %d records may take %d s of CPU each, and long ones more; "
+    "stop the job by hand if that is too long"
+)
+_TOLD = "tokenizer: stopped at the limit of time on %d and failed on %d of %d records; each of them is empty"
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class Tokenizer:
         self._start = (content, (eos or "").encode(), chat.encode())
         self.has_template = bool(template)
         try:
-            with _Process(self._start) as process:
-                facts = json.loads(process.facts)
+            with TokenizerWorker(self._start) as worker:
+                facts = worker.facts
         except (OSError, EOFError, ValueError) as error:
             files = "tokenizer.json or its chat template" if template else "tokenizer.json"
             raise DataError(f"{files} cannot be read; save it again with a fast tokenizer") from error
@@ -103,9 +102,15 @@ class Tokenizer:
         special = _special_tokens(folder)
         return cls(path.read_bytes(), special.get("eos_token"), _chat_template(folder), special)
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns each text's ids without special tokens; an empty list where the tokenizer fails or takes too long."""
-        return self._answers([{"kind": "text", "of": text} for text in texts])
+    def tokens(self, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
+        """Returns each text's ids without special tokens; an empty list where the tokenizer fails or takes too long.
+
+        Args:
+          texts: any texts.
+          length: number of ids to keep of each text; None to keep all.
+        """
+        asked: list[dict[str, Any]] = [{"kind": "text", "of": text, "length": length} for text in texts]
+        return self._answers(asked, [_most(text) if length is None else length for text in texts])
 
     def singles(self, texts: Sequence[str], length: int) -> list[Encoding]:
         """Returns each text with special tokens, cut to a length; an empty encoding where the tokenizer fails."""
@@ -135,103 +140,37 @@ class Tokenizer:
         asked = [
             {"kind": "chat", "of": [dict(message) for message in talk], "length": length} for talk in conversations
         ]
-        columns = [_columns(words, 2, length) for words in self._answers(asked)]
+        columns = [_columns(words, 2, length) for words in self._answers(asked, [2 * length] * len(asked))]
         return [(ids, [int(flag == 1) for flag in flags]) for ids, flags in columns]
 
     def _encodings(self, kind: str, pieces: Sequence[Any], length: int) -> list[Encoding]:
-        answers = self._answers([{"kind": kind, "of": piece, "length": length} for piece in pieces])
-        return [Encoding(*_columns(words, 6, length)) for words in answers]
+        asked = [{"kind": kind, "of": piece, "length": length} for piece in pieces]
+        return [Encoding(*_columns(words, 6, length)) for words in self._answers(asked, [6 * length] * len(asked))]
 
-    def _answers(self, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """Returns the numbers of each answer; an empty list where the process fails, takes too long, or dies."""
-        with contextlib.ExitStack() as stack:
-            process, wasted, answers = None, 0.0, list[list[int]]()
-            for request in requests:
-                began, numbers = time.monotonic(), None
-                if wasted < WASTED_SECONDS:
-                    with contextlib.suppress(OSError, EOFError):
-                        process = process or stack.enter_context(_Process(self._start))
-                        numbers = process.ask(request)
-                if numbers is None:
-                    stack.close()
-                    process, wasted = None, wasted + time.monotonic() - began
-                answers.append(numbers or [])
+    def _answers(self, requests: Sequence[dict[str, Any]], most: Sequence[int]) -> list[list[int]]:
+        """Returns at most so many numbers for each request; an empty list where the tokenizer fails on that request.
+
+        Raises:
+          DataError: the tokenizer's process cannot be started; no request has a part in that.
+        """
+        outcomes, answers = Outcomes(), list[list[int]]()
+        try:
+            with TokenizerWorker(self._start) as worker:
+                for request, room in zip(requests, most, strict=True):
+                    numbers, outcome = worker.ask(request, room)
+                    if outcomes.count(outcome) == 1:
+                        log.warning(_SLOW, len(requests), CPU_SECONDS)
+                    answers.append(numbers)
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError("tokenizer: its process cannot be started now; free memory or processes") from error
+        if outcomes.failed or outcomes.stopped:
+            log.warning(_TOLD, outcomes.stopped, outcomes.failed, len(requests))
         return answers
 
 
-class _Process:
-    """One running tokenizer process; a context manager.
-
-    Raises:
-      OSError, EOFError: the process died, or took too long.
-    """
-
-    def __init__(self, start: Sequence[bytes]) -> None:
-        self._start = start
-
-    def __enter__(self) -> "_Process":
-        self._process = subprocess.Popen(  # noqa: S603 - our own file
-            [sys.executable, "-I", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a panic's message quotes the text
-            env={"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
-            bufsize=0,
-        )
-        self._selector = selectors.DefaultSelector()
-        try:
-            self._selector.register(self._output, selectors.EVENT_READ)
-            for frame in self._start:
-                self._write(frame)
-            self.facts = self._read(START_SECONDS)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._selector.close()
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._process.wait()
-
-    def ask(self, request: dict[str, Any]) -> list[int]:
-        """Returns the numbers that the process answers to a request."""
-        content = json.dumps(request).encode()
-        self._write(content)
-        words = array("I", self._read(TEXT_SECONDS + len(content) / BYTES_PER_SECOND))
-        if sys.byteorder == "big":
-            words.byteswap()
-        return words.tolist()
-
-    @property
-    def _output(self) -> Any:
-        return self._process.stdout
-
-    def _write(self, content: bytes) -> None:
-        pipe: Any = self._process.stdin
-        left = memoryview(struct.pack("<I", len(content)) + content)
-        while left:
-            left = left[pipe.write(left) :]
-
-    def _read(self, seconds: float) -> bytes:
-        until = time.monotonic() + seconds
-        (size,) = struct.unpack("<I", self._take(4, until))
-        return self._take(size, until)
-
-    def _take(self, size: int, until: float) -> bytes:
-        taken = bytearray()
-        while len(taken) < size:
-            if not self._selector.select(max(until - time.monotonic(), 0)):
-                raise TimeoutError(f"tokenizer: no answer within {TEXT_SECONDS:g} s")
-            piece = os.read(self._output.fileno(), min(size - len(taken), 1 << 20))
-            if not piece:
-                raise EOFError("tokenizer: its process has ended")
-            taken += piece
-        return bytes(taken)
+def _most(text: str) -> int:
+    """Returns the number of ids that an honest tokenizer makes of a text at most."""
+    return IDS_PER_BYTE * len(text.encode("utf-8", "surrogatepass")) + SPARE_IDS
 
 
 def _columns(words: list[int], count: int, length: int) -> list[list[int]]:

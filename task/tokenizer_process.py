@@ -1,38 +1,57 @@
-"""The program of a tokenizer's process; `task.tokenizer` starts this file by its path, without the rest of the package.
+"""The program of a tokenizer's processes; `task.tokenizer_worker` starts this file by its path, without the package.
 
-Input is a sequence of frames, each four bytes of length and then the content: tokenizer.json, the end-of-text token,
-the chat template with its tokens as JSON, and then JSON requests. Output is one frame for the first three together,
-with facts as JSON, and one frame for each request, with little-endian uint32. A template is a program by the model's
-owner: it is compiled in jinja's sandbox, and before the first record arrives this process gives up its rights to open
-files and sockets, to write to files and to start other processes.
+Standard input is a socket. Through it come three frames, each four bytes of length and then the content:
+tokenizer.json, the end-of-text token, and the chat template with its tokens as JSON. One frame with facts as JSON goes
+back. Then each message of eight bytes, the limits of CPU time and wall time in seconds, brings the socket of one
+record. The program forks, and the copy gives up its rights to open files and sockets, to write to files and to start
+other processes. The copy reads the record's request, a frame of JSON, from the record's socket, answers with
+little-endian uint32, and ends; then one byte with the outcome goes back. The program itself never sees a record, so
+every copy starts from the same state. A template is a program by the model's owner: it runs in jinja's sandbox, without
+a clock, without chance and without memory of other records.
 """
 
 import contextlib
+import gc
 import json
+import os
 import resource
+import signal
+import socket
 import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 MEMORY = 4 << 30
-IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more ids from a text; a longer result is dropped
 NONE = 0xFFFFFFFF
 OPEN_FILES = 3  # standard input, output and error, which are already open
+FINE, FAILED, STOPPED = range(3)  # outcomes, as in `task.tokenizer_worker`
+LATE = (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM)  # the kernel's ways to end a process at its limit of time
 Render = Callable[..., str]
+Answer = Callable[[Any], bytes]
 
 
-def read() -> bytes | None:
+def read(descriptor: int) -> bytes | None:
     """Returns the content of the next frame, or None at the end of the input."""
-    head = sys.stdin.buffer.read(4)
-    return sys.stdin.buffer.read(struct.unpack("<I", head)[0]) if len(head) == 4 else None
+    head = taken(descriptor, 4)
+    return taken(descriptor, struct.unpack("<I", head)[0]) if len(head) == 4 else None
 
 
-def write(content: bytes) -> None:
-    """Writes one frame."""
-    sys.stdout.buffer.write(struct.pack("<I", len(content)) + content)
-    sys.stdout.buffer.flush()
+def taken(descriptor: int, size: int) -> bytes:
+    """Returns `size` bytes; fewer at the end of the input."""
+    content = bytearray()
+    while len(content) < size and (piece := os.read(descriptor, min(size - len(content), 1 << 20))):
+        content += piece
+    return bytes(content)
+
+
+def write(descriptor: int, content: bytes) -> None:
+    """Writes all bytes."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def packed(*columns: Iterable[int]) -> bytes:
@@ -44,12 +63,9 @@ def packed(*columns: Iterable[int]) -> bytes:
 
 
 def plain(tokenizer: Any, request: Any) -> bytes:
-    """Returns the ids of a text, without special tokens."""
-    text = request["of"]
+    """Returns the ids of a text, without special tokens; the first ids where the request has a length."""
     tokenizer.no_truncation()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    limit = IDS_PER_BYTE * len(text.encode("utf-8", "surrogatepass")) + SPARE_IDS
-    return packed(ids if len(ids) <= limit else [])
+    return packed(tokenizer.encode(request["of"], add_special_tokens=False).ids[: request["length"]])
 
 
 def full(tokenizer: Any, request: Any) -> bytes:
@@ -110,6 +126,7 @@ def renderer(settings: dict[str, Any]) -> Render:
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = lambda value, **named: json.dumps(value, ensure_ascii=False, **named)
     sandbox.globals["raise_exception"] = refuse
+    del sandbox.globals["lipsum"], sandbox.filters["random"]  # a record has the same tokens every time
     template, tokens = sandbox.from_string(settings["template"]), settings["tokens"]
 
     def render(messages: list[dict[str, str]], *, prompt: bool = False) -> str:
@@ -118,10 +135,19 @@ def renderer(settings: dict[str, Any]) -> Render:
     return render
 
 
-def limit(memory: int) -> None:
-    """Gives up rights that no tokenizer needs; a limit that is already lower stays."""
+def limit(memory: int, seconds: int, wall: int) -> None:
+    """Gives up rights that no tokenizer needs, and limits this process; a limit that is already lower stays.
+
+    Args:
+      memory: bytes of address space.
+      seconds: CPU time, which counts from this process's own start.
+      wall: seconds after which the process ends even if it only waits.
+    """
+    with contextlib.suppress(OSError):  # Linux: if memory runs out, this process ends, and not the site's own program
+        Path("/proc/self/oom_score_adj").write_text("1000")
     for name, most in (
         ("RLIMIT_AS", memory),
+        ("RLIMIT_CPU", seconds),
         ("RLIMIT_NOFILE", OPEN_FILES),
         ("RLIMIT_FSIZE", 0),
         ("RLIMIT_NPROC", 0),
@@ -131,37 +157,65 @@ def limit(memory: int) -> None:
         _, hard = resource.getrlimit(kind)
         low = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (low, low))
+    signal.alarm(wall)
+
+
+def answer_one(connection: int, seconds: int, wall: int, answer: Answer) -> None:
+    """Answers the request of one record, as a process that has nothing but the record's socket."""
+    for target in (0, 1):
+        os.dup2(connection, target)
+    os.closerange(OPEN_FILES, max(connection + 1, 256))
+    limit(MEMORY, seconds, wall)
+    content = read(0)
+    if content is not None:
+        write(1, answer(json.loads(content)))
+
+
+def serve(control: socket.socket, answer: Answer) -> None:
+    """Forks for each record until the other side closes the socket; records come one after another."""
+    while True:
+        terms, connections, _, _ = socket.recv_fds(control, 8, 1)
+        if len(terms) < 8 or not connections:
+            return
+        process = os.fork()
+        if process == 0:
+            outcome = FAILED
+            with contextlib.suppress(BaseException):  # a panic of the library's Rust code is no Exception
+                answer_one(connections[0], *struct.unpack("<II", terms), answer)
+                outcome = FINE
+            os._exit(outcome)
+        os.close(connections[0])
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        control.sendall(bytes([FINE if code == FINE else STOPPED if code in LATE else FAILED]))
 
 
 def main() -> None:
-    """Serves one parent process until it closes the pipe."""
+    """Serves one parent process until it closes the socket."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str((read() or b"").decode())
+    control = socket.socket(fileno=0)
+    tokenizer = Tokenizer.from_str((read(0) or b"").decode())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    eos = (read() or b"").decode()
-    settings = json.loads(read() or b"null")
+    eos = (read(0) or b"").decode()
+    settings = json.loads(read(0) or b"null")
     render = renderer(settings) if settings else None
     with contextlib.suppress(BaseException):
-        tokenizer.encode(["a"], is_pretokenized=True)  # the library must start its thread before `limit` forbids it
-    limit(MEMORY)
+        tokenizer.encode(["a"], is_pretokenized=True)  # the library must import numpy before `limit` forbids it
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    write(json.dumps({"eos": tokenizer.token_to_id(eos) if eos else None, "largest": largest}).encode())
-    while (content := read()) is not None:
-        try:
-            request = json.loads(content)
-            if request["kind"] == "chat" and render is not None:
-                write(chat(tokenizer, request, render))
-            elif request["kind"] == "text":
-                write(plain(tokenizer, request))
-            else:
-                write(full(tokenizer, request))
-        except BaseException:  # a panic of the library's Rust code is no Exception
-            write(b"")
+    facts = json.dumps({"eos": tokenizer.token_to_id(eos) if eos else None, "largest": largest}).encode()
+
+    def answer(request: Any) -> bytes:
+        if request["kind"] == "chat" and render is not None:
+            return chat(tokenizer, request, render)
+        return plain(tokenizer, request) if request["kind"] == "text" else full(tokenizer, request)
+
+    control.sendall(struct.pack("<I", len(facts)) + facts)
+    gc.freeze()  # a copy that collects garbage would touch, and so copy, all memory
+    serve(control, answer)
 
 
 if __name__ == "__main__":

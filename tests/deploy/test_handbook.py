@@ -83,7 +83,7 @@ def test_every_check_of_doctor() -> None:
         ("site's heartbeat", [n * constants("client/network/supernode.py")["HEARTBEAT_SECONDS"] for n in (1, 2)]),
         ("site: SuperNode ended", constants("client/network/node.py")["BACKOFF_SECONDS"]),
         ("site: disk, data", constants("client/service/job_loading.py")["PAUSES"]),
-        ("site: a text", [constants("task/tokenizer.py")["TEXT_SECONDS"]]),
+        ("site: a text", [constants("task/tokenizer_worker.py")["CPU_SECONDS"]]),
         ("site: longest pause", [constants("client/network/supernode.py")["RETRY_SECONDS"]]),
         (
             "depot: a request",

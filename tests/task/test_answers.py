@@ -136,7 +136,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_template_that_does_harm_makes_nothing_of_a_record(tmp_path, template, monkeypatch):
-    monkeypatch.setattr("offsite.task.tokenizer.TEXT_SECONDS", 3.0)
+    monkeypatch.setattr("offsite.task.tokenizer_worker.CPU_SECONDS", 2)
     words = tokenizer(
         tmp_path, "{% if 'w13' in messages[0].content %}" + template + "{% else %}" + TEMPLATE + "{% endif %}"
     )

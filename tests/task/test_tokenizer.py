@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import offsite.task.tokenizer
 from offsite.errors import DataError
+from offsite.task import tokenizer_worker
 from offsite.task.tokenizer import Tokenizer
+from offsite.task.tokenizer_worker import TokenizerWorker
 
 WORDS = {word: number for number, word in enumerate(["<end>", "<unk>", "the", "cat", "sat", "hiv", "Grüße"])}
 
@@ -77,25 +81,87 @@ def test_a_text_that_kills_it_has_no_ids() -> None:
     assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
 
 
-def test_a_text_that_takes_too_long_has_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offsite.task.tokenizer, "TEXT_SECONDS", 2.0)
+def slow_on(word: str) -> Library:
+    """A tokenizer that needs seconds for each text with a word of its maker's choice."""
     made = library()
-    slow = [normalizers.Replace("hiv", "ab" * 3000)] + [normalizers.Replace("a", "aa")] * 12
+    slow = [normalizers.Replace(word, "ab" * 3000)] + [normalizers.Replace("a", "aa")] * 12
     made.normalizer = normalizers.Sequence(slow)
-    assert of(made).tokens(["the", "hiv", "the"]) == [[2], [], [2]]
-    started: list[object] = []
+    return made
 
-    class Counted(offsite.task.tokenizer._Process):
-        def __enter__(self) -> "Counted":
-            started.append(self)
-            super().__enter__()
-            return self
 
-    own = of(made)
-    monkeypatch.setattr(offsite.task.tokenizer, "WASTED_SECONDS", 1.0)
-    monkeypatch.setattr(offsite.task.tokenizer, "_Process", Counted)
-    assert own.tokens(["hiv"] * 20 + ["the"]) == [[]] * 21
-    assert len(started) == 1  # no process is started after the first text
+def test_a_text_that_takes_too_long_has_no_ids(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many texts are slow, the texts behind them keep their ids; only the log counts."""
+    monkeypatch.setattr(tokenizer_worker, "CPU_SECONDS", 1)
+    assert of(slow_on("hiv")).tokens(["the", "hiv", "hiv", "the the"]) == [[2], [], [], [2, 2]]
+    assert "stopped at the limit of time on 2 and failed on 0 of 4 records" in caplog.text
+    assert "hiv" not in caplog.text
+
+
+# Rules that would remember: by a failure, by growth of memory, by CPU time that adds up.
+MEMORIES = {
+    "plain": library,
+    "failing": lambda: library(unk_token="missing"),
+    "growth": lambda: _with_normalizer(normalizers.Replace("hiv", "a" * 1000), normalizers.Replace("a", "b" * 10**4)),
+    "slow": lambda: slow_on("hiv"),
+}
+
+
+def _with_normalizer(*rules: normalizers.Normalizer) -> Library:
+    made = library()
+    made.normalizer = normalizers.Sequence(list(rules))
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(MEMORIES))
+def test_one_text_replaced_changes_its_own_ids_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_worker, "CPU_SECONDS", 1)
+    own, texts = of(MEMORIES[name]()), ["the cat", "sat", "", "a\udcff", "the " * 2000, "Grüße"]
+    expected = own.tokens(texts)
+    for index, other in ((0, "hiv"), *([] if name == "slow" else [(3, "the"), (4, "hiv sat")])):
+        changed = own.tokens([*texts[:index], other, *texts[index + 1 :]])
+        assert changed[:index] == expected[:index]
+        assert changed[index + 1 :] == expected[index + 1 :]
+
+
+# What a template could read of earlier records in one process: addresses of objects, and the state of a generator.
+PEEKS = ["{{ namespace() }}", "{{ cycler }} {{ messages }} {{ messages.__class__ }}", "{{ joiner }}"]
+
+
+@pytest.mark.parametrize("peek", PEEKS)
+def test_a_template_finds_no_trace_of_other_records(peek: str) -> None:
+    """The text that is encoded holds the address of an object, so equal ids mean equal memory at the start."""
+    letters = Library(models.WordLevel({chr(code): code for code in range(32, 127)}, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    work = "{% set _ = 'x' * 10**8 %}{% for i in range(999) %}{{ i }}{% endfor %}"
+    template = "{% if 'w' in messages[0].content %}" + work + "{% else %}" + peek + "{% endif %}"
+    own = Tokenizer(letters.to_str().encode(), None, template)
+    talks = [[{"role": "user", "content": content}] for content in ("a", "w", "a", "w", "w", "a")]
+    found = own.chats(talks, 300)
+    assert found[0][0]
+    assert found[0] == found[2] == found[5]
+
+
+def test_a_template_has_no_chance_in_it() -> None:
+    """Else a record would have other tokens each time, and no two encodings could be compared."""
+    with pytest.raises(DataError, match="cannot be read"):
+        Tokenizer(library().to_str().encode(), None, "{{ [1, 2, 3] | random }}")
+    assert Tokenizer(library().to_str().encode(), None, "{{ lipsum() }}").chats([[]], 9) == [([], [])]
+
+
+def test_the_processes_of_a_tokenizer_end_with_it() -> None:
+    with TokenizerWorker((library().to_str().encode(), b"", b"")) as worker:
+        program = worker._process.pid
+        assert worker.ask({"kind": "text", "of": "the", "length": 5}, 5) == ([2], 0)
+        assert worker.ask({"kind": "text", "of": "the cat sat", "length": 2}, 1) == ([], 1)  # longer than what fits
+        os.kill(program, signal.SIGKILL)
+        assert worker.ask({"kind": "text", "of": "the", "length": 5}, 5) == ([], 1)
+        assert worker.ask({"kind": "text", "of": "the", "length": 5}, 5) == ([2], 0)  # a new program serves the next
+        second = worker._process.pid
+    for process in (program, second):
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process, 0)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +245,7 @@ LIES = [[1, 2, 3], list(range(60)), [7] * 6 * 11]
 def test_columns_that_are_none_are_nothing(monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> None:
     """A tokenizer that took over its process can send any answer."""
     own = of(paired())
-    monkeypatch.setattr(offsite.task.tokenizer._Process, "ask", lambda self, request: numbers)
+    monkeypatch.setattr(tokenizer_worker.TokenizerWorker, "ask", lambda self, request, most: (numbers, 0))
     (found,) = own.singles(["the"], 10)
     sizes = {len(column) for column in vars(found).values()}
     assert sizes == ({10} if len(numbers) == 60 else {0})
@@ -191,7 +257,7 @@ def test_its_process_opens_no_file_and_no_socket_and_starts_nothing(tmp_path: Pa
 import json, os, socket, sys
 sys.path.insert(0, sys.argv[1])
 import tokenizer_process as program
-program.limit(4 << 30)
+program.limit(4 << 30, 9, 90)
 def fails(do):
     try:
         do()
@@ -204,9 +270,9 @@ found = {
     "pipe": fails(os.pipe),
     "write": fails(lambda: os.write(1, b"")),
 }
-program.write(json.dumps(found).encode())
+program.write(1, json.dumps(found).encode())
 """
     folder = str(Path(offsite.task.tokenizer.__file__).parent)
     done = subprocess.run([sys.executable, "-I", "-c", tries, folder], capture_output=True, check=True)
-    found = json.loads(done.stdout[4:])
+    found = json.loads(done.stdout)
     assert found == {"file": "OSError", "socket": "OSError", "pipe": "OSError", "write": ""}
