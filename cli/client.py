@@ -88,10 +88,10 @@ def leave(
 
 def _declare(site: SiteHome) -> None:
     """Counts the records once, unless their number is declared, and says what follows from it."""
-    from offsite.client.home.declared_records import check_count, count_by_task, declare
+    from offsite.client.home.declared_records import check_count, declare, records_by_task
 
     try:
-        counts = count_by_task(site).values()
+        counts = [len(records) for records in records_by_task(site).values()]
     except DataError as error:
         typer.echo(f"warning: the records are not counted yet, but at the first approval: {error}")
         return

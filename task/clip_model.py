@@ -68,6 +68,10 @@ class PromptedImages:
         """Returns the examples; a label that the model does not have becomes `IGNORED`."""
         return replace(self, images=self.images.within(model))
 
+    def emptied(self, rows: Sequence[int]) -> "PromptedImages":
+        """Returns the examples; the labels at the indices `rows` become `IGNORED`."""
+        return replace(self, images=self.images.emptied(rows))
+
 
 class ClipClassification:
     """The task of CLIP: one tower encodes the image, the other the prompts; the output is a likelihood over prompts.

@@ -7,7 +7,7 @@ beforehand, because both encoders stay frozen and nothing has to be learnt in th
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offsite.errors import UnsupportedModel
 from offsite.task.arrays import floats
 from offsite.task.diffusion_models import UNET, load_diffusion
+from offsite.task.examples import all_but
 from offsite.task.image_classification import dtype_of
 from offsite.task.images import check_records
 from offsite.task.noise import NoiseSchedule
@@ -72,6 +73,10 @@ class Noised:
         fits = (labels >= 0) & (labels < int(config["num_embeds_ada_norm"]))
         conditions = {**self.conditions, "class_labels": labels * fits.long()}
         return Noised(self.noisy, self.steps, self.wanted, conditions, self.scored * fits.long())
+
+    def emptied(self, rows: Sequence[int]) -> "Noised":
+        """Returns the examples; those at the indices `rows` lose their loss."""
+        return replace(self, scored=self.scored * all_but(rows, len(self), self.scored.device).long())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Noised":
         conditions = {name: change(tensor) for name, tensor in self.conditions.items()}
@@ -134,7 +139,8 @@ class Denoising(ABC):
             latents = floats(records, index, LATENTS, shape)
             valid[index] = valid[index] and latents is not None
             latents = torch.zeros(shape) if latents is None else latents
-            rows.append(_noised(latents, processor, self._draws, _generator(record, self.columns)))
+            content = record if valid[index] else {}  # an object that is no array has no bytes of its own
+            rows.append(_noised(latents, processor, self._draws, _generator(content, self.columns)))
         noisy, wanted = (torch.stack([row[at] for row in rows]) for at in (0, 2))
         steps = torch.tensor([row[1] for row in rows], dtype=torch.long)
         return Noised(noisy, steps, wanted, conditions, torch.tensor(valid, dtype=torch.long))
@@ -249,7 +255,7 @@ class TextToImage(Denoising):
 
 def _generator(record: Record, fields: Iterable[str]) -> torch.Generator:
     """Returns a generator that depends only on the content of a record's fields."""
-    content = b"".join(np.asarray(record[field]).tobytes() for field in fields)
+    content = b"".join(np.asarray(record[field]).tobytes() for field in fields if field in record)
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:7], "big"))
 
 

@@ -55,8 +55,11 @@ class Examples:
     def within(self, model: nn.Module) -> "Examples":
         """Returns the examples; an example with an id that the model does not know is emptied."""
         vocabulary = vocabulary_of(model)
-        fits = ((self.input_ids >= 0) & (self.input_ids < vocabulary)).all(dim=1, keepdim=True).long()
-        return self._each(lambda tensor: tensor * fits)
+        return self._kept(((self.input_ids >= 0) & (self.input_ids < vocabulary)).all(dim=1))
+
+    def emptied(self, rows: Sequence[int]) -> "Examples":
+        """Returns the examples; those at the indices `rows` are all padding."""
+        return self._kept(all_but(rows, len(self), self.input_ids.device))
 
     @classmethod
     def dummy_batch(cls, vocabulary: int, length: int, *, seed: int) -> "Examples":
@@ -75,9 +78,19 @@ class Examples:
         """Returns the examples on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def _kept(self, fits: torch.Tensor) -> "Examples":
+        return self._each(lambda tensor: tensor * fits[:, None].long())
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Examples":
         answers = None if self.answers is None else change(self.answers)
         return Examples(change(self.input_ids), change(self.attention_mask), answers)
+
+
+def all_but(rows: Sequence[int], count: int, device: torch.device) -> torch.Tensor:
+    """Returns False at the indices `rows` and else True, bool (count,)."""
+    kept = torch.ones(count, dtype=torch.bool, device=device)
+    kept[torch.as_tensor(rows, dtype=torch.long, device=device)] = False
+    return kept
 
 
 def vocabulary_of(model: nn.Module) -> int:

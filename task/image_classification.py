@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from offsite.task import checkpoint
+from offsite.task.examples import all_but
 from offsite.task.images import ImageProcessor, Pixels, check_records, plain_pixels
 from offsite.task.labels import IGNORED, Labels, names_of
 from offsite.task.record_fields import FIELDS
@@ -53,6 +54,11 @@ class LabelledImages:
         config: Any = model.config
         fits = (self.labels >= 0) & (self.labels < int(config.num_labels))
         return LabelledImages(self.pixels, torch.where(fits, self.labels, IGNORED))
+
+    def emptied(self, rows: Sequence[int]) -> "LabelledImages":
+        """Returns the examples; the labels at the indices `rows` become `IGNORED`."""
+        kept = all_but(rows, len(self), self.labels.device)
+        return LabelledImages(self.pixels, torch.where(kept, self.labels, IGNORED))
 
 
 class ImageClassification:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from offsite.errors import DataError, UnsupportedModel
+from offsite.task.encoded_image import EncodedImage
 from offsite.task.image_settings import Settings, Size, read_settings
 from offsite.task.records import check_split, fault
 from offsite.task.spec import Record
@@ -73,7 +74,7 @@ class ImageProcessor:
         """Returns the images of records, and whether each is valid, bool (n,); an invalid image becomes black.
 
         Args:
-          records: records with one image each, uint8 (H, W, 3) or (H, W).
+          records: records with one image each, an `EncodedImage` or uint8 (H, W, 3) or (H, W).
           field: name of the field with the image.
           model_config: configuration of the model, or of its vision part.
 
@@ -152,7 +153,12 @@ def plain_pixels(model_config: Any, count: int, *, seed: int) -> Pixels:
 def _checked(records: Sequence[Record], index: int, field: str) -> np.ndarray | None:
     """Returns a record's image as uint8 (H, W, 3); None for an invalid image in `LenientRecords`."""
     image = records[index][field]
-    if rule := _wrong(image):
+    try:
+        image = image.decoded() if isinstance(image, EncodedImage) else image
+        rule = _wrong(image)
+    except DataError as error:
+        rule = str(error)
+    if rule:
         fault(records, index, field, rule)
         return None
     return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)

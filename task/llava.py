@@ -12,7 +12,7 @@ from torch.nn import functional
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task import checkpoint
 from offsite.task.encode import SHORTEST, mask_of, padded
-from offsite.task.examples import Examples, vocabulary_of
+from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.image_classification import dtype_of
 from offsite.task.image_text_processor import ImageTextProcessor
 from offsite.task.images import Pixels, check_records, plain_pixels, size_of
@@ -63,6 +63,11 @@ class AskedImages:
         empty = torch.tensor(_empty(place, count, ids.shape[1]), device=ids.device)
         mask = self.text.attention_mask * fits[:, None].long()
         return AskedImages(self.pixels, Examples(torch.where(fits[:, None], ids, empty), mask, self.text.answers))
+
+    def emptied(self, rows: Sequence[int]) -> "AskedImages":
+        """Returns the examples; nothing is learnt from those at the indices `rows`, which keep their image places."""
+        text, kept = self.text, all_but(rows, len(self), self.text.input_ids.device)
+        return AskedImages(self.pixels, Examples(text.input_ids, text.attention_mask * kept[:, None], text.answers))
 
 
 class ImageText:

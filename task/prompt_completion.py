@@ -33,8 +33,8 @@ class PromptCompletion(CausalLM):
           DataError: there is no record.
         """
         check_split(split, self.name)
-        prompts = processor.tokens([record["prompt"] for record in records])
-        completions = processor.tokens([record["completion"] for record in records])
+        prompts = processor.tokens([record["prompt"] for record in records], length)
+        completions = processor.tokens([record["completion"] for record in records], length)
         end = end_of(processor)
         pairs = [(prompt, [*done, *end] if done else []) for prompt, done in zip(prompts, completions, strict=True)]
         rows = [(prompt + done)[:length] for prompt, done in pairs]

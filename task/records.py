@@ -1,10 +1,18 @@
-"""Records from readers, and the faults that a task finds: a fault names the place of a record, never its content."""
+"""Records from readers, and the faults that a task finds: a fault names the place of a record, never its content.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+A record counts whatever its content is: the number of records is public, and must not follow from a blank or a broken
+one. So a record without content, and at an approved job also a record that cannot be read, stays as an empty record,
+from which nothing is learnt.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from offsite.errors import ConfigError, DataError
-from offsite.task.spec import Record
+from offsite.task.spec import Batch, Record
+
+B = TypeVar("B", bound=Batch)
+OnFault = Callable[[DataError], None]  # called with the fault of one record; raises it, or notes it for the owner
 
 
 class Row(dict[str, Any]):
@@ -12,11 +20,12 @@ class Row(dict[str, Any]):
 
     Attributes:
       place: place of the record for messages, for example `line=12`.
+      empty: whether the record has no content; its fields then hold the empty value of their type.
     """
 
-    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], place: str, *, empty: bool = False) -> None:
         super().__init__(fields)
-        self.place = place
+        self.place, self.empty = place, empty
 
 
 class LenientRecords(list[Record]):
@@ -29,17 +38,21 @@ class LenientRecords(list[Record]):
       faults: messages about faulty records, for the owner.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(self, records: Sequence[Record], faults: Sequence[str] = ()) -> None:
         super().__init__(records)
-        self.faults: list[str] = []
+        self.faults = list(faults)
 
 
 def fault(records: Sequence[Record], index: int, field: str, rule: str) -> None:
     """Records a fault of a record in `LenientRecords`, or raises it; arguments as for `refuse`.
 
+    An empty record breaks no rule.
+
     Raises:
       DataError: the records are not `LenientRecords`.
     """
+    if is_empty(records[index]):
+        return
     error = refuse(records, index, field, rule)
     if not isinstance(records, LenientRecords):
         raise error
@@ -57,6 +70,24 @@ def refuse(records: Sequence[Record], index: int, field: str, rule: str) -> Data
     """
     place = getattr(records[index], "place", f"record={index + 1}")
     return DataError(f"{place} field={field!r}: {rule}")
+
+
+def is_empty(record: Record) -> bool:
+    """Says whether a record has no content, so that nothing may be learnt from it."""
+    return bool(getattr(record, "empty", False))
+
+
+def without_empty(examples: B, records: Sequence[Record], split: str) -> B:
+    """Returns the examples of a task; the example of an empty record has no target, whatever the task made of it.
+
+    Args:
+      examples: encoded records.
+      records: records behind the examples.
+      split: split of the encoding; only "truncate" makes one example of each record, and of an empty text no other
+        split makes a target.
+    """
+    empty = [index for index, record in enumerate(records) if is_empty(record)]
+    return examples.emptied(empty) if empty and split == "truncate" else examples
 
 
 def check_split(split: str, task: str) -> None:

@@ -1,6 +1,6 @@
 """Batches for models with several named inputs: the inputs and the scored labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from offsite.errors import DataError
+from offsite.task.examples import all_but
 from offsite.task.labels import IGNORED
 
 
@@ -65,9 +66,13 @@ class RowBatch:
                 fits &= _flat((self.inputs[name] >= 0) & (self.inputs[name] < most)).all(dim=1)
         if "decoder_input_ids" in self.inputs:  # here the labels are tokens as well
             fits &= _flat((self.labels == IGNORED) | (self.labels < vocabulary)).all(dim=1)
-        return self if bool(fits.all()) else self._emptied(fits)
+        return self if bool(fits.all()) else self._kept(fits)
 
-    def _emptied(self, fits: torch.Tensor) -> "RowBatch":
+    def emptied(self, rows: Sequence[int]) -> "RowBatch":
+        """Returns the examples; those at the indices `rows` hold zeros and have no label."""
+        return self._kept(all_but(rows, len(self), self.labels.device))
+
+    def _kept(self, fits: torch.Tensor) -> "RowBatch":
         def kept(tensor: torch.Tensor, empty: int) -> torch.Tensor:
             return torch.where(fits.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, torch.full_like(tensor, empty))
 

@@ -35,6 +35,9 @@ class Batch(Protocol):
     def within(self, model: nn.Module) -> Self:
         """Returns the examples; each example on which this model would fail is replaced by one without a target."""
 
+    def emptied(self, rows: Sequence[int]) -> Self:
+        """Returns the examples; those at the indices `rows` have no target."""
+
 
 @dataclass(frozen=True)
 class Tally:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from offsite.client.home.installation import SiteHome
 from offsite.errors import ConfigError, DataError, MalformedMessage
-from offsite.task.readers.columns import columns_for
-from offsite.task.readers.tables import read
+from offsite.task.readers.columns import Columns, columns_for
+from offsite.task.readers.image_files import check_images
+from offsite.task.readers.tables import read, read_for_job
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
 from offsite.trust.files import write_atomically
 
@@ -20,32 +22,42 @@ BLOCKS = "blocks"  # the split whose examples are cut from the joined texts
 
 
 def read_records(home: SiteHome, task: str) -> list[Record]:
-    """Returns a site's records with the fields that a task reads.
+    """Returns a site's records with the fields that a task reads, for the site's owner.
 
     Raises:
-      DataError: the records cannot be read.
+      DataError: the records cannot be read, or a row is broken.
       ConfigError: `site.toml` names a field that no task has.
     """
-    settings = home.settings
-    columns = columns_for(task, column=settings.column, names=settings.columns)
-    return read(home.data, reader=settings.reader or None, columns=columns)
+    return read(home.data, reader=home.settings.reader or None, columns=_columns(home, task))
 
 
-def count_by_task(home: SiteHome) -> dict[str, int]:
-    """Returns the number of records in the site's data for each task whose fields they have.
+def read_records_for_job(home: SiteHome, task: str) -> LenientRecords:
+    """Returns a site's records for an approved job, as many as rows, since the coordinator hears how the job went.
 
     Raises:
-      DataError: no task reads the data.
+      DataError: the file as a whole cannot be read.
+      ConfigError: `site.toml` names a field that no task has.
     """
-    counts, refusals = dict[str, int](), list[DataError]()
+    return read_for_job(home.data, reader=home.settings.reader or None, columns=_columns(home, task))
+
+
+def records_by_task(home: SiteHome) -> dict[str, list[Record]]:
+    """Returns the records in the site's data for each task whose fields they have, for the site's owner.
+
+    Raises:
+      DataError: no task reads the data, or a row is broken for each task.
+    """
+    found, refusals = dict[str, list[Record]](), list[DataError]()
     for task in FIELDS:
         try:
-            counts[task] = len(read_records(home, task))
+            found[task] = read_records(home, task)
+            check_images(home.data, found[task])
         except DataError as error:
+            found.pop(task, None)
             refusals.append(error)
-    if not counts:
+    if not found:
         raise refusals[0]
-    return counts
+    return found
 
 
 def declared(home: SiteHome) -> int | None:
@@ -78,7 +90,10 @@ def declare(home: SiteHome, task: str | None = None) -> int:
     """
     number = declared(home)
     if number is None:
-        number = len(read_records(home, task)) if task is not None else max(count_by_task(home).values())
+        if task is not None:  # no row's content decides the number, so a job's offer may ask for the count
+            number = len(read_records_for_job(home, task))
+        else:
+            number = max(map(len, records_by_task(home).values()))
         write_atomically(_kept(home), json.dumps({"records": number}).encode())
     return number
 
@@ -122,6 +137,10 @@ def check_count(home: SiteHome, *counts: int) -> None:
             f"records={max(counts)} in the data: {number} are declared, and noise is planned for that number; bring "
             f"the data back, or declare the new number with records = {max(counts)} in site.toml"
         )
+
+
+def _columns(home: SiteHome, task: str) -> Columns:
+    return columns_for(task, column=home.settings.column, names=home.settings.columns)
 
 
 def _kept(home: SiteHome) -> Path:

@@ -11,10 +11,11 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 
 from offsite.client.home.audit import verify
-from offsite.client.home.declared_records import check_count, count_by_task, declared
+from offsite.client.home.declared_records import check_count, declared, records_by_task
 from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
+from offsite.task.records import is_empty
 from offsite.trust.certificates import WARN_DAYS
 
 FINE, WARNED, FAILED = "ok", "warning", "FAILED"
@@ -87,13 +88,17 @@ def _certificates(site: SiteHome, now: datetime) -> str:
 
 
 def _data(site: SiteHome) -> str:
-    counts = count_by_task(site)
-    check_count(site, *counts.values())
-    tasks, number, blocks = ", ".join(counts), declared(site), site.settings.blocks
+    found = records_by_task(site)
+    counts = [len(records) for records in found.values()]
+    check_count(site, *counts)
+    tasks, number, blocks = ", ".join(found), declared(site), site.settings.blocks
     if number is None:
-        return f"{max(counts.values())} records, for the tasks {tasks}; the first approval keeps the number"
-    cut = f", and {blocks} blocks of their texts" if blocks else ""
-    return f"{number} records as declared{cut}, for the tasks {tasks}"
+        text = f"{max(counts)} records, for the tasks {tasks}; the first approval keeps the number"
+    else:
+        cut = f", and {blocks} blocks of their texts" if blocks else ""
+        text = f"{number} records as declared{cut}, for the tasks {tasks}"
+    blank = max(sum(map(is_empty, records)) for records in found.values())
+    return f"warning: {text}; {blank} are blank, and stay as records from which nothing is learnt" if blank else text
 
 
 def _policy(site: SiteHome) -> str:

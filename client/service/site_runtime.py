@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from offsite.client.home.audit import Audit
-from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records
+from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records, read_records_for_job
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
 from offsite.client.home.policy import Policy, permit
@@ -203,7 +203,7 @@ class SiteRuntime:
         release_log = LedgerReleaseLog(self.ledger, manifest, audit=self.audit, clock=self.clock)
         journal, training_log = FileJournal(self.home.state / "journal.jsonl"), self.home.state / "rounds.jsonl"
         try:
-            records = LenientRecords(self.records(manifest.task))
+            records = read_records_for_job(self.home, manifest.task)
             return self._site(self._site_job(manifest, session, records), release_log, journal, training_log)
         except Exception as error:  # the place where a program fails depends on the records that it reads
             self._tell_owner(manifest, "data do not fit", error)
@@ -220,10 +220,10 @@ class SiteRuntime:
         return self._site(self._site_job(manifest, session, records), release_log, MemoryJournal(), training_log)
 
     def records(self, task: str) -> list[Record]:
-        """Returns this site's records with the fields that a task reads.
+        """Returns this site's records with the fields that a task reads, for the site's owner.
 
         Raises:
-          DataError: the records cannot be read.
+          DataError: the records cannot be read, or a row is broken.
           ConfigError: `site.toml` names a field that no task has.
         """
         return read_records(self.home, task)

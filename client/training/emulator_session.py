@@ -23,6 +23,7 @@ from offsite.errors import DigestMismatch, OffsiteError, RangeError, Unsupported
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.encode import SPLITS
 from offsite.task.examples import vocabulary_of
+from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
 
@@ -173,7 +174,7 @@ def encode_records(session: EmulatorSession, manifest: JobManifest, records: Seq
         split=manifest.split,
         model_config=session.model.config,
     )
-    return examples.within(session.model)
+    return without_empty(examples, records, manifest.split).within(session.model)
 
 
 def _check_ids(processor: Any, model: Any) -> None:

@@ -12,6 +12,7 @@ from offsite.coordinator.config.federation_file import FedConfig
 from offsite.errors import DataError, lookup
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.readers.tables import read
+from offsite.task.records import without_empty
 from offsite.task.selection import spread, spread_rows
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
@@ -75,6 +76,7 @@ def public_records(
     """
     data = config.data
     examples = task.encode(processor, records, length=data.length, split=data.split, model_config=model_config)
+    examples = without_empty(examples, records, data.split)
     examples = examples.select(torch.nonzero(examples.targets))  # examples without targets have no gradient
     needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
     if len(examples) < needed:

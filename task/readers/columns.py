@@ -6,6 +6,7 @@ from pathlib import Path
 
 from offsite.errors import ConfigError, DataError, lookup, nearest
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import OnFault
 from offsite.task.spec import Record
 
 
@@ -23,7 +24,7 @@ class Column:
 
 
 Columns = Mapping[str, Column]  # field of a record -> column
-Reader = Callable[[Path, Columns], list[Record]]
+Reader = Callable[[Path, Columns, OnFault], list[Record]]
 
 
 def columns_of(fields: Mapping[str, type], *, column: str = "", names: Mapping[str, str]) -> Columns:

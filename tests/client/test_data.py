@@ -8,7 +8,7 @@ import pytest
 
 from offsite.errors import ConfigError, DataError
 from offsite.task.readers.columns import Column, columns_for, columns_of
-from offsite.task.readers.tables import READERS, SUFFIXES, read
+from offsite.task.readers.tables import READERS, SUFFIXES, read, read_for_job
 from offsite.task.tasks import TASKS
 
 TEXT = {"text": Column("text", str)}
@@ -62,6 +62,25 @@ def test_a_csv_without_header_does_not_show_its_first_record(tmp_path):
     with pytest.raises(DataError) as caught:
         read(write(tmp_path, "d.csv", f"{record}\nanother\n"), reader=None, columns=TEXT)
     assert record not in str(caught.value)
+
+
+def test_an_open_quote_takes_no_other_record_with_it(tmp_path):
+    """A record that opens a quote would else hold all that follows, or join with the record that closes it."""
+    for broken in ('"secret', 'x,"secret', '"a"secret', "one,too many"):
+        lines = ["id,text", "1,first", f"2,{broken}", "3,third", '4,"two', 'lines"', "5,last"]
+        found = read_for_job(write(tmp_path, "d.csv", "\n".join(lines)), reader=None, columns=TEXT)
+        assert [one["text"] for one in found] == ["first", "", "third", "two\nlines", "last"], broken
+        assert len(found.faults) == 1
+        assert "line=3" in found.faults[0]
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "null", '{"body": "a"}', '{"body": "a", "spam": null}', "\udcff"])
+def test_a_line_that_is_no_record_stays_a_record_without_content(tmp_path, line):
+    path, lines = tmp_path / "d.jsonl", ['{"body": "a", "spam": 1}', line, '{"body": "b", "spam": 2}']
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    found = read_for_job(path, reader=None, columns=LABELLED)
+    assert found == [{"text": "a", "label": 1}, {"text": "", "label": None}, {"text": "b", "label": 2}]
+    assert [one.place for one in found] == ["line=1", "line=2", "line=3"]
 
 
 def test_parquet_nulls_are_named_by_row(tmp_path):
@@ -129,6 +148,7 @@ def test_records_know_their_line_also_behind_blank_ones(tmp_path):
     found = read(path, reader=None, columns=LABELLED)
     assert [(dict(one), one.place) for one in found] == [
         ({"text": "two\nlines", "label": "1"}, "line=3"),
+        ({"text": "", "label": None}, "line=4"),
         ({"text": "last", "label": "no"}, "line=5"),
     ]
 

@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from offsite.errors import DataError
-from offsite.task.readers import image_files
+from offsite.task import encoded_image
+from offsite.task.encoded_image import EncodedImage
 from offsite.task.readers.columns import columns_of
-from offsite.task.readers.tables import READERS, read
+from offsite.task.readers.image_files import check_images
+from offsite.task.readers.tables import READERS, read, read_for_job
+from offsite.task.records import is_empty
 
 GENERATOR = np.random.default_rng(0)
 COLOUR = GENERATOR.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -37,7 +40,8 @@ def folder(path, pictures):
 
 
 def same(record, image, **others):
-    return np.array_equal(record["image"], image) and {key: record[key] for key in record if key != "image"} == others
+    shown = record["image"].decoded() if isinstance(record["image"], EncodedImage) else record["image"]
+    return np.array_equal(shown, image) and {key: record[key] for key in record if key != "image"} == others
 
 
 def test_a_folder_by_class_is_read_by_class_and_name(tmp_path):
@@ -49,7 +53,7 @@ def test_a_folder_by_class_is_read_by_class_and_name(tmp_path):
     assert same(found[2], COLOUR, label="dog")
     assert len(found) == 3
     assert found[1].place == "image=2"
-    assert all(record["image"].dtype == np.uint8 for record in found)
+    assert all(record["image"].decoded().dtype == np.uint8 for record in found)
 
 
 def test_other_modes_become_rgb(tmp_path):
@@ -60,7 +64,7 @@ def test_other_modes_become_rgb(tmp_path):
     path = folder(tmp_path / "d", {"a/1.png": png(clear), "a/2.tiff": content.getvalue()})
     found = read(path, reader="images", columns=columns())
     assert same(found[0], COLOUR, label="a")
-    assert found[1]["image"].shape == COLOUR.shape
+    assert found[1]["image"].decoded().shape == COLOUR.shape
 
 
 def test_a_parquet_file_holds_encoded_images_beside_plain_columns(tmp_path):
@@ -104,13 +108,13 @@ def test_an_npz_file_holds_images_numbers_texts_and_ragged_arrays(tmp_path):
 def test_files_that_are_no_images_are_refused_without_their_names(tmp_path):
     path = folder(tmp_path / "d", {"a/patient-one.png": png(COLOUR), "a/patient-two.png": png(COLOUR)[:40]})
     with pytest.raises(DataError, match="image=2 is not a readable image") as caught:
-        read(path, reader="images", columns=columns())
+        check_images(path, read(path, reader="images", columns=columns()))
     assert "patient" not in str(caught.value)
     assert caught.value.__cause__ is None
     table = pyarrow.table({"image": [b"secret"], "label": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(DataError, match="row=1 is not a readable image") as caught:
-        read(tmp_path / "d.parquet", reader="image_parquet", columns=columns())
+        check_images(tmp_path, read(tmp_path / "d.parquet", reader="image_parquet", columns=columns()))
     assert "secret" not in str(caught.value)
 
 
@@ -120,7 +124,7 @@ def test_images_of_more_than_eight_bits_are_refused_and_not_cut_to_white(tmp_pat
     Image.fromarray(GREY.astype(dtype) * 200).save(content, "TIFF")
     path = folder(tmp_path / "d", {"a/1.tiff": content.getvalue()})
     with pytest.raises(DataError, match="image=1 must have at most 8 bits a channel"):
-        read(path, reader="images", columns=columns())
+        check_images(path, read(path, reader="images", columns=columns()))
 
 
 @pytest.mark.parametrize("lengths", [[3, -1], [3, 6], [3.0, 1.0], ["3", "1"], [[3], [1]]])
@@ -133,17 +137,53 @@ def test_lengths_that_no_row_can_have_are_refused(tmp_path, lengths):
     assert [len(record["prompt_embeds"]) for record in found] == [5, 0]
 
 
-def test_images_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
-    path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 62)
+def test_a_length_or_label_of_one_row_is_that_row_alone_in_a_job(tmp_path):
+    lengths = np.array([5, 6, -1, 2])
+    np.savez(tmp_path / "d.npz", prompt_embeds=np.ones((4, 5, 4)), prompt_embeds_length=lengths)
+    found = read_for_job(tmp_path / "d.npz", reader="npz", columns=columns({"prompt_embeds": object}))
+    assert [None if is_empty(one) else len(one["prompt_embeds"]) for one in found] == [5, None, None, 2]
+    assert [fault.split("row=")[1][0] for fault in found.faults] == ["2", "3"]
+    table = {"image": [png(GREY), None, png(GREY)], "label": ["a", "b", None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "d.parquet")
+    found = read_for_job(tmp_path / "d.parquet", reader="image_parquet", columns=columns())
+    assert [is_empty(one) for one in found] == [False, True, True]
+
+
+def test_an_image_that_would_fill_the_memory_is_refused_and_counts_for_no_other(tmp_path, monkeypatch):
+    """An image is decoded when its record is encoded, so there is no limit that images share."""
+    path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(GREY)})
+    monkeypatch.setattr(encoded_image, "MAX_PIXELS", 62)
+    found = read(path, reader="images", columns=columns())
     with pytest.raises(DataError, match="image=1 must have at most 62 pixels"):
-        read(path, reader="images", columns=columns())
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 63)
-    monkeypatch.setattr(image_files, "MAX_BYTES", 2 * 189 - 1)
-    with pytest.raises(DataError, match="in memory"):
-        read(path, reader="images", columns=columns())
-    monkeypatch.setattr(image_files, "MAX_BYTES", 2 * 189)
-    assert len(read(path, reader="images", columns=columns())) == 2
+        check_images(path, found)
+    check_images(path, found[1:])
+    monkeypatch.setattr(encoded_image, "MAX_PIXELS", 63)
+    check_images(path, found)
+
+
+@pytest.mark.parametrize("cut", [9, 20, 33, 60, 100])
+def test_damage_anywhere_in_an_image_is_one_rule(cut):
+    """The library fails in many ways, each of which would tell the place of the damage."""
+    content = io.BytesIO()
+    Image.fromarray(GREY).save(content, "TIFF")
+    outcomes = set()
+    for whole in (png(COLOUR), content.getvalue()):
+        for damaged in (whole[:cut], whole[:cut] + bytes(5) + whole[cut + 5 :], whole[:cut] + b"\xff" + whole[cut:]):
+            try:
+                EncodedImage(damaged).decoded()
+            except DataError as error:
+                outcomes.add(str(error).partition(";")[0])
+    assert outcomes
+    assert outcomes <= {"is not a readable image", "must have at most 67108864 pixels"}
+
+
+def test_an_image_that_is_gone_is_no_broken_record(tmp_path):
+    """Its record would become an empty one in a job, and with the whole disk gone the job would train on nothing."""
+    path = folder(tmp_path / "d", {"a/1.png": png(COLOUR), "a/2.png": png(COLOUR)})
+    records = read_for_job(path, reader="images", columns=columns())
+    (path / "a" / "2.png").unlink()
+    with pytest.raises(OSError, match="No such file"):
+        records[1]["image"].decoded()
 
 
 def test_pickled_objects_are_never_opened(tmp_path):

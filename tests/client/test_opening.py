@@ -80,7 +80,7 @@ class Choosy:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
         return [self.ids if "w13" in text else [1, 2, 3] for text in texts]
 
 
@@ -153,6 +153,22 @@ def test_what_a_tasks_rules_meet_does_not_tell_whether_a_job_fits(
     assert "w13" not in caplog.text
     with pytest.raises(DataError, match="line=22 field='text'"):
         encode_records(session, rowwise(world), site.records("causal_lm"))
+
+
+@pytest.mark.parametrize("row", [b"", b" ", b'"', b'"a"b', b"w1,too many", b"w1 \xff", b"w1 w2 w3"])
+def test_what_one_row_holds_does_not_tell_whether_a_job_fits(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, row: bytes
+) -> None:
+    """The site opens with as many records, whether the row is blank, broken or like the others."""
+    site = opened(world, tmp_path, "", min_records=41, delta_cap=0.5)
+    lines = [b"text", *[b"w1 w2 w3"] * 20, row, *[b"w1 w2 w3"] * 20]
+    (tmp_path / "data.csv").write_bytes(b"\n".join(lines))
+    home = cast(Any, site.home)
+    home.keys = SimpleNamespace(identity=world.identities["ash"])
+    made = site.open_site(rowwise(world), world.session)
+    assert made.plan.records == 41
+    assert (made._job.examples.targets > 0).sum() == 40 + (row == lines[1])
+    assert ("line=22" in caplog.text) == (row.strip() not in (b"", lines[1]))
 
 
 def model_of(vocabulary: int) -> Any:

@@ -10,7 +10,8 @@ import pytest
 
 from offsite.errors import DataError, UnknownName
 from offsite.task.readers.columns import columns_of
-from offsite.task.readers.tables import READERS, read
+from offsite.task.readers.tables import READERS, read, read_for_job
+from offsite.task.records import is_empty
 
 TEXTS = ["plain", 'commas, "quotes" and\nnew lines', "Grüße, 世界 \u2028 🙂", "x" * 200_000]
 
@@ -82,8 +83,51 @@ def test_texts_come_back_in_order_and_whole(reader, written):
 
 
 @each
-def test_blank_texts_are_left_out(reader, written):
-    assert read(written(["a", " \t", "", "b"]), reader=reader, columns=columns()) == records(["a", "b"])
+@pytest.mark.parametrize("how", [read, read_for_job])
+def test_blank_texts_stay_as_empty_records(reader, written, how):
+    found = how(written(["a", " \t", "", "b"]), reader=reader, columns=columns())
+    assert found == records(["a", "", "", "b"])
+    assert [is_empty(one) for one in found] == [False, True, True, False]
+
+
+def spoil(path, reader):
+    """Breaks the second of three records, as a program might that knows no format."""
+    if reader == "text":
+        (path / "1.txt").write_bytes(b"\xff secret")
+    elif reader in ("jsonl", "csv"):
+        path.write_bytes(path.read_bytes().replace(b"middle", b"\xff secret"))
+    elif reader == "npz":
+        lengths = np.array([2, 99, 2])
+        np.savez(path, text=np.array(["one", "", "three"]), tokens=np.zeros((3, 2), np.int64), tokens_length=lengths)
+    else:
+        texts = pyarrow.array([b"one", b"\xff secret", b"three"], pyarrow.binary()).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+
+
+@each
+def test_a_broken_record_is_an_error_for_its_owner_and_an_empty_record_in_a_job(reader, written):
+    path = written(["one", "middle", "three"])
+    spoil(path, reader)
+    wanted = columns_of({"text": str} | ({"tokens": list} if reader == "npz" else {}), names={})
+    with pytest.raises(DataError, match=r"(line|row|text)=[23]\b") as caught:
+        read(path, reader=reader, columns=wanted)
+    assert "secret" not in str(caught.value)
+    found = read_for_job(path, reader=reader, columns=wanted)
+    assert [one["text"] for one in found] == ["one", "", "three"]
+    assert [is_empty(one) for one in found] == [False, True, False]
+    assert found.faults == [str(caught.value)]
+
+
+@each
+def test_a_job_goes_on_with_records_that_are_all_empty(reader, written):
+    """Whether there is one good record among them is an answer about one record."""
+    assert [is_empty(one) for one in read_for_job(written(["", " "]), reader=reader, columns=columns())] == [True] * 2
+
+
+@each
+def test_a_file_without_rows_is_an_error_in_a_job_too(reader, written):
+    with pytest.raises(DataError, match="has no row" if reader != "text" else "no .txt file"):
+        read_for_job(written([]), reader=reader, columns=columns())
 
 
 @each

@@ -66,6 +66,7 @@ def test_the_promised_keys(name: str) -> None:
     service = unit["Service"]
     assert {key: service.get(key) for key in PROMISED} == PROMISED
     assert service["ReadWritePaths"] == folder
+    assert service.get("OOMPolicy") == ("continue" if name == "offsite-client@.service" else None)
     assert service.get("LimitNOFILE") == ("65536" if name == "offsite-coordinator.service" else None)
     assert service["User"] not in ("", "root")
     assert set(service["RestrictAddressFamilies"].split()) == {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offsite.errors import DataError
-from offsite.task.image_prompt import MAX_TOKENS, ImagePromptToImage
+from offsite.task.image_prompt import MAX_TOKENS, ImagePromptToImage, places
 from offsite.task.records import LenientRecords
 from tests.task import latents
 
@@ -35,6 +35,8 @@ def test_images_stand_behind_texts_and_are_marked(folder):
         assert torch.equal(states[row][mask[row] == -1], torch.from_numpy(image))
         assert not states[row][mask[row] == 0].any()
         assert mask[row, 8 : 8 + len(image)].tolist() == [-1] * len(image)
+    assert mask.shape == (3, 16)  # whatever the largest image is
+    assert (places(8), places(77), places(1000)) == (8, 77, MAX_TOKENS)
 
 
 def test_another_image_is_other_noise(folder):
@@ -53,7 +55,7 @@ def test_another_image_is_other_noise(folder):
         (np.zeros((0, latents.WIDTH), np.float32), "shape"),
         (np.zeros((2, latents.WIDTH), np.int64), "floating"),
         (np.full((2, latents.WIDTH), np.nan, np.float32), "finite"),
-        (np.zeros((MAX_TOKENS + 1, latents.WIDTH), np.float32), "at most 257"),
+        (np.zeros((9, latents.WIDTH), np.float32), "at most 8, as data.length says"),
     ],
 )
 def test_a_wrong_image_is_refused_by_its_place_or_without_a_loss(image, reason, folder):

@@ -1,0 +1,90 @@
+"""From the values of one row of a data file to one record: an empty record for a blank row, or for a broken one.
+
+A file has as many records as rows, whatever the rows hold. The reader's caller decides about a broken row: where an
+owner looks at a file, the first broken row is an error with its place; at an approved job, where every answer reaches
+the coordinator, the row becomes an empty record, and only the owner's log names it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offsite.errors import DataError
+from offsite.task.encoded_image import EncodedImage
+from offsite.task.readers.columns import Columns
+from offsite.task.records import OnFault, Row
+from offsite.task.spec import Record
+
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` puts in the place of a byte that is not UTF-8
+_OBJECTS = (str, int, np.ndarray, EncodedImage)
+_EMPTY: Mapping[type, Any] = {str: "", int: 0, object: None}
+_WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or a whole number"}
+Values = Mapping[str, Any]
+
+
+class UnreadableValue:
+    """Stands for a value that its file's library cannot decode; no column takes this type."""
+
+
+def rows(
+    path: Path, columns: Columns, sources: Iterable[tuple[str, Callable[[], Values]]], on_fault: OnFault
+) -> list[Record]:
+    """Returns one record for each source, in order.
+
+    Args:
+      path: data file, for messages.
+      columns: columns that are read, the main column first.
+      sources: place of each row, and a function that returns the row's values by column name or raises DataError.
+      on_fault: receives the fault of a broken row; where it returns, the row becomes an empty record.
+    """
+    return [_row(path, columns, where, values, on_fault) for where, values in sources]
+
+
+def strict(error: DataError) -> None:
+    """Raises the fault of a record, for a caller to whom the file belongs."""
+    raise error
+
+
+def text_of(line: str, path: Path, where: str) -> str:
+    """Returns a line that was decoded with `surrogateescape`.
+
+    Raises:
+      DataError: the line is not UTF-8.
+    """
+    if _UNDECODED.search(line):
+        raise DataError(f"data={str(path)!r} {where} is not UTF-8; convert it to UTF-8")
+    return line
+
+
+def _row(path: Path, columns: Columns, where: str, values: Callable[[], Values], on_fault: OnFault) -> Row:
+    try:
+        row = _checked(path, columns, where, values())
+    except DataError as error:
+        on_fault(error)
+        return _empty(columns, where)
+    return _empty(columns, where) if _is_blank(row[next(iter(columns))]) else row
+
+
+def _checked(path: Path, columns: Columns, where: str, values: Values) -> Row:
+    """Returns a record from the values of a row, after a check of their types."""
+    for column in columns.values():
+        value = values[column.name]
+        fits = isinstance(value, _OBJECTS if column.kind is object else column.kind)
+        if not fits or (column.kind is int and isinstance(value, bool)):
+            raise DataError(
+                f"data={str(path)!r} {where} column={column.name!r} holds {type(value).__name__}, not "
+                f"{_WORDS[column.kind]}; correct it, or name another column"
+            )
+    return Row({field: values[column.name] for field, column in columns.items()}, where)
+
+
+def _empty(columns: Columns, where: str) -> Row:
+    fields = {field: [] if column.kind is list else _EMPTY[column.kind] for field, column in columns.items()}
+    return Row(fields, where, empty=True)
+
+
+def _is_blank(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else isinstance(value, list) and not value
