@@ -25,7 +25,7 @@ from offsite.emulator.runtime.refresh import plain_of, refreshed
 from offsite.emulator.runtime.refresh_state import Frame, Refreshable, size_of
 from offsite.emulator.structure.geometry import PARALLEL, Geometry
 from offsite.emulator.vetting.limits import VettingThresholds
-from offsite.emulator.vetting.vet import vet_refresh
+from offsite.emulator.vetting.vet import vet_auxiliary, vet_refresh
 from offsite.errors import ConfigError, MalformedMessage, RangeError, UnsupportedModel
 from tests.emulator.conftest import Family
 
@@ -220,3 +220,21 @@ def test_a_bias_that_drowns_all_else_is_found(llama: Family, tmp_path: Path, siz
         bias.data.copy_(moved[name])
     with pytest.raises(UnsupportedModel, match=f"vetting ({check})"):
         vet_refresh(plain_of(opened.emulator), opened.frame, moved, limits, seed=3)
+
+
+def test_an_honest_emulator_without_some_blocks_passes_with_moved_biases(llama: Family, tmp_path: Path) -> None:
+    """A block that was left out hands its input on unmixed, as its recipe says; only blocks that run are looked at."""
+    opened, limits = Opened(llama, tmp_path / "p", ("skip@3", *CENTRED)), VettingThresholds()
+    assert opened.frame.gone == {"model.layers.3"}
+    opened.refresh(llama)
+    moved = opened.biases.read(opened.biases.values())
+    assert any(not torch.equal(moved[name], bias) for name, bias in opened.biases.shipped.items())
+    plug(opened.emulator, opened.layout, opened.start)
+    plain = plain_of(opened.emulator)
+    for vetting in (
+        vet_refresh(plain, opened.frame, moved, limits, seed=3),
+        vet_auxiliary(plain, opened.frame, limits, seed=3),
+    ):
+        assert all(check.passed for check in vetting.checks)
+    with pytest.raises(UnsupportedModel, match="vetting "):  # as a block that runs it would be a trap
+        vet_auxiliary(plain, replace(opened.frame, segments=()), limits, seed=3)
