@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # a manifest has a layout, and is read where no model is
     from torch import nn
 
 KEYS = ("names", "shapes")
+MAX_AXES, MAX_LENGTH, MAX_SIZE = 16, 1 << 31, 1 << 40  # far beyond any adapter, and every size fits 64 bits
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class Layout:
             )
         if list(self.names) != sorted(set(self.names)):
             raise MalformedMessage("layout names must be sorted and unique; ask for the layout again")
-        if any(length < 1 for shape in self.shapes for length in shape):
-            raise MalformedMessage("layout shapes must have lengths of at least 1; ask for the layout again")
+        if any(not 1 <= length <= MAX_LENGTH for shape in self.shapes for length in shape):
+            raise MalformedMessage(f"layout shapes must have lengths from 1 to {MAX_LENGTH}; ask for the layout again")
+        if any(len(shape) > MAX_AXES for shape in self.shapes) or self.size > MAX_SIZE:
+            raise MalformedMessage(f"layout must have at most {MAX_SIZE} scalars; ask for the layout again")
 
     @classmethod
     def of(cls, model: "nn.Module") -> "Layout":

@@ -33,13 +33,13 @@ class Option:
           ConfigError: the value has another type, or is outside the range.
         """
         kind = type(self.default)
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and self.low <= value <= self.high:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(f"{self.name}={value!r}: method {method!r} needs a value of type {kind.__name__}")
         if isinstance(value, str) and value not in self.choices:
             raise ConfigError(f"{self.name}={value!r}: method {method!r} takes one of {', '.join(self.choices)}")
-        if kind in (int, float) and not self.low <= float(value) <= self.high:
+        if kind in (int, float) and not self.low <= value <= self.high:
             raise ConfigError(f"{self.name}={value}: method {method!r} needs a value in {self.low:g}..{self.high:g}")
         return value
 

@@ -1,6 +1,5 @@
 """The spec of an adapter: a method, its size, and the slots that carry the adapter."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -10,6 +9,10 @@ from offsite.errors import ConfigError, nearest
 
 MAX_OPTIONS = 16
 LONGEST_OPTION = 64  # characters of an option's name, and of a word that is its value
+LARGEST_OPTION = 2**53  # a whole number up to here is the same as a float
+MAX_RANK = 1 << 16
+# Nothing honest lies outside, and no scale within makes a 32-bit number overflow or vanish.
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,9 @@ class AdapterSpec:
 
     Attributes:
       method: a key of `adapter.methods.METHODS`.
-      rank: inner width, >= 1; methods without an inner width ignore the rank.
-      alpha: numerator of the scale alpha / rank that a method's effect is multiplied by, finite, > 0; methods without a
-        scale ignore alpha.
+      rank: inner width, from 1 to 65536; methods without an inner width ignore the rank.
+      alpha: numerator of the scale alpha / rank that a method's effect is multiplied by, in [1e-9, 1e9]; methods
+        without a scale ignore alpha.
       targets: leaf module names inside a slot ("q_proj"); () takes the method's default for the model.
       slots: paths of the blocks that carry the adapter, for example "model.layers.0".
       seed: public seed of every random initial value, 0 <= seed < 2**63.
@@ -38,10 +41,12 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         """Refuses values that no method can use."""
-        if self.rank < 1:
-            raise ConfigError(f"rank={self.rank} must be at least 1; 2 is the default")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"alpha={self.alpha} must be finite and above 0; twice the rank is usual")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"rank={self.rank!s:.24} must be from 1 to {MAX_RANK}; 2 is the default")
+        if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
+            raise ConfigError(
+                f"alpha={self.alpha!s:.24} must be from {MIN_ALPHA:g} to {MAX_ALPHA:g}; twice the rank is usual"
+            )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be in 0..2**63-1; choose another seed")
         for name, values in (("slots", self.slots), ("targets", self.targets)):
@@ -72,7 +77,7 @@ class AdapterSpec:
         return cls(
             method=_typed(values, "method", str),
             rank=_typed(values, "rank", int),
-            alpha=float(_typed(values, "alpha", int, float)),
+            alpha=_as_float(_typed(values, "alpha", int, float)),
             targets=tuple(_typed(values, "targets", list, tuple)),
             slots=tuple(_typed(values, "slots", list, tuple)),
             seed=_typed(values, "seed", int),
@@ -98,8 +103,13 @@ def _check_options(options: Options) -> None:
             raise ConfigError(f"option {name}={type(value).__name__} must be a number, a word, true or false")
         if isinstance(value, str) and not (value.isidentifier() and len(value) <= LONGEST_OPTION):
             raise ConfigError(f"option {name}: a word must be letters, digits and _; no option takes a path")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"option {name}={value} must be finite; choose another value")
+        if not isinstance(value, str) and not -LARGEST_OPTION <= value <= LARGEST_OPTION:  # True for NaN
+            raise ConfigError(f"option {name}={value!s:.24} must be within +-2**53; choose another value")
+
+
+def _as_float(value: float) -> float:
+    """Returns a number as a float; a whole number too large for a float stays, and is out of range anywhere."""
+    return float(value) if -LARGEST_OPTION <= value <= LARGEST_OPTION else value
 
 
 def _typed(values: Mapping[str, object], key: str, *kinds: type) -> Any:

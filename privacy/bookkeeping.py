@@ -47,10 +47,10 @@ class BookkeepingEngine:
         if finite is None:
             return Rows()
         losses, kept = finite
-        captured = self._backward(losses, len(kept))
+        captured = self._backward(losses, len(batch))
         rows, norms = captured.add(self._parameters, weigh, kept)
         values = losses.detach().double().tolist()
-        return Rows(tuple(kept[row] for row in rows), tuple(values[row] for row in rows), tuple(norms.tolist()))
+        return Rows(tuple(rows), tuple(values[row] for row in rows), tuple(norms.tolist()))
 
     def _backward(self, losses: Tensor, size: int) -> Captured:
         self._captured, self._refusal = Captured(size), None

@@ -1,5 +1,6 @@
 """Per-example gradients of one batch, held whole or as their two factors; norms and weighted sums."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.privacy.norms import row_norms
-from offsite.privacy.per_example import Weigh, add_to_sum
+from offsite.privacy.per_example import Weigh, add_scaled, add_to_sum
 
 # A dense layer's gradients are held whole as long as they have at most this many times the numbers of their factors.
 # Above, norms are taken from one example's gradient at a time, which is computed twice: a third more work and no more
@@ -29,7 +30,7 @@ class Pair:
     inner: Tensor
 
     def whole(self, row: int) -> Tensor:
-        """Returns one example's gradient, (first, second)."""
+        """Returns one example's gradient, (first, second); the same bits at every call."""
         return self.outer[row].T @ self.inner[row]
 
     def joined(self, other: "Pair") -> "Pair":
@@ -78,39 +79,39 @@ class Captured:
         Args:
           parameters: all trainable parameters; a parameter without a gradient here gets zeros.
           weigh: see `privacy.per_example.Weigh`.
-          kept: position in the batch of each of the B examples.
+          kept: positions, in [0, B), of the examples that count.
 
         Returns:
-          Indices of the examples, in [0, B), whose gradient is finite, and their norms, float64.
+          Positions of the examples that count and whose gradient is finite, and their norms, float64.
         """
         norms = self.norms(parameters)
-        finite = torch.nonzero(torch.isfinite(norms)).flatten()  # an index, since 0 * NaN is NaN
-        rows: list[int] = finite.tolist()
-        factors = weigh(norms[finite], tuple(kept[row] for row in rows))
-        everyone = len(rows) == self.size
-        totals = [self._weighted(parameter, factors, None if everyone else finite) for parameter in parameters]
+        rows = [row for row in kept if math.isfinite(norms[row])]  # none is multiplied by 0, since 0 * NaN is NaN
+        factors: list[float] = weigh(norms[rows], tuple(rows)).tolist()
+        totals = [self._weighted(parameter, factors, rows) for parameter in parameters]
         for parameter, total in zip(parameters, totals, strict=True):
             add_to_sum(parameter, total)
-        return rows, norms[finite]
+        return rows, norms[rows]
 
     def _squares(self, parameter: nn.Parameter) -> Tensor:
-        rows, pair = self.rows.get(id(parameter)), self.pairs.get(id(parameter))
-        if pair is None:
-            return torch.zeros(self.size, dtype=torch.float64) if rows is None else row_norms(rows).square()
-        squares = []
-        for index in range(self.size):
-            whole = pair.whole(index) if rows is None else pair.whole(index) + rows[index]
-            squares.append(row_norms(whole[None]).square())
-        return torch.cat(squares)
+        if id(parameter) in self.pairs:
+            return torch.cat([row_norms(self._gradient(parameter, row)[None]).square() for row in range(self.size)])
+        rows = self.rows.get(id(parameter))
+        return torch.zeros(self.size, dtype=torch.float64) if rows is None else row_norms(rows).square()
 
-    def _weighted(self, parameter: nn.Parameter, factors: Tensor, finite: Tensor | None) -> Tensor:
+    def _weighted(self, parameter: nn.Parameter, factors: Sequence[float], rows: Sequence[int]) -> Tensor:
+        """Returns the weighted sum of a parameter's gradients, float64.
+
+        What is added are the gradients whose norms were taken, one example at a time. A product over the whole batch
+        would round to the largest terms of any example: an example whose positions cancel would wipe out the others.
+        """
+        total = torch.zeros_like(parameter, dtype=torch.float64)
+        if id(parameter) in self.rows or id(parameter) in self.pairs:
+            for row, factor in zip(rows, factors, strict=True):
+                add_scaled(total, self._gradient(parameter, row), factor)
+        return total
+
+    def _gradient(self, parameter: nn.Parameter, row: int) -> Tensor:
+        """Returns one example's gradient of a parameter that has one; the same bits at every call."""
         rows, pair = self.rows.get(id(parameter)), self.pairs.get(id(parameter))
-        parts = []
-        if rows is not None:
-            chosen = rows if finite is None else rows[finite.to(rows.device)]
-            parts.append(torch.tensordot(factors.to(chosen), chosen, dims=1))
-        if pair is not None:
-            outer, inner = (t if finite is None else t[finite.to(t.device)] for t in (pair.outer, pair.inner))
-            outer = outer * factors.to(outer)[:, None, None]
-            parts.append(outer.flatten(0, 1).T @ inner.flatten(0, 1))
-        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(parameter)
+        parts = ([] if rows is None else [rows[row]]) + ([] if pair is None else [pair.whole(row)])
+        return sum(parts[1:], parts[0])

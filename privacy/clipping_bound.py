@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from offsite.errors import ConfigError, lookup
 from offsite.privacy.batches import Batch, Losses
 from offsite.privacy.engines import ENGINES
+from offsite.privacy.ranges import check_range
 
 
 def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], engine: str = "bookkeeping") -> float:
@@ -25,7 +26,7 @@ def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], e
       engine: a key of `privacy.engines.ENGINES`.
 
     Raises:
-      ConfigError: no example has a finite gradient, or the median is 0.
+      ConfigError: no example has a finite gradient, or the median is no bound that a plan can have.
     """
     norms: list[float] = []
     with lookup(ENGINES, engine, "engine")(model) as opened:
@@ -34,6 +35,7 @@ def median_norm(model: nn.Module, losses_fn: Losses, batches: Iterable[Batch], e
     median = statistics.median(norms) if norms else math.nan
     if not median > 0:
         raise ConfigError(f"median gradient norm={median} of {len(norms)} public examples must be > 0; add public text")
+    check_range("median gradient norm", median)
     return median
 
 

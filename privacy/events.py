@@ -1,10 +1,12 @@
 """What the accountants count: uses of the Poisson-subsampled Gaussian mechanism."""
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from offsite.errors import ConfigError
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Event:
     def __post_init__(self) -> None:
         """Refuses numbers for which no epsilon exists."""
         noise = self.noise_multiplier
-        if not (math.isfinite(noise) and noise > 0):
+        if not 0 < noise < _LARGEST:  # False for NaN, and a whole number from a file may be too large for a float
             raise ConfigError(f"noise_multiplier={noise} must be finite and > 0; calibrate it from an epsilon")
         check_sample_rate(self.sample_rate)
         check_steps(self.steps)

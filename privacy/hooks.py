@@ -64,11 +64,11 @@ class HooksEngine:
             self._reset()
             return Rows()
         losses, kept = finite
-        captured = self._backward(losses, len(kept))
+        captured = self._backward(losses, len(batch))
         rows, norms = captured.add(list(self._parameters.values()), weigh, kept)
         self._reset()
         values = losses.detach().double().tolist()
-        return Rows(tuple(kept[row] for row in rows), tuple(values[row] for row in rows), tuple(norms.tolist()))
+        return Rows(tuple(rows), tuple(values[row] for row in rows), tuple(norms.tolist()))
 
     def _backward(self, losses: Tensor, size: int) -> Captured:
         with warnings.catch_warnings():

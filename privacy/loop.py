@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.norms import row_norms
-from offsite.privacy.per_example import Rows, Weigh, add_to_sum, checked_losses
+from offsite.privacy.per_example import Rows, Weigh, add_scaled, add_to_sum, checked_losses
 
 
 class LoopEngine:
@@ -30,7 +30,7 @@ class LoopEngine:
     def add(self, losses_fn: Losses, batch: Batch, weigh: Weigh) -> Rows:
         """See `privacy.per_example.Engine`."""
         # Apart from the parameters' sums: a batch on which the model fails half way must leave nothing there.
-        totals = [torch.zeros_like(parameter) for parameter in self._parameters]
+        totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in self._parameters]
         kept, values, norms = [], [], []
         for position in range(len(batch)):
             losses = checked_losses(losses_fn, self._model, batch.select([position]))
@@ -42,7 +42,7 @@ class LoopEngine:
                 continue
             factor = float(weigh(norm[None], (position,))[0])
             for total, gradient in zip(totals, gradients, strict=True):
-                total.add_(gradient, alpha=factor)
+                add_scaled(total, gradient, factor)
             kept.append(position)
             values.append(float(losses.detach()))
             norms.append(float(norm))

@@ -14,8 +14,9 @@ from offsite.privacy.accountants import check_noise
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.events import Event, check_sample_rate, check_steps
-from offsite.privacy.per_example import Engine
+from offsite.privacy.per_example import Engine, Weigh
 from offsite.privacy.randomness import Randomness
+from offsite.privacy.ranges import MAX_PHYSICAL_BATCH, check_range
 from offsite.privacy.sampler import poisson
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ class DpSgdConfig:
 
     Attributes:
       noise_multiplier: standard deviation of the noise over `max_grad_norm`; None or 0 only without privacy.
-      max_grad_norm: bound on the norm of one record's gradient, > 0; ignored without privacy.
+      max_grad_norm: bound on the norm of one record's gradient, in [1e-9, 1e9]; ignored without privacy.
       sample_rate: probability with which a record joins a step, in (0, 1].
-      expected_batch_size: divisor of the sum, > 0; a constant, never the number of records present.
+      expected_batch_size: divisor of the sum, in [1e-9, 1e9]; a constant, never the number of records present.
       steps: number of logical steps, >= 1.
-      learning_rate: step size of plain SGD, > 0.
-      physical_batch: number of examples in one backward pass, >= 1; it changes memory and speed, not the result.
+      learning_rate: step size of plain SGD, in [1e-9, 1e9].
+      physical_batch: number of examples in one backward pass, from 1 to `privacy.ranges.MAX_PHYSICAL_BATCH`; it changes
+        memory and speed, not the result.
       engine: name of the per-example gradient engine, a key of `privacy.engines.ENGINES`.
       private: whether to clip and to add noise; False serves comparisons, and the outcome then has no event.
     """
@@ -54,16 +56,14 @@ class DpSgdConfig:
         check_steps(self.steps)
         lookup(ENGINES, self.engine, "engine")
         for name in ("max_grad_norm", "expected_batch_size", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value} must be finite and > 0; correct the plan")
-        if self.physical_batch < 1:
-            raise ConfigError(f"physical_batch={self.physical_batch} must be >= 1; 8 is the default")
+            check_range(name, getattr(self, name))
+        check_range("physical_batch", self.physical_batch, 1, MAX_PHYSICAL_BATCH)
         if self.private and not self.noise_multiplier:
             raise PrivacyRefusal(
                 f"noise_multiplier={self.noise_multiplier} gives no privacy; calibrate the noise, or set private=False"
             )
         if self.private:
+            check_range("noise_multiplier", self.event().noise_multiplier)
             check_noise(self.event().noise_multiplier)
         elif self.noise_multiplier:
             raise ConfigError(f"noise_multiplier={self.noise_multiplier} has no use with private=False; set it to None")
@@ -196,18 +196,37 @@ def _accumulate(
     """Adds the clipped gradients of one logical batch to the optimizer's sum, and returns the finite losses."""
     losses: list[float] = []
 
-    def add(batch: Any) -> None:
-        rows = engine.add(training.losses, batch, optimizer.weigh)
-        optimizer.seen(rows.norms)
-        losses.extend(rows.losses)
+    def add(batch: Any, counted: Callable[[int], bool] = lambda _: True) -> None:
+        rows = engine.add(training.losses, batch, _only(counted, optimizer.weigh))
+        seen = [place for place, position in enumerate(rows.kept) if counted(position)]
+        optimizer.seen(tuple(rows.norms[place] for place in seen))
+        losses.extend(rows.losses[place] for place in seen)
+
+    def runs(batch: Any) -> bool:
+        return not fails(lambda alone: add(alone, lambda _: False), batch)
 
     size = training.terms.physical_batch
     for start in range(0, len(drawn), size):
         batch = training.records.select(drawn[start : start + size])
-        if fails(add, batch):  # a fault may not tell on which records the model fails: such records are left out
-            for row in range(len(batch)):
+        if not fails(add, batch):
+            continue
+        # A fault may not tell on which records the model fails: such records are left out. Another record stands in the
+        # place of each, so that the batch keeps its shape and all others every bit of their gradients.
+        good = {row for row in range(len(batch)) if runs(batch.select([row]))}
+        rows = [row if row in good else min(good) for row in range(len(batch)) if good]
+        if fails(lambda whole, good=good: add(whole, lambda position: position in good), batch.select(rows)):
+            for row in sorted(good):  # they fail together only
                 fails(add, batch.select([row]))
     return losses
+
+
+def _only(counted: Callable[[int], bool], weigh: Weigh) -> Weigh:
+    """Returns the factors of `weigh` for the positions that count, and 0 for all others."""
+
+    def factors(norms: torch.Tensor, positions: tuple[int, ...]) -> torch.Tensor:
+        return weigh(norms, positions) * torch.tensor([counted(position) for position in positions])
+
+    return factors
 
 
 def fails(add: Callable[[Any], None], batch: Any) -> bool:

@@ -75,30 +75,46 @@ def checked_losses(losses_fn: Losses, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def finite_losses(forward: Callable[[Any], Tensor], batch: Batch) -> tuple[Tensor, list[int]] | None:
-    """Returns the finite losses of a batch with their positions; None if no loss is finite.
+    """Returns finite losses of a batch, (B,), with the positions of the examples that count; None where none counts.
 
-    The model runs again without the other examples: a NaN must not meet them in the backward pass, where 0 * NaN is
-    NaN.
+    The model runs again where a loss is not finite: a NaN must not meet the others in the backward pass, where 0 * NaN
+    is NaN. Another example of the batch stands in its place then, and counts once. So the batch keeps its shape, and
+    the others keep every bit: a shorter batch is rounded otherwise.
 
     Args:
       forward: batch -> losses (B,), starting from nothing each time.
       batch: B examples.
     """
-    kept = list(range(len(batch)))
-    while kept:
-        losses = forward(batch)
+    own = list(range(len(batch)))
+    rows, good = own, set(own)
+    while good:
+        losses = forward(batch if rows == own else batch.select(rows))
         finite = torch.isfinite(losses.detach()).tolist()
         if all(finite):
-            return losses, kept
-        batch = batch.select([row for row, good in enumerate(finite) if good])
-        kept = [position for position, good in zip(kept, finite, strict=True) if good]
+            return losses, sorted(good)
+        good -= {row for row, fits in zip(rows, finite, strict=True) if not fits}
+        rows = [row if row in good else min(good, default=0) for row in own]
     return None
 
 
+def add_scaled(total: Tensor, gradient: Tensor, factor: float) -> None:
+    """Adds a gradient times its factor to a sum, in float64.
+
+    In float32 a factor below 1e-38 would keep few of its bits or none, and the clipped gradient could be longer than
+    the bound.
+
+    Args:
+      total: sum, float64.
+      gradient: gradient of one example, any floating dtype, of the same shape.
+      factor: factor of the gradient, a Python float.
+    """
+    total.add_(gradient, alpha=factor)  # torch widens the gradient a block at a time, and needs no copy of it
+
+
 def add_to_sum(parameter: nn.Parameter, total: Tensor) -> None:
-    """Adds one batch's weighted sum to `parameter.summed_grad`, in float64."""
+    """Adds one batch's weighted sum, float64, to `parameter.summed_grad`."""
     held = parameter.__dict__.get("summed_grad")
-    parameter.summed_grad = total.double() if held is None else held.add_(total)
+    parameter.summed_grad = total if held is None else held.add_(total)
 
 
 def line_of(error: Exception) -> str:

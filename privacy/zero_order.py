@@ -21,6 +21,7 @@ from offsite.privacy.batches import Losses
 from offsite.privacy.mechanism import DpSgdConfig, DpTraining, Outcome, fails
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.per_example import checked_losses
+from offsite.privacy.ranges import LOWEST_SPACING, check_range
 
 SEED_BYTES = 32
 
@@ -32,7 +33,7 @@ class Directions:
     Attributes:
       seed: 32 bytes that belong to this training alone.
       per_step: number K of directions that each step looks along, >= 1.
-      spacing: distance along a direction at which a loss is taken, on both sides, > 0.
+      spacing: distance along a direction at which a loss is taken, on both sides, in [1e-5, 1).
     """
 
     seed: bytes
@@ -45,8 +46,8 @@ class Directions:
             raise ConfigError(f"seed bytes={len(self.seed)} must be {SEED_BYTES}; hash the name of the training")
         if self.per_step < 1:
             raise ConfigError(f"directions={self.per_step} must be at least 1; 8 is usual")
-        if not (math.isfinite(self.spacing) and self.spacing > 0):
-            raise ConfigError(f"spacing={self.spacing} must be finite and > 0; 1e-3 is usual")
+        if not LOWEST_SPACING <= self.spacing < 1:
+            raise ConfigError(f"spacing={self.spacing} must be from {LOWEST_SPACING:g} to below 1; 1e-3 is usual")
 
     def draw(self, index: int, size: int) -> NDArray[np.float64]:
         """Returns direction `index` of the training, float64 (size,), each entry +1 or -1.
@@ -146,7 +147,7 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
       directions: any directions of the same number and spacing as the job's.
 
     Raises:
-      ConfigError: no example has finite slopes, or the median is 0.
+      ConfigError: no example has finite slopes, or the median is no bound that a plan can have.
     """
     walk = _DirectionalState(model, directions)
     slopes, _ = walk.slopes(losses_fn, list(batches), 0)
@@ -154,6 +155,7 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     median = float(np.median(np.linalg.norm(slopes, axis=1))) if len(slopes) else math.nan
     if not median > 0:
         raise ConfigError(f"median slope={median} of {len(slopes)} public examples must be > 0; add public examples")
+    check_range("median slope", median)
     return median
 
 

@@ -1,7 +1,6 @@
 """The sites' part in a job's aggregation rule, as everybody reads it in the manifest."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from offsite.adapter.layout import Layout
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import MalformedMessage
+from offsite.privacy.ranges import HIGHEST, LOWEST, LOWEST_SPACING
 from offsite.trust import canonical
 
 MAX_DIRECTIONS = 4096  # per step; beyond this number a gradient is cheaper
@@ -27,13 +27,13 @@ class AggregationTerms:
     Attributes:
       individuals: whether updates leave their sites unmasked, so that the coordinator sees each update; False is secure
         aggregation.
-      proximal: mu of FedProx, >= 0, the strength with which each step pulls back to the round's start. Li et al. 2020
-        (arXiv 1812.06127), equation 2. The pull sees parameters only, so it costs no privacy.
+      proximal: mu of FedProx, 0 or in [1e-9, 1e9], the strength with which each step pulls back to the round's start.
+        Li et al. 2020 (arXiv 1812.06127), equation 2. The pull sees parameters only, so it costs no privacy.
       alternate: whether B and A of LoRA are trained in turn, B in the odd rounds. arXiv 2502.01755.
       ranks: (site, rank) of the sites that train fewer than the adapter's `rank` columns of B, sorted by site.
       directions: number of directions per step of DP-ZO, from 0 to `MAX_DIRECTIONS`. A site takes losses along each by
         forward passes alone and uploads one number per direction. 0 trains by gradients.
-      spacing: distance along a direction at which DP-ZO takes losses, in [0, 1); 0 without directions.
+      spacing: distance along a direction at which DP-ZO takes losses, in [1e-5, 1); 0 without directions.
     """
 
     individuals: bool = False
@@ -90,8 +90,8 @@ class AggregationTerms:
         """
         if type(self.individuals) is not bool or type(self.alternate) is not bool:
             raise MalformedMessage("job aggregation individuals, alternate: must be true or false; refuse the job")
-        if type(self.proximal) is not float or not (0 <= self.proximal < math.inf):
-            raise MalformedMessage("job aggregation proximal: must be a finite number, at least 0; refuse the job")
+        if self.proximal != 0 or type(self.proximal) is not float:
+            canonical.real(self.proximal, "job aggregation proximal", lowest=LOWEST, highest=HIGHEST)
         if learning_rate * self.proximal > 1:
             raise MalformedMessage(f"job proximal={self.proximal:g}: with this learning_rate at most 1; refuse the job")
         self._check_directions()
@@ -109,7 +109,11 @@ class AggregationTerms:
 
     def _check_directions(self) -> None:
         canonical.whole(self.directions, "job directions", lowest=0, highest=MAX_DIRECTIONS)
-        if type(self.spacing) is not float or not 0 <= self.spacing < 1 or (self.spacing > 0) != (self.directions > 0):
-            raise MalformedMessage("job spacing: must be from 0 to 1, and 0 without directions; refuse the job")
+        if type(self.spacing) is not float or not (
+            LOWEST_SPACING <= self.spacing < 1 if self.directions else self.spacing == 0
+        ):
+            raise MalformedMessage(
+                f"job spacing: must be from {LOWEST_SPACING:g} to below 1, and 0 without directions; refuse the job"
+            )
         if self.directions and (self.alternate or self.ranks or self.proximal):
             raise MalformedMessage("job directions: fit no alternate, ranks or proximal; refuse the job")

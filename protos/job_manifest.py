@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from offsite.adapter.layout import Layout
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, MalformedMessage
+from offsite.privacy.ranges import HIGHEST, HIGHEST_UPDATE, LOWEST, LOWEST_UPDATE, MAX_PHYSICAL_BATCH
 from offsite.protos.aggregation import AggregationTerms
-from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
+from offsite.protos.messages import MAX_STEPS, MAX_TOKENS
 from offsite.trust import canonical
 from offsite.trust.federation_manifest import MAX_SITES
 from offsite.trust.identity import KEY_BYTES
 
 FORMAT, MAX_BYTES = 3, 1 << 20
 DIGEST_BYTES = 32
-_MANY = 1 << 31
+_MANY, _MOST_RECORDS = 1 << 31, 10**9
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class PrivacyTerms:
 
     Attributes:
       private: whether sites clip and add noise; the report of a job without says so in its first line.
-      epsilon: target for the whole job (all rounds), per site; each site computes its own noise from this target.
-      max_grad_norm: clipping bound C of one record's gradient, measured on public text.
+      epsilon: target for the whole job (all rounds), per site, in [1e-9, 1e9]; each site computes its own noise from
+        this target.
+      max_grad_norm: clipping bound C of one record's gradient, measured on public text, in [1e-9, 1e9].
       accountant: name in `privacy.accountants.ACCOUNTANTS`.
-      batch: expected number of records in a Poisson batch.
+      batch: expected number of records in a Poisson batch, from 1 to 10**9.
     """
 
     private: bool
@@ -57,8 +59,8 @@ class JobManifest:
       split: how texts become records, `blocks` or `truncate`.
       rounds: number of training rounds in all.
       local_steps: number of DP-SGD steps of a site per round; over all rounds and spare ones at most `MAX_STEPS`.
-      learning_rate: step size of the sites' SGD, > 0.
-      update_bound: largest absolute entry of an update, > 0; it sets the step of the secure sum.
+      learning_rate: step size of the sites' SGD, in [1e-9, 1e9].
+      update_bound: largest absolute entry of an update, in [1e-27, 1e27]; it sets the step of the secure sum.
       privacy: privacy terms of each site.
       physical_batch: number of records in one forward pass, at most `MAX_PHYSICAL_BATCH`; it changes memory and speed,
         not the result's privacy.
@@ -66,7 +68,7 @@ class JobManifest:
       model: name of the full model, for the data owner to know and to permit.
       release: version of offsite that wrote this manifest.
       metrics: names of the values that sites send beside their update; empty by default.
-      deadline: seconds that a site has to answer one stage of a round.
+      deadline: seconds that a site has to answer one stage of a round, in [1e-9, 1e9].
       refresh: number of rounds after which biases of the emulator may move, as a training request says; 0 is never.
       identifier: 32 random bytes in hexadecimal, so that two jobs with the same terms are two jobs in the sites'
         ledgers; empty in a simulation.
@@ -185,7 +187,7 @@ class JobManifest:
             content["privacy"] = PrivacyTerms(**content["privacy"])
             manifest = cls(**content)
             same = manifest.to_bytes() == data
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ConfigError, RecursionError) as error:
             raise MalformedMessage(f"job manifest does not parse ({type(error).__name__}); ask for it again") from error
         if not same:
             raise MalformedMessage("job manifest is not in canonical form; was it altered on the way?")
@@ -218,13 +220,17 @@ def _check(manifest: JobManifest) -> None:
         manifest.steps, "job steps (rounds and spare rounds, times local_steps)", lowest=1, highest=MAX_STEPS
     )
     canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MAX_SITES)
-    canonical.whole(terms.batch, "job batch", lowest=1, highest=_MANY)
+    canonical.whole(terms.batch, "job batch", lowest=1, highest=_MOST_RECORDS)
     if type(terms.private) is not bool or len(manifest.roster) > MAX_SITES or len(manifest.metrics) > MAX_SITES:
         raise MalformedMessage("job private, roster or metrics: unknown to this release; refuse the job")
-    for name in ("learning_rate", "update_bound", "deadline"):
-        canonical.positive(getattr(manifest, name), f"job {name}")
-    canonical.positive(terms.epsilon, "job epsilon")
-    canonical.positive(terms.max_grad_norm, "job max_grad_norm")
+    for name, value in (
+        ("learning_rate", manifest.learning_rate),
+        ("deadline", manifest.deadline),
+        ("epsilon", terms.epsilon),
+        ("max_grad_norm", terms.max_grad_norm),
+    ):
+        canonical.real(value, f"job {name}", lowest=LOWEST, highest=HIGHEST)
+    canonical.real(manifest.update_bound, "job update_bound", lowest=LOWEST_UPDATE, highest=HIGHEST_UPDATE)
     for site, key in manifest.roster:
         canonical.text(site, "job roster", limit=1 << 10)
         canonical.hexadecimal(key, "job roster", size=KEY_BYTES)

@@ -10,7 +10,7 @@ NAME, LINE = 128, 1 << 10  # most characters of a name, and of a line for people
 # Of a refresh: a bias for each block of the deepest towers, and more bytes than any honest refresh has.
 MAX_BIASES, MAX_REFRESH_BYTES = 1 << 10, 1 << 24
 # Of a job: a site computes for as long as an approved job says, and these are far beyond any job that ends.
-MAX_TOKENS, MAX_PHYSICAL_BATCH, MAX_STEPS = 1 << 20, 1 << 16, 10**6
+MAX_TOKENS, MAX_STEPS = 1 << 20, 10**6
 
 
 def printable(text: str, limit: int = LINE) -> str:

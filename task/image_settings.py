@@ -1,7 +1,6 @@
 """Reads the settings of a model's image processor from the model's folder; a table lists the known processors."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +171,6 @@ def _three(rules: Mapping[str, Any], key: str) -> tuple[float, float, float]:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UnsupportedModel(f"image processor number={value!r} must be finite; save the image processor again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+        raise UnsupportedModel(f"image processor number must be within +-{LARGEST}; save the image processor again")
     return float(value)

@@ -102,6 +102,17 @@ def positive(value: object, what: str) -> float:
     return value
 
 
+def real(value: object, what: str, *, lowest: float, highest: float) -> float:
+    """Returns a number in [lowest, highest] that was written with a point or an exponent.
+
+    Raises:
+      MalformedMessage: the value is something else.
+    """
+    if type(value) is not float or not lowest <= value <= highest:
+        _refuse(what, f"a number from {lowest:g} to {highest:g}")
+    return value
+
+
 def check_name(name: object, what: str) -> str:
     """Returns a name that can stand in a path, a certificate and a signed message.
 

@@ -13,6 +13,7 @@ from offsite.errors import ConfigError, nearest
 from offsite.trust.files import read
 
 T = TypeVar("T")
+_EXACT = 2**53  # a whole number up to here is the same as a float
 
 
 def read_settings(path: Path, kind: type[T], *, removed: Mapping[str, str] | None = None) -> T:
@@ -91,7 +92,7 @@ class TableReader:
             if not isinstance(value, list):
                 raise ConfigError(f"{shown}: must be a list")
             return tuple(self._value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        if hint is float and type(value) is int:
+        if hint is float and type(value) is int and abs(value) <= _EXACT:  # a larger number is of a wrong type
             return float(value)
         kinds = get_args(hint) or (hint,)
         if type(value) not in kinds:

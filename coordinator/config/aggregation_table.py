@@ -1,11 +1,11 @@
 """The tables [aggregation] and [secagg] of the federation file: the server rule, and the coordinator's view."""
 
 import dataclasses
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from offsite.errors import ConfigError
+from offsite.privacy.ranges import HIGHEST, LOWEST
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class AggregationConfig:
       rule: name in `coordinator.aggregation.rules.AGGREGATORS`. Over the mean update: mean, fedavgm, fedadam,
         fedyogi; fedprox; rolora and olora for method `lora`; nested for `ffa_lora`. Over each site's update, with
         `secagg.enabled = false` only: krum, median, trimmed_mean, and flexlora for `lora`.
-      learning_rate: step size of fedavgm, fedadam and fedyogi; above 0.
+      learning_rate: step size of fedavgm, fedadam and fedyogi; from 1e-9 to 1e9.
       momentum: momentum of fedavgm, fedadam and fedyogi; from 0 to below 1.
       proximal: strength mu of fedprox, which pulls each step at a site back to the adapter at the start of the round,
-        at no cost of privacy; above 0 only with fedprox, and with `training.local_steps` above 1.
+        at no cost of privacy; from 1e-9 to 1e9 with fedprox, which needs `training.local_steps` above 1, else 0.
       faulty: number of sites that may send anything at all, for krum and trimmed_mean; 0 with all other rules.
-      penalty: strength lambda of olora; 0 with all other rules.
+      penalty: strength lambda of olora, from 1e-9 to 1e9; 0 with all other rules.
       earlier: folders of earlier adapters; olora keeps A out of their row spaces.
       ranks: entries of sites with a smaller rank than the adapter's, for nested.
     """
@@ -82,13 +82,16 @@ def check_aggregation(aggregation: AggregationConfig) -> None:
     Raises:
       ConfigError: a number is out of its range, or a site is in two ranks.
     """
-    if not (aggregation.learning_rate > 0 and math.isfinite(aggregation.learning_rate)):
-        raise ConfigError(f"aggregation.learning_rate={aggregation.learning_rate}: must be finite and above 0")
+    if not LOWEST <= aggregation.learning_rate <= HIGHEST:
+        raise ConfigError(
+            f"aggregation.learning_rate={aggregation.learning_rate}: must be from {LOWEST:g} to {HIGHEST:g}"
+        )
     if not (0 <= aggregation.momentum < 1):
         raise ConfigError(f"aggregation.momentum={aggregation.momentum}: must lie in [0, 1); 0.9 is usual")
     for name in ("proximal", "penalty"):
-        if not (0 <= getattr(aggregation, name) < math.inf):
-            raise ConfigError(f"aggregation.{name}={getattr(aggregation, name)}: must be finite and at least 0")
+        value = getattr(aggregation, name)
+        if value != 0 and not LOWEST <= value <= HIGHEST:
+            raise ConfigError(f"aggregation.{name}={value}: must be 0, or from {LOWEST:g} to {HIGHEST:g}")
     if aggregation.faulty < 0:
         raise ConfigError(f"aggregation.faulty={aggregation.faulty}: must be at least 0")
     taken: set[str] = set()

@@ -14,8 +14,9 @@ from offsite.coordinator.config.data_tables import DataConfig, ModelConfig, Site
 from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
 from offsite.coordinator.config.training_tables import AdapterConfig, EvaluationConfig, PrivacyConfig, TrainingConfig
 from offsite.errors import ConfigError, DataError
+from offsite.privacy.ranges import HIGHEST, LOWEST, LOWEST_SPACING, MAX_PHYSICAL_BATCH
 from offsite.protos.aggregation import MAX_DIRECTIONS
-from offsite.protos.messages import MAX_PHYSICAL_BATCH, MAX_STEPS, MAX_TOKENS
+from offsite.protos.messages import MAX_STEPS, MAX_TOKENS
 from offsite.trust.toml_tables import TableReader
 
 
@@ -56,13 +57,15 @@ class FedConfig:
         training, privacy = self.training, self.privacy
         _at_least("training.rounds", training.rounds, 1)
         _at_least("training.local_steps", training.local_steps, 1)
-        _at_least("training.batch", training.batch, 1)
+        _within("training.batch", training.batch, 1, HIGHEST)
         _within("emulator.refresh", self.emulator.refresh, 0, MAX_STEPS)
         _within("training.physical_batch", training.physical_batch, 1, MAX_PHYSICAL_BATCH)
         _at_least("training.spare_rounds", training.spare_rounds, 0)
         _within("training.directions", training.directions, 0, MAX_DIRECTIONS)
-        if not 0 < training.spacing < 1:
-            raise ConfigError(f"training.spacing={training.spacing}: must lie between 0 and 1; 0.001 is usual")
+        if not LOWEST_SPACING <= training.spacing < 1:
+            raise ConfigError(
+                f"training.spacing={training.spacing}: must be from {LOWEST_SPACING:g} to below 1; 0.001 is usual"
+            )
         steps = (training.rounds + training.spare_rounds) * training.local_steps
         _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MAX_STEPS)
         _within("data.length", self.data.length, 2, MAX_TOKENS)
@@ -70,22 +73,25 @@ class FedConfig:
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
         _at_least("secagg.n_min", self.secagg.n_min, 3)
         _at_least("seed", self.seed, 0)
-        _above_zero("training.learning_rate", training.learning_rate)
+        _within("training.learning_rate", training.learning_rate, LOWEST, HIGHEST)
         check_aggregation(self.aggregation)
         if not (0 <= self.evaluation.tolerance < math.inf):
             raise ConfigError(f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0")
         check_emulator(self.emulator)
-        if not (0 < privacy.epsilon < math.inf):
+        if not LOWEST <= privacy.epsilon <= HIGHEST:
             raise ConfigError(
-                f"privacy.epsilon={privacy.epsilon}: must be finite and above 0, smaller is more private; "
+                f"privacy.epsilon={privacy.epsilon}: must be from {LOWEST:g} to {HIGHEST:g}, smaller is more private; "
                 "use 8, or privacy.private = false to train without privacy"
             )
-        if not (0 <= privacy.max_grad_norm < math.inf):
-            raise ConfigError(f"privacy.max_grad_norm={privacy.max_grad_norm}: must be above 0, or 0 for automatic")
+        if privacy.max_grad_norm != 0 and not LOWEST <= privacy.max_grad_norm <= HIGHEST:
+            raise ConfigError(
+                f"privacy.max_grad_norm={privacy.max_grad_norm}: must be from {LOWEST:g} to {HIGHEST:g}, or 0 for "
+                "automatic"
+            )
         if self.coordinator is not None:
             _at_least("coordinator.sites", self.coordinator.sites, 0)
             _at_least("coordinator.attempts", self.coordinator.attempts, 1)
-            _above_zero("coordinator.deadline", self.coordinator.deadline)
+            _within("coordinator.deadline", self.coordinator.deadline, LOWEST, HIGHEST)
             _above_zero("coordinator.patience", self.coordinator.patience)
         _check_sites([site.name for site in self.sites], self)
         if self.coordinator is None:  # the members of a real federation are known when its job is prepared
@@ -111,7 +117,7 @@ def _check_sites(names: list[str], config: FedConfig) -> None:
 
 
 def _at_least(name: str, value: float, lowest: float) -> None:
-    if value < lowest:
+    if not value >= lowest:  # True for NaN
         raise ConfigError(f"{name}={value}: must be at least {lowest}")
 
 

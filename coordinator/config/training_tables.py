@@ -13,7 +13,7 @@ class AdapterConfig:
     Attributes:
       method: name in `adapter.methods.METHODS`; `offsite methods` prints all names with sizes and costs.
       rank: inner width of the adapter, at least 1; methods without an inner width ignore the key.
-      alpha: scale of the adapter's effect; methods without a scale ignore the key.
+      alpha: scale of the adapter's effect, from 1e-9 to 1e9; methods without a scale ignore the key.
       targets: names of layers inside a block, as `["q_proj", "v_proj"]`; empty takes the method's own names.
       options: settings of the method itself, as `{ n_frequency = 64 }`; `head = true` also trains the task head.
       frozen: adapter folders of earlier jobs with method `bottleneck` on the same slots, shipped to the sites and
@@ -45,14 +45,14 @@ class TrainingConfig:
     Attributes:
       rounds: number of rounds of the federation; at least 1.
       local_steps: private steps of a site in one round; at least 1.
-      batch: expected number of records in a step, at least 1; the number of each step is random.
-      learning_rate: learning rate of the sites' plain gradient steps; above 0.
-      physical_batch: number of records in one forward pass, at least 1; changes memory and speed only.
+      batch: expected number of records in a step, from 1 to 1e9; the number of each step is random.
+      learning_rate: learning rate of the sites' plain gradient steps; from 1e-9 to 1e9.
+      physical_batch: number of records in one forward pass, from 1 to 1024; changes memory and speed only.
       spare_rounds: number of rounds beyond `rounds` that the noise is planned for, to repeat rounds that were lost
         after an upload.
       directions: number of directions that a step of DP-ZO (training by forward passes alone) looks along; a site
         uploads one number for each direction instead of an adapter, with any method. 0 trains by gradients.
-      spacing: distance along a direction at which DP-ZO takes losses; between 0 and 1.
+      spacing: distance along a direction at which DP-ZO takes losses; from 1e-5 to below 1.
     """
 
     rounds: int = 6
@@ -71,9 +71,9 @@ class PrivacyConfig:
 
     Attributes:
       private: switch of differential privacy; `false` trains without clip and noise, and the report says so first.
-      epsilon: privacy parameter of the whole job at each site, at delta min(1e-6, 1 / (100 records)); above 0.
-      max_grad_norm: clip of one record's gradient; 0 takes the median norm on public records.
-      accountant: name in `privacy.accountants.ACCOUNTANTS`: pld, prv or rdp.
+      epsilon: privacy parameter of the whole job at each site, at delta min(1e-6, 1 / (100 records)); from 1e-9 to 1e9.
+      max_grad_norm: clip of one record's gradient, from 1e-9 to 1e9; 0 takes the median norm on public records.
+      accountant: name in `privacy.accountants.ACCOUNTANTS`: pld (the smaller of the bounds of PLD and RDP), prv or rdp.
     """
 
     private: bool = True

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from offsite.errors import DataError
 
 T = TypeVar("T")
+_EXACT = 2**53  # a whole number up to here is the same as a float
 OMITTED = types.MappingProxyType({"omitted": True})
 """Metadata of a field whose key is left out where its value is None."""
 
@@ -70,7 +71,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
     """Returns a text, a number or a truth value; a number that JSON cannot hold was written as null."""
     if hint is float and value is None:
         return math.nan
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= _EXACT:  # a larger number is of another type
         return float(value)
     if hint is not object and type(value) not in (get_args(hint) or (hint,)):
         raise DataError(f"{where}={value!r}: is of another type; restore the file")

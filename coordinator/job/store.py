@@ -158,7 +158,7 @@ class Store:
                 arrays = {name: np.array(file.get_tensor(name)) for name in set(file.keys())}
             server = ServerState(arrays["adapter"], arrays["first"], arrays["second"], int(facts["server_rounds"]))
             numbers = int(facts["round"]), float(facts["public_loss"]), float(facts["correction"])
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise DataError(f"run={str(self.folder)!r}: state.safetensors is damaged; start a new run") from error
         moved = sorted(name for name in arrays if name.startswith(BIAS))
         refresh = tuple((name.removeprefix(BIAS), arrays[name].astype(WIRE).tobytes()) for name in moved)

@@ -50,7 +50,7 @@ def edited(world: Path, old: str, new: str) -> str:
     [
         ('path = "model"', 'path = "no-such-model"', ["no-such-model"]),
         ("[training]", '[adapter]\nmethod = "lroa"\n[training]', ["method='lroa'", "lora"]),
-        ("[training]", "[privacy]\nepsilon = 0.0\n[training]", ["epsilon=0.0", "above 0"]),
+        ("[training]", "[privacy]\nepsilon = 0.0\n[training]", ["epsilon=0.0", "from 1e-09"]),
         ("[training]", "[privacy]\nepsilom = 3.0\n[training]", ["privacy.epsilom", "did you mean epsilon"]),
         ('owners = ["ash", "birch", "cedar", "elm"]', 'owners = ["ash", "birch"]', ["n_sites=2", "n_min=3"]),
         ('"elm"]', '"oak"]', ["oak"]),
@@ -63,7 +63,7 @@ def edited(world: Path, old: str, new: str) -> str:
         ("[aggregation]", '[aggregation]\nrule = "rolora"', ["rule='rolora'", "adapter.method lora", "'ffa_lora'"]),
         ("[aggregation]", '[aggregation]\nrule = "flora"', ["rule='flora'", "flexlora"]),
         ("[evaluation]", "[evaluation]\ntolerance = nan", ["evaluation.tolerance=nan", "finite"]),
-        ("[training]", "[privacy]\nepsilon = inf\n[training]", ["privacy.epsilon=inf", "finite"]),
+        ("[training]", "[privacy]\nepsilon = inf\n[training]", ["privacy.epsilon=inf", "to 1e+09"]),
         ("[training]", "[privacy]\nmax_grad_norm = nan\n[training]", ["privacy.max_grad_norm=nan"]),
         ("gate = 0.1", "gate = -inf", ["emulator.gate=-inf", "[-1, 1]"]),
         ("gate = 0.1", "gate = 0.9999999", ["gradient_cosine=", "below the floor"]),

@@ -12,8 +12,11 @@ from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.probe import choose_engine, single_gradient
+from offsite.privacy.ranges import LOWEST
 from tests.contracts.test_methods import PAIRS
 from tests.families import LABELS, PROMPTS, attach_any, inputs, scores, spec_for, tiny
+
+SIZES = (1, 3, 8, 64)  # of physical batches, in turn
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def test_gradients_are_per_example(method: str, family: str) -> None:
     assert chosen in exact
     assert "loop" in exact
     assert most_moved(model.float(), examples(family, torch.float32), chosen) <= 1 + 1e-6
+    size = 3 if chosen == "loop" else SIZES[PAIRS.index((method, family)) % len(SIZES)]
+    assert 0.999 <= moved_by_a_steep_record(model, examples(family, torch.float32), chosen, size) <= 1 + 1e-6
 
 
 def most_moved(model: nn.Module, batch: Inputs, engine: str) -> float:
@@ -107,3 +112,38 @@ def most_moved(model: nn.Module, batch: Inputs, engine: str) -> float:
     whole = total(batch)
     rest = [total(batch.select([i for i in range(len(batch)) if i != row])) for row in range(len(batch))]
     return max(float((whole - one).norm()) for one in rest) / bound
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Examples with weights of their losses; an example of weight 0 is an empty one."""
+
+    inputs: Inputs
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def select(self, indices: Any) -> "Weighted":
+        return Weighted(self.inputs.select(indices), self.weights[torch.as_tensor(indices, dtype=torch.long)])
+
+
+def moved_by_a_steep_record(model: nn.Module, batch: Inputs, engine: str, size: int) -> float:
+    """Returns the move of the clipped sum by a record with a gradient of 1e35, as a share of the smallest bound.
+
+    The record is replaced by an empty one in a physical batch of this size, noise off; float32 holds no such factor.
+    """
+    steep = 1e35 / float(brute_force(model, batch.select([0])).double().norm())
+    rows = batch.select([row % len(batch) for row in range(size)])
+
+    def total(weight: float) -> Tensor:
+        weights = torch.tensor([weight] + [1.0] * (size - 1))
+        with ENGINES[engine](model) as opened:
+            opened.add(
+                lambda network, part: losses(network, part.inputs) * part.weights,
+                Weighted(rows, weights),
+                lambda norms, _: (LOWEST * (1 - CLIP_MARGIN) / norms).clamp(max=1.0),
+            )
+            return torch.cat([parameter.summed_grad.flatten() for parameter in trainable(model).values()])
+
+    return float((total(steep) - total(0.0)).norm()) / LOWEST

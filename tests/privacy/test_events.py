@@ -21,6 +21,7 @@ def test_compose_adds_the_steps_of_equal_mechanisms_in_order():
         (-1.0, 0.1, 1, "noise_multiplier=-1.0"),
         (math.nan, 0.1, 1, "noise_multiplier=nan"),
         (math.inf, 0.1, 1, "noise_multiplier=inf"),
+        (10**400, 0.1, 1, "noise_multiplier=1000"),
         (1.0, 0.0, 1, "sample_rate=0.0"),
         (1.0, 1.1, 1, "sample_rate=1.1"),
         (1.0, math.nan, 1, "sample_rate=nan"),

@@ -196,6 +196,23 @@ def test_an_example_on_which_the_model_fails_leaves_no_trace(engine: str, backwa
     torch.testing.assert_close(moved, clean, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_failing_example_and_an_empty_one_leave_the_others_the_same_bits(engine: str) -> None:
+    """Another example stands in its place, so that the batch keeps the shape by which products are rounded."""
+    plan, values = terms(engine=engine, sample_rate=1.0, physical_batch=8), data(12).values
+
+    def moved(value: float) -> tuple[Tensor, Any]:
+        rows, model = values.clone(), network()
+        rows[5] = value
+        return run(
+            Rows(rows), plan, silent(), nn.Sequential(nn.Sequential(Touchy(False), model[0]), model[1], model[2])
+        )
+
+    (failed, outcome), (missing, _) = moved(99.0), moved(float("nan"))
+    assert outcome.dropped == 1
+    assert torch.equal(failed, missing)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_an_error(error: Exception) -> None:
     """No record causes the error, and a site that left all records out would send noise."""
@@ -224,11 +241,40 @@ def test_training_twice_leaves_no_hooks_behind() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"noise_multiplier": 0.01}, {"max_grad_norm": 0.0}, {"expected_batch_size": 0}, {"learning_rate": -1.0}],
+    [
+        {"noise_multiplier": 0.01},
+        {"noise_multiplier": 1.1e9},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": 7e-44, "learning_rate": 1e38},
+        {"max_grad_norm": 9e-10},
+        {"max_grad_norm": 1.1e9},
+        {"max_grad_norm": float("nan")},
+        {"max_grad_norm": 10**400},
+        {"expected_batch_size": 0},
+        {"expected_batch_size": 1.1e9},
+        {"learning_rate": -1.0},
+        {"learning_rate": 9e-10},
+        {"learning_rate": 1.1e9},
+        {"physical_batch": 0},
+        {"physical_batch": -1},
+        {"physical_batch": 1025},
+    ],
 )
 def test_terms_that_void_the_promise_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(OffsiteError):
         terms(**changes)
-    if "noise_multiplier" in changes:
+    if changes == {"noise_multiplier": 0.01}:
         with pytest.raises(PrivacyRefusal):
             terms(**changes)
+
+
+@pytest.mark.parametrize("clip", [1e-9, 1e9])
+@pytest.mark.parametrize("rate", [1e-9, 1e9])
+def test_terms_at_the_ends_of_their_ranges_are_taken(clip: float, rate: float) -> None:
+    assert terms(max_grad_norm=clip, learning_rate=rate, physical_batch=1024).max_grad_norm == clip
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
+    model = network().requires_grad_(False)
+    with pytest.raises(PrivacyRefusal, match="trainable parameters=0"):
+        train(DpTraining(model, losses, data(), terms(), silent()))

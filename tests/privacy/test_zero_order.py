@@ -184,7 +184,8 @@ def test_it_learns_under_privacy() -> None:
 
 
 def test_bad_directions_and_models_are_refused() -> None:
-    for changes in ({"seed": b"short"}, {"per_step": 0}, {"spacing": 0.0}, {"spacing": math.nan}):
+    spacings = ({"spacing": spacing} for spacing in (0.0, 9e-6, 1.0, math.nan, math.inf))
+    for changes in ({"seed": b"short"}, {"per_step": 0}, *spacings):
         with pytest.raises(ConfigError):
             Directions(**({"seed": bytes(32), "per_step": 1, "spacing": 1e-3} | changes))
     with pytest.raises(PrivacyRefusal, match="trainable"):

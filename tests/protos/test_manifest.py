@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from offsite.adapter.spec import AdapterSpec
 from offsite.errors import MalformedMessage
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
-from offsite.protos.job_manifest import JobManifest
+from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.protos.messages import MAX_STEPS
 from offsite.protos.secagg_params import secagg_params
 from tests.client.test_policy import JOB as SHORT
@@ -73,7 +75,7 @@ def test_every_field_counts(field: str) -> None:
         {"length": 0},
         {"length": (1 << 20) + 1},
         {"physical_batch": 0},
-        {"physical_batch": (1 << 16) + 1},
+        {"physical_batch": (1 << 10) + 1},
         {"spare_rounds": -1},
         {"n_min": 0},
         {"learning_rate": 0.0},
@@ -144,7 +146,26 @@ def test_every_field_counts(field: str) -> None:
         {"aggregation": RULE | {"ranks": {"east": 2}}},
         {"aggregation": RULE | {"ranks": [["east", 2]]}, "adapter": JOB.adapter.to_dict() | {"method": "lora"}},
         {"layout": {"names": ["a"], "shapes": [[0]]}},
+        {"layout": {"names": ["a"], "shapes": [[1 << 31] * 2]}},
+        {"layout": {"names": ["a"], "shapes": [[1] * 17]}},
         {"adapter": JOB.adapter.to_dict() | {"rank": 0}},
+        {"adapter": JOB.adapter.to_dict() | {"alpha": 1.1e9}},
+        {"adapter": JOB.adapter.to_dict() | {"alpha": 9e-10}},
+        {"learning_rate": 9e-10},
+        {"learning_rate": 1.1e9},
+        {"deadline": 1.1e9},
+        {"update_bound": 9e-28},
+        {"update_bound": 1.1e27},
+        {"refresh": -1},
+        {"refresh": MAX_STEPS + 1},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"max_grad_norm": 9e-10}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"max_grad_norm": 1.1e9}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"epsilon": 1.1e9}},
+        {"privacy": dataclasses.asdict(JOB.privacy) | {"batch": 10**9 + 1}},
+        {"aggregation": RULE | {"proximal": 9e-10}},
+        {"aggregation": RULE | {"directions": 1, "spacing": 9e-6}},
+        {"aggregation": RULE | {"directions": 1, "spacing": 1.0}},
+        {"aggregation": RULE | {"directions": 1, "spacing": "0.1"}},
     ],
 )
 def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
@@ -152,15 +173,57 @@ def test_a_field_out_of_its_range_is_refused(values: dict[str, Any]) -> None:
         JobManifest.from_bytes(changed(**values))
 
 
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields the way to every number of a JSON value."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*way, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield way
+
+
+def with_number(way: tuple[Any, ...], number: float) -> bytes:
+    content = json.loads(FULL.to_bytes())
+    inner = content
+    for key in way[:-1]:
+        inner = inner[key]
+    inner[way[-1]] = number
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+FULL = dataclasses.replace(
+    JOB,
+    adapter=dataclasses.replace(JOB.adapter, options=(("a", 1), ("b", 0.5))),
+    aggregation=AggregationTerms(proximal=0.5, ranks=(("east", 2),)),
+)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e308, 5e-324, -1e308, 10**18 + 1], ids=lambda n: f"{n!s:.8}")
+@pytest.mark.parametrize("way", list(places(json.loads(FULL.to_bytes()))), ids=lambda way: ".".join(map(str, way)))
+def test_no_number_is_read_at_the_ends_of_arithmetic(way: tuple[Any, ...], number: float) -> None:
+    """Refused, and nothing else: no number may end in an error of arithmetic at a site."""
+    if way == ("adapter", "options", "b") and 0 < number < 1:
+        return  # the method says which numbers it takes
+    if way == ("adapter", "seed") and number == 10**18 + 1:
+        return  # a seed is any number of 63 bits
+    with pytest.raises(MalformedMessage):
+        JobManifest.from_bytes(with_number(way, number))
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"identifier": ""},
         {"identifier": "0a" * 32},
-        {"length": 1 << 20, "physical_batch": 1 << 16},
+        {"length": 1 << 20, "physical_batch": 1 << 10},
         {"rounds": 1000, "spare_rounds": 1000, "local_steps": 500},
         {"rounds": MAX_STEPS, "local_steps": 1},
         {"emulators": (("east", "e2" * 32), ("west", "e3" * 32))},
+        {"learning_rate": 1e9, "update_bound": 1e27, "deadline": 1e9},
+        {"learning_rate": 1e-9, "update_bound": 1e-27, "deadline": 1e-9},
+        {"privacy": PrivacyTerms(True, 1e9, 1e9, "pld", 10**9), "adapter": AdapterSpec(rank=1 << 16, alpha=1e9)},
+        {"privacy": PrivacyTerms(True, 1e-9, 1e-9, "pld", 1), "adapter": AdapterSpec(rank=1, alpha=1e-9)},
+        {"aggregation": AggregationTerms(directions=4096, spacing=1e-5)},
         {"aggregation": AggregationTerms(individuals=True, proximal=10.0, ranks=(("east", 7), ("west", 1)))},
     ],
 )
