@@ -13,7 +13,7 @@ from offsite.coordinator.report import facts
 from offsite.coordinator.report.model import SIMULATION, PhaseCost, Report
 from offsite.coordinator.report.privacy_facts import DELTAS, PrivacyFacts, SitePrivacy, short_delta
 from offsite.coordinator.report.quality_facts import Quality
-from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.accountants import ACCOUNTANTS, taken
 from offsite.privacy.events import Event
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run
@@ -79,6 +79,7 @@ def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) ->
     log, terms = run.site_log(name), manifest.privacy
     done = np.cumsum([entry.steps for entry in log]).tolist()
     spent = tuple(_epsilon(terms.accountant, plan, int(steps)) for steps in done) if terms.private else ()
+    by = taken(terms.accountant, [_event(plan, int(done[-1]))], plan.delta) if spent else None
     return SitePrivacy(
         site=name,
         records=plan.records,
@@ -92,6 +93,7 @@ def _site_privacy(run: Run, manifest: JobManifest, name: str, plan: SitePlan) ->
         steps=int(done[-1]) if done else 0,
         engine=log[-1].engine if log else "",
         clipped_fraction=float(np.mean([entry.clipped_fraction for entry in log])) if log else 0.0,
+        epsilon_by=by,
     )
 
 
@@ -108,6 +110,10 @@ def _epsilon_at(accountant: str, plan: SitePlan, steps: int) -> dict[str, float]
 @lru_cache(maxsize=256)  # sites with as many records have the same numbers
 def _epsilon_of(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
     return ACCOUNTANTS[accountant]([Event(noise, rate, steps)], delta)
+
+
+def _event(plan: SitePlan, steps: int) -> Event:
+    return Event(plan.noise_multiplier, plan.sample_rate, steps)
 
 
 def _with_losses(run: Run, manifest: JobManifest, record: RoundRecord) -> RoundRecord:

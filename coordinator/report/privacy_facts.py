@@ -27,6 +27,8 @@ class SitePrivacy:
       engine: name of the engine that computes each record's own contribution; empty where unknown.
       clipped_fraction: mean share of drawn records whose contribution was clipped, from 0 to 1.
       rounds: number of rounds in which the site's update counts; None in a simulation, which knows the steps.
+      epsilon_by: name of the accounting that gave the epsilon, `pld` or `rdp` for the accountant `pld`, which takes the
+        smaller of two bounds; None where the epsilon is not known.
     """
 
     site: str
@@ -42,6 +44,7 @@ class SitePrivacy:
     clipped_fraction: float | None = None
     rounds: int | None = field(default=None, metadata=OMITTED)
     epsilon_at: Mapping[str, float] | None = field(default=None, metadata=OMITTED)
+    epsilon_by: str | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def privacy(report: Report) -> Section:
             f"{_protected(facts)} In each step a record is drawn with the probability in the column "
             '"sample rate", its gradient is cut to the length "clip", and Gaussian noise of "noise multiplier" times '
             '"clip" is added.',
-            f"Epsilon and delta hold for all rounds together, computed by the accountant {facts.accountant}. "
+            f"Epsilon and delta hold for all rounds together, computed by the accountant {_accountant(facts)}. "
             f"{_engines(facts.sites)}Noise: {facts.noise_source}. The file privacy.json says what is not protected.",
         ),
         HEAD,
@@ -51,6 +51,13 @@ def privacy(report: Report) -> Section:
         "epsilon" if rows else "",
         numbers=True,
     )
+
+
+def _accountant(facts: PrivacyFacts) -> str:
+    """Returns the accountant's name, and where the epsilons are known, which of its two bounds it took."""
+    taken = sorted({site.epsilon_by for site in facts.sites if site.epsilon_by is not None})
+    smaller = f" (by {' and '.join(taken)}, the smaller of its bounds)" if taken and facts.accountant == "pld" else ""
+    return f"{facts.accountant}{smaller}"
 
 
 def privacy_line(report: Report) -> str:

@@ -153,4 +153,5 @@ def _composition(report: Report) -> dict[str, object]:
 
 def _site(site: SitePrivacy, facts: PrivacyFacts) -> dict[str, object]:
     numbers = {name: getattr(site, name) for name in NUMBERS_OF_A_SITE}
-    return {"site": site.site, **numbers, **({} if facts.private else {"epsilon": None})}
+    by = {} if site.epsilon_by is None else {"epsilon_by": site.epsilon_by}
+    return {"site": site.site, **numbers, **by, **({} if facts.private else {"epsilon": None})}

@@ -78,6 +78,7 @@ def test_the_run_folder_holds_what_the_readme_says(finished: tuple[Run, Report])
         assert keys <= set(written[section]), section
     for site in written["privacy"]["sites"]:
         assert set(site) >= SITE_KEYS
+        assert site["epsilon_by"] in ("pld", "rdp")
         assert site["epsilon"] <= 8.0
         assert site["steps"] == report.finished_rounds == 2
     assert written["finished_rounds"] == len(written["rounds"])

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from offsite.errors import PrivacyRefusal
-from offsite.privacy.accountants import ACCOUNTANTS
+from offsite.privacy.accountants import ACCOUNTANTS, taken, tighter_bound
 from offsite.privacy.events import Event
 
 # sample_rate, noise_multiplier, steps, delta
@@ -102,3 +102,36 @@ def test_mixed_mechanisms_compose_as_in_dp_accounting():
         accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
     found = ACCOUNTANTS["prv"]([Event(1.0, 0.05, 50), Event(0.7, 0.02, 20)], 1e-5)
     assert found == pytest.approx(accountant.get_epsilon(1e-5), abs=0.02)
+
+
+# Rate, noise, steps; epsilon at 1e-6 by PLD on the grid of 1e-3, and the epsilon and the accounting that are now taken.
+MANY_STEPS = [(0.0005, 0.8, 20_000, 0.6634, 0.6179, "pld"), (0.002, 8.0, 10**6, 1.9915, 1.1484, "rdp")]
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "coarse", "epsilon", "by"), MANY_STEPS)
+def test_over_many_steps_the_smaller_of_two_bounds_is_taken(rate, noise, steps, coarse, epsilon, by):
+    """The other implementations: PLD on one grid for all, and Opacus' Renyi accountant with its own conversion."""
+    events = [Event(noise, rate, steps)]
+    bound = tighter_bound(events, 1e-6)
+    assert bound.epsilon == pytest.approx(epsilon, abs=1e-3)
+    assert (bound.by, taken("pld", events, 1e-6), taken("rdp", events, 1e-6)) == (by, by, "rdp")
+    assert ACCOUNTANTS["pld"](events, 1e-6) == bound.epsilon < 0.95 * coarse
+    if by == "rdp":
+        assert bound.epsilon == pytest.approx(ACCOUNTANTS["rdp"](events, 1e-6), rel=1e-3)
+
+
+def test_a_bound_over_many_steps_holds_against_the_limit():
+    """So many steps of so little each are a Gaussian mechanism (Dong et al. 2019, arXiv 1905.02383, theorem 11)."""
+    for rate, noise, steps, *_ in MANY_STEPS:
+        spread = rate * math.sqrt(steps * math.expm1(1 / noise**2))
+
+        def excess(epsilon, spread=spread):
+            a, b = spread / 2 - epsilon / spread, -spread / 2 - epsilon / spread
+            return norm.cdf(a) - math.exp(epsilon) * norm.cdf(b) - 1e-6
+
+        limit = brentq(excess, 1e-6, 50)
+        assert 0.98 * limit <= tighter_bound([Event(noise, rate, steps)], 1e-6).epsilon
+
+
+def test_with_few_steps_pld_is_taken():
+    assert taken("pld", [Event(1.0, 0.05, 200)], 1e-5) == "pld"
