@@ -19,9 +19,25 @@ def test_uniform_is_the_top_bits_of_the_aes_ctr_keystream_counted_block_by_block
     assert found.tolist() == [((word >> 12) + 0.5) / 2**52 for word in words]
 
 
-def test_extreme_keystreams_stay_inside_the_open_interval():
-    for word in (0, 2**64 - 1):
-        assert 0 < ((word >> 12) + 0.5) / 2**52 < 1
+class Constant:
+    """A keystream of one byte again and again."""
+
+    def __init__(self, byte):
+        self.byte = byte
+
+    def update(self, data):
+        return bytes([self.byte]) * len(data)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_extreme_keystreams_stay_inside_the_open_interval(byte):
+    source = Randomness(bytes(32), seeded=True)
+    source._stream = Constant(byte)
+    numbers = source.uniform(3)
+    assert ((numbers > 0) & (numbers < 1)).all()
+    normal = source.normal(3)
+    assert np.isfinite(normal).all()
+    assert np.abs(normal).max() < 8.7
 
 
 def test_simulation_repeats_by_seed_and_labels_and_nothing_else():
