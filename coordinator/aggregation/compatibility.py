@@ -39,14 +39,19 @@ def check_rule(config: FedConfig, sites: Collection[str], n_min: int) -> Aggrega
             f"{config.adapter.method!r}; change the rule or the method"
         )
     _check_keys(config, rule)
-    if config.training.directions and (rule.alternate or rule.methods or rule.keys):
+    if config.training.directions and not _takes_directions(rule):
+        fitting = ", ".join(known.name for known in AGGREGATORS.values() if _takes_directions(known))
         raise ConfigError(
             f"training.directions={config.training.directions}: DP-ZO uploads its way along directions, and "
-            f"rule={name!r} needs parts of an adapter or other steps; take mean, fedavgm or fedadam"
+            f"rule={name!r} needs parts of an adapter, other steps or single updates; take one of {fitting}"
         )
     if (check := CHECKS.get(name)) is not None:
         check(config, sites, n_min)
     return rule
+
+
+def _takes_directions(rule: Aggregator) -> bool:
+    return rule.needs == SUM and not (rule.alternate or rule.methods or rule.keys)
 
 
 def _check_keys(config: FedConfig, rule: Aggregator) -> None:

@@ -32,7 +32,11 @@ FITS: dict[str, dict[str, Any]] = {
 def config(rule: str, **changed: Any) -> FedConfig:
     """Returns a federation of five sites with a rule and the keys that the rule needs, with a test's changes."""
     values = FITS.get(rule, {}) | changed
-    training = TrainingConfig(local_steps=values.pop("steps", 1), learning_rate=values.pop("rate", 1.0))
+    training = TrainingConfig(
+        local_steps=values.pop("steps", 1),
+        learning_rate=values.pop("rate", 1.0),
+        directions=values.pop("directions", 0),
+    )
     adapter = AdapterConfig(method=values.pop("method", "ffa_lora"), rank=4)
     secagg = SecaggConfig(n_min=values.pop("n_min", 3), enabled=values.pop("enabled", True))
     return FedConfig(
@@ -100,6 +104,18 @@ def test_a_key_is_set_where_it_is_used_and_nowhere_else(rule: str, key: str, ear
         assert f"aggregation.{key}: has no use with rule={rule!r}" in refused(
             config(rule, **needed | {key: given[key]})
         )
+
+
+@pytest.mark.parametrize("rule", AGGREGATORS)
+def test_directions_fit_the_rules_that_the_refusal_names(rule: str, earlier: str) -> None:
+    """The median of sites' single updates was let through, against the words of the refusal."""
+    made = config(rule, directions=4, **({"earlier": (earlier,)} if rule == "olora" else {}))
+    if rule in ("mean", "fedavgm", "fedadam", "fedyogi"):
+        check(made)
+    else:
+        said = refused(made)
+        assert "training.directions=4" in said
+        assert said.endswith("take one of mean, fedavgm, fedadam, fedyogi")
 
 
 @pytest.mark.parametrize("rule", REFUSED)

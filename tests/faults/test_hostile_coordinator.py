@@ -144,7 +144,7 @@ def test_owners_signatures_are_counted_and_checked(coordinator: HostileCoordinat
         ({"update_bound": 1e9}, "update_bound=1000000000.0: the owners signed"),
         ({"roster": (("ash", "00" * 32),)}, "the owners signed"),
         ({"metrics": ("loss",)}, "metric='loss'"),
-        ({"learning_rate": "fast"}, "job learning_rate: must be a finite number"),
+        ({"learning_rate": "fast"}, "job learning_rate: must be a number from 1e-09 to 1e+09"),
         ({"rounds": -1}, "job rounds: must be a whole number"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from offsite.errors import OffsiteError, PrivacyRefusal
+from offsite.errors import ConfigError, OffsiteError, PrivacyRefusal
+from offsite.privacy.clipping_bound import median_norm
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.mechanism import DpSgdConfig, DpTraining, train
 from offsite.privacy.norms import CLIP_MARGIN
@@ -278,3 +279,9 @@ def test_a_model_without_an_adapter_is_refused() -> None:
     model = network().requires_grad_(False)
     with pytest.raises(PrivacyRefusal, match="trainable parameters=0"):
         train(DpTraining(model, losses, data(), terms(), silent()))
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(0.0, "must be > 0"), (1e-20, "from 1e-09"), (1e20, "to 1e.09")])
+def test_a_clip_that_no_plan_can_have_is_refused_where_it_is_measured(scale: float, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"median gradient norm=.* {reason}"):
+        median_norm(network(), lambda model, rows: losses(model, rows) * scale, [data(4)])

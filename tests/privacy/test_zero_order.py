@@ -193,5 +193,7 @@ def test_bad_directions_and_models_are_refused() -> None:
     mean = DpTraining(Point(), lambda m, r: curved(m, r).mean(), data(), terms(sample_rate=1.0), silent())
     with pytest.raises(PrivacyRefusal, match="one loss per example"):
         train(mean, looking())
+    with pytest.raises(ConfigError, match=r"median slope=.* must be from 1e-09"):
+        median_slope(Point(), lambda m, r: curved(m, r) * 1e-20, iter([data(1)]), looking())
     with pytest.raises(ConfigError, match="median slope"):
         median_slope(Point(), lambda m, r: r.values.sum(1) * 0, iter([data(1)]), looking())

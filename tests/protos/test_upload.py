@@ -12,7 +12,14 @@ from offsite.errors import PrivacyRefusal, RangeError
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
 from offsite.protos.secagg_params import secagg_params
-from offsite.protos.upload import check_coverage, mean_of, scatter_uploaded, select_uploaded, trained_mask
+from offsite.protos.upload import (
+    check_coverage,
+    directions_of,
+    mean_of,
+    scatter_uploaded,
+    select_uploaded,
+    trained_mask,
+)
 from tests.client.test_policy import JOB
 
 SITES = ("east", "north", "south", "west")
@@ -48,6 +55,22 @@ def test_in_turn_a_round_holds_one_factor_and_what_is_no_factor() -> None:
         assert (whole[1] == -whole[0]).all()
         with pytest.raises(RangeError, match="upload size=1"):
             scatter_uploaded(LORA, number, np.zeros(1))
+
+
+def test_uploads_along_directions_of_several_sites_are_replayed_one_by_one() -> None:
+    job = dataclasses.replace(
+        JOB, local_steps=2, aggregation=AggregationTerms(individuals=True, directions=3, spacing=1e-3)
+    )
+    uploads = np.random.default_rng(0).normal(size=(2, 4, job.upload_size(1)))
+    whole = scatter_uploaded(job, 1, uploads)
+    assert whole.shape == (2, 4, job.layout.size)
+    along = directions_of(job, 1)
+    for place in itertools.product(range(2), range(4)):
+        walked = sum(
+            number * along.draw(index, job.layout.size) for index, number in enumerate(uploads[place].tolist())
+        )
+        np.testing.assert_allclose(whole[place], walked)
+        np.testing.assert_array_equal(whole[place], scatter_uploaded(job, 1, uploads[place]))
 
 
 def test_by_default_a_round_holds_the_adapter() -> None:
