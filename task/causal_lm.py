@@ -117,12 +117,21 @@ class CausalLM:
 
 
 def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor:
-    """Returns the sums of a model whose logits are its frozen head's output; the head gets only scored positions."""
+    """Returns the sums of a model whose logits are its frozen head's output; the head gets only scored positions.
+
+    One example at a time: in a product over the positions of a whole batch, the number of another example's targets
+    would decide how an example's own logits are rounded.
+    """
     last = chunked_head.head_of(model)
-    keep = examples.predicted.bool()
-    hidden = chunked_head.hidden_states(model, examples.input_ids)[:, :-1][keep]
-    losses = chunked_head.TokenLosses.apply(hidden, examples.input_ids[:, 1:][keep], last.weight, last.bias, chunk)
-    return losses.new_zeros(keep.shape).masked_scatter(keep, losses).sum(dim=-1)
+    hidden = chunked_head.hidden_states(model, examples.input_ids)[:, :-1]
+    rows = zip(hidden, examples.input_ids[:, 1:], examples.predicted.bool(), strict=True)
+    losses = [
+        chunked_head.TokenLosses.apply(states[keep], ids[keep], last.weight, last.bias, chunk)
+        for states, ids, keep in rows
+    ]
+    if not losses:
+        return hidden.new_zeros(0, dtype=chunked_head.wide(hidden.dtype))
+    return torch.stack([own.sum() for own in losses])
 
 
 def _whole(model: nn.Module, examples: Examples) -> torch.Tensor:

@@ -101,6 +101,18 @@ def test_rows_without_targets_have_no_gradient_and_padding_none_either():
     assert torch.equal(found.abs().sum(-1) > 0, torch.arange(8)[None] < examples.targets[:, None])
 
 
+def test_the_length_of_another_record_changes_no_bit():
+    """In a product over all scored positions, their number decides how each of them is rounded: one is a vector."""
+    model, losses, gradients = llama(), [], []
+    for others in (1, 2, 17, 40):
+        examples = batch((2, others, others), width=40)
+        loss = CausalLM().losses(model, examples)[:1]
+        losses.append(loss.detach())
+        gradients.append(gradient(model, loss))
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert all(torch.equal(found, gradients[0]) for found in gradients)
+
+
 @pytest.mark.parametrize("examples", [batch((1, 1), width=1), batch().select([]), batch((0, 0))])
 def test_nothing_to_predict_costs_nothing(examples):
     model = train_inside(build("GPT2" if len(examples) else "Falcon"))  # most models fail on an empty batch
