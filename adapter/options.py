@@ -39,7 +39,7 @@ class Option:
             raise ConfigError(f"{self.name}={value!r}: method {method!r} needs a value of type {kind.__name__}")
         if isinstance(value, str) and value not in self.choices:
             raise ConfigError(f"{self.name}={value!r}: method {method!r} takes one of {', '.join(self.choices)}")
-        if kind in (int, float) and not self.low <= value <= self.high:
+        if kind is not bool and isinstance(value, int | float) and not self.low <= value <= self.high:
             raise ConfigError(f"{self.name}={value}: method {method!r} needs a value in {self.low:g}..{self.high:g}")
         return value
 

@@ -71,8 +71,8 @@ def released(session: EmulatorSession, manifest: JobManifest, plan: SitePlan, ca
     job = SiteJob("east", manifest, session, Examples(ids, mask), plan)
     trained = local_update(job, session.start, randomness=Randomness.for_simulation(seed, "neighbours"))
     assert trained.bounded == 0
-    terms = {"clip": manifest.update_bound, "members": MEMBERS}
-    return ring.decode(ring.encode(trained.update, **terms), **terms, summed=1)
+    clip = manifest.update_bound
+    return ring.decode(ring.encode(trained.update, clip=clip, members=MEMBERS), clip=clip, members=MEMBERS, summed=1)
 
 
 def seed_that_draws_the_canary() -> int:
