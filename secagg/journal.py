@@ -94,11 +94,10 @@ class FileJournal:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        new = not self._path.exists()
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if new:
+            if not os.fstat(file).st_size:  # also where a killed process made the file, and no entry counts yet
                 sync_folder(self._path.parent)
             yield file
         finally:

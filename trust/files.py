@@ -45,6 +45,7 @@ def make_private(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
+        sync_folder(folder.absolute().parent)
     except OSError as error:
         raise DataError(f"folder={str(folder)!r}: cannot be made ({error.strerror}); choose another place") from error
 

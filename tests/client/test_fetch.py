@@ -346,7 +346,9 @@ def test_a_depot_with_its_hands_full_is_waited_for(
     small = Depot(world.folder, address="127.0.0.1:0", tls=world.tls, allowed=world.allowed)
     world.wire.to = port = small.start()
     credentials = grpc.ssl_channel_credentials(world.tls.ca, world.key, world.cert)
-    with grpc.secure_channel(f"127.0.0.1:{port}", credentials) as channel:
+    # a window of a fixed size: otherwise gRPC reads ahead, and the depot is done although one chunk alone was taken
+    window = [("grpc.http2.lookahead_bytes", 1 << 16), ("grpc.http2.bdp_probe", 0)]
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=window) as channel:
         held = stubs.DepotStub(channel).Get(wire.GetRequest(sha256=DIGEST))
         next(held)
         with pytest.raises(DataError, match="Concurrent RPC limit exceeded!; no byte came for"):

@@ -23,6 +23,7 @@ from offsite.privacy.ledger import Ledger, Standing
 from offsite.trust.chain import Chain
 from offsite.trust.countersign import check_countersigned, countersign
 from offsite.trust.identity import Identity
+from tests.power import Disk
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 EVENT, OTHER = Event(1.1, 0.05, 10), Event(0.8, 0.02, 7)
@@ -545,3 +546,12 @@ def test_an_entry_that_is_not_understood_is_not_passed_over(tmp_path: Path, kind
     Chain(path, "offsite privacy ledger records").append(kind, SPENT | fields, now=NOW)
     with pytest.raises(DataError, match="entry 1 is unknown to this release"):
         opened(path).check(EVENT, job="job")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_debit_is_there_after_a_cut_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    (tmp_path / "state").mkdir()
+    disk = Disk(tmp_path / "state", monkeypatch)
+    debited(opened(tmp_path / "state" / "ledger.jsonl"), times)
+    after = disk.after_power_cut(tmp_path / "after")
+    assert opened(after / "ledger.jsonl").releases("job") == times
