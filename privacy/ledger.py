@@ -177,11 +177,11 @@ class Ledger:
         delta = self._delta_of(account)
         if not links or links[-1].fields.get("delta") != delta or "epsilon_committed" not in links[-1].fields:
             return self._standing(account)
-        numbers = [links[-1].fields.get(name) for name in ("epsilon_total", "epsilon_committed")]
+        numbers: list[Any] = [links[-1].fields.get(name) for name in ("epsilon_total", "epsilon_committed")]
         for number in numbers:
             if not isinstance(number, float | int) or isinstance(number, bool) or not math.isfinite(number):
                 raise self._unknown(links[-1].number)
-        return Standing(float(numbers[0]), float(numbers[1]), delta)  # type: ignore[arg-type]
+        return Standing(float(numbers[0]), float(numbers[1]), delta)
 
     def reserved_jobs(self) -> frozenset[str]:
         """Returns the digests of the jobs that have an open reserve, also where all of it is spent."""

@@ -75,7 +75,7 @@ def declared(home: SiteHome) -> int | None:
             raise ValueError(number)
     except (ValueError, KeyError, TypeError) as error:
         raise MalformedMessage(f"state={path.name}: damaged; write records = N in site.toml") from error
-    return number
+    return int(number)
 
 
 def declare(home: SiteHome, task: str | None = None) -> int:

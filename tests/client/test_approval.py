@@ -33,7 +33,7 @@ class OwnedHome(WorldHome):
         return self.rules
 
 
-def home(world: World, folder: Path, count: int, declared: dict[str, int] | None = None, **rules: Any) -> OwnedHome:
+def home(world: World, folder: Path, count: int, declared: dict[str, Any] | None = None, **rules: Any) -> OwnedHome:
     (folder / "state").mkdir(parents=True, exist_ok=True)
     made = OwnedHome(world, "ash", folder)
     made.settings = dataclasses.replace(made.settings, **({"records": 0, "blocks": 0} | (declared or {})))

@@ -28,7 +28,7 @@ def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(fed, tmp_path_factory.mktemp("opening"))
 
 
-def opened(world: World, folder: Path, data: str, declared: dict[str, int] | None = None, **policy: Any) -> SiteRuntime:
+def opened(world: World, folder: Path, data: str, declared: dict[str, Any] | None = None, **policy: Any) -> SiteRuntime:
     """An open site with one data file."""
     (folder / "data.csv").write_text(data)
     settings = SiteSettings("ash", "data.csv", column="text", **(declared or {}))
@@ -53,7 +53,7 @@ RECORDS = "text\n" + "\n".join(["w1 w2 w3 w4 w5 w6"] * 7)
     ],
 )
 def test_what_a_refusal_says_of_the_data_stays_here(
-    world: World, tmp_path: Path, data: str, declared: dict[str, int], secret: str, kind: type[Exception]
+    world: World, tmp_path: Path, data: str, declared: dict[str, Any], secret: str, kind: type[Exception]
 ) -> None:
     """Whether the data cannot be read, are too few or are not as many as declared: the answer is the same."""
     site = opened(world, tmp_path, data, declared, min_records=100)

@@ -47,7 +47,10 @@ def texts(message: codec.Message) -> list[str]:
 def test_every_kind_of_error_has_one_sentence() -> None:
     assert {kind.__name__ for kind in OURS} | {FAULT} == set(REFUSALS)
     sentences = [*REFUSALS.values(), NO_MEMORY, *DETAILS]
-    assert all(text.isascii() and text.isprintable() and not re.search(r"[0-9={}]", text) for text in sentences)
+    assert all(
+        text.isascii() and text.isprintable() and not re.search(r"[0-9={}]", text.replace("SHA-256", ""))
+        for text in sentences
+    )
     assert codec.decode(codec.encode(codec.Refusal(FAULT, NO_MEMORY))) == codec.Refusal(FAULT, NO_MEMORY)
 
 
@@ -86,8 +89,7 @@ def test_no_word_of_an_exception_leaves_while_a_job_is_loaded(
         else:
             site.change(**changes)
         loader = job_loading.JobLoader(world.offer("ash"), world.manifest, site.service._runtime)
-        loader._stopped.set()  # what may pass is not tried again
-        loader._check_not_stopped = lambda: None  # type: ignore[method-assign]
+        loader._settled.set = loader._stopped.set  # type: ignore[method-assign]  # what may pass is not tried again
         loader.run()
         reply = for_peer(site.service._reply(loader.state, loader.detail))
         assert isinstance(reply, codec.OfferReply)

@@ -58,7 +58,8 @@ def test_every_state_of_a_job() -> None:
 
 def test_every_state_of_a_site() -> None:
     preparing, serving = constants("client/service/job_loading.py"), constants("client/service/stage_handler.py")
-    states = {preparing[name] for name in ("FETCHING", "READY", "REFUSED")} | {serving["WAITING"], "absent"}
+    states = {preparing["FETCHING"], preparing["READY"], constants("client/home/redact.py")["REFUSED"]}
+    states |= {serving["WAITING"], "absent"}
     for name in states:
         assert f"| `{name}`" in section("coordinator status"), name
 
