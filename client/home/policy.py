@@ -21,7 +21,7 @@ _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _TEMPLATE = """\
 # What this site permits. Only its owner changes this file; a job that asks for more is refused before any training.
 epsilon_cap = 8.0          # privacy of the data set over all jobs, spent and set aside, at their smallest delta
-delta_cap = 1e-6           # largest delta of a job, which is min(1e-6, 1 / (100 records)) where this is more
+delta_cap = 1e-6           # largest delta of a job; where min(1e-6, 1 / (100 records)) is smaller, a job has that
 min_cohort = 3             # fewest sites whose sum may be opened
 min_records = 100          # do not train on fewer declared records than this
 models = []                # permitted base models by name (the coordinator's word) or emulators by digest, or "any"
