@@ -407,7 +407,7 @@ def test_a_job_that_the_cap_does_not_cover_is_never_ready(world: World, tmp_path
 
     Once the first has ended, what it did not spend is free, and the second is taken.
     """
-    cap = 1.2 * of_one_job(world)
+    cap = 1.02 * of_one_job(world)
     terms = {"epsilon_cap": cap, "approval": "manual"}
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy=terms)
     first, second = other_job(world, 1), other_job(world, 2)
@@ -433,7 +433,7 @@ def test_a_job_that_the_cap_does_not_cover_is_never_ready(world: World, tmp_path
 
 def test_offers_alone_do_not_fill_the_cap_of_an_owner_with_automatic_approval(world: World, tmp_path: Path) -> None:
     """A job that another job took the place of is set aside anew when it comes back."""
-    terms = {"epsilon_cap": 1.2 * of_one_job(world)}
+    terms = {"epsilon_cap": 1.02 * of_one_job(world)}
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy=terms)
     for number in (1, 2, 3, 1):
         job = other_job(world, number)
