@@ -93,7 +93,7 @@ def train_model(public: Path, target: Path) -> None:
 
     from offsite.task.image_classification import ImageClassification
     from offsite.task.readers.columns import columns_for
-    from offsite.task.readers.image_files import read_npz
+    from offsite.task.readers.tables import read
 
     settings = {
         "image_processor_type": "ViTImageProcessor",
@@ -112,7 +112,7 @@ def train_model(public: Path, target: Path) -> None:
             ViTConfig(**sizes, image_size=SIDE, patch_size=7, id2label=dict(enumerate(KINDS)))
         )
         task = ImageClassification()
-        records = read_npz(public, columns_for(task.name, column="", names={}))
+        records = read(public, reader="npz", columns=columns_for(task.name, column="", names={}))
         batch = task.encode(task.load_processor(target), records, length=1, split="truncate", model_config=model.config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
         for _ in range(EPOCHS):

@@ -181,7 +181,8 @@ def serve(control: socket.socket, answer: Answer) -> None:
         if process == 0:
             outcome = FAILED
             with contextlib.suppress(BaseException):  # a panic of the library's Rust code is no Exception
-                answer_one(connections[0], *struct.unpack("<II", terms), answer)
+                seconds, wall = struct.unpack("<II", terms)
+                answer_one(connections[0], seconds, wall, answer)
                 outcome = FINE
             os._exit(outcome)
         os.close(connections[0])

@@ -74,7 +74,7 @@ class TokenizerWorker:
             with theirs:
                 self._process = subprocess.Popen(  # noqa: S603 - our own file
                     [sys.executable, "-I", str(_PROGRAM)],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,  # a panic's message quotes the text
                     env=_ENVIRONMENT,

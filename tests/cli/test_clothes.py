@@ -13,7 +13,7 @@ from offsite.coordinator.config.federation_file import read_config
 from offsite.demo import clothes
 from offsite.errors import ConfigError, DataError, DigestMismatch
 from offsite.task.readers.columns import columns_for
-from offsite.task.readers.image_files import read_npz
+from offsite.task.readers.tables import read
 from offsite.task.tasks import TASKS
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
@@ -112,7 +112,7 @@ def test_the_model_knows_all_kinds_by_name_and_learns_those_it_is_shown(tmp_path
     task = TASKS["image_classification"]
     model = task.load(tmp_path / "model", dtype=torch.float32)
     assert tuple(model.config.id2label.values()) == clothes.KINDS
-    records = read_npz(tmp_path / "public.npz", columns_for(task.name, column="", names={}))
+    records = read(tmp_path / "public.npz", reader="npz", columns=columns_for(task.name, column="", names={}))
     processor = task.load_processor(tmp_path / "model")
     batch = task.encode(processor, records, length=1, split="truncate", model_config=model.config)
     assert task.tally(model, batch).means()["accuracy"] == 1

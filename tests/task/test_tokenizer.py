@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_text_that_takes_too_long_has_no_ids(
 
 
 # Rules that would remember: by a failure, by growth of memory, by CPU time that adds up.
-MEMORIES = {
+MEMORIES: dict[str, Callable[[], Library]] = {
     "plain": library,
     "failing": lambda: library(unk_token="missing"),
     "growth": lambda: _with_normalizer(normalizers.Replace("hiv", "a" * 1000), normalizers.Replace("a", "b" * 10**4)),
