@@ -12,6 +12,7 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.evaluation.rehearse import Lesson, Text
 from offsite.emulator.structure.geometry import Geometry
+from offsite.task.encode import JOINED
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
 from offsite.task.selection import spread
@@ -122,7 +123,7 @@ class Subject:
         for split, count in (("train", 128), ("heldout", 32)):
             texts = read(self.sites / name / split, reader=None, columns=columns_of(task.columns, names={}))
             examples = task.encode(
-                tokenizer, texts, length=self.kind.length, split="blocks", model_config=self.model.config
+                tokenizer, texts, length=self.kind.length, split=JOINED, model_config=self.model.config
             )
             parts.append(PublicExamples(task, spread(examples, count)))
         return Text(parts[0], parts[1], self.public_text.attack, self.kind.length)
@@ -131,7 +132,7 @@ class Subject:
 def public_examples(task: Any, folder: Path, cache: Path, length: int) -> Any:
     """Returns Moby-Dick as examples."""
     texts = read(cache / "data" / "public", reader=None, columns=columns_of(task.columns, names={}))
-    return task.encode(task.load_processor(folder), texts, length=length, split="blocks", model_config=None)
+    return task.encode(task.load_processor(folder), texts, length=length, split=JOINED, model_config=None)
 
 
 def _smollm(cache: Path) -> Path:

@@ -5,7 +5,7 @@ from offsite.protos.job_manifest import JobManifest
 
 SPLITS = {
     "truncate": "one record for each text, cut after so many tokens",
-    "blocks": "texts joined and cut, so that the job's tokenizer decides how many records there are",
+    "blocks": "each text cut into several records, so that the job's tokenizer decides how many there are",
 }
 
 

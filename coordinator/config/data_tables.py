@@ -23,8 +23,8 @@ class DataConfig:
     Attributes:
       public: file or folder of public records, with the sites' fields, for gate, clip and acceptance test.
       length: number of tokens of one record, the unit of privacy; at least 2.
-      split: way from texts to records; `truncate` makes one record of each text. `blocks` joins texts and cuts them to
-        full records: no single person stands behind such a record, and the tokenizer decides the number of records.
+      split: way from texts to records; `truncate` makes one record of each text. `blocks` cuts each text into records
+        of `length` tokens: no single person stands behind such a record, and the tokenizer decides their number.
       reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
         picks by file name.
       column: column or key that holds the main field of the task's records, for example the text; empty takes the

@@ -11,8 +11,10 @@ from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
+from offsite.task.encode import JOINED
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
+from offsite.task.records import without_empty
 from offsite.task.selection import spread
 from offsite.task.spec import Batch, Task
 from offsite.task.tasks import TASKS
@@ -75,13 +77,12 @@ def open_source(task: Task, model: Path, on_step: Callable[[str], None]) -> Sour
 
 def _examples(task: Task, source: Source, model: Path, data: PublicData) -> Batch:
     """Returns the records as examples; plain texts are joined and cut, so that no example is mostly padding."""
-    return task.encode(
-        task.load_processor(model),
-        read(data.path, reader=None, columns=columns_of(task.columns, names=data.columns)),
-        length=data.length,
-        split="blocks" if tuple(task.columns) == ("text",) else "truncate",
-        model_config=source.model.config,
-    )
+    records = read(data.path, reader=None, columns=columns_of(task.columns, names=data.columns))
+    split = JOINED if tuple(task.columns) == ("text",) else "truncate"
+    processor, config = task.load_processor(model), source.model.config
+    examples = task.encode(processor, records, length=data.length, split=split, model_config=config)
+    examples = without_empty(examples, records, split)
+    return examples.select(torch.nonzero(examples.targets))
 
 
 def _public(task: Task, examples: Batch, data: PublicData) -> Public:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offsite.errors import DataError
-from offsite.task.encode import encode
+from offsite.task.encode import JOINED, SPLITS, encode
 from offsite.task.examples import Examples
 
 
@@ -16,18 +16,31 @@ class Letters:
     def __init__(self, eos_token_id=None):
         self.eos_token_id = eos_token_id
 
-    def tokens(self, texts):
+    def tokens(self, texts, length=None):
         return [[ord(letter) - 96 for letter in text] for text in texts]
 
 
-def test_blocks_join_the_documents_by_eos_and_drop_the_remainder():
-    found = encode(Letters(0), ["abc", "de", "", "fghij"], length=4, split="blocks")
+def test_blocks_cut_each_text_and_no_text_moves_the_blocks_of_another():
+    texts = ["abcdefg", "de", "", "fghij"]
+    found = encode(Letters(0), texts, length=4, split="blocks")
+    assert found.input_ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [4, 5, 0, 0], [0] * 4, [6, 7, 8, 9]]
+    assert found.targets.tolist() == [3, 3, 2, 0, 3]
+    for index, other in ((0, "a"), (1, "abcdefghij"), (2, "x"), (3, "")):
+        rows = [encode(Letters(0), [text], length=4, split="blocks").input_ids.tolist() for text in texts]
+        rows[index] = encode(Letters(0), [other], length=4, split="blocks").input_ids.tolist()
+        changed = encode(Letters(0), [*texts[:index], other, *texts[index + 1 :]], length=4, split="blocks")
+        assert changed.input_ids.tolist() == [block for blocks in rows for block in blocks]
+
+
+def test_public_texts_may_be_joined_by_eos_and_no_job_may_have_that():
+    found = encode(Letters(0), ["abc", "de", "", "fghij"], length=4, split=JOINED)
+    assert JOINED not in SPLITS
     assert found.input_ids.tolist() == [[1, 2, 3, 0], [4, 5, 0, 6], [7, 8, 9, 10]]
     assert found.attention_mask.all()
 
 
 def test_without_an_eos_token_documents_follow_each_other():
-    assert encode(Letters(), ["abc", "d"], length=2, split="blocks").input_ids.tolist() == [[1, 2], [3, 4]]
+    assert encode(Letters(), ["abc", "d"], length=2, split=JOINED).input_ids.tolist() == [[1, 2], [3, 4]]
 
 
 def test_truncate_keeps_one_example_a_text_padded_on_the_right():
@@ -40,7 +53,7 @@ def test_truncate_keeps_one_example_a_text_padded_on_the_right():
 @pytest.mark.parametrize("ids", [[], [7]])
 def test_a_tokenizer_has_no_say_in_how_many_examples_there_are(ids):
     class Choosy(Letters):
-        def tokens(self, texts):
+        def tokens(self, texts, length=None):
             return [ids if "x" in text else found for text, found in zip(texts, super().tokens(texts), strict=True)]
 
     assert encode(Choosy(0), ["abc", "axc", "abd"], length=3, split="truncate").targets.tolist() == [2, 0, 2]
