@@ -124,7 +124,7 @@ def site_by_flower(world: World, site: str, port: int) -> None:
         key=world.folder / site / "node.key",
         port=_free_port(),
     )
-    Node(config, handle, note=lambda kind, reason: None, stopping=stopping).run()
+    Node(config, handle, largest=lambda: 1 << 30, note=lambda kind, reason: None, stopping=stopping).run()
 
 
 def _wait_for_go() -> None:

@@ -44,22 +44,28 @@ def run(folder: Place) -> None:
     warn_of_expiry(installation.check(now()))
     # The model libraries take six seconds to load, and a wrong folder should not cost them.
     from offsite.client.network.node import Node
-    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
+    from offsite.client.service.process_limits import limit_resources
+    from offsite.client.service.site_runtime import SiteRuntime
     from offsite.client.service.stage_handler import StageHandler
+    from offsite.protos.proxies import forget_proxies
 
     with alone(installation.state, "a client"):
         runtime = SiteRuntime.of(installation, now)
+        if ignored := forget_proxies():
+            log.info("environment: %s: not used; site.toml alone names a proxy", ", ".join(ignored))
         limit_resources(runtime.policy)
         if installation.settings.simulation_seed is not None:
             log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
         runtime.tidy()
         stopping = _stop_on_signals()
-        endpoint = StageHandler(runtime).endpoint()
+        handler = StageHandler(runtime)
+        answer = handler.endpoint().answer
         supernode = runtime.supernode()
         runtime.note("started", f"pid {os.getpid()}")
         log.info("site %s: connecting to %s", runtime.name, supernode.superlink)
         with contextlib.suppress(KeyboardInterrupt):
-            Node(supernode, endpoint.answer, note=runtime.note, stopping=lambda: bool(stopping)).run()
+            node = Node(supernode, answer, largest=handler.largest, note=runtime.note, stopping=lambda: bool(stopping))
+            node.run()
         runtime.note("stopped", "by a signal")
     typer.echo("offsite: stopped; the ledger holds the spent privacy; start again with the same command", err=True)
     raise typer.Exit(EXIT_STOPPED)
@@ -163,7 +169,8 @@ def dry_run(
 ) -> None:
     """Train one round of an offered job without a network. Nothing leaves, and no privacy is spent."""
     from offsite.client.home.jobs import Jobs
-    from offsite.client.service.site_runtime import SiteRuntime, limit_resources
+    from offsite.client.service.process_limits import limit_resources
+    from offsite.client.service.site_runtime import SiteRuntime
 
     installation = open_folder(folder)
     runtime = SiteRuntime.of(installation, now)

@@ -56,7 +56,9 @@ def run(
     from offsite.coordinator.report.federation_outcome import Started, conclude
     from offsite.coordinator.report.write import one_line
     from offsite.coordinator.service import JobContext, run_job
+    from offsite.protos.proxies import forget_proxies
 
+    forget_proxies()
     disable_progress_bar()
     settings, sha256 = read_config(config)
     if settings.coordinator is None:

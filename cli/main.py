@@ -16,7 +16,7 @@ from rich.console import Console
 from offsite.cli import client_run, coordinator_run, emulator, methods
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
-from offsite.protos.flower_process import QUIET
+from offsite.protos.flower_process import QUIET, forbid_core_dumps
 
 if TYPE_CHECKING:  # needs torch, and most commands do not
     from offsite.simulation.run_folder import Run
@@ -179,6 +179,7 @@ app.add_typer(methods.app)
 
 def main() -> None:
     """Runs the command; an `OffsiteError` or an error of the system becomes one line and exit code 2."""
+    forbid_core_dumps()  # every command holds keys, records or the model
     try:
         app()
     except OffsiteError as error:

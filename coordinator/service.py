@@ -32,6 +32,7 @@ from offsite.coordinator.rounds.round_loop import TrainingLoop
 from offsite.errors import ConfigError, DataError
 from offsite.protos import codec
 from offsite.protos.aggregation import NO_SECAGG_WARNING
+from offsite.protos.flower_pieces import OTHER_BYTES, VALUE_BYTES
 from offsite.protos.signed_job import sign_job
 from offsite.trust import federation_manifest as owners
 from offsite.trust.certificates import certificate_key
@@ -39,7 +40,6 @@ from offsite.trust.certificates import certificate_key
 log = logging.getLogger("offsite.coordinator")
 OFFER_SECONDS, FINISH_SECONDS = 20.0, 20.0
 FRESH_SECONDS = 60.0  # time for which a list of ready sites holds
-UPLOAD_BYTES, OTHER_BYTES = 4, 8 << 20  # of an answer: one entry of an update; shares, signatures and everything else
 LINK_TRIES = 5  # number of lost links in a row without a whole round
 ASKED = 2  # number of times that a connected site is asked for one stage
 Deliveries = Mapping[str, Delivery]  # delivery of each site's package, by site
@@ -151,7 +151,7 @@ def open_job(context: JobContext, epoch: owners.FederationManifest) -> Job:
 def _over_link(context: JobContext, job: Job, epoch: owners.FederationManifest, deliveries: Deliveries) -> Progress:
     nodes = {member.site: member.node for member in epoch.members}
     context.on_step("start Flower's SuperLink")
-    largest = UPLOAD_BYTES * job.manifest.layout.size + OTHER_BYTES
+    largest = VALUE_BYTES * job.manifest.layout.size + OTHER_BYTES
     with SuperLinkSession(link_place(context.home), nodes, largest=largest) as link:
         unopened: dict[str, str] = {}
         offers = _letters(context, epoch, link, OFFER_SECONDS, on_bad=unopened.__setitem__)

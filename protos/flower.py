@@ -1,6 +1,7 @@
 """Stages as Flower records, and the bundle without code: the only forms in which our messages pass through Flower."""
 
 import hashlib
+import io
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,7 @@ from offsite.errors import MalformedMessage
 from offsite.protos.messages import NAME
 
 SHORT_BYTES = 1 << 16
+_MAGIC = 10  # bytes of a .npy file up to its header: magic, version, and the header's length in the last two
 NAME_STAGE = "name"  # asks a node for its site; the answer's bytes are the site's name
 
 # Flower wants a bundle with every run. Ours holds no code; it only names apps. The names are those of an earlier layout
@@ -65,4 +67,22 @@ def unpack(record: RecordDict) -> tuple[str, bytes]:
         raise MalformedMessage(f"stage of {len(stage)} characters: no stage has such a name")
     if isinstance(short, bytes):
         return stage, short
-    return stage, record.array_records["body"]["flat"].numpy().tobytes()
+    return stage, _content(record.array_records["body"]["flat"].data)
+
+
+def _content(data: bytes) -> bytes:
+    """Returns the bytes of a flat uint8 array in numpy's file format, whose header has to name exactly their number.
+
+    numpy itself reserves what a header names, before it looks how many bytes follow.
+    """
+    begin = _MAGIC + int.from_bytes(data[_MAGIC - 2 : _MAGIC], "little")
+    if data[:begin] != _header(len(data) - begin):
+        raise MalformedMessage(f"body of {len(data)} bytes: not a flat array of exactly these bytes; drop the message")
+    return data[begin:]
+
+
+def _header(size: int) -> bytes:
+    """Returns the header that numpy writes before `size` bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    return header.getvalue()

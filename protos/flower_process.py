@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from offsite.protos.proxies import without_proxies
+
 # By default Flower reports usage, asks for updates and installs what a bundle lists.
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -26,7 +28,7 @@ LAST_BYTES = 1 << 14
 # How Flower 1.41 writes starts and errors into its log.
 _COLOUR, _STARTED = re.compile(r"\x1b\[[0-9;]*m"), "Started server process"
 _CODE, _ERROR = re.compile(r"\[code: \d+\]"), re.compile(r"\b(?:ERROR|CRITICAL|\w*Error:)")
-_PR_SET_PDEATHSIG, _PARENT = 1, "OFFSITE_PARENT"
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PARENT = 1, 4, "OFFSITE_PARENT"
 
 
 class FlowerProcess:
@@ -37,7 +39,7 @@ class FlowerProcess:
       arguments: command line of the module; never a secret.
       log: file for the process' output.
       home: folder for Flower's own files.
-      environment: variables in addition to the inherited ones.
+      environment: variables in addition to the inherited ones, of which those about proxies are left out.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class FlowerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # No preexec_fn: it makes Python fork, and gRPC's threads and fork handlers come along into the child.
-                env=os.environ | self._environment | {_PARENT: str(os.getpid())},
+                env=without_proxies(os.environ) | self._environment | {_PARENT: str(os.getpid())},
                 cwd=self._home,
             )
 
@@ -104,6 +106,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
         sys.exit("the parent process ended before this one had begun")
+
+
+def forbid_core_dumps() -> None:
+    """Keeps the memory of this process, with its keys and records, out of files that a crash would leave.
+
+    A limit of 0 does not keep a core from a program that the system hands cores to; the second way does, on Linux, and
+    also keeps other processes of this user from attaching. Children inherit the first way only.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
 def allow_open_files(limit: int = OPEN_FILES) -> None:

@@ -31,6 +31,7 @@ MAX_OBJECT_BYTES = 8 << 20
 MAX_HELD_BYTES = 256 << 20
 READ_SECONDS = 60.0  # an upload that moved no piece for so long counts as dead: `coordinator.network.superlink`
 CONTENT = b"application/protobuf"  # content type of every request of Flower's client: `PROTOBUF_MEDIA_TYPE`
+Peer = tuple[str, int]  # address and port
 _Message = MutableMapping[str, Any]
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -66,6 +67,8 @@ class Guard:
       secret: secret of this machine; compared in constant time.
       public: paths that peers may reach; a path that ends with a slash stands for all paths below it.
       limits: limits of what peers send to public paths.
+      note: function that gets a peer with each of its requests, and whether the peer has shown who it is: by the
+        secret, or by a request that the application has answered with success.
     """
 
     def __init__(
@@ -74,14 +77,21 @@ class Guard:
         secret: str,
         public: tuple[str, ...],
         limits: RequestLimits | None = None,
+        note: Callable[[Peer, bool], None] = lambda peer, known: None,
     ):
+        self._note = note
         self._app, self._secret, self._public = app, secret.encode(), public
         self._limits = limits or RequestLimits()
         self._room = _Room(self._limits.held)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Passes a request on, or ends it."""
-        if scope["type"] == "lifespan" or self._is_ours(scope):
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        ours = self._is_ours(scope)
+        self._note_peer(scope, known=ours)
+        if ours:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
@@ -101,7 +111,22 @@ class Guard:
             if isinstance(first, HTTPStatus):
                 await _end(send, first)
             else:
-                await self._app(scope, _after(first, receive), send)
+                await self._app(scope, _after(first, receive), self._noting(scope, send))
+
+    def _note_peer(self, scope: _Scope, *, known: bool) -> None:
+        if scope.get("client"):
+            host, port, *_ = scope["client"]
+            self._note((host, port), known)
+
+    def _noting(self, scope: _Scope, send: _Send) -> _Send:
+        """Returns a sender that notes a peer whose POST succeeds; Flower answers no other peer's with success."""
+
+        async def noting(message: _Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == HTTPStatus.OK:
+                self._note_peer(scope, known=scope["method"] == "POST")
+            await send(message)
+
+        return noting
 
     async def _first(self, scope: _Scope, receive: _Receive, share: "_Share") -> _Message | HTTPStatus:
         try:

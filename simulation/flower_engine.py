@@ -13,6 +13,7 @@ from offsite.coordinator.rounds.exchange import Exchange
 from offsite.errors import ConfigError, OffsiteError
 from offsite.protos.flower_process import QUIET
 from offsite.protos.job_manifest import JobManifest
+from offsite.protos.proxies import forget_proxies
 from offsite.simulation.engine import Display, Sessions
 from offsite.simulation.run_folder import Run, simulated_sessions
 
@@ -51,6 +52,7 @@ def flower_engine(
       ConfigError: the extra `simulation` is not installed.
     """
     os.environ.update(QUIET)
+    forget_proxies()  # Ray's processes talk over loopback, and each has libraries of its own
     try:
         import ray  # noqa: F401
     except ImportError as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
+from offsite.protos.proxies import check_proxy
 from offsite.trust import canonical
 from offsite.trust.toml_tables import quote
 from offsite.trust.welcome import MAX_PORT
@@ -31,6 +32,8 @@ class SiteSettings:
         many. 0 counts them once, at `offsite client sign` or at the first approval, and keeps that number.
       blocks: public number of blocks for jobs with split `blocks`, which take so many of the texts' blocks and fill up
         with empty blocks; 0 refuses such jobs.
+      proxy: proxy on the way to the coordinator, as `http://proxy.example:3128`, with `user:password@` before the host
+        where it asks for them; empty for the straight way. The environment's proxies are never used.
       runtime_port: port of the SuperNode's own interface on this machine; 0 takes a free port.
       simulation_seed: seed of repeatable noise, for tests on invented data only; needs `allow_seeded_noise` of the
         policy.
@@ -48,6 +51,7 @@ class SiteSettings:
     dataset: str = "main"
     records: int = 0
     blocks: int = 0
+    proxy: str = ""
     runtime_port: int = 0
     simulation_seed: int | None = None
     weights: str = "widened"
@@ -63,6 +67,7 @@ class SiteSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be from 0 to {MAX_RECORDS}")
         if not 0 <= self.runtime_port <= MAX_PORT:
             raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
+        check_proxy(self.proxy)
         lookup(WEIGHT_FORMS, self.weights, "weights")
         if self.simulation_seed is not None and self.simulation_seed < 0:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")

@@ -15,6 +15,7 @@ import grpc
 from offsite.errors import DataError, DigestMismatch, Untrusted
 from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
+from offsite.protos.grpc_options import UNCOMPRESSED
 from offsite.trust.files import put_in_place, why
 
 CHUNK, MIN_CHUNK = 1 << 20, 1 << 14
@@ -29,19 +30,29 @@ _FINAL = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
+# The coordinator reads the reason of a fetch that failed, and need not know the proxy's address.
+THROUGH_PROXY = "the proxy that site.toml names does not lead there now"
 _BUSY = "Concurrent RPC limit exceeded"  # gRPC's words for a depot with its hands full; a message too large has others
 _STRANGER = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification")  # gRPC's words for a server that is not the pinned
 
 
 @dataclass(frozen=True)
 class DepotAddress:
-    """Address of the depot, and PEM bytes of the authority and of this site's certificate and key."""
+    """The way to the depot.
+
+    Attributes:
+      host, port: address of the depot.
+      ca: certificate of the authority, PEM bytes.
+      cert, key: certificate and key of this site, PEM bytes.
+      proxy: address of the proxy on the way; empty for the straight way.
+    """
 
     host: str
     port: int
     ca: bytes
     cert: bytes
     key: bytes = field(repr=False)
+    proxy: str = field(default="", repr=False)
 
 
 def fetch(
@@ -140,16 +151,16 @@ class _Transfer:
         """Fetches until the end or until the connection fails, and returns the reason of the end."""
         source = self._source
         credentials = grpc.ssl_channel_credentials(source.ca, source.key, source.cert)
-        options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.enable_http_proxy", 0)]
         try:
-            with grpc.secure_channel(self.where, credentials, options=options) as channel:
+            with grpc.secure_channel(self.where, credentials, options=_options(source.proxy)) as channel:
                 depot = stubs.DepotStub(channel)
                 described = depot.Describe(wire.DescribeRequest(sha256=self._sha256), timeout=self._idle)
                 if described.size != self.size:
                     self.refuse(f"the depot has {described.size} bytes, and {self.size} were announced; refused")
                 return self._receive(depot)
         except grpc.RpcError as error:
-            return _passing(error)
+            reason = _passing(error)
+            return THROUGH_PROXY if source.proxy and error.code() == grpc.StatusCode.UNAVAILABLE else reason
         except OSError as error:
             raise DataError(
                 f"package={self.partial.name}: cannot be written ({error.strerror}); free disk space, then fetch again"
@@ -218,6 +229,18 @@ class _Watch:
                 return
         self.expired = True
         self._cancel()
+
+
+def _options(proxy: str) -> list[tuple[str, Any]]:
+    """Returns the options of a channel: no proxy of the environment, bounded messages, and nothing is inflated."""
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+        *UNCOMPRESSED,
+        ("grpc.enable_http_proxy", int(bool(proxy))),
+        *([("grpc.http_proxy", proxy)] if proxy else []),
+        # gRPC has a second way to a proxy, by address; an empty list of addresses keeps the environment's out
+        ("grpc.address_http_proxy_enabled_addresses", ""),
+    ]
 
 
 def _passing(error: grpc.RpcError) -> str:

@@ -4,7 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,7 @@ from offsite.client.home.redact import local_message
 from offsite.client.network.executor import Executor, Handler
 from offsite.protos.flower_process import FlowerProcess
 from offsite.protos.guard import VARIABLE, new_secret
+from offsite.protos.proxies import VARIABLE as PROXY
 
 log = logging.getLogger("offsite.client")
 IDLE_SECONDS = 0.2
@@ -28,6 +29,7 @@ MEANINGS = {
     "revoked? run offsite client doctor",
     "SSL/TLS handshake error": "the coordinator does not show the pinned authority's certificate; is a proxy breaking "
     "TLS open?",
+    "ProxyError": "the proxy that site.toml names does not let this site through; run offsite client doctor",
 }
 
 
@@ -41,6 +43,7 @@ class SuperNodeConfig:
       ca: PEM file of the coordinator's authority.
       key: file of the P-384 private key, OpenSSH format.
       port: port of the local interface, on loopback.
+      proxy: address of the proxy on the way to the coordinator; empty for the straight way.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class SuperNodeConfig:
     ca: Path
     key: Path
     port: int
+    proxy: str = field(default="", repr=False)
 
 
 class Node:
@@ -56,6 +60,7 @@ class Node:
     Args:
       config: files and addresses of the SuperNode.
       handle: function from stage and bytes to this site's answer, bytes.
+      largest: function that returns the bytes of the longest honest message now.
       note: function that writes a kind and a reason to the owner's audit log.
       stopping: function that says whether to end.
     """
@@ -65,6 +70,7 @@ class Node:
         config: SuperNodeConfig,
         handle: Handler,
         *,
+        largest: Callable[[], int],
         note: Callable[[str, str], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -82,10 +88,16 @@ class Node:
             ],
             log=folder / "supernode.log",
             home=folder / "home",
-            environment={VARIABLE: str((folder / "guard").resolve())},
+            environment={VARIABLE: str((folder / "guard").resolve()), PROXY: config.proxy},
         )
         self._executor = Executor(
-            local, guard=guard, secret=secret.encode(), handle=handle, on_foreign=self._foreign, stopping=stopping
+            local,
+            guard=guard,
+            secret=secret.encode(),
+            handle=handle,
+            largest=largest,
+            on_refused=note,
+            stopping=stopping,
         )
         self._wait = BACKOFF_SECONDS[0]
         self._started = 0.0
@@ -143,6 +155,3 @@ class Node:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._stopping():
             time.sleep(IDLE_SECONDS)
-
-    def _foreign(self, digest: str) -> None:
-        self._note("foreign bundle refused", f"sha256={digest}")

@@ -9,8 +9,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from offsite.protos.flower_process import die_with_parent
+from offsite.protos.flower_http import straight
+from offsite.protos.flower_process import die_with_parent, forbid_core_dumps
 from offsite.protos.guard import Guard, secret_of_environment
+from offsite.protos.proxies import VARIABLE as PROXY
 
 POLL_SECONDS = 0.3  # Flower waits three seconds between two looks for a message, and a round has six messages
 HEARTBEAT_SECONDS = 10  # a silent node counts as gone after twice this time, and is refused until then
@@ -23,6 +25,7 @@ EXIT_ENDED = 75
 def main() -> None:
     """Runs Flower's SuperNode and ends the process with it."""
     die_with_parent()
+    forbid_core_dumps()
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.main as program
     import flwr.supernode.start_client_internal as loop
@@ -38,6 +41,7 @@ def main() -> None:
         return app
 
     program.create_app = create_app
+    connection.FleetHttpClient = straight(connection.FleetHttpClient, os.environ.pop(PROXY, ""))
     loop.time = SimpleNamespace(sleep=lambda _: time.sleep(POLL_SECONDS), time=time.time, monotonic=time.monotonic)
     for module in (heartbeat, connection):
         if hasattr(module, "HEARTBEAT_DEFAULT_INTERVAL"):

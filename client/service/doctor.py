@@ -1,20 +1,24 @@
 """Checks of everything that can be wrong at a site before a job starts, each made once."""
 
+import http.client
+import os
 import shutil
-import socket
 import ssl
 import time
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
+from urllib.parse import unquote, urlsplit
 
 from offsite.client.home.audit import verify
 from offsite.client.home.declared_records import check_count, declared, records_by_task
 from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
+from offsite.protos.proxies import proxy_variables, shown_proxy
 from offsite.task.records import is_empty
 from offsite.trust.certificates import WARN_DAYS
 
@@ -46,6 +50,7 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
         "ledger": lambda: _ledger(site),
         "audit log": lambda: f"{verify(site.state / 'audit.jsonl')} entries, chain whole",
         "disk": lambda: _disk(site),
+        "proxy": lambda: _proxy(site, os.environ),
         "link": lambda: _port(site, site.welcome.link_port),
         "depot": lambda: _port(site, site.welcome.depot_port),
         "clock": lambda: _clock(site, clock),
@@ -127,23 +132,45 @@ def _disk(site: SiteHome) -> str:
     return f"{'warning: ' if free < MIN_FREE_GB else ''}{free:.1f} GiB free"
 
 
+def _proxy(site: SiteHome, environment: Mapping[str, str]) -> str:
+    """Says which way leads to the coordinator; a value of the environment can hold a password and is not shown."""
+    proxy = site.settings.proxy
+    way = f"through {shown_proxy(proxy)}, which site.toml names" if proxy else "straight to the coordinator"
+    variables = proxy_variables(environment)
+    return f"{way}; not used: {', '.join(variables)} of the environment" if variables else way
+
+
 def _port(site: SiteHome, port: int) -> str:
-    """Opens a TLS connection with the pinned authority, as the programs do."""
-    host = site.welcome.host
-    context = ssl.create_default_context(cafile=str(site.ca))
+    """Opens a TLS connection with the pinned authority and this site's certificate, as the programs do."""
+    context = _context(site)
     context.load_cert_chain(str(site.certificate), str(site.keys.tls))
+    connection = _connection(site, port, context)
+    where = f"{site.welcome.host}:{port}"
     try:
-        with (
-            socket.create_connection((host, port), timeout=PROBE_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
-        ):
-            return f"{host}:{port} answers with {secure.version()}"
+        connection.connect()
+        return f"{where} answers with {connection.sock.version()}"
     except ssl.SSLError as error:
-        raise Untrusted(f"{host}:{port}: {error.reason or 'TLS failed'}; is a proxy breaking TLS open?") from error
+        raise Untrusted(f"{where}: {error.reason or 'TLS failed'}; is a proxy breaking TLS open?") from error
     except OSError as error:
-        raise DataError(
-            f"{host}:{port}: {error.strerror or error}; is the coordinator running and the port open?"
-        ) from error
+        raise DataError(f"{where}: {error.strerror or error}; is the coordinator running and the port open?") from error
+    finally:
+        connection.close()
+
+
+def _context(site: SiteHome) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(site.ca))
+
+
+def _connection(site: SiteHome, port: int, context: ssl.SSLContext) -> http.client.HTTPSConnection:
+    """Returns a connection to the coordinator, not yet opened, through the proxy of `site.toml` where there is one."""
+    host, proxy = site.welcome.host, urlsplit(site.settings.proxy)
+    if not proxy.hostname:
+        return http.client.HTTPSConnection(host, port, timeout=PROBE_SECONDS, context=context)
+    connection = http.client.HTTPSConnection(proxy.hostname, proxy.port, timeout=PROBE_SECONDS, context=context)
+    user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+    known = {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"} if proxy.username else {}
+    connection.set_tunnel(host, port, known)
+    return connection
 
 
 def _clock(site: SiteHome, clock: Callable[[], datetime]) -> str:
@@ -155,12 +182,7 @@ def _clock(site: SiteHome, clock: Callable[[], datetime]) -> str:
 
 
 def _remote_time(site: SiteHome) -> float:
-    import http.client
-
-    context = ssl.create_default_context(cafile=str(site.ca))
-    connection = http.client.HTTPSConnection(
-        site.welcome.host, site.welcome.link_port, timeout=PROBE_SECONDS, context=context
-    )
+    connection = _connection(site, site.welcome.link_port, _context(site))
     try:
         began = time.monotonic()
         connection.request("GET", "/health")

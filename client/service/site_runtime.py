@@ -1,7 +1,6 @@
 """From a site's folder to an open site: its accounts, its owner's policy, and how it opens a job."""
 
 import logging
-import os
 import secrets
 import shutil
 import socket
@@ -106,6 +105,7 @@ class SiteRuntime:
             ca=self.home.ca,
             key=self.home.keys.node,
             port=self.home.settings.runtime_port or _free_port(),
+            proxy=self.home.settings.proxy,
         )
 
     def note(self, kind: str, reason: str) -> None:
@@ -171,6 +171,7 @@ class SiteRuntime:
             ca=self.home.ca.read_bytes(),
             cert=self.home.certificate.read_bytes(),
             key=self.home.keys.tls.read_bytes(),
+            proxy=self.home.settings.proxy,
         )
         return fetch(address, digest, size, target, on_bytes=on_bytes)
 
@@ -266,24 +267,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def limit_resources(policy: Policy) -> None:
-    """Keeps this process within the owner's limits on threads and memory.
-
-    Raises:
-      DataError: the operating system refuses a limit.
-    """
-    import resource
-
-    import torch
-
-    if policy.max_threads:
-        torch.set_num_threads(policy.max_threads)
-        os.environ["OMP_NUM_THREADS"] = str(policy.max_threads)
-    if policy.max_memory_gb:
-        size = int(policy.max_memory_gb * 2**30)
-        try:
-            resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-        except (ValueError, OSError, OverflowError) as error:
-            raise DataError(f"max_memory_gb={policy.max_memory_gb}: the system refuses this limit ({error})") from error

@@ -24,14 +24,16 @@ from offsite.client.site.round_handler import answer
 from offsite.errors import OffsiteError, PolicyRefusal, PrivacyRefusal, ProtocolViolation, Untrusted, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos import codec
+from offsite.protos.flower_pieces import OTHER_BYTES, VALUE_BYTES
 from offsite.protos.job_manifest import JobManifest
-from offsite.protos.messages import printable
+from offsite.protos.messages import MAX_REFRESH_BYTES, printable
 from offsite.protos.signed_job import check_job
 from offsite.trust.countersign import check_countersigned
 from offsite.trust.federation_manifest import FederationManifest, check_signatures
 
 log = logging.getLogger("offsite.client")
 WAITING = "waiting"
+SHARE_BYTES = 512  # of a sealed share with its recipient's name
 _RESENT = ("keys", "shares", "masked", "survivors", "unmask", "update")  # the same question gets the same bytes again
 
 
@@ -65,6 +67,14 @@ class StageHandler:
             handle=self.handle,
             on_refused=lambda reason: runtime.note("letter refused", reason),
         )
+
+    def largest(self) -> int:
+        """Returns the bytes of the longest honest message now: an adapter and a refresh only of a job that is ready."""
+        members, loader = len(self._runtime.federation.members), self._loader
+        size = OTHER_BYTES + SHARE_BYTES * members**2  # each member seals a share to each of the others
+        if loader is None or loader.site is None:
+            return size
+        return size + VALUE_BYTES * loader.manifest.layout.size + MAX_REFRESH_BYTES
 
     def handle(self, stage: str, body: bytes) -> bytes:
         """Returns the answer to a stage, and writes it to the audit log; a refusal is an answer."""

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import tempfile
 import threading
 import zlib
 from collections import Counter
@@ -13,9 +14,11 @@ from typing import Any
 
 import grpc
 
+from offsite.coordinator.network.relay import Relay
 from offsite.errors import DataError, OffsiteError, Untrusted
 from offsite.protos import depot_pb2 as wire
 from offsite.protos.flower_process import allow_open_files
+from offsite.protos.grpc_options import UNCOMPRESSED
 
 log = logging.getLogger("offsite.coordinator")
 CHUNK, MIN_CHUNK = 1 << 20, 1 << 10
@@ -26,7 +29,8 @@ MAX_REQUESTS = 4 * WORKERS  # at work or waiting for a worker; a site whose requ
 MAX_OF_ONE = 8
 BUSY = "Concurrent RPC limit exceeded"  # gRPC's own words at `MAX_REQUESTS`; a site that reads these words tries again
 REQUEST_SECONDS = 10  # time within which a peer sends its request after opening it
-HANDSHAKE_SECONDS = 30  # gRPC would keep a stranger's half-open connection for two minutes
+HANDSHAKE_SECONDS = 10  # gRPC would keep a stranger's half-open connection for two minutes
+IDLE_SECONDS = 120  # time for which a site's connection without a request is kept
 REQUEST_LIMIT = 4096
 STOP_SECONDS = 1.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -50,6 +54,8 @@ class Tls:
 class Depot:
     """A gRPC service over a folder whose files are named by their SHA-256; mutual TLS is not optional.
 
+    gRPC takes connections of strangers without an end until no file is left, so a relay before it counts them.
+
     Args:
       folder: folder with the encrypted packages.
       address: host:port to listen on; port 0 takes a free port.
@@ -59,10 +65,15 @@ class Depot:
 
     def __init__(self, folder: Path, *, address: str, tls: Tls, allowed: Callable[[bytes], None]) -> None:
         self._address = address
+        self._room = tempfile.TemporaryDirectory(prefix="offsite-depot-")  # only this user can enter it
+        self._socket = Path(self._room.name) / "grpc"
+        self._relay = Relay(self._socket, HANDSHAKE_SECONDS)
         options = [
             ("grpc.max_receive_message_length", REQUEST_LIMIT),
+            *UNCOMPRESSED,
             ("grpc.so_reuseport", 0),
             ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+            ("grpc.max_connection_idle_ms", 1000 * IDLE_SECONDS),
         ]
         workers = futures.ThreadPoolExecutor(WORKERS, "depot")
         self._server = grpc.server(workers, options=options, maximum_concurrent_rpcs=MAX_REQUESTS)
@@ -76,16 +87,20 @@ class Depot:
           DataError: the address is in use.
         """
         allow_open_files()
-        try:
-            port = self._server.add_secure_port(self._address, self._credentials)
-        except RuntimeError as error:
-            raise DataError(f"depot={self._address}: cannot listen there; is the port in use?") from error
+        self._server.add_secure_port(f"unix:{self._socket}", self._credentials)
         self._server.start()
-        return int(port)
+        host, _, port = self._address.rpartition(":")
+        try:
+            return self._relay.start(host.strip("[]"), int(port))
+        except OSError as error:
+            self.stop()
+            raise DataError(f"depot={self._address}: cannot listen there; is the port in use?") from error
 
     def stop(self) -> None:
         """Ends the service; a transfer that is cut off goes on later from where it was."""
+        self._relay.stop()
         self._server.stop(STOP_SECONDS).wait()
+        self._room.cleanup()
 
 
 def _handlers(servicer: "_Servicer") -> grpc.GenericRpcHandler:

@@ -3,44 +3,33 @@
 Written against flwr 1.41; a newer Flower has to pass `tests/coordinator/test_grid.py` and `test_link.py`.
 """
 
-import json
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
-from flwr.app import Array, Error, Message, Metadata
+from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.common.constant import MAX_RETRY_DELAY, ErrorCode
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
-)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPushError,
-    ObjectUnavailableError,
-    inflate_object_from_contents,
-)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, ObjectUnavailableError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from offsite.errors import MalformedMessage
 from offsite.protos.codec import MAX_BYTES
+from offsite.protos.flower_http import RuntimeClient
+from offsite.protos.flower_pieces import Incoming
 from offsite.protos.guard import Secret
 
 log = logging.getLogger("offsite.coordinator")
 LOST_SECONDS = 20.0
 LOST = (httpx.TransportError, httpx.HTTPStatusError)  # exceptions after which a link has to be started again
-PIECE, SPARE_PIECES = 1 << 20, 16  # Flower moves an answer in pieces of 1 to 5 MiB, and a few small ones around them
 _PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _ENDED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
@@ -59,11 +48,11 @@ class GuardedGrid(HttpGrid):
     def __init__(self, address: str, ca: bytes, *, token: str, secret: str, largest: int = MAX_BYTES) -> None:
         super().__init__(address, root_certificates=ca, token=token)
         self._secret, self._largest = secret, largest
-        self._incoming: dict[str, _Incoming] = {}
+        self._incoming: dict[str, Incoming] = {}
         self._retry_invoker = retries()
 
     def _connect(self) -> None:
-        self._client = RuntimeHttpClient.from_server_address(
+        self._client = RuntimeClient.from_server_address(
             server_address=self._addr,
             insecure=False,
             root_certificates=self._cert,
@@ -129,7 +118,7 @@ class GuardedGrid(HttpGrid):
                 raise  # the SuperLink itself fails
             return {question: why for part in parts for question, why in part.items()}
         for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-            self._incoming[head.metadata.reply_to_message_id] = _Incoming(head.metadata.message_id, tree)
+            self._incoming[head.metadata.reply_to_message_id] = Incoming(head.metadata.message_id, tree, self._largest)
         return {}
 
     def _answer(self, question: str) -> Message | None:
@@ -151,27 +140,18 @@ class GuardedGrid(HttpGrid):
         message.metadata.__dict__["_reply_to_message_id"] = question
         return message
 
-    def _inflated(self, incoming: "_Incoming") -> Message:
+    def _inflated(self, incoming: Incoming) -> Message:
         """Returns a complete answer.
 
         Raises:
           ObjectUnavailableError: a piece has not arrived yet.
           MalformedMessage: the answer is too large or no message.
         """
-        limit = self._largest + SPARE_PIECES * PIECE
-        incoming.check(self._largest // PIECE + SPARE_PIECES)
-        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
-        for piece in incoming.missing():
-            incoming.take(piece, pull(piece), limit)
-        check_size(incoming.contents, limit)
+        incoming.collect(make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id))
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=incoming.name)
         )
-        message = inflate_object_from_contents(incoming.name, incoming.contents)
-        if not isinstance(message, Message):
-            raise MalformedMessage(f"object={type(message).__name__}: a message was announced")
-        message.metadata.__dict__["_message_id"] = incoming.name
-        return message
+        return incoming.message()
 
     @property
     def _run_id(self) -> int:
@@ -191,58 +171,6 @@ class GuardedGrid(HttpGrid):
             created_at=now().timestamp(),
         )
         return make_message(metadata, error=Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason))
-
-
-class _Incoming:
-    """An answer on its way: the pieces that have arrived and the pieces that are still missing.
-
-    Args:
-      name: id of the message.
-      tree: ids of the message's pieces, as the SuperLink announced them.
-    """
-
-    def __init__(self, name: str, tree: ObjectTree) -> None:
-        self.name, self._tree = name, tree
-        self.contents: dict[str, bytes] = {}
-        self._bytes = 0
-
-    def check(self, limit: int) -> None:
-        """Refuses an answer with more than `limit` pieces."""
-        if len(list(islice(iterate_object_tree(self._tree), limit + 1))) > limit:
-            raise MalformedMessage(f"pieces={limit + 1} or more: at most {limit} make an answer to this job")
-
-    def missing(self) -> Iterator[str]:
-        """Yields the ids of the pieces that have not arrived."""
-        for piece in iterate_object_tree(self._tree):
-            if piece.object_id not in self.contents:
-                yield piece.object_id
-
-    def take(self, piece: str, content: bytes, limit: int) -> None:
-        """Keeps a piece; refuses it if all pieces together have more than `limit` bytes."""
-        self._bytes += len(content)
-        if self._bytes > limit:
-            raise MalformedMessage(f"bytes={self._bytes} or more: at most {limit} make an answer to this job")
-        self.contents[piece] = content
-
-
-def check_size(contents: dict[str, bytes], limit: int) -> None:
-    """Refuses pieces that would take too much memory when put together, since an array may name one piece many times.
-
-    Args:
-      contents: piece by id.
-      limit: most bytes of an answer.
-
-    Raises:
-      MalformedMessage: the pieces, counted by themselves and in their arrays, have more than twice `limit` bytes.
-    """
-    total = sum(map(len, contents.values()))
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            total += sum(len(contents[children[index]]) for index in named)
-    if total > 2 * limit:  # each piece counts by itself and in its array
-        raise MalformedMessage(f"bytes={total}: at most {2 * limit} make an answer to this job")
 
 
 def why_lost(error: Exception) -> str:

@@ -28,7 +28,6 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
@@ -38,13 +37,13 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import Run
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from offsite.coordinator.network.flower_grid import GuardedGrid, retries
 from offsite.errors import ConfigError, DataError
 from offsite.protos.codec import MAX_BYTES
 from offsite.protos.flower import bundle
+from offsite.protos.flower_http import ControlClient, RuntimeClient, http_client
 from offsite.protos.flower_process import FlowerProcess
 from offsite.protos.guard import HEADER, VARIABLE, Secret, new_secret
 
@@ -96,7 +95,7 @@ class SuperLinkSession:
         self._exec_secret = new_secret(place.folder / "superexec").encode()
         self._heartbeat: HeartbeatSender | None = None
         self._grid: GuardedGrid | None = None
-        self._runtime: RuntimeHttpClient | None = None
+        self._runtime: Any | None = None
         self.process = FlowerProcess(
             "offsite.coordinator.network.superlink",
             [
@@ -137,7 +136,7 @@ class SuperLinkSession:
         self._heartbeat = self._runtime = self._grid = None
         self.process.stop()
 
-    def _finish_run(self, runtime: RuntimeHttpClient) -> None:
+    def _finish_run(self, runtime: Any) -> None:
         if self.process.running:
             with contextlib.suppress(httpx.HTTPError):  # the run ends with its SuperLink anyway
                 runtime.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
@@ -161,14 +160,14 @@ class SuperLinkSession:
 
     def _await_health(self) -> None:
         until = time.monotonic() + START_SECONDS
+        url = f"https://{self._place.local}/docs"
         # this path needs our secret: another SuperLink on this port would answer /health as well
-        own = {"verify": _context(self._ca), "timeout": 2.0, "headers": {HEADER: self._guard}}
-        with httpx.Client(base_url=f"https://{self._place.local}", **own) as client:
+        with http_client(verify=_context(self._ca), timeout=2.0) as client:
             while time.monotonic() < until:
                 if not self.process.running:
                     break
                 try:
-                    if client.get("/docs").status_code == httpx.codes.OK:
+                    if client.get(url, headers={HEADER: self._guard}).status_code == httpx.codes.OK:
                         return
                 except httpx.HTTPError:
                     pass
@@ -180,7 +179,7 @@ class SuperLinkSession:
 
     def _register(self) -> None:
         """Makes Flower's list of nodes equal to the federation's: new sites in, revoked sites out."""
-        control = ControlHttpClient.from_server_address(
+        control = ControlClient.from_server_address(
             self._place.local,
             insecure=False,
             root_certificates=self._ca,
@@ -236,8 +235,8 @@ class SuperLinkSession:
             client.close()
         raise ConfigError("Flower's SuperLink gave no task for our run; is flwr 1.41 or 1.42 installed?")
 
-    def _client(self, interceptors: list[Any], retries: RetryInvoker | None) -> RuntimeHttpClient:
-        return RuntimeHttpClient.from_server_address(
+    def _client(self, interceptors: list[Any], retries: RetryInvoker | None) -> Any:
+        return RuntimeClient.from_server_address(
             server_address=self._place.local,
             insecure=False,
             root_certificates=self._ca,
@@ -250,7 +249,7 @@ class SuperLinkSession:
         )
 
 
-def _beat(runtime: RuntimeHttpClient) -> Callable[[], bool]:
+def _beat(runtime: Any) -> Callable[[], bool]:
     """Returns a heartbeat; Flower's own interrupts the whole process when the SuperLink no longer knows the run."""
 
     def beat() -> bool:

@@ -39,6 +39,7 @@ class Liar(stubs.DepotServicer):
     def __init__(self, change: Callable[[int, wire.Chunk], wire.Chunk], beyond: int = 0) -> None:
         self.change, self.content = change, CONTENT + bytes(beyond)
         self.asked: list[int] = []
+        self.compression: grpc.Compression | None = None
 
     def Describe(self, request: Any, context: Any) -> Any:
         return wire.Description(sha256=request.sha256, size=SIZE, chunk=CHUNK)
@@ -56,9 +57,11 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Liar], DepotAdd
     ca, key, own = create_authority("authority", now=NOW), new_key(), new_key()
     certificate = issue_server(ca, key, ["127.0.0.1"], now=NOW)
     site = issue_client(ca, make_request(own, "ash"), "ash", now=NOW)
-    server = grpc.server(futures.ThreadPoolExecutor(4))
+    servers: list[grpc.Server] = []
 
     def serve(liar: Liar) -> DepotAddress:
+        server = grpc.server(futures.ThreadPoolExecutor(4), compression=liar.compression)
+        servers.append(server)
         stubs.add_DepotServicer_to_server(liar, server)
         credentials = grpc.ssl_server_credentials([(key, certificate)], ca.certificate, True)
         port = server.add_secure_port("127.0.0.1:0", credentials)
@@ -66,7 +69,8 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Liar], DepotAdd
         return DepotAddress("127.0.0.1", port, ca.certificate, site, own)
 
     yield serve
-    server.stop(0).wait()
+    for server in servers:
+        server.stop(0).wait()
 
 
 Serve = Callable[[Liar], DepotAddress]
@@ -131,3 +135,13 @@ def test_a_message_larger_than_a_chunk_is_refused(lying: Serve, tmp_path: Path) 
     liar = Liar(lambda _, chunk: wire.Chunk(offset=chunk.offset, data=bytes(2 * CHUNK), crc32=0))
     with pytest.raises(DataError, match="resource_exhausted"):
         fetch(lying(liar), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+
+
+@pytest.mark.parametrize("kind", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_a_compressed_chunk_is_not_inflated(lying: Serve, tmp_path: Path, kind: grpc.Compression) -> None:
+    """gRPC inflates what the other side compressed, whether or not it was asked to; here the bytes come as they are."""
+    liar = Liar(lambda _, chunk: wire.Chunk(offset=chunk.offset, data=bytes(CHUNK), crc32=zlib.crc32(bytes(CHUNK))))
+    liar.compression = kind
+    with pytest.raises(DataError, match=r"is disabled|deserializing"):
+        fetch(lying(liar), DIGEST, SIZE, tmp_path / "package", on_bytes=ignore, patience=0.3)
+    assert (tmp_path / "package.partial").stat().st_size == 0

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from offsite.client.home.policy import UNPACKING, Policy
 from offsite.client.home.redact import REFUSALS, local_message
 from offsite.client.service.job_loading import _make_way
-from offsite.client.service.site_runtime import limit_resources
+from offsite.client.service.process_limits import limit_resources
 from offsite.errors import DataError
 from offsite.protos import codec
 from tests.faults.conftest import wait_for
@@ -21,7 +22,7 @@ LIMITED = """
 import sys, torch
 from dataclasses import replace
 from offsite.client.home.redact import local_message as fault
-from offsite.client.service.site_runtime import limit_resources
+from offsite.client.service.process_limits import limit_resources
 from offsite.client.home.policy import Policy
 from offsite.trust.toml_tables import read_settings
 from pathlib import Path
@@ -50,6 +51,56 @@ def test_threads_and_memory_of_the_process_are_kept(tmp_path: Path) -> None:
     threads, told = done.stdout.strip().split("\n")
     assert threads == "1"
     assert told.startswith("not enough memory for this job; raise max_memory_gb")
+
+
+UNLIMITED = """
+import resource, sys
+from pathlib import Path
+from offsite.client.home.policy import Policy
+from offsite.client.service import process_limits
+process_limits.CONTAINER = Path(sys.argv[2])
+process_limits.limit_resources(Policy.read(Path(sys.argv[1])))
+print(resource.getrlimit(resource.RLIMIT_DATA)[0], process_limits.machine_memory())
+"""
+
+
+@pytest.mark.parametrize("container", ["max\n", "2147483648\n", "", None])
+def test_without_a_number_three_quarters_of_the_memory_are_the_limit(tmp_path: Path, container: str | None) -> None:
+    (tmp_path / "policy.toml").write_text(Policy.template())
+    if container is not None:
+        (tmp_path / "memory.max").write_text(container)
+    arguments = [str(tmp_path / "policy.toml"), str(tmp_path / "memory.max")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", UNLIMITED, *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    limit, memory = map(int, done.stdout.split())
+    machine = psutil.virtual_memory().total
+    assert memory == (min(machine, 2**31) if container == "2147483648\n" else machine)
+    assert abs(limit - 3 * memory // 4) <= 1
+
+
+CRASHING = """
+import ctypes, resource, sys
+if sys.argv[1] == "forbidden":
+    from offsite.cli.main import main
+    sys.argv[1:] = ["client", "doctor", "nowhere"]
+    try:
+        main()
+    except SystemExit:
+        pass
+print(resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(3))
+"""
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("forbidden", "0 0"), ("stock", "1")])
+def test_a_client_leaves_no_core(kind: str, expected: str) -> None:
+    """The second number is the kernel's own word on whether a core of the process may be written."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHING, kind], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith(expected)
 
 
 def test_a_limit_that_no_system_has_is_one_line(tmp_path: Path) -> None:

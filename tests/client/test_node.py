@@ -27,6 +27,7 @@ def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Excep
     node = Node(
         SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
         lambda stage, body: b"",
+        largest=lambda: 0,
         note=lambda kind, reason: notes.append((kind, reason)),
         stopping=lambda: True,
     )

@@ -15,9 +15,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from offsite.coordinator.network.flower_grid import LOST, GuardedGrid, check_size
+from offsite.coordinator.network.flower_grid import LOST, GuardedGrid
 from offsite.errors import MalformedMessage
 from offsite.protos.flower import pack, unpack
+from offsite.protos.flower_pieces import check_size
 
 LARGEST = 4 << 20
 

@@ -51,8 +51,12 @@ def test_one_coordinator_and_three_clients(compose: dict[str, Any]) -> None:
 
 
 def test_the_coordinator_may_hold_many_connections(compose: dict[str, Any]) -> None:
-    most = {"nofile": {"soft": OPEN_FILES, "hard": OPEN_FILES}}
-    assert compose["services"]["coordinator"]["ulimits"] == most
+    assert compose["services"]["coordinator"]["ulimits"]["nofile"] == {"soft": OPEN_FILES, "hard": OPEN_FILES}
+
+
+def test_no_service_takes_the_machines_memory_or_leaves_a_core(service: dict[str, Any]) -> None:
+    assert service["ulimits"]["core"] == 0
+    assert service["mem_limit"] == service["memswap_limit"] == "${MEMORY:-8g}"  # equal, so that nothing is swapped
 
 
 def test_every_service_is_confined(service: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ PROMISED = {
     "NoNewPrivileges": "yes",
     "CapabilityBoundingSet": "",
     "UMask": "0077",
+    "LimitCORE": "0",
+    "MemoryMax": "80%",
 }
 EXPOSURE = 20  # of 100; systemd's word for it is `OK`
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import SITES, Federation, preloaded
+from tests.faults.proxy import RecordingProxy
 from tests.forked import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
@@ -30,10 +31,18 @@ PROGRAMS = (
 
 @dataclass
 class Watched:
-    """The record of a run: its folders, (process, call, host, port) of every address, and every command line."""
+    """The record of a run.
+
+    Attributes:
+      federation: folders of the run.
+      addresses: process, call, host and port of every address that a process asked for.
+      proxy: proxy that the environment of every process named.
+      commands: process and command line.
+    """
 
     federation: Federation
     addresses: list[tuple[int, str, str, int]]
+    proxy: RecordingProxy
     commands: set[tuple[int, str]] = field(default_factory=set)
 
 
@@ -44,8 +53,9 @@ def watched(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     federation = Federation(folder, fed, plain=True)
     # off in the environment, so that what is tested is what the programs themselves switch off
     inherited = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("FLWR_", "HF_", "RAY_"))}
-    environment = inherited | {"LD_PRELOAD": library, "OFFSITE_WATCH": str(written)}
-    found, ended = Watched(federation, []), threading.Event()
+    proxy = RecordingProxy()
+    environment = inherited | proxy.environment() | {"LD_PRELOAD": library, "OFFSITE_WATCH": str(written)}
+    found, ended = Watched(federation, [], proxy), threading.Event()
     looking = threading.Thread(target=_look, args=(found, ended))
     looking.start()
     try:
@@ -58,6 +68,7 @@ def watched(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
         federation.stop()
         ended.set()
         looking.join()
+        proxy.close()
     for line in written.read_text().splitlines():
         process, call, host, port = line.split(" ")
         found.addresses.append((int(process), call, host, int(port)))
@@ -83,6 +94,10 @@ def test_no_process_asks_for_another_host(watched: Watched) -> None:
     bound = {port for _, call, _, port in watched.addresses if call == "bind"} - {0}
     connected = {port for _, call, _, port in watched.addresses if call in ("connect", "sendto")}
     assert connected <= bound, connected - bound
+
+
+def test_nothing_arrives_at_the_proxy_that_the_environment_names(watched: Watched) -> None:
+    assert watched.proxy.heads == []
 
 
 def _is_loopback(host: str) -> bool:

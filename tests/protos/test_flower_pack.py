@@ -5,15 +5,17 @@ import io
 import subprocess
 import sys
 import tomllib
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Wire
 
+from offsite.errors import MalformedMessage
 from offsite.protos.flower import BUNDLE, SHORT_BYTES, bundle, pack, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +67,49 @@ def test_a_record_that_is_no_stage_is_a_key_error(record: RecordDict) -> None:
     """The executor answers a key error with an error of Flower's instead of calling the site."""
     with pytest.raises(KeyError):
         unpack(record)
+
+
+def flat(data: bytes) -> RecordDict:
+    array = Array("uint8", (1,), "numpy.ndarray", data)
+    return RecordDict({"stage": ConfigRecord({"name": "keys"}), "body": ArrayRecord({"flat": array})})
+
+
+def written(array: np.ndarray, **header: object) -> bytes:
+    """Returns numpy's file of an array, with other words in its header."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": array.shape} | header)
+    return file.getvalue() + array.tobytes()
+
+
+def test_a_body_is_read_as_numpy_reads_it() -> None:
+    for size in SIZES:
+        array = np.frombuffer(body(size), dtype=np.uint8)
+        assert unpack(flat(written(array))) == ("keys", np.load(io.BytesIO(written(array))).tobytes())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY\x01\x00",
+        written(np.zeros(8, np.uint8), shape=(1 << 40,)),
+        written(np.zeros(8, np.uint8), shape=(7,)),
+        written(np.zeros(8, np.uint8), shape=(2, 4)),
+        written(np.zeros(8, np.uint8), descr="<f8", shape=(1,)),
+        written(np.zeros(8, np.uint8), descr="|V1073741824", shape=(1,)),
+        written(np.zeros(8, np.uint8), fortran_order=True),
+        written(np.zeros(8, np.uint8))[:-1],
+        b"PK\x03\x04" + bytes(100),
+    ],
+)
+def test_a_body_whose_header_names_other_bytes_is_refused_before_room_is_made(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedMessage, match="not a flat array of exactly these bytes"):
+            unpack(flat(data))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_bundle_holds_no_code() -> None:

@@ -181,6 +181,39 @@ def test_start_and_end_of_the_program_pass() -> None:
     assert reached == ["lifespan"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "noted"),
+    [
+        ("POST", "/v1/fleet/pull-messages", [PROTOBUF], 200, [False, True]),
+        ("POST", "/v1/fleet/pull-messages", [PROTOBUF], 401, [False]),
+        ("POST", "/v1/fleet/pull-messages", [], 200, [False]),
+        ("GET", "/health", [], 200, [False, False]),
+        ("GET", "/docs", [], 200, [False]),
+        ("GET", "/docs", [HEALTH], 200, [True]),
+    ],
+)
+def test_a_peer_is_known_by_the_secret_or_by_a_post_that_succeeds(
+    method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, noted: list[bool]
+) -> None:
+    """What a header says of its sender's address counts for nothing."""
+    notes: list[tuple[tuple[str, int], bool]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": method, "path": path, "client": ("10.0.0.1", 5)}
+    scope["headers"] = [*headers, (b"x-forwarded-for", b"10.9.9.9")]
+    guard = Guard(app, SECRET, PUBLIC, note=lambda peer, known: notes.append((peer, known)))
+    asyncio.run(guard(scope, receive, send))
+    assert notes == [(("10.0.0.1", 5), known) for known in noted]
+
+
 def body_of(*pieces: bytes, announced: bytes | None = None, path: str = "/v1/fleet/x", secret: bool = False) -> Any:
     """Returns the body that an application got in pieces, its status, and how many pieces were requested."""
     got: list[Any] = []
