@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RUN := runs/demo
 WORKERS ?= 2
+SEED ?= 1
+COUNT ?= 100
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 ROUNDED := tests/emulator/test_bitsandbytes.py tests/client/test_rounded_weights.py
 
-.PHONY: help setup demo test test-quick check protos tree docs bench lock clean
+.PHONY: help setup demo test test-quick check protos tree docs bench mutants lock clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +63,9 @@ docs: setup ## writes the generated pages of docs/ anew, and builds the site in 
 bench: setup ## compares secure aggregation with Flower's and with CKKS in one process
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
 	$(BIN)/python -m bench.secagg --sizes 1e6 1e7 --members 10
+
+mutants: setup ## changes the code in small ways and counts what the tests notice; hours; SEED, COUNT
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.mutants --seed $(SEED) --count $(COUNT)
 
 lock: setup ## writes the versions that are installed now to constraints.txt
 	{ $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --path $(VENV)/extra; } \
