@@ -10,7 +10,7 @@ COUNT ?= 100
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 ROUNDED := tests/emulator/test_bitsandbytes.py tests/client/test_rounded_weights.py
 
-.PHONY: help setup demo test test-quick check protos tree docs bench mutants lock clean
+.PHONY: help setup demo test test-quick check protos tree docs bench mutants lock wheel clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,5 +71,8 @@ lock: setup ## writes the versions that are installed now to constraints.txt
 	{ $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --path $(VENV)/extra; } \
 	| grep -v -E '^(torch|offsite)==|^offsite @' | sort -f -u > constraints.txt
 
+wheel: setup ## builds the wheel in dist, the same bytes on every machine
+	$(BIN)/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist .
+
 clean: ## removes the virtual environment and run folders
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist
