@@ -31,6 +31,7 @@ from offsite.secagg.journal import MemoryJournal
 from offsite.secagg.member import Member
 from offsite.secagg.params import SecAggParams
 from offsite.secagg.signed_bodies import KEYS, SHARES, SURVIVORS, Keys, Signed
+from offsite.trust.collusion import fewest_in_sum, usual_accomplices
 from offsite.trust.identity import Identity
 
 CLIP = 1.0
@@ -87,7 +88,8 @@ def make_terms(stand_ins: list[StandIn], identity: Identity, length: int) -> Sec
         round=1,
         nonce=os.urandom(16),
         roster=tuple(roster),
-        n_min=3,
+        n_min=fewest_in_sum(usual_accomplices(len(roster))),
+        accomplices=usual_accomplices(len(roster)),
         length=length,
         clip=CLIP,
         manifest=bytes(32),

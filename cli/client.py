@@ -8,9 +8,11 @@ import typer
 
 from offsite.cli.confirm import confirm, warn_of_expiry
 from offsite.cli.typer_app import command_group
+from offsite.client.home.consent import Consent
 from offsite.client.home.installation import SiteHome
 from offsite.errors import DataError
-from offsite.trust.federation_manifest import changes
+from offsite.trust.certificates import digits_of
+from offsite.trust.federation_manifest import FederationManifest, changes
 from offsite.trust.sealing import HYBRID
 from offsite.trust.welcome import MAX_BYTES, Welcome
 
@@ -24,9 +26,12 @@ def init(
     name: Annotated[str, typer.Option(help="name of this site")],
     data: Annotated[Path, typer.Option(help="file or folder of the site's records")],
     suite: Annotated[int, typer.Option(help="kind of the sealing key, as the coordinator says")] = HYBRID,
+    contact: Annotated[
+        str, typer.Option(help="person or office, and telephone number, that the other owners see when they sign")
+    ] = "",
 ) -> None:
     """Make a site's folder with its keys, its policy and its request."""
-    site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC))
+    site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC), contact=contact)
     typer.echo(f"site {name!r} made in {folder}; {site.policy} says what the site permits")
     _show_request(site, folder / "site.request")
 
@@ -45,6 +50,14 @@ def sign(
     fingerprint: Annotated[
         str | None, typer.Option(help="fingerprint that the coordinator read to you, in place of the question")
     ] = None,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(help="fingerprint of a member who is not among known in site.toml, and whom you confirm"),
+    ] = None,
+    weaker: Annotated[
+        bool,
+        typer.Option("--weaker", help="consent to fewer helpers than a third of the sites, in place of the question"),
+    ] = False,
 ) -> None:
     """Accept a welcome: show its changes, compare its fingerprint, pin it and sign it."""
     site, now = SiteHome.open(folder), datetime.now(UTC)
@@ -56,15 +69,42 @@ def sign(
     typer.echo(f"epoch {manifest.epoch} of {manifest.name!r}, coordinator at {offered.host}")
     for line in changes(pinned, manifest) or ("nothing changes but this site's own certificate or the addresses",):
         typer.echo(f"  {line}")
+    typer.echo("\n".join(member_lines(manifest)))
     typer.echo(f"fingerprint: {offered.fingerprint}")
     if fingerprint is None:
-        confirm("did the coordinator read the same fingerprint to you, and do you accept this?", yes=False)
+        confirm(
+            "did the coordinator read the same fingerprint to you, do you know each member, and do you accept this?",
+            yes=False,
+        )
         fingerprint = offered.fingerprint
+    consent = _consent(site, manifest, confirmed=member or [], weaker=weaker)
     _declare(site)
-    site.join(data, now=now, expected=fingerprint)
+    site.join(data, now=now, expected=fingerprint, consent=consent)
     site.sign()
     typer.echo(f"signed; next, to send the signature and wait for jobs: offsite client run {folder}")
     warn_of_expiry(site.check(now))
+
+
+def _consent(site: SiteHome, manifest: FederationManifest, *, confirmed: list[str], weaker: bool) -> Consent:
+    """Asks the owner about members who are not among those that the owner knows, and about a weaker federation."""
+    known = {digits_of(digits) for digits in confirmed}
+    unknown = {name: digits for name, digits in site.strangers(manifest).items() if digits_of(digits) not in known}
+    if unknown:
+        typer.echo("not among known in site.toml: " + ", ".join(f"{name} {digits}" for name, digits in unknown.items()))
+        confirm("did the owners of these sites themselves read these fingerprints to you?", yes=False)
+    if manifest.weaker:
+        typer.echo(manifest.weaker)
+        confirm("do you sign this sentence?", yes=weaker)
+    return Consent((*confirmed, *unknown.values()), manifest.weaker)
+
+
+def member_lines(manifest: FederationManifest) -> list[str]:
+    """Returns the members with contact and fingerprint, and the fingerprint that the owners read to each other."""
+    lines = [f"members: {len(manifest.members)}; an invented one helps the coordinator, so call every other owner"]
+    for member in manifest.members:
+        lines.append(f"  {member.site}, {member.contact or 'no contact given'}")
+        lines.append(f"    request {manifest.fingerprint_of(member.site)}")
+    return [*lines, f"member list, to compare with the other owners: {manifest.members_fingerprint}"]
 
 
 @app.command()

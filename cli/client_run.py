@@ -16,6 +16,7 @@ import typer
 from offsite.cli.client import app
 from offsite.cli.confirm import warn_of_expiry
 from offsite.cli.typer_app import command_group
+from offsite.client.home.approvals import DAYS
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.settings import SETTINGS
 from offsite.errors import DataError
@@ -100,42 +101,61 @@ def inspect(
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
+    approved = jobs.approved(now())
     if job is None:
-        approved = jobs.approved()
         for digest in jobs.names():
             typer.echo(f"{digest}  {'approved' if digest in approved else 'not approved'}")
         return
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     manifest, site = offered.manifest, installation.settings.name
+    jobs.show(offered.digest, now=now())
     if as_json:
-        facts = {"job": offered.digest, "approved": offered.approved, "emulator": manifest.emulator_of(site)}
+        facts = {"job": offered.digest, "approved": offered.digest in approved, "emulator": manifest.emulator_of(site)}
         typer.echo(json.dumps(facts | {"manifest": json.loads(manifest.to_bytes())}))
         return
     records = places_of(installation, manifest.split)
     delta = min(installation.read_policy().delta_cap, public_delta(records) if records else LARGEST_DELTA)
-    typer.echo("\n".join(job_lines(manifest, site=site, approved=offered.approved, records=records, delta=delta)))
+    typer.echo(
+        "\n".join(job_lines(manifest, site=site, approved=offered.digest in approved, records=records, delta=delta))
+    )
 
 
 @app.command()
 def approve(
-    folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")]
+    folder: Place,
+    job: Annotated[
+        str | None, typer.Argument(help="all 64 digits of an inspected job's hash; the last inspected job by default")
+    ] = None,
+    days: Annotated[int, typer.Option(help="days for which the approval holds")] = DAYS,
 ) -> None:
-    """Approve one job by the hash of its manifest, and set its whole privacy aside in the ledger."""
+    """Approve one inspected job by the hash of its manifest, and set its whole privacy aside in the ledger."""
     from offsite.client.home.jobs import Jobs
     from offsite.client.service.approval import approve as approve_job
     from offsite.protos.aggregation import NO_SECAGG_WARNING
 
     installation = open_folder(folder)
     jobs = Jobs(installation.state / "jobs")
-    offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
+    digest = jobs.digest_to_approve(job)
+    offered = jobs.inspect(digest, bytes.fromhex(installation.federation().coordinator))
     if offered.manifest.aggregation.individuals:
         typer.echo(f"WARNING {NO_SECAGG_WARNING}")
-    digest, plan = approve_job(installation, job, by=_user(), now=now())
+    approval, plan = approve_job(installation, digest, by=_user(), now=now(), days=days)
     typer.echo(
         f"set aside in the ledger: epsilon {plan.epsilon:.3f} at delta {plan.delta:.3g}, for {plan.records} declared "
         f"records, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
     )
-    typer.echo(f"approved {digest}; any other manifest needs an approval of its own")
+    typer.echo(f"approved {digest} until {approval.until}; any other manifest needs an approval of its own")
+
+
+@app.command()
+def withdraw(
+    folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of an approved job's hash")]
+) -> None:
+    """Withdraw the approval of a job: no round of it is trained from now on."""
+    from offsite.client.home.jobs import Jobs
+
+    digest = Jobs(open_folder(folder).state / "jobs").withdraw(job, by=_user(), now=now())
+    typer.echo(f"withdrawn: {digest}; an update that was trained before may still leave")
 
 
 def _user() -> str:

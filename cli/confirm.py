@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from offsite.errors import Untrusted
-from offsite.trust.certificates import WARN_DAYS
+from offsite.trust.certificates import WARN_DAYS, digits_of
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -30,7 +30,7 @@ def same_fingerprint(computed: Sequence[str], heard: Sequence[str]) -> None:
     Raises:
       Untrusted: the fingerprints differ.
     """
-    if sorted(map(_digits, computed)) != sorted(map(_digits, heard)):
+    if sorted(map(digits_of, computed)) != sorted(map(digits_of, heard)):
         raise Untrusted(
             f"fingerprint={', '.join(computed)}: the other side read {', '.join(heard)}; nothing was changed; ask again"
         )
@@ -41,7 +41,3 @@ def warn_of_expiry(left: Mapping[str, int]) -> None:
     for name, days in left.items():
         if days <= WARN_DAYS:
             typer.echo(f"warning: {name} expires in {days} days; offsite coordinator approve DIR renews it", err=True)
-
-
-def _digits(fingerprint: str) -> str:
-    return "".join(fingerprint.split()).replace("-", "").lower()

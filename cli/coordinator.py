@@ -27,7 +27,17 @@ def init(
     host: Annotated[str, typer.Option(help="name or address under which sites reach this machine")] = "127.0.0.1",
     link_port: Annotated[int, typer.Option(help="port of the SuperLink, which carries the messages")] = 8443,
     depot_port: Annotated[int, typer.Option(help="port of the depot, from which sites fetch packages")] = 8444,
-    n_min: Annotated[int, typer.Option(help="smallest number of sites whose sum a job may open, at least 3")] = 3,
+    n_min: Annotated[
+        int,
+        typer.Option(help="smallest number of sites whose sum a job may open; 0 takes the smallest allowed number"),
+    ] = 0,
+    accomplices: Annotated[
+        int | None,
+        typer.Option(
+            help="number of sites that may help the coordinator without learning another's update; a third of all "
+            "members by default, and fewer is weaker: every owner signs a sentence that says so"
+        ),
+    ] = None,
     max_epsilon: Annotated[
         float, typer.Option(help="largest epsilon that a job may plan, at a delta of at most 1e-6")
     ] = 8.0,
@@ -46,6 +56,7 @@ def init(
         link_port=link_port,
         depot_port=depot_port,
         n_min=n_min,
+        accomplices=accomplices,
         max_epsilon=max_epsilon,
         now=datetime.now(UTC),
         suite=suite,
@@ -86,6 +97,7 @@ def approve(
     for request in read:
         kind = "new keys for" if request.replaces else "request of"
         typer.echo(f"{kind} {request.name}: {request.fingerprint}")
+        typer.echo(f"  contact, as the other owners will see it: {request.contact or 'none given'}")
     if fingerprint:
         same_fingerprint([request.fingerprint for request in read], fingerprint)
     else:
@@ -108,6 +120,8 @@ def revoke(
 def _show(home: CoordinatorHome, federation: FederationManifest, now: datetime) -> None:
     """Prints the epoch, the place of each welcome, and the fingerprint that every owner compares."""
     typer.echo(f"epoch {federation.epoch} of {federation.name!r}, {len(federation.members)} sites")
+    if federation.weaker:
+        typer.echo(federation.weaker)
     for member in federation.members:
         typer.echo(f"welcome for {member.site}: {home.welcome(member.site)}")
     if federation.members:

@@ -2,6 +2,7 @@
 
 from offsite.protos.aggregation import NO_SECAGG_WARNING, AggregationTerms
 from offsite.protos.job_manifest import JobManifest
+from offsite.trust.collusion import weaker_sentence
 
 SPLITS = {
     "truncate": "one record for each text, cut after so many tokens",
@@ -31,10 +32,17 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool, records: int 
         *_of_rule(rule, manifest.adapter.rank),
         f"leaves     one {'signed, plain' if rule.individuals else 'masked'} update a round"
         + "".join(f", and the metric {name}, which no site sends" for name in manifest.metrics),
-        f"next       offsite client approve DIR {digest[:12]}",
     ]
+    if not rule.individuals:
+        lines.append(
+            f"helpers    up to {manifest.accomplices} of these sites may help the coordinator, which then sees no "
+            "single update of the others"
+        )
+    lines.append(f"next       offsite client approve DIR {digest}")
     if rule.individuals:
         lines.insert(1, f"WARNING    {NO_SECAGG_WARNING}")
+    if weaker := weaker_sentence(manifest.accomplices, len(manifest.roster)):
+        lines.insert(1, f"WARNING    {weaker}")
     if others := {emulator: sites for emulator, sites in manifest.shipped().items() if emulator != own}:
         lines.insert(2, f"others     {_others(others)}")
     return lines

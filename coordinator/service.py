@@ -143,7 +143,7 @@ def open_job(context: JobContext, epoch: owners.FederationManifest) -> Job:
     """
     roster = tuple((member.site, member.identity) for member in epoch.members)
     min_sites = max(epoch.n_min, context.config.secagg.n_min)
-    parties = Parties(epoch.name, epoch.epoch, roster, min_sites, job=context.nonce().hex())
+    parties = Parties(epoch.name, epoch.epoch, roster, min_sites, epoch.accomplices, job=context.nonce().hex())
     settings = settings_sha256(context.config)
     return open_or_prepare(context.config, parties, context.store, on_step=context.on_step, settings=settings)
 

@@ -106,7 +106,7 @@ done
 if [[ -z ${POLICY:-} ]]; then
   echo "The job waits for the three owners. As each of them, once it is offered:"
   for name in "${names[@]}"; do
-    echo "  look: offsite client inspect $folder/$name    agree: offsite client approve $folder/$name JOB"
+    echo "  look: offsite client inspect $folder/$name, again with the hash that it prints    agree: offsite client approve $folder/$name"
   done
 fi
 

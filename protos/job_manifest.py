@@ -49,6 +49,7 @@ class JobManifest:
       epoch: number of the roster; a changed roster is a new epoch.
       roster: pairs (site, Ed25519 public key in hexadecimal), sorted by site.
       n_min: smallest number of sites whose sum may be opened.
+      accomplices: number of the roster's sites that may help the coordinator; at least as many as the owners signed.
       task: name in `task.tasks.TASKS`.
       emulator: SHA-256 of the emulator package's manifest, hexadecimal, for all sites that are not in `emulators`.
       base: SHA-256 over the full model's configuration and weights, hexadecimal; only the coordinator can check it.
@@ -81,6 +82,7 @@ class JobManifest:
     epoch: int
     roster: tuple[tuple[str, str], ...]
     n_min: int
+    accomplices: int
     task: str
     emulator: str
     base: str
@@ -220,6 +222,7 @@ def _check(manifest: JobManifest) -> None:
         manifest.steps, "job steps (rounds and spare rounds, times local_steps)", lowest=1, highest=MAX_STEPS
     )
     canonical.whole(manifest.n_min, "job n_min", lowest=1, highest=MAX_SITES)
+    canonical.whole(manifest.accomplices, "job accomplices", lowest=0, highest=MAX_SITES)
     canonical.whole(terms.batch, "job batch", lowest=1, highest=_MOST_RECORDS)
     if type(terms.private) is not bool or len(manifest.roster) > MAX_SITES or len(manifest.metrics) > MAX_SITES:
         raise MalformedMessage("job private, roster or metrics: unknown to this release; refuse the job")

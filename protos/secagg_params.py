@@ -41,7 +41,8 @@ def secagg_params(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
 
     Raises:
       UnknownName: an invited site is not in the roster.
-      ConfigError: fewer sites than n_min are invited, or they are not in order.
+      ConfigError: fewer sites than n_min are invited, n_min is too small for the manifest's accomplices, or the invited
+        sites are not in order.
     """
     roster = dict(manifest.roster)
     return SecAggParams(
@@ -56,6 +57,7 @@ def secagg_params(manifest: JobManifest, request: KeysRequest) -> SecAggParams:
         config=manifest.digest(),
         roster=tuple((site, bytes.fromhex(lookup(roster, site, "site"))) for site in request.invited),
         n_min=manifest.n_min,
+        accomplices=manifest.accomplices,
         length=manifest.upload_size(request.round),
         clip=manifest.update_bound,
     )

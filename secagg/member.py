@@ -18,8 +18,9 @@ from offsite.errors import ConfigError, MalformedMessage, ProtocolViolation, Too
 from offsite.secagg import agreement, mask, ring, shamir, signed_bodies
 from offsite.secagg.agreement import Agreed
 from offsite.secagg.journal import Journal
-from offsite.secagg.params import MIN_SITES, SecAggParams
+from offsite.secagg.params import SecAggParams
 from offsite.secagg.signed_bodies import KEYS, MASK_KEY, MASKED, SELF_MASK, SHARES, SURVIVORS, UNMASK, Signed
+from offsite.trust.collusion import MIN_SITES
 from offsite.trust.identity import Identity
 
 _ORDER = (KEYS, SHARES, MASKED, SURVIVORS, UNMASK)

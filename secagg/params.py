@@ -8,11 +8,11 @@ from functools import cached_property
 
 from offsite.errors import ConfigError
 from offsite.secagg import ring
+from offsite.trust.collusion import MIN_SITES, fewest_in_sum
 from offsite.trust.identity import KEY_BYTES
 from offsite.trust.wire import MAX_SITE_BYTES, Writer
 
 SUITE = 1
-MIN_SITES = 3  # with two sites each learns the other's update from the sum
 MAX_SITES = 64  # a complete graph of pair masks; above it a sparse graph would be needed
 DIGEST_BYTES = 32
 NONCE_BYTES = (16, 64)
@@ -34,7 +34,9 @@ class SecAggParams:
       adapter: SHA-256 of the adapter layout and start values.
       config: SHA-256 of the training configuration.
       roster: invited sites, sorted by id, each with its raw Ed25519 public key.
-      n_min: fewest sites in a sum, >= 3.
+      n_min: fewest sites in a sum, >= 3 and >= accomplices + 2.
+      accomplices: number of sites that may help the coordinator, >= 0; counted against all members of the federation
+        and not against the invited sites, because the coordinator picks who is invited.
       length: coordinates of an update, d.
       clip: per-coordinate bound of an update, finite and > 0; used as the nearest float32.
       suite: 1 (X25519, Ed25519, HKDF-SHA256, AES-256-GCM, AES-256-CTR).
@@ -50,6 +52,7 @@ class SecAggParams:
     config: bytes
     roster: tuple[tuple[str, bytes], ...]
     n_min: int
+    accomplices: int
     length: int
     clip: float
     suite: int = SUITE
@@ -63,6 +66,11 @@ class SecAggParams:
                 f"n_min={self.n_min} with invited={len(self.roster)}; {MIN_SITES} <= n_min <= invited; "
                 "invite more sites"
             )
+        if self.n_min < (needed := fewest_in_sum(self.accomplices)):
+            raise ConfigError(
+                f"n_min={self.n_min} with accomplices={self.accomplices}; n_min >= {needed}, so that each sum holds "
+                "two sites that do not help the coordinator; raise n_min"
+            )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -71,13 +79,14 @@ class SecAggParams:
 
     @property
     def threshold(self) -> int:
-        """Number of shares that reconstruct a secret, floor(2n/3)+1 of the *invited* n.
+        """Number of shares that reconstruct a secret: more than (n + a) / 2 and more than 2n / 3 of the *invited* n.
 
-        Two different survivor sets would each need this many honest signatures, which takes more than n/3 colluders
-        (Bonawitz et al. 2017, section 6.2). A count of the sites that answered would let the coordinator choose the
-        number.
+        Two survivor sets with this many signatures each share more than a signers, so one who signs one set only; the
+        same holds for the two secrets of one site. A count of the sites that answered would let the coordinator choose
+        the number. docs/secure-aggregation.md has the proof.
         """
-        return 2 * len(self.roster) // 3 + 1
+        invited = len(self.roster)
+        return max((invited + self.accomplices) // 2, 2 * invited // 3) + 1
 
     @property
     def min_sites(self) -> int:
@@ -104,14 +113,14 @@ class SecAggParams:
         writer.number(len(self.roster))
         for site, key in self.roster:
             writer.text(site).field(key)
-        writer.number(self.n_min).number(self.length).field(struct.pack(">d", self.clip))
+        writer.number(self.n_min).number(self.accomplices).number(self.length).field(struct.pack(">d", self.clip))
         return hashlib.sha256(writer.done()).digest()
 
 
 def _check_numbers(terms: SecAggParams) -> None:
     if terms.suite != SUITE:
         raise ConfigError(f"suite={terms.suite} is not implemented; suite {SUITE} is; change the manifest")
-    for name, lowest in (("epoch", 0), ("round", 0), ("length", 1), ("n_min", MIN_SITES)):
+    for name, lowest in (("epoch", 0), ("round", 0), ("length", 1), ("n_min", MIN_SITES), ("accomplices", 0)):
         value = getattr(terms, name)
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < _NUMBER_LIMIT:
             raise ConfigError(f"{name}={value!r}; a whole number of at least {lowest} is needed; change the manifest")

@@ -25,6 +25,7 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.secagg.journal import MemoryJournal
 from offsite.simulation.site_log import SiteRound, read_site_log
 from offsite.task.spec import Batch, Record
+from offsite.trust.collusion import usual_accomplices
 from offsite.trust.identity import Identity
 
 CONFIG = "config.json"
@@ -103,8 +104,8 @@ class Run:
         Raises:
           OffsiteError: see `open_or_prepare`.
         """
-        secagg = self.config.secagg
-        parties = Parties(secagg.federation, 1, self.roster(), secagg.n_min)
+        secagg, roster = self.config.secagg, self.roster()
+        parties = Parties(secagg.federation, 1, roster, secagg.fewest(len(roster)), usual_accomplices(len(roster)))
         return open_or_prepare(self.config, parties, self.store, on_step=on_step)
 
     def records(self, path: str) -> list[Record]:

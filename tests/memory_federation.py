@@ -108,7 +108,7 @@ def federation_of(identities: dict[str, Identity], coordinator: Identity, **term
     """Returns a federation manifest; its unused keys are stand-ins."""
     members = tuple(
         FederationMember(
-            site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}"
+            site, identity.public.hex(), terms.get("sealing", {}).get(site, "00"), f"node {site}", f"tls {site}", ""
         )
         for site, identity in sorted(identities.items())
     )
@@ -118,6 +118,7 @@ def federation_of(identities: dict[str, Identity], coordinator: Identity, **term
         previous="",
         suite=1,
         n_min=terms.get("n_min", 3),
+        accomplices=len(identities) // 3,
         clip=terms.get("clip", 1e6),
         scale=32,
         max_epsilon=terms.get("max_epsilon", 8.0),
@@ -283,6 +284,16 @@ class RunningSite:
                 return
             time.sleep(0.01)
         raise AssertionError("the site did not become ready")
+
+    def approve(self) -> None:
+        """Inspects and approves the world's job as the owner."""
+        digest = self.world.manifest.digest().hex()
+        self.jobs.show(digest, now=NOW)
+        self.jobs.approve(digest, by="owner", now=NOW)
+
+    def withdraw(self) -> None:
+        """Withdraws the approval of the world's job."""
+        self.jobs.withdraw(self.world.manifest.digest().hex(), by="owner", now=NOW)
 
     def _fetch(self, digest: str, size: int, target: Path, on_bytes: Callable[[int], None]) -> Path:
         shutil.copyfile(self.world.depot / digest, target)

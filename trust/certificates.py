@@ -202,6 +202,11 @@ def fingerprint(data: bytes) -> str:
     return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 
 
+def digits_of(fingerprint: str) -> str:
+    """Returns the digits of a fingerprint as a person may have typed it, without its groups."""
+    return "".join(fingerprint.split()).replace("-", "").lower()
+
+
 def _builder(name: str, key: ec.EllipticCurvePublicKey, now: datetime, days: int) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

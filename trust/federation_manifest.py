@@ -12,16 +12,18 @@ from typing import Any
 
 from offsite.errors import MalformedMessage, ProtocolViolation, Untrusted
 from offsite.trust import canonical
-from offsite.trust.certificates import EARLY, check_dates
+from offsite.trust.certificates import EARLY, check_dates, fingerprint
+from offsite.trust.collusion import MIN_SITES, fewest_in_sum, weaker_sentence
 from offsite.trust.identity import KEY_BYTES, Identity, verify
 from offsite.trust.keys import check_node_public
+from offsite.trust.request import MAX_CONTACT, fingerprint_of
 from offsite.trust.sealing import CLASSIC, HYBRID, PUBLIC_BYTES
 from offsite.trust.wire import Writer
 
 FORMAT, RING_BITS = 1, 32
-MIN_SITES, MAX_SITES = 3, 1000
+MAX_SITES = 1000
 DIGEST_BYTES = 32
-_LABEL = "offsite federation"
+_LABEL, _MEMBERS = "offsite federation", "offsite federation members"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class FederationMember:
       sealing: public sealing key, hexadecimal.
       node: P-384 public key for Flower, an OpenSSH line.
       tls: SHA-256 of the public key of the site's client certificate, hexadecimal.
+      contact: person or office, and telephone number, as the site's request says; empty where the site gave none.
     """
 
     site: str
@@ -41,6 +44,7 @@ class FederationMember:
     sealing: str
     node: str
     tls: str
+    contact: str
 
     @property
     def keys(self) -> tuple[str, str, str, str]:
@@ -57,7 +61,9 @@ class FederationManifest:
       epoch: number of the epoch, from 1; every change adds 1.
       previous: digest of the epoch before, hexadecimal; empty in epoch 1.
       suite: suite of every sealing key, 1 or 2.
-      n_min: fewest sites whose sum a job may open, at least 3.
+      n_min: fewest sites whose sum a job may open, at least 3 and at least accomplices + 2.
+      accomplices: number of members that may help the coordinator without any update of another member being open to
+        it, at least 0; with fewer than a third of the members, every owner's signature covers `weaker`.
       clip: largest `update_bound` that a job may set, > 0.
       scale: bits of the ring of the secure sum.
       max_epsilon: largest epsilon that a job may plan, at a delta of at most 1e-6, > 0.
@@ -72,6 +78,7 @@ class FederationManifest:
     previous: str
     suite: int
     n_min: int
+    accomplices: int
     clip: float
     scale: int
     max_epsilon: float
@@ -87,6 +94,28 @@ class FederationManifest:
     def digest(self) -> bytes:
         """Returns the SHA-256 of the canonical bytes, 32 bytes."""
         return hashlib.sha256(self.to_bytes()).digest()
+
+    @property
+    def weaker(self) -> str:
+        """The sentence that every owner signs where fewer than a third of the members may help; empty elsewhere."""
+        return weaker_sentence(self.accomplices, len(self.members))
+
+    def fingerprint_of(self, site: str) -> str:
+        """Returns the fingerprint of a member's request, which its owner reads to the other owners.
+
+        Raises:
+          Untrusted: the site is not a member.
+        """
+        member = self.member(site)
+        return fingerprint_of(site, member.contact, self.suite, member.keys)
+
+    @property
+    def members_fingerprint(self) -> str:
+        """The digits that the owners read to each other: the federation's name, and each member's name and keys."""
+        writer = Writer().text(_MEMBERS).text(self.name)
+        for member in self.members:
+            writer.text(self.fingerprint_of(member.site))
+        return fingerprint(writer.done())
 
     def member(self, site: str) -> FederationMember:
         """Returns a site's entry.
@@ -186,8 +215,10 @@ def changes(old: FederationManifest | None, new: FederationManifest) -> tuple[st
     after = {member.site: member for member in new.members}
     lines = [f"added: {site}" for site in sorted(after.keys() - before.keys())]
     lines += [f"removed: {site}" for site in sorted(before.keys() - after.keys())]
-    lines += [f"new keys: {site}" for site in sorted(after.keys() & before.keys()) if after[site] != before[site]]
-    for name in ("name", "coordinator", "suite", "n_min", "clip", "scale", "max_epsilon", "expires"):
+    both = sorted(after.keys() & before.keys())
+    lines += [f"new keys: {site}" for site in both if after[site].keys != before[site].keys]
+    lines += [f"new contact: {site}" for site in both if after[site].contact != before[site].contact]
+    for name in ("name", "coordinator", "suite", "n_min", "accomplices", "clip", "scale", "max_epsilon", "expires"):
         value = getattr(new, name)
         if old is None:
             lines.append(f"{name}: {value}")
@@ -212,6 +243,12 @@ def _check(federation: FederationManifest) -> None:
     canonical.hexadecimal(federation.previous, "federation previous", size=DIGEST_BYTES if epoch > 1 else 0)
     canonical.whole(federation.suite, "federation suite", lowest=CLASSIC, highest=HYBRID)
     canonical.whole(federation.n_min, "federation n_min", lowest=MIN_SITES, highest=MAX_SITES)
+    canonical.whole(federation.accomplices, "federation accomplices", lowest=0, highest=MAX_SITES)
+    if federation.n_min < (needed := fewest_in_sum(federation.accomplices)):
+        raise MalformedMessage(
+            f"federation n_min={federation.n_min} with accomplices={federation.accomplices}: must be at least "
+            f"{needed}, so that each sum holds two sites that do not help the coordinator; ask for it again"
+        )
     canonical.whole(federation.scale, "federation scale", lowest=RING_BITS, highest=RING_BITS)
     canonical.positive(federation.clip, "federation clip")
     canonical.positive(federation.max_epsilon, "federation max_epsilon")
@@ -228,6 +265,7 @@ def _check_members(federation: FederationManifest) -> None:
         canonical.hexadecimal(member.identity, "member identity", size=KEY_BYTES)
         canonical.hexadecimal(member.sealing, "member sealing", size=PUBLIC_BYTES[federation.suite])
         canonical.hexadecimal(member.tls, "member tls", size=DIGEST_BYTES)
+        canonical.text(member.contact, "member contact", limit=MAX_CONTACT)
         check_node_public(canonical.text(member.node, "member node", limit=1 << 10, lines=True))
     names = [member.site for member in federation.members]
     if names != sorted(names):
@@ -240,4 +278,5 @@ def _check_members(federation: FederationManifest) -> None:
 
 
 def _signed(federation: FederationManifest) -> bytes:
-    return Writer().text(_LABEL).field(federation.digest()).done()
+    writer = Writer().text(_LABEL).field(federation.digest())
+    return (writer.text(federation.weaker) if federation.weaker else writer).done()

@@ -1,6 +1,7 @@
 """A site's request to be admitted: its public keys, signed by its own identity; no private key, no data."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,7 +12,7 @@ from offsite.trust.keys import SiteKeys, check_node_public
 from offsite.trust.sealing import CLASSIC, HYBRID, read_public
 from offsite.trust.wire import Writer
 
-FORMAT = 1
+FORMAT, MAX_CONTACT = 1, 100
 _LABEL, _HANDOVER = "offsite request", "offsite handover"
 
 
@@ -26,6 +27,7 @@ class SiteRequest:
       sealing: public sealing key, hexadecimal.
       node: P-384 public key for Flower, an OpenSSH line.
       csr: request for a TLS certificate, PEM.
+      contact: person or office, and telephone number, for the other owners to call; at most 100 characters, or empty.
       created: time of the request, UTC.
       replaces: identity from which the new keys take over, hexadecimal; empty for a new site.
       handover: the old identity's signature over the new keys, hexadecimal; empty for a new site.
@@ -38,6 +40,7 @@ class SiteRequest:
     sealing: str
     node: str
     csr: str
+    contact: str
     created: str
     replaces: str = ""
     handover: str = ""
@@ -50,8 +53,8 @@ class SiteRequest:
 
     @property
     def fingerprint(self) -> str:
-        """The digits that the site reads to the coordinator by telephone; equal names and keys give equal digits."""
-        return certificates.fingerprint(_keys(self))
+        """The digits that the site reads to the coordinator and to other owners by telephone, see `fingerprint_of`."""
+        return fingerprint_of(self.name, self.contact, self.suite, self.keys)
 
     @property
     def keys(self) -> tuple[str, str, str, str]:
@@ -83,13 +86,21 @@ class SiteRequest:
         return request
 
 
-def write_request(keys: SiteKeys, name: str, *, now: datetime, previous: Identity | None = None) -> SiteRequest:
+def fingerprint_of(name: str, contact: str, suite: int, keys: Sequence[str]) -> str:
+    """Returns the fingerprint of a site; equal names, contacts and keys give equal digits."""
+    return certificates.fingerprint(_named_keys(name, contact, suite, keys))
+
+
+def write_request(
+    keys: SiteKeys, name: str, *, now: datetime, contact: str = "", previous: Identity | None = None
+) -> SiteRequest:
     """Returns the signed request of a site.
 
     Args:
       keys: the site's private keys.
       name: the site's name.
       now: time of the request.
+      contact: person or office, and telephone number.
       previous: identity from which these keys take over; None for a new site.
     """
     csr = certificates.make_request(keys.tls.read_bytes(), name).decode()
@@ -100,6 +111,7 @@ def write_request(keys: SiteKeys, name: str, *, now: datetime, previous: Identit
         sealing=keys.sealing.public.hex(),
         node=keys.node_public(),
         csr=csr,
+        contact=contact,
         created=canonical.stamp(now),
         replaces=previous.public.hex() if previous else "",
     )
@@ -112,6 +124,7 @@ def _check(request: SiteRequest) -> None:
     canonical.check_name(request.name, "site")
     canonical.hexadecimal(request.identity, "request identity", size=KEY_BYTES)
     canonical.hexadecimal(request.signature, "request signature", size=SIGNATURE_BYTES)
+    canonical.text(request.contact, "request contact", limit=MAX_CONTACT)
     canonical.moment(request.created, "request created")
     _verify(request.identity, _signed(request), request.signature, request.name)
     read_public(request.suite, bytes.fromhex(canonical.hexadecimal(request.sealing, "request sealing")))
@@ -134,15 +147,16 @@ def _verify(public: str, message: bytes, signature: str, site: str) -> None:
         raise Untrusted(f"site={site!r}: its request is not signed by its identity; ask for a new request") from error
 
 
-def _keys(request: SiteRequest) -> bytes:
-    writer = Writer().text(request.name).number(request.suite)
-    for key in request.keys:
+def _named_keys(name: str, contact: str, suite: int, keys: Sequence[str]) -> bytes:
+    writer = Writer().text(name).text(contact).number(suite)
+    for key in keys:
         writer.text(key)
     return writer.done()
 
 
 def _handed(request: SiteRequest) -> bytes:
-    return Writer().text(_HANDOVER).text(request.replaces).field(_keys(request)).done()
+    new = _named_keys(request.name, request.contact, request.suite, request.keys)
+    return Writer().text(_HANDOVER).text(request.replaces).field(new).done()
 
 
 def _signed(request: SiteRequest) -> bytes:

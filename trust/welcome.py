@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 
 from offsite.errors import ProtocolViolation, Untrusted
 from offsite.trust import canonical
 from offsite.trust.certificates import fingerprint
-from offsite.trust.federation_manifest import FederationManifest
+from offsite.trust.federation_manifest import FederationManifest, check_follows
 from offsite.trust.identity import SIGNATURE_BYTES, Identity, verify
 from offsite.trust.wire import Writer
 
@@ -52,6 +53,29 @@ class Welcome:
         manifest = self.manifest
         writer = Writer().text(_FINGERPRINT).field(self.ca).text(manifest.coordinator).field(manifest.digest())
         return fingerprint(writer.done())
+
+    def check_history(self, pinned: FederationManifest) -> None:
+        """Checks that the epoch is the pinned epoch, or follows from the pinned epoch step by step.
+
+        Raises:
+          Untrusted: the epoch is older, has another content, or belongs to another history.
+        """
+        federation = self.manifest
+        if federation.epoch < pinned.epoch:
+            raise Untrusted(
+                f"epoch={federation.epoch} is older than the pinned epoch {pinned.epoch}; a replay; refuse it"
+            )
+        if federation.epoch == pinned.epoch:
+            if federation.digest() != pinned.digest():
+                raise Untrusted(
+                    f"epoch={federation.epoch} is pinned with another content: the coordinator shows different "
+                    "manifests to different sites or times; refuse it and talk to the other owners"
+                )
+            return
+        earlier = [FederationManifest.from_bytes(content) for content in self.earlier]
+        steps = [pinned, *(manifest for manifest in earlier if manifest.epoch > pinned.epoch), federation]
+        for before, after in pairwise(steps):
+            check_follows(after, before)
 
     def to_bytes(self) -> bytes:
         """Returns the canonical bytes of the welcome file."""

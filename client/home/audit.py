@@ -27,6 +27,14 @@ class Audit:
         """
         return self._chain.append(kind, fields, now=now)
 
+    def entries(self) -> list[Link]:
+        """Returns all entries, each verified anew.
+
+        Raises:
+          DataError: an entry was changed after it was written.
+        """
+        return self._chain.links()
+
 
 def verify(path: Path) -> int:
     """Checks the whole chain of an audit log and returns the number of its entries.

@@ -2,17 +2,18 @@
 
 import shutil
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 
+from offsite.client.home.audit import Audit
+from offsite.client.home.consent import MEMBERS_CONFIRMED, WEAKER_SIGNED, Consent, check_consent, strangers
 from offsite.client.home.policy import Policy
 from offsite.client.home.settings import SETTINGS, SiteSettings
 from offsite.errors import ConfigError, DataError, PolicyRefusal, Untrusted
 from offsite.privacy.calibrate import LARGEST_DELTA
 from offsite.privacy.ledger import Ledger
 from offsite.trust import certificates
-from offsite.trust.certificates import check_issued, check_valid
-from offsite.trust.federation_manifest import FederationManifest, check_follows, sign
+from offsite.trust.certificates import check_issued, check_valid, digits_of
+from offsite.trust.federation_manifest import FederationManifest, sign
 from offsite.trust.files import make_private, read, write_atomically
 from offsite.trust.keys import SiteKeys
 from offsite.trust.request import SiteRequest, write_request
@@ -21,6 +22,7 @@ from offsite.trust.welcome import Welcome
 
 POLICY, REQUEST = "policy.toml", "site.request"
 ACCOUNTANT = "pld"
+NOTHING_MORE = Consent()
 _LEFT, _CURRENT, _NEXT, _OLD = "left", "keys", "keys.next", "keys.old"
 
 
@@ -35,14 +37,14 @@ class SiteHome:
         self._pin, self._left = folder / "trust" / "welcome.json", folder / _LEFT
 
     @classmethod
-    def create(cls, folder: Path, *, name: str, data: Path, suite: int, now: datetime) -> "SiteHome":
+    def create(cls, folder: Path, *, name: str, data: Path, suite: int, now: datetime, contact: str = "") -> "SiteHome":
         """Makes the folder with new keys, a policy that permits little, and the request file.
 
         Raises:
           ConfigError: the folder is not empty, or the name is not allowed.
           DataError: the data do not exist, or the folder cannot be written.
         """
-        settings = SiteSettings(name, str(data.expanduser().absolute()))
+        settings = SiteSettings(name, str(data.expanduser().absolute()), contact=contact)
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"folder={str(folder)!r} is not empty; keys are never overwritten; choose another")
         if not data.expanduser().exists():
@@ -150,29 +152,42 @@ class SiteHome:
             accountant=ACCOUNTANT,
         )
 
+    @property
+    def audit(self) -> Audit:
+        """The audit log of the site."""
+        return Audit(self.state / "audit.jsonl")
+
+    def strangers(self, federation: FederationManifest) -> dict[str, str]:
+        """Returns the fingerprints of the members whom the owner has to confirm first, by site; see `consent`."""
+        return strangers(self.settings, federation, self.audit)
+
     def request(self, now: datetime) -> Path:
         """Writes the request file again, of the new keys where a rotation has begun, and returns its path."""
         current, following = self.keys, self._next()
         previous = current.identity if following else None
-        made = write_request(following or current, self.settings.name, now=now, previous=previous)
+        name, contact = self.settings.name, self.settings.contact
+        made = write_request(following or current, name, now=now, contact=contact, previous=previous)
         write_atomically(self.folder / REQUEST, made.to_bytes())
         return self.folder / REQUEST
 
-    def join(self, data: bytes, *, now: datetime, expected: str | None) -> FederationManifest:
+    def join(
+        self, data: bytes, *, now: datetime, expected: str | None, consent: Consent = NOTHING_MORE
+    ) -> FederationManifest:
         """Accepts a welcome for its owner, who has compared its fingerprint, and pins its epoch.
 
         Args:
           data: bytes of the welcome file.
           now: current time, for the checks of dates.
           expected: fingerprint that the coordinator read to the owner; None where the owner confirmed the shown one.
+          consent: consent of the owner to members that `site.toml` does not name, and to a weaker federation.
 
         Raises:
           MalformedMessage: the data are not a welcome.
-          Untrusted: the welcome has another fingerprint, holds other keys than this site's, has expired, or does not
-            follow from the pinned epoch.
+          Untrusted: the welcome has another fingerprint, holds other keys than this site's, has expired, does not
+            follow from the pinned epoch, or needs a consent that is missing.
         """
         welcome = Welcome.from_bytes(data)
-        if expected is not None and _digits(expected) != _digits(welcome.fingerprint):
+        if expected is not None and digits_of(expected) != digits_of(welcome.fingerprint):
             raise Untrusted(
                 f"fingerprint={welcome.fingerprint}: the coordinator read {expected}; do not join; "
                 "ask the coordinator by telephone"
@@ -184,15 +199,22 @@ class SiteHome:
         check_valid(welcome.certificate, now, f"certificate of site {self.settings.name!r}")
         federation.check_valid(now)
         if self.joined:
-            _check_history(self.federation(), welcome, federation)
+            welcome.check_history(self.federation())
+        check_consent(federation, self.strangers(federation), consent)
+        self._record(federation, consent, now)
         write_atomically(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.json", federation.to_bytes())
         write_atomically(self._pin, data)
         self._settle()
         return federation
 
     def sign(self) -> bytes:
-        """Returns this owner's signature of the pinned epoch, and keeps it beside the epoch."""
+        """Returns this owner's signature of the pinned epoch, and keeps it beside the epoch.
+
+        Raises:
+          Untrusted: `site.toml` has come to name known members, and the owner never confirmed the others.
+        """
         federation = self.federation()
+        check_consent(federation, self.strangers(federation), Consent(weaker=federation.weaker))
         signature = sign(federation, self.keys.identity)
         write_atomically(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.sig", signature)
         return signature
@@ -222,6 +244,14 @@ class SiteHome:
         if still := [name for name in (_CURRENT, _NEXT, _OLD) if (self.folder / name).exists()]:
             raise DataError(f"keys={', '.join(still)}: cannot be removed; remove them yourself: they act for this site")
 
+    def _record(self, federation: FederationManifest, consent: Consent, now: datetime) -> None:
+        """Writes to the audit log what the owner consented to beside the fingerprint."""
+        epoch = {"epoch": federation.epoch, "manifest": federation.digest().hex()}
+        if unknown := self.strangers(federation):
+            self.audit.record(MEMBERS_CONFIRMED, now=now, **epoch, members=unknown)
+        if consent.weaker:
+            self.audit.record(WEAKER_SIGNED, now=now, **epoch, sentence=consent.weaker)
+
     def _next(self) -> SiteKeys | None:
         return SiteKeys.load(self.folder / _NEXT) if (self.folder / _NEXT).exists() else None
 
@@ -234,6 +264,11 @@ class SiteHome:
             if keys is None or keys.identity.public.hex() != own.identity:
                 continue
             mine = (own.identity, keys.sealing.public.hex(), keys.node_public(), keys.tls_public())
+            if own.contact != self.settings.contact:
+                raise Untrusted(
+                    f"contact={own.contact!r}: the coordinator shows the other owners this contact for site={name!r}, "
+                    f"and site.toml says {self.settings.contact!r}; send the file of offsite client request again"
+                )
             if own.keys == mine and certificates.certificate_key(welcome.certificate) == own.tls:
                 return
         raise Untrusted(f"site={name!r}: the manifest or certificate has other keys than this site's; do not join")
@@ -255,24 +290,3 @@ class SiteHome:
         for path, content in ((self.ca, welcome.ca), (self.certificate, welcome.certificate)):
             if not path.exists() or path.read_bytes() != content:
                 write_atomically(path, content)
-
-
-def _check_history(pinned: FederationManifest, welcome: Welcome, federation: FederationManifest) -> None:
-    """Checks that an epoch is the pinned epoch, or follows from the pinned epoch step by step."""
-    if federation.epoch < pinned.epoch:
-        raise Untrusted(f"epoch={federation.epoch} is older than the pinned epoch {pinned.epoch}; a replay; refuse it")
-    if federation.epoch == pinned.epoch:
-        if federation.digest() != pinned.digest():
-            raise Untrusted(
-                f"epoch={federation.epoch} is pinned with another content: the coordinator shows different manifests "
-                "to different sites or times; refuse it and talk to the other owners"
-            )
-        return
-    earlier = [FederationManifest.from_bytes(content) for content in welcome.earlier]
-    steps = [pinned, *(manifest for manifest in earlier if manifest.epoch > pinned.epoch), federation]
-    for before, after in pairwise(steps):
-        check_follows(after, before)
-
-
-def _digits(fingerprint: str) -> str:
-    return "".join(fingerprint.split()).replace("-", "").lower()

@@ -1,17 +1,21 @@
 """The file `site.toml`: the place of a site's records, and the way to read them."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
 from offsite.protos.proxies import check_proxy
 from offsite.trust import canonical
+from offsite.trust.certificates import digits_of
+from offsite.trust.request import MAX_CONTACT
 from offsite.trust.toml_tables import quote
 from offsite.trust.welcome import MAX_PORT
 
 SETTINGS = "site.toml"
 MAX_RECORDS = 10**9
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class SiteSettings:
         they run; a fraction of the memory, some percent more time, the same results. `int8` and `nf4`: in the numbers
         of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
         `emulator.runtime.bitsandbytes_layers`.
+      contact: person or office, and telephone number, that the other owners see when they sign; at most 100 printable
+        ASCII characters.
+      known: fingerprints of the requests of those members whom this owner knows; where any stands here,
+        `offsite client sign` refuses every other member until the owner confirms that member.
     """
 
     name: str
@@ -55,6 +63,8 @@ class SiteSettings:
     runtime_port: int = 0
     simulation_seed: int | None = None
     weights: str = "widened"
+    contact: str = ""
+    known: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks every range."""
@@ -68,6 +78,11 @@ class SiteSettings:
         if not 0 <= self.runtime_port <= MAX_PORT:
             raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
         check_proxy(self.proxy)
+        if len(self.contact) > MAX_CONTACT or not (self.contact.isascii() and self.contact.isprintable()):
+            raise ConfigError(f"contact={self.contact!r}: must be at most {MAX_CONTACT} printable ASCII characters")
+        for known in self.known:
+            if not _FINGERPRINT.fullmatch(digits_of(known)):
+                raise ConfigError(f"known={known!r}: must be the 16 groups of a member's fingerprint, as sign shows it")
         lookup(WEIGHT_FORMS, self.weights, "weights")
         if self.simulation_seed is not None and self.simulation_seed < 0:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
@@ -86,6 +101,8 @@ class SiteSettings:
 
 
 def _toml_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, dict):
         pairs = ", ".join(f"{quote(name)} = {quote(text)}" for name, text in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"

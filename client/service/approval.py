@@ -2,6 +2,7 @@
 
 from datetime import datetime
 
+from offsite.client.home.approvals import DAYS, Approval
 from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
@@ -37,24 +38,25 @@ def reserve(ledger: Ledger, manifest: JobManifest, plan: SitePlan, *, now: datet
     ledger.reserve(plan.event, job=job, delta=plan.delta, records=plan.records, now=now)
 
 
-def approve(home: SiteHome, name: str, *, by: str, now: datetime) -> tuple[str, SitePlan]:
-    """Approves an offered job after every check that its training makes, and returns its digest and its plan.
+def approve(home: SiteHome, digest: str, *, by: str, now: datetime, days: int = DAYS) -> tuple[Approval, SitePlan]:
+    """Approves an inspected job after every check that its training makes, and returns the approval and the plan.
 
     The ledger sets the job aside first, so that a job is never approved without its privacy.
 
     Args:
       home: folder of the site.
-      name: digest of the job, or the beginning of it.
+      digest: digest of the job, all of its digits.
       by: login name of the person.
       now: current time.
+      days: number of days for which the approval holds.
 
     Raises:
-      UnknownName, Untrusted: no kept job has this digest, or its signature does not hold.
+      UnknownName, Untrusted: no inspected job has this digest, or its signature does not hold.
       PolicyRefusal, PrivacyRefusal: policy, declared number or cap do not permit the job.
       ConfigError, DataError: the number of records is not declared, or the data hold another number.
     """
     jobs, policy = Jobs(home.state / "jobs"), home.read_policy()
-    offered = jobs.inspect(name, bytes.fromhex(home.federation().coordinator))
+    offered = jobs.inspect(jobs.digest_to_approve(digest), bytes.fromhex(home.federation().coordinator))
     manifest = offered.manifest
     permit_terms(policy, manifest, site=home.settings.name)
     number = places(home, manifest.split, manifest.task)
@@ -62,4 +64,4 @@ def approve(home: SiteHome, name: str, *, by: str, now: datetime) -> tuple[str, 
         check_count(home, len(read_records(home, manifest.task)))
     plan = site_plan(policy, manifest, number)
     reserve(home.ledger(policy), manifest, plan, now=now)
-    return jobs.approve(offered.digest, by=by, at=now.isoformat(timespec="seconds")), plan
+    return jobs.approve(offered.digest, by=by, now=now, days=days), plan

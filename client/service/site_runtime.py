@@ -71,7 +71,7 @@ class SiteRuntime:
           PolicyRefusal: `site.toml` asks for noise from a seed, and the policy does not permit it.
         """
         policy, state = home.read_policy(), home.state
-        return cls(home, policy, Audit(state / "audit.jsonl"), home.ledger(policy), Jobs(state / "jobs"), clock)
+        return cls(home, policy, home.audit, home.ledger(policy), Jobs(state / "jobs"), clock)
 
     @property
     def name(self) -> str:
@@ -132,7 +132,7 @@ class SiteRuntime:
 
     def is_approved(self, manifest: JobManifest) -> bool:
         """Says whether a job may train now; an approval that the owner took back does not count any more."""
-        return self.policy.approval == "automatic" or manifest.digest().hex() in self.jobs.approved()
+        return self.policy.approval == "automatic" or manifest.digest().hex() in self.jobs.approved(self.clock())
 
     def reserve(self, manifest: JobManifest) -> None:
         """Sets an approved job aside in the ledger, where that was not done yet; once more changes nothing.
@@ -153,7 +153,7 @@ class SiteRuntime:
           DataError: the ledger is damaged, or cannot be written.
         """
         automatic = self.policy.approval == "automatic"
-        kept = frozenset({manifest.digest().hex()}) if automatic else self.jobs.approved()
+        kept = frozenset({manifest.digest().hex()}) if automatic else self.jobs.approved(self.clock())
         for job in sorted(self.ledger.reserved_jobs() - kept):
             self.ledger.close(job, now=self.clock())
             self.note("reserve closed", f"job {job[:12]} is not approved, or another job took its place")

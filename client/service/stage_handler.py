@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from offsite.client.home.policy import permit_now
+from offsite.client.home.policy import permit_now, permit_terms
 from offsite.client.home.redact import (
     FAULT,
     NOT_APPROVED,
@@ -143,6 +143,7 @@ class StageHandler:
         check_signatures(federation, dict(offer.owners))
         _check_terms(manifest, federation)
         self._check_ledger(offer)
+        permit_terms(runtime.policy, manifest, site=runtime.name)  # the hours come later: an owner looks at any time
         digest = manifest.digest().hex()
         if digest not in runtime.jobs.names():
             runtime.jobs.keep(offer.manifest, offer.manifest_signature, digest)
@@ -272,6 +273,7 @@ def _check_terms(manifest: JobManifest, federation: FederationManifest) -> None:
         ("epsilon", manifest.privacy.epsilon, federation.max_epsilon),
         ("update_bound", manifest.update_bound, federation.clip),
         ("n_min", -manifest.n_min, -federation.n_min),
+        ("accomplices", -manifest.accomplices, -federation.accomplices),
     ):
         if not value <= worst:
             raise PolicyRefusal(f"job {name}={abs(value)}: the owners signed {abs(worst)}; keep to it")

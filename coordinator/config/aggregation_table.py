@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from offsite.errors import ConfigError
 from offsite.privacy.ranges import HIGHEST, LOWEST
+from offsite.trust.collusion import fewest_in_sum, usual_accomplices
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,22 @@ class SecaggConfig:
     """The table [secagg]: secure aggregation.
 
     Attributes:
-      n_min: smallest number of sites whose sum may be opened, or whose updates are used without secure aggregation;
-        at least 3.
+      n_min: smallest number of sites whose sum may be opened, or whose updates are used without secure aggregation; at
+        least a third of all sites and two more, and at least 3. 0 takes the smallest allowed number; in a federation
+        between organisations the number that the owners signed counts where it is larger.
       federation: name of a simulated federation that every signature covers.
       enabled: switch of secure aggregation; `false` lets the coordinator see each site's update, noise included, for
         rules that compare updates. Every owner has to permit this (`allow_individual_updates`), and job, log and report
         say so first.
     """
 
-    n_min: int = 3
+    n_min: int = 0
     federation: str = "simulation"
     enabled: bool = True
+
+    def fewest(self, members: int) -> int:
+        """Returns n_min of a simulation with so many sites."""
+        return self.n_min or fewest_in_sum(usual_accomplices(members))
 
 
 def check_aggregation(aggregation: AggregationConfig) -> None:

@@ -17,6 +17,7 @@ from offsite.errors import ConfigError, DataError
 from offsite.privacy.ranges import HIGHEST, LOWEST, LOWEST_SPACING, MAX_PHYSICAL_BATCH
 from offsite.protos.aggregation import MAX_DIRECTIONS
 from offsite.protos.messages import MAX_STEPS, MAX_TOKENS
+from offsite.trust.collusion import MIN_SITES, fewest_in_sum, usual_accomplices
 from offsite.trust.toml_tables import TableReader
 
 
@@ -71,7 +72,8 @@ class FedConfig:
         _within("data.length", self.data.length, 2, MAX_TOKENS)
         _at_least("evaluation.examples", self.evaluation.examples, 1)
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
-        _at_least("secagg.n_min", self.secagg.n_min, 3)
+        if self.secagg.n_min:
+            _at_least("secagg.n_min", self.secagg.n_min, MIN_SITES)
         _at_least("seed", self.seed, 0)
         _within("training.learning_rate", training.learning_rate, LOWEST, HIGHEST)
         check_aggregation(self.aggregation)
@@ -105,10 +107,16 @@ class FedConfig:
 def _check_sites(names: list[str], config: FedConfig) -> None:
     if not names and config.coordinator is not None:
         return  # the federation manifest names them
-    if len(names) < config.secagg.n_min:
+    n_min = config.secagg.fewest(len(names))
+    if len(names) < n_min:
         raise ConfigError(
-            f"n_sites={len(names)}: secure aggregation opens no sum of fewer than n_min={config.secagg.n_min} "
+            f"n_sites={len(names)}: secure aggregation opens no sum of fewer than n_min={n_min} "
             "sites, since each of two sites could compute the other's update; add sites"
+        )
+    if config.coordinator is None and n_min < (needed := fewest_in_sum(usual_accomplices(len(names)))):
+        raise ConfigError(
+            f"secagg.n_min={n_min} of n_sites={len(names)}: must be at least {needed}, so that each sum holds two "
+            "sites that do not help the coordinator where a third of all do; raise n_min, or leave it out"
         )
     if len(set(names)) != len(names) or not all(names):
         raise ConfigError(f"sites={names}: no name may be empty, and all names must differ; rename a site")

@@ -29,7 +29,8 @@ class Approved:
     def member(self) -> FederationMember:
         """The site's entry in a federation manifest."""
         request = self.request
-        return FederationMember(request.name, request.identity, request.sealing, request.node, request.tls)
+        keys = request.identity, request.sealing, request.node, request.tls
+        return FederationMember(request.name, *keys, contact=request.contact)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class CoordinatorHome:
         suite: int = HYBRID,
         clip: float = 100.0,
         days: int = DAYS,
+        accomplices: int | None = None,
     ) -> "CoordinatorHome":
         """Makes the folder with new keys and the coordinator's certificates.
 
@@ -61,7 +62,9 @@ class CoordinatorHome:
           ConfigError: the folder holds something already, or a value is out of range.
           DataError: the folder cannot be written.
         """
-        settings = HomeSettings(name, host, link_port, depot_port, suite, n_min, max_epsilon, clip, days)
+        settings = HomeSettings(
+            name, host, link_port, depot_port, suite, n_min, max_epsilon, clip, days, accomplices=accomplices
+        )
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"folder={str(folder)!r} is not empty; keys are never overwritten; choose another")
         make_private(folder)
@@ -212,12 +215,14 @@ class CoordinatorHome:
 
     def _following(self, registry: MemberRegistry, now: datetime) -> FederationManifest:
         settings, last = self.settings, registry.federation
+        n_min, accomplices = settings.cohort(len(registry.sites))
         return FederationManifest(
             name=settings.name,
             epoch=last.epoch + 1 if last else 1,
             previous=last.digest().hex() if last else "",
             suite=settings.suite,
-            n_min=settings.n_min,
+            n_min=n_min,
+            accomplices=accomplices,
             clip=settings.clip,
             scale=RING_BITS,
             max_epsilon=settings.max_epsilon,

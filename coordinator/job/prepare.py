@@ -53,6 +53,7 @@ class Parties:
       epoch: number of the federation's epoch, from 1.
       roster: pairs (site, Ed25519 key in hexadecimal), sorted.
       n_min: smallest number of sites whose sum may be opened.
+      accomplices: number of sites that may help the coordinator.
       job: random identifier of the job; empty in a simulation.
     """
 
@@ -60,6 +61,7 @@ class Parties:
     epoch: int
     roster: tuple[tuple[str, str], ...]
     n_min: int
+    accomplices: int
     job: str = ""
 
 
@@ -227,6 +229,7 @@ def _manifest(
         epoch=federation.epoch,
         roster=federation.roster,
         n_min=federation.n_min,
+        accomplices=federation.accomplices,
         task=config.model.task,
         emulator=emulators[0].facts.digest(),
         base=model_sha256(Path(config.model.path)),

@@ -18,6 +18,7 @@ from offsite.coordinator.report.quality_facts import Quality
 from offsite.errors import ConfigError, lookup
 from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.job_manifest import JobManifest
+from offsite.trust.collusion import weaker_sentence
 from offsite.trust.files import sha256_file
 
 PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "cryptography", "numpy")
@@ -80,6 +81,8 @@ def secagg_facts(manifest: JobManifest, records: tuple[RoundRecord, ...]) -> Sec
         suite=1,
         members=last.members if last else (),
         threshold=last.threshold if last else 0,
+        accomplices=manifest.accomplices,
+        sites=len(manifest.roster),
         dropped=tuple(dropped),
         upload_bytes=max((record.upload_bytes for record in records), default=0),
         payload_bytes=max((record.payload_bytes for record in records), default=0),
@@ -99,6 +102,8 @@ def warnings_of(job: Job, records: tuple[RoundRecord, ...], quality: Quality) ->
     method = METHODS[job.manifest.adapter.method]
     if not job.manifest.aggregation.secure_aggregation:
         warnings.append(NO_SECAGG_WARNING)
+    if weaker := weaker_sentence(job.manifest.accomplices, len(job.manifest.roster)):
+        warnings.append(weaker)
     if not job.manifest.privacy.private:
         warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
     if not method.exact_mean:

@@ -73,6 +73,8 @@ class SecaggFacts:
       suite: number of the protocol's suite of algorithms.
       members: sites whose updates count in the last round.
       threshold: smallest number of members of the last round.
+      accomplices: number of sites that may help the coordinator without any other site's update being open to it.
+      sites: number of all sites of the federation.
       dropped: all sites that dropped out of a round.
       upload_bytes: bytes of the largest upload.
       payload_bytes: bytes of one update as plain 32-bit numbers.
@@ -83,6 +85,8 @@ class SecaggFacts:
     suite: int
     members: tuple[str, ...]
     threshold: int
+    accomplices: int
+    sites: int
     dropped: tuple[DroppedInRound, ...]
     upload_bytes: int
     payload_bytes: int

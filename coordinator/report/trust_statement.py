@@ -56,8 +56,9 @@ def secure_aggregation(report: Report) -> dict[str, object]:
         "suite": secagg.suite,
         "members": list(secagg.members),
         "threshold": secagg.threshold,
+        "accomplices": secagg.accomplices,
         "claim": "the coordinator learns only the sum of the quantised updates of at least threshold sites, even if it "
-        "cheats and up to a third of the sites help it; it can block a round",
+        f"cheats and up to {secagg.accomplices} of all {secagg.sites} sites help it; it can block a round",
         "does_not_cover": list(DOES_NOT_COVER),
     }
 

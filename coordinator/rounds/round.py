@@ -149,7 +149,7 @@ def _secure_round(
     return RoundResult(
         update=mean_of(manifest, opening.round, total.decoded, total.members),
         members=total.members,
-        threshold=terms.threshold,
+        threshold=terms.min_sites,
         refused=tuple(talk.refused),
         faulty=collector.faulty,
         traffic=talk.traffic,

@@ -74,6 +74,19 @@ def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
     assert any(line.startswith("records    120: ") for line in inspected)
 
 
+def test_the_command_that_inspect_prints_approves_what_it_showed(
+    show: Show, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    inspected, _ = show(AggregationTerms())
+    digest = inspected[0].split()[1]
+    assert len(digest) == 64
+    assert f"next       offsite client approve DIR {digest}" in inspected
+    assert (
+        "helpers    up to 1 of these sites may help the coordinator, which then sees no single update of the others"
+        in inspected
+    )
+
+
 def test_other_jobs_say_what_the_sites_do_and_no_warning(show: Show) -> None:
     for terms, words in (
         (AggregationTerms(), ""),

@@ -51,6 +51,8 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "client inspect {site} {job}": (0, HEAVY),
     "client inspect {site} {job} --json": (0, HEAVY),
     "client approve {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
+    "client approve {site}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
+    "client withdraw {site} {job}": (0, HEAVY),
     "client audit verify {site}": (0, HEAVY),
     "client doctor {site}": (1, HEAVY),  # no coordinator runs here
 }
@@ -118,7 +120,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", site.policy.read_text())
         assert count == 1, key
         site.policy.write_text(text)
-    Jobs(site.state / "jobs").keep(data, sign_job(CoordinatorHome.open(home).identity, data), JOB.digest().hex())
+    jobs, digest = Jobs(site.state / "jobs"), JOB.digest().hex()
+    jobs.keep(data, sign_job(CoordinatorHome.open(home).identity, data), digest)
+    jobs.show(digest, now=now)
+    jobs.approve(digest, by="owner", now=now)
     spent = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3, "delta": site.read_policy().delta_cap}
     entry = {"job": "ab", "round": 1, **spent, "epsilon_total": 1.25, "epsilon_committed": 1.5}
     for name in ("east", "south"):

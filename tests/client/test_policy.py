@@ -26,6 +26,7 @@ JOB = JobManifest(
     epoch=1,
     roster=(("east", "aa"), ("north", "bb"), ("west", "cc")),
     n_min=3,
+    accomplices=1,
     task="causal_lm",
     emulator="e1" * 32,
     base="b1" * 32,

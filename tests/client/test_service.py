@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from offsite.client.home.jobs import Jobs
 from offsite.client.home.redact import REFUSALS
 from offsite.client.site.release_log import Release
 from offsite.client.training.privacy_plan import plan_for
@@ -53,7 +51,6 @@ def notes(site: RunningSite) -> list[str]:
 def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path: Path) -> None:
     """The package is fetched and opened meanwhile, for a dry run; an approval and its end count at once."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
-    digest = world.manifest.digest().hex()
     reply = offered(site, "waiting")
     assert reply.detail == "the data owner has not approved this job yet"
     assert site.service._loader is not None
@@ -63,10 +60,10 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
     refusal = train(site)
     assert isinstance(refusal, codec.Refusal)
     assert refusal.kind == "PolicyRefusal"
-    site.jobs.approve(digest[:12], by="owner", at="now")
+    site.approve()
     offered(site)
     assert isinstance(train(site), codec.TrainReply)
-    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    site.withdraw()
     assert isinstance(train(site), codec.Refusal)
     assert offered(site, "waiting")
 
@@ -74,14 +71,13 @@ def test_nothing_is_trained_before_its_owner_has_approved(world: World, tmp_path
 def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The log names each change once, however often the coordinator asks; foreign words stand in quotes."""
     caplog.set_level("INFO", "offsite.client")
-    digest = world.manifest.digest().hex()
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     offered(site, "waiting")
     assert site.service._loader is not None
     site.service._loader.wait(30)
     for _ in range(3):
         offered(site, "waiting")
-    site.jobs.approve(digest[:12], by="owner", at="now")
+    site.approve()
     offered(site)
     for _ in range(2):
         train(site)
@@ -224,7 +220,7 @@ def test_no_record_is_read_before_the_approval(world: World, tmp_path: Path) -> 
     assert site.service._loader.state == "vetted"
     assert dataclasses.replace(offered(site, "waiting"), fetched=0) == dataclasses.replace(waiting, fetched=0)
     assert not site.opened
-    site.jobs.approve(world.manifest.digest().hex(), by="owner", at="now")
+    site.approve()
     assert offered(site, "refused").detail == f"PolicyRefusal: {REFUSALS['PolicyRefusal']}"
     assert site.reason == "PolicyRefusal: does not fit"
     assert site.opened == [world.manifest]
@@ -261,7 +257,7 @@ def test_one_job_is_prepared_at_a_time(world: World, tmp_path: Path) -> None:
 def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, tmp_path: Path) -> None:
     """Also where the approval was there when the job came: no record is read, and no fact about the records leaves."""
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
-    vetting, digest = threading.Event(), world.manifest.digest().hex()
+    vetting = threading.Event()
 
     def open_session(*_: Any) -> Any:
         assert vetting.wait(10)
@@ -269,9 +265,9 @@ def test_an_approval_that_was_taken_back_meanwhile_does_not_count(world: World, 
 
     site.change(open_session=open_session)
     offered(site, "waiting")
-    site.jobs.approve(digest, by="owner", at="now")
+    site.approve()
     assert offered(site, "fetching")
-    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    site.withdraw()
     vetting.set()
     assert offered(site, "waiting")
     time.sleep(1.0)
@@ -282,11 +278,10 @@ def test_a_refusal_that_the_data_made_is_no_answer_without_an_approval(world: Wo
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
     site.change(open_site=failing(PolicyRefusal("the data do not fit"), 1, site._open, []))
     offered(site, "waiting")
-    digest = world.manifest.digest().hex()
-    site.jobs.approve(digest, by="owner", at="now")
+    site.approve()
     assert offered(site, "refused").detail == f"PolicyRefusal: {REFUSALS['PolicyRefusal']}"
     assert site.reason == "PolicyRefusal: the data do not fit"
-    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    site.withdraw()
     assert offered(site, "waiting").detail == "the data owner has not approved this job yet"
 
 
@@ -298,15 +293,30 @@ def test_no_place_of_this_machine_is_told(world: World, tmp_path: Path) -> None:
     assert site.reason == f"UnsupportedModel: path={str(where)!r}"
 
 
-def test_offers_do_not_fill_the_disk(world: World, tmp_path: Path) -> None:
-    """The newest offers stay, and the offers that an owner approved."""
-    jobs, content, digests = Jobs(tmp_path / "jobs"), world.manifest.to_bytes(), [f"{n:064x}" for n in range(120)]
-    for number, digest in enumerate(digests):
-        jobs.keep(content, bytes(64), digest)
-        os.utime(tmp_path / "jobs" / digest / "manifest.json", ns=(number, number))
-        if number < 3:
-            jobs.approve(digest, by="owner", at="now")
-    assert jobs.names() == digests[:3] + digests[20:]
+def test_only_what_the_policy_permits_is_kept_for_its_owner(world: World, tmp_path: Path) -> None:
+    """Offers beyond the policy would fill the list of those that an owner has to look at; the hours may come yet."""
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual", "methods": ("none",)})
+    assert isinstance(site.ask("offer", world.offer("ash")), codec.Refusal)
+    assert site.jobs.names() == []
+    assert "offered" not in notes(site)
+    hour = NOW.astimezone().hour
+    hours = f"{(hour + 1) % 24:02}:00-{(hour + 2) % 24:02}:00"
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual", "hours": hours})
+    refusal = site.ask("offer", world.offer("ash"))
+    assert isinstance(refusal, codec.Refusal)
+    assert "hours=" in refusal.reason
+    assert site.jobs.names() == [world.manifest.digest().hex()]
+
+
+def test_an_approval_that_has_run_out_trains_nothing(world: World, tmp_path: Path) -> None:
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual"})
+    offered(site, "waiting")
+    site.approve()
+    offered(site)
+    site.change(clock=lambda: NOW + timedelta(days=30))
+    assert isinstance(train(site), codec.Refusal)
+    assert offered(site, "waiting")
+    assert [kind for kind in notes(site) if kind.startswith("appro")] == ["approved", "approval expired"]
 
 
 def test_the_same_question_gets_the_same_bytes_until_it_trains_again(world: World, tmp_path: Path) -> None:

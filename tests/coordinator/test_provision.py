@@ -228,6 +228,8 @@ def test_keys_are_private_and_nothing_is_overwritten(home):
         {"depot_port": 8443},
         {"depot_port": 70000},
         {"n_min": 2},
+        {"n_min": 3, "accomplices": 2},
+        {"accomplices": -1},
         {"max_epsilon": 0.0},
         {"max_epsilon": float("inf")},
         {"clip": float("nan")},
@@ -240,6 +242,27 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(ConfigError, match=next(iter(change))):
         CoordinatorHome.create(tmp_path / "home", **(TERMS | change), now=NOW)
     assert not (tmp_path / "home").exists()
+
+
+def test_an_epoch_withstands_a_third_of_its_members_unless_told_otherwise(tmp_path):
+    """Two epochs, of five and of six sites; at six, n_min = 3 would leave one honest site in a sum beside helpers."""
+    names = [f"site{place}" for place in range(6)]
+    asked = [write_request(SiteKeys.create(tmp_path / name, 1), name, now=NOW) for name in names]
+    for folder, given, expected in (
+        ("usual", {"n_min": 0}, ((3, 1), (4, 2))),
+        ("more", {"n_min": 5, "accomplices": 3}, ((5, 3), (5, 3))),
+        ("less", {"n_min": 3, "accomplices": 0}, ((3, 0), (3, 0))),
+    ):
+        home = CoordinatorHome.create(tmp_path / folder, **(TERMS | given), now=NOW, suite=1)
+        home = CoordinatorHome.open(home.folder)
+        epochs = home.approve(asked[:5], NOW), home.approve(asked[5:], NOW)
+        assert tuple((epoch.n_min, epoch.accomplices) for epoch in epochs) == expected
+        assert [bool(epoch.weaker) for epoch in epochs] == 2 * [folder == "less"]
+    home = CoordinatorHome.create(tmp_path / "fixed", **TERMS, now=NOW, suite=1)
+    five = home.approve(asked[:5], NOW)
+    with pytest.raises(ConfigError, match=r"n_min=3 with accomplices=2: must be at least 4"):
+        home.approve(asked[5:], NOW)
+    assert home.federation() == five
 
 
 def test_the_settings_file_is_read_strictly(home):

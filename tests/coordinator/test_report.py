@@ -85,6 +85,8 @@ def sample(*, private: bool = True, sites: tuple[str, ...] = SITES, rounds: int 
             suite=1,
             members=sites,
             threshold=least,
+            accomplices=len(sites) // 3,
+            sites=len(sites),
             dropped=(DroppedInRound(sites[0], "masked", "did not answer", 2),),
             upload_bytes=24_731,
             payload_bytes=24_576,

@@ -47,7 +47,7 @@ def changed(varied: Path, old: str, new: str) -> FedConfig:
 
 
 def make(config: FedConfig, folder: Path, run: Run) -> Job:
-    parties = Parties("demo", 1, run.roster(), 3)
+    parties = Parties("demo", 1, run.roster(), 3, 1)
     records = run.records(config.data.public)
     return prepare(config, records=records, federation=parties, store=Store(folder), on_step=lambda text: None)
 
@@ -120,7 +120,7 @@ def test_a_recipe_that_does_not_fit_names_the_sites(world: World, varied: Path, 
 
 def test_a_site_that_is_no_member_is_refused(world: World, varied: Path, tmp_path: Path) -> None:
     config, roster = read_config(varied)[0], world.run.roster()
-    parties = Parties("demo", 1, roster[:3], 3)
+    parties = Parties("demo", 1, roster[:3], 3, 1)
     with pytest.raises(ConfigError, match=r"sites='elm': no site of this federation; known: ash, birch, cedar"):
         prepare(config, records=[], federation=parties, store=Store(tmp_path), on_step=lambda text: None)
 

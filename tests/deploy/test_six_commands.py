@@ -162,8 +162,13 @@ def test_without_switches_the_job_waits_for_each_owner(fed: Path, tmp_path: Path
         for site in SITES:
             folder = str(tmp_path / "fed" / site)
             job = offsite("client", "inspect", folder, plain=True).split()[0]
-            assert "epsilon 8.0 at delta 1e-06" in offsite("client", "inspect", folder, job, plain=True)
-            offsite("client", "approve", folder, job, plain=True)
+            shown = offsite("client", "inspect", folder, job, plain=True)
+            assert "epsilon 8.0 at delta 1e-06" in shown
+            assert f"offsite client approve DIR {job}\n" in shown
+            if site == SITES[0]:  # by the printed command, and taken back; then as the page says
+                offsite("client", "approve", folder, job, plain=True)
+                assert f"withdrawn: {job}" in offsite("client", "withdraw", folder, job[:12], plain=True)
+            assert f"approved {job} until" in offsite("client", "approve", folder, plain=True)
         script.finish()
     assert (tmp_path / "fed" / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert "simulation_seed" not in tomllib.loads((tmp_path / "fed" / "ash" / "site.toml").read_text())

@@ -141,6 +141,7 @@ def test_owners_signatures_are_counted_and_checked(coordinator: HostileCoordinat
         ({"release": "9.0.0"}, "release='9.0.0': this site runs offsite"),
         ({"epoch": 2}, "epoch=2: the owners signed"),
         ({"n_min": 2}, "n_min=2: the owners signed 3"),
+        ({"accomplices": 0}, "accomplices=0: the owners signed 1"),
         ({"update_bound": 1e9}, "update_bound=1000000000.0: the owners signed"),
         ({"roster": (("ash", "00" * 32),)}, "the owners signed"),
         ({"metrics": ("loss",)}, "metric='loss'"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offsite.adapter.spec import AdapterSpec
-from offsite.errors import MalformedMessage
+from offsite.errors import ConfigError, MalformedMessage
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.codec import KeysRequest
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
@@ -270,3 +270,16 @@ def test_a_site_with_an_emulator_of_its_own_has_no_sum_with_sites_that_were_not_
     request = KeysRequest(1, 1, bytes(32), bytes(32), tuple(site for site, _ in JOB.roster))
     assert secagg_params(job, request).t0() != secagg_params(JOB, request).t0()
     assert secagg_params(job, request).t0() == secagg_params(dataclasses.replace(job), request).t0()
+
+
+def test_a_site_has_no_terms_for_a_cohort_of_helpers() -> None:
+    """Of ten sites a coordinator invites one victim and two helpers, whatever its job says of n_min."""
+    names = [f"site{place}" for place in range(10)]
+    roster = tuple((name, f"{place:02x}" * 32) for place, name in enumerate(names))
+    for n_min, invited in ((3, names[:3]), (5, names[:3]), (3, names)):
+        job = dataclasses.replace(JOB, roster=roster, n_min=n_min, accomplices=3)
+        with pytest.raises(ConfigError, match=f"n_min={n_min} with "):
+            secagg_params(job, KeysRequest(1, 1, bytes(32), bytes(32), tuple(invited)))
+    job = dataclasses.replace(JOB, roster=roster, n_min=5, accomplices=3)
+    terms = secagg_params(job, KeysRequest(1, 1, bytes(32), bytes(32), tuple(names[:7])))
+    assert (terms.accomplices, terms.threshold, terms.min_sites) == (3, 6, 6)

@@ -129,6 +129,7 @@ def test_one_key_used_for_two_sites_or_two_uses(federation):
         {"config": b"x" * 32},
         {"manifest": b"x" * 32},
         {"n_min": 4},
+        {"accomplices": 0},
         {"clip": 2.0},
         {"length": 6},
     ],

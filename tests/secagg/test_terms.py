@@ -23,16 +23,25 @@ ROSTER = tuple((site, Identity.generate().public) for site in ("a", "b", "c", "d
 
 def make(**changes):
     digests = {name: bytes([place]) * 32 for place, name in enumerate(("manifest", "emulator", "adapter", "config"))}
-    terms = {"federation": "f", "epoch": 1, "round": 2, "nonce": bytes(16), "roster": ROSTER, "n_min": 3}
+    terms = {
+        "federation": "f",
+        "epoch": 1,
+        "round": 2,
+        "nonce": bytes(16),
+        "roster": ROSTER,
+        "n_min": 3,
+        "accomplices": 1,
+    }
     return SecAggParams(**{**terms, "length": 9, "clip": 0.5, **digests, **changes})
 
 
 @pytest.mark.parametrize(("n", "threshold"), [(3, 3), (4, 3), (5, 4), (6, 5), (10, 7), (50, 34), (64, 43)])
 def test_threshold_is_more_than_two_thirds_of_the_invited(n, threshold):
-    terms = make(roster=tuple((f"s{i:02}", bytes([i]) * 32) for i in range(n)))
+    roster = tuple((f"s{i:02}", bytes([i]) * 32) for i in range(n))
+    terms = make(roster=roster, n_min=max(3, n // 3 + 2), accomplices=n // 3)
     assert terms.threshold == threshold
-    assert 2 * terms.threshold - n > n / 3 - 1  # two quorums share this many, more than floor(n/3) - 1 colluders
-    assert terms.min_sites == max(threshold, 3)
+    assert 2 * terms.threshold - n > n // 3  # two quorums share this many sites, more than there are colluders
+    assert terms.min_sites == max(threshold, n // 3 + 2)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +50,9 @@ def test_threshold_is_more_than_two_thirds_of_the_invited(n, threshold):
         ({"n_min": 2}, "n_min=2"),
         ({"n_min": 5}, "n_min=5 with invited=4"),
         ({"n_min": 3.0}, "n_min=3.0"),
+        ({"accomplices": 2}, "n_min=3 with accomplices=2; n_min >= 4"),
+        ({"accomplices": -1}, "accomplices=-1"),
+        ({"accomplices": True}, "accomplices=True"),
         ({"roster": ROSTER[:2]}, "invited=2"),
         ({"roster": tuple((f"s{i:03}", i.to_bytes(32, "big")) for i in range(65))}, "invited=65"),
         ({"roster": ROSTER[::-1]}, "out of order or twice"),
@@ -79,6 +91,7 @@ def test_t0_covers_every_field():
         "nonce": bytes(17),
         "roster": ROSTER[:3],
         "n_min": 4,
+        "accomplices": 0,
         "length": 8,
         "clip": 0.25,
         **dict.fromkeys(("manifest", "emulator", "adapter", "config"), b"x" * 32),

@@ -125,7 +125,8 @@ def slow_round(case):
     fields += [struct.pack(">Q", len(sites))]
     for site in sites:
         fields += [site.encode(), identity[site].public_key().public_bytes_raw()]
-    fields += [struct.pack(">Q", terms["n_min"]), struct.pack(">Q", terms["length"]), struct.pack(">d", terms["clip"])]
+    fields += [struct.pack(">Q", terms[name]) for name in ("n_min", "accomplices", "length")]
+    fields += [struct.pack(">d", terms["clip"])]
     t0 = hashlib.sha256(join(*fields)).digest()
     base = (9).to_bytes(32, "little")
     signed = []
@@ -155,7 +156,7 @@ def our_round(case):
     terms, sites = case["terms"], case["sites"]
     identities = {site: Identity.from_bytes(bytes.fromhex(sites[site]["identity"])) for site in sorted(sites)}
     digests = {name: bytes.fromhex(terms[name]) for name in ("nonce", "manifest", "emulator", "adapter", "config")}
-    plain = {name: terms[name] for name in ("federation", "epoch", "round", "n_min", "length", "clip")}
+    plain = {name: terms[name] for name in ("federation", "epoch", "round", "n_min", "accomplices", "length", "clip")}
     agreed_on = SecAggParams(roster=tuple((site, each.public) for site, each in identities.items()), **plain, **digests)
     scalars = {
         site: {name: int.from_bytes(bytes.fromhex(sites[site][name]), "little") for name in ("channel", "mask")}

@@ -20,7 +20,9 @@ SITES = ("east", "north", "west")
 def make_world(folder: Path, suite: int) -> SimpleNamespace:
     """Returns keys, requests, authority, manifest and the welcome of `north`."""
     keys = {site: SiteKeys.create(folder / site / "keys", suite) for site in SITES}
-    requests = {site: write_request(keys[site], site, now=NOW) for site in SITES}
+    requests = {
+        site: write_request(keys[site], site, now=NOW, contact=f"{site.title()} office, +49 30 1") for site in SITES
+    }
     coordinator, authority = Identity.generate(), certificates.create_authority("demo", now=NOW)
     federation = FederationManifest(
         name="demo",
@@ -28,11 +30,14 @@ def make_world(folder: Path, suite: int) -> SimpleNamespace:
         previous="",
         suite=suite,
         n_min=3,
+        accomplices=1,
         clip=100.0,
         scale=32,
         max_epsilon=8.0,
         coordinator=coordinator.public.hex(),
-        members=tuple(FederationMember(s, r.identity, r.sealing, r.node, r.tls) for s, r in sorted(requests.items())),
+        members=tuple(
+            FederationMember(s, r.identity, r.sealing, r.node, r.tls, r.contact) for s, r in sorted(requests.items())
+        ),
         created="2026-11-24T12:00:00Z",
         expires="2027-11-24T12:00:00Z",
     )

@@ -63,7 +63,14 @@ def test_every_owner_has_to_sign_and_nobody_else(small):
 
 
 def test_a_signature_is_for_one_manifest_and_one_purpose(small):
-    for field, value in (("n_min", 4), ("clip", 101.0), ("max_epsilon", 80.0), ("epoch", 2), ("name", "demo2")):
+    for field, value in (
+        ("n_min", 4),
+        ("accomplices", 0),
+        ("clip", 101.0),
+        ("max_epsilon", 80.0),
+        ("epoch", 2),
+        ("name", "demo2"),
+    ):
         with pytest.raises(Untrusted):
             check_signatures(dataclasses.replace(small.federation, **{field: value}), signed(small))
     bare = {site: keys.identity.sign(small.federation.digest()) for site, keys in small.keys.items()}
@@ -74,6 +81,19 @@ def test_a_signature_is_for_one_manifest_and_one_purpose(small):
     for wrong in (bare, elsewhere, anything):
         with pytest.raises(Untrusted):
             check_signatures(small.federation, wrong)
+
+
+def test_an_owner_signs_the_sentence_of_a_weaker_federation(small):
+    """A signature over the manifest alone, as of a release that does not show the sentence, does not count."""
+    weak = dataclasses.replace(small.federation, accomplices=0)
+    assert "only while at most 0 of the 3 sites help it; usual is a third, which is 1" in weak.weaker
+    assert small.federation.weaker == dataclasses.replace(small.federation, n_min=4, accomplices=2).weaker == ""
+    check_signatures(weak, {site: sign(weak, keys.identity) for site, keys in small.keys.items()})
+    unshown = Writer().text("offsite federation").field(weak.digest()).done()
+    for site, keys in small.keys.items():
+        signatures = {name: sign(weak, other.identity) for name, other in small.keys.items()}
+        with pytest.raises(Untrusted, match=f"'{site}' has not signed"):
+            check_signatures(weak, signatures | {site: keys.identity.sign(unshown)})
 
 
 def altered_member(federation, **changed):
@@ -92,6 +112,9 @@ def altered_member(federation, **changed):
         ({"suite": 3}, MalformedMessage),
         ({"n_min": 2}, MalformedMessage),
         ({"n_min": 3.0}, MalformedMessage),
+        ({"accomplices": 2}, MalformedMessage),
+        ({"accomplices": -1}, MalformedMessage),
+        ({"accomplices": True}, MalformedMessage),
         ({"scale": 64}, MalformedMessage),
         ({"clip": 0.0}, MalformedMessage),
         ({"clip": -1.0}, MalformedMessage),
@@ -165,6 +188,33 @@ def test_changes_name_what_the_owner_confirms(small):
     assert {"added: east", "added: north", "added: west", "n_min: 3", "max_epsilon: 8.0", "clip: 100.0"} <= set(new)
 
 
+def test_a_changed_contact_is_shown(small):
+    moved = altered_member(next_epoch(small.federation), contact="Coordinator's desk, +49 30 2")
+    assert changes(small.federation, moved) == ("new contact: east",)
+
+
+def test_the_member_list_has_one_fingerprint_for_equal_lists_only(small):
+    """What owners read to each other changes with a member, a name, a contact and a key, and not with a renewal."""
+    federation = small.federation
+    renewed = next_epoch(federation, max_epsilon=4.0, expires="2028-11-24T12:00:00Z")
+    assert renewed.members_fingerprint == federation.members_fingerprint
+    others = [federation.members_fingerprint, dataclasses.replace(federation, name="demo2").members_fingerprint]
+    others.append(dataclasses.replace(federation, members=federation.members[:2]).members_fingerprint)
+    for field in dataclasses.fields(federation.members[0]):
+        value = getattr(federation.members[0], field.name)[::-1]
+        altered = altered_member(federation, **{field.name: value})
+        others.append(altered.members_fingerprint)
+        assert federation.fingerprint_of("north") == altered.fingerprint_of("north")
+    assert len(set(others)) == len(others) == 3 + 6
+
+
+def test_a_members_fingerprint_is_that_of_its_request(world):
+    for site, request in world.requests.items():
+        assert world.federation.fingerprint_of(site) == request.fingerprint
+    with pytest.raises(Untrusted, match="'south' is not in epoch 1"):
+        world.federation.fingerprint_of("south")
+
+
 def test_every_field_is_shown_to_the_owner(small):
     """A field that is added later must be shown too."""
     shown = " ".join(changes(None, small.federation))
@@ -202,6 +252,8 @@ def test_a_field_of_any_other_kind_is_one_of_our_errors(small, value):
             with pytest.raises(OffsiteError):
                 FederationManifest.from_bytes(canonical.dump(content | {name: value}))
     for name in content["members"][0]:
+        if (name, value) == ("contact", ""):
+            continue
         first = content["members"][0] | {name: value}
         with pytest.raises(OffsiteError):
             FederationManifest.from_bytes(canonical.dump(content | {"members": [first, *content["members"][1:]]}))

@@ -53,14 +53,16 @@ def test_every_flipped_byte_of_a_handover_is_refused(small):
             SiteRequest.from_bytes(altered)
 
 
-def test_the_fingerprint_is_of_name_and_keys(small, tmp_path):
+def test_the_fingerprint_is_of_name_contact_and_keys(small, tmp_path):
     request = small.requests["north"]
-    again = write_request(small.keys["north"], "north", now=small.now.replace(year=2027))
+    contact = {"contact": request.contact}
+    again = write_request(small.keys["north"], "north", now=small.now.replace(year=2027), **contact)
     assert again.fingerprint == request.fingerprint
     assert again != request
     others = [
-        write_request(small.keys["north"], "north2", now=small.now),
-        write_request(SiteKeys.create(tmp_path / "keys", 1), "north", now=small.now),
+        write_request(small.keys["north"], "north2", now=small.now, **contact),
+        write_request(small.keys["north"], "north", now=small.now, contact="another desk"),
+        write_request(SiteKeys.create(tmp_path / "keys", 1), "north", now=small.now, **contact),
         *(one for site, one in small.requests.items() if site != "north"),
     ]
     assert request.fingerprint not in {one.fingerprint for one in others}
