@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -214,7 +215,7 @@ def _accumulate(
         # place of each, so that the batch keeps its shape and all others every bit of their gradients.
         good = {row for row in range(len(batch)) if runs(batch.select([row]))}
         rows = [row if row in good else min(good) for row in range(len(batch)) if good]
-        if fails(lambda whole, good=good: add(whole, lambda position: position in good), batch.select(rows)):
+        if fails(partial(add, counted=good.__contains__), batch.select(rows)):
             for row in sorted(good):  # they fail together only
                 fails(add, batch.select([row]))
     return losses

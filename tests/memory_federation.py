@@ -285,9 +285,9 @@ class RunningSite:
             time.sleep(0.01)
         raise AssertionError("the site did not become ready")
 
-    def approve(self) -> None:
-        """Inspects and approves the world's job as the owner."""
-        digest = self.world.manifest.digest().hex()
+    def approve(self, job: JobManifest | None = None) -> None:
+        """Inspects and approves a job as the owner, by default the world's."""
+        digest = (job or self.world.manifest).digest().hex()
         self.jobs.show(digest, now=NOW)
         self.jobs.approve(digest, by="owner", now=NOW)
 

@@ -110,7 +110,7 @@ def places(home: SiteHome, split: str, task: str) -> int:
     number = places_of(home, split)
     if number is None:
         raise ConfigError(
-            "site.toml blocks=0: this job joins the texts and cuts them into blocks, so the job's tokenizer would "
+            "site.toml blocks=0: this job cuts the texts into blocks, so the job's tokenizer would "
             "decide how many records there are; write blocks = N in site.toml, or permit split truncate alone"
         )
     return number

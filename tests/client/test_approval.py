@@ -49,14 +49,17 @@ def write(folder: Path, count: int) -> None:
 def offered(world: World, site: OwnedHome, **changed: Any) -> str:
     job: JobManifest = dataclasses.replace(world.manifest, **({"split": "truncate"} | changed))
     content = job.to_bytes()
-    Jobs(site.state / "jobs").keep(content, sign_job(world.coordinator, content), job.digest().hex())
-    return job.digest().hex()
+    jobs, digest = Jobs(site.state / "jobs"), job.digest().hex()
+    jobs.keep(content, sign_job(world.coordinator, content), digest)
+    jobs.show(digest, now=NOW)
+    return digest
 
 
 def test_an_approval_sets_the_whole_job_aside(world: World, tmp_path: Path) -> None:
     site = home(world, tmp_path, 100)
-    digest, plan = approve(site, offered(world, site), by="owner", now=NOW)
-    assert Jobs(site.state / "jobs").approved() == {digest}
+    approval, plan = approve(site, offered(world, site), by="owner", now=NOW)
+    digest = approval.approved
+    assert Jobs(site.state / "jobs").approved(NOW) == {digest}
     (entry,) = [json.loads(line) for line in (site.state / "ledger-main.jsonl").read_text().splitlines()]
     assert entry["kind"] == "reserve"
     fields = entry["fields"]
@@ -76,7 +79,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[OffsiteError], str]] = {
     "more declared": ({"declared": {"records": 101}}, DataError, "records=100 in the data: 101 are declared"),
     "no room": ({"epsilon_cap": 8.0, "spent": True}, PrivacyRefusal, "with the whole job at delta=1e-06: the cap"),
     "model": ({"models": ()}, PolicyRefusal, "models permits none"),
-    "no blocks": ({"split": "blocks"}, ConfigError, "site.toml blocks=0: this job joins the texts"),
+    "no blocks": ({"split": "blocks"}, ConfigError, "site.toml blocks=0: this job cuts the texts into blocks"),
     "batch": ({"batch": 51}, PrivacyRefusal, "records=100: fewer than twice the expected batch=51"),
 }
 
@@ -97,7 +100,7 @@ def test_what_training_would_refuse_is_not_approved(world: World, tmp_path: Path
     digest = offered(world, site, **changed)
     with pytest.raises(kind, match=words):
         approve(site, digest, by="owner", now=NOW)
-    assert digest not in Jobs(site.state / "jobs").approved()
+    assert digest not in Jobs(site.state / "jobs").approved(NOW)
     assert site.ledger(site.rules).head() == before
 
 

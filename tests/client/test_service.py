@@ -423,7 +423,7 @@ def test_a_job_that_the_cap_does_not_cover_is_never_ready(world: World, tmp_path
     first, second = other_job(world, 1), other_job(world, 2)
     for job in (first, second):
         assert state(site, job).state == "waiting"
-        site.jobs.approve(job.digest().hex(), by="owner", at="now")
+        site.approve(job)
     assert state(site, first).state == "ready"
     assert site.ledger.standing().committed == pytest.approx(of_one_job(world))
     for _ in range(2):
@@ -456,11 +456,11 @@ def test_an_approval_that_was_taken_back_frees_its_reserve(world: World, tmp_pat
     site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package, policy={"approval": "manual"})
     digest = world.manifest.digest().hex()
     state(site, world.manifest)
-    site.jobs.approve(digest, by="owner", at="now")
+    site.approve()
     offered(site)
     assert site.ledger.reserved_jobs() == {digest}
     assert isinstance(train(site), codec.TrainReply)
-    (tmp_path / "ash" / "jobs" / digest / "approved.json").unlink()
+    site.withdraw()
     assert state(site, world.manifest).state == "waiting"
     assert site.ledger.reserved_jobs() == frozenset()
     assert site.service._loader is not None
