@@ -18,7 +18,7 @@ from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
 from offsite.trust.files import write_atomically
 
-BLOCKS = "blocks"  # the split whose examples are cut from the joined texts
+BLOCKS = "blocks"  # the split whose examples are cut from the texts
 
 
 def read_records(home: SiteHome, task: str) -> list[Record]:

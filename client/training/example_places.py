@@ -14,7 +14,7 @@ def in_places(examples: Batch, places: int) -> Examples:
     noise depends on what the tokenizer made of the texts.
 
     Args:
-      examples: blocks of the joined texts.
+      examples: blocks of the texts.
       places: declared number of examples, >= 1.
 
     Raises:
