@@ -202,7 +202,7 @@ FULL = dataclasses.replace(
 @pytest.mark.parametrize("way", list(places(json.loads(FULL.to_bytes()))), ids=lambda way: ".".join(map(str, way)))
 def test_no_number_is_read_at_the_ends_of_arithmetic(way: tuple[Any, ...], number: float) -> None:
     """Refused, and nothing else: no number may end in an error of arithmetic at a site."""
-    if way == ("adapter", "options", "b") and 0 < number < 1:
+    if way[:2] == ("adapter", "options") and 0 < number < 1:
         return  # the method says which numbers it takes
     if way == ("adapter", "seed") and number == 10**18 + 1:
         return  # a seed is any number of 63 bits
