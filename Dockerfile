@@ -10,12 +10,16 @@ ARG TORCH="torch==2.13.0"
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/offsite
+WORKDIR /source
+COPY requirements.lock .
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/offsite/bin/pip install --require-hashes --no-deps --requirement requirements.lock
+# torch is in no lock: its builds for other machines lie on indexes of their own, under hashes of their own.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/offsite/bin/pip install ${TORCH}
-WORKDIR /source
 COPY . .
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/offsite/bin/pip install --constraint constraints.txt .
+RUN /opt/offsite/bin/pip install --no-index --no-deps --no-build-isolation . \
+ && /opt/offsite/bin/pip check
 
 FROM ${PYTHON}
 # The uid is fixed, so that folders on the host can be made for it; the name stands in the record of an approval.

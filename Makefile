@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+UV := 0.13.9
 RUN := runs/demo
 WORKERS ?= 2
 SEED ?= 1
@@ -16,10 +17,14 @@ help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # A GPU user sets TORCH to the build that fits the driver, for example: make demo TORCH="torch==2.13.0 --index-url URL".
-$(BIN)/.ready: pyproject.toml constraints.txt
+# torch is in no lock, since each build has hashes of its own; to hold it to one as well, TORCH="--require-hashes -r FILE".
+LOCKED := --require-hashes --no-deps --requirement
+$(BIN)/.ready: pyproject.toml requirements-dev.lock
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(LOCKED) requirements-dev.lock
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,simulation,diffusion,demo,docs]'
+	$(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check
 	touch $@
 
 setup: $(BIN)/.ready ## makes the virtual environment with pinned packages
@@ -30,8 +35,8 @@ demo: setup ## fetches model and texts once, then fine-tunes through an emulator
 	$(BIN)/offsite simulate runs/demo.toml --out $(RUN)
 
 # bitsandbytes lies beside the environment: PEFT imports it wherever it finds it, 48 MB and a second for each process.
-$(VENV)/extra/.ready: $(BIN)/.ready
-	$(BIN)/pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $(VENV)/extra bitsandbytes
+$(VENV)/extra/.ready: $(BIN)/.ready requirements-extra.lock
+	$(BIN)/pip install --quiet $(LOCKED) requirements-extra.lock --upgrade --target $(VENV)/extra
 	touch $@
 
 # tests/schedule.py says which worker takes which tests. More workers than two need more cores.
@@ -60,16 +65,16 @@ docs: setup ## writes the generated pages of docs/ anew, and builds the site in 
 	$(BIN)/python -m tests.docs.generate
 	$(BIN)/zensical build --strict --config-file mkdocs.yml
 
-bench: setup ## compares secure aggregation with Flower's and with CKKS in one process
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[bench]'
-	$(BIN)/python -m bench.secagg --sizes 1e6 1e7 --members 10
+bench: setup $(VENV)/extra/.ready ## compares secure aggregation with Flower's and with CKKS in one process
+	PYTHONPATH=$(VENV)/extra $(BIN)/python -m bench.secagg --sizes 1e6 1e7 --members 10
 
 mutants: setup ## changes the code in small ways and counts what the tests notice; hours; SEED, COUNT
 	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.mutants --seed $(SEED) --count $(COUNT)
 
-lock: setup ## writes the versions that are installed now to constraints.txt
-	{ $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --path $(VENV)/extra; } \
-	| grep -v -E '^(torch|offsite)==|^offsite @' | sort -f -u > constraints.txt
+lock: ## writes the lock files: versions and hashes of all packages; UPGRADE=--upgrade takes the newest
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv==$(UV)
+	build/lock/bin/python deploy/lock.py $(UPGRADE)
 
 wheel: setup ## builds the wheel in dist, the same bytes on every machine
 	$(BIN)/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist .

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EARLIEST = 315_532_800  # 1980-01-01, the first date that a zip file can say
 MODE = 0o100644 << 16
 SBOM = "sboms/offsite.cdx.json"
-LOCK = "constraints.txt"
+LOCK = "requirements.lock"
 
 
 def build_wheel(
@@ -69,8 +69,8 @@ def bill_of_materials(lock: str) -> bytes:
     """Returns the bill of materials as CycloneDX JSON: the program, and each package that it is tested with.
 
     Args:
-      lock: lines `name==version` of the tested packages. torch is not among them, since its build follows from the
-        machine, and stands here without a version.
+      lock: content of a lock file. torch is in none, since its build follows from the machine, and stands here without
+        a version.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     locked = [*re.findall(r"(?m)^([\w.-]+)==([^\s\\;]+)", lock), ("torch", "")]

@@ -158,7 +158,7 @@ def test_only_what_the_image_is_made_of_is_sent_to_the_builder() -> None:
     assert rules[0] == "*"
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deploy/healthcheck.py"}
+    files = {"pyproject.toml", "requirements.lock", "README.md", "LICENSE", "deploy/healthcheck.py"}
     files |= {"deploy/wheel_backend.py"}
     parts = [name.split(".")[:2] for name in packages]  # a room's folder brings its content
     rooms = {name for part in parts for name in part}
