@@ -151,11 +151,14 @@ def approve(
 def withdraw(
     folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of an approved job's hash")]
 ) -> None:
-    """Withdraw the approval of a job: no round of it is trained from now on."""
-    from offsite.client.home.jobs import Jobs
+    """Withdraw the approval of a job: no round of it is trained, and no update leaves, from now on."""
+    from offsite.client.service.approval import withdraw as withdraw_job
 
-    digest = Jobs(open_folder(folder).state / "jobs").withdraw(job, by=_user(), now=now())
-    typer.echo(f"withdrawn: {digest}; an update that was trained before may still leave")
+    digest, closed = withdraw_job(open_folder(folder), job, by=_user(), now=now())
+    typer.echo(
+        f"withdrawn: {digest}; no update of it leaves from now on"
+        + (", and what it had not spent is free again" if closed else "")
+    )
 
 
 def _user() -> str:

@@ -56,7 +56,7 @@ def compiled(lines: list[str], pins: list[str], *, alone: bool) -> list[str]:
         (folder / "pins.txt").write_text("\n".join(pins), encoding="utf-8")
         command = [sys.executable, "-m", "uv", "pip", "compile", *OPTIONS, "--python-version", TESTED_PYTHON]
         command += ["--constraint", "pins.txt", "--output-file", "locked.txt", "wanted.in"]
-        subprocess.run(command, cwd=folder, check=True)
+        subprocess.run(command, cwd=folder, check=True)  # noqa: S603 - our own interpreter and options
         found = entries((folder / "locked.txt").read_text(encoding="utf-8"))
     names = {re.split(r"[^\w-]", line)[0] for line in lines}
     return [entry for entry in found if not alone or entry.split("==")[0] in names]

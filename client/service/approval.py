@@ -65,3 +65,20 @@ def approve(home: SiteHome, digest: str, *, by: str, now: datetime, days: int = 
     plan = site_plan(policy, manifest, number)
     reserve(home.ledger(policy), manifest, plan, now=now)
     return jobs.approve(offered.digest, by=by, now=now, days=days), plan
+
+
+def withdraw(home: SiteHome, name: str, *, by: str, now: datetime) -> tuple[str, bool]:
+    """Withdraws an approval and closes the job's reserve; returns the digest, and whether there was a reserve.
+
+    Args:
+      home: folder of the site.
+      name: digest of the approved job, or the beginning of it.
+      by: login name of the person.
+      now: current time.
+
+    Raises:
+      UnknownName: no approved job, or more than one, begins with the name.
+      DataError: the approval is withdrawn, and the audit log or the ledger cannot be written.
+    """
+    digest = Jobs(home.state / "jobs").withdraw(name, by=by, now=now)
+    return digest, home.ledger(home.read_policy()).close(digest, now=now)

@@ -52,7 +52,7 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "client inspect {site} {job} --json": (0, HEAVY),
     "client approve {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
     "client approve {site}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
-    "client withdraw {site} {job}": (0, HEAVY),
+    "client withdraw {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
     "client audit verify {site}": (0, HEAVY),
     "client doctor {site}": (1, HEAVY),  # no coordinator runs here
 }

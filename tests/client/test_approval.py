@@ -10,9 +10,17 @@ import pytest
 from offsite.client.home.declared_records import declare, declared, places
 from offsite.client.home.jobs import Jobs
 from offsite.client.home.policy import Policy
-from offsite.client.service.approval import approve, site_plan
+from offsite.client.service.approval import approve, site_plan, withdraw
 from offsite.client.service.doctor import _data, _ledger, _policy
-from offsite.errors import ConfigError, DataError, MalformedMessage, OffsiteError, PolicyRefusal, PrivacyRefusal
+from offsite.errors import (
+    ConfigError,
+    DataError,
+    MalformedMessage,
+    OffsiteError,
+    PolicyRefusal,
+    PrivacyRefusal,
+    UnknownName,
+)
 from offsite.privacy.calibrate import public_delta
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import sign_job
@@ -173,3 +181,15 @@ def test_another_declared_number_does_not_change_an_approved_job(world: World, t
 def test_a_number_that_is_none_is_refused(world: World, key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{key}={value}: must be from 0 to"):
         dataclasses.replace(WorldHome(world, "ash", Path()).settings, **{key: value})
+
+
+def test_a_withdrawal_frees_what_the_job_had_set_aside(world: World, tmp_path: Path) -> None:
+    site = home(world, tmp_path, 100)
+    digest = offered(world, site)
+    approve(site, digest, by="owner", now=NOW)
+    assert site.ledger(site.rules).reserved_jobs() == {digest}
+    assert withdraw(site, digest[:12], by="owner", now=NOW) == (digest, True)
+    assert site.ledger(site.rules).reserved_jobs() == frozenset()
+    assert Jobs(site.state / "jobs").approved(NOW) == frozenset()
+    with pytest.raises(UnknownName, match="approved jobs: none"):
+        withdraw(site, digest, by="owner", now=NOW)

@@ -114,7 +114,7 @@ def test_what_a_tokenizer_makes_of_texts_changes_no_number(world: World, tmp_pat
 
 def test_blocks_without_a_declared_number_are_refused(world: World, tmp_path: Path) -> None:
     site = opened(world, tmp_path, RECORDS, {"records": 7}, min_records=1)
-    with pytest.raises(ConfigError, match=r"blocks=0: this job cuts the texts into blocks .* write blocks = N in site\.toml"):
+    with pytest.raises(ConfigError, match=r"blocks=0: this job .* write blocks = N in site\.toml"):
         site.reserve(world.manifest)
     assert site.ledger.head()[0] == 0
 

@@ -304,7 +304,8 @@ def test_only_what_the_policy_permits_is_kept_for_its_owner(world: World, tmp_pa
     site = RunningSite(world, "ash", tmp_path / "ash", policy={"approval": "manual", "hours": hours})
     refusal = site.ask("offer", world.offer("ash"))
     assert isinstance(refusal, codec.Refusal)
-    assert "hours=" in refusal.reason
+    assert refusal.reason == REFUSALS["PolicyRefusal"]
+    assert "hours=" in site.reason
     assert site.jobs.names() == [world.manifest.digest().hex()]
 
 

@@ -243,8 +243,8 @@ def test_a_site_takes_no_other_sites_package(world: World, tmp_path: Path) -> No
     reply = site.ask("offer", swapped.offer("birch"))
     while getattr(reply, "state", "") == "fetching":
         reply = site.ask("offer", swapped.offer("birch"))
-    told = getattr(reply, "detail", "")
-    assert re.search(rf"DigestMismatch: .*announced {world.manifest.emulator_of('birch')}", told), reply
+    assert getattr(reply, "state", "") == "refused"
+    assert re.search(rf"DigestMismatch: .*announced {world.manifest.emulator_of('birch')}", site.reason), site.reason
 
 
 def test_a_site_does_not_train_on_an_emulator_that_only_it_was_told_of(world: World, tmp_path: Path) -> None:

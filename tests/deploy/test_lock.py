@@ -77,8 +77,8 @@ def test_every_way_to_install_asks_for_hashes() -> None:
     assert "LOCKED := --require-hashes --no-deps --requirement" in makefile
     installs = re.findall(r"pip install (.*)", makefile + (ROOT / "Dockerfile").read_text())
     free = [line for line in installs if "--require-hashes" not in line and "$(LOCKED)" not in line]
-    assert all(re.search(r"\$[({]TORCH[)}]|--no-index --no-deps", line) for line in free), free
-    assert len(free) == 4
+    assert all(re.search(r"\$[({]TORCH[)}]|--no-index --no-deps|uv==\$\(UV\)", line) for line in free), free
+    assert len(free) == 5
 
 
 def test_a_file_with_another_hash_is_not_installed(tmp_path: Path) -> None:
