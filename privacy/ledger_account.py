@@ -40,7 +40,7 @@ class LedgerAccount:
         for link in links:
             try:
                 account._enter(link.kind, link.fields)
-            except (ValueError, KeyError, TypeError, ConfigError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, ConfigError) as error:
                 raise UnknownEntry(link.number) from error
         return account
 
