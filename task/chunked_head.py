@@ -164,7 +164,7 @@ def aftermath(model: nn.Module, device: torch.device) -> str:
     return ""
 
 
-def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: nn.Module, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:
     """Returns the input of a model's head, floating (B, T, width), differentiable; the head itself gets no token.
 
     The model runs as always, but the head gets an empty slice of the tokens, so its output is empty. The model must
@@ -175,6 +175,7 @@ def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     Args:
       model: a model for which `obstacle` returns "".
       ids: token ids, int64 (B, T).
+      further: other inputs of the model, by name.
 
     Raises:
       UnsupportedModel: the model's logits are not its head's output.
@@ -192,7 +193,7 @@ def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
     handles = [head.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
     try:
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=ids, **further).logits
     finally:
         for handle in handles:
             handle.remove()

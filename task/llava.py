@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.task import checkpoint
+from offsite.task import checkpoint, chunked_head
 from offsite.task.encode import SHORTEST, mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.image_classification import dtype_of
@@ -150,7 +150,7 @@ class ImageText:
     def run(self, model: nn.Module, batch: AskedImages) -> None:
         """Calls a model once with examples, without gradients; the head gets one position of each example."""
         with torch.no_grad():
-            self._logits(model, batch, torch.tensor([0], device=batch.text.input_ids.device))
+            model(**self._inputs(model, batch), logits_to_keep=1)
 
     def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> AskedImages:
         """Returns two random images, one with a text half as long as the other's."""
@@ -167,25 +167,34 @@ class ImageText:
 
     def _scores(self, model: nn.Module, batch: AskedImages) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns for each example the sum of its answer's losses, (B,), and whether greedy decoding gives it, (B,)."""
-        # Only positions at which an answer of the batch has a token; an image's places alone would be hundreds of
-        # logits.
-        kept = batch.text.predicted.any(dim=0).nonzero().squeeze(1)
-        logits = self._logits(model, batch, kept).float()
-        targets = batch.text.input_ids[:, 1:][:, kept]
-        scored = batch.text.predicted[:, kept]
-        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        exact = ((logits.argmax(dim=2) == targets) | (scored == 0)).all(dim=1)
-        return (losses * scored).sum(dim=1), exact
+        keep = batch.text.predicted.bool()
+        targets = [ids[own] for ids, own in zip(batch.text.input_ids[:, 1:], keep, strict=True)]
+        logits = self._answer_logits(model, batch, keep)
+        sums = [functional.cross_entropy(row, ids, reduction="sum") for row, ids in zip(logits, targets, strict=True)]
+        exact = [(row.argmax(dim=1) == ids).all() for row, ids in zip(logits, targets, strict=True)]
+        return torch.stack(sums), torch.stack(exact)
 
-    def _logits(self, model: nn.Module, batch: AskedImages, kept: torch.Tensor) -> torch.Tensor:
-        """Returns the logits at some positions, (B, len(kept), V).
+    def _answer_logits(self, model: nn.Module, batch: AskedImages, keep: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the logits in front of each example's answer, float32 (number of its targets, V).
+
+        The head takes one example at a time: in a product over the positions of a whole batch, the length of another
+        example's answer would decide how an example's own logits are rounded.
+        """
+        if chunked_head.obstacle(model):
+            whole = model(**self._inputs(model, batch)).logits[:, :-1]
+            return [row[own].float() for row, own in zip(whole, keep, strict=True)]
+        head, inputs = chunked_head.head_of(model), self._inputs(model, batch)
+        hidden = chunked_head.hidden_states(model, inputs.pop("input_ids"), **inputs)[:, :-1]
+        rows = zip(hidden, keep, strict=True)
+        return [functional.linear(states[own], head.weight, head.bias).float() for states, own in rows]
+
+    def _inputs(self, model: nn.Module, batch: AskedImages) -> dict[str, torch.Tensor]:
+        """Returns the inputs of a model by name.
 
         The model gets no attention mask, because padding is on the right, where causal attention of a token never
         looks.
         """
-        pixels = batch.pixels.scaled(dtype_of(model))
-        logits: torch.Tensor = model(input_ids=batch.text.input_ids, pixel_values=pixels, logits_to_keep=kept).logits
-        return logits
+        return {"input_ids": batch.text.input_ids, "pixel_values": batch.pixels.scaled(dtype_of(model))}
 
 
 def image_places(model_config: Any) -> int:

@@ -8,7 +8,7 @@ import transformers as hf
 
 from offsite.errors import ConfigError, DataError, UnsupportedModel
 from offsite.task.images import Pixels
-from offsite.task.llava import ImageText, image_places
+from offsite.task.llava import AskedImages, ImageText, image_places
 from tests.task.pictures import LENGTH, SIDE, TEXT, VISION, WORDS, llava_folder, pictures
 
 TASK = ImageText()
@@ -51,6 +51,22 @@ def test_losses_are_those_of_each_answer_alone_and_unpadded(opened):
         pixels = batch.pixels.select(torch.tensor([row])).scaled(torch.float32)
         expected = model(input_ids=ids[None], pixel_values=pixels, labels=ids.masked_fill(~learnt, -100)[None]).loss
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_the_length_of_another_answer_changes_no_bit(opened):
+    """In a product over all scored positions, their number decides how each of them is rounded."""
+    model, batch = opened[0], encode(opened, records())
+    one, seen = batch.select([2, 2, 2]), []
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight.requires_grad_()
+    for count in (1, 2, int(one.text.answers[0].sum())):
+        answers = one.text.answers.clone()
+        learnt = answers[0].nonzero().squeeze(1)
+        answers[1:, learnt[count:]] = 0
+        text = dataclasses.replace(one.text, answers=answers)
+        loss = TASK.losses(model, AskedImages(one.pixels, text))[0]
+        seen.append((loss.detach(), *torch.autograd.grad(loss, weight)))
+    for found in seen:
+        assert all(torch.equal(ours, first) for ours, first in zip(found, seen[0], strict=True))
 
 
 def test_the_image_matters_and_the_question_is_not_learnt(opened):
