@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from offsite.errors import ConfigError
+from offsite.privacy.batches import trainable
 from offsite.privacy.mechanism import DpSgdConfig, DpTraining
 from offsite.privacy.randomness import Randomness
 from offsite.privacy.zero_order import Directions, train
@@ -97,10 +98,15 @@ def test_one_record_replaced_changes_one_row(name, tmp_path):
 
 
 def slope_sum(task: Any, model: Any, batch: Any) -> float:
-    """Returns the sum of clipped slopes of one step of DP-ZO over all records, without noise."""
+    """Returns the sum of clipped slopes of one step of DP-ZO over all records, without noise; the model stays."""
+    before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
     terms = DpSgdConfig(1.0, CLIP, sample_rate=1.0, expected_batch_size=1, steps=1, learning_rate=1.0)
     training = DpTraining(model, task.losses, batch, terms, NoNoise(bytes(32), seeded=True))
-    return float(train(training, smallest_spacing())[1][0])
+    moved = float(train(training, smallest_spacing())[1][0])
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(before[name])
+    return moved
 
 
 class NoNoise(Randomness):

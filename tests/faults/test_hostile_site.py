@@ -67,8 +67,8 @@ def test_a_letter_that_is_not_the_sites_own_answer_is_dropped(
     ("mode", "stage", "reason"),
     [
         ("other vector", "masked", "signed the hash of another upload"),
-        ("nan", "keys", "not finite"),
-        ("huge", "keys", "outside the clip"),
+        ("nan", "keys", "outside the range"),
+        ("huge", "keys", "outside the range"),
         ("weight", "train", "not in canonical form"),
     ],
 )

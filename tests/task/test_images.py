@@ -97,9 +97,9 @@ def test_settings_inside_those_of_a_processor_of_several_things(tmp_path):
         ({"image_processor_type": "ViTImageProcessor", "size": True}, "size"),
         ({"image_processor_type": "ViTImageProcessor", "resample": 9}, "resample"),
         ({"image_processor_type": "ViTImageProcessor", "image_std": [1, 0, 1]}, "image_std"),
-        ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, float("nan"), 1]}, "finite"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, float("nan"), 1]}, "within"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, 1]}, "three"),
-        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "1"}, "finite"),
+        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "1"}, "within"),
         ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, "the same size"),
     ],
 )
