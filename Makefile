@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 UV := 0.13.9
 RUN := runs/demo
-WORKERS ?= 2
+WORKERS ?= 3
 SEED ?= 1
 COUNT ?= 100
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -39,8 +39,8 @@ $(VENV)/extra/.ready: $(BIN)/.ready requirements-extra.lock
 	$(BIN)/pip install --quiet $(LOCKED) requirements-extra.lock --upgrade --target $(VENV)/extra
 	touch $@
 
-# tests/schedule.py says which worker takes which tests. More workers than two need more cores.
-test: setup $(VENV)/extra/.ready ## runs all tests: half an hour on two cores
+# tests/schedule.py says which worker takes which tests. Three on two cores: a federation waits for half of its time.
+test: setup $(VENV)/extra/.ready ## runs all tests: about forty minutes on two cores
 	$(PYTEST) -n $(WORKERS)
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
 
