@@ -89,7 +89,7 @@ class Jobs:
             raise UnknownName(
                 f"job={name!r}: an approval takes all {2 * DIGEST_BYTES} digits, since a job with the same first "
                 "digits is quickly made; offsite client inspect prints the command, or leave the hash out to approve "
-                "the job that it showed last"
+                "the job that was inspected last"
             )
         if name not in shown:
             raise UnknownName(f"job={name!r} was not inspected here; offsite client inspect shows it before approval")
