@@ -101,13 +101,14 @@ def test_the_folder_is_private_and_its_policy_is_the_template(sites):
 
 
 def secret(path):
-    """The private number or seed in a key file."""
+    """The private number or seed in a key file, without the zeros ahead that a number in OpenSSH's format lacks."""
     data = path.read_bytes()
     if b"PRIVATE" not in data:
         return data[-32:]
     load = load_ssh_private_key if b"OPENSSH" in data else load_pem_private_key
     key = load(data, None)
-    return key.private_numbers().private_value.to_bytes(key.key_size // 8)
+    number = key.private_numbers().private_value
+    return number.to_bytes((number.bit_length() + 7) // 8)
 
 
 def holds(data, key):

@@ -72,6 +72,7 @@ class HostileCoordinator:
         self.aggregations = MonotonicCounter(self.home.folder / "aggregations.txt")
         self.ledgers = Ledgers(self.home.folder / "ledgers.json", self.home.identity)
         self.bad: list[str] = []  # why an answer was not opened
+        self.answers_from: dict[str, Path] = {}  # folders of copies that answer in the place of their sites
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "HostileCoordinator":
@@ -143,8 +144,9 @@ class HostileCoordinator:
         return reply
 
     def reason(self, site: str) -> str:
-        """Returns the last reason in a site's audit log."""
-        lines = (self.federation.site(site) / "state" / "audit.jsonl").read_text().splitlines()
+        """Returns the last reason in the audit log of a site, whose folder `answers_from` names where it is a copy."""
+        folder = self.answers_from.get(site, self.federation.site(site))
+        lines = (folder / "state" / "audit.jsonl").read_text().splitlines()
         return str([fields["reason"] for line in lines if "reason" in (fields := json.loads(line)["fields"])][-1])
 
     def ask(self, site: str, stage: str, message: codec.Message | bytes, **changed: Any) -> codec.Message:
