@@ -141,7 +141,7 @@ def approve(
         typer.echo(f"WARNING {NO_SECAGG_WARNING}")
     approval, plan = approve_job(installation, digest, by=_user(), now=now(), days=days)
     typer.echo(
-        f"set aside in the ledger: epsilon {plan.epsilon:.3f} at delta {plan.delta:.3g}, for {plan.records} declared "
+        f"set aside in the ledger: {plan.statement(offered.manifest.privacy.accountant)}, for {plan.records} declared "
         f"records, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
     )
     typer.echo(f"approved {digest} until {approval.until}; any other manifest needs an approval of its own")
@@ -214,7 +214,7 @@ def dry_run(
         f"trained one round: batch sizes {line['batch_sizes']}, losses {line['losses']}, engine {line['engine']}"
     )
     typer.echo(
-        f"the whole job would spend epsilon {plan.epsilon:.3f} at delta {plan.delta:.3g}; nothing left this site"
+        f"the whole job would spend {plan.statement(offered.manifest.privacy.accountant)}; nothing left this site"
     )
 
 

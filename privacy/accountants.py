@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from offsite.errors import ConfigError, PrivacyRefusal
 from offsite.privacy.events import Event, compose
@@ -82,6 +83,11 @@ def tighter_bound(events: Sequence[Event], delta: float) -> Bound:
       events: events that are spent together; at least one.
       delta: delta of the guarantee, in (0, 1).
     """
+    return _tighter_bound(tuple(events), delta)
+
+
+@lru_cache(maxsize=64)  # half a second of work, and a plan that was calibrated is printed with its accounting
+def _tighter_bound(events: tuple[Event, ...], delta: float) -> Bound:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offsite.errors import PrivacyRefusal
+from offsite.privacy.accountants import taken
 from offsite.privacy.calibrate import calibrated, public_delta
 from offsite.privacy.events import Event
 from offsite.protos.job_manifest import JobManifest
@@ -40,6 +41,16 @@ class SitePlan:
           ConfigError: the job has no privacy.
         """
         return Event(self.noise_multiplier, self.sample_rate, self.steps)
+
+    def statement(self, accountant: str) -> str:
+        """Returns what the whole job spends in words, with the accounting that gives the bound.
+
+        Args:
+          accountant: key of `privacy.accountants.ACCOUNTANTS`.
+        """
+        if not self.noise_multiplier:
+            return "no privacy: epsilon is infinite"
+        return f"epsilon {self.epsilon:.3f} at delta {self.delta:.3g} by {taken(accountant, [self.event], self.delta)}"
 
 
 def plan_for(manifest: JobManifest, records: int, *, delta_cap: float = 1.0) -> SitePlan:

@@ -69,7 +69,9 @@ def test_a_job_without_secure_aggregation_says_so_first(show: Show) -> None:
     assert any(line.startswith("leaves     one signed, plain update a round") for line in inspected)
     assert approved[0].startswith("WARNING secure aggregation is OFF")
     assert approved[-1].startswith("approved ")
-    assert re.match(r"set aside in the ledger: epsilon \d+\.\d+ at delta 1e-06, for 120 declared records", approved[-2])
+    assert re.match(
+        r"set aside in the ledger: epsilon \d+\.\d+ at delta 1e-06 by pld, for 120 declared records", approved[-2]
+    )
     assert any(re.match(r"privacy    epsilon \S+ at delta 1e-06 for the whole job", line) for line in inspected)
     assert any(line.startswith("records    120: ") for line in inspected)
 
