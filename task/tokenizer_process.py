@@ -11,6 +11,7 @@ a clock, without chance and without memory of other records.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -143,8 +144,6 @@ def limit(memory: int, seconds: int, wall: int) -> None:
       seconds: CPU time, which counts from this process's own start.
       wall: seconds after which the process ends even if it only waits.
     """
-    with contextlib.suppress(OSError):  # Linux: if memory runs out, this process ends, and not the site's own program
-        Path("/proc/self/oom_score_adj").write_text("1000")
     for name, most in (
         ("RLIMIT_AS", memory),
         ("RLIMIT_CPU", seconds),
@@ -190,8 +189,22 @@ def serve(control: socket.socket, answer: Answer) -> None:
         control.sendall(bytes([FINE if code == FINE else STOPPED if code in LATE else FAILED]))
 
 
+def touch_no_more_than_needed() -> None:
+    """Prepares the memory of this process for its copies; whatever a copy touches has to be copied first.
+
+    Garbage collection would touch all objects. Memory that is free since the tokenizer was read would be put in order
+    by the first large allocation of each copy: measured, 2,200 pages and 11 ms for each record instead of 540 and 5.
+    """
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(AttributeError, OSError):  # a C library without this function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def main() -> None:
     """Serves one parent process until it closes the socket."""
+    with contextlib.suppress(OSError):  # Linux: if memory runs out, a copy ends, and not the site's own program
+        Path("/proc/self/oom_score_adj").write_text("1000")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
@@ -206,6 +219,7 @@ def main() -> None:
     render = renderer(settings) if settings else None
     with contextlib.suppress(BaseException):
         tokenizer.encode(["a"], is_pretokenized=True)  # the library must import numpy before `limit` forbids it
+        tokenizer.encode("a")  # what the library makes at its first use, every copy has then
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     facts = json.dumps({"eos": tokenizer.token_to_id(eos) if eos else None, "largest": largest}).encode()
 
@@ -215,7 +229,7 @@ def main() -> None:
         return plain(tokenizer, request) if request["kind"] == "text" else full(tokenizer, request)
 
     control.sendall(struct.pack("<I", len(facts)) + facts)
-    gc.freeze()  # a copy that collects garbage would touch, and so copy, all memory
+    touch_no_more_than_needed()
     serve(control, answer)
 
 
