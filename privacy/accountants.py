@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from offsite.errors import ConfigError, PrivacyRefusal
 from offsite.privacy.events import Event, compose
+
+if TYPE_CHECKING:
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
 
 Accountant = Callable[[Sequence[Event], float], float]
 
@@ -83,11 +88,13 @@ def tighter_bound(events: Sequence[Event], delta: float) -> Bound:
       events: events that are spent together; at least one.
       delta: delta of the guarantee, in (0, 1).
     """
-    return _tighter_bound(tuple(events), delta)
+    pld, rdp = _composed(tuple(events))
+    bounds = [Bound(float(pld.get_epsilon(delta)), "pld"), Bound(float(rdp.get_epsilon(delta)), "rdp")]
+    return min(bounds, key=lambda bound: bound.epsilon)
 
 
-@lru_cache(maxsize=64)  # half a second of work, and a plan that was calibrated is printed with its accounting
-def _tighter_bound(events: tuple[Event, ...], delta: float) -> Bound:
+@lru_cache(maxsize=4)  # half a second of work, and a report asks for the same events at several deltas
+def _composed(events: tuple[Event, ...]) -> "tuple[PLDAccountant, RdpAccountant]":
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant
@@ -101,8 +108,7 @@ def _tighter_bound(events: tuple[Event, ...], delta: float) -> Bound:
         )
         pld.compose(step, event.steps)
         rdp.compose(step, event.steps)
-    bounds = [Bound(float(pld.get_epsilon(delta)), "pld"), Bound(float(rdp.get_epsilon(delta)), "rdp")]
-    return min(bounds, key=lambda bound: bound.epsilon)
+    return pld, rdp
 
 
 def _interval(events: Sequence[Event]) -> float:
