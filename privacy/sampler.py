@@ -10,7 +10,7 @@ def poisson(n: int, sample_rate: float, randomness: Randomness) -> np.ndarray:
     """Returns the records of one step: each of n joins with probability `sample_rate`, independently.
 
     Args:
-      n: number of the site's records, >= 0; private, and used for nothing else.
+      n: number of the site's records, >= 0, empty ones included.
       sample_rate: public constant of the plan, in (0, 1]; never a batch size divided by n.
       randomness: source of one uniform number per record.
 

@@ -25,6 +25,16 @@ def test_refuses_a_rate_that_is_no_probability(rate):
         draws(5, rate, 1)
 
 
+def test_a_record_joins_where_its_number_is_below_the_rate_and_not_at_the_rate():
+    """Numbers are k / 2^53 for k from 0, so "below" has exactly the probability that the accountants take."""
+
+    class Given:
+        def uniform(self, n):
+            return np.array([0.0, 0.25, np.nextafter(0.25, 0)])[:n]
+
+    assert poisson(3, 0.25, Given()).tolist() == [0, 2]
+
+
 @pytest.mark.statistical
 def test_sizes_are_binomial():
     n, rate, steps = 200, 0.05, 1000
