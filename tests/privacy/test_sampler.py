@@ -26,7 +26,7 @@ def test_refuses_a_rate_that_is_no_probability(rate):
 
 
 def test_a_record_joins_where_its_number_is_below_the_rate_and_not_at_the_rate():
-    """Numbers are k / 2^53 for k from 0, so "below" has exactly the probability that the accountants take."""
+    """A record never joins more often than the accountants take: numbers lie on a grid, and one may be the rate."""
 
     class Given:
         def uniform(self, n):
