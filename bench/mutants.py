@@ -140,14 +140,19 @@ def sample(seed: int, count: int) -> list[Mutant]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Returns the test files that name a module; where none does, those of its room."""
+    """Returns the test files that name a module; where none does, its room's and the contracts that name the room."""
     module = "offsite." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, leaf = module.rpartition(".")
-    names = re.compile(rf"{re.escape(module)}\b|from {re.escape(parent)} import .*\b{leaf}\b")
-    paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    found = [str(path.relative_to(ROOT)) for path in paths if names.search(path.read_text(encoding="utf-8"))]
-    own = [name for name in found if name.startswith(f"tests/{file.partition('/')[0]}/")]
-    return [*own, *(name for name in found if name not in own)] or [f"tests/{file.partition('/')[0]}"]
+    room = file.partition("/")[0]
+    own = f"tests/{room}/"
+    if found := _naming(rf"{re.escape(module)}\b|from {re.escape(parent)} import .*\b{leaf}\b", "tests"):
+        return sorted(found, key=lambda name: not name.startswith(own))
+    return [own, *_naming(rf"offsite\.{room}\.", "tests/contracts")]
+
+
+def _naming(pattern: str, folder: str) -> list[str]:
+    names, paths = re.compile(pattern), sorted((ROOT / folder).rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in paths if names.search(path.read_text(encoding="utf-8"))]
 
 
 def judged(mutant: Mutant) -> str:
