@@ -82,9 +82,13 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
 
 
 def _speaks(node: ast.AST) -> bool:
-    """Says whether a node is words for people or for mypy: a message, a log line or a type."""
+    """Says whether a node is words for people or for mypy, or a check of what the code itself guarantees.
+
+    Such are messages, log lines and types, and `strict=` of `zip` over lists of the same code.
+    """
     is_log = isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log.")
-    return isinstance(node, ast.Raise | ast.JoinedStr | ast.AnnAssign | ast.arguments) or is_log
+    is_strict = isinstance(node, ast.keyword) and node.arg == "strict"
+    return isinstance(node, ast.Raise | ast.JoinedStr | ast.AnnAssign | ast.arguments) or is_log or is_strict
 
 
 def _changes(node: ast.AST) -> Iterator[str]:
