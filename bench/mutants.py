@@ -1,7 +1,8 @@
 """Changes the code in small ways, one at a time, and counts which changes the tests notice: `make mutants`.
 
 A fixed seed draws the same changes from the same code. Each change is made in a copy of the tree; the tests that name
-the changed module are run there until one fails. A change after which the module cannot be imported is none.
+the changed module are run there until one fails, and where none fails, all tests of the module's room. A change after
+which the module cannot be imported is none.
 
 Neither mutmut nor cosmic-ray is used: both lack the change that matters most here, to leave a statement out (a refusal,
 an fsync), mutmut does not follow the links of `offsite/`, and cosmic-ray has one test command for all files.
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("secagg", "privacy", "trust", "client/site", "client/home")
 TREE = ROOT / "build" / "mutants"
 LEFT_OUT = "not processes and not slow and not statistical"
-TEST_SECONDS = 300
+TEST_SECONDS = 900
 NOTICED, UNNOTICED, NONE = "noticed", "NOT NOTICED", "no module"
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -143,15 +144,15 @@ def sample(seed: int, count: int) -> list[Mutant]:
     return chosen
 
 
-def tests_of(file: str) -> list[str]:
-    """Returns the test files that name a module; where none does, its room's and the contracts that name the room."""
+def tests_of(file: str) -> Iterator[list[str]]:
+    """Yields the test files that name a module, and then its room's tests with the contracts that name the room."""
     module = "offsite." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, leaf = module.rpartition(".")
     room = file.partition("/")[0]
-    own = f"tests/{room}/"
-    if found := _naming(rf"{re.escape(module)}\b|from {re.escape(parent)} import .*\b{leaf}\b", "tests"):
-        return sorted(found, key=lambda name: not name.startswith(own))
-    return [own, *_naming(rf"offsite\.{room}\.", "tests/contracts")]
+    named = _naming(rf"{re.escape(module)}\b|from {re.escape(parent)} import .*\b{leaf}\b", "tests")
+    if named:
+        yield named
+    yield [f"tests/{room}", *_naming(rf"offsite\.{room}\.", "tests/contracts")]
 
 
 def _naming(pattern: str, folder: str) -> list[str]:
@@ -169,7 +170,7 @@ def judged(mutant: Mutant) -> str:
         if _run(["-c", f"import {module}"]) != 0:
             return NONE
         options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", LEFT_OUT]
-        return UNNOTICED if _run([*options, *tests_of(mutant.file)]) == 0 else NOTICED
+        return UNNOTICED if all(_run([*options, *names]) == 0 for names in tests_of(mutant.file)) else NOTICED
     finally:
         path.write_text(original, encoding="utf-8")
 
