@@ -23,6 +23,8 @@ class Row(dict[str, Any]):
       empty: whether the record has no content; its fields then hold the empty value of their type.
     """
 
+    __slots__ = ("empty", "place")  # a file may have millions of rows
+
     def __init__(self, fields: Mapping[str, Any], place: str, *, empty: bool = False) -> None:
         super().__init__(fields)
         self.place, self.empty = place, empty

@@ -25,8 +25,8 @@ class SiteSettings:
     Attributes:
       name: the site's name in the federation.
       data: file or folder of the records; relative to the site's folder.
-      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
-        picks by file name.
+      reader: name in `task.readers.tables.READERS`: jsonl, json, csv, tsv, parquet, arrow, text, npz, images or
+        image_parquet; empty picks by file name.
       column: column or key that holds the main field of a task's records, for example the text; empty takes the field's
         name.
       columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.

@@ -25,8 +25,8 @@ class DataConfig:
       length: number of tokens of one record, the unit of privacy; at least 2.
       split: way from texts to records; `truncate` makes one record of each text. `blocks` cuts each text into records
         of `length` tokens: no single person stands behind such a record, and the tokenizer decides their number.
-      reader: name in `task.readers.tables.READERS`: jsonl, csv, parquet, text, npz, images or image_parquet; empty
-        picks by file name.
+      reader: name in `task.readers.tables.READERS`: jsonl, json, csv, tsv, parquet, arrow, text, npz, images or
+        image_parquet; empty picks by file name.
       column: column or key that holds the main field of the task's records, for example the text; empty takes the
         field's name.
       columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.

@@ -1,6 +1,6 @@
 """Maps the columns of a data file to the fields of a task's records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Column:
 
 
 Columns = Mapping[str, Column]  # field of a record -> column
-Reader = Callable[[Path, Columns, OnFault], list[Record]]
+Reader = Callable[[Path, Columns, OnFault], Iterable[Record]]
 
 
 def columns_of(fields: Mapping[str, type], *, column: str = "", names: Mapping[str, str]) -> Columns:
@@ -66,22 +66,30 @@ def columns_for(task: str, *, column: str, names: Mapping[str, str]) -> Columns:
     return columns_of(fields, column=column, names={field: names[field] for field in names if field in fields})
 
 
-def check_columns(path: Path, columns: Columns, present: Sequence[str]) -> None:
-    """Checks that a file has every column that is read.
+def check_columns(path: Path, columns: Columns, present: Sequence[str], where: str = "") -> None:
+    """Checks that a file, or a row, has every column that is read, and has each of them once.
 
     Args:
       path: the file, for messages.
       columns: the columns that are read.
-      present: names of the file's columns.
+      present: names of the columns that the file or the row has.
+      where: place of the row, for messages; empty for the file as a whole.
 
     Raises:
-      DataError: a column is missing. The message shortens the present names, because in a csv without a header they are
-        a first record.
+      DataError: a column is missing, or stands there twice. The message shortens the present names, because in a csv
+        without a header they are a first record.
     """
-    for name in (column.name for column in columns.values() if column.name not in present):
+    data = f"data={str(path)!r} {where}".rstrip()
+    for name in (column.name for column in columns.values()):
+        if present.count(name) > 1:
+            raise DataError(
+                f"column={name!r} stands {present.count(name)} times in {data}; rename or remove all but one"
+            )
+        if name in present:
+            continue
         known = [other[:24] for other in present[:16]]
         hint = nearest(name, known)
         raise DataError(
-            f"column={name!r} is not in data={str(path)!r}, columns={', '.join(known) or 'none'}; "
+            f"column={name!r} is not in {data}, columns={', '.join(known) or 'none'}; "
             + (hint if hint.startswith("did") else "name one of these columns")
         )

@@ -1,6 +1,6 @@
 """Reads a site's images: a folder for each class, a Parquet file of encoded images, or plain arrays in an .npz file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ import numpy as np
 
 from offsite.errors import DataError
 from offsite.task.encoded_image import EncodedImage
+from offsite.task.readers.arrow_rows import ARROW_SUFFIXES, arrow_sources, parquet_sources
 from offsite.task.readers.columns import Column, Columns, check_columns
-from offsite.task.readers.parquet import parquet_rows
+from offsite.task.readers.data_file import DataFile
 from offsite.task.readers.rows import Values, rows
+from offsite.task.readers.table import Source
 from offsite.task.records import OnFault
 from offsite.task.spec import Record
 
@@ -42,16 +44,14 @@ def read_images(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]
     return rows(path, columns, sources, on_fault)
 
 
-def read_image_parquet(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns one record for each row of a Parquet file with encoded images.
+def image_sources(file: DataFile, columns: Columns, on_fault: OnFault) -> Iterator[Source]:
+    """Yields the rows of a Parquet or Arrow file with encoded images.
 
-    An image is bytes, or {bytes, path} as many tools write it; all other columns are as in any Parquet file.
+    An image is bytes, or {bytes, path} as many tools write it; all other columns are as in any such file.
     """
-    sources = [
-        (f"row={number}", partial(_with_images, values))
-        for number, values in enumerate(parquet_rows(path, columns), start=1)
-    ]
-    return rows(path, columns, sources, on_fault)
+    sources = arrow_sources if file.path.suffix.lower() in ARROW_SUFFIXES else parquet_sources
+    for place, fields in sources(file, columns, on_fault):
+        yield place, partial(_with_images, fields)
 
 
 def read_npz(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
@@ -101,8 +101,11 @@ def _check_lengths(path: Path, arrays: dict[str, np.ndarray]) -> None:
             raise DataError(f"data={str(path)!r} {name}{LENGTHS} must be one whole number for each row; write it again")
 
 
-def _with_images(values: Values) -> Values:
+def _with_images(fields: Callable[[], Values | None]) -> Values | None:
     """Returns the values of a row; bytes are an encoded image."""
+    values = fields()
+    if values is None:
+        return None
     bare = {name: value.get("bytes") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: EncodedImage(value) if isinstance(value, bytes) else value for name, value in bare.items()}
 

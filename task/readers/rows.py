@@ -7,6 +7,7 @@ the coordinator, the row becomes an empty record, and only the owner's log names
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,33 @@ def rows(
       sources: place of each row, and a function that returns the row's values by column name or raises DataError.
       on_fault: receives the fault of a broken row; where it returns, the row becomes an empty record.
     """
-    return [_row(path, columns, where, values, on_fault) for where, values in sources]
+    return [record_of(path, columns, where, partial(_by_field, columns, values), on_fault) for where, values in sources]
+
+
+def record_of(
+    path: Path, columns: Columns, where: str, fields: Callable[[], Values | None], on_fault: OnFault
+) -> Record:
+    """Returns the record of one row.
+
+    Args:
+      path: file or folder that the user named, for messages.
+      columns: columns that are read, the main column first.
+      where: place of the row.
+      fields: function that returns the row's values by field, or None for a row without content, or raises DataError.
+      on_fault: receives the fault of a broken row; where it returns, the row becomes an empty record.
+    """
+    try:
+        values = fields()
+        row = None if values is None else _checked(path, columns, where, values)
+    except DataError as error:
+        on_fault(error)
+        row = None
+    return _empty(columns, where) if row is None or _is_blank(row[next(iter(columns))]) else row
+
+
+def _by_field(columns: Columns, values: Callable[[], Values]) -> Values:
+    row = values()
+    return {field: row[column.name] for field, column in columns.items()}
 
 
 def strict(error: DataError) -> None:
@@ -54,31 +81,22 @@ def text_of(line: str, path: Path, where: str) -> str:
     Raises:
       DataError: the line is not UTF-8.
     """
-    if _UNDECODED.search(line):
+    if not line.isascii() and _UNDECODED.search(line):
         raise DataError(f"data={str(path)!r} {where} is not UTF-8; convert it to UTF-8")
     return line
 
 
-def _row(path: Path, columns: Columns, where: str, values: Callable[[], Values], on_fault: OnFault) -> Row:
-    try:
-        row = _checked(path, columns, where, values())
-    except DataError as error:
-        on_fault(error)
-        return _empty(columns, where)
-    return _empty(columns, where) if _is_blank(row[next(iter(columns))]) else row
-
-
 def _checked(path: Path, columns: Columns, where: str, values: Values) -> Row:
-    """Returns a record from the values of a row, after a check of their types."""
-    for column in columns.values():
-        value = values[column.name]
+    """Returns a record from the values of a row by field, after a check of their types."""
+    for field, column in columns.items():
+        value = values[field]
         fits = isinstance(value, _OBJECTS if column.kind is object else column.kind)
         if not fits or (column.kind is int and isinstance(value, bool)):
             raise DataError(
                 f"data={str(path)!r} {where} column={column.name!r} holds {type(value).__name__}, not "
                 f"{_WORDS[column.kind]}; correct it, or name another column"
             )
-    return Row({field: values[column.name] for field, column in columns.items()}, where)
+    return Row({field: values[field] for field in columns}, where)
 
 
 def _empty(columns: Columns, where: str) -> Row:

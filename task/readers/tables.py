@@ -1,20 +1,35 @@
 """Reads a site's records from common file formats; no message here ever holds a record's content."""
 
-import json
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from offsite.errors import DataError, lookup
-from offsite.task.readers.columns import Columns, Reader, check_columns
-from offsite.task.readers.csv_rows import csv_rows, values_of
-from offsite.task.readers.image_files import read_image_parquet, read_images, read_npz
-from offsite.task.readers.parquet import parquet_rows
-from offsite.task.readers.rows import Values, rows, strict, text_of
+from offsite.task.readers.arrow_rows import ARROW_SUFFIXES, arrow_sources, parquet_sources
+from offsite.task.readers.columns import Columns, Reader
+from offsite.task.readers.csv_rows import csv_sources, tsv_sources
+from offsite.task.readers.image_files import image_sources, read_images, read_npz
+from offsite.task.readers.json_rows import json_sources, jsonl_sources
+from offsite.task.readers.rows import record_of, strict
+from offsite.task.readers.shards import files_of, reader_of
+from offsite.task.readers.table import TableFormat
+from offsite.task.readers.text_file import text_sources
 from offsite.task.records import LenientRecords, OnFault, is_empty
 from offsite.task.spec import Record
 
-COLUMN = "text"  # the only column of a folder of texts
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+TABLES: dict[str, TableFormat] = {
+    "jsonl": TableFormat((".jsonl", ".ndjson"), jsonl_sources),
+    "json": TableFormat((".json",), json_sources),
+    "csv": TableFormat((".csv",), csv_sources),
+    "tsv": TableFormat((".tsv", ".tab"), tsv_sources),
+    "parquet": TableFormat((".parquet",), parquet_sources, packed=False),
+    "arrow": TableFormat(ARROW_SUFFIXES, arrow_sources, packed=False),
+    "text": TableFormat((".txt",), text_sources, counted=True),
+    "image_parquet": TableFormat((".parquet", *ARROW_SUFFIXES), image_sources, packed=False),
+}
+OF_IMAGES = ("image_parquet",)  # readers that a suffix never chooses
+SUFFIXES = {suffix: name for name, form in TABLES.items() if name not in OF_IMAGES for suffix in form.suffixes}
 SUFFIXES |= {".npz": "npz"}
 
 
@@ -24,7 +39,7 @@ def read(path: Path | str, *, reader: str | None, columns: Columns) -> list[Reco
     A record whose main field is blank is an empty record, see `task.records.Row`.
 
     Args:
-      path: a file; for reader "text" also a folder of .txt files, for reader "images" a folder of folders.
+      path: a file, or a folder of files that are read in order of their names; for reader "images" a folder of folders.
       reader: key of `READERS`, or None to choose the reader by the suffix.
       columns: columns from `columns_of`, the main column first.
 
@@ -32,10 +47,48 @@ def read(path: Path | str, *, reader: str | None, columns: Columns) -> list[Reco
       DataError: the path is missing or damaged, lacks a column, has a broken row, or holds no record but empty ones.
       UnknownName: there is no such reader.
     """
-    records = _read(Path(path), reader, columns, strict)
+    records = list(stream(path, reader=reader, columns=columns))
     if all(is_empty(record) for record in records):
         raise DataError(f"data={str(path)!r} holds no {next(iter(columns))}; give a file with at least one record")
     return records
+
+
+def stream(path: Path | str, *, reader: str | None, columns: Columns, on_fault: OnFault = strict) -> Iterator[Record]:
+    """Yields the records of a data file or folder in file order; of a table one row at a time is held.
+
+    Args:
+      path: file or folder, as for `read`.
+      reader: key of `READERS`, or None to choose the reader by the suffix.
+      columns: columns from `columns_of`, the main column first.
+      on_fault: receives the fault of each broken row, and raises it, or has the row become an empty record.
+
+    Raises:
+      DataError: the path is missing, the file is not of its format or lacks a column; and what `on_fault` raises.
+      UnknownName: there is no such reader.
+    """
+    source = Path(path)
+    yield from lookup(READERS, _reader(source, reader), "reader")(source, columns, on_fault)
+
+
+def check_readable(path: Path | str, *, reader: str | None) -> None:
+    """Checks what can be said of data before a task is known: each file is there, opens, and is of its format.
+
+    Args:
+      path: file or folder, as for `read`.
+      reader: key of `READERS`, or None to choose the reader by the suffix.
+
+    Raises:
+      DataError: the path is missing, a file cannot be read, or is not of its format.
+      UnknownName: there is no such reader.
+    """
+    source = Path(path)
+    name = _reader(source, reader)
+    lookup(READERS, name, "reader")
+    if name in TABLES:
+        for file in files_of(source, TABLES[name]):
+            next(TABLES[name].sources(file, {}, strict), None)
+    elif not os.access(source, os.R_OK):
+        raise DataError(f"data={str(source)!r} cannot be read; give a readable file or folder")
 
 
 def read_for_job(path: Path | str, *, reader: str | None, columns: Columns) -> LenientRecords:
@@ -54,107 +107,26 @@ def read_for_job(path: Path | str, *, reader: str | None, columns: Columns) -> L
       UnknownName: there is no such reader.
     """
     faults: list[str] = []
-    records = _read(Path(path), reader, columns, lambda error: faults.append(str(error)))
+    records = list(stream(path, reader=reader, columns=columns, on_fault=lambda error: faults.append(str(error))))
     if not records:
         raise DataError(f"data={str(path)!r} has no row; give a file with at least one record")
     return LenientRecords(records, faults)
 
 
-def _read(source: Path, reader: str | None, columns: Columns, on_fault: OnFault) -> list[Record]:
-    if not source.exists():
-        raise DataError(f"data={str(source)!r} does not exist; give the path of a data file or folder")
-    return lookup(READERS, reader if reader is not None else _by_suffix(source), "reader")(source, columns, on_fault)
-
-
-def read_jsonl(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns one record for each line of a file of JSON objects, one object on each line; of a blank line too."""
-    lines = _decoded(path).split("\n")
-    lines = lines if lines[-1].strip() else lines[:-1]  # there is no line behind the end of the last line
-    sources = [
-        (f"line={number}", partial(_object, path, columns, f"line={number}", line))
-        for number, line in enumerate(lines, start=1)
-    ]
-    return rows(path, columns, sources, on_fault)
-
-
-def read_csv(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns one record for each row of a comma-separated file whose first row names the columns; of a blank row too.
-
-    A field of type list holds JSON. A broken row costs its first line, and the next line starts a new row, so that an
-    open quote in one record does not take the records behind it.
-    """
-    table = list(csv_rows(_decoded(path)))
-    header = table[0][1] if table else []
-    if isinstance(header, str):
-        raise DataError(f"data={str(path)!r} line=1 {header}")
-    check_columns(path, columns, header)
-    sources = [
-        (f"line={line}", partial(values_of, path, f"line={line}", columns, header, cells)) for line, cells in table[1:]
-    ]
-    return rows(path, columns, sources, on_fault)
-
-
-def read_parquet(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns one record for each row of a Parquet file."""
-    table = enumerate(parquet_rows(path, columns), start=1)
-    return rows(path, columns, [(f"row={number}", partial(dict, values)) for number, values in table], on_fault)
-
-
-def read_text(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns the text of a .txt file as a record, or one record for each .txt file of a folder, in order of names."""
-    check_columns(path, columns, [COLUMN])
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"data={str(path)!r} has no .txt file; write each text to a .txt file")
-    texts = [_decoded(file) for file in files]  # a file that cannot be read now is no broken record
-    sources = [
-        (f"text={number}", partial(_whole, path, f"text={number}", text)) for number, text in enumerate(texts, start=1)
-    ]
-    return rows(path, columns, sources, on_fault)
+def _read_table(form: TableFormat, path: Path, columns: Columns, on_fault: OnFault) -> Iterator[Record]:
+    for file in files_of(path, form):
+        for place, fields in form.sources(file, columns, on_fault):
+            yield record_of(path, columns, place, fields, on_fault)
 
 
 READERS: dict[str, Reader] = {
-    "jsonl": read_jsonl,
-    "csv": read_csv,
-    "parquet": read_parquet,
-    "text": read_text,
+    **{name: partial(_read_table, form) for name, form in TABLES.items()},
     "images": read_images,
-    "image_parquet": read_image_parquet,
     "npz": read_npz,
 }
 
 
-def _by_suffix(path: Path) -> str:
-    if path.is_dir():
-        return "text"
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"data={str(path)!r} has a suffix without a reader; name a reader: {', '.join(sorted(READERS))}"
-        )
-    return SUFFIXES[path.suffix.lower()]
-
-
-def _decoded(path: Path) -> str:
-    """Returns a file's text without the byte order mark that some programs write; `text_of` checks its UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"data={str(path)!r} cannot be read ({error.strerror}); give a readable file") from None
-
-
-def _whole(path: Path, where: str, text: str) -> Values:
-    return {COLUMN: text_of(text, path, where)}
-
-
-def _object(path: Path, columns: Columns, where: str, line: str) -> Values:
-    """Returns the JSON object of a line; of a blank line an object of blank fields."""
-    if not line.strip():
-        return {column.name: "" if column.kind is object else column.kind() for column in columns.values()}
-    try:
-        values = json.loads(text_of(line, path, where))
-    except (ValueError, RecursionError):  # `from None`: the cause would hold the line
-        raise DataError(f"data={str(path)!r} {where} is not JSON; write one object a line") from None
-    if not isinstance(values, dict):
-        raise DataError(f"data={str(path)!r} {where} is not a JSON object; write one object a line")
-    check_columns(path, columns, list(values))
-    return values
+def _reader(source: Path, reader: str | None) -> str:
+    if not source.exists():
+        raise DataError(f"data={str(source)!r} does not exist; give the path of a data file or folder")
+    return reader if reader is not None else reader_of(source, SUFFIXES, READERS)

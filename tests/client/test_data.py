@@ -102,7 +102,9 @@ def test_a_folder_where_a_file_is_needed_is_refused(tmp_path, reader):
 
 
 def test_an_unknown_suffix_asks_for_a_reader(tmp_path):
-    with pytest.raises(DataError, match="name a reader: csv, image_parquet, images, jsonl, npz, parquet, text"):
+    with pytest.raises(
+        DataError, match="name a reader: arrow, csv, image_parquet, images, json, jsonl, npz, parquet, text, tsv"
+    ):
         read(write(tmp_path, "d.xlsx", "x"), reader=None, columns=TEXT)
 
 

@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
 from offsite.errors import DataError, UnknownName
 from offsite.task.readers.columns import columns_of
-from offsite.task.readers.tables import READERS, read, read_for_job
+from offsite.task.readers.tables import READERS, check_readable, read, read_for_job, stream
 from offsite.task.records import is_empty
 
 TEXTS = ["plain", 'commas, "quotes" and\nnew lines', "Grüße, 世界 \u2028 🙂", "x" * 200_000]
@@ -20,14 +21,30 @@ def write_jsonl(path, texts, column="text"):
     path.write_text("".join(json.dumps({"id": 1, column: t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
 
 
-def write_csv(path, texts, column="text"):
+def write_json(path, texts, column="text"):
+    path.write_text(json.dumps([{"id": 1, column: t} for t in texts], ensure_ascii=False, indent=1), "utf-8")
+
+
+def write_csv(path, texts, column="text", separator=","):
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["id", column], *[["1", text] for text in texts]])
+        csv.writer(file, delimiter=separator).writerows([["id", column], *[["1", text] for text in texts]])
+
+
+def write_tsv(path, texts, column="text"):
+    write_csv(path, texts, column, "\t")
+
+
+def table_of(texts, column="text"):
+    return pyarrow.table({"id": [1] * len(texts), column: pyarrow.array(texts, pyarrow.string())})
 
 
 def write_parquet(path, texts, column="text"):
-    columns = {"id": pyarrow.array([1] * len(texts)), column: pyarrow.array(texts, pyarrow.string())}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    pyarrow.parquet.write_table(table_of(texts, column), path)
+
+
+def write_arrow(path, texts, column="text"):
+    with pyarrow.ipc.new_stream(path, (table := table_of(texts, column)).schema) as file:
+        file.write_table(table)
 
 
 def write_text(path, texts, column="text"):
@@ -50,7 +67,10 @@ def records(texts):
 
 FORMATS = {
     "jsonl": ("d.jsonl", write_jsonl),
+    "json": ("d.json", write_json),
     "csv": ("d.csv", write_csv),
+    "tsv": ("d.tsv", write_tsv),
+    "arrow": ("d.arrow", write_arrow),
     "parquet": ("d.parquet", write_parquet),
     "text": ("d", write_text),
     "image_parquet": ("d.parquet", write_parquet),
@@ -78,6 +98,8 @@ def test_every_reader_has_a_writer_here():
 def test_texts_come_back_in_order_and_whole(reader, written):
     path = written(TEXTS)
     assert read(path, reader=reader, columns=columns()) == records(TEXTS)
+    assert list(stream(path, reader=reader, columns=columns())) == records(TEXTS)
+    check_readable(path, reader=reader)
     assert read(path, reader=None, columns=columns("text")) == records(TEXTS)
     assert read(str(path), reader=None, columns=columns()) == records(TEXTS)
 
@@ -94,14 +116,19 @@ def spoil(path, reader):
     """Breaks the second of three records, as a program might that knows no format."""
     if reader == "text":
         (path / "1.txt").write_bytes(b"\xff secret")
-    elif reader in ("jsonl", "csv"):
+    elif reader in ("jsonl", "json", "csv", "tsv"):
         path.write_bytes(path.read_bytes().replace(b"middle", b"\xff secret"))
     elif reader == "npz":
         lengths = np.array([2, 99, 2])
         np.savez(path, text=np.array(["one", "", "three"]), tokens=np.zeros((3, 2), np.int64), tokens_length=lengths)
     else:
         texts = pyarrow.array([b"one", b"\xff secret", b"three"], pyarrow.binary()).view(pyarrow.string())
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+        table = pyarrow.table({"text": texts})
+        if reader == "arrow":
+            with pyarrow.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
+        else:
+            pyarrow.parquet.write_table(table, path)
 
 
 @each
@@ -196,4 +223,4 @@ def test_every_record_has_a_place_of_its_own(reader, written):
 def test_an_unknown_reader_names_the_nearest(tmp_path):
     (tmp_path / "d.jsonl").write_text("{}")
     with pytest.raises(UnknownName, match="jsonl"):
-        read(tmp_path / "d.jsonl", reader="json", columns=columns())
+        read(tmp_path / "d.jsonl", reader="jsnl", columns=columns())
