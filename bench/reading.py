@@ -1,8 +1,8 @@
 """Time and memory of reading records: this library, pyarrow and `datasets`, on the same files in one run.
 
-`python -m bench.reading` writes short JSON lines and shards of Parquet, reads them in fresh processes, one way after the
-other, and prints JSON. `stream` and `read` are this library's; the others give each row's text to Python as well, since
-a tokenizer takes it there. `datasets` is left out where that library is not installed.
+`python -m bench.reading` writes short JSON lines and shards of Parquet, reads them in fresh processes, and prints JSON.
+`stream` and `read` are this library's; the others give each row's text to Python as well, since a tokenizer takes it
+there. `datasets` is left out where that library is not installed.
 """
 
 import argparse
