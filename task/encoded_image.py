@@ -4,17 +4,24 @@ A limit on the memory of all decoded images together would let the size of one i
 """
 
 import io
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from offsite.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # of a file with several images only the first is read
 MAX_PIXELS = 1 << 26  # of one image; a file of few bytes can need more memory than the machine has
 DEEP = ("I", "F")  # PIL's modes of 16 and 32 bits; a conversion would turn every value over 255 white
+# PIL's names for values of more bits in a file, as in "RGB;16B"; "BGR;16" has 16 bits for all three channels together.
+_WIDE = re.compile(r"(?!BGR)[A-Za-z]+;(?:12|16|32|64)")
+_BITS_OF_SAMPLES, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, (1, 4)  # tags of TIFF, and its formats of plain numbers
+_SCAN, _END = 0xDA, b"\xff\xd9"  # markers of JPEG: the start of the values, and the end of the image
 
 
 @dataclass(frozen=True)
@@ -28,30 +35,69 @@ class EncodedImage:
     source: bytes | Path
 
     def decoded(self) -> np.ndarray:
-        """Returns the image as uint8: (H, W) for a grey image, else (H, W, 3).
+        """Returns the image as uint8: (H, W) for a grey image, else (H, W, 3); turned as its EXIF orientation says.
 
         Raises:
-          DataError: the image is damaged, too large or too deep; the message is a rule that names no file.
+          DataError: the image is damaged, cut off, too large or too deep; the message is a rule that names no file.
           OSError: the file cannot be read now, which has nothing to do with its content.
         """
         content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if rule := _broken_rule(image):
+                if rule := _broken_rule(image, content):
                     raise DataError(rule)
-                return np.array(image if image.mode == "L" else image.convert("RGB"))
+                upright = ImageOps.exif_transpose(image)  # as transformers' loader turns it
+                return np.array(upright if upright.mode == "L" else upright.convert("RGB"))
         except DataError:
             raise
         except Exception:  # a damaged image can make PIL fail in any way, and the way tells about the image
             raise DataError("is not a readable image; remove it") from None
 
 
-def _broken_rule(image: Image.Image) -> str:
+def _broken_rule(image: Image.Image, content: bytes) -> str:
     if image.width * image.height > MAX_PIXELS:
         return f"must have at most {MAX_PIXELS} pixels; make the image smaller"
-    if image.mode.startswith(DEEP):
+    if _is_deep(image):
         return (
             "must have at most 8 bits a channel; choose the range of values that matters, and write the image with "
             "8 bits"
         )
+    if image.format in ("JPEG", "MPO") and not _has_end(content):
+        return "is cut off, and PIL would fill its end with grey; copy the image again"
     return ""
+
+
+def _has_end(content: bytes) -> bool:
+    """Says whether the marker of the end follows the first scan of a JPEG; a copy that stopped may end in zeros."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != _SCAN:
+        filling = content[at + 1] == 0xFF
+        at += 1 if filling else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return content.find(_END, at) >= 0
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Says whether a file holds more than 8 bits of a channel, of which PIL would silently keep the upper or lower 8.
+
+    PIL's mode does not say so: it makes 8 bits of the 16 of a colour or of a grey with alpha. Its names for the values
+    in the file do, and in a TIFF file the tags.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    samples = tags.get(_BITS_OF_SAMPLES, (1,))
+    kinds = tags.get(_SAMPLE_FORMAT, (1,))
+    names = [name for tile in getattr(image, "tile", ()) for name in _texts(tile)]
+    return (
+        image.mode.startswith(DEEP)
+        or any(_WIDE.match(name) for name in names)
+        or max(samples) > 8
+        or any(kind not in _UNSIGNED for kind in kinds)
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yields every text in nested tuples and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _texts(part)

@@ -14,9 +14,10 @@ from offsite.task import checkpoint, chunked_head
 from offsite.task.encode import SHORTEST, mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.image_classification import dtype_of
-from offsite.task.image_text_processor import ImageTextProcessor
+from offsite.task.image_text_processor import MARKERS, ImageTextProcessor, holds_marker, without_marker
 from offsite.task.images import Pixels, check_records, plain_pixels, size_of
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import fault
 from offsite.task.spec import Record, Tally
 
 # Vision towers, with the number of places before the places of their patches.
@@ -96,8 +97,9 @@ class ImageText:
     ) -> AskedImages:
         """Returns each record as a conversation of one question, through the model's chat template.
 
-        A record becomes an example without a target if its question leaves no room for the answer, or if its tokens do
-        not contain exactly one image.
+        The template writes the image's marker, so a marker in the question is left out. A record becomes an example
+        without a target if its question leaves no room for the answer, or if its tokens do not contain exactly one
+        image.
 
         Args:
           processor: image processor and tokenizer from `load_processor`.
@@ -120,10 +122,12 @@ class ImageText:
                 f"{count + 64} is usual"
             )
         pixels, valid = processor.images.pixels(records, "image", model_config.vision_config)
-        encoded = processor.words.chats([_conversation(record) for record in records], length - count + 1)
+        questions = [_question(records, index, processor.marker) for index in range(len(records))]
+        talks = [_conversation(asked or "", record) for asked, record in zip(questions, records, strict=True)]
+        encoded = processor.words.chats(talks, length - count + 1)
         rows, answers = [], []
-        for (ids, flags), good in zip(encoded, valid.tolist(), strict=True):
-            whole = good and ids.count(place) == 1 and max(ids) < vocabulary
+        for (ids, flags), good, asked in zip(encoded, valid.tolist(), questions, strict=True):
+            whole = good and asked is not None and ids.count(place) == 1 and max(ids) < vocabulary
             at = ids.index(place) if whole else 0
             rows.append(ids[:at] + [place] * count + ids[at + 1 :] if whole else _empty(place, count, count))
             answers.append([*flags[:at], *[0] * count, *flags[at + 1 :]] if whole else [])
@@ -215,10 +219,24 @@ def image_places(model_config: Any) -> int:
     return height * width + BEFORE_PATCHES[vision] - left_out
 
 
-def _conversation(record: Record) -> list[dict[str, Any]]:
-    asked = [{"type": "image"}, {"type": "text", "text": record["question"]}]
+def _question(records: Sequence[Record], index: int, marker: str) -> str | None:
+    """Returns a record's question without the marker of its image; None for a faulty record in `LenientRecords`."""
+    question = without_marker(records[index]["question"], marker)
+    if question is None:
+        rule = (
+            f"must hold at most one marker of its image, {MARKERS[0]!r} or the model's {marker!r}, and no marker of "
+            "another processor, because a record has one image; remove the others"
+        )
+        fault(records, index, "question", rule)
+    if holds_marker(records[index]["answer"], marker):
+        fault(records, index, "answer", "must hold no marker of an image, because the answer is text; remove it")
+        return None
+    return question
+
+
+def _conversation(question: str, record: Record) -> list[dict[str, Any]]:
     return [
-        {"role": "user", "content": asked},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": record["answer"]}]},
     ]
 

@@ -140,7 +140,8 @@ def check_count(home: SiteHome, *counts: int) -> None:
 
 
 def _columns(home: SiteHome, task: str) -> Columns:
-    return columns_for(task, column=home.settings.column, names=home.settings.columns)
+    settings = home.settings
+    return columns_for(task, column=settings.column, names=settings.columns, labels=settings.labels)
 
 
 def _kept(home: SiteHome) -> Path:

@@ -30,6 +30,8 @@ class SiteSettings:
       column: column or key that holds the main field of a task's records, for example the text; empty takes the field's
         name.
       columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.
+      labels: name of the model's label for each value in the data, as `{ 1 = "benign", M80 = "malignant" }`; a value
+        that is not in it is itself a name. Empty where the data hold the model's own labels.
       dataset: name under which the privacy ledger counts what was spent on these records; one data set has one name
         for ever.
       records: public number of the records, from which noise and sample rate follow; the data must hold exactly so
@@ -56,6 +58,7 @@ class SiteSettings:
     reader: str = ""
     column: str = ""
     columns: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     dataset: str = "main"
     records: int = 0
     blocks: int = 0

@@ -30,6 +30,8 @@ class DataConfig:
       column: column or key that holds the main field of the task's records, for example the text; empty takes the
         field's name.
       columns: column or key of each further field, by the field's name, as `{ text = "body", label = "spam" }`.
+      labels: name of the model's label for each value in the files, as `{ 1 = "benign", M80 = "malignant" }`; a value
+        that is not in it is itself a name. Empty where the files hold the model's own labels.
     """
 
     public: str
@@ -38,6 +40,7 @@ class DataConfig:
     reader: str = ""
     column: str = ""
     columns: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def columns_in(config: FedConfig) -> Columns:
       ConfigError: the task has no such field.
     """
     fields = lookup(TASKS, config.model.task, "model.task").columns
-    return columns_of(fields, column=config.data.column, names=config.data.columns)
+    data = config.data
+    return columns_of(fields, column=data.column, names=data.columns, labels=data.labels)
 
 
 def read_records(config: FedConfig, path: str) -> list[Record]:

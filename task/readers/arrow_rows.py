@@ -1,10 +1,11 @@
-"""Rows of Parquet and Arrow files, a few rows at a time."""
+"""Rows of Parquet and Arrow files, a few rows at a time; a number that the file's metadata name is that name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from offsite.task.readers.class_names import class_names, with_names
 from offsite.task.readers.columns import Columns
 from offsite.task.readers.data_file import DataFile, foreign
 from offsite.task.readers.forms import Layout
@@ -29,8 +30,9 @@ def parquet_sources(file: DataFile, columns: Columns, on_fault: OnFault) -> Iter
     ):
         layout = layout_of(file, columns, _names(table.schema_arrow))
         names, places = list(dict.fromkeys(layout.names.values())), _places(file)
+        classes = class_names(file.path, table.schema_arrow.metadata)
         for batch in table.iter_batches(batch_size=ROWS, columns=names):
-            yield from _rows(file, layout, batch, places)
+            yield from _rows(file, layout, _named(batch, classes), places)
 
 
 def arrow_sources(file: DataFile, columns: Columns, on_fault: OnFault) -> Iterator[Source]:
@@ -48,10 +50,10 @@ def arrow_sources(file: DataFile, columns: Columns, on_fault: OnFault) -> Iterat
             batches = table = pyarrow.ipc.open_stream(content)
         layout = layout_of(file, columns, _names(table.schema))
         tops = [name for name in table.schema.names if _is_read(name, layout.names.values())]
-        places = _places(file)
+        places, classes = _places(file), class_names(file.path, table.schema.metadata)
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS):
-                yield from _rows(file, layout, batch.slice(start, ROWS).select(tops), places)
+                yield from _rows(file, layout, _named(batch.slice(start, ROWS).select(tops), classes), places)
 
 
 def _places(file: DataFile) -> Iterator[str]:
@@ -65,19 +67,32 @@ def _is_read(top: str, names: Iterable[str]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for name in names)
 
 
-def _rows(file: DataFile, layout: Layout, batch: Any, places: Iterator[str]) -> Iterator[Source]:
-    """Yields the rows of a part of a table.
-
-    Args:
-      file: file of the table.
-      layout: columns of the fields.
-      batch: `pyarrow.RecordBatch` with the columns that are read.
-      places: places of this row and of those behind it.
-    """
+def _named(batch: Any, classes: Mapping[str, list[str]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a `pyarrow.RecordBatch` as column -> value, with the names that the file gives to numbers."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     for row in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
+        yield {name: _with_classes(value, name, classes) for name, value in zip(names, row, strict=True)}
+
+
+def _with_classes(value: Any, name: str, classes: Mapping[str, list[str]]) -> Any:
+    if name in classes:
+        return with_names(value, classes[name])
+    if not any(column.startswith(f"{name}.") for column in classes):
+        return value
+    if isinstance(value, list):
+        return [_with_classes(part, name, classes) for part in value]
+    if isinstance(value, dict):
+        return {inner: _with_classes(part, f"{name}.{inner}", classes) for inner, part in value.items()}
+    return value
+
+
+def _rows(
+    file: DataFile, layout: Layout, rows: Iterable[Mapping[str, Any]], places: Iterator[str]
+) -> Iterator[Source]:
+    """Yields rows with their places; `places` goes on behind them."""
+    for row in rows:
         place = next(places)
-        yield place, partial(fields_of, file, place, layout, dict(zip(names, row, strict=True)))
+        yield place, partial(fields_of, file, place, layout, row)
 
 
 def _names(fields: Iterable[Any], outer: str = "") -> list[str]:

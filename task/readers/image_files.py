@@ -13,33 +13,27 @@ from offsite.task.encoded_image import EncodedImage
 from offsite.task.readers.arrow_rows import ARROW_SUFFIXES, arrow_sources, parquet_sources
 from offsite.task.readers.columns import Column, Columns, check_columns
 from offsite.task.readers.data_file import DataFile
+from offsite.task.readers.image_folder import class_images
 from offsite.task.readers.rows import Values, rows
 from offsite.task.readers.table import Source
 from offsite.task.records import OnFault
 from offsite.task.spec import Record
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 LENGTHS = "_length"  # suffix of the name of an array with the lengths of another array's rows without padding
 
 
 def read_images(path: Path, columns: Columns, on_fault: OnFault) -> list[Record]:
-    """Returns one record for each image of a folder with a subfolder for each class, in order of class and file name.
+    """Returns one record for each image of a folder with a folder for each class, in order of class and file name.
 
-    The columns are "image" and "label", which is the name of the class's folder. Messages number the images, because
-    file names may be private.
+    The columns are "image" and "label", which is the name of the class's folder; see `class_images`. Messages number
+    the images, because file names may be private.
     """
     check_columns(path, columns, ["image", "label"])
     if not path.is_dir():
         raise DataError(f"data={str(path)!r} is not a folder; give a folder with a folder of images for each class")
-    files = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.iterdir() if _is_image(file))
-    if not files:
-        raise DataError(
-            f"data={str(path)!r} has no images in folders ({', '.join(SUFFIXES)}); put the images of each class into a "
-            "folder with the name of the class"
-        )
     sources = [
-        (f"image={number}", partial(dict[str, Any], {"image": EncodedImage(file), "label": file.parent.name}))
-        for number, file in enumerate(files, start=1)
+        (f"image={number}", partial(dict[str, Any], {"image": EncodedImage(image.file), "label": image.label}))
+        for number, image in enumerate(class_images(path), start=1)
     ]
     return rows(path, columns, sources, on_fault)
 
@@ -104,10 +98,13 @@ def _check_lengths(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _with_images(fields: Callable[[], Values | None]) -> Values | None:
     """Returns the values of a row; bytes are an encoded image."""
     values = fields()
-    if values is None:
-        return None
-    bare = {name: value.get("bytes") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: EncodedImage(value) if isinstance(value, bytes) else value for name, value in bare.items()}
+    return None if values is None else {name: _image(value) for name, value in values.items()}
+
+
+def _image(value: Any) -> Any:
+    """Returns an encoded image for bytes, or for {bytes, path}; any other value, as a path without bytes, stays."""
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return EncodedImage(content) if isinstance(content, bytes) else value
 
 
 def _row_of(path: Path, columns: Columns, arrays: dict[str, np.ndarray], at: int) -> Callable[[], Values]:
@@ -118,7 +115,7 @@ def _cell(path: Path, column: Column, arrays: dict[str, np.ndarray], at: int) ->
     """Returns the value of a column in a row: an array, a list, or Python's own type of number or text."""
     value = arrays[column.name][at]
     if not isinstance(value, np.ndarray):
-        return value.item() if value.dtype.kind in "iubU" else value
+        return value.item() if value.dtype.kind in "iubUf" else value
     if (lengths := arrays.get(column.name + LENGTHS)) is not None:
         length = int(lengths[at])
         if not 0 <= length <= len(value):
@@ -128,7 +125,3 @@ def _cell(path: Path, column: Column, arrays: dict[str, np.ndarray], at: int) ->
             )
         value = value[:length]
     return value.tolist() if value.dtype.kind in "iU" else value
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

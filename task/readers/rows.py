@@ -15,7 +15,8 @@ import numpy as np
 
 from offsite.errors import DataError
 from offsite.task.encoded_image import EncodedImage
-from offsite.task.readers.columns import Columns
+from offsite.task.label_names import by_table
+from offsite.task.readers.columns import Column, Columns
 from offsite.task.records import OnFault, Row
 from offsite.task.spec import Record
 
@@ -88,15 +89,36 @@ def text_of(line: str, path: Path, where: str) -> str:
 
 def _checked(path: Path, columns: Columns, where: str, values: Values) -> Row:
     """Returns a record from the values of a row by field, after a check of their types."""
+    record = {field: _value(values[field], column) for field, column in columns.items()}
     for field, column in columns.items():
-        value = values[field]
+        value = record[field]
         fits = isinstance(value, _OBJECTS if column.kind is object else column.kind)
         if not fits or (column.kind is int and isinstance(value, bool)):
-            raise DataError(
-                f"data={str(path)!r} {where} column={column.name!r} holds {type(value).__name__}, not "
-                f"{_WORDS[column.kind]}; correct it, or name another column"
-            )
-    return Row({field: values[field] for field in columns}, where)
+            raise DataError(f"data={str(path)!r} {where} column={column.name!r} {_unfit(value, column.kind)}")
+    return Row(record, where)
+
+
+def _value(value: Any, column: Column) -> Any:
+    """Returns a value in the form of a record: a number like 1.0 as an integer, and a label by the column's table."""
+    if column.labels:
+        return by_table(value, column.labels)
+    return int(value) if column.kind is object and isinstance(value, float) and value.is_integer() else value
+
+
+def _unfit(value: Any, kind: type) -> str:
+    """Returns the rule that a value of another type breaks; an image file in a table has a rule of its own."""
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if kind is object and content is None and isinstance(value, dict) and value.get("path") is not None:
+        return (
+            "holds the path of an image file and no image, since only paths are in this file; write the images "
+            "themselves into it (reader 'image_parquet'), or give a folder of images for each class (reader 'images')"
+        )
+    if kind is object and isinstance(content, bytes):
+        return (
+            "holds an encoded image, which this reader does not read; name the reader 'image_parquet', or 'images' for "
+            "a folder of images for each class"
+        )
+    return f"holds {type(value).__name__}, not {_WORDS[kind]}; correct it, or name another column"
 
 
 def _empty(columns: Columns, where: str) -> Row:

@@ -10,6 +10,7 @@ from offsite.task.readers.arrow_rows import ARROW_SUFFIXES, arrow_sources, parqu
 from offsite.task.readers.columns import Columns, Reader
 from offsite.task.readers.csv_rows import csv_sources, tsv_sources
 from offsite.task.readers.image_files import image_sources, read_images, read_npz
+from offsite.task.readers.image_folder import holds_images
 from offsite.task.readers.json_rows import json_sources, jsonl_sources
 from offsite.task.readers.rows import record_of, strict
 from offsite.task.readers.shards import files_of, reader_of
@@ -129,4 +130,9 @@ READERS: dict[str, Reader] = {
 def _reader(source: Path, reader: str | None) -> str:
     if not source.exists():
         raise DataError(f"data={str(source)!r} does not exist; give the path of a data file or folder")
+    if reader is None and source.is_dir() and not any(source.glob("*.txt")) and holds_images(source):
+        raise DataError(
+            f"data={str(source)!r} is a folder of images; name the reader 'images', which reads a folder of images "
+            "for each class, or give a Parquet file of encoded images with the reader 'image_parquet'"
+        )
     return reader if reader is not None else reader_of(source, SUFFIXES, READERS)

@@ -1,6 +1,7 @@
 """task.readers.image_files: pictures come back as they were written, and errors name a place and nothing else."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -11,6 +12,7 @@ from PIL import Image
 from offsite.errors import DataError
 from offsite.task import encoded_image
 from offsite.task.encoded_image import EncodedImage
+from offsite.task.labels import Labels
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.image_files import check_images
 from offsite.task.readers.tables import READERS, read, read_for_job
@@ -54,6 +56,76 @@ def test_a_folder_by_class_is_read_by_class_and_name(tmp_path):
     assert len(found) == 3
     assert found[1].place == "image=2"
     assert all(record["image"].decoded().dtype == np.uint8 for record in found)
+
+
+def test_the_first_folder_is_the_class_of_all_folders_in_it_and_hidden_ones_are_passed_over(tmp_path):
+    hidden = (".ipynb_checkpoints/a.png", "__MACOSX/cat/._a.png", "cat/.ipynb_checkpoints/a-checkpoint.png")
+    hidden += ("cat/@eaDir/a.png", "dog/Thumbs.db", ".DS_Store", "dog/.DS_Store")
+    shown = ("cat/a.png", "cat/2019/b.png", "cat/2019/deep/c.png", "dog/d.png")
+    path = folder(tmp_path / "d", dict.fromkeys((*hidden, *shown), png(GREY)))
+    (path / "dog" / "loop").symlink_to(path, target_is_directory=True)
+    found = read(path, reader="images", columns=columns())
+    assert [record["label"] for record in found] == ["cat", "cat", "cat", "dog"]
+    assert [record["image"].source.name for record in found] == ["b.png", "c.png", "a.png", "d.png"]
+    assert found[1]["label"].inner == ("2019", "deep")
+
+
+def test_every_suffix_of_a_readable_format_is_read(tmp_path):
+    """The suffixes are those of Pillow's own table; the same names in capitals are read too."""
+    Image.init()
+    suffixes = [suffix for suffix, form in Image.registered_extensions().items() if form in encoded_image.FORMATS]
+    assert {".jfif", ".jpe", ".apng"} <= set(suffixes)
+    names = [f"a/{number}{suffix}" for number, suffix in enumerate([*suffixes, *map(str.upper, suffixes)])]
+    path = folder(tmp_path / "d", dict.fromkeys(names, png(GREY)))
+    assert len(read(path, reader="images", columns=columns())) == len(names)
+
+
+def test_files_that_are_passed_over_are_counted_in_one_line_without_their_names(tmp_path, caplog):
+    others = ("cat/1.jp2", "cat/2.JP2", "cat/notes.txt", "loose.png", "dog/1.dcm", "dog/x.smith", "dog/smith")
+    path = folder(tmp_path / "d", dict.fromkeys((*others, "cat/a.png", "cat/.hidden.jp2"), png(GREY)))
+    assert len(read(path, reader="images", columns=columns())) == 1
+    (line,) = caplog.messages
+    assert line == (
+        f"data={str(path)!r}: images=1 are read, files passed over: .dcm 1, .jp2 2, .png in no class's folder 1, "
+        ".txt 1, with other suffixes 2; folders without an image: 'dog'"
+    )
+    caplog.clear()
+    read(folder(tmp_path / "e", {"cat/a.png": png(GREY)}), reader="images", columns=columns())
+    assert caplog.messages == []
+
+
+def test_names_of_folders_have_the_form_of_the_models_names(tmp_path):
+    path = folder(
+        tmp_path / "d", {"Zoe\u0308/a.png": png(GREY), "Zo\u00eb/b.png": png(GREY), "zo\u00eb/c.png": png(GREY)}
+    )
+    found = read(path, reader="images", columns=columns())
+    assert {record["label"] for record in found} == {"Zo\u00eb", "zo\u00eb"}
+    model = Labels(SimpleNamespace(id2label={0: "Zo\u00eb", 1: "b"}))
+    with pytest.raises(DataError, match=r"^image=3 field='label': folder='zo\u00eb' must be .*did you mean Zo\u00eb"):
+        model.of(found, "label")
+    assert model.of(found[:2], "label") == [0, 0]
+
+
+def test_paths_without_images_and_a_missing_reader_are_said(tmp_path):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": None, "path": "secret.png"}], "label": [1]}), tmp_path / "p.parquet"
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": png(GREY), "path": "secret"}], "label": [1]}), tmp_path / "d.parquet"
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png(GREY)], "label": [1]}), tmp_path / "b.parquet")
+    cases = [("p", "image_parquet", "holds the path of"), ("p", None, "holds the path of")]
+    cases += [(name, None, "holds an encoded image, which this reader does not read") for name in "db"]
+    for name, reader, rule in cases:
+        with pytest.raises(DataError, match=rf"row=1 column='image' {rule}") as caught:
+            read(tmp_path / f"{name}.parquet", reader=reader, columns=columns())
+        assert "'image_parquet'" in str(caught.value)
+        assert "'images'" in str(caught.value)
+        assert "secret" not in str(caught.value)
+    path = folder(tmp_path / "f", {"cat/a.png": png(GREY)})
+    for where in (path, path / "cat"):
+        with pytest.raises(DataError, match=r"is a folder of images; name the reader 'images', .*'image_parquet'"):
+            read(where, reader=None, columns=columns())
 
 
 def test_other_modes_become_rgb(tmp_path):

@@ -208,6 +208,37 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_loss(name, opened):
     assert torch.allclose(losses[[0, 3]], honest[[0, 3]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["class_to_image", "text_to_image"])
+def test_latents_of_another_scale_than_the_noise_are_warned_about(name, opened, caplog):
+    """The factors are those of published autoencoders, by which unscaled latents are too large or too small."""
+    task, model, schedule, _ = opened(name)
+    generator = np.random.default_rng(5)
+    records = [{**record, "latents": generator.normal(size=record["latents"].shape)} for record in latents(9, 0)]
+    for factor, warned in (
+        (1, False),
+        (0.7, False),
+        (1.5, False),
+        (1 / 0.18215, True),
+        (1 / 0.41407, True),
+        (0.18215, True),
+    ):
+        scaled = [{**record, "latents": (factor * record["latents"]).astype(np.float32)} for record in records]
+        caplog.clear()
+        encoded(task, model, schedule, scaled)
+        assert len(caplog.messages) == warned, factor
+        if warned:
+            size = float(np.sqrt(np.mean([np.square(record["latents"]).mean() for record in scaled])))
+            assert caplog.messages[0].startswith(f"latents: records=9 have a root mean square of {size:.3g}, ")
+            assert f"(here about {1 / size:.3g})" in caplog.messages[0]
+
+
+def test_a_class_is_one_number_in_every_form_of_it(opened):
+    task, model, schedule, _ = opened("class_to_image")
+    forms = [{**latents(1, 0)[0], "label": label} for label in (3, "3", 3.0, "3.0")]
+    found = encoded(task, model, schedule, forms).conditions["class_labels"]
+    assert found.tolist() == [3, 3, 3, 3]
+
+
 def test_a_model_of_another_task_or_with_wishes_of_its_own_is_refused(opened, tmp_path):
     folder(dit, tmp_path)
     with pytest.raises(UnsupportedModel, match="must be PixArtTransformer2DModel or UNet2D"):

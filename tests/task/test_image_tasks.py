@@ -180,7 +180,7 @@ def test_bad_records_and_splits_are_refused(name, opened):
     records = pictures(3, 0)
     with pytest.raises(ConfigError, match="truncate"):
         task.encode(processor, records, length=LENGTH, split="blocks", model_config=model.config)
-    with pytest.raises(DataError, match="record=2 field='image'"):
+    with pytest.raises(DataError, match=r"record=2 field='image': is a text and no image, .*'image_parquet'.*'images'"):
         encoded(task, model, processor, [records[0], {**records[1], "image": "a secret"}])
     if "label" in task.columns:
         with pytest.raises(DataError, match="record=3 field='label'") as caught:

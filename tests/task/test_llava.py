@@ -1,14 +1,17 @@
 """task.llava: the answer's loss by another route, an image's places, and questions that disturb the places."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 import transformers as hf
 
 from offsite.errors import ConfigError, DataError, UnsupportedModel
+from offsite.task.image_text_processor import MARKERS, image_marker, without_marker
 from offsite.task.images import Pixels
 from offsite.task.llava import AskedImages, ImageText, image_places
+from offsite.task.records import LenientRecords, Row
 from tests.task.pictures import LENGTH, SIDE, TEXT, VISION, WORDS, llava_folder, pictures
 
 TASK = ImageText()
@@ -100,11 +103,51 @@ def test_exact_matches_are_what_greedy_decoding_says(opened):
         assert TASK.tally(model, told).metrics["exact_match"] == (0.0, 1), row
 
 
-@pytest.mark.parametrize("question", ["which <image> ?", "pattern " * LENGTH, "<image> <image>"])
+ASKED = ["<image>\nwhich pattern ?", "which pattern ?\n<image>", "which <image> pattern ?", " <image> which pattern ?"]
+
+
+@pytest.mark.parametrize("question", ASKED)
+def test_the_marker_of_the_image_in_a_question_is_left_out(opened, question):
+    """As LLaVA's own data sets write it; the chat template writes the marker of the model."""
+    plain, marked = records()[1], {**records()[1], "question": question}
+    for batch in (encode(opened, [marked]), encode(opened, LenientRecords([marked]))):
+        expected = encode(opened, [plain])
+        assert torch.equal(batch.text.input_ids, expected.text.input_ids)
+        assert torch.equal(batch.text.answers, expected.text.answers)
+        assert batch.targets.tolist() == [2]
+
+
+@pytest.mark.parametrize("other", [*MARKERS[1:], "<image> <image>"])
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_another_marker_is_refused_by_its_line(opened, other, field):
+    wrong = Row({**records()[1], field: f"which {other} ?"}, "line=4")
+    with pytest.raises(DataError, match=f"^line=4 field='{field}': must hold .*marker"):
+        encode(opened, [wrong])
+    lenient = LenientRecords([wrong, records()[0]])
+    assert encode(opened, lenient).targets.tolist() == [0, 2]
+    assert len(lenient.faults) == 1
+
+
+@pytest.mark.parametrize("written", ["<picture>", {"content": "<picture>", "special": True}])
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer_config.json"])
+def test_the_models_own_marker_is_read_from_its_processor(tmp_path, name, written):
+    assert image_marker(tmp_path) == "<image>"
+    (tmp_path / name).write_text(json.dumps({"image_token": written}))
+    assert image_marker(tmp_path) == "<picture>"
+    for question in ("<picture>\nwhat is it?", "what is it? <image>"):
+        assert without_marker(question, "<picture>") == "what is it?"
+    assert without_marker("<picture> and <image>", "<picture>") is None
+    assert without_marker("what is <img> in\n HTML ?", "<picture>") == "what is <img> in\n HTML ?"
+    (tmp_path / name).write_text("{")
+    with pytest.raises(DataError, match=f"damaged {name}"):
+        image_marker(tmp_path)
+
+
+@pytest.mark.parametrize("question", ["<image> <image>", "pattern " * LENGTH])
 def test_a_question_that_spoils_the_places_is_an_example_without_a_target(opened, question):
     """The model counts the places of a whole batch, and would fail on all examples."""
     model, (first, second, third) = opened[0], records()
-    batch = encode(opened, [first, {**second, "question": question}, third])
+    batch = encode(opened, LenientRecords([first, {**second, "question": question}, third]))
     assert batch.targets.tolist() == [2, 0, 5]
     losses = TASK.losses(model, batch)
     honest = TASK.losses(model, encode(opened, records()))
