@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offsite.adapter.export import export
-from offsite.client.training.emulator_session import EmulatorSession
+from offsite.client.training.emulator_session import EmulatorSession, encode_records
 from offsite.client.training.privacy_plan import SitePlan, plan_for
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
@@ -27,6 +27,8 @@ from offsite.simulation.engine import Display, Engine
 from offsite.simulation.outcome import SimulationOutcome, simulation_report
 from offsite.simulation.resource_meter import Meter
 from offsite.simulation.run_folder import Run, simulated_sessions
+from offsite.task.label_agreement import numbers_beside_names, only_numbers
+from offsite.task.labels import names_of
 from offsite.task.selection import spread
 from offsite.task.spec import Batch
 
@@ -63,7 +65,7 @@ def simulate(run: Run, options: Options) -> Report:
         job = run.open_job(display.step)
         sessions = simulated_sessions(run, job.manifest)
         session = sessions[job.emulator.sites[0]]
-        plans = _plans(run, job, session)
+        plans = _plans(run, job, session, display)
         building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
     if not job.manifest.aggregation.secure_aggregation:
@@ -92,11 +94,15 @@ def simulate(run: Run, options: Options) -> Report:
     return report
 
 
-def _plans(run: Run, job: Job, session: EmulatorSession) -> dict[str, SitePlan]:
-    plans = {}
+def _plans(run: Run, job: Job, session: EmulatorSession, display: Display) -> dict[str, SitePlan]:
+    plans, numbers = dict[str, SitePlan](), {"public": only_numbers(run.records(run.config.data.public))}
     for site in run.config.sites:
-        examples = run.examples(site.train, job.manifest, session)
-        plans[site.name] = plan_for(job.manifest, len(examples))
+        records = run.records(site.train)
+        plans[site.name] = plan_for(job.manifest, len(encode_records(session, job.manifest, records)))
+        numbers[site.name] = only_numbers(records)
+    names = names_of(session.model.config) if {True, False} <= set(numbers.values()) else []
+    if names and (warning := numbers_beside_names(numbers, names)):
+        display.step(warning)
     return plans
 
 

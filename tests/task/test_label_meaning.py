@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from offsite.errors import DataError, UnsupportedModel
+from offsite.task.label_agreement import numbers_beside_names, only_numbers
 from offsite.task.label_names import LabelName, by_table
 from offsite.task.label_numbers import whole
 from offsite.task.labels import IGNORED, Labels, names_of
@@ -137,3 +138,22 @@ def test_a_table_says_what_each_value_means():
     assert labels("1", "0").number(by_table(1, {"1": "1"})) == 0
     with pytest.raises(DataError, match=r"labels='god' must be one of .*did you mean good"):
         model.of([{"label": by_table(3, {"3": "god"})}], "label")
+
+
+def test_numbers_beside_names_are_told_to_somebody_who_sees_all_files():
+    """The mixed kind of file is no warning about itself: each of its values has one meaning."""
+    files = {
+        "east": [{"label": 1}, {"label": "0"}, Row({"label": None}, "line=3", empty=True)],
+        "north": [{"label": "neg"}, {"label": 1}],
+        "south": [{"label": LabelName("1", "folder")}],
+        "west": [{"text": "no label"}],
+    }
+    kinds = {owner: only_numbers(records) for owner, records in files.items()}
+    assert kinds == {"east": True, "north": False, "south": False, "west": None}
+    warning = numbers_beside_names(kinds, ["neg", "pos"])
+    assert warning is not None
+    assert "at east, and names at north, south; numbers are read in the model's order (0 = neg, 1 = pos)" in warning
+    assert numbers_beside_names({"east": True, "west": None}, ["neg", "pos"]) is None
+    assert numbers_beside_names({"north": False, "west": None}, ["neg", "pos"]) is None
+    assert only_numbers([{"labels": [0, 1]}, {"labels": [2.0]}]) is True
+    assert only_numbers([{"labels": [0, "O"]}]) is False
