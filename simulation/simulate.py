@@ -21,6 +21,7 @@ from offsite.coordinator.rounds.attempt import Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round_loop import TrainingLoop
 from offsite.emulator.runtime.plug_in import plug
+from offsite.errors import DataError
 from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.engine import Display, Engine
@@ -97,10 +98,14 @@ def simulate(run: Run, options: Options) -> Report:
 def _plans(run: Run, job: Job, session: EmulatorSession, display: Display) -> dict[str, SitePlan]:
     plans, numbers = dict[str, SitePlan](), {"public": only_numbers(run.records(run.config.data.public))}
     for site in run.config.sites:
-        records = run.records(site.train)
-        plans[site.name] = plan_for(job.manifest, len(encode_records(session, job.manifest, records)))
+        try:
+            records = run.records(site.train)
+            plans[site.name] = plan_for(job.manifest, len(encode_records(session, job.manifest, records)))
+        except DataError as error:
+            raise DataError(f"site={site.name}: {error}") from error
         numbers[site.name] = only_numbers(records)
-    names = names_of(session.model.config) if {True, False} <= set(numbers.values()) else []
+    config = session.model.config
+    names = names_of(config) if getattr(config, "id2label", None) and False in numbers.values() else []
     if names and (warning := numbers_beside_names(numbers, names)):
         display.step(warning)
     return plans

@@ -83,9 +83,16 @@ def fed(tmp_path: Path) -> Path:
 
 
 def test_a_classifiers_run_reports_its_own_measures(fed: Path, run: Run) -> None:
-    out = fed.parent / "out"
-    code, _, err = run("simulate", str(fed), "--out", str(out))
+    out, numbers = fed.parent / "out", {name: number for number, name in LABELS.items()}
+    records = first_of("sequence_classification").records(48, 68)
+    numbered = [{**record, "label": numbers.get(record["label"], record["label"])} for record in records]
+    write_csv(numbered, fed.parent / "cedar-train.csv")
+    code, shown, err = run("simulate", str(fed), "--out", str(out))
     assert code == 0, err
+    warning = (
+        "labels are numbers without names at cedar, and names at ash, birch, public; numbers are read in the model's"
+    )
+    assert warning in shown + err
     quality = json.loads((out / "report.json").read_text())["quality"]
     for kind, targets in (("private", 12), ("public", 8)):
         for score in quality[kind].values():
@@ -139,7 +146,7 @@ def test_a_wrong_label_of_a_site_is_named_by_site_and_line_and_never_shown(fed: 
     write_csv(sample.records(48, 12), fed.parent / "birch-train.csv", broken="a private sentence")
     code, _, err = run("simulate", str(fed), "--out", str(fed.parent / "out"))
     assert code == 2
-    assert "line=50 field='label': must be one of the model's 3 labels (ham, spam, news)" in err
+    assert "site=birch: line=50 field='label': must be one of the model's 3 labels (ham, spam, news)" in err
     assert "a private sentence" not in err
     assert list(LABELS.values()) == ["ham", "spam", "news"]
 
