@@ -14,14 +14,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from offsite.errors import DataError
+from offsite.task.image_ends import is_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # of a file with several images only the first is read
+NO_IMAGE = (
+    "is a text and no image, because no path is followed; give encoded images (reader 'image_parquet'), or a folder of "
+    "images for each class (reader 'images')"
+)
+DAMAGED = "is not a readable image; copy it again, or remove it"
 MAX_PIXELS = 1 << 26  # of one image; a file of few bytes can need more memory than the machine has
 DEEP = ("I", "F")  # PIL's modes of 16 and 32 bits; a conversion would turn every value over 255 white
 # PIL's names for values of more bits in a file, as in "RGB;16B"; "BGR;16" has 16 bits for all three channels together.
 _WIDE = re.compile(r"(?!BGR)[A-Za-z]+;(?:12|16|32|64)")
 _BITS_OF_SAMPLES, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, (1, 4)  # tags of TIFF, and its formats of plain numbers
-_SCAN, _END = 0xDA, b"\xff\xd9"  # markers of JPEG: the start of the values, and the end of the image
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class EncodedImage:
         except DataError:
             raise
         except Exception:  # a damaged image can make PIL fail in any way, and the way tells about the image
-            raise DataError("is not a readable image; remove it") from None
+            raise DataError(DAMAGED) from None
 
 
 def _broken_rule(image: Image.Image, content: bytes) -> str:
@@ -62,18 +67,9 @@ def _broken_rule(image: Image.Image, content: bytes) -> str:
             "must have at most 8 bits a channel; choose the range of values that matters, and write the image with "
             "8 bits"
         )
-    if image.format in ("JPEG", "MPO") and not _has_end(content):
-        return "is cut off, and PIL would fill its end with grey; copy the image again"
+    if not is_whole(content, image.format or ""):
+        return DAMAGED
     return ""
-
-
-def _has_end(content: bytes) -> bool:
-    """Says whether the marker of the end follows the first scan of a JPEG; a copy that stopped may end in zeros."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != _SCAN:
-        filling = content[at + 1] == 0xFF
-        at += 1 if filling else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return content.find(_END, at) >= 0
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from offsite.errors import DataError, UnsupportedModel
-from offsite.task.encoded_image import EncodedImage
+from offsite.task.encoded_image import NO_IMAGE, EncodedImage
 from offsite.task.image_settings import Settings, Size, read_settings
 from offsite.task.records import check_split, fault
 from offsite.task.spec import Record
@@ -167,10 +167,7 @@ def _checked(records: Sequence[Record], index: int, field: str) -> np.ndarray | 
 def _wrong(image: Any) -> str:
     """Returns the rule that an image breaks, or "" for a valid image."""
     if isinstance(image, str):
-        return (
-            "is a text and no image, because no path is followed; give encoded images (reader 'image_parquet'), or a "
-            "folder of images for each class (reader 'images')"
-        )
+        return NO_IMAGE
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
         return "must be an image, uint8 (H, W, 3) or (H, W); use the reader 'images', 'image_parquet' or 'npz'"
     if image.ndim == 3 and image.shape[2] != 3:

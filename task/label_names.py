@@ -20,7 +20,9 @@ class LabelName(str):
     shown: bool
     inner: tuple[str, ...]
 
-    def __new__(cls, name: str, source: str, *, shown: bool = False, inner: tuple[str, ...] = ()) -> "LabelName":
+    def __new__(
+        cls, name: str, source: str = "label", *, shown: bool = False, inner: tuple[str, ...] = ()
+    ) -> "LabelName":
         """Returns a name in Unicode's composed form."""
         label = super().__new__(cls, composed(name))
         label.source, label.shown, label.inner = source, shown, inner

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 LATENTS, LABEL, PROMPT, IMAGES = "latents", "label", "prompt_embeds", "image_embeds"
+IMAGE = "image"
 LABELS = (LABEL, "labels")  # fields that hold labels, one or a list
 
 # Task -> fields of its records with their types, the main field first; `object` is a name, a number or an array.

@@ -9,13 +9,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from offsite.errors import DataError
-from offsite.task.encoded_image import EncodedImage
+from offsite.task.encoded_image import NO_IMAGE, EncodedImage
 from offsite.task.readers.arrow_rows import ARROW_SUFFIXES, arrow_sources, parquet_sources
 from offsite.task.readers.columns import Column, Columns, check_columns
 from offsite.task.readers.data_file import DataFile
 from offsite.task.readers.image_folder import class_images
 from offsite.task.readers.rows import Values, rows
 from offsite.task.readers.table import Source
+from offsite.task.record_fields import IMAGE
 from offsite.task.records import OnFault
 from offsite.task.spec import Record
 
@@ -76,15 +77,17 @@ def check_images(path: Path, records: Sequence[Record]) -> None:
     """Decodes every image of a file, for the file's owner; an image is else decoded when its record is encoded.
 
     Raises:
-      DataError: an image is damaged, too large or too deep; the message names the record's place.
+      DataError: an image is damaged, too large or too deep, or only a path; the message names the record's place.
     """
     for number, record in enumerate(records, start=1):
+        where = getattr(record, "place", f"record={number}")
+        if isinstance(record.get(IMAGE), str):
+            raise DataError(f"data={str(path)!r} {where} field={IMAGE!r}: {NO_IMAGE}")
         for value in record.values():
             if isinstance(value, EncodedImage):
                 try:
                     value.decoded()
                 except DataError as error:
-                    where = getattr(record, "place", f"record={number}")
                     raise DataError(f"data={str(path)!r} {where} {error}") from None
 
 

@@ -126,6 +126,10 @@ def test_paths_without_images_and_a_missing_reader_are_said(tmp_path):
     for where in (path, path / "cat"):
         with pytest.raises(DataError, match=r"is a folder of images; name the reader 'images', .*'image_parquet'"):
             read(where, reader=None, columns=columns())
+    (tmp_path / "t.jsonl").write_text('{"image": "secret.png", "label": 1}\n')
+    with pytest.raises(DataError, match="line=1 field='image': is a text and no image") as caught:
+        check_images(tmp_path / "t.jsonl", read(tmp_path / "t.jsonl", reader=None, columns=columns()))
+    assert "secret" not in str(caught.value)
 
 
 def test_other_modes_become_rgb(tmp_path):
