@@ -10,7 +10,14 @@ from offsite.task.images import ImageProcessor
 from offsite.task.tokenizer import Tokenizer
 
 # Texts by which data sets and processors say where an image stands: LLaVA's own first, which many data sets hold.
-MARKERS = ("<image>", "<|image|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<image_soft_token>")
+MARKERS: tuple[str, ...] = (
+    "<image>",
+    "<|image|>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<image_soft_token>",
+)
 MARKERS += ("<start_of_image>", "<end_of_image>", "<image_placeholder>", "<IMG_CONTEXT>", "<|image_1|>", "[IMG]")
 FILES = ("processor_config.json", "tokenizer_config.json")  # transformers writes a model's own marker into one of both
 
