@@ -10,15 +10,9 @@ from offsite.task.images import ImageProcessor
 from offsite.task.tokenizer import Tokenizer
 
 # Texts by which data sets and processors say where an image stands: LLaVA's own first, which many data sets hold.
-MARKERS: tuple[str, ...] = (
-    "<image>",
-    "<|image|>",
-    "<|image_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<image_soft_token>",
-)
-MARKERS += ("<start_of_image>", "<end_of_image>", "<image_placeholder>", "<IMG_CONTEXT>", "<|image_1|>", "[IMG]")
+MARKERS: tuple[str, ...] = ("<image>", "<|image|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "[IMG]")
+MARKERS += ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<image_placeholder>", "<|image_1|>")
+MARKERS += ("<IMG_CONTEXT>",)
 FILES = ("processor_config.json", "tokenizer_config.json")  # transformers writes a model's own marker into one of both
 
 

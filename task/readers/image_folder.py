@@ -16,15 +16,8 @@ log = logging.getLogger("offsite.task")
 # Suffixes of the formats in `task.encoded_image`; a file's content and not its suffix decides how it is read.
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
 # Folders and files that systems and editors write, beside all names that begin with a dot.
-HIDDEN: tuple[str, ...] = (
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-)
-HIDDEN += ("Thumbs.db", "desktop.ini")
+HIDDEN: tuple[str, ...] = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+HIDDEN += ("lost+found", "Thumbs.db", "desktop.ini")
 _NAMED = (".txt", ".json", ".csv", ".xml", ".dcm", ".heic", ".heif", ".svg", ".npy", ".nii", ".pdf", ".zip", ".avif")
 
 
