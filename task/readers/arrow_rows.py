@@ -86,9 +86,7 @@ def _with_classes(value: Any, name: str, classes: Mapping[str, list[str]]) -> An
     return value
 
 
-def _rows(
-    file: DataFile, layout: Layout, rows: Iterable[Mapping[str, Any]], places: Iterator[str]
-) -> Iterator[Source]:
+def _rows(file: DataFile, layout: Layout, rows: Iterable[Mapping[str, Any]], places: Iterator[str]) -> Iterator[Source]:
     """Yields rows with their places; `places` goes on behind them."""
     for row in rows:
         place = next(places)
