@@ -10,7 +10,7 @@ from offsite.cli.confirm import confirm, warn_of_expiry
 from offsite.cli.typer_app import command_group
 from offsite.client.home.consent import Consent
 from offsite.client.home.installation import SiteHome
-from offsite.errors import DataError
+from offsite.errors import CheckFailed, DataError
 from offsite.trust.certificates import digits_of
 from offsite.trust.federation_manifest import FederationManifest, changes
 from offsite.trust.sealing import HYBRID
@@ -30,9 +30,20 @@ def init(
         str, typer.Option(help="person or office, and telephone number, that the other owners see when they sign")
     ] = "",
 ) -> None:
-    """Make a site's folder with its keys, its policy and its request."""
+    """Check the data, and make a site's folder with its keys, its policy and its request."""
+    from offsite.client.home.data_check import check_own_data
+
+    found = check_own_data(data.expanduser().absolute(), reader="", column="", names={}, labels={})
+    if found.faults:
+        raise CheckFailed("\n".join(found.faults))
     site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC), contact=contact)
     typer.echo(f"site {name!r} made in {folder}; {site.policy} says what the site permits")
+    if found.unnamed:
+        typer.echo(
+            f"warning: {found.unnamed}; name reader, column and columns in {folder / 'site.toml'}, then: "
+            f"offsite client doctor {folder}",
+            err=True,
+        )
     _show_request(site, folder / "site.request")
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,9 +20,12 @@ from offsite.errors import ConfigError, OffsiteError
 from offsite.trust.files import alone
 
 if TYPE_CHECKING:  # needs torch, and `status` does not
+    from offsite.coordinator.config.federation_file import FedConfig
+    from offsite.coordinator.home.provision import CoordinatorHome
     from offsite.coordinator.home.status import Status
 
 EXIT_STOPPED = 143
+AGAIN = "run the same command again"
 log = logging.getLogger("offsite.coordinator")
 __all__ = ["app"]
 
@@ -49,7 +53,6 @@ def run(
 
     from offsite.cli.display import LiveDisplay, PlainDisplay
     from offsite.coordinator.config.federation_file import read_config
-    from offsite.coordinator.home.job_settings import run_folder
     from offsite.coordinator.home.provision import CoordinatorHome
     from offsite.coordinator.home.status import Status
     from offsite.coordinator.job.store import Store
@@ -65,14 +68,15 @@ def run(
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     home = CoordinatorHome.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
-    _interrupt_on_signals()
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
     with alone(home.link, "a coordinator"):
+        place = _checked_place(home, settings, out)
+        _interrupt_on_signals()
         context = JobContext(
             home=home,
             config=settings,
-            store=Store(run_folder(home, settings, out)),
+            store=Store(place),
             status=Status(home.folder / "status.json", now),
             nonce=lambda: secrets.token_bytes(32),
             now=now,
@@ -80,7 +84,8 @@ def run(
             on_round=lambda record: display.round(record, settings.training.rounds),
         )
         folder, started = context.store.folder, Started(sha256, now().isoformat(timespec="seconds"))
-        with _ended(context.status, config), display:
+        again = ["offsite", "coordinator", "run", str(config), *(["--out", str(out)] if out else [])]
+        with _ended(context.status, shlex.join([*again, *(["--json"] if as_json else [])])), display:
             job, progress = run_job(context)
             report = conclude(settings, context.store, job, progress, started)
         context.status.set("finished", detail=str(folder))
@@ -91,24 +96,52 @@ def run(
     typer.echo(f"\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
 
 
+def _checked_place(home: "CoordinatorHome", settings: "FedConfig", out: Path | None) -> Path:
+    """Returns the folder of the job, after a check of everything that can be known before any work."""
+    from offsite.coordinator.check.federation import check_coordinator
+    from offsite.coordinator.home.job_settings import keep_place, run_folder
+    from offsite.task.findings import Findings
+
+    place, findings = run_folder(home, settings, out), Findings()
+    check_coordinator(settings, place, now(), findings)
+    for warning in findings.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    findings.check()
+    keep_place(home, settings, place)
+    return place
+
+
 @contextmanager
-def _ended(status: "Status", config: Path) -> Iterator[None]:
-    """Writes into the status how an unfinished job ended, since no state may stand for ever."""
+def _ended(status: "Status", again: str) -> Iterator[None]:
+    """Writes into the status how an unfinished job ended, since no state may stand for ever.
+
+    Args:
+      status: status file of the coordinator.
+      again: the command that goes on with the job.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        status.set("stopped", detail="by a signal", next="run the same command again; the job goes on where it was")
-        typer.echo(f"offsite: stopped; go on with: offsite coordinator run {config}", err=True)
+        status.set(
+            "stopped", detail="by a signal", next=f"run the same command again; the job goes on where it was: {again}"
+        )
+        typer.echo(f"offsite: stopped; go on with: {again}", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
     except OffsiteError as error:
         with suppress(OffsiteError):  # a full disk may be the reason, and the raised error says so
             status.set(
-                "stopped", detail=str(error), next="mend the cause and run the same command again; the job goes on"
+                "stopped",
+                detail=str(error),
+                next=f"mend the cause and run the same command again; the job goes on: {again}",
             )
         raise
     except BaseException as error:
         with suppress(OffsiteError):
-            status.set("failed", detail=type(error).__name__, next="a bug; see the log, and run the same command again")
+            status.set(
+                "failed",
+                detail=type(error).__name__,
+                next=f"a bug; see the log, and run the same command again: {again}",
+            )
         raise
 
 

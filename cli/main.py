@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import warnings
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from offsite.cli import client_run, coordinator_run, emulator, methods
+from offsite.cli import check, client_run, coordinator_run, emulator, methods
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
 from offsite.protos.flower_process import QUIET, forbid_core_dumps
@@ -67,7 +68,9 @@ def _setup(
 @app.command()
 def simulate(
     config: Annotated[Path | None, typer.Argument(help="federation file, for example fed.toml")] = None,
-    out: Annotated[Path, typer.Option(help="new or empty run folder for the results")] = Path("runs/latest"),
+    out: Annotated[
+        Path, typer.Option(help="run folder for the results: new, empty, or of a run without a whole round")
+    ] = Path("runs/latest"),
     resume: Annotated[Path | None, typer.Option(help="run folder of a stopped run, to continue")] = None,
     engine: Annotated[
         str, typer.Option(help="carrier of the messages: memory, or flower for Flower's simulation runtime")
@@ -85,11 +88,10 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a whole federation on this machine and write a report."""
-    import dataclasses
-
-    from offsite.coordinator.config.federation_file import read_config
+    from offsite.simulation.begin import begin
+    from offsite.simulation.begin import resume as resume_run
     from offsite.simulation.engine_table import ENGINES
-    from offsite.simulation.run_folder import Run, with_options
+    from offsite.simulation.run_folder import Origin
 
     lookup(ENGINES, engine, "engine")
     if (config is None) == (resume is None):
@@ -97,14 +99,15 @@ def simulate(
     if resume is not None:
         if (seed, rounds, sites) != (None, None, None) or no_privacy:
             raise ConfigError("resume: the run folder fixes seed, rounds, sites and privacy; leave these options out")
-        run = Run.open(resume)
+        run = resume_run(resume, _warn)
     else:
-        settings, sha256 = read_config(config or Path())
-        settings = with_options(settings, seed=seed, rounds=rounds, sites=sites)
-        if no_privacy:
-            settings = dataclasses.replace(settings, privacy=dataclasses.replace(settings.privacy, private=False))
-        run = Run.create(settings, sha256, out)
+        origin = Origin(seed=seed, rounds=rounds, sites=sites, private=not no_privacy)
+        run = begin(config or Path(), out, origin, _warn)
     _run(run, engine, as_json)
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"warning: {line}", err=True)
 
 
 def _run(run: "Run", engine: str, as_json: bool) -> None:
@@ -125,7 +128,9 @@ def _run(run: "Run", engine: str, as_json: bool) -> None:
         with display:
             report = simulate(run, Options(lookup(ENGINES, engine, "engine"), engine, display, now))
     except KeyboardInterrupt:
-        typer.echo(f"offsite: stopped; go on with: offsite simulate --resume {folder}", err=True)
+        more = (["--engine", engine] if engine != "memory" else []) + (["--json"] if as_json else [])
+        command = shlex.join(["offsite", "simulate", "--resume", str(folder), *more])
+        typer.echo(f"offsite: stopped; go on with: {command}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if as_json:
         typer.echo(one_line(report))
@@ -168,9 +173,10 @@ def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("fed
     if path.exists():
         raise ConfigError(f"path={str(path)!r} exists; choose another name")
     path.write_text(TEMPLATE, encoding="utf-8")
-    typer.echo(f"wrote {path}; edit it, then: offsite simulate {path}")
+    typer.echo(f"wrote {path}; edit it, then: offsite check {path}, and offsite simulate {path}")
 
 
+app.command()(check.check)
 app.add_typer(coordinator_run.app)
 app.add_typer(client_run.app)
 app.add_typer(emulator.app)
@@ -184,7 +190,8 @@ def main() -> None:
         app()
     except OffsiteError as error:
         with contextlib.suppress(OSError):  # this line may go to the very disk that is full
-            typer.echo(f"offsite: {error}", err=True)
+            for line in str(error).splitlines():  # a check before any work names all faults at once
+                typer.echo(f"offsite: {line}", err=True)
         raise SystemExit(EXIT_REFUSED) from None
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -16,7 +16,23 @@ class OffsiteError(Exception):
 
 
 class ConfigError(OffsiteError):
-    """A configuration value is missing, unknown or out of range."""
+    """A configuration value is missing, unknown or out of range.
+
+    Args:
+      message: the line for the person at the terminal.
+      key: path of the key at fault in its document, with dots; empty where no single key is at fault.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class CheckFailed(OffsiteError):
+    """Several things are wrong at once, which a check before any work found; each line of the message is one finding.
+
+    The other exceptions stop at the first fault. Here a person mends all of them before the next try.
+    """
 
 
 class UnknownName(OffsiteError):

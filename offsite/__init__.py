@@ -49,7 +49,7 @@ def simulate(
 
     Args:
       federation: the federation file, see docs/configuration.md.
-      out: run folder to write; missing or empty.
+      out: run folder to write; missing, empty, or of a run without a whole round, which is taken over.
       engine: "memory", or "flower" for Flower's simulation runtime.
       seed: seed in place of the file's.
       rounds: number of rounds in place of the file's.
@@ -62,17 +62,17 @@ def simulate(
     from datetime import UTC, datetime
     from pathlib import Path
 
-    from offsite.coordinator.config.federation_file import read_config
     from offsite.errors import lookup
+    from offsite.simulation.begin import begin
     from offsite.simulation.engine_table import ENGINES
-    from offsite.simulation.run_folder import Run, with_options
+    from offsite.simulation.run_folder import Origin
     from offsite.simulation.simulate import Options
     from offsite.simulation.simulate import simulate as run_simulation
     from offsite.simulation.step_display import StepDisplay
 
     carry = lookup(ENGINES, engine, "engine")
-    config, sha256 = read_config(Path(federation))
-    run = Run.create(with_options(config, seed=seed, rounds=rounds, sites=sites), sha256, Path(out))
+    origin = Origin(seed=seed, rounds=rounds, sites=sites)
+    run = begin(Path(federation), Path(out), origin, lambda line: on_step(f"WARNING {line}"))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return run_simulation(run, Options(carry, engine, StepDisplay(on_step), now))
 

@@ -10,6 +10,7 @@ from offsite.client.training.privacy_plan import SitePlan
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.report import facts
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.model import SIMULATION, PhaseCost, Report
 from offsite.coordinator.report.privacy_facts import DELTAS, PrivacyFacts, SitePrivacy, short_delta
 from offsite.coordinator.report.quality_facts import Quality
@@ -32,6 +33,7 @@ class SimulationOutcome:
       plans: privacy plan of each site, by site.
       quality: scores of the models.
       cost: cost of each phase, by phase.
+      data: numbers of records and targets of each file.
     """
 
     engine: str
@@ -40,6 +42,7 @@ class SimulationOutcome:
     plans: Mapping[str, SitePlan]
     quality: Quality
     cost: Mapping[str, PhaseCost]
+    data: tuple[DataFacts, ...]
 
 
 def simulation_report(run: Run, job: Job, outcome: SimulationOutcome) -> Report:
@@ -58,8 +61,9 @@ def simulation_report(run: Run, job: Job, outcome: SimulationOutcome) -> Report:
         secagg=facts.secagg_facts(manifest, records),
         rounds=tuple(_with_losses(run, manifest, record) for record in records),
         cost=outcome.cost,
-        warnings=facts.warnings_of(job, records, outcome.quality),
+        warnings=facts.warnings_of(job, records, outcome.quality, outcome.data),
         provenance=facts.provenance_of(run.config, run.config_sha256, manifest, outcome.started),
+        data=outcome.data,
     )
 
 

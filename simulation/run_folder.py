@@ -1,9 +1,11 @@
 """A simulated federation's run folder: its files, and the sites that are opened from the folder."""
 
 import dataclasses
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offsite.client.site.release_log import CountingReleaseLog
@@ -20,23 +22,50 @@ from offsite.coordinator.job.prepare import Job, Parties
 from offsite.coordinator.job.public_records import read_records
 from offsite.coordinator.job.store import Store
 from offsite.emulator.vetting.limits import VettingThresholds
-from offsite.errors import ConfigError, DataError
+from offsite.errors import ConfigError, DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
 from offsite.secagg.journal import MemoryJournal
 from offsite.simulation.site_log import SiteRound, read_site_log
 from offsite.task.spec import Batch, Record
 from offsite.trust.collusion import usual_accomplices
+from offsite.trust.files import alone
 from offsite.trust.identity import Identity
 
 CONFIG = "config.json"
 
 
+# All that a run writes, but for `CONFIG`; a folder of another run is cleared of these names only.
+FILES = (
+    *("job.json", "job_facts.json", "rounds.jsonl", "state.safetensors", "aggregations.txt", "settings.json"),
+    *("report.json", "report.md", "report.html", "privacy.json"),
+)
+FOLDERS = ("sites", "package", "packages", "adapter", "attempt")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The command that began a run.
+
+    Attributes:
+      file: path of the federation file; empty where the run was made from a configuration alone.
+      seed, rounds, sites: options of the command, None where they were not given.
+      private: whether the command left privacy on.
+    """
+
+    file: str = ""
+    seed: int | None = None
+    rounds: int | None = None
+    sites: int | None = None
+    private: bool = True
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """Content of `config.json`: the configuration as plain values, and the SHA-256 of the federation file."""
+    """Content of `config.json`: the configuration as plain values, the federation file's SHA-256, and the command."""
 
     config: Mapping[str, object]
     sha256: str
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True)
@@ -47,28 +76,37 @@ class Run:
       config: configuration of the run, with the command line's options.
       config_sha256: SHA-256 of the federation file, hexadecimal.
       store: files of the run.
+      origin: command that began the run.
     """
 
     config: FedConfig
     config_sha256: str
     store: Store
+    origin: Origin = field(default_factory=Origin)
+    _encoded: dict[str, Batch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def create(cls, config: FedConfig, config_sha256: str, folder: Path) -> "Run":
-        """Makes a run folder; a folder with content is not overwritten.
+    def create(cls, config: FedConfig, config_sha256: str, folder: Path, origin: Origin | None = None) -> "Run":
+        """Makes a run folder; the folder of a run without a whole round is taken over and begun anew.
+
+        Args:
+          config: configuration of the run.
+          config_sha256: SHA-256 of the federation file, hexadecimal.
+          folder: run folder.
+          origin: command that begins the run.
 
         Raises:
-          ConfigError: the folder is not empty, or the configuration names no site.
+          ConfigError: the folder holds something else, or a whole round; a simulation runs there now; or the
+            configuration names no site.
         """
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(
-                f"out={str(folder)!r}: the folder is not empty; choose another folder, or --resume this folder"
-            )
         if not config.sites:
             raise ConfigError("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
-        store = Store(folder)
-        store.write_json(CONFIG, encode(_Kept(config.to_dict(), config_sha256)))
-        run = cls(config, config_sha256, store)
+        check_free(folder)
+        origin, store = origin or Origin(), Store(folder)
+        with alone(folder, "a simulation"):
+            _clear(folder)
+            store.write_json(CONFIG, encode(_Kept(config.to_dict(), config_sha256, origin)))
+        run = cls(config, config_sha256, store, origin)
         for site in config.sites:
             _new_identity(run.site_folder(site.name))
         return run
@@ -84,7 +122,17 @@ class Run:
             raise DataError(f"resume={str(folder)!r}: no run folder; give the --out folder of an earlier run")
         store = Store(folder)
         kept = decode(_Kept, store.read_json(CONFIG), CONFIG)
-        return cls(parse_config(dict(kept.config), folder), kept.sha256, store)
+        config = parse_config(dict(kept.config), folder, f"config={str(folder / CONFIG)!r}")
+        return cls(config, kept.sha256, store, kept.origin)
+
+    @property
+    def whole_rounds(self) -> int:
+        """Number of whole rounds in the folder.
+
+        Raises:
+          DataError: the state of the run is damaged.
+        """
+        return whole_rounds(self.store.folder)
 
     def roster(self) -> tuple[tuple[str, str], ...]:
         """Returns the sites with their public signing keys, sorted by name."""
@@ -114,7 +162,13 @@ class Run:
 
     def examples(self, path: str, manifest: JobManifest, session: EmulatorSession) -> Batch:
         """Returns the records of a file or folder as the examples of a job."""
-        return encode_records(session, manifest, self.records(path))
+        examples = self._encoded.get(path)
+        return self.encoded(path, self.records(path), manifest, session) if examples is None else examples
+
+    def encoded(self, path: str, records: list[Record], manifest: JobManifest, session: EmulatorSession) -> Batch:
+        """Returns the records of a file as the examples of a job, and keeps these; all sites of a job encode alike."""
+        self._encoded[path] = encode_records(session, manifest, records)
+        return self._encoded[path]
 
     def site(self, name: str, manifest: JobManifest, session: EmulatorSession) -> Site:
         """Opens one simulated site.
@@ -126,8 +180,8 @@ class Run:
         try:
             examples = self.examples(setting.train, manifest, session)
             plan = plan_for(manifest, len(examples))
-        except DataError as error:
-            raise DataError(f"site={name}: {error}") from error
+        except OffsiteError as error:
+            raise type(error)(f"site={name}: {error}") from error
         folder = self.site_folder(name)
         return Site(
             SiteJob(name, manifest, session, examples, plan),
@@ -174,6 +228,45 @@ def with_options(config: FedConfig, *, seed: int | None, rounds: int | None, sit
         emulator=config.emulator if sites is None else config.emulator.only([site.name for site in kept]),
         aggregation=config.aggregation if sites is None else config.aggregation.only([site.name for site in kept]),
     )
+
+
+def whole_rounds(folder: Path) -> int:
+    """Returns the number of whole rounds of the run in a folder.
+
+    Raises:
+      DataError: the state of the run is damaged.
+    """
+    progress = Store(folder).load_state()
+    return 0 if progress is None else progress.round
+
+
+def check_free(folder: Path) -> None:
+    """Checks that a run may begin in a folder: the folder is missing or empty, or holds a run without a whole round.
+
+    Raises:
+      ConfigError: the folder holds something else, or a whole round.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        decode(_Kept, json.loads((folder / CONFIG).read_text(encoding="utf-8")), CONFIG)
+    except (OSError, ValueError, DataError):
+        raise ConfigError(
+            f"out={str(folder)!r}: the folder is not empty, and holds no run; choose another folder"
+        ) from None
+    if rounds := whole_rounds(folder):
+        raise ConfigError(
+            f"out={str(folder)!r}: the folder is not empty: its run has {rounds} whole rounds; choose another folder, "
+            "or --resume this folder"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run wrote into a folder, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _new_identity(folder: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from offsite.adapter.export import export
-from offsite.client.training.emulator_session import EmulatorSession, encode_records
-from offsite.client.training.privacy_plan import SitePlan, plan_for
-from offsite.coordinator.job.evaluate import score
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.coordinator.job.evaluate import gain_error, record_losses, score
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Progress
+from offsite.coordinator.report.data_facts import PUBLIC, DataFacts
 from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.quality_facts import FourScores, Quality
 from offsite.coordinator.report.write import write_report
@@ -21,17 +21,14 @@ from offsite.coordinator.rounds.attempt import Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round_loop import TrainingLoop
 from offsite.emulator.runtime.plug_in import plug
-from offsite.errors import DataError
 from offsite.protos.aggregation import NO_SECAGG_WARNING
-from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.engine import Display, Engine
 from offsite.simulation.outcome import SimulationOutcome, simulation_report
 from offsite.simulation.resource_meter import Meter
 from offsite.simulation.run_folder import Run, simulated_sessions
-from offsite.task.label_agreement import numbers_beside_names, only_numbers
-from offsite.task.labels import names_of
-from offsite.task.selection import spread
+from offsite.simulation.site_data import site_data
 from offsite.task.spec import Batch
+from offsite.trust.files import alone
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,8 @@ class Options:
 def simulate(run: Run, options: Options) -> Report:
     """Runs a federation from the start or from the last whole round, and writes its report.
 
+    The run folder belongs to this process until the end, so that no other command takes the folder over.
+
     Returns:
       The written report.
 
@@ -61,14 +60,22 @@ def simulate(run: Run, options: Options) -> Report:
       OffsiteError: the run cannot go on; the message says what to change, and the run folder stands at the last whole
         round.
     """
+    with alone(run.store.folder, "a simulation"):
+        return _simulate(run, options)
+
+
+def _simulate(run: Run, options: Options) -> Report:
     meter, display = Meter(), options.display
     with meter.phase("build") as building:
         job = run.open_job(display.step)
         sessions = simulated_sessions(run, job.manifest)
         session = sessions[job.emulator.sites[0]]
-        plans = _plans(run, job, session, display)
+        data = site_data(run, job.manifest, session)
         building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
+    facts = (DataFacts.of(PUBLIC, "", job.public.learnt), *data.facts)
+    for warning in (*(own.warning for own in facts if own.left_out), *data.warnings):
+        display.step(f"WARNING {warning}")
     if not job.manifest.aggregation.secure_aggregation:
         display.step(NO_SECAGG_WARNING)
     with meter.phase("train") as phase:
@@ -84,31 +91,16 @@ def simulate(run: Run, options: Options) -> Report:
         phase.bytes_up = sum(record.bytes_up for record in records)
     display.step("score on held-out records")
     with meter.phase("evaluate"):
-        quality = _quality(run, job, session, progress)
+        quality = _quality(job, session, progress, list(data.heldout))
     plug(job.full, job.layout, progress.plugged)
     base = Path(run.config.model.path).name
     export(job.full, job.manifest.adapter, run.store.adapter, base=base, auxiliary=job.given)
-    report = simulation_report(
-        run, job, SimulationOutcome(options.engine_name, options.now, progress.round, plans, quality, meter.costs())
+    outcome = SimulationOutcome(
+        options.engine_name, options.now, progress.round, data.plans, quality, meter.costs(), facts
     )
+    report = simulation_report(run, job, outcome)
     write_report(run.store.folder, report)
     return report
-
-
-def _plans(run: Run, job: Job, session: EmulatorSession, display: Display) -> dict[str, SitePlan]:
-    plans, numbers = dict[str, SitePlan](), {"public": only_numbers(run.records(run.config.data.public))}
-    for site in run.config.sites:
-        try:
-            records = run.records(site.train)
-            plans[site.name] = plan_for(job.manifest, len(encode_records(session, job.manifest, records)))
-        except DataError as error:
-            raise DataError(f"site={site.name}: {error}") from error
-        numbers[site.name] = only_numbers(records)
-    config = session.model.config
-    names = names_of(config) if getattr(config, "id2label", None) and False in numbers.values() else []
-    if names and (warning := numbers_beside_names(numbers, names)):
-        display.step(warning)
-    return plans
 
 
 def _loop(run: Run, job: Job) -> TrainingLoop:
@@ -117,27 +109,24 @@ def _loop(run: Run, job: Job) -> TrainingLoop:
     return TrainingLoop(job, run.config, run.store, attempts)
 
 
-def _quality(run: Run, job: Job, session: EmulatorSession, progress: Progress) -> Quality:
+def _quality(job: Job, session: EmulatorSession, progress: Progress, private: list[Batch]) -> Quality:
     """Scores full model and default emulator, before and after training, on held-out private and public records."""
-    private, public = _heldout(run, job.manifest, session), [job.public.test]
+    public, batch = [job.public.test], job.manifest.physical_batch
 
     def measure(model: Any, adapter: np.ndarray, *kinds: list[Batch]) -> list[Score]:
         plug(model, job.layout, adapter)
-        return [score(job.task, model, *parts, batch=job.manifest.physical_batch) for parts in kinds]
+        return [score(job.task, model, *parts, batch=batch) for parts in kinds]
 
     (full_before,) = measure(job.full, job.start, private)
+    losses_before = record_losses(job.task, job.full, *private, batch=batch)
     session.refresh(())
     (emulator_before,) = measure(session.model, job.start, private)
     session.refresh(progress.refresh)
     emulator_private, emulator_public = measure(session.model, progress.server.adapter, private, public)
     full_private, full_public = measure(job.full, progress.plugged, private, public)
+    losses_after = record_losses(job.task, job.full, *private, batch=batch)
     return Quality(
         public=FourScores(job.zero_shot, job.emulator.public, emulator_public, full_public),
         private=FourScores(full_before, emulator_before, emulator_private, full_private),
+        gain_error=gain_error(losses_before, losses_after),
     )
-
-
-def _heldout(run: Run, manifest: JobManifest, session: EmulatorSession) -> list[Batch]:
-    """Returns held-out records of each site, the same number of each site where a site has enough records."""
-    share = max(1, run.config.evaluation.examples // len(run.config.sites))
-    return [spread(run.examples(site.heldout, manifest, session), share) for site in run.config.sites]

@@ -11,6 +11,7 @@ from torch import nn
 from offsite.errors import DataError, UnsupportedModel
 from offsite.task.kinds import KINDS, WORDS, class_names
 from offsite.task.tokenizer import Tokenizer
+from offsite.task.weight_files import check_files
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -49,6 +50,18 @@ def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
     _check_finite(model, folder)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def check(path: Path | str, *, kind: str) -> None:
+    """Checks a model directory without reading a weight: its configuration, its kind, and the frames of its files.
+
+    Raises:
+      DataError: the directory, config or weights are missing or damaged.
+      UnsupportedModel: transformers knows no such model of this kind.
+    """
+    folder = Path(path)
+    _check_config(folder, kind)
+    _check_weights(folder)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -92,7 +105,8 @@ def _check_config(folder: Path, kind: str) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    if files := sorted(folder.glob("*.safetensors")):
+        check_files(files)
         return
     if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
         raise DataError(

@@ -21,13 +21,14 @@ class Row(dict[str, Any]):
     Attributes:
       place: place of the record for messages, for example `line=12`.
       empty: whether the record has no content; its fields then hold the empty value of their type.
+      source: path of the data file; empty where the record comes from no file.
     """
 
-    __slots__ = ("empty", "place")  # a file may have millions of rows
+    __slots__ = ("empty", "place", "source")  # a file may have millions of rows
 
-    def __init__(self, fields: Mapping[str, Any], place: str, *, empty: bool = False) -> None:
+    def __init__(self, fields: Mapping[str, Any], place: str, *, empty: bool = False, source: str = "") -> None:
         super().__init__(fields)
-        self.place, self.empty = place, empty
+        self.place, self.empty, self.source = place, empty, source
 
 
 class LenientRecords(list[Record]):
@@ -70,8 +71,14 @@ def refuse(records: Sequence[Record], index: int, field: str, rule: str) -> Data
       field: name of the faulty field.
       rule: the broken rule, and the next step.
     """
-    place = getattr(records[index], "place", f"record={index + 1}")
-    return DataError(f"{place} field={field!r}: {rule}")
+    return DataError(f"{place_of(records, index)} field={field!r}: {rule}")
+
+
+def place_of(records: Sequence[Record], index: int) -> str:
+    """Returns the place of a record for messages: its file, where it has one, and its place there."""
+    record = records[index]
+    place, source = getattr(record, "place", f"record={index + 1}"), getattr(record, "source", "")
+    return f"data={source!r} {place}" if source else str(place)
 
 
 def is_empty(record: Record) -> bool:

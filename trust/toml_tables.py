@@ -67,11 +67,13 @@ class TableReader:
           ConfigError: a key is unknown, missing or of a wrong type.
         """
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{self.before}{where.rstrip('.')}={content!r}: must be a table of keys")
+            path = where.rstrip(".")
+            raise ConfigError(f"{self.before}{path}={content!r}: must be a table of keys", key=path)
         hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
         for key in content:
             if key not in fields:
-                raise ConfigError(f"{self.source} key {where}{key} is not known; {nearest(key, list(fields))}")
+                hint = nearest(key, list(fields))
+                raise ConfigError(f"{self.source} key {where}{key} is not known; {hint}", key=where + key)
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in content:
@@ -86,15 +88,15 @@ class TableReader:
         shown = f"{self.before}{where}={value!r}"
         if get_origin(hint) is dict:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{shown}: must be a table")
+                raise ConfigError(f"{shown}: must be a table", key=where)
             return {name: self._value(get_args(hint)[1], item, f"{where}.{name}") for name, item in value.items()}
         if isinstance(hint, types.GenericAlias):
             if not isinstance(value, list):
-                raise ConfigError(f"{shown}: must be a list")
+                raise ConfigError(f"{shown}: must be a list", key=where)
             return tuple(self._value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if hint is float and type(value) is int and abs(value) <= _EXACT:  # a larger number is of a wrong type
             return float(value)
         kinds = get_args(hint) or (hint,)
         if type(value) not in kinds:
-            raise ConfigError(f"{shown}: must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ConfigError(f"{shown}: must be of type {' or '.join(kind.__name__ for kind in kinds)}", key=where)
         return value

@@ -6,14 +6,14 @@ comes out the same for both and tells nothing about a record.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from offsite.client.home.data_check import OwnData, check_own_data
 from offsite.client.home.installation import SiteHome
 from offsite.errors import ConfigError, DataError, MalformedMessage
 from offsite.task.readers.columns import Columns, columns_for
-from offsite.task.readers.image_files import check_images
 from offsite.task.readers.tables import read, read_for_job
-from offsite.task.record_fields import FIELDS
 from offsite.task.records import LenientRecords
 from offsite.task.spec import Record
 from offsite.trust.files import write_atomically
@@ -41,23 +41,29 @@ def read_records_for_job(home: SiteHome, task: str) -> LenientRecords:
     return read_for_job(home.data, reader=home.settings.reader or None, columns=_columns(home, task))
 
 
-def records_by_task(home: SiteHome) -> dict[str, list[Record]]:
+def own_data(home: SiteHome) -> OwnData:
+    """Returns what a check of a site's data finds, for the site's owner.
+
+    Raises:
+      DataError: the data do not exist.
+      ConfigError: `site.toml` names a field that no task has.
+    """
+    settings = home.settings
+    return check_own_data(
+        home.data, reader=settings.reader, column=settings.column, names=settings.columns, labels=settings.labels
+    )
+
+
+def records_by_task(home: SiteHome) -> Mapping[str, Sequence[Record]]:
     """Returns the records in the site's data for each task whose fields they have, for the site's owner.
 
     Raises:
       DataError: no task reads the data, or a row is broken for each task.
     """
-    found, refusals = dict[str, list[Record]](), list[DataError]()
-    for task in FIELDS:
-        try:
-            found[task] = read_records(home, task)
-            check_images(home.data, found[task])
-        except DataError as error:
-            found.pop(task, None)
-            refusals.append(error)
-    if not found:
-        raise refusals[0]
-    return found
+    data = own_data(home)
+    if not data.records:
+        raise DataError(data.unnamed or data.faults[0])
+    return data.records
 
 
 def declared(home: SiteHome) -> int | None:

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from urllib.parse import unquote, urlsplit
 
 from offsite.client.home.audit import verify
-from offsite.client.home.declared_records import check_count, declared, records_by_task
+from offsite.client.home.declared_records import check_count, declared, own_data
 from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
-from offsite.errors import DataError, OffsiteError, PolicyRefusal, Untrusted
+from offsite.errors import CheckFailed, DataError, OffsiteError, PolicyRefusal, Untrusted
 from offsite.protos.proxies import proxy_variables, shown_proxy
 from offsite.task.records import is_empty
 from offsite.trust.certificates import WARN_DAYS
@@ -55,17 +55,17 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
         "depot": lambda: _port(site, site.welcome.depot_port),
         "clock": lambda: _clock(site, clock),
     }
-    return [_find(name, check) for name, check in checks.items()]
+    return [finding for name, check in checks.items() for finding in _find(name, check)]
 
 
-def _find(name: str, check: Callable[[], str]) -> Finding:
+def _find(name: str, check: Callable[[], str]) -> list[Finding]:
     try:
         detail = check()
     except OffsiteError as error:
-        return Finding(name, FAILED, str(error))
+        return [Finding(name, FAILED, line) for line in str(error).splitlines()]
     except OSError as error:
-        return Finding(name, FAILED, error.strerror or type(error).__name__)
-    return Finding(name, WARNED if detail.startswith("warning: ") else FINE, detail.removeprefix("warning: "))
+        return [Finding(name, FAILED, error.strerror or type(error).__name__)]
+    return [Finding(name, WARNED if detail.startswith("warning: ") else FINE, detail.removeprefix("warning: "))]
 
 
 def _versions(site: SiteHome) -> str:
@@ -93,7 +93,10 @@ def _certificates(site: SiteHome, now: datetime) -> str:
 
 
 def _data(site: SiteHome) -> str:
-    found = records_by_task(site)
+    data = own_data(site)
+    if not data.records:  # all faults of all lines at once
+        raise CheckFailed("\n".join(data.faults) or f"{data.unnamed}; name the columns in site.toml")
+    found = data.records
     counts = [len(records) for records in found.values()]
     check_count(site, *counts)
     tasks, number, blocks = ", ".join(found), declared(site), site.settings.blocks

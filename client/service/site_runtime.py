@@ -32,7 +32,8 @@ from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
-from offsite.task.records import LenientRecords
+from offsite.task.nothing_to_learn import Encoder, learnt
+from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
 from offsite.trust.federation_manifest import FederationManifest
 
@@ -214,11 +215,17 @@ class SiteRuntime:
         """Opens this site for a rehearsal by its owner: no ledger is debited, and errors name the record.
 
         Raises:
-          OffsiteError: the emulator fails the vetting, or the data cannot be read or do not fit.
+          OffsiteError: the emulator fails the vetting, the data cannot be read or do not fit, or no record has
+            anything to learn from.
         """
         session, records = self.open_session(manifest, package), self.records(manifest.task)
-        release_log = CountingReleaseLog(manifest.releases)
-        return self._site(self._site_job(manifest, session, records), release_log, MemoryJournal(), training_log)
+        release_log, job = CountingReleaseLog(manifest.releases), self._site_job(manifest, session, records)
+        encoder = Encoder(session.task, session.processor, manifest.length, manifest.split, session.model.config)
+        if (outcome := learnt(encoder, records, job.examples)).nothing:
+            raise DataError(str(outcome))
+        if outcome.left_out:
+            log.warning("%s", printable(str(outcome)))
+        return self._site(job, release_log, MemoryJournal(), training_log)
 
     def records(self, task: str) -> list[Record]:
         """Returns this site's records with the fields that a task reads, for the site's owner.
@@ -248,8 +255,10 @@ class SiteRuntime:
             raise PolicyRefusal(f"examples={len(examples)}: {plan.records} are declared; each record is one example")
         for fault in records.faults[:MAX_FAULTS] if isinstance(records, LenientRecords) else ():
             log.warning("a record adds nothing: %s", printable(fault))
-        if empty := int((examples.targets == 0).sum()):
-            log.warning("records=%d: %d have nothing to learn from, and add nothing", len(examples), empty)
+        if empty := (examples.targets == 0).reshape(-1).nonzero().reshape(-1).tolist():
+            log.warning("records=%d: %d have nothing to learn from, and add nothing", len(examples), len(empty))
+            if manifest.split != BLOCKS:  # a reason would cost time that depends on the record
+                log.warning("the first: %s; dry-run says why", ", ".join(_places(records, empty[:MAX_FAULTS])))
         return SiteJob(self.name, manifest, session, examples, plan)
 
     def _site(self, job: SiteJob, release_log: ReleaseLog, journal: Journal, training_log: Path) -> Site:
@@ -261,6 +270,10 @@ class SiteRuntime:
             training_log=training_log,
             randomness=SiteRandomness(self.name, self.home.settings.simulation_seed),
         )
+
+
+def _places(records: list[Record], indices: list[int]) -> list[str]:
+    return [printable(place_of(records, index)) for index in indices]
 
 
 def _free_port() -> int:

@@ -90,16 +90,21 @@ def check_aggregation(aggregation: AggregationConfig) -> None:
     """
     if not LOWEST <= aggregation.learning_rate <= HIGHEST:
         raise ConfigError(
-            f"aggregation.learning_rate={aggregation.learning_rate}: must be from {LOWEST:g} to {HIGHEST:g}"
+            f"aggregation.learning_rate={aggregation.learning_rate}: must be from {LOWEST:g} to {HIGHEST:g}",
+            key="aggregation.learning_rate",
         )
     if not (0 <= aggregation.momentum < 1):
-        raise ConfigError(f"aggregation.momentum={aggregation.momentum}: must lie in [0, 1); 0.9 is usual")
+        raise ConfigError(
+            f"aggregation.momentum={aggregation.momentum}: must lie in [0, 1); 0.9 is usual", key="aggregation.momentum"
+        )
     for name in ("proximal", "penalty"):
         value = getattr(aggregation, name)
         if value != 0 and not LOWEST <= value <= HIGHEST:
-            raise ConfigError(f"aggregation.{name}={value}: must be 0, or from {LOWEST:g} to {HIGHEST:g}")
+            raise ConfigError(
+                f"aggregation.{name}={value}: must be 0, or from {LOWEST:g} to {HIGHEST:g}", key=f"aggregation.{name}"
+            )
     if aggregation.faulty < 0:
-        raise ConfigError(f"aggregation.faulty={aggregation.faulty}: must be at least 0")
+        raise ConfigError(f"aggregation.faulty={aggregation.faulty}: must be at least 0", key="aggregation.faulty")
     taken: set[str] = set()
     for place, entry in enumerate(aggregation.ranks):
         where = f"aggregation.ranks[{place}]"

@@ -161,4 +161,4 @@ def _check_known(emulator: EmulatorConfig, sites: Collection[str]) -> None:
 
 def _check_gate(name: str, gate: float) -> None:
     if not -1 <= gate <= 1:
-        raise ConfigError(f"{name}={gate}: a cosine lies in [-1, 1]; 0.6 is the default")
+        raise ConfigError(f"{name}={gate}: a cosine lies in [-1, 1]; 0.6 is the default", key=name)

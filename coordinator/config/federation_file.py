@@ -65,7 +65,8 @@ class FedConfig:
         _within("training.directions", training.directions, 0, MAX_DIRECTIONS)
         if not LOWEST_SPACING <= training.spacing < 1:
             raise ConfigError(
-                f"training.spacing={training.spacing}: must be from {LOWEST_SPACING:g} to below 1; 0.001 is usual"
+                f"training.spacing={training.spacing}: must be from {LOWEST_SPACING:g} to below 1; 0.001 is usual",
+                key="training.spacing",
             )
         steps = (training.rounds + training.spare_rounds) * training.local_steps
         _within("(training.rounds + training.spare_rounds) * training.local_steps", steps, 1, MAX_STEPS)
@@ -78,17 +79,22 @@ class FedConfig:
         _within("training.learning_rate", training.learning_rate, LOWEST, HIGHEST)
         check_aggregation(self.aggregation)
         if not (0 <= self.evaluation.tolerance < math.inf):
-            raise ConfigError(f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0")
+            raise ConfigError(
+                f"evaluation.tolerance={self.evaluation.tolerance}: must be finite and at least 0",
+                key="evaluation.tolerance",
+            )
         check_emulator(self.emulator)
         if not LOWEST <= privacy.epsilon <= HIGHEST:
             raise ConfigError(
                 f"privacy.epsilon={privacy.epsilon}: must be from {LOWEST:g} to {HIGHEST:g}, smaller is more private; "
-                "use 8, or privacy.private = false to train without privacy"
+                "use 8, or privacy.private = false to train without privacy",
+                key="privacy.epsilon",
             )
         if privacy.max_grad_norm != 0 and not LOWEST <= privacy.max_grad_norm <= HIGHEST:
             raise ConfigError(
                 f"privacy.max_grad_norm={privacy.max_grad_norm}: must be from {LOWEST:g} to {HIGHEST:g}, or 0 for "
-                "automatic"
+                "automatic",
+                key="privacy.max_grad_norm",
             )
         if self.coordinator is not None:
             _at_least("coordinator.sites", self.coordinator.sites, 0)
@@ -126,18 +132,18 @@ def _check_sites(names: list[str], config: FedConfig) -> None:
 
 def _at_least(name: str, value: float, lowest: float) -> None:
     if not value >= lowest:  # True for NaN
-        raise ConfigError(f"{name}={value}: must be at least {lowest}")
+        raise ConfigError(f"{name}={value}: must be at least {lowest}", key=name)
 
 
 def _within(name: str, value: float, lowest: float, highest: float) -> None:
     _at_least(name, value, lowest)
     if value > highest:
-        raise ConfigError(f"{name}={value}: must be at most {highest}; no site takes a larger job")
+        raise ConfigError(f"{name}={value}: must be at most {highest}; no site takes a larger job", key=name)
 
 
 def _above_zero(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name}={value}: must be finite and above 0")
+        raise ConfigError(f"{name}={value}: must be finite and above 0", key=name)
 
 
 def read_config(path: Path) -> tuple[FedConfig, str]:
@@ -150,6 +156,46 @@ def read_config(path: Path) -> tuple[FedConfig, str]:
       DataError: the path names no file.
       ConfigError: the file is not TOML, has an unknown key, misses a key, or has a value of a wrong type or range.
     """
+    content, sha256 = _read(path)
+    return parse_config(content, path.resolve().parent), sha256
+
+
+def read_with_faults(path: Path) -> tuple[FedConfig | None, list[ConfigError]]:
+    """Reads a federation file as far as it can be read, for a check that names all faults at once.
+
+    A key at fault is left out, so that its default stands in its place, and the rest of the file is read again.
+
+    Returns:
+      The configuration, None where the faults leave none; and all faults.
+
+    Raises:
+      DataError: the path names no file.
+      ConfigError: the file is not TOML.
+    """
+    content, _ = _read(path)
+    faults = list[ConfigError]()
+    while True:
+        try:
+            return parse_config(content, path.resolve().parent), faults
+        except ConfigError as fault:
+            faults.append(fault)
+            if not _leave_out(content, fault.key):
+                return None, faults
+
+
+def _leave_out(content: dict[str, Any], key: str) -> bool:
+    """Removes the key at the path `key` from a parsed document, and says whether the key was there."""
+    *tables, last = key.split(".")
+    for name in tables:
+        inner = content.get(name)
+        if not isinstance(inner, dict):
+            return False
+        content = inner
+    return content.pop(last, None) is not None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns a federation file as a parsed document, and its SHA-256."""
     if not path.is_file():
         raise DataError(f"config={str(path)!r}: no such file; `offsite init` writes a file to start from")
     raw = path.read_bytes()
@@ -157,16 +203,22 @@ def read_config(path: Path) -> tuple[FedConfig, str]:
         content = tomllib.loads(raw.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={str(path)!r} is not valid TOML ({error}); correct that line") from error
-    return parse_config(content, path.resolve().parent), hashlib.sha256(raw).hexdigest()
+    return content, hashlib.sha256(raw).hexdigest()
 
 
-def parse_config(content: dict[str, Any], folder: Path) -> FedConfig:
-    """Returns the configuration of a parsed TOML document; see `read_config`."""
+def parse_config(content: dict[str, Any], folder: Path, source: str = "config") -> FedConfig:
+    """Returns the configuration of a parsed TOML document; see `read_config`.
+
+    Args:
+      content: the parsed document.
+      folder: folder of relative paths.
+      source: name of the document, with which messages about unknown and missing keys begin.
+    """
     content = {**content}
     if isinstance(data := content.get("data"), dict) and "owners" in data:
         content["data"] = {k: v for k, v in data.items() if k not in ("owners", "sites_dir")}
         content["sites"] = _owners(data)
-    return _absolute(TableReader("config").table(FedConfig, content), folder)
+    return _absolute(TableReader(source).table(FedConfig, content), folder)
 
 
 def _owners(data: dict[str, Any]) -> list[dict[str, str]]:

@@ -7,11 +7,48 @@ from pathlib import Path
 
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.home.provision import CoordinatorHome
+from offsite.trust.files import write_atomically
+
+JOB = "job.json"  # the file that makes a folder the folder of a job
 
 
 def run_folder(home: CoordinatorHome, config: FedConfig, out: Path | None) -> Path:
-    """Returns the folder of a run: `out`, or the folder that the settings name in this home."""
-    return out if out is not None else home.runs / settings_sha256(config)[:12]
+    """Returns the folder of a run.
+
+    A second job with the same settings would ask every owner for a new approval, and spend privacy a second time. So
+    the same settings without `out` find the job that `keep_place` noted, wherever its folder is.
+
+    Args:
+      home: folder of the coordinator.
+      config: the federation file.
+      out: folder that the command names, or None.
+    """
+    own = home.runs / settings_sha256(config)[:12]
+    if out is not None:
+        return out
+    noted = _note(own)
+    try:
+        place = Path(noted.read_text(encoding="utf-8"))
+    except OSError:
+        return own
+    return place if (place / JOB).is_file() else own
+
+
+def keep_place(home: CoordinatorHome, config: FedConfig, folder: Path) -> None:
+    """Notes the last folder of a job that lies elsewhere than its settings say, for a later command without `--out`.
+
+    Raises:
+      DataError: the note cannot be written.
+    """
+    own = home.runs / settings_sha256(config)[:12]
+    if folder.absolute() == own.absolute():
+        _note(own).unlink(missing_ok=True)
+    else:
+        write_atomically(_note(own), str(folder.absolute()).encode())
+
+
+def _note(own: Path) -> Path:
+    return own.with_name(f"{own.name}.place")
 
 
 def settings_sha256(config: FedConfig) -> str:

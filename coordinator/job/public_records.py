@@ -10,9 +10,9 @@ import torch
 
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.errors import DataError, lookup
+from offsite.task.nothing_to_learn import Encoder, Learnt, learnt
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.readers.tables import read
-from offsite.task.records import without_empty
 from offsite.task.selection import spread, spread_rows
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
@@ -30,11 +30,13 @@ class PublicRecords:
       calibration: examples that compressors are fitted to.
       tune: examples for the gate and the clip.
       test: examples for every score.
+      learnt: number of records and of targets, and the reason of the first record without a target.
     """
 
     calibration: Batch
     tune: Batch
     test: Batch
+    learnt: Learnt
 
 
 def columns_in(config: FedConfig) -> Columns:
@@ -75,13 +77,11 @@ def public_records(
     Raises:
       DataError: there are too few public records, or a record is wrong.
     """
-    data = config.data
-    examples = task.encode(processor, records, length=data.length, split=data.split, model_config=model_config)
-    examples = without_empty(examples, records, data.split)
+    encoder = Encoder(task, processor, config.data.length, config.data.split, model_config)
+    examples = encoder.encode(records)
+    outcome = learnt(encoder, records, examples)
     examples = examples.select(torch.nonzero(examples.targets))  # examples without targets have no gradient
-    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
-    if len(examples) < needed:
-        raise DataError(f"public records={len(examples)}: at least {needed} are needed; give more public data")
+    check_public(config, len(examples), outcome)
     tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
     others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
     return PublicRecords(
@@ -89,4 +89,24 @@ def public_records(
         calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
         tune=examples.select(tune),
         test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
+        learnt=outcome,
     )
+
+
+def check_public(config: FedConfig, usable: int, outcome: Learnt) -> None:
+    """Checks that there are enough public examples with a target.
+
+    Args:
+      config: the federation file.
+      usable: number of public examples with a target.
+      outcome: what can be learnt from the public records.
+
+    Raises:
+      DataError: there are too few; where records have no target, the message says why the first has none.
+    """
+    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
+    if usable >= needed:
+        return
+    if outcome.left_out:
+        raise DataError(f"public records={usable} with something to learn: at least {needed} are needed; {outcome}")
+    raise DataError(f"public records={usable}: at least {needed} are needed; give more public data")

@@ -12,6 +12,7 @@ from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.emulators import Emulator
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.emulator_facts import Composition, EmulatorFacts, ShippedEmulator
 from offsite.coordinator.report.model import AdapterFacts, DroppedInRound, Provenance, RuleFacts, SecaggFacts
 from offsite.coordinator.report.quality_facts import Quality
@@ -96,7 +97,9 @@ def unit_of(manifest: JobManifest) -> str:
     return f"one record: {record} of one site's data"
 
 
-def warnings_of(job: Job, records: tuple[RoundRecord, ...], quality: Quality) -> tuple[str, ...]:
+def warnings_of(
+    job: Job, records: tuple[RoundRecord, ...], quality: Quality, data: tuple[DataFacts, ...]
+) -> tuple[str, ...]:
     """Returns the sentences that a reader of the report must not miss."""
     warnings = []
     method = METHODS[job.manifest.adapter.method]
@@ -106,11 +109,14 @@ def warnings_of(job: Job, records: tuple[RoundRecord, ...], quality: Quality) ->
         warnings.append(weaker)
     if not job.manifest.privacy.private:
         warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
+    warnings += [own.warning for own in data if own.left_out]
     if not method.exact_mean:
         warnings.append(f"method {method.name}: the mean of the uploads is not the mean of their effects; {method.why}")
     if refused := [record.round for record in records if not record.accepted]:
         warnings.append(f"rounds {refused} were not taken over: public loss rose by more than the tolerance")
-    if quality.gain_nats is not None and quality.gain_nats <= 0:
+    if quality.within_noise:
+        warnings.append(f"the gain on held-out private records is within noise: {quality.noise_rule}")
+    elif quality.gain_nats is not None and quality.gain_nats <= 0:
         warnings.append("the plug-in is not better than the untrained full model on held-out private text")
     if (dropped := sum(len(record.dropped) for record in records)) > 0:
         warnings.append(f"{dropped} times a site dropped out of a round; see secagg.dropped")

@@ -10,6 +10,7 @@ from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.report import facts
+from offsite.coordinator.report.data_facts import PUBLIC, DataFacts
 from offsite.coordinator.report.model import FEDERATION, Report
 from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
 from offsite.coordinator.report.quality_facts import FourScores, Quality
@@ -79,6 +80,7 @@ def federation_report(
       quality: scores on public records.
       started: facts of the start of the run.
     """
+    data = (DataFacts.of(PUBLIC, "", job.public.learnt),)
     return Report(
         mode=FEDERATION,
         engine="superlink",
@@ -92,8 +94,9 @@ def federation_report(
         secagg=facts.secagg_facts(job.manifest, records),
         rounds=records,
         cost=None,
-        warnings=facts.warnings_of(job, records, quality),
+        warnings=facts.warnings_of(job, records, quality, data),
         provenance=facts.provenance_of(config, started.config_sha256, job.manifest, started.at),
+        data=data,
     )
 
 

@@ -32,6 +32,7 @@ def report_to_json(report: Report) -> dict[str, object]:
         "cost": encode(report.cost),
         "warnings": encode(report.warnings),
         "provenance": encode(report.provenance),
+        "data": encode(report.data),
     }
     # Reports between organisations have had this key from the first release on.
     return content if report.simulated else content | {"public": encode(report.quality.public)}
@@ -61,7 +62,12 @@ def read_report(folder: Path) -> Report:
 
 def _quality(quality: Quality) -> dict[str, object]:
     private = None if quality.private is None else encode(quality.private)
-    numbers = {"gain_nats": quality.gain_nats, "forgetting_nats": quality.forgetting_nats}
+    numbers = {
+        "gain_nats": quality.gain_nats,
+        "gain_error": quality.gain_error,
+        "within_noise": quality.within_noise,
+        "forgetting_nats": quality.forgetting_nats,
+    }
     return {"private": private, "public": encode(quality.public), **(private or {}), **numbers}
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from offsite.adapter.options import Scalar
 from offsite.coordinator.job.round_record import Dropped, RoundRecord
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.emulator_facts import EmulatorFacts
 from offsite.coordinator.report.privacy_facts import PrivacyFacts
 from offsite.coordinator.report.quality_facts import Quality
@@ -154,6 +155,8 @@ class Report:
       cost: cost of each phase by name; None where no cost was measured.
       warnings: sentences that a reader must not miss.
       provenance: seed, hashes and versions.
+      data: numbers of records and targets of each file; of the public file alone between organisations, and () in a
+        report of an earlier release.
     """
 
     mode: str
@@ -170,6 +173,7 @@ class Report:
     cost: Mapping[str, PhaseCost] | None
     warnings: tuple[str, ...]
     provenance: Provenance
+    data: tuple[DataFacts, ...] = ()
 
     @property
     def simulated(self) -> bool:

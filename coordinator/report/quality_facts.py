@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from offsite.coordinator.job.score import Score
+from offsite.coordinator.report.formatting import number
+
+NOISE_ERRORS = 2  # a difference of at least so many standard errors is luck about once in 20 runs
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,13 @@ class Quality:
     Attributes:
       public: scores on the coordinator's public records.
       private: scores on held-out records of the sites; None where the coordinator cannot know them.
+      gain_error: standard error of `gain_nats` over the held-out records, see `job.evaluate.gain_error`; None where it
+        is not known: between organisations, of fewer than 2 records, and in a report of an earlier release.
     """
 
     public: FourScores
     private: FourScores | None = None
+    gain_error: float | None = None
 
     @property
     def shown(self) -> FourScores:
@@ -46,6 +52,20 @@ class Quality:
         """Fall of the loss on private records from the full model before training to the plug-in; above 0 is better."""
         own = self.private
         return None if own is None else own.full_zero_shot.loss - own.plug_in.loss
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the gain is too small to be told from the luck of which records were held out; see `NOISE_ERRORS`."""
+        gain, error = self.gain_nats, self.gain_error
+        return gain is not None and error is not None and abs(gain) < NOISE_ERRORS * error
+
+    @property
+    def noise_rule(self) -> str:
+        """The words of the rule, with the standard error."""
+        return (
+            f"its standard error over the held-out records is {number(self.gain_error)}, and a gain or a loss of less "
+            f"than {NOISE_ERRORS} standard errors may be luck"
+        )
 
     @property
     def forgetting_nats(self) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from offsite.coordinator.report import metrics, sections
 from offsite.coordinator.report.aggregation_section import IN_THE_OPEN, aggregation
+from offsite.coordinator.report.data_section import data
 from offsite.coordinator.report.emulator_facts import EmulatorFacts
 from offsite.coordinator.report.emulator_section import emulator, emulators_of_sites
 from offsite.coordinator.report.formatting import number, percent, signed, size
@@ -37,6 +38,7 @@ def summarise(report: Report) -> Summary:
         warnings=tuple(warning for warning in report.warnings if warning != NO_SECAGG_WARNING),
         sections=(
             quality(report),
+            *([data(report.data)] if report.data else []),
             rounds(report),
             privacy(report),
             aggregation(report),
@@ -67,12 +69,17 @@ def _answer(report: Report) -> tuple[str, ...]:
 def _private_line(quality: Quality) -> str:
     before, after = quality.shown.full_zero_shot, quality.shown.plug_in
     verdict = "better" if (quality.gain_nats or 0) > 0 else "not better"
+    verdict = "not measurably better or worse" if quality.within_noise else verdict
     further, loss = metrics.against(after, before), metrics.loss_of(after)
     return (
         f"The tuned model is {verdict} on private {loss.kind} that it was not trained on: "
         f"loss {number(after.loss)} against {number(before.loss)} before, a gain of {number(quality.gain_nats)} "
-        f"{loss.unit}" + (f" ({further})." if further else ".")
+        f"{loss.unit}" + (f" ({further})." if further else ".") + _within_noise(quality)
     )
+
+
+def _within_noise(quality: Quality) -> str:
+    return f" The gain is within noise: {quality.noise_rule}." if quality.within_noise else ""
 
 
 def _public_lines(report: Report) -> tuple[str, ...]:

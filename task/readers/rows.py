@@ -21,6 +21,7 @@ from offsite.task.records import OnFault, Row
 from offsite.task.spec import Record
 
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` puts in the place of a byte that is not UTF-8
+_HALVES = re.compile("[\ud800-\udfff]")  # a surrogate of a pair is no character of its own in a `str`
 _OBJECTS = (str, int, np.ndarray, EncodedImage)
 _EMPTY: Mapping[type, Any] = {str: "", int: 0, object: None}
 _WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or a whole number"}
@@ -63,7 +64,7 @@ def record_of(
     except DataError as error:
         on_fault(error)
         row = None
-    return _empty(columns, where) if row is None or _is_blank(row[next(iter(columns))]) else row
+    return _empty(path, columns, where) if row is None or _is_blank(row[next(iter(columns))]) else row
 
 
 def _by_field(columns: Columns, values: Callable[[], Values]) -> Values:
@@ -95,7 +96,10 @@ def _checked(path: Path, columns: Columns, where: str, values: Values) -> Row:
         fits = isinstance(value, _OBJECTS if column.kind is object else column.kind)
         if not fits or (column.kind is int and isinstance(value, bool)):
             raise DataError(f"data={str(path)!r} {where} column={column.name!r} {_unfit(value, column.kind)}")
-    return Row(record, where)
+    try:
+        return Row({field: whole_characters(value) for field, value in record.items()}, where, source=str(path))
+    except RecursionError:
+        raise DataError(f"data={str(path)!r} {where} is nested too deeply; correct it") from None
 
 
 def _value(value: Any, column: Column) -> Any:
@@ -121,9 +125,22 @@ def _unfit(value: Any, kind: type) -> str:
     return f"holds {type(value).__name__}, not {_WORDS[kind]}; correct it, or name another column"
 
 
-def _empty(columns: Columns, where: str) -> Row:
+def whole_characters(value: Any) -> Any:
+    r"""Returns a value whose texts hold U+FFFD in the place of each lone surrogate.
+
+    JSON can name half of a character, as `"\ud83d"`. Half a character has no UTF-8, so a tokenizer would make nothing
+    of the whole text. The number of characters stays, and with it every offset into the text.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else _HALVES.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [whole_characters(item) for item in value]
+    return {name: whole_characters(item) for name, item in value.items()} if type(value) is dict else value
+
+
+def _empty(path: Path, columns: Columns, where: str) -> Row:
     fields = {field: [] if column.kind is list else _EMPTY[column.kind] for field, column in columns.items()}
-    return Row(fields, where, empty=True)
+    return Row(fields, where, empty=True, source=str(path))
 
 
 def _is_blank(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Every mistake is one line with the next step, exit code 2, and leaves nothing half done."""
+"""Every mistake is a line with the next step, exit code 2, and leaves nothing half done."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def world(fed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command, and returns the one line with which it must end."""
+    """Runs the command, and returns the lines of its errors, with which it must end."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["offsite", *arguments])
@@ -30,10 +30,10 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         printed = capsys.readouterr()
         assert stopped.value.code == 2, printed.err
         assert printed.out == ""
-        last = printed.err.strip().splitlines()[-1]
-        assert last.startswith("offsite: "), printed.err
+        lines = printed.err.strip().splitlines()
+        assert lines[-1].startswith("offsite: "), printed.err
         assert "Traceback" not in printed.err
-        return last
+        return "\n".join(line for line in lines if line.startswith("offsite: "))
 
     return run
 

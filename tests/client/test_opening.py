@@ -168,7 +168,20 @@ def test_what_one_row_holds_does_not_tell_whether_a_job_fits(
     made = site.open_site(rowwise(world), world.session)
     assert made.plan.records == 41
     assert (made._job.examples.targets > 0).sum() == 40 + (row == lines[1])
-    assert ("line=22" in caplog.text) == (row.strip() not in (b"", lines[1]))
+    assert ("line=22" in caplog.text) == (row != lines[1])
+
+
+def test_nothing_to_learn_is_told_to_the_owner_alone(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At an approved job the site opens whatever its records teach; the owner's rehearsal is refused."""
+    site = opened(world, tmp_path, "text\n" + "\n".join(["w1"] * 41), min_records=41)
+    made = site.open_site(rowwise(world), world.session)
+    assert (made.plan.records, int((made._job.examples.targets > 0).sum())) == (41, 0)
+    assert "records=41: 41 have nothing to learn from" in caplog.text
+    assert "line=2, data=" in caplog.text
+    with pytest.raises(DataError, match=r"41 of 41 records came to nothing; the first because .* it makes 1 token"):
+        site.open_dry_run(rowwise(world), world.run.store.package, tmp_path / "rounds")
 
 
 def model_of(vocabulary: int) -> Any:

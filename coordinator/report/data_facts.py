@@ -1,0 +1,42 @@
+"""What there was to learn from: the records of each file of a job, and those that came to nothing."""
+
+from dataclasses import dataclass
+
+from offsite.task.nothing_to_learn import Learnt
+
+PUBLIC, TRAINING, HELD_OUT = "public", "training", "held out"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The records of one file.
+
+    Attributes:
+      part: PUBLIC, TRAINING or HELD_OUT.
+      site: name of the site that holds the file; empty for the coordinator.
+      records: number of records.
+      left_out: number of records that have nothing to learn from.
+      targets: number of targets of all records.
+      first: place of the first record that is left out, and the reason; empty where no record is left out.
+    """
+
+    part: str
+    site: str
+    records: int
+    left_out: int
+    targets: int
+    first: str = ""
+
+    @classmethod
+    def of(cls, part: str, site: str, learnt: Learnt) -> "DataFacts":
+        """Returns the facts of one file."""
+        return cls(part, site, learnt.records, learnt.left_out, learnt.targets, learnt.first)
+
+    @property
+    def warning(self) -> str:
+        """The sentence on the records that are left out; empty where no record is left out."""
+        if not self.left_out:
+            return ""
+        whose = f"site={self.site} {self.part} data" if self.site else f"{self.part} data"
+        outcome = Learnt(self.records, self.left_out, self.targets, self.first)
+        return f"{whose}: {outcome}"

@@ -1,0 +1,57 @@
+"""The check of a simulation before any work: every file of every site, the model, the names, and the plan."""
+
+from pathlib import Path
+
+from offsite.client.training.privacy_plan import plan_of
+from offsite.coordinator.check.federation import EVERYTHING, PUBLIC, Scope, check_enough_public, check_records
+from offsite.coordinator.check.machine import check_room
+from offsite.coordinator.check.names import check_names
+from offsite.coordinator.config.federation_file import FedConfig
+from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING
+from offsite.protos.job_manifest import PrivacyTerms
+from offsite.task.findings import Findings
+
+
+def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Scope = EVERYTHING) -> None:
+    """Checks everything that a simulation reads; writes nothing.
+
+    Args:
+      config: the federation file.
+      out: run folder, which may not exist yet.
+      findings: findings so far, to which all findings are added.
+      scope: what can be checked.
+    """
+    if not config.sites:
+        findings.add("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
+        return
+    names = [site.name for site in config.sites]
+    check_names(config, names, config.secagg.fewest(len(names)), findings)
+    check_room(config, out, 1 + len(config.emulator.variants), findings)
+    parts = [(f"site={site.name}", TRAINING, site.train) for site in config.sites]
+    parts += [(f"site={site.name}", HELD_OUT, site.heldout) for site in config.sites]
+    read, _, tried = check_records(config, [("", PUBLIC, config.data.public), *parts], findings, scope)
+    if scope.public:
+        check_enough_public(config, tried, findings)
+    counts = {file.where: len(file.records) for file in read if file.part == TRAINING}
+    if config.data.split != "truncate":
+        counts = {own.file.where: own.examples for own in tried if own.file.part == TRAINING}
+    if scope.plans:
+        _check_plans(config, counts, findings)
+
+
+def _check_plans(config: FedConfig, counts: dict[str, int], findings: Findings) -> None:
+    """Checks each site's number of records against batch and epsilon.
+
+    Calibration takes a second; its refusals come first at the fewest or at the most records, so only these two are
+    calibrated.
+    """
+    privacy, training = config.privacy, config.training
+    # The clip is measured on public records later, and no plan depends on it.
+    terms = PrivacyTerms(privacy.private, privacy.epsilon, 1.0, privacy.accountant, training.batch)
+    steps = (training.rounds + training.spare_rounds) * training.local_steps
+    fitting = {where: count for where, count in counts.items() if count >= 2 * training.batch}
+    ends = {min(fitting.values()), max(fitting.values())} if fitting else set[int]()
+    for where, count in counts.items():
+        if where not in fitting or count in ends:
+            with findings.gathering(where):
+                plan_of(terms, steps, count)

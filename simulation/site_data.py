@@ -1,0 +1,88 @@
+"""The records of the simulated sites as examples, with the privacy plan of each site."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from offsite.client.training.emulator_session import EmulatorSession
+from offsite.client.training.privacy_plan import SitePlan, plan_for
+from offsite.coordinator.config.data_tables import SiteConfig
+from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING, DataFacts
+from offsite.errors import DataError, OffsiteError
+from offsite.protos.job_manifest import JobManifest
+from offsite.simulation.run_folder import Run
+from offsite.task.label_agreement import numbers_beside_names, only_numbers
+from offsite.task.labels import names_of
+from offsite.task.nothing_to_learn import Encoder, learnt
+from offsite.task.selection import spread
+from offsite.task.spec import Batch, Record
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """What a simulation knows of the records of its sites.
+
+    Attributes:
+      plans: privacy plan of each site, by site.
+      heldout: held-out examples of each site that are scored, as many of each site where it has enough.
+      facts: numbers of records and targets of each file.
+      warnings: sentences about files that do not agree with each other.
+    """
+
+    plans: Mapping[str, SitePlan]
+    heldout: tuple[Batch, ...]
+    facts: tuple[DataFacts, ...]
+    warnings: tuple[str, ...]
+
+
+def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> SiteData:
+    """Reads the records of every site, before any site trains.
+
+    Args:
+      run: run folder.
+      manifest: manifest of the job.
+      session: emulator session of any site, since all sites encode alike.
+
+    Raises:
+      OffsiteError: a site's records cannot be read, are too few, or have nothing to learn from; the message begins with
+        the site's name.
+    """
+    share = max(1, run.config.evaluation.examples // len(run.config.sites))
+    plans, heldout, facts = dict[str, SitePlan](), list[Batch](), list[DataFacts]()
+    numbers = {"public": only_numbers(run.records(run.config.data.public))}
+    for site in run.config.sites:
+        try:
+            records = run.records(site.train)
+            examples, own = _read(run, site, TRAINING, manifest, session, records)
+            plans[site.name] = plan_for(manifest, len(examples))
+            numbers[site.name] = only_numbers(records)
+            facts.append(own)
+            examples, own = _read(run, site, HELD_OUT, manifest, session, run.records(site.heldout))
+        except OffsiteError as error:
+            raise type(error)(f"site={site.name}: {error}") from error
+        heldout.append(spread(examples, share))
+        facts.append(own)
+    return SiteData(plans, tuple(heldout), tuple(facts), tuple(_warnings(session, numbers)))
+
+
+def _warnings(session: EmulatorSession, numbers: Mapping[str, bool | None]) -> Iterator[str]:
+    """Yields a warning where some files hold names of labels and others hold numbers."""
+    config = session.model.config
+    names = names_of(config) if getattr(config, "id2label", None) and False in numbers.values() else []
+    if names and (warning := numbers_beside_names(numbers, names)):
+        yield warning
+
+
+def _read(
+    run: Run, site: SiteConfig, part: str, manifest: JobManifest, session: EmulatorSession, records: list[Record]
+) -> tuple[Batch, DataFacts]:
+    """Returns the examples of one file of a site.
+
+    Raises:
+      DataError: no record has anything to learn from.
+    """
+    examples = run.encoded(site.train if part == TRAINING else site.heldout, records, manifest, session)
+    encoder = Encoder(session.task, session.processor, manifest.length, manifest.split, session.model.config)
+    outcome = learnt(encoder, records, examples)
+    if outcome.nothing:
+        raise DataError(f"{part} data: {outcome}")
+    return examples, DataFacts.of(part, site.name, outcome)

@@ -1,0 +1,146 @@
+"""Whether records can be learnt from, tried on the model's own tokenizer before any work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from offsite.task.file_check import add_faults
+from offsite.task.findings import Findings
+from offsite.task.nothing_to_learn import Encoder, Learnt, learnt
+from offsite.task.records import LenientRecords
+from offsite.task.selection import spread_rows
+from offsite.task.spec import Batch
+from offsite.task.tokenizer import Tokenizer
+
+TRIED = 256  # records of one file that go through the tokenizer, which takes milliseconds for each
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The records of one file, as `task.file_check` read them.
+
+    Attributes:
+      where: words in front of each finding, for example `site=north`.
+      part: "training", "held out" or "public".
+      records: records; a broken row is an empty record.
+    """
+
+    where: str
+    part: str
+    records: LenientRecords
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a check knows of one file.
+
+    Attributes:
+      file: the file.
+      examples: number of examples of the whole file.
+      learnt: outcome of the records that were tried.
+      usable: number of tried examples with a target.
+      faulty: whether a record breaks a rule, so that its missing target is a finding already.
+    """
+
+    file: DataFile
+    examples: int
+    learnt: Learnt
+    usable: int
+    faulty: bool
+
+
+def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings) -> list[Tried]:
+    """Encodes records of each file, and adds every fault and every file with nothing to learn to the findings.
+
+    All records are held against the task's rules, for example the labels. So many as `TRIED` of each file, evenly
+    spaced, go through the tokenizer too; where none of them has a target, all records of the file do. Images are all
+    decoded.
+
+    Args:
+      encoder: encoder of the job.
+      files: the files.
+      findings: findings so far.
+
+    Returns:
+      What is known of each file whose records could be encoded, in order.
+    """
+    outcomes = list[Tried]()
+    # The tokenizer starts once for all files; but the blocks of different files could not be told apart.
+    groups = [list(files)] if encoder.split == "truncate" else [[file] for file in files]
+    for group in filter(None, groups):
+        with findings.gathering():
+            chosen = [_chosen(encoder, file.records) for file in group]
+            outcomes += _tried(encoder, group, chosen, findings)
+    return outcomes
+
+
+def _tried(
+    encoder: Encoder, files: Sequence[DataFile], chosen: Sequence[LenientRecords], findings: Findings
+) -> list[Tried]:
+    together = LenientRecords([record for records in chosen for record in records])
+    examples, begin, outcomes = encoder.encode(together), 0, list[Tried]()
+    for file, records in zip(files, chosen, strict=True):
+        size = len(records) if encoder.split == "truncate" else len(examples)
+        own, begin = examples.select(list(range(begin, begin + size))), begin + size
+        records.faults += _faults_of(together, records)
+        outcomes.append(_outcome(encoder, file, records, own, findings))
+    return outcomes
+
+
+def _outcome(encoder: Encoder, file: DataFile, chosen: LenientRecords, examples: Batch, findings: Findings) -> Tried:
+    records, outcome = chosen, learnt(encoder, chosen, examples)
+    if len(chosen) < len(file.records):
+        chosen.faults += [fault for fault in _check_rules(encoder, file) if fault not in chosen.faults]
+        if outcome.nothing:
+            records = LenientRecords(file.records, chosen.faults)
+            examples = encoder.encode(LenientRecords(records))
+            outcome = learnt(encoder, records, examples)
+    _add(file, records, outcome, findings)
+    count = len(file.records) if encoder.split == "truncate" else len(examples)
+    return Tried(file, count, outcome, int((examples.targets > 0).sum()), bool(records.faults))
+
+
+def _add(file: DataFile, records: LenientRecords, outcome: Learnt, findings: Findings) -> None:
+    """Adds the faults of a file, and the sentence on records with nothing to learn where no fault explains them."""
+    read = set(file.records.faults)
+    add_faults([fault for fault in records.faults if fault not in read], len(file.records), file.where, findings)
+    if records.faults or not outcome.left_out:
+        return
+    tried = "" if len(records) == len(file.records) else f" (of {len(file.records)} records, {len(records)} were tried)"
+    (findings.add if outcome.nothing else findings.warn)(f"{file.part} data: {outcome}{tried}", file.where)
+
+
+def _faults_of(together: LenientRecords, records: LenientRecords) -> list[str]:
+    """Returns the faults of those records that lie in the same files as `records`."""
+    sources = {f"data={getattr(record, 'source', '')!r} " for record in records}
+    return [fault for fault in together.faults if any(fault.startswith(source) for source in sources)]
+
+
+def _chosen(encoder: Encoder, records: LenientRecords) -> LenientRecords:
+    """Returns the records that go through the tokenizer, with the faults of the file."""
+    if encoder.split != "truncate" or not isinstance(encoder.processor, Tokenizer):
+        return LenientRecords(records, records.faults)
+    rows = spread_rows(np.arange(len(records)), TRIED)
+    return LenientRecords([records[int(row)] for row in rows], records.faults)
+
+
+def _check_rules(encoder: Encoder, file: DataFile) -> list[str]:
+    """Returns the faults of all records of a file under the task's rules, found without the tokenizer."""
+    records = LenientRecords(file.records)
+    replace(encoder, processor=_Silent(encoder.processor)).encode(records)
+    return records.faults
+
+
+class _Silent(Tokenizer):
+    """A tokenizer that makes no tokens, so that a task only checks its records.
+
+    Args:
+      tokenizer: tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.__dict__.update(tokenizer.__dict__)
+
+    def _answers(self, requests: Sequence[object], most: Sequence[int]) -> list[list[int]]:
+        return [[] for _ in requests]

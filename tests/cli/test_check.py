@@ -1,0 +1,280 @@
+"""`offsite check`, and the same check as the first step of a run: all faults at once, and nothing is written."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import offsite
+from offsite.cli import main as command
+from tests.conftest import sentence
+from tests.task_samples import LABELS, Sample, first_of
+
+FED = """
+seed = 1
+[model]
+path = "model"
+task = "sequence_classification"
+[data]
+public = "public.jsonl"
+length = 16
+[[sites]]
+name = "ash"
+train = "ash.jsonl"
+heldout = "ash-held.jsonl"
+[[sites]]
+name = "birch"
+train = "birch.csv"
+heldout = "birch-held.jsonl"
+[[sites]]
+name = "cedar"
+train = "cedar.jsonl"
+heldout = "cedar-held.jsonl"
+[training]
+rounds = 1
+batch = 8
+[emulator]
+first = 1
+last = 1
+"""
+FILES = ("public", "ash", "ash-held", "birch-held", "cedar", "cedar-held")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation of three sites with texts and labels, in which nothing is wrong."""
+    folder = tmp_path_factory.mktemp("labelled")
+    sample: Sample = first_of("sequence_classification")
+    sample.save(folder / "model")
+    for seed, name in enumerate(FILES):
+        write(folder / f"{name}.jsonl", sample.records(34, seed))
+    rows = sample.records(34, 40)
+    (folder / "birch.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    (folder / "fed.toml").write_text(FED)
+    return folder
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    shutil.copytree(made, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def write(path: Path, records: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def edit(path: Path, line: int, text: str) -> None:
+    """Replaces a line of a file, counted from 1."""
+    lines = path.read_text().splitlines()
+    lines[line - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """The files below a folder with the time of their last change."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def lines_of(*arguments: str) -> tuple[int, list[str], str]:
+    """Runs the command; returns its exit code, the lines of its errors, and all that it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr("sys.argv", ["offsite", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            command.main()
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("offsite: ")]
+    return int(stopped.value.code or 0), lines, out.getvalue() + err.getvalue()
+
+
+def plant(world: Path) -> list[list[str]]:
+    """Ten errors in five files; returns parts of the finding for each."""
+    ash, birch, cedar, held = (world / name for name in ("ash.jsonl", "birch.csv", "cedar.jsonl", "ash-held.jsonl"))
+    edit(ash, 18, json.dumps({"text": "w1 w2"}))
+    edit(ash, 20, "{broken")
+    edit(ash, 33, json.dumps({"text": "w1 w2", "label": "spma"}))
+    edit(birch, 5, "w1 w2")
+    edit(birch, 9, "w1 w2,eggs")
+    edit(cedar, 2, json.dumps({"text": 7, "label": "ham"}))
+    cedar.write_bytes(cedar.read_bytes().replace(b"\n", b"\n\xff\xfe\n", 1))
+    edit(held, 34, json.dumps({"text": "w1 w2", "label": 9}))
+    fed = (world / "fed.toml").read_text()
+    fed = fed.replace("batch = 8", "batch = 8\nlerning_rate = 0.1").replace('"birch-held.jsonl"', '"birch-hold.jsonl"')
+    (world / "fed.toml").write_text(fed)
+    return [
+        ["training.lerning_rate is not known", "did you mean learning_rate"],
+        ["site=ash: ", "ash.jsonl", "line=18", "column='label' is not in"],
+        ["site=ash: ", "ash.jsonl", "line=20 is not JSON"],
+        ["site=ash: ", "ash.jsonl", "line=33 field='label'", "must be one of the model's 3 labels"],
+        ["site=birch: ", "birch.csv", "line=5 has 1 fields, must have 2"],
+        ["site=birch: ", "birch.csv", "line=9 field='label'"],
+        ["site=cedar: ", "cedar.jsonl", "line=2 is not UTF-8"],
+        ["site=cedar: ", "cedar.jsonl", "line=3 column='text' holds int"],
+        ["site=ash: ", "ash-held.jsonl", "line=34 field='label'"],
+        ["site=birch: ", "birch-hold.jsonl", "does not exist"],
+    ]
+
+
+def test_ten_errors_in_five_files_are_ten_findings_of_one_run(world: Path, tmp_path: Path) -> None:
+    expected = plant(world)
+    before = tree(tmp_path)
+    code, lines, output = lines_of("check", str(world / "fed.toml"), "--out", str(world / "runs" / "new"))
+    assert code == 2, output
+    assert len(lines) == 10, output
+    for parts in expected:
+        assert [line for line in lines if all(part in line for part in parts)], (parts, output)
+    assert tree(tmp_path) == before
+    code, again, output = lines_of("simulate", str(world / "fed.toml"), "--out", str(world / "runs" / "new"))
+    assert code == 2
+    assert again == lines
+    assert tree(tmp_path) == before
+
+
+def test_a_federation_in_which_nothing_is_wrong(made: Path) -> None:
+    before = tree(made)
+    code, lines, output = lines_of("check", str(made / "fed.toml"), "--out", str(made / "run"))
+    assert (code, lines) == (0, []), output
+    assert "all is well" in output
+    assert tree(made) == before
+
+
+def test_no_record_is_quoted(world: Path) -> None:
+    edit(world / "ash.jsonl", 3, json.dumps({"text": "secret w1", "label": "secretlabel"}))
+    edit(world / "ash.jsonl", 4, '{"text": "secret')
+    _, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert len(lines) == 2
+    assert "secret" not in output
+
+
+Broken = Callable[[Path], None]
+
+
+def _named_wrong(world: Path) -> None:
+    for name in ("ash", "cedar"):
+        path = world / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('"label"', '"kind"'))
+
+
+def _small(world: Path) -> None:
+    path = world / "cedar.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:10]) + "\n")
+
+
+def _blank(world: Path) -> None:
+    write(world / "ash.jsonl", [{"text": " ", "label": "ham"}] * 34)
+
+
+def _cut(world: Path) -> None:
+    path = world / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pointer(world: Path) -> None:
+    (world / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+
+
+def _settings(old: str, new: str) -> Broken:
+    def change(world: Path) -> None:
+        text = (world / "fed.toml").read_text()
+        assert old in text
+        (world / "fed.toml").write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        (_named_wrong, [["site=ash", "column='label' is not in", "(the same in all 34 records)"], ["site=cedar"]]),
+        (_small, [["site=cedar: records=10: fewer than twice the expected batch=8"]]),
+        (_blank, [["site=ash", "holds no text"]]),
+        (_cut, [["1 of 1 weight files", "model.safetensors is cut or damaged"]]),
+        (_pointer, [["model.safetensors is a pointer of Git LFS"]]),
+        (_settings("length = 16", "length = 64"), [["length=64 must be in 4..40"]]),
+        (_settings("length = 16", "length = 16\nsplit = 'block'"), [["data.split='block'", "blocks"]]),
+        (_settings("length = 16", "length = 2000000"), [["data.length=2000000: must be at most"]]),
+        (_settings("batch = 8", "batch = 0"), [["training.batch=0: must be at least 1"]]),
+        (_settings("seed = 1", "seed = -1"), [["seed=-1: must be at least 0"]]),
+        (_settings("batch = 8", "batch = 40"), [[f"site={name}: records=34"] for name in ("ash", "birch", "cedar")]),
+        (_settings("[emulator]", "[privacy]\nepsilon = 0.0\n[emulator]\ngate = 2.0"), [["privacy.epsilon"], ["gate"]]),
+        (_settings('"public.jsonl"', '"birch-held.jsonl.gz"'), [["birch-held.jsonl.gz"]]),
+        (_settings('"model"', '"models"'), [["models' is not a directory"]]),
+    ],
+    ids=str,
+)
+def test_each_kind_of_fault(world: Path, broken: Broken, expected: list[list[str]]) -> None:
+    broken(world)
+    code, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert code == 2, output
+    assert len(lines) == len(expected), output
+    for parts in expected:
+        assert [line for line in lines if all(part in line for part in parts)], (parts, output)
+
+
+def test_a_site_with_nothing_to_learn_is_refused_and_one_with_little_is_named(fed: Path, tmp_path: Path) -> None:
+    """Prompts longer than `data.length` leave no token of an answer."""
+    short = [{"prompt": sentence(f"p{at}", 4), "completion": sentence(f"c{at}", 4)} for at in range(34)]
+    long = [{"prompt": sentence(f"l{at}", 20), "completion": "w1"} for at in range(34)]
+    for name in ("public", "birch", "cedar", "held"):
+        write(tmp_path / f"{name}.jsonl", short)
+    write(tmp_path / "ash.jsonl", long)
+    write(tmp_path / "birch.jsonl", short[:17] + long[:17])
+    text = FED.replace("sequence_classification", "prompt_completion").replace("birch.csv", "birch.jsonl")
+    for name in ("ash", "birch", "cedar"):
+        text = text.replace(f"{name}-held", "held")
+    (tmp_path / "fed.toml").write_text(text.replace('"model"', f'"{fed.parent / "model"}"'))
+    code, lines, output = lines_of("check", str(tmp_path / "fed.toml"))
+    assert code == 2
+    (line,) = lines
+    assert "site=ash: training data: 34 of 34 records came to nothing; the first because " in line
+    assert "line=1: its first 16 tokens hold nothing to learn; with data.length = 64" in line
+    assert "warning: site=birch: training data: 17 of 34 records came to nothing; the first because " in output
+    write(tmp_path / "ash.jsonl", short)
+    write(tmp_path / "public.jsonl", long)
+    _, (line,), _ = lines_of("check", str(tmp_path / "fed.toml"))
+    assert "public data: 34 of 34 records came to nothing; the first because " in line
+    write(tmp_path / "public.jsonl", short[:20] + long[:10])
+    _, (line,), _ = lines_of("check", str(tmp_path / "fed.toml"))
+    assert "public records=20 with something to learn: at least 32 are needed; 10 of 30 records came to" in line
+
+
+def test_a_run_counts_what_each_site_could_not_learn(fed: Path, tmp_path: Path) -> None:
+    """One of three sites has prompts that leave no answer; the report says so in a warning and in a table."""
+    short = [{"prompt": sentence(f"p{at}", 4), "completion": sentence(f"c{at}", 4)} for at in range(34)]
+    long = [{"prompt": sentence(f"l{at}", 20), "completion": "w1"} for at in range(34)]
+    for name, records in (("public", short), ("ash", short), ("birch", short[:17] + long[:17]), ("held", short)):
+        write(tmp_path / f"{name}.jsonl", records)
+    text = FED.replace("sequence_classification", "prompt_completion").replace("birch.csv", "birch.jsonl")
+    text = text.replace("cedar.jsonl", "ash.jsonl").replace('"model"', f'"{fed.parent / "model"}"')
+    for name in ("ash", "birch", "cedar"):
+        text = text.replace(f"{name}-held", "held")
+    (tmp_path / "fed.toml").write_text(
+        text + "gate = 0.1\ncompress = ['int8:32']\n[privacy]\nprivate = false\n[evaluation]\nexamples = 6\n"
+    )
+    report = offsite.simulate(tmp_path / "fed.toml", tmp_path / "run")
+    told = "site=birch training data: 17 of 34 records came to nothing; the first because data="
+    assert [line for line in report.warnings if line.startswith(told)]
+    rows = {(own.site, own.part): (own.records, own.left_out) for own in report.data}
+    assert rows["birch", "training"] == (34, 17)
+    assert rows["ash", "training"] == rows["birch", "held out"] == rows["", "public"] == (34, 0)
+    assert len(rows) == 7
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| birch, training | 34 | 17 |" in page
+    assert told in page
+    assert offsite.read_report(tmp_path / "run") == report
+
+
+def test_of_a_large_file_all_labels_are_checked_and_some_records_are_tried(world: Path) -> None:
+    path = world / "ash.jsonl"
+    path.write_text(path.read_text() * 10)
+    edit(path, 333, json.dumps({"text": "w1 w2", "label": "eggs"}))
+    code, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert code == 2, output
+    (line,) = lines
+    assert "line=333 field='label'" in line
+    assert list(LABELS.values()) == ["ham", "spam", "news"]
