@@ -6,10 +6,11 @@ from typing import Any
 from offsite.errors import UnsupportedModel, nearest
 from offsite.task.label_names import LabelName, composed
 from offsite.task.label_numbers import LabelNumbers, whole
-from offsite.task.records import fault
+from offsite.task.records import LenientRecords, fault
 from offsite.task.spec import Record
 
 IGNORED = -100  # in the place of a label that is not scored
+HINTS = 100  # faults of a job's records with a hint, since the search for the nearest of many names takes time
 _SHOWN = 24  # characters of a name in a message
 
 
@@ -91,7 +92,8 @@ class Labels:
         place = self._place(value)
         if isinstance(place, int):
             return place
-        fault(records, index, field, place or self._unknown(value))
+        hinted = not isinstance(records, LenientRecords) or len(records.faults) < HINTS
+        fault(records, index, field, place or self._unknown(value, hinted=hinted))
         return IGNORED
 
     def _place(self, value: object) -> int | str | None:
@@ -124,13 +126,13 @@ class Labels:
         alike = [place for name, place in self._places.items() if name.casefold() == word.casefold()]
         return alike[0] if len(alike) == 1 else None
 
-    def _unknown(self, value: object) -> str:
+    def _unknown(self, value: object, *, hinted: bool) -> str:
         """Returns the rule for a value that is no label; for a text it names the nearest label, and not the text."""
         shown = ", ".join(name[:_SHOWN] for name in self.names[:8])
         named = f"{value.source}={str(value)!r} " if isinstance(value, LabelName) and value.shown else ""
         return (
-            f"{named}must be one of the model's {len(self.names)} labels ({shown}); {self._hint(value)}correct it, or "
-            "the model's id2label"
+            f"{named}must be one of the model's {len(self.names)} labels ({shown}); "
+            f"{self._hint(value) if hinted else ''}correct it, or the model's id2label"
         )
 
     def _hint(self, value: object) -> str:

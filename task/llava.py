@@ -125,6 +125,7 @@ class ImageText:
         questions = [_question(records, index, processor.marker) for index in range(len(records))]
         talks = [_conversation(asked or "", record) for asked, record in zip(questions, records, strict=True)]
         encoded = processor.words.chats(talks, length - count + 1)
+        _check_places(records, [ids.count(place) for ids, _ in encoded])
         rows, answers = [], []
         for (ids, flags), good, asked in zip(encoded, valid.tolist(), questions, strict=True):
             whole = good and asked is not None and ids.count(place) == 1 and max(ids) < vocabulary
@@ -232,6 +233,16 @@ def _question(records: Sequence[Record], index: int, marker: str) -> str | None:
         fault(records, index, "answer", "must hold no marker of an image, because the answer is text; remove it")
         return None
     return question
+
+
+def _check_places(records: Sequence[Record], places: Sequence[int]) -> None:
+    """Refuses a record whose tokens hold several images, as where a text has a name of the image that no file tells."""
+    for index, count in enumerate(places):
+        if count > 1:
+            rule = (
+                f"makes {count} images in the model's tokens, must make one; remove the text that stands for an image"
+            )
+            fault(records, index, "question", rule)
 
 
 def _conversation(question: str, record: Record) -> list[dict[str, Any]]:

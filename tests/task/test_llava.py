@@ -143,6 +143,17 @@ def test_the_models_own_marker_is_read_from_its_processor(tmp_path, name, writte
         image_marker(tmp_path)
 
 
+def test_an_image_that_only_the_tokenizer_knows_is_refused_by_its_line(opened, tmp_path):
+    """A template that writes two images stands for a tokenizer with a second name of the image."""
+    (tmp_path / "chat_template.jinja").write_text("{{ '<image> <image>' }}{% for m in messages %}a{% endfor %}")
+    twice = TASK.load_processor(tmp_path)
+    with pytest.raises(DataError, match=r"^record=1 field='question': makes 2 images in the model's tokens"):
+        encode((opened[0], twice), records())
+    lenient = LenientRecords(records())
+    assert encode((opened[0], twice), lenient).targets.tolist() == [0, 0, 0]
+    assert len(lenient.faults) == 3
+
+
 @pytest.mark.parametrize("question", ["<image> <image>", "pattern " * LENGTH])
 def test_a_question_that_spoils_the_places_is_an_example_without_a_target(opened, question):
     """The model counts the places of a whole batch, and would fail on all examples."""
