@@ -125,7 +125,8 @@ class ImageText:
         questions = [_question(records, index, processor.marker) for index in range(len(records))]
         talks = [_conversation(asked or "", record) for asked, record in zip(questions, records, strict=True)]
         encoded = processor.words.chats(talks, length - count + 1)
-        _check_places(records, [ids.count(place) for ids, _ in encoded])
+        counts = [ids.count(place) for ids, _ in encoded]
+        _check_places(records, [0 if asked is None else count for asked, count in zip(questions, counts, strict=True)])
         rows, answers = [], []
         for (ids, flags), good, asked in zip(encoded, valid.tolist(), questions, strict=True):
             whole = good and asked is not None and ids.count(place) == 1 and max(ids) < vocabulary

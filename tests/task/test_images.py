@@ -125,7 +125,7 @@ def test_a_processor_of_another_size_than_the_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        ("a path", "uint8"),
+        ("a path", "no path is followed"),
         (np.zeros((4, 4, 3), np.float32), "uint8"),
         (np.zeros((4,), np.uint8), "uint8"),
         (np.zeros((4, 4, 4), np.uint8), "3 channels"),
