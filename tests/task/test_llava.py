@@ -106,26 +106,27 @@ def test_exact_matches_are_what_greedy_decoding_says(opened):
 ASKED = ["<image>\nwhich pattern ?", "which pattern ?\n<image>", "which <image> pattern ?", " <image> which pattern ?"]
 
 
-@pytest.mark.parametrize("question", ASKED)
-def test_the_marker_of_the_image_in_a_question_is_left_out(opened, question):
+def test_the_marker_of_the_image_in_a_question_is_left_out(opened):
     """As LLaVA's own data sets write it; the chat template writes the marker of the model."""
-    plain, marked = records()[1], {**records()[1], "question": question}
-    for batch in (encode(opened, [marked]), encode(opened, LenientRecords([marked]))):
-        expected = encode(opened, [plain])
+    expected = encode(opened, [records()[1]] * len(ASKED))
+    marked = [{**records()[1], "question": question} for question in ASKED]
+    for batch in (encode(opened, marked), encode(opened, LenientRecords(marked))):
         assert torch.equal(batch.text.input_ids, expected.text.input_ids)
         assert torch.equal(batch.text.answers, expected.text.answers)
-        assert batch.targets.tolist() == [2]
+        assert batch.targets.tolist() == [2] * len(ASKED)
 
 
-@pytest.mark.parametrize("other", [*MARKERS[1:], "<image> <image>"])
-@pytest.mark.parametrize("field", ["question", "answer"])
-def test_another_marker_is_refused_by_its_line(opened, other, field):
-    wrong = Row({**records()[1], field: f"which {other} ?"}, "line=4")
-    with pytest.raises(DataError, match=f"^line=4 field='{field}': must hold .*marker"):
-        encode(opened, [wrong])
-    lenient = LenientRecords([wrong, records()[0]])
-    assert encode(opened, lenient).targets.tolist() == [0, 2]
-    assert len(lenient.faults) == 1
+def test_another_marker_is_refused_by_its_line(opened):
+    places = [(field, other) for field in ("question", "answer") for other in (*MARKERS[1:], "<image> <image>")]
+    wrong = [Row({**records()[1], field: f"which {other} ?"}, f"line={at}") for at, (field, other) in enumerate(places)]
+    for at in (0, len(MARKERS) - 1, len(MARKERS), len(places) - 1):
+        with pytest.raises(DataError, match=f"^line={at} field='{places[at][0]}': must hold .*marker"):
+            encode(opened, [wrong[at]])
+    lenient = LenientRecords([*wrong, records()[0]])
+    assert encode(opened, lenient).targets.tolist() == [0] * len(wrong) + [2]
+    assert [fault.split(":")[0] for fault in lenient.faults] == [
+        f"line={at} field={field!r}" for at, (field, _) in enumerate(places)
+    ]
 
 
 @pytest.mark.parametrize("written", ["<picture>", {"content": "<picture>", "special": True}])
