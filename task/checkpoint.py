@@ -1,6 +1,8 @@
-"""Reads a model directory, with a message of one line for every fault of the directory."""
+"""Loads a model from its directory, with a message of one line for every fault of the directory."""
 
-import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,19 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from offsite.errors import DataError, UnsupportedModel
-from offsite.task.kinds import KINDS, WORDS, class_names
+from offsite.errors import DataError
+from offsite.task.kinds import KINDS
+from offsite.task.model_folder import check_folder, check_weights, line, read_config, unused, without_adapter
 from offsite.task.tokenizer import Tokenizer
-from offsite.task.weight_files import check_files
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+log = logging.getLogger("offsite.task")
 
 
 def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
     """Returns the model of a directory, frozen and in eval mode.
 
-    Reads safetensors only, runs no code from the directory, and never asks the network.
+    Reads safetensors only, runs no code from the directory, attaches no adapter that lies there, and never asks the
+    network. Stored tensors for which the model has no place are named in the log.
 
     Args:
       path: a Hugging Face model directory.
@@ -31,37 +34,27 @@ def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
       UnsupportedModel: transformers knows no such model of this kind.
     """
     folder = Path(path)
-    _check_config(folder, kind)
-    _check_weights(folder)
+    read_config(folder, kind)
+    check_weights(folder)
     try:
-        model, report = KINDS[kind].from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise DataError(f"model={str(folder)!r} cannot be read ({_line(error)}); save it again") from error
-    # transformers fills a missing tensor with random values and goes on
-    if missing := sorted(report["missing_keys"]):
-        raise DataError(f"model={str(folder)!r} lacks tensor={missing[0]!r}; save all weights again with transformers")
+        with without_adapter(folder) as plain, _without_report():
+            model, report = KINDS[kind].from_pretrained(
+                str(plain),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, ImportError, AssertionError) as error:
+        raise DataError(f"model={str(folder)!r} cannot be read ({line(error)}); save it again") from error
+    _check_report(report, folder)
+    if note := unused(folder, sorted(report["unexpected_keys"]), model.config):
+        log.warning("%s", note)
     _check_finite(model, folder)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
-
-
-def check(path: Path | str, *, kind: str) -> None:
-    """Checks a model directory without reading a weight: its configuration, its kind, and the frames of its files.
-
-    Raises:
-      DataError: the directory, config or weights are missing or damaged.
-      UnsupportedModel: transformers knows no such model of this kind.
-    """
-    folder = Path(path)
-    _check_config(folder, kind)
-    _check_weights(folder)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -71,48 +64,32 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
       DataError: the directory has no tokenizer.json, or it is damaged.
     """
     folder = Path(path)
-    _check_folder(folder)
+    check_folder(folder)
     return Tokenizer.of(folder)
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise DataError(f"model={str(folder)!r} is not a directory; give the path of a Hugging Face model directory")
-
-
-def _check_config(folder: Path, kind: str) -> None:
-    _check_folder(folder)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"model={str(folder)!r} has no config.json; give the directory that save_pretrained wrote")
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers' own table of keys off the terminal; `_check_report` says the same in one line."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
-    known = class_names(kind)
-    name = values.get("model_type") if isinstance(values, dict) else None
-    if name not in known:
-        raise UnsupportedModel(
-            f"model_type={name!r} must be a {WORDS[kind]} of transformers, and code in the model's directory is "
-            "never run; choose another model"
-        )
-    if values.get("quantization_config"):
-        raise UnsupportedModel(
-            f"model={str(folder)!r} has a quantization_config, must have plain weights; save a dequantised copy"
-        )
-    names = values.get("architectures") or known[name]
-    if not set(names) & {class_name for class_names_of_type in known.values() for class_name in class_names_of_type}:
-        raise UnsupportedModel(f"architectures={names} must be a {WORDS[kind]}; choose another model")
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _check_weights(folder: Path) -> None:
-    if files := sorted(folder.glob("*.safetensors")):
-        check_files(files)
-        return
-    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+def _check_report(report: dict[str, Any], folder: Path) -> None:
+    """Refuses tensors that transformers would fill with random values, and goes on."""
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(f"model={str(folder)!r} lacks tensor={missing[0]!r}; save all weights again with transformers")
+    if different := sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"]):
+        name, stored, wanted = different[0]
         raise DataError(
-            f"model={str(folder)!r} has its weights only in a pickle, {pickles[0]}; convert the weights to safetensors"
+            f"model={str(folder)!r} tensor={name!r} has the shape {stored}, and config.json wants {wanted}; copy the "
+            "config.json that belongs to these weights"
         )
-    raise DataError(f"model={str(folder)!r} has no *.safetensors; copy the model's weights into it")
 
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
@@ -122,8 +99,3 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
                 f"model={str(folder)!r} tensor={name!r} holds NaN or Inf as {tensor.dtype}; repair the tensor or take "
                 "a wider dtype"
             )
-
-
-def _line(error: BaseException) -> str:
-    """Returns the first line of a library's message, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -75,15 +75,12 @@ def token_inputs(encodings: Sequence[Encoding], length: int, model_config: Any) 
       model_config: configuration of the model.
 
     Raises:
-      ConfigError: the length is too small, or larger than the number of the model's positions.
+      ConfigError: the length is too small; see `task.model_fit` for the number of the model's positions.
       DataError: there is no encoding.
       UnsupportedModel: the model has no padding token.
     """
-    most = getattr(model_config, "max_position_embeddings", None)
-    if length < SHORTEST or (most is not None and length > most):
-        raise ConfigError(
-            f"length={length} must be in {SHORTEST}..{most}, the number of the model's positions; 128 is usual"
-        )
+    if length < SHORTEST:
+        raise ConfigError(f"length={length}: must be at least {SHORTEST} tokens, of which two are special")
     if not encodings:
         raise DataError("examples=0 must be at least 1; give a file with records")
     rows = [encoding.ids for encoding in encodings]

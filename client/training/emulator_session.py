@@ -19,10 +19,10 @@ from offsite.emulator.runtime.refresh_state import Frame, Refresh, Refreshable
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.emulator.vetting.limits import Vetting, VettingThresholds
 from offsite.emulator.vetting.vet import Slots, read_auxiliary, vet, vet_adapter, vet_auxiliary, vet_refresh
-from offsite.errors import DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
+from offsite.errors import ConfigError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.encode import SPLITS
-from offsite.task.examples import vocabulary_of
+from offsite.task.model_fit import WITH_LENGTH, check_positions, check_token_ids, most_positions
 from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
@@ -137,7 +137,7 @@ def open_session(
     vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
     given = read_auxiliary(folder, model, facts)
     processor = task.load_processor(folder)
-    _check_ids(processor, model)
+    _check_fit(task, processor, model, manifest.length)
     if weights != "widened":
         replace_linears(model, folder, facts, rounded)
     where = places(model, manifest.adapter)
@@ -177,14 +177,16 @@ def encode_records(session: EmulatorSession, manifest: JobManifest, records: Seq
     return without_empty(examples, records, manifest.split).within(session.model)
 
 
-def _check_ids(processor: Any, model: Any) -> None:
-    """Checks that a model knows every token; by failing on some records, a model would tell which they are.
+def _check_fit(task: Task, processor: Any, model: Any, length: int) -> None:
+    """Checks that a model knows every token and position; by failing on some records, it would tell which they are.
 
     Raises:
-      UnsupportedModel: the processor has a token that the model does not know.
+      UnsupportedModel: the processor has a token that the model does not know, or examples have too many tokens.
     """
-    largest = getattr(processor, "largest_id", None)  # a processor that makes no tokens has none
-    if largest is not None and largest >= (vocabulary := vocabulary_of(model)):
-        raise UnsupportedModel(
-            f"token id={largest}: the emulator knows {vocabulary} tokens; its tokenizer belongs to another model"
-        )
+    # A processor that makes no tokens has no largest id.
+    check_token_ids(getattr(model, "config", None), getattr(processor, "largest_id", None), task.kind)
+    if task.kind in WITH_LENGTH:
+        try:
+            check_positions(most_positions(model), length)
+        except ConfigError as error:
+            raise UnsupportedModel(f"emulator: {error}; its coordinator should have seen that") from error

@@ -1,6 +1,7 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -35,9 +36,11 @@ from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
+from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
 
+log = logging.getLogger("offsite.coordinator")
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
 # These factors leave ample room; the site cuts and counts an entry beyond the bound.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
@@ -147,8 +150,10 @@ def prepare(
     kinds = config.emulator.kinds([site for site, _ in federation.roster])
     check_names(config, kinds, federation)
     task = lookup(TASKS, config.model.task, "model.task")
-    on_step("load the full model")
     processor = task.load_processor(config.model.path)
+    for warning in check_fit(task, config.model.path, config.data.length, processor):
+        log.warning("%s", warning)
+    on_step("load the full model")
     full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
     public = public_records(config, task, processor, records, full.config)
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)

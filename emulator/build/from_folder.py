@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from offsite.emulator.calibration.source import MemorySource, ShardSource, Sourc
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
 from offsite.task.encode import JOINED
+from offsite.task.model_fit import check_fit
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
 from offsite.task.records import without_empty
@@ -55,14 +57,18 @@ def build_from_folder(
       on_step: receives a sentence about each step.
 
     Raises:
-      ConfigError: the limits cannot be met, or the emulator's gradients point elsewhere.
+      ConfigError: the limits cannot be met, the emulator's gradients point elsewhere, or the length is more than the
+        model's positions.
       DataError: a file is missing, or there are too few records.
-      UnsupportedModel: the model has no tower of alike blocks.
+      UnsupportedModel: the model has no tower of alike blocks, or no row for a token of its tokenizer.
     """
     task = lookup(TASKS, data.task, "task")
+    processor = task.load_processor(model)
+    for warning in check_fit(task, model, data.length, processor):
+        on_step(f"warning: {warning}")
     source = open_source(task, model, on_step)
     on_step(f"read {data.path}")
-    examples = _examples(task, source, model, data)
+    examples = _examples(task, source, processor, data)
     return BuildPipeline(source, order, _public(task, examples, data), model, on_step).build(out)
 
 
@@ -75,11 +81,11 @@ def open_source(task: Task, model: Path, on_step: Callable[[str], None]) -> Sour
         return MemorySource(task.load(model, dtype=torch.float32))
 
 
-def _examples(task: Task, source: Source, model: Path, data: PublicData) -> Batch:
+def _examples(task: Task, source: Source, processor: Any, data: PublicData) -> Batch:
     """Returns the records as examples; plain texts are joined and cut, so that no example is mostly padding."""
     records = read(data.path, reader=None, columns=columns_of(task.columns, names=data.columns))
     split = JOINED if tuple(task.columns) == ("text",) else "truncate"
-    processor, config = task.load_processor(model), source.model.config
+    config = source.model.config
     examples = task.encode(processor, records, length=data.length, split=split, model_config=config)
     examples = without_empty(examples, records, split)
     return examples.select(torch.nonzero(examples.targets))

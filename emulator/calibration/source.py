@@ -3,14 +3,15 @@
 With shards, only the blocks that are needed at the moment are in memory, so a model may be larger than the machine.
 """
 
-import json
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,9 +19,12 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from offsite.emulator.structure.from_config import empty_model, kind_of, own_config_text
 from offsite.emulator.structure.towers import main_tower
-from offsite.errors import DataError, UnsupportedModel
+from offsite.errors import UnsupportedModel
+from offsite.task.model_folder import check_weights, unused, weight_files
 
-INDEX = "model.safetensors.index.json"
+log = logging.getLogger("offsite.emulator")
+# Tables of positions that earlier releases of transformers stored; transformers passes over them, too.
+HARMLESS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 class Source(Protocol):
@@ -74,12 +78,15 @@ class ShardSource:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         text = own_config_text(folder)
-        self._files = _files(folder)
+        check_weights(folder)
+        self._files = weight_files(folder)
         self.model: Any = empty_model(text, kind_of(text), dtype)
         self._blocks = main_tower(self.model).blocks
         self._dtype = dtype
         names = self.model.state_dict(keep_vars=True)
         self._stored = _stored_names(self.model, names, self._files)
+        if note := unused(folder, self._without_place(), self.model.config):
+            log.warning("%s", note)
         inside = tuple(f"{path}." for path in self._blocks)
         for path in self._blocks:
             self.model.get_submodule(path).to("meta")
@@ -126,6 +133,12 @@ class ShardSource:
             for block in loose.values():
                 vars(block).pop("forward", None)
 
+    def _without_place(self) -> list[str]:
+        """Returns the stored names for which the model has no place; transformers knows some of them as harmless."""
+        harmless = [*HARMLESS, *(self.model._keys_to_ignore_on_load_unexpected or ())]
+        left = self._files.keys() - set(self._stored.values())
+        return sorted(name for name in left if not any(re.search(pattern, name) for pattern in harmless))
+
     def _visit(self, path: str, block: nn.Module) -> Callable[..., Any]:
         kind: Any = type(block)
 
@@ -166,35 +179,6 @@ class ShardSource:
                     # A copy: the file's pages are gone once it is closed.
                     read[name] = (tensor.to(self._dtype) if tensor.is_floating_point() else tensor).clone()
         return read
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"path={str(path)!r}: cannot be read ({error}); give a model folder") from error
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Returns the file of each stored tensor, by its name in the checkpoint."""
-    if (folder / INDEX).is_file():
-        try:
-            table = json.loads(_read(folder / INDEX))["weight_map"]
-            return {str(name): folder / Path(str(file)).name for name, file in table.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"path={str(folder / INDEX)!r}: not an index of shards ({error}); fetch it again"
-            ) from error
-    names: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                names |= dict.fromkeys(stored.keys(), file)
-        except SafetensorError as error:
-            raise DataError(f"path={str(file)!r}: not a safetensors file ({error}); fetch it again") from error
-    if not names:
-        raise DataError(f"model={str(folder)!r}: no safetensors file; give a model folder")
-    return names
 
 
 def _stored_names(model: Any, names: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:

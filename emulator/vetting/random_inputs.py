@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.structure import denoisers
 from offsite.errors import UnsupportedModel
+from offsite.task.model_fit import most_positions
 
 EXAMPLES, LENGTH = 8, 32
 Inputs = dict[str, Tensor]
@@ -32,9 +33,9 @@ def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
     vision = getattr(model.config, "vision_config", None)
     if vision is None:
         names = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
-        return {name: _tokens(model.config, generator) for name in names}
+        return {name: _tokens(model, generator) for name in names}
     pixels = _images(vision, generator)
-    return {"input_ids": _beside_images(model, _tokens(model.config, generator), pixels), "pixel_values": pixels}
+    return {"input_ids": _beside_images(model, _tokens(model, generator), pixels), "pixel_values": pixels}
 
 
 @contextmanager
@@ -51,13 +52,13 @@ def no_lasting_hooks(model: nn.Module) -> Iterator[None]:
                 delattr(module, name)
 
 
-def _tokens(config: Any, generator: torch.Generator) -> Tensor:
-    text = config.get_text_config()
+def _tokens(model: Any, generator: torch.Generator) -> Tensor:
+    config, text = model.config, model.config.get_text_config()
     settings = {**vars(config), **vars(text)}
     values = [value for key, value in settings.items() if key.endswith(("_token_id", "_token_index"))]
     special = {token for value in values for token in (value if isinstance(value, list | tuple) else (value,))}
     ordinary = torch.tensor([i for i in range(text.vocab_size) if i not in special])
-    length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, most_positions(model) or LENGTH)
     if len(ordinary) < 2:
         raise UnsupportedModel(f"vocab_size={text.vocab_size}: fewer than two ordinary tokens; use another model")
     return ordinary[torch.randint(len(ordinary), (EXAMPLES, length), generator=generator)]

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from offsite.client.home.audit import Audit
 from offsite.client.home.settings import SiteSettings
 from offsite.client.service.site_runtime import SiteRuntime
-from offsite.client.training.emulator_session import _check_ids, encode_records
+from offsite.client.training.emulator_session import _check_fit, encode_records
+from offsite.emulator.runtime.refresh import plain_of
 from offsite.errors import ConfigError, DataError, PolicyRefusal, UnsupportedModel
 from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
@@ -184,16 +186,20 @@ def test_nothing_to_learn_is_told_to_the_owner_alone(
         site.open_dry_run(rowwise(world), world.run.store.package, tmp_path / "rounds")
 
 
-def model_of(vocabulary: int) -> Any:
-    text = SimpleNamespace(vocab_size=vocabulary)
-    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-
-
-def test_a_model_that_does_not_know_its_tokens_is_refused(world: World) -> None:
-    tokenizer = world.session.processor
-    _check_ids(tokenizer, model_of(tokenizer.largest_id + 1))
-    with pytest.raises(UnsupportedModel, match=rf"token id={tokenizer.largest_id}: the emulator knows"):
-        _check_ids(tokenizer, model_of(tokenizer.largest_id))
+def test_a_package_whose_tokenizer_or_length_the_model_does_not_know_is_refused(world: World, tmp_path: Path) -> None:
+    """A model could tell by its failure which records have the unknown token, or are long."""
+    model, tokenizer, task = plain_of(world.session.model), world.session.processor, world.session.task
+    vocabulary, length = model.config.vocab_size, model.config.max_position_embeddings
+    known, unknown = Choosy([1]), Choosy([1])
+    known.largest_id, unknown.largest_id = 49, vocabulary
+    _check_fit(task, tokenizer, model, length)
+    _check_fit(task, known, model, length)
+    with pytest.raises(UnsupportedModel, match=rf"token id={vocabulary}: the model has rows"):
+        _check_fit(task, unknown, model, length)
+    learnt = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    _check_fit(task, known, learnt, 32)
+    with pytest.raises(UnsupportedModel, match="length=33: must be at most 32"):
+        _check_fit(task, known, learnt, 33)
 
 
 def test_an_invented_record_is_nobodys() -> None:

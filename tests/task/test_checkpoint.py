@@ -4,11 +4,22 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
+from offsite.emulator.calibration.source import ShardSource
 from offsite.errors import DataError, OffsiteError, UnsupportedModel
 from offsite.task.checkpoint import load, load_tokenizer
+from offsite.task.model_folder import beside
 
 WEIGHTS = "model.safetensors"
 
@@ -54,8 +65,92 @@ def test_sharded_weights_load(tmp_path):
 
 def test_a_missing_shard_is_refused(tmp_path):
     LlamaForCausalLM(config()).save_pretrained(tmp_path, max_shard_size="20KB")
-    sorted(tmp_path.glob("*.safetensors"))[0].unlink()
-    refused(tmp_path, DataError, "cannot be read")
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    first.unlink()
+    refused(tmp_path, DataError, rf"file='{first.name}' is not there, and model.safetensors.index.json names it")
+
+
+@pytest.mark.parametrize("fault", ["cut", "pointer"])
+def test_the_one_bad_shard_is_named(tmp_path, fault):
+    LlamaForCausalLM(config()).save_pretrained(tmp_path, max_shard_size="20KB")
+    third = sorted(tmp_path.glob("*.safetensors"))[2]
+    content = third.read_bytes()
+    third.write_bytes(content[:-1] if fault == "cut" else b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(
+        tmp_path, DataError, rf"file='{third.name}' " + {"cut": "cannot be read", "pointer": "is a pointer of"}[fault]
+    )
+
+
+def adapter_of(folder, base="owner/base"):
+    adapted = get_peft_model(
+        LlamaForCausalLM(config()), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    torch.nn.init.normal_(
+        adapted.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")
+    )
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # peft would ask a hub about the base
+
+
+def test_an_adapter_beside_the_model_is_named_and_not_used(folder, caplog):
+    """transformers attaches such an adapter unasked; a build block by block never did."""
+    plain = load(folder, dtype=torch.float32, kind="causal_lm").state_dict()
+    adapter_of(folder)
+    attached = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert any("lora_B" in name for name in attached)
+    model, shards = load(folder, dtype=torch.float32, kind="causal_lm"), ShardSource(folder, torch.float32)
+    assert type(model) is LlamaForCausalLM
+    with shards.open("model.layers.0"):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, plain[name])
+            if "layers.1" not in name:
+                assert torch.equal(shards.model.state_dict()[name], tensor)
+    (note,) = beside(folder)
+    assert "holds an adapter beside the model (adapter_config.json, adapter_model.safetensors)" in note
+    assert "used without the adapter" in note
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_folder_with_an_adapter_only_is_refused_with_the_name_of_its_model(tmp_path, with_config):
+    adapter_of(tmp_path)
+    if with_config:
+        config().save_pretrained(tmp_path)
+    refused(tmp_path, DataError, r"holds an adapter \(adapter_config.json\) for the model 'owner/base', and no model")
+
+
+@pytest.mark.parametrize("source", ["load", "shards"])
+def test_blocks_that_the_config_does_not_count_are_named_once_and_not_used(folder, caplog, capfd, source):
+    wide = config()
+    wide.num_hidden_layers = 3
+    LlamaForCausalLM(wide).save_pretrained(folder)
+    change_config(folder, num_hidden_layers=2)
+    if source == "load":
+        model = load(folder, dtype=torch.float32, kind="causal_lm")
+    else:
+        model = ShardSource(folder, torch.float32).model
+    assert len(model.model.layers) == 2
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "9 stored tensors are not used, the first is 'model.layers.2.input_layernorm.weight'" in line
+    assert "num_hidden_layers=2" in line
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_weights_that_transformers_would_not_read_are_named(folder):
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
+    refused(
+        folder, DataError, r"has weights as consolidated\.safetensors, must have model\.safetensors, or shards with"
+    )
+    with pytest.raises(DataError, match=r"has weights as consolidated\.safetensors"):
+        ShardSource(folder, torch.float32)
+
+
+def test_another_file_of_weights_changes_neither_way_of_reading(folder):
+    """Files of a training often lie beside the weights; read in the order of names, they would win."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model_ema.safetensors")
+    norm = load(folder, dtype=torch.float32, kind="causal_lm").model.norm.weight
+    assert torch.equal(norm, tensors["model.norm.weight"])
+    assert torch.equal(ShardSource(folder, torch.float32).model.model.norm.weight, norm)
 
 
 def test_a_missing_directory_is_refused(tmp_path):
@@ -118,7 +213,7 @@ def test_a_weight_too_large_for_the_dtype_is_refused(folder):
 
 def test_a_weight_of_another_shape_is_refused(folder):
     change_config(folder, intermediate_size=64)
-    refused(folder, DataError, "cannot be read")
+    refused(folder, DataError, r"down_proj.weight' has the shape \(32, 48\), and config.json wants \(32, 64\)")
 
 
 def test_a_model_that_is_no_language_model_is_refused(tmp_path):
@@ -136,9 +231,10 @@ def test_a_masked_language_model_is_refused(tmp_path):
 def test_code_in_the_directory_is_never_run(folder):
     (folder / "modeling_own.py").write_text("raise SystemExit('ran')")
     change_config(folder, model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-    refused(folder, UnsupportedModel, "never run")
+    refused(folder, UnsupportedModel, r"model_type='own' must be .* code of its own, \['modeling_own.Own'\], in the")
     change_config(folder, model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     assert type(load(folder, dtype=torch.float32, kind="causal_lm")) is LlamaForCausalLM
+    assert "code of its own (modeling_own.py); the code is not run" in beside(folder)[0]
 
 
 def test_a_quantised_model_is_refused(folder):
