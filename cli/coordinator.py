@@ -10,6 +10,7 @@ from offsite.cli.confirm import confirm, same_fingerprint, warn_of_expiry
 from offsite.cli.typer_app import command_group
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.errors import DataError
+from offsite.trust.addresses import with_port
 from offsite.trust.federation_manifest import FederationManifest
 from offsite.trust.request import SiteRequest
 from offsite.trust.sealing import HYBRID
@@ -63,7 +64,9 @@ def init(
         clip=clip,
         days=days,
     )
-    typer.echo(f"coordinator of {name!r} made in {folder}; sites reach it at {host}:{link_port} and {depot_port}")
+    typer.echo(
+        f"coordinator of {name!r} made in {folder}; sites reach it at {with_port(host, link_port)} and {depot_port}"
+    )
     typer.echo(f"identity: {home.identity.public.hex()}")
     typer.echo(
         f"next: each site runs offsite client init and sends its request; then: offsite coordinator approve {folder} …"

@@ -35,6 +35,7 @@ from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.flower_pieces import OTHER_BYTES, VALUE_BYTES
 from offsite.protos.signed_job import sign_job
 from offsite.trust import federation_manifest as owners
+from offsite.trust.addresses import with_port
 from offsite.trust.certificates import certificate_key
 
 log = logging.getLogger("offsite.coordinator")
@@ -293,7 +294,7 @@ def _depot(home: CoordinatorHome, now: Callable[[], datetime]) -> Iterator[Depot
     settings = home.settings
     depot = Depot(
         home.folder / "depot",
-        address=f"{settings.bind or settings.host}:{settings.depot_port}",
+        address=with_port(settings.bind or settings.host, settings.depot_port),
         tls=tls,
         allowed=allowed,
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from offsite.errors import ConfigError
+from offsite.trust.addresses import address_of, with_port
 
 VARIABLE = "OFFSITE_PROXY"  # by which a site tells its SuperNode the proxy; a command line would show its password
 # gRPC's way to a proxy by address, which its option against proxies does not switch off.
@@ -57,7 +58,25 @@ def check_proxy(url: str) -> None:
         raise ConfigError("proxy: must be like 'http://proxy.example:3128', with user:password@ before the host or not")
 
 
+def check_way(host: str, proxy: str) -> None:
+    """Checks that a proxy can be asked for a host.
+
+    Args:
+      host: name or address of the coordinator.
+      proxy: address of the proxy; empty for the straight way.
+
+    Raises:
+      ConfigError: the host is an IPv6 address, which httpx and http.client write into `CONNECT` without its brackets.
+    """
+    address = address_of(host)
+    if proxy and address is not None and address.version == 6:
+        raise ConfigError(
+            f"host={host!r}: the way through proxy={shown_proxy(proxy)} needs a name or an IPv4 address; ask the "
+            "coordinator to set host in coordinator.toml to a name, or leave proxy out of site.toml"
+        )
+
+
 def shown_proxy(url: str) -> str:
     """Returns host and port of a proxy, without user and password."""
     parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port}"
+    return with_port(parts.hostname or "", parts.port or 0)

@@ -6,7 +6,6 @@ TLS keeps strangers out. Who wrote a message is proved by its Ed25519 signature 
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from ipaddress import ip_address
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from offsite.errors import Untrusted
+from offsite.trust.addresses import address_of
 
 DAYS, AUTHORITY_DAYS, WARN_DAYS = 365, 3650, 30
 EARLY = timedelta(hours=1)  # a site's clock may be behind
@@ -91,9 +91,15 @@ def create_authority(name: str, *, now: datetime, days: int = AUTHORITY_DAYS) ->
 
 def issue_server(ca: Authority, key: bytes, hosts: Sequence[str], *, now: datetime, days: int = DAYS) -> bytes:
     """Returns the coordinator's certificate for these host names and addresses; `key` is its private key in PEM."""
-    names = [x509.IPAddress(ip_address(h)) if _is_address(h) else x509.DNSName(h) for h in hosts]
     builder = _end("coordinator", read_key(key).public_key(), now, days, ExtendedKeyUsageOID.SERVER_AUTH)
-    return ca.issue(builder.add_extension(x509.SubjectAlternativeName(names), critical=False))
+    return ca.issue(builder.add_extension(x509.SubjectAlternativeName(_names(hosts)), critical=False))
+
+
+def is_for(pem: bytes, hosts: Sequence[str]) -> bool:
+    """Whether a server's certificate is for exactly these host names and addresses."""
+    extensions = read_certificate(pem, "server certificate").extensions
+    stored = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return list(stored) == _names(hosts)
 
 
 def make_request(key: bytes, site: str) -> bytes:
@@ -246,9 +252,6 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
+def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    addresses = [address_of(host) for host in hosts]
+    return [x509.IPAddress(own) if own else x509.DNSName(host) for own, host in zip(addresses, hosts, strict=True)]

@@ -16,6 +16,7 @@ from offsite.errors import DataError, DigestMismatch, Untrusted
 from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
 from offsite.protos.grpc_options import UNCOMPRESSED
+from offsite.trust.addresses import with_port
 from offsite.trust.files import put_in_place, why
 
 CHUNK, MIN_CHUNK = 1 << 20, 1 << 14
@@ -130,7 +131,7 @@ class _Transfer:
     def __init__(
         self, source: DepotAddress, sha256: str, size: int, partial: Path, on_bytes: Callable[[int], None], idle: float
     ) -> None:
-        self.partial, self.size, self.where = partial, size, f"{source.host}:{source.port}"
+        self.partial, self.size, self.where = partial, size, with_port(source.host, source.port)
         self._source, self._sha256 = source, sha256
         self._on_bytes, self._idle, self._chunk = on_bytes, idle, CHUNK
 

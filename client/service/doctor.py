@@ -18,8 +18,9 @@ from offsite.client.home.declared_records import check_count, declared, own_data
 from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import CheckFailed, DataError, OffsiteError, PolicyRefusal, Untrusted
-from offsite.protos.proxies import proxy_variables, shown_proxy
+from offsite.protos.proxies import check_way, proxy_variables, shown_proxy
 from offsite.task.records import is_empty
+from offsite.trust.addresses import with_port
 from offsite.trust.certificates import WARN_DAYS
 
 FINE, WARNED, FAILED = "ok", "warning", "FAILED"
@@ -28,6 +29,8 @@ AHEAD_SECONDS = 5.0  # Flower's SuperLink refuses a node whose clock is further 
 BEHIND_SECONDS = 300.0
 MIN_FREE_GB = 2.0
 FLOWER = ("1.41", "1.42")
+BETWEEN = ("certificates", "link", "depot", "clock")  # checks of what a welcome brings
+NOT_JOINED = "not checked, since this site has not joined yet; offsite client sign accepts the coordinator's welcome"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
         "depot": lambda: _port(site, site.welcome.depot_port),
         "clock": lambda: _clock(site, clock),
     }
-    return [finding for name, check in checks.items() for finding in _find(name, check)]
+    findings = list[Finding]()
+    for name, check in checks.items():
+        waits = name in BETWEEN and not site.joined
+        findings += [Finding(name, WARNED, NOT_JOINED)] if waits else _find(name, check)
+    return findings
 
 
 def _find(name: str, check: Callable[[], str]) -> list[Finding]:
@@ -64,7 +71,8 @@ def _find(name: str, check: Callable[[], str]) -> list[Finding]:
     except OffsiteError as error:
         return [Finding(name, FAILED, line) for line in str(error).splitlines()]
     except OSError as error:
-        return [Finding(name, FAILED, error.strerror or type(error).__name__)]
+        where = f"{error.filename}: " if error.filename else ""
+        return [Finding(name, FAILED, f"{where}{error.strerror or type(error).__name__}")]
     return [Finding(name, WARNED if detail.startswith("warning: ") else FINE, detail.removeprefix("warning: "))]
 
 
@@ -138,6 +146,8 @@ def _disk(site: SiteHome) -> str:
 def _proxy(site: SiteHome, environment: Mapping[str, str]) -> str:
     """Says which way leads to the coordinator; a value of the environment can hold a password and is not shown."""
     proxy = site.settings.proxy
+    if site.joined:
+        check_way(site.welcome.host, proxy)
     way = f"through {shown_proxy(proxy)}, which site.toml names" if proxy else "straight to the coordinator"
     variables = proxy_variables(environment)
     return f"{way}; not used: {', '.join(variables)} of the environment" if variables else way
@@ -148,7 +158,7 @@ def _port(site: SiteHome, port: int) -> str:
     context = _context(site)
     context.load_cert_chain(str(site.certificate), str(site.keys.tls))
     connection = _connection(site, port, context)
-    where = f"{site.welcome.host}:{port}"
+    where = with_port(site.welcome.host, port)
     try:
         connection.connect()
         return f"{where} answers with {connection.sock.version()}"

@@ -31,10 +31,12 @@ from offsite.errors import DataError, OffsiteError, PolicyRefusal
 from offsite.privacy.ledger import Ledger
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
+from offsite.protos.proxies import check_way
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
 from offsite.task.nothing_to_learn import Encoder, learnt
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
+from offsite.trust.addresses import with_port
 from offsite.trust.federation_manifest import FederationManifest
 
 log = logging.getLogger("offsite.client")
@@ -98,11 +100,16 @@ class SiteRuntime:
                 shutil.rmtree(path)
 
     def supernode(self) -> SuperNodeConfig:
-        """Returns the configuration of this site's SuperNode."""
+        """Returns the configuration of this site's SuperNode.
+
+        Raises:
+          ConfigError: the proxy of `site.toml` cannot lead to the coordinator's address.
+        """
         welcome = self.home.welcome
+        check_way(welcome.host, self.home.settings.proxy)
         return SuperNodeConfig(
             folder=self.home.state / "node",
-            superlink=f"{welcome.host}:{welcome.link_port}",
+            superlink=with_port(welcome.host, welcome.link_port),
             ca=self.home.ca,
             key=self.home.keys.node,
             port=self.home.settings.runtime_port or _free_port(),

@@ -12,6 +12,7 @@ from offsite.coordinator.home.membership import Approved, MemberRegistry
 from offsite.coordinator.home.settings import HomeSettings
 from offsite.errors import ConfigError, DataError, Untrusted
 from offsite.trust import canonical, certificates
+from offsite.trust.addresses import address_of
 from offsite.trust.certificates import DAYS, Authority
 from offsite.trust.federation_manifest import RING_BITS, FederationManifest, check_signature
 from offsite.trust.files import make_private, read, read_private, write_atomically, write_new
@@ -23,7 +24,7 @@ from offsite.trust.welcome import MAX_EARLIER, Welcome, write_welcome
 
 SETTINGS, SITES = "coordinator.toml", "sites.json"
 CA_KEY, CA, SERVER_KEY, SERVER, IDENTITY = "ca.key", "ca.pem", "server.key", "server.pem", "identity.key"
-_LOOPBACK = ("localhost", "127.0.0.1")  # names under which the coordinator itself reaches its SuperLink
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")  # names under which the coordinator itself reaches its SuperLink
 
 
 class CoordinatorHome:
@@ -207,6 +208,8 @@ class CoordinatorHome:
     ) -> FederationManifest:
         with self._lock():
             registry = change(self._registry())
+            if not certificates.is_for(read(self.server), self._hosts()):  # host or bind was changed since
+                self._issue_server(now)
             current, following = registry.federation, self._following(registry, now)
             if current is None or anew or _content(current) != _content(following):
                 registry = dataclasses.replace(registry, federation=following)
@@ -282,10 +285,16 @@ class CoordinatorHome:
         )
 
     def _issue_server(self, now: datetime) -> None:
-        hosts = list(dict.fromkeys((self.settings.host, *_LOOPBACK)))
         key = read_private(self.server_key)
-        issued = certificates.issue_server(self._authority(), key, hosts, now=now, days=self.settings.days)
+        issued = certificates.issue_server(self._authority(), key, self._hosts(), now=now, days=self.settings.days)
         write_atomically(self.server, issued)
+
+    def _hosts(self) -> list[str]:
+        """Returns the names and addresses under which the coordinator is reached, by the sites and by itself."""
+        settings = self.settings
+        address = address_of(settings.bind)
+        own = [settings.bind] if settings.bind and not (address and address.is_unspecified) else []
+        return list(dict.fromkeys((settings.host, *own, *_LOOPBACK)))
 
     def _authority(self) -> Authority:
         return Authority(read(self.ca), read_private(self.folder / CA_KEY))

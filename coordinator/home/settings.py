@@ -1,19 +1,17 @@
 """The file `coordinator.toml`: frozen, checked once at the door."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 
 from offsite.errors import ConfigError
 from offsite.trust import canonical, certificates
+from offsite.trust.addresses import check_host
 from offsite.trust.certificates import DAYS
 from offsite.trust.collusion import MIN_SITES, fewest_in_sum, usual_accomplices
 from offsite.trust.federation_manifest import MAX_SITES
 from offsite.trust.sealing import HYBRID, PUBLIC_BYTES
 from offsite.trust.toml_tables import quote
 from offsite.trust.welcome import MAX_PORT
-
-_HOST = re.compile(r"[A-Za-z0-9:.-]{1,253}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class HomeSettings:
       max_epsilon: largest epsilon that a job may plan, at a delta of at most 1e-6; above 0.
       clip: largest `update_bound` that a job may set; above 0.
       days: number of days for which certificates and an epoch are valid; at least 1.
-      bind: address to listen on; empty takes `host`.
+      bind: address to listen on, "0.0.0.0" for all of IPv4 and "::" for all of IPv6; empty takes `host`.
       accomplices: number of sites that may help the coordinator without any other site's update being open to it; a
         third of all members where the key is left out. Fewer is weaker, and every owner signs a sentence that says so.
     """
@@ -51,8 +49,9 @@ class HomeSettings:
     def __post_init__(self) -> None:
         """Checks every range."""
         canonical.check_name(self.name, "name")
-        if not _HOST.fullmatch(self.host):
-            raise ConfigError(f"host={self.host!r}: must be a host name or address that sites can reach")
+        check_host("host", self.host)
+        if self.bind:
+            check_host("bind", self.bind, listens=True)
         for name in ("link_port", "depot_port"):
             _in_range(name, getattr(self, name), 1, MAX_PORT)
         if self.link_port == self.depot_port:

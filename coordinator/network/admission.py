@@ -8,6 +8,9 @@ most strangers goes, a silent one first: whoever holds many connections pushes o
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv6Network
+
+from offsite.trust.addresses import address_of
 
 RESERVED_FILES = 100  # of a program for itself: libraries, logs, databases, and connections on their way out
 MAX_STRANGERS, MAX_KNOWN = 512, 4096  # TLS takes a quarter of a megabyte of memory for each connection
@@ -60,6 +63,14 @@ class Connection:
     asked: bool = False
     known: bool = False
 
+    @property
+    def place(self) -> str:
+        """The address as it is counted: of IPv6 the first half, since a network's guest has all that differ beyond."""
+        address = address_of(self.peer[0])
+        if address is None or address.version == 4:
+            return self.peer[0]
+        return str(IPv6Network((int(address) >> 64 << 64, 64)))
+
 
 class Admission:
     """The open connections of one listener, used by one thread.
@@ -77,7 +88,7 @@ class Admission:
 
     def enter(self, connection: Connection) -> None:
         """Takes a stranger's new connection in, and cuts an older connection where a limit is passed."""
-        address = connection.peer[0]
+        address = connection.place
         self._by_peer[connection.peer] = connection
         self._strangers.setdefault(address, {})[connection] = None
         if len(self._strangers[address]) > self._limits.per_address:
@@ -87,11 +98,11 @@ class Admission:
     def leave(self, connection: Connection) -> None:
         """Forgets a connection that has ended."""
         pool = self._known if connection.known else self._strangers
-        held = pool.get(connection.peer[0], {})
+        held = pool.get(connection.place, {})
         if connection in held:
             del held[connection]
             if not held:
-                del pool[connection.peer[0]]
+                del pool[connection.place]
         if self._by_peer.get(connection.peer) is connection:
             del self._by_peer[connection.peer]
 
@@ -102,7 +113,7 @@ class Admission:
         self.leave(connection)
         connection.known = True
         self._by_peer[connection.peer] = connection
-        self._known.setdefault(connection.peer[0], {})[connection] = None
+        self._known.setdefault(connection.place, {})[connection] = None
         self._keep_to(self._known, self._limits.known)
 
     def of(self, peer: Peer) -> Connection | None:

@@ -46,6 +46,7 @@ from offsite.protos.flower import bundle
 from offsite.protos.flower_http import ControlClient, RuntimeClient, http_client
 from offsite.protos.flower_process import FlowerProcess
 from offsite.protos.guard import HEADER, VARIABLE, Secret, new_secret
+from offsite.trust.addresses import address_of, with_port
 
 START_SECONDS = 60.0
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -72,7 +73,10 @@ class SuperLinkPlace:
     @property
     def local(self) -> str:
         """Address, host:port, under which the coordinator itself reaches the SuperLink."""
-        return f"{'127.0.0.1' if self.bind == '0.0.0.0' else self.bind}:{self.port}"  # noqa: S104 - compared only
+        address = address_of(self.bind)
+        if address is not None and address.is_unspecified:
+            return with_port("127.0.0.1" if address.version == 4 else "::1", self.port)
+        return with_port(self.bind, self.port)
 
 
 class SuperLinkSession:

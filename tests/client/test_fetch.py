@@ -26,6 +26,7 @@ from offsite.coordinator.network.depot import CHUNK, Depot, Tls
 from offsite.errors import DataError, DigestMismatch, Untrusted
 from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
+from offsite.trust.addresses import with_port
 from offsite.trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
 
 NOW = datetime.now(UTC)
@@ -151,6 +152,20 @@ def partial(target: Path) -> Path:
 
 
 # --- the package arrives
+
+
+@pytest.mark.parametrize("host", ["::1", "0:0:0:0:0:0:0:1"])
+def test_a_file_arrives_over_ipv6(world: World, tmp_path: Path, host: str) -> None:
+    ca, key = create_authority("authority", now=NOW), new_key()
+    tls = Tls(ca.certificate, issue_server(ca, key, [host], now=NOW), key)
+    cert = issue_client(ca, make_request(world.key, "ash"), "ash", now=NOW)
+    depot = Depot(world.folder, address=with_port(host, 0), tls=tls, allowed=world.allowed)
+    address = DepotAddress(host, depot.start(), ca.certificate, cert, world.key)
+    try:
+        target = fetch(address, DIGEST, SIZE, tmp_path / "package", on_bytes=ignore)
+        assert target.read_bytes() == CONTENT
+    finally:
+        depot.stop()
 
 
 def test_a_file_arrives_and_is_not_fetched_twice(world: World, tmp_path: Path) -> None:

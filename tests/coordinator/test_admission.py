@@ -138,3 +138,18 @@ def test_doors_open_on_every_address_of_a_host_with_one_port() -> None:
         open_doors("127.0.0.1", ports.pop(), Admission(LIMITS))
     for door in doors:
         door.close()
+
+
+def test_a_network_of_ipv6_counts_as_one_address() -> None:
+    """Whoever has a network of 64 bits, as each household has, takes a new address for each connection."""
+    everyone = Everyone()
+    honest = everyone.comes("2001:db8:0:2::1")
+    old = everyone.comes("192.0.2.7")
+    crowd = [everyone.comes(f"2001:db8:0:1::{number:x}") for number in range(1, 50)]
+    assert {honest, old} & set(everyone.cut) == set()
+    assert everyone.cut == crowd[: -LIMITS.per_address]
+    assert honest.place == "2001:db8:0:2::/64"
+    assert old.place == "192.0.2.7"
+    everyone.shows(crowd[-1])
+    everyone.goes(crowd[-1])
+    assert everyone.admission.of(crowd[-1].peer) is None

@@ -1,5 +1,6 @@
 """The contract that a Flower release has to pass at the coordinator: start, nodes, runs, guard, traces of a kill."""
 
+import dataclasses
 import os
 import signal
 import ssl
@@ -17,10 +18,12 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StopRunReq
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from offsite.client.network.node import Node, SuperNodeConfig
 from offsite.coordinator.network.flower_grid import LOST, LOST_SECONDS, retries, why_lost
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
 from offsite.errors import ConfigError, DataError
 from offsite.protos.guard import Secret
+from offsite.trust.addresses import with_port
 from offsite.trust.certificates import create_authority, issue_server, new_key
 from offsite.trust.keys import SiteKeys
 from tests.faults.conftest import wait_for
@@ -86,6 +89,34 @@ def test_it_starts_with_one_run_and_the_federations_nodes(place: SuperLinkPlace,
     assert not link.process.running
 
 
+@pytest.mark.parametrize("bind", ["::1", "::"])
+def test_a_site_connects_over_ipv6(place: SuperLinkPlace, tmp_path: Path, bind: str) -> None:
+    now, key = datetime.now(UTC), new_key()
+    authority = create_authority("link", now=now)
+    place.ca.write_bytes(authority.certificate)
+    place.key.write_bytes(key)
+    place.certificate.write_bytes(issue_server(authority, key, ["::1"], now=now))
+    place = dataclasses.replace(place, bind=bind)
+    assert place.local == f"[::1]:{place.port}"
+    nodes, ended = keys(tmp_path, "ash"), threading.Event()
+    way = SuperNodeConfig(
+        tmp_path / "node",
+        with_port("::1", place.port),
+        place.ca,
+        SiteKeys.load(tmp_path / "ash").node,
+        free_ports(1)[0],
+    )
+    node = Node(way, lambda stage, body: b"", largest=lambda: 0, note=lambda *_: None, stopping=ended.is_set)
+    thread = threading.Thread(target=node.run)
+    with SuperLinkSession(place, nodes) as link:
+        thread.start()
+        try:
+            wait_for(lambda: "ash" in link.node_ids(), HANGS)
+        finally:
+            ended.set()
+            thread.join()
+
+
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/"])
 def test_peers_without_the_secret_reach_the_fleet_only(place: SuperLinkPlace, tmp_path: Path, path: str) -> None:
     context = ssl.create_default_context(cadata=place.ca.read_text())
@@ -114,8 +145,6 @@ def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: SuperLi
 
 
 def test_a_port_that_is_taken_is_said(place: SuperLinkPlace, tmp_path: Path) -> None:
-    import dataclasses
-
     with SuperLinkSession(place, keys(tmp_path, "ash")):
         second = dataclasses.replace(place, folder=tmp_path / "second")
         with pytest.raises(DataError, match=f"link=127.0.0.1:{place.port}: Flower's SuperLink did not start"):
