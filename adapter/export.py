@@ -1,4 +1,4 @@
-"""Writes an adapter as a directory of two files, and loads the directory into a full model."""
+"""Writes an adapter as a directory of config, weights and README, and loads the directory into a full model."""
 
 import copy
 import json
@@ -16,6 +16,7 @@ from offsite.adapter.inject import ADAPTER, quiet, refuse_second
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, required_tensors
 from offsite.adapter.methods.task_head import wants_head
+from offsite.adapter.model_card import model_card
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import (
     ConfigError,
@@ -29,6 +30,7 @@ from offsite.errors import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
 OWN_KEYS = ("base_model_name_or_path", "offsite_method", "offsite_version", "spec")
 VERSION = 1
 GIVEN = "given."  # in the file before the names of auxiliary tensors, which lie beside the trained tensors
@@ -37,7 +39,7 @@ GIVEN = "given."  # in the file before the names of auxiliary tensors, which lie
 def export(
     model: nn.Module, spec: AdapterSpec, directory: Path | str, *, base: str, auxiliary: AuxiliaryTensors = NO_AUXILIARY
 ) -> None:
-    """Writes the adapter of a model: `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
+    """Writes the adapter of a model: config, weights and a README on its base model, the same bytes every time.
 
     A method of peft is written in peft's format, frozen factors included, so that
     `PeftModel.from_pretrained(full, directory)` needs nothing else. A method of our own, or any method with a trained
@@ -46,8 +48,9 @@ def export(
     Args:
       model: the model that `attach` returned.
       spec: the spec of the model's adapter.
-      directory: the adapter folder, created if missing; its two files are overwritten.
-      base: the name of the base model in the config; a public name, since the file is meant to travel.
+      directory: the adapter folder, created if missing; its three files are overwritten.
+      base: the name of the base model in the config, from `model_card.base_name`; a public name, since the file is
+        meant to travel.
       auxiliary: the tensors of the call of `attach`; the export holds them, so that `load` needs nothing else.
 
     Raises:
@@ -66,6 +69,8 @@ def export(
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = model_card(base, method=spec.method, peft=in_peft_format(spec), here=folder.name)
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def in_peft_format(spec: AdapterSpec) -> bool:

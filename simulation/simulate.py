@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from offsite.adapter.export import export
+from offsite.adapter.model_card import base_name
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.coordinator.job.evaluate import gain_error, record_losses, score
 from offsite.coordinator.job.prepare import Job
@@ -93,7 +94,7 @@ def _simulate(run: Run, options: Options) -> Report:
     with meter.phase("evaluate"):
         quality = _quality(job, session, progress, list(data.heldout))
     plug(job.full, job.layout, progress.plugged)
-    base = Path(run.config.model.path).name
+    base = base_name(Path(run.config.model.path).name, run.config.model.base)
     export(job.full, job.manifest.adapter, run.store.adapter, base=base, auxiliary=job.given)
     outcome = SimulationOutcome(
         options.engine_name, options.now, progress.round, data.plans, quality, meter.costs(), facts

@@ -10,10 +10,13 @@ class ModelConfig:
     Attributes:
       path: Hugging Face folder with safetensors weights; nothing is fetched.
       task: task that the model is trained for; a name in `task.tasks.TASKS`.
+      base: name under which others load the full model, as `owner/name` of a hub or a path that they have; it stands in
+        the exported adapter. Empty writes `./` and the name of the model's folder, for which no library asks a hub.
     """
 
     path: str
     task: str = "causal_lm"
+    base: str = ""
 
 
 @dataclass(frozen=True)

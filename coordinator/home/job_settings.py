@@ -60,6 +60,7 @@ def settings_sha256(config: FedConfig) -> str:
     if config.coordinator is not None:
         home = config.coordinator.home
         content["coordinator"] = {"deadline": config.coordinator.deadline}
+        del content["model"]["base"]
         content["model"]["path"] = os.path.relpath(config.model.path, home)
         content["data"]["public"] = os.path.relpath(config.data.public, home)
         content["adapter"]["frozen"] = [os.path.relpath(folder, home) for folder in config.adapter.frozen]

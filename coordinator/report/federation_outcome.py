@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.adapter.export import export
+from offsite.adapter.model_card import base_name
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
@@ -56,7 +57,8 @@ class Started:
 def conclude(config: FedConfig, store: Store, job: Job, progress: Progress, started: Started) -> Report:
     """Writes the adapter and the report of a job whose rounds are all whole, and returns the report."""
     quality = Quality(_public_scores(store, job, progress))
-    export(job.full, job.manifest.adapter, store.adapter, base=Path(config.model.path).name, auxiliary=job.given)
+    base = base_name(Path(config.model.path).name, config.model.base)
+    export(job.full, job.manifest.adapter, store.adapter, base=base, auxiliary=job.given)
     report = federation_report(config, job, progress, store.rounds(), quality, started)
     write_report(store.folder, report)
     return report

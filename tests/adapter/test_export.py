@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offsite.adapter.export import CONFIG, WEIGHTS, export, load
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
+from offsite.adapter.model_card import base_name
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, DataError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel
 
@@ -55,6 +57,43 @@ def change_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_the_base_is_found_where_its_folder_is_and_no_hub_is_asked_for_it(tmp_path, monkeypatch):
+    """A bare name of a folder is the name of some model on a hub; a path is not."""
+    llama().save_pretrained(tmp_path / "model")
+    spec = AdapterSpec("ffa_lora", slots=ENDS)
+    trained = moved(attach(llama(), spec))
+    export(trained, spec, tmp_path / "adapter", base=base_name("model", ""))
+    export(trained, spec, tmp_path / "bare", base="model")
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        wanted = trained(IDS).logits
+        assert torch.equal(AutoPeftModelForCausalLM.from_pretrained("adapter")(IDS).logits, wanted)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"huggingface\.co"):  # the library asks, and has no network here
+        AutoPeftModelForCausalLM.from_pretrained("../bare")
+    with pytest.raises(OSError, match=r"Repo id must use .* '\./model'"):
+        AutoPeftModelForCausalLM.from_pretrained("../adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "AutoModel.from_pretrained('./model')" in card
+    assert "set `base` in the table [model]" in card
+    assert str(tmp_path) not in card + (tmp_path / "adapter" / CONFIG).read_text()
+
+
+def test_a_base_that_others_know_is_recorded_and_found(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "model")
+    spec = AdapterSpec("ffa_lora", slots=ENDS)
+    trained = moved(attach(llama(), spec))
+    export(trained, spec, tmp_path / "a", base=base_name("model", str(tmp_path / "model")))
+    monkeypatch.chdir(tmp_path.parent)
+    with torch.no_grad():
+        assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")(IDS).logits, trained(IDS).logits)
+    export(trained, spec, tmp_path / "b", base=base_name("model", "owner/name"))
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: owner/name\nlibrary_name: peft\n---\n")
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())["base_model_name_or_path"] == "owner/name"
 
 
 def test_many_targets_of_an_emulator_do_not_spread_over_the_full_model(tmp_path):

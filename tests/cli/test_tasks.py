@@ -120,7 +120,7 @@ def test_a_classifiers_run_reports_its_own_measures(fed: Path, run: Run, caplog:
         ('{ label = "kind" }', "7", "data.columns=7: must be a table"),
         ('{ label = "kind" }', "{ label = 7 }", "data.columns.label=7: must be of type str"),
         ("length = 16", "length = 16\nsplit = 'blocks'", "write split = 'truncate'"),
-        ("length = 16", "length = 64", "must be in 4..40"),
+        ("length = 16", "length = 64", "length=64: must be at most 40"),
         ("sequence_classification", "sequence_clasification", "did you mean sequence_classification"),
         ("sequence_classification", "seq2seq", "must be a sequence to sequence model of transformers"),
     ],

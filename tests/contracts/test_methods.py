@@ -209,7 +209,8 @@ def test_export_and_load_give_identical_logits(method, family, dtype, tmp_path, 
     model = perturb(attached(method, family, dtype))
     spec = spec_for(method, family)
     export(model, spec, tmp_path, base="some-owner/some-model", auxiliary=dummy_tensors(tiny(family), spec))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
     loaded = load(tiny(family, dtype), tmp_path)
     assert torch.equal(logits(loaded, family), logits(model, family))
     assert not any(p.requires_grad for p in loaded.parameters())
