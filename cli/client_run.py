@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import tempfile
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -25,6 +26,10 @@ from offsite.trust.files import alone
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 Place = Annotated[Path, typer.Argument(help="folder of the site, or its file site.toml")]
 log = logging.getLogger("offsite.client")
+_NO_JOBS = (
+    "no job was offered yet; an offer arrives while the coordinator runs a job and this site runs: "
+    "offsite client run {folder}"
+)
 __all__ = ["app"]
 
 
@@ -63,7 +68,7 @@ def run(folder: Place) -> None:
         answer = handler.endpoint().answer
         supernode = runtime.supernode()
         runtime.note("started", f"pid {os.getpid()}")
-        log.info("site %s: connecting to %s", runtime.name, supernode.superlink)
+        log.info("site %s: connecting to %s; it answers only while it runs a job", runtime.name, supernode.superlink)
         with contextlib.suppress(KeyboardInterrupt):
             node = Node(supernode, answer, largest=handler.largest, note=runtime.note, stopping=lambda: bool(stopping))
             node.run()
@@ -103,8 +108,7 @@ def inspect(
     jobs = Jobs(installation.state / "jobs")
     approved = jobs.approved(now())
     if job is None:
-        for digest in jobs.names():
-            typer.echo(f"{digest}  {'approved' if digest in approved else 'not approved'}")
+        typer.echo(_listed(jobs.names(), approved) or _NO_JOBS.format(folder=folder))
         return
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     manifest, site = offered.manifest, installation.settings.name
@@ -118,6 +122,10 @@ def inspect(
     typer.echo(
         "\n".join(job_lines(manifest, site=site, approved=offered.digest in approved, records=records, delta=delta))
     )
+
+
+def _listed(names: Sequence[str], approved: Collection[str]) -> str:
+    return "\n".join(f"{name}  {'approved' if name in approved else 'not approved'}" for name in names)
 
 
 @app.command()

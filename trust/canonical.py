@@ -13,6 +13,12 @@ MAX_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _LINE, _LINES = re.compile(r"[ -~]*"), re.compile(r"[ -~\n]*")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
+# A key that only one kind of file has -> the kind, and the way of such a file.
+_OTHERS = {
+    "csr": "a site's request; the coordinator takes it with offsite coordinator approve, and answers with a welcome",
+    "certificate": "a welcome; the site that it is for takes it with offsite client sign",
+    "members": "a federation manifest; it lies inside a welcome, which the coordinator sends to each site",
+}
 _RESERVED = ("coordinator",)  # the other party's name in every signed message
 
 
@@ -31,8 +37,10 @@ def load(data: bytes, what: str, keys: Iterable[str], *, limit: int = MAX_BYTES)
       limit: longest `data` that is read, bytes.
 
     Raises:
-      MalformedMessage: the bytes are too long, no JSON, an object with other keys, or another encoding of the object.
+      MalformedMessage: the bytes are too long, no JSON, an object with other keys, or another encoding of the object;
+        another kind of file that people send is named.
     """
+    keys = set(keys)
     if len(data) > limit:
         raise MalformedMessage(f"{what} has {len(data)} bytes; at most {limit} are read; ask for it again")
     try:
@@ -42,7 +50,10 @@ def load(data: bytes, what: str, keys: Iterable[str], *, limit: int = MAX_BYTES)
         raise MalformedMessage(f"{what} does not parse ({type(error).__name__}); ask for it again") from error
     if not canonical:
         raise MalformedMessage(f"{what} is not in canonical form; was it altered on the way? ask for it again")
-    if content.keys() != set(keys):
+    if content.keys() != keys:
+        for key, other in _OTHERS.items():
+            if key in content and key not in keys:
+                raise MalformedMessage(f"a {what} is needed here, and this file is {other}")
         raise MalformedMessage(f"{what} has other fields than this release knows; install the same release everywhere")
     return dict(content)
 

@@ -68,6 +68,9 @@ class TableReader:
         """
         if not isinstance(content, Mapping):
             path = where.rstrip(".")
+            if isinstance(content, list) and all(isinstance(item, Mapping) for item in content):
+                step = f"write [{path}], with single brackets"
+                raise ConfigError(f"{self.before}[[{path}]]: must be one table; {step}", key=path)
             raise ConfigError(f"{self.before}{path}={content!r}: must be a table of keys", key=path)
         hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
         for key in content:
@@ -91,6 +94,9 @@ class TableReader:
                 raise ConfigError(f"{shown}: must be a table", key=where)
             return {name: self._value(get_args(hint)[1], item, f"{where}.{name}") for name, item in value.items()}
         if isinstance(hint, types.GenericAlias):
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(get_args(hint)[0]):
+                step = f"write [[{where}]], with double brackets, above each"
+                raise ConfigError(f"{self.before}[{where}]: must be a list of tables; {step}", key=where)
             if not isinstance(value, list):
                 raise ConfigError(f"{shown}: must be a list", key=where)
             return tuple(self._value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))

@@ -23,8 +23,9 @@ IDLE_SECONDS = 0.2
 BACKOFF_SECONDS = (1.0, 15.0)
 # Flower's last words when the SuperNode ends, and their meaning for the owner.
 MEANINGS = {
-    "Failed to activate SuperNode": "the coordinator does not let this site in: it was revoked, its owner has not "
-    "signed the newest welcome, or another copy of it is connected; one that was just restarted is let in within 20 s",
+    "Failed to activate SuperNode": "the coordinator does not let this site in yet, which passes within 20 s where one "
+    "of the two has just started; if it lasts: the owner signs the newest welcome, another copy of this site is "
+    "connected, or the site was revoked",
     "terminated gracefully": "the coordinator refused this site's node key (401): is the clock off, or was the site "
     "revoked? run offsite client doctor",
     "SSL/TLS handshake error": "the coordinator does not show the pinned authority's certificate; is a proxy breaking "
@@ -149,7 +150,7 @@ class Node:
         if reason != self._last_reason:
             self._last_reason = reason
             self._note("supernode ended", reason)
-            log.warning("not connected: %s; trying again", reason)
+            log.warning("not connected yet: %s; trying again", reason)
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
