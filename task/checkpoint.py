@@ -57,15 +57,15 @@ def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Returns the tokenizer of a directory.
+def load_tokenizer(path: Path | str, *, with_images: bool = False) -> Tokenizer:
+    """Returns the tokenizer of a directory; `with_images` as for `task.tokenizer_settings.TokenizerSettings.of`.
 
     Raises:
       DataError: the directory has no tokenizer.json, or it is damaged.
     """
     folder = Path(path)
     check_folder(folder)
-    return Tokenizer.of(folder)
+    return Tokenizer.of(folder, with_images=with_images)
 
 
 @contextmanager

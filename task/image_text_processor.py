@@ -33,7 +33,7 @@ class ImageTextProcessor:
     @classmethod
     def of(cls, path: Path | str) -> "ImageTextProcessor":
         """Reads all from a model's folder; see `ImageProcessor.of` and `task.checkpoint.load_tokenizer`."""
-        return cls(ImageProcessor.of(path), load_tokenizer(path), image_marker(Path(path)))
+        return cls(ImageProcessor.of(path), load_tokenizer(path, with_images=True), image_marker(Path(path)))
 
     @property
     def largest_id(self) -> int:

@@ -124,7 +124,7 @@ class ImageText:
         pixels, valid = processor.images.pixels(records, "image", model_config.vision_config)
         questions = [_question(records, index, processor.marker) for index in range(len(records))]
         talks = [_conversation(asked or "", record) for asked, record in zip(questions, records, strict=True)]
-        encoded = processor.words.chats(talks, length - count + 1)
+        encoded = processor.words.chats(talks, length - count + 1, special=True)
         counts = [ids.count(place) for ids, _ in encoded]
         _check_places(records, [0 if asked is None else count for asked, count in zip(questions, counts, strict=True)])
         rows, answers = [], []

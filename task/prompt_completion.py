@@ -7,7 +7,7 @@ import torch
 
 from offsite.errors import DataError
 from offsite.task.causal_lm import CausalLM
-from offsite.task.encode import check_length, end_of, mask_of, padded
+from offsite.task.encode import Frame, check_length, mask_of, padded
 from offsite.task.examples import Examples
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
@@ -23,7 +23,7 @@ class PromptCompletion(CausalLM):
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> Examples:
-        """Returns records as examples: prompt, completion and end-of-text token, cut on the right.
+        """Returns records as examples: prompt, completion and the tokens around a text, cut on the right.
 
         Prompt and completion are tokenised separately, so each token belongs to one of the two texts. A record becomes
         an example without a target if the cut leaves nothing of the completion, or if the tokenizer fails.
@@ -35,8 +35,11 @@ class PromptCompletion(CausalLM):
         check_split(split, self.name)
         prompts = processor.tokens([record["prompt"] for record in records], length)
         completions = processor.tokens([record["completion"] for record in records], length)
-        end = end_of(processor)
-        pairs = [(prompt, [*done, *end] if done else []) for prompt, done in zip(prompts, completions, strict=True)]
+        frame = Frame.of(processor)
+        pairs = [
+            (frame.begun(prompt), frame.ended(frame.bare(done)) if done else [])
+            for prompt, done in zip(prompts, completions, strict=True)
+        ]
         rows = [(prompt + done)[:length] for prompt, done in pairs]
         answers = [([0] * len(prompt) + [1] * len(done))[:length] for prompt, done in pairs]
         return answered(rows, answers, length)

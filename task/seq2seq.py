@@ -16,6 +16,8 @@ from offsite.task.records import check_split
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
 
+WRAPPED = ("mbart", "plbart")  # families whose decoder starts with the last token of the target
+
 
 class Seq2Seq(Labelled):
     """The task of encoder-decoders: predict each token of the target from the source and the tokens before it."""
@@ -31,12 +33,12 @@ class Seq2Seq(Labelled):
 
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
-          DataError: there is no record.
+          DataError: there is no record, or the tokenizer does not say how it marks the language of a target.
           UnsupportedModel: the model names no start token of its decoder.
         """
         check_split(split, self.name)
         sources = processor.singles([record["source"] for record in records], length)
-        targets = [encoding.ids for encoding in processor.singles([record["target"] for record in records], length)]
+        targets = [encoding.ids for encoding in processor.targets([record["target"] for record in records], length)]
         inputs = token_inputs(sources, length, model_config)
         labels = padded(
             [ids if source.ids else [] for ids, source in zip(targets, sources, strict=True)], length, IGNORED
@@ -66,10 +68,16 @@ class Seq2Seq(Labelled):
 def _shifted(labels: Tensor, model_config: Any) -> Tensor:
     """Returns the decoder's input: its start token, then each label but the last; padding in the place of `IGNORED`.
 
+    An mBART or a PLBart starts with the last label, the code of the target's language or the end of the text, as in
+    transformers' `shift_tokens_right` of these models.
+
     The input needs no mask, because padding is on the right, where no scored token attends.
     """
+    ids = torch.where(labels == IGNORED, padding_of(model_config), labels)
+    if getattr(model_config, "model_type", None) in WRAPPED:
+        last = ((labels != IGNORED).sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        return torch.cat([ids.gather(1, last), ids[:, :-1]], dim=1)
     start = getattr(model_config, "decoder_start_token_id", None)
     if start is None:
         raise UnsupportedModel("decoder_start_token_id=None must be a number; write it into the model's config.json")
-    ids = torch.where(labels == IGNORED, padding_of(model_config), labels)
     return torch.cat([torch.full_like(ids[:, :1], int(start)), ids[:, :-1]], dim=1)

@@ -2,25 +2,27 @@
 
 The tokenizer of a package was written by the model's owner, who could use it to distinguish some texts from others: by
 a crash, by endless use of memory or time, by a chat template, which is a program, or by the files that a tokenizer's
-settings name. So only tokenizer.json, the names of a few special tokens and the chat template are read from a model's
-folder, and a text influences nothing but its own ids; see `task.tokenizer_worker`.
+settings name. So only tokenizer.json, a few values of the settings and the chat template are read from a model's folder
+(`task.tokenizer_settings`), and a text influences nothing but its own ids; see `task.tokenizer_worker`.
 """
 
-import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import DataError
+from offsite.task.tokenizer_settings import DATE, ELSEWHERE, TEMPLATE, TokenizerSettings
 from offsite.task.tokenizer_worker import CPU_SECONDS, Outcomes, TokenizerWorker
 
 log = logging.getLogger("offsite.task")
 MAX_BYTES = 1 << 28
 IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more ids from a text; a longer result is dropped
 _NONE = 0xFFFFFFFF
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens that a chat template may write
+HIDES_ANSWERS = 0  # the answer of `tokenizer_process` about such a template
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: JSON can hold it, no other encoding can
 # For the site's log alone: the numbers follow from the records.
 _SLOW = (
     "tokenizer: a record was stopped at its limit of time; %d records may take %d s of CPU each, and long ones more; "
@@ -54,37 +56,42 @@ class Tokenizer:
 
     Args:
       content: bytes of tokenizer.json.
-      eos: the token that ends a text, or None.
-      template: the chat template, or None.
-      special: tokens that the template may write, by their names in the settings.
+      settings: settings beside tokenizer.json.
 
     Attributes:
       eos_token_id: id of the token that ends a text, or None.
       largest_id: largest token id of the vocabulary.
+      start: ids that the tokenizer's own rule puts in front of a text, such as the token of its beginning.
+      end: ids that the tokenizer's own rule puts behind a text.
       has_template: whether the tokenizer has a chat template, and so takes conversations.
+      template: the chat template; empty without one.
 
     Raises:
       DataError: the content is not a tokenizer, or a library fails on it or on the chat template.
     """
 
-    def __init__(
-        self, content: bytes, eos: str | None, template: str | None = None, special: Mapping[str, str] | None = None
-    ) -> None:
-        chat = json.dumps({"template": template, "tokens": dict(special or {})}) if template else ""
-        self._start = (content, (eos or "").encode(), chat.encode())
-        self.has_template = bool(template)
+    def __init__(self, content: bytes, settings: TokenizerSettings) -> None:
+        self._frames = (content, settings.to_bytes())
+        self._settings = settings
+        self.template = settings.template
+        self.has_template = bool(settings.template)
         try:
-            with TokenizerWorker(self._start) as worker:
+            with TokenizerWorker(self._frames) as worker:
                 facts = worker.facts
-        except (OSError, EOFError, ValueError) as error:
-            files = "tokenizer.json or its chat template" if template else "tokenizer.json"
-            raise DataError(f"{files} cannot be read; save it again with a fast tokenizer") from error
-        self.eos_token_id: int | None = facts["eos"]
-        self.largest_id = int(facts["largest"])
+            self.eos_token_id: int | None = facts["eos"]
+            self.largest_id = int(facts["largest"])
+            self.start, self.end = _ids(facts["start"]), _ids(facts["end"])
+            self._unnamed = [str(token) for token in facts["unnamed"]]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            files = "tokenizer.json or its chat template" if self.has_template else "tokenizer.json"
+            raise DataError(
+                f"{files} cannot be read, or tokenizer_config.json names a language that tokenizer.json lacks; save the"
+                " model's tokenizer again with a fast tokenizer"
+            ) from error
 
     @classmethod
-    def of(cls, folder: Path) -> "Tokenizer":
-        """Reads the tokenizer of a folder.
+    def of(cls, folder: Path, *, with_images: bool = False) -> "Tokenizer":
+        """Reads the tokenizer of a folder; `with_images` as for `TokenizerSettings.of`.
 
         Raises:
           DataError: the folder has no tokenizer, or a tokenizer that is not a fast tokenizer.
@@ -99,8 +106,7 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer={folder.name!r}: tokenizer.json must have at most {MAX_BYTES} bytes; copy it again"
             )
-        special = _special_tokens(folder)
-        return cls(path.read_bytes(), special.get("eos_token"), _chat_template(folder), special)
+        return cls(path.read_bytes(), TokenizerSettings.of(folder, with_images=with_images))
 
     def tokens(self, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
         """Returns each text's ids without special tokens; an empty list where the tokenizer fails or takes too long.
@@ -116,6 +122,33 @@ class Tokenizer:
         """Returns each text with special tokens, cut to a length; an empty encoding where the tokenizer fails."""
         return self._encodings("single", list(texts), length)
 
+    def targets(self, texts: Sequence[str], length: int) -> list[Encoding]:
+        """Returns each target of a translation or a summary with special tokens, as `singles`, marked as a target.
+
+        Raises:
+          DataError: the tokenizer adds a language code, and the settings do not name both languages, or the place of
+            the code is not known.
+        """
+        settings = self._settings
+        if settings.code_place == ELSEWHERE:
+            raise DataError(
+                "tokenizer_class: this class marks the languages of source and target in a way of its own, not known "
+                "here; take an mBART, mBART-50 or NLLB, or a model without language codes such as T5"
+            )
+        if settings.code_place and not (settings.source_language and settings.target_language):
+            raise DataError(
+                f"src_lang={settings.source_language!r} tgt_lang={settings.target_language!r}: tokenizer_config.json "
+                "must name both languages, because this tokenizer marks each text with the code of its language; write "
+                'for example "src_lang": "en_XX", "tgt_lang": "de_DE"'
+            )
+        if self._unnamed and not settings.code_place:
+            raise DataError(
+                f"token={self._unnamed[0]!r}: tokenizer.json adds this token to every text, and tokenizer_config.json "
+                "does not name the token, so it may be the code of the source's language; name it, for example as "
+                "eos_token, or save the tokenizer with the class of its model, src_lang and tgt_lang"
+            )
+        return self._encodings("target", list(texts), length)
+
     def pairs(self, pairs: Sequence[tuple[str, str]], length: int) -> list[Encoding]:
         """Returns each pair with special tokens, the second text cut so that both fit; empty if the tokenizer fails."""
         return self._encodings("pair", [list(pair) for pair in pairs], length)
@@ -125,23 +158,51 @@ class Tokenizer:
         return self._encodings("words", [list(words) for words in lists], length)
 
     def chats(
-        self, conversations: Sequence[Sequence[Mapping[str, str]]], length: int
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], length: int, *, special: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """Returns each conversation's ids through the chat template, and 1 for each token of an answer, else 0.
 
+        Args:
+          conversations: messages as JSON.
+          length: number of ids to keep of each conversation.
+          special: whether the tokenizer adds its special tokens unless the template begins with them, as transformers'
+            processors of images and texts do; a tokenizer's own template writes them itself.
+
         Raises:
-          DataError: the folder has no chat template.
+          DataError: the folder has no chat template, or not the date that the template asks for, or the template does
+            not show where an answer begins.
         """
-        if not self.has_template:
-            raise DataError(
-                "tokenizer has no chat template; add chat_template.jinja to the model's folder, or take the task "
-                "prompt_completion"
-            )
-        asked = [
-            {"kind": "chat", "of": [dict(message) for message in talk], "length": length} for talk in conversations
+        self._check_template()
+        asked: list[dict[str, Any]] = [
+            {"kind": "chat", "of": [dict(message) for message in talk], "length": length, "special": special}
+            for talk in conversations
         ]
         columns = [_columns(words, 2, length) for words in self._answers(asked, [2 * length] * len(asked))]
         return [(ids, [int(flag == 1) for flag in flags]) for ids, flags in columns]
+
+    def _check_template(self) -> None:
+        """Refuses a folder through whose template no conversation can be learnt; no record has a part in that."""
+        if names := self._settings.template_names:
+            raise DataError(
+                f"tokenizer has chat templates {list(names)}, but none is named 'default'; save the right template as "
+                f"{TEMPLATE} in the model's folder"
+            )
+        if not self.has_template:
+            raise DataError(
+                f"tokenizer has no chat template; add {TEMPLATE} to the model's folder, or take the task "
+                "prompt_completion"
+            )
+        if "strftime_now" in self.template and not self._settings.date:
+            raise DataError(
+                f'the chat template asks for the date (strftime_now); write "{DATE}": "2026-12-01" or another day '
+                "into tokenizer_config.json, so that a record has the same tokens every day"
+            )
+        (outcome,) = self._answers([{"kind": "template"}], [1])
+        if outcome == [HIDES_ANSWERS]:
+            raise DataError(
+                "the chat template's prompt (add_generation_prompt) is not how the template begins an answer, so no "
+                "answer can be learnt; correct the template, or take the task prompt_completion"
+            )
 
     def _encodings(self, kind: str, pieces: Sequence[Any], length: int) -> list[Encoding]:
         asked = [{"kind": kind, "of": piece, "length": length} for piece in pieces]
@@ -155,9 +216,9 @@ class Tokenizer:
         """
         outcomes, answers = Outcomes(), list[list[int]]()
         try:
-            with TokenizerWorker(self._start) as worker:
+            with TokenizerWorker(self._frames) as worker:
                 for request, room in zip(requests, most, strict=True):
-                    numbers, outcome = worker.ask(request, room)
+                    numbers, outcome = worker.ask(_well_formed(request), room)
                     if outcomes.count(outcome) == 1:
                         log.warning(_SLOW, len(requests), CPU_SECONDS)
                     answers.append(numbers)
@@ -184,37 +245,17 @@ def _columns(words: list[int], count: int, length: int) -> list[list[int]]:
     return [[-1 if word == _NONE else word for word in words[at * size : (at + 1) * size]] for at in range(count)]
 
 
-def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """Returns the content of a JSON file in the folder; an empty dictionary for a missing file."""
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"tokenizer={folder.name!r} has a damaged {name}; save it again") from error
-    return content if isinstance(content, dict) else {}
+def _ids(numbers: Sequence[int]) -> list[int]:
+    """Returns the ids around a text, which foreign rules chose; raises ValueError for numbers that are no ids."""
+    if not all(type(number) is int and 0 <= number < _NONE for number in numbers):
+        raise ValueError("ids must be whole numbers")
+    return list(numbers)
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Returns the special tokens that the settings name; apart from the chat template, no other setting is read."""
-    tokens: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = _settings(folder, name)
-        for kind in _SPECIAL:
-            token = settings.get(kind)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                tokens.setdefault(kind, token)
-    return tokens
-
-
-def _chat_template(folder: Path) -> str | None:
-    """Returns the chat template of a folder, from the files in which transformers stores it, or None."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"tokenizer={folder.name!r} has a damaged {path.name}; save it again") from error
-    template = _settings(folder, "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
+def _well_formed(value: Any) -> Any:
+    """Returns JSON content in which every lone surrogate is U+FFFD; no tokenizer takes half a character."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_well_formed(key): _well_formed(part) for key, part in value.items()}
+    return [_well_formed(part) for part in value] if isinstance(value, list | tuple) else value

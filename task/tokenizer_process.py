@@ -1,18 +1,18 @@
 """The program of a tokenizer's processes; `task.tokenizer_worker` starts this file by its path, without the package.
 
-Standard input is a socket. Through it come three frames, each four bytes of length and then the content:
-tokenizer.json, the end-of-text token, and the chat template with its tokens as JSON. One frame with facts as JSON goes
-back. Then each message of eight bytes, the limits of CPU time and wall time in seconds, brings the socket of one
-record. The program forks, and the copy gives up its rights to open files and sockets, to write to files and to start
-other processes. The copy reads the record's request, a frame of JSON, from the record's socket, answers with
-little-endian uint32, and ends; then one byte with the outcome goes back. The program itself never sees a record, so
-every copy starts from the same state. A template is a program by the model's owner: it runs in jinja's sandbox, without
-a clock, without chance and without memory of other records.
+Standard input is a socket. Through it come two frames, each four bytes of length and then the content: tokenizer.json,
+and the settings of `task.tokenizer_settings` as JSON. One frame with facts as JSON goes back. Then each message of
+eight bytes, the limits of CPU time and wall time in seconds, brings the socket of one record. The program forks, and
+the copy gives up its rights to open files and sockets, to write to files and to start other processes. The copy reads
+the record's request, a frame of JSON, from the record's socket, answers with little-endian uint32, and ends; then one
+byte with the outcome goes back. The program itself never sees a record and never renders a template, so every copy
+starts from the same state.
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import resource
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 4 << 30
-NONE = 0xFFFFFFFF
+NO_CHAT = 2  # answer about a template that takes no plain conversation; else 1 or 0 for whether it shows answers
 OPEN_FILES = 3  # standard input, output and error, which are already open
 FINE, FAILED, STOPPED = range(3)  # outcomes, as in `task.tokenizer_worker`
 LATE = (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM)  # the kernel's ways to end a process at its limit of time
-Render = Callable[..., str]
-Answer = Callable[[Any], bytes]
+Columns = tuple[Iterable[int], ...]
+Answer = Callable[[Any], Columns]
 
 
 def read(descriptor: int) -> bytes | None:
@@ -63,77 +63,21 @@ def packed(*columns: Iterable[int]) -> bytes:
     return words.tobytes()
 
 
-def plain(tokenizer: Any, request: Any) -> bytes:
-    """Returns the ids of a text, without special tokens; the first ids where the request has a length."""
-    tokenizer.no_truncation()
-    return packed(tokenizer.encode(request["of"], add_special_tokens=False).ids[: request["length"]])
-
-
-def full(tokenizer: Any, request: Any) -> bytes:
-    """Returns six columns of a text, a pair of texts or a list of words, with special tokens, cut to a length."""
-    of, kind = request["of"], request["kind"]
-    tokenizer.enable_truncation(request["length"], strategy="only_second" if kind == "pair" else "longest_first")
-    encoding = tokenizer.encode(*of) if kind == "pair" else tokenizer.encode(of, is_pretokenized=kind == "words")
-    return packed(
-        encoding.ids,
-        encoding.type_ids,
-        (NONE if number is None else number for number in encoding.sequence_ids),
-        (NONE if number is None else number for number in encoding.word_ids),
-        (start for start, _ in encoding.offsets),
-        (end for _, end in encoding.offsets),
-    )
-
-
-def chat(tokenizer: Any, request: Any, render: Render) -> bytes:
-    """Returns two columns of a conversation: ids, and 1 for each token inside an answer of the assistant, else 0.
-
-    The place of an answer follows from the template alone. The answer begins at the end of the rendered earlier
-    messages with the prompt for an answer, and ends at the end of the rendered messages up to and including the answer.
-    If one of these two texts is not a prefix of the next, or of the whole conversation (for example because a template
-    strips earlier thoughts), the answer is not a target.
-    """
-    messages, length = request["of"], request["length"]
-    whole, spans = render(messages), []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, until = render(messages[:number], prompt=True), render(messages[: number + 1])
-            if until.startswith(before) and whole.startswith(until):
-                spans.append((len(before), len(until)))
-    tokenizer.no_truncation()
-    encoding = tokenizer.encode(whole, add_special_tokens=False)
+def chat(rules: Any, request: Any, render: Any, chat_template: Any) -> Columns:
+    """Returns two columns of a conversation: ids, and 1 for each token inside an answer of the assistant, else 0."""
+    whole, spans = chat_template.answers_of(request["of"], render)
+    encoding, length = rules.rendered(whole, special=request["special"]), request["length"]
     kept = encoding.offsets[:length]
-    return packed(
-        encoding.ids[:length],
-        (int(any(first <= start < end <= last for first, last in spans)) for start, end in kept),
-    )
+    flags = (int(any(first <= start < end <= last for first, last in spans)) for start, end in kept)
+    return encoding.ids[:length], flags
 
 
-def renderer(settings: dict[str, Any]) -> Render:
-    """Returns a chat template as a function from messages to text; raises any error of jinja."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - jinja needs a set here
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    extensions = [Generation, loopcontrols]
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    sandbox.filters["tojson"] = lambda value, **named: json.dumps(value, ensure_ascii=False, **named)
-    sandbox.globals["raise_exception"] = refuse
-    del sandbox.globals["lipsum"], sandbox.filters["random"]  # a record has the same tokens every time
-    template, tokens = sandbox.from_string(settings["template"]), settings["tokens"]
-
-    def render(messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        return template.render(messages=messages, add_generation_prompt=prompt, **tokens)
-
-    return render
+def sibling(name: str) -> Any:
+    """Returns a module of this folder, of which no other file is importable here."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def limit(memory: int, seconds: int, wall: int) -> None:
@@ -167,7 +111,7 @@ def answer_one(connection: int, seconds: int, wall: int, answer: Answer) -> None
     limit(MEMORY, seconds, wall)
     content = read(0)
     if content is not None:
-        write(1, answer(json.loads(content)))
+        write(1, packed(*answer(json.loads(content))))
 
 
 def serve(control: socket.socket, answer: Answer) -> None:
@@ -201,6 +145,23 @@ def touch_no_more_than_needed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def answerer(rules: Any, settings: dict[str, Any], chat_template: Any) -> Answer:
+    """Returns the function from a request to its answer."""
+    template, tokens = settings["template"], settings["tokens"]
+    render = chat_template.renderer(template, tokens, settings["date"]) if template else None
+
+    def answer(request: Any) -> bytes:
+        if request["kind"] == "chat":
+            return chat(rules, request, render, chat_template)
+        if request["kind"] == "template":
+            finds = chat_template.finds_answers(render)
+            return ([NO_CHAT if finds is None else int(finds)],)
+        columns: Columns = rules.plain(request) if request["kind"] == "text" else rules.full(request)
+        return columns
+
+    return answer
+
+
 def main() -> None:
     """Serves one parent process until it closes the socket."""
     with contextlib.suppress(OSError):  # Linux: if memory runs out, a copy ends, and not the site's own program
@@ -208,26 +169,13 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    from tokenizers import Tokenizer
-
+    tokenizer_rules, chat_template = sibling("tokenizer_rules"), sibling("chat_template")
     control = socket.socket(fileno=0)
-    tokenizer = Tokenizer.from_str((read(0) or b"").decode())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    eos = (read(0) or b"").decode()
-    settings = json.loads(read(0) or b"null")
-    render = renderer(settings) if settings else None
-    with contextlib.suppress(BaseException):
-        tokenizer.encode(["a"], is_pretokenized=True)  # the library must import numpy before `limit` forbids it
-        tokenizer.encode("a")  # what the library makes at its first use, every copy has then
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    facts = json.dumps({"eos": tokenizer.token_to_id(eos) if eos else None, "largest": largest}).encode()
-
-    def answer(request: Any) -> bytes:
-        if request["kind"] == "chat" and render is not None:
-            return chat(tokenizer, request, render)
-        return plain(tokenizer, request) if request["kind"] == "text" else full(tokenizer, request)
-
+    content, settings = (read(0) or b"").decode(), json.loads(read(0) or b"null")
+    rules = tokenizer_rules.Rules(content, settings)
+    del content
+    answer = answerer(rules, settings, chat_template)
+    facts = json.dumps(rules.facts()).encode()
     control.sendall(struct.pack("<I", len(facts)) + facts)
     touch_no_more_than_needed()
     serve(control, answer)

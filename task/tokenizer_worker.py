@@ -55,7 +55,7 @@ class TokenizerWorker:
     """The running program of one tokenizer; a context manager.
 
     Args:
-      start: tokenizer.json, the end-of-text token, and the chat template with its tokens as JSON.
+      start: tokenizer.json, and the settings as JSON.
 
     Attributes:
       facts: facts about the tokenizer, as the program sends them.

@@ -17,6 +17,7 @@ from offsite.trust.files import sync_folder
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",

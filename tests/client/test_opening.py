@@ -80,7 +80,7 @@ class Choosy:
     eos_token_id, largest_id = 0, 9
 
     def __init__(self, ids: list[int]) -> None:
-        self.ids = ids
+        self.ids, self.start, self.end = ids, list[int](), list[int]()
 
     def tokens(self, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
         return [self.ids if "w13" in text else [1, 2, 3] for text in texts]

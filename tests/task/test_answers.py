@@ -97,16 +97,6 @@ def test_an_answer_that_the_template_rewrites_later_is_no_target(tmp_path):
     assert batch.answers[1].nonzero().flatten().tolist() == [14, 15]
 
 
-def test_a_template_knows_no_date(tmp_path):
-    """A clock would make another example from the same record tomorrow."""
-    dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }} {% endif %}" + TEMPLATE
-    records = [{"messages": TALKS[0]}]
-    one, two = (
-        encode(CHAT, tokenizer(tmp_path / name, text), records) for name, text in (("a", TEMPLATE), ("b", dated))
-    )
-    assert torch.equal(one.input_ids, two.input_ids)
-
-
 def test_a_folder_without_template_takes_no_conversations(tmp_path):
     with pytest.raises(DataError, match=r"no chat template; add chat_template\.jinja"):
         encode(CHAT, tokenizer(tmp_path, None), [{"messages": TALKS[0]}])

@@ -13,8 +13,9 @@ from offsite.task.examples import Examples
 class Letters:
     """A tokenizer with one id for each letter, a = 1, and by default without an end-of-text token."""
 
-    def __init__(self, eos_token_id=None):
+    def __init__(self, eos_token_id=None, start=(), end=()):
         self.eos_token_id = eos_token_id
+        self.start, self.end = list(start), list(end)
 
     def tokens(self, texts, length=None):
         return [[ord(letter) - 96 for letter in text] for text in texts]

@@ -18,6 +18,7 @@ import offsite.task.tokenizer
 from offsite.errors import DataError
 from offsite.task import tokenizer_worker
 from offsite.task.tokenizer import Tokenizer
+from offsite.task.tokenizer_settings import TokenizerSettings
 from offsite.task.tokenizer_worker import TokenizerWorker
 
 WORDS = {word: number for number, word in enumerate(["<end>", "<unk>", "the", "cat", "sat", "hiv", "Grüße"])}
@@ -30,19 +31,21 @@ def library(**model: object) -> Library:
 
 
 def of(made: Library) -> Tokenizer:
-    return Tokenizer(made.to_str().encode(), "<end>")
+    return Tokenizer(made.to_str().encode(), TokenizerSettings(tokens={"eos_token": "<end>"}))
+
+
+def start(made: Library, template: str = "") -> tuple[bytes, bytes]:
+    """What the tokenizer's program is started with."""
+    return made.to_str().encode(), TokenizerSettings(template=template).to_bytes()
 
 
 def test_its_ids_are_those_of_transformers(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=library(), eos_token="<end>").save_pretrained(tmp_path)
-    texts = ["the cat sat", "", "a\udcffb", "Grüße, the\x00 cat", "<end> the", "cat " * 10**5]
+    texts = ["the cat sat", "", "Grüße, the\x00 cat", "<end> the", "cat " * 10**5]
     own, theirs = Tokenizer.of(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
-    assert own.tokens(texts[:2] + texts[3:]) == [
-        theirs(text, add_special_tokens=False)["input_ids"] for text in texts[:2] + texts[3:]
-    ]
+    assert own.tokens(texts) == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert own.eos_token_id == theirs.eos_token_id == 0
     assert own.largest_id == 6
-    assert len(own.tokens(texts)) == len(texts)
 
 
 def test_padding_and_truncation_of_the_file_do_not_count() -> None:
@@ -137,9 +140,12 @@ def test_a_template_finds_no_trace_of_other_records(peek: str) -> None:
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     work = "{% set _ = 'x' * 10**8 %}{% for i in range(999) %}{{ i }}{% endfor %}"
     template = "{% if 'w' in messages[0].content %}" + work + "{% else %}" + peek + "{% endif %}"
-    own = Tokenizer(letters.to_str().encode(), None, template)
-    talks = [[{"role": "user", "content": content}] for content in ("a", "w", "a", "w", "w", "a")]
-    found = own.chats(talks, 300)
+    asked = {"kind": "chat", "length": 300, "special": False}
+    with TokenizerWorker(start(letters, template)) as worker:
+        found = [
+            worker.ask({**asked, "of": [{"role": "user", "content": content}]}, 600)
+            for content in ("a", "w", "a", "w", "w", "a")
+        ]
     assert found[0][0]
     assert found[0] == found[2] == found[5]
 
@@ -147,12 +153,13 @@ def test_a_template_finds_no_trace_of_other_records(peek: str) -> None:
 def test_a_template_has_no_chance_in_it() -> None:
     """Else a record would have other tokens each time, and no two encodings could be compared."""
     with pytest.raises(DataError, match="cannot be read"):
-        Tokenizer(library().to_str().encode(), None, "{{ [1, 2, 3] | random }}")
-    assert Tokenizer(library().to_str().encode(), None, "{{ lipsum() }}").chats([[]], 9) == [([], [])]
+        Tokenizer(library().to_str().encode(), TokenizerSettings(template="{{ [1, 2, 3] | random }}"))
+    without = Tokenizer(library().to_str().encode(), TokenizerSettings(template="{{ lipsum() }}"))
+    assert without.chats([[]], 9) == [([], [])]
 
 
 def test_the_processes_of_a_tokenizer_end_with_it() -> None:
-    with TokenizerWorker((library().to_str().encode(), b"", b"")) as worker:
+    with TokenizerWorker(start(library())) as worker:
         program = worker._process.pid
         assert worker.ask({"kind": "text", "of": "the", "length": 5}, 5) == ([2], 0)
         assert worker.ask({"kind": "text", "of": "the cat sat", "length": 2}, 1) == ([], 1)  # longer than what fits
@@ -182,7 +189,7 @@ def test_the_processes_of_a_tokenizer_end_with_it() -> None:
 def test_what_is_no_tokenizer_is_one_line(content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     """The last one panics."""
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer(content, None)
+        Tokenizer(content, TokenizerSettings())
     assert capfd.readouterr().err == ""
 
 
@@ -233,8 +240,9 @@ def test_special_tokens_segments_and_places_are_those_of_transformers(tmp_path: 
 
 
 def test_what_a_tokenizer_fails_on_is_an_empty_encoding_and_the_next_one_is_not() -> None:
+    failing = library(unk_token="missing")
+    assert [len(one.ids) for one in of(failing).singles(["the", "what", "the cat"], 9)] == [1, 0, 2]
     own = of(paired())
-    assert [len(one.ids) for one in own.singles(["the", "a\udcff", "the cat"], 9)] == [3, 0, 4]
     # A first text that is too long alone cannot be cut.
     assert [len(one.ids) for one in own.pairs([("the cat sat " * 9, "the"), ("the", "cat")], 6)] == [0, 5]
 
