@@ -13,6 +13,7 @@ from offsite.task.model_folder import read_config
 from offsite.task.nothing_to_learn import Encoder
 from offsite.task.spec import Task
 from offsite.task.tasks import TASKS
+from offsite.task.tokenizer_agreement import check_agreement
 
 
 def check_model(config: FedConfig, findings: Findings) -> Encoder | None:
@@ -36,6 +37,8 @@ def check_model(config: FedConfig, findings: Findings) -> Encoder | None:
     with findings.gathering():
         for note in check_fit(task, folder, config.data.length, processor):
             findings.warn(note)
+    with findings.gathering():
+        check_agreement(folder, processor)
     if len(findings.errors) > before:
         return None
     return Encoder(task, processor, config.data.length, config.data.split, model_config)

@@ -39,6 +39,7 @@ from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
+from offsite.task.tokenizer_agreement import check_agreement
 
 log = logging.getLogger("offsite.coordinator")
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
@@ -153,6 +154,7 @@ def prepare(
     processor = task.load_processor(config.model.path)
     for warning in check_fit(task, config.model.path, config.data.length, processor):
         log.warning("%s", warning)
+    check_agreement(config.model.path, processor)
     on_step("load the full model")
     full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
     public = public_records(config, task, processor, records, full.config)

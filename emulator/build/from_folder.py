@@ -20,6 +20,7 @@ from offsite.task.records import without_empty
 from offsite.task.selection import spread
 from offsite.task.spec import Batch, Task
 from offsite.task.tasks import TASKS
+from offsite.task.tokenizer_agreement import check_agreement
 
 GATE, TRAIN, TEST, ATTACK = 16, 128, 32, 1024  # examples at most, beside those for calibration
 TEST_EXAMPLES = 32  # at least, for gate, training, test and attack together
@@ -66,6 +67,7 @@ def build_from_folder(
     processor = task.load_processor(model)
     for warning in check_fit(task, model, data.length, processor):
         on_step(f"warning: {warning}")
+    check_agreement(model, processor)
     source = open_source(task, model, on_step)
     on_step(f"read {data.path}")
     examples = _examples(task, source, processor, data)
