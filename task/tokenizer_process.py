@@ -150,7 +150,7 @@ def answerer(rules: Any, settings: dict[str, Any], chat_template: Any) -> Answer
     template, tokens = settings["template"], settings["tokens"]
     render = chat_template.renderer(template, tokens, settings["date"]) if template else None
 
-    def answer(request: Any) -> bytes:
+    def answer(request: Any) -> Columns:
         if request["kind"] == "chat":
             return chat(rules, request, render, chat_template)
         if request["kind"] == "template":
