@@ -18,6 +18,9 @@ STATE, INFO = "state.json", "dataset_info.json"  # files that `save_to_disk` wri
 HIDDEN = (".", "_")  # first letters of the names of files that tools put beside data
 BESIDE = {STATE, INFO, "dataset_infos.json", "readme", "license", "licence", "notice", "thumbs.db", "desktop.ini"}
 BESIDE_SUFFIX = ".md"
+# Suffixes that messages name; another one may be a part of a person's name.
+KNOWN = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".arrow", ".npz", ".xlsx", ".xls", ".zip", ".tar"}
+KNOWN |= {".pdf", ".xml", ".png", ".jpg", ".log", ".bak", ".tmp", ".lock", ".idx", ".py"}
 _SET = re.compile(r"(.+)-(\d{5})-of-(\d{5})\b")  # a shard whose name says how many there are
 _SPLIT = re.compile(r"(?:^|[-._ ])(train|test|valid|val|dev|eval|heldout)(?:ing|ation|idation|uation)?(?=[-._ \d]|$)")
 _SAME_SPLIT = {"val": "valid", "dev": "valid"}
@@ -148,11 +151,16 @@ def _check_others(path: Path, form: TableFormat, files: Sequence[Path], others: 
     if not files:
         raise DataError(f"data={str(path)!r} has no {wanted} file; write the records to such files")
     if others:
-        kinds = sorted({"".join(file.suffixes[-2:]) or "no suffix" for file in others})
+        kinds = sorted({_kind(file) for file in others})
         raise DataError(
-            f"data={str(path)!r} has {len(files)} {wanted} files and {len(others)} other ones ({', '.join(kinds)}); "
-            "move the other ones out of the folder"
+            f"data={str(path)!r} has {len(files)} {wanted} files and {len(others)} more ({', '.join(kinds)}); move "
+            "these out of the folder"
         )
+
+
+def _kind(file: Path) -> str:
+    suffix = suffix_of(file)
+    return suffix if suffix in KNOWN else "other suffixes" if suffix else "no suffix"
 
 
 def _check_sets(path: Path, files: Sequence[Path]) -> None:

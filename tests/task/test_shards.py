@@ -152,8 +152,9 @@ def test_a_folder_with_other_things_is_refused_and_not_read_in_part(tmp_path):
     write(tmp_path / "a.jsonl", TEXTS)
     for name, match in {
         "b.csv": "files for the readers csv, jsonl",
-        "b.xlsx": r"1 .jsonl or .ndjson files and 1 other ones \(.xlsx\)",
-        "b": r"1 other ones \(no suffix\)",
+        "b.xlsx": r"1 .jsonl or .ndjson files and 1 more \(.xlsx\); move these out",
+        "b.smith": r"1 more \(other suffixes\)",
+        "b": r"1 more \(no suffix\)",
         "a.jsonl.gz": "'a.jsonl' plain and compressed",
     }.items():
         (tmp_path / name).write_bytes(b"text")
