@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from offsite.client.training.privacy_plan import plan_of
-from offsite.coordinator.check.federation import EVERYTHING, PUBLIC, Scope, check_enough_public, check_records
+from offsite.coordinator.check.federation import EVERYTHING, Scope, check_enough_public, check_records
 from offsite.coordinator.check.machine import check_room
 from offsite.coordinator.check.names import check_names
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING
 from offsite.protos.job_manifest import PrivacyTerms
 from offsite.task.findings import Findings
+from offsite.task.learning_check import PUBLIC
 
 
 def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Scope = EVERYTHING) -> None:

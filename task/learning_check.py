@@ -13,7 +13,10 @@ from offsite.task.selection import spread_rows
 from offsite.task.spec import Batch
 from offsite.task.tokenizer import Tokenizer
 
-TRIED = 256  # records of one file that go through the tokenizer, which takes milliseconds for each
+# Records that go through the tokenizer, which takes milliseconds for each: of all files, and of one file at least. The
+# public file has a fewest number of usable records, and is small in more cases.
+TRIED, FEWEST, OF_PUBLIC = 128, 8, 64
+PUBLIC = "public"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Tried:
 def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings) -> list[Tried]:
     """Encodes records of each file, and adds every fault and every file with nothing to learn to the findings.
 
-    All records are held against the task's rules, for example the labels. So many as `TRIED` of each file, evenly
-    spaced, go through the tokenizer too; where none of them has a target, all records of the file do. Images are all
+    All records are held against the task's rules, for example the labels. About `TRIED`, evenly spaced over each file,
+    go through the tokenizer too; where none of a file's has a target, all records of the file do. Images are all
     decoded.
 
     Args:
@@ -70,7 +73,7 @@ def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings)
     groups = [list(files)] if encoder.split == "truncate" else [[file] for file in files]
     for group in filter(None, groups):
         with findings.gathering():
-            chosen = [_chosen(encoder, file.records) for file in group]
+            chosen = [_chosen(encoder, file, max(FEWEST, TRIED // len(group))) for file in group]
             outcomes += _tried(encoder, group, chosen, findings)
     return outcomes
 
@@ -117,11 +120,12 @@ def _faults_of(together: LenientRecords, records: LenientRecords) -> list[str]:
     return [fault for fault in together.faults if any(fault.startswith(source) for source in sources)]
 
 
-def _chosen(encoder: Encoder, records: LenientRecords) -> LenientRecords:
-    """Returns the records that go through the tokenizer, with the faults of the file."""
+def _chosen(encoder: Encoder, file: DataFile, count: int) -> LenientRecords:
+    """Returns about `count` records, which go through the tokenizer, with the faults of the file."""
+    records = file.records
     if encoder.split != "truncate" or not isinstance(encoder.processor, Tokenizer):
         return LenientRecords(records, records.faults)
-    rows = spread_rows(np.arange(len(records)), TRIED)
+    rows = spread_rows(np.arange(len(records)), max(count, OF_PUBLIC if file.part == PUBLIC else 0))
     return LenientRecords([records[int(row)] for row in rows], records.faults)
 
 

@@ -15,12 +15,11 @@ from offsite.errors import ConfigError, lookup
 from offsite.task.encode import SPLITS
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
-from offsite.task.learning_check import DataFile, Tried, try_records
+from offsite.task.learning_check import PUBLIC, DataFile, Tried, try_records
 from offsite.task.nothing_to_learn import Encoder
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.record_fields import FIELDS
 
-PUBLIC = "public"
 OWN, COORDINATOR = 1, 2  # copies of each package: at a coordinator also the encrypted one in its depot
 
 
