@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from offsite.errors import ConfigError, PrivacyRefusal, lookup
-from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, Accountant, check_delta
+from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, WHOLE_ORDERS, Accountant, bound_by_rdp, check_delta
 from offsite.privacy.events import Event, check_sample_rate, check_steps
 
 LARGEST_DELTA = 1e-6  # of any site, however few records it has
@@ -79,6 +79,40 @@ def calibrated(epsilon: float, delta: float, sample_rate: float, steps: int, acc
 
     low, high = _bracket(epsilon, spent)
     return _narrow(epsilon, spent, low, high)
+
+
+def check_reachable(epsilon: float, delta: float, sample_rate: float, steps: int) -> None:
+    """Refuses a target that noise below `NOISE_FLOOR` meets, as `calibrated` does, but in milliseconds.
+
+    The bound is by RDP alone, so that a target between the bounds by PLD and by RDP passes here, and is refused by
+    `calibrated`.
+
+    Args:
+      epsilon: target epsilon of the whole job, > 0.
+      delta: delta of the guarantee, in (0, 1).
+      sample_rate: public probability with which a record joins a step, in (0, 1].
+      steps: number of logical steps of the whole job, >= 1.
+
+    Raises:
+      PrivacyRefusal: the floor's epsilon is at or below the target.
+    """
+    if epsilon < _least_at_floor(delta, sample_rate, steps):
+        return  # as nearly always, and without the second that the import of an accountant takes
+    _refuse_below_floor(epsilon, bound_by_rdp([Event(NOISE_FLOOR, sample_rate, steps)], delta))
+
+
+def _least_at_floor(delta: float, sample_rate: float, steps: int) -> float:
+    """Returns a lower bound on `bound_by_rdp` at `NOISE_FLOOR`, in closed form.
+
+    Of the sum over k that is the divergence of whole order a (Mironov et al. 2019, equation 6), only the term k = a is
+    taken: q^a exp(a (a - 1) / (2 sigma^2)).
+    """
+    least = math.inf
+    for order in WHOLE_ORDERS:
+        rdp = order / (2 * NOISE_FLOOR**2) + order / (order - 1) * math.log(sample_rate)
+        turned = math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        least = min(least, steps * max(rdp, 0.0) + turned)
+    return least
 
 
 def _spent(account: Accountant, event: Event, delta: float) -> float:

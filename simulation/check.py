@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from offsite.client.training.privacy_plan import plan_of
+from offsite.client.training.privacy_plan import check_batch
 from offsite.coordinator.check.federation import EVERYTHING, Scope, check_enough_public, check_records
 from offsite.coordinator.check.machine import check_room
 from offsite.coordinator.check.names import check_names
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING
+from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
 from offsite.task.findings import Findings
 from offsite.task.learning_check import PUBLIC
@@ -43,16 +44,20 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
 def _check_plans(config: FedConfig, counts: dict[str, int], findings: Findings) -> None:
     """Checks each site's number of records against batch and epsilon.
 
-    Calibration takes a second; its refusals come first at the fewest or at the most records, so only these two are
-    calibrated.
+    The plan itself takes a second for each number of records, and is made later. Its refusal of a target that needs
+    too little noise comes first at the most records.
     """
     privacy, training = config.privacy, config.training
     # The clip is measured on public records later, and no plan depends on it.
     terms = PrivacyTerms(privacy.private, privacy.epsilon, 1.0, privacy.accountant, training.batch)
     steps = (training.rounds + training.spare_rounds) * training.local_steps
-    fitting = {where: count for where, count in counts.items() if count >= 2 * training.batch}
-    ends = {min(fitting.values()), max(fitting.values())} if fitting else set[int]()
     for where, count in counts.items():
-        if where not in fitting or count in ends:
+        with findings.gathering(where):
+            check_batch(terms, count)
+    for where, count in sorted(counts.items(), key=lambda pair: -pair[1]) if privacy.private else ():
+        before = len(findings.errors)
+        if count >= 2 * training.batch:
             with findings.gathering(where):
-                plan_of(terms, steps, count)
+                check_reachable(privacy.epsilon, public_delta(count), training.batch / count, steps)
+            if len(findings.errors) == before:
+                return

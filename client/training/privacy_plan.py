@@ -65,31 +65,26 @@ def plan_for(manifest: JobManifest, records: int, *, delta_cap: float = 1.0) -> 
       PrivacyRefusal: the site has fewer records than twice the expected batch, so that Poisson sampling would hide too
         little; or no noise meets the target.
     """
-    return plan_of(manifest.privacy, manifest.steps, records, delta_cap=delta_cap)
+    terms = manifest.privacy
+    check_batch(terms, records)
+    rate, delta, steps = terms.batch / records, min(public_delta(records), delta_cap), manifest.steps
+    if not terms.private:
+        return SitePlan(records, rate, delta, 0.0, float("inf"), steps)
+    sigma, epsilon = calibrated(terms.epsilon, delta, rate, steps, terms.accountant)
+    return SitePlan(records, rate, delta, sigma, epsilon, steps)
 
 
-def plan_of(terms: PrivacyTerms, steps: int, records: int, *, delta_cap: float = 1.0) -> SitePlan:
-    """Returns the plan of `plan_for` from the terms of a job that has no manifest yet.
-
-    Args:
-      terms: privacy terms of the job.
-      steps: number of private steps over all rounds, spare rounds included.
-      records: public number of records.
-      delta_cap: largest delta that the owner permits.
+def check_batch(terms: PrivacyTerms, records: int) -> None:
+    """Checks that a site has records enough for the expected batch.
 
     Raises:
-      PrivacyRefusal: as for `plan_for`.
+      PrivacyRefusal: the site has fewer records than twice the expected batch.
     """
     if records < 2 * terms.batch:
         raise PrivacyRefusal(
             f"records={records}: fewer than twice the expected batch={terms.batch}, so sampling hides too little; "
             "lower training.batch or leave this site out"
         )
-    rate, delta = terms.batch / records, min(public_delta(records), delta_cap)
-    if not terms.private:
-        return SitePlan(records, rate, delta, 0.0, float("inf"), steps)
-    sigma, epsilon = calibrated(terms.epsilon, delta, rate, steps, terms.accountant)
-    return SitePlan(records, rate, delta, sigma, epsilon, steps)
 
 
 def round_terms(manifest: JobManifest, plan: SitePlan, engine: str) -> "DpSgdConfig":

@@ -198,6 +198,10 @@ def _settings(old: str, new: str) -> Broken:
         (_settings("length = 16", "length = 64"), [["length=64 must be in 4..40"]]),
         (_settings("length = 16", "length = 16\nsplit = 'block'"), [["data.split='block'", "blocks"]]),
         (_settings("length = 16", "length = 2000000"), [["data.length=2000000: must be at most"]]),
+        (
+            _settings("[emulator]", "[privacy]\nepsilon = 1e9\n[emulator]"),
+            [[f"site={name}: epsilon=1000000000.0", "the floor"] for name in ("ash", "birch", "cedar")],
+        ),
         (_settings("batch = 8", "batch = 0"), [["training.batch=0: must be at least 1"]]),
         (_settings("seed = 1", "seed = -1"), [["seed=-1: must be at least 0"]]),
         (_settings("batch = 8", "batch = 40"), [[f"site={name}: records=34"] for name in ("ash", "birch", "cedar")]),

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from offsite.errors import ConfigError, PrivacyRefusal, UnknownName
-from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR
-from offsite.privacy.calibrate import noise_multiplier_for, public_delta
+from offsite.privacy.accountants import ACCOUNTANTS, NOISE_FLOOR, bound_by_rdp
+from offsite.privacy.calibrate import check_reachable, noise_multiplier_for, public_delta
 from offsite.privacy.events import Event
 
 PLANS = [
@@ -80,3 +80,14 @@ def test_public_delta():
     assert all(n * public_delta(n) <= 0.01 + 1e-12 for n in (1, 99, 10_001, 10**7))
     with pytest.raises(ConfigError, match="n=0 must be"):
         public_delta(0)
+
+
+@pytest.mark.parametrize("steps", [1, 6, 1000])
+@pytest.mark.parametrize(("records", "batch"), [(20, 1), (20, 10), (1000, 8), (100_000, 8), (100_000, 50_000)])
+def test_the_quick_check_refuses_where_the_floor_is_enough(records: int, batch: int, steps: int) -> None:
+    """Just below and just above the bound by RDP, and never for a target that the closed form lets pass."""
+    rate, delta = batch / records, public_delta(records)
+    at_floor = bound_by_rdp([Event(NOISE_FLOOR, rate, steps)], delta)
+    check_reachable(at_floor * 0.999, delta, rate, steps)
+    with pytest.raises(PrivacyRefusal, match="the floor below which"):
+        check_reachable(at_floor * 1.001, delta, rate, steps)
