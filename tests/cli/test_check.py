@@ -237,7 +237,8 @@ def test_a_site_with_nothing_to_learn_is_refused_and_one_with_little_is_named(fe
     (line,) = lines
     assert "site=ash: training data: 34 of 34 records came to nothing; the first because " in line
     assert "line=1: its first 16 tokens hold nothing to learn; with data.length = 64" in line
-    assert "warning: site=birch: training data: 17 of 34 records came to nothing; the first because " in output
+    assert "warning: site=birch: training data: 9 of 18 records came to nothing; the first because " in output
+    assert "(of 34 records, 18 were tried)" in output
     write(tmp_path / "ash.jsonl", short)
     write(tmp_path / "public.jsonl", long)
     _, (line,), _ = lines_of("check", str(tmp_path / "fed.toml"))
