@@ -12,7 +12,7 @@ from offsite.coordinator.home.job_settings import run_folder
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.coordinator.job.public_records import check_public
 from offsite.errors import ConfigError, lookup
-from offsite.task.encode import SPLITS
+from offsite.task.encode import SHORTEST, SPLITS
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
 from offsite.task.learning_check import PUBLIC, DataFile, Tried, try_records
@@ -82,7 +82,8 @@ def check_records(
     Returns:
       The files that could be read, the encoder of the job, and the outcome of each file that could be encoded.
     """
-    encoder, columns = check_model(config, findings), columns_for(config, findings)
+    length = config.data.length if scope.examples else SHORTEST  # a wrong key would mislead the check of positions
+    encoder, columns = check_model(config, length, findings), columns_for(config, findings)
     if columns is None or not scope.files:
         return [], encoder, []
     read = list[DataFile]()

@@ -16,8 +16,13 @@ from offsite.task.tasks import TASKS
 from offsite.task.tokenizer_agreement import check_agreement
 
 
-def check_model(config: FedConfig, findings: Findings) -> Encoder | None:
+def check_model(config: FedConfig, length: int, findings: Findings) -> Encoder | None:
     """Checks the model's folder, its configuration and its processor.
+
+    Args:
+      config: the federation file.
+      length: number of tokens of an example.
+      findings: findings so far.
 
     Returns:
       The encoder of the job's records, or None where the model does not give one.
@@ -35,13 +40,13 @@ def check_model(config: FedConfig, findings: Findings) -> Encoder | None:
     if len(findings.errors) > before:
         return None
     with findings.gathering():
-        for note in check_fit(task, folder, config.data.length, processor):
+        for note in check_fit(task, folder, length, processor):
             findings.warn(note)
     with findings.gathering():
         check_agreement(folder, processor)
     if len(findings.errors) > before:
         return None
-    return Encoder(task, processor, config.data.length, config.data.split, model_config)
+    return Encoder(task, processor, length, config.data.split, model_config)
 
 
 def read_model_config(task: Task, folder: Path) -> Any:

@@ -193,9 +193,9 @@ def _settings(old: str, new: str) -> Broken:
         (_named_wrong, [["site=ash", "column='label' is not in", "(the same in all 34 records)"], ["site=cedar"]]),
         (_small, [["site=cedar: records=10: fewer than twice the expected batch=8"]]),
         (_blank, [["site=ash", "holds no text"]]),
-        (_cut, [["1 of 1 weight files", "model.safetensors is cut or damaged"]]),
-        (_pointer, [["model.safetensors is a pointer of Git LFS"]]),
-        (_settings("length = 16", "length = 64"), [["length=64 must be in 4..40"]]),
+        (_cut, [["file='model.safetensors' cannot be read, it is cut or damaged"]]),
+        (_pointer, [["file='model.safetensors' is a pointer of Git LFS"]]),
+        (_settings("length = 16", "length = 64"), [["length=64: must be at most 40"]]),
         (_settings("length = 16", "length = 16\nsplit = 'block'"), [["data.split='block'", "blocks"]]),
         (_settings("length = 16", "length = 2000000"), [["data.length=2000000: must be at most"]]),
         (
@@ -209,7 +209,7 @@ def _settings(old: str, new: str) -> Broken:
         (_settings('"public.jsonl"', '"birch-held.jsonl.gz"'), [["birch-held.jsonl.gz"]]),
         (_settings('"model"', '"models"'), [["models' is not a directory"]]),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_each_kind_of_fault(world: Path, broken: Broken, expected: list[list[str]]) -> None:
     broken(world)
