@@ -18,6 +18,7 @@ _OWNER = "the site's owner sees why in the site's log"
 REFUSALS: Mapping[str, str] = MappingProxyType(
     {
         "ConfigError": f"a setting of this site does not fit; {_OWNER}",
+        "CheckFailed": f"something at this site has to be put right first; {_OWNER}",
         "UnknownName": "this site's release does not know a name in the job or message; install the same release",
         "DataError": f"this site cannot read or write its files, or its data do not fit this job; {_OWNER}",
         "UnsupportedModel": f"the emulator did not pass this site's checks; {_OWNER}",

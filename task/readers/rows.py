@@ -132,7 +132,7 @@ def whole_characters(value: Any) -> Any:
     of the whole text. The number of characters stays, and with it every offset into the text.
     """
     if isinstance(value, str):
-        return value if value.isascii() else _HALVES.sub("\ufffd", value)
+        return _HALVES.sub("\ufffd", value) if not value.isascii() and _HALVES.search(value) else value
     if isinstance(value, list):
         return [whole_characters(item) for item in value]
     return {name: whole_characters(item) for name, item in value.items()} if type(value) is dict else value

@@ -146,7 +146,8 @@ def test_a_wrong_label_of_a_site_is_named_by_site_and_line_and_never_shown(fed: 
     write_csv(sample.records(48, 12), fed.parent / "birch-train.csv", broken="a private sentence")
     code, _, err = run("simulate", str(fed), "--out", str(fed.parent / "out"))
     assert code == 2
-    assert "site=birch: line=50 field='label': must be one of the model's 3 labels (ham, spam, news)" in err
+    assert "offsite: site=birch: data=" in err
+    assert "line=50 field='label': must be one of the model's 3 labels (ham, spam, news)" in err
     assert "a private sentence" not in err
     assert list(LABELS.values()) == ["ham", "spam", "news"]
 
