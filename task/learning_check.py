@@ -27,11 +27,13 @@ class DataFile:
       where: words in front of each finding, for example `site=north`.
       part: "training", "held out" or "public".
       records: records; a broken row is an empty record.
+      path: file or folder of the records.
     """
 
     where: str
     part: str
     records: LenientRecords
+    path: str
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ def _tried(
     encoder: Encoder, files: Sequence[DataFile], chosen: Sequence[LenientRecords], findings: Findings
 ) -> list[Tried]:
     together = LenientRecords([record for records in chosen for record in records])
-    examples, begin, outcomes = encoder.encode(together), 0, list[Tried]()
+    examples, begin, first, outcomes = encoder.encode(together), 0, 0, list[Tried]()
     for file, records in zip(files, chosen, strict=True):
         size = len(records) if encoder.split == "truncate" else len(examples)
         own, begin = examples.select(list(range(begin, begin + size))), begin + size
-        records.faults += _faults_of(together, records)
+        rows, first = range(first, first + len(records)), first + len(records)
+        records.faults += _faults_of(file, together, rows)
         outcomes.append(_outcome(encoder, file, records, own, findings))
     return outcomes
 
@@ -114,10 +117,10 @@ def _add(file: DataFile, records: LenientRecords, outcome: Learnt, findings: Fin
     (findings.add if outcome.nothing else findings.warn)(f"{file.part} data: {outcome}{tried}", file.where)
 
 
-def _faults_of(together: LenientRecords, records: LenientRecords) -> list[str]:
-    """Returns the faults of those records that lie in the same files as `records`."""
-    sources = {f"data={getattr(record, 'source', '')!r} " for record in records}
-    return [fault for fault in together.faults if any(fault.startswith(source) for source in sources)]
+def _faults_of(file: DataFile, records: LenientRecords, rows: range) -> list[str]:
+    """Returns the faults that a task found in some rows of `records`, each with the file's path."""
+    faults = [fault for fault, row in zip(records.faults, records.rows, strict=True) if row in rows]
+    return [fault if "data=" in fault else f"data={file.path!r} {fault}" for fault in faults]
 
 
 def _chosen(encoder: Encoder, file: DataFile, count: int) -> LenientRecords:
@@ -133,7 +136,7 @@ def _check_rules(encoder: Encoder, file: DataFile) -> list[str]:
     """Returns the faults of all records of a file under the task's rules, found without the tokenizer."""
     records = LenientRecords(file.records)
     replace(encoder, processor=_Silent(encoder.processor)).encode(records)
-    return records.faults
+    return _faults_of(file, records, range(len(records)))
 
 
 class _Silent(Tokenizer):

@@ -39,11 +39,12 @@ class LenientRecords(list[Record]):
 
     Attributes:
       faults: messages about faulty records, for the owner.
+      rows: index of the record of each fault that a task found, in the order in which the task found them.
     """
 
     def __init__(self, records: Sequence[Record], faults: Sequence[str] = ()) -> None:
         super().__init__(records)
-        self.faults = list(faults)
+        self.faults, self.rows = list(faults), list[int]()
 
 
 def fault(records: Sequence[Record], index: int, field: str, rule: str) -> None:
@@ -60,6 +61,7 @@ def fault(records: Sequence[Record], index: int, field: str, rule: str) -> None:
     if not isinstance(records, LenientRecords):
         raise error
     records.faults.append(str(error))
+    records.rows.append(index)
 
 
 def refuse(records: Sequence[Record], index: int, field: str, rule: str) -> DataError:

@@ -90,7 +90,7 @@ def check_records(
     for where, part, path in files:
         records = check_file(path, reader=config.data.reader or None, columns=columns, where=where, findings=findings)
         if records is not None:
-            read.append(DataFile(where, part, records))
+            read.append(DataFile(where, part, records, path))
     if encoder is None or not scope.examples or config.data.split not in SPLITS:
         return read, encoder, []
     return read, encoder, try_records(encoder, read, findings)
