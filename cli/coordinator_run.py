@@ -82,6 +82,7 @@ def run(
             now=now,
             on_step=display.step,
             on_round=lambda record: display.round(record, settings.training.rounds),
+            on_notice=display.notice,
         )
         folder, started = context.store.folder, Started(sha256, now().isoformat(timespec="seconds"))
         again = ["offsite", "coordinator", "run", str(config), *(["--out", str(out)] if out else [])]

@@ -46,6 +46,10 @@ class PlainDisplay(AbstractContextManager["PlainDisplay"]):
         """Logs how a round ended."""
         self._say(round_text(record, planned))
 
+    def notice(self, text: str) -> None:
+        """Logs a sentence that a person should see at once."""
+        self._say(text)
+
     def _say(self, text: str) -> None:
         logger.info("%6.0f s  %s", time.monotonic() - self._began, text)
 
@@ -86,3 +90,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         """Moves the bar and prints the round's line above it."""
         self._progress.console.print(round_text(record, planned), highlight=False)
         self._progress.update(self._task, completed=record.round)
+
+    def notice(self, text: str) -> None:
+        """Prints a sentence above the bar, where it stays; a site wrote parts of it, so nothing in it is markup."""
+        self._progress.console.print(text, highlight=False, markup=False)

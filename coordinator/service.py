@@ -59,6 +59,7 @@ class JobContext:
       now: function that returns the time.
       on_step: function that takes a text about what is being done.
       on_round: function that takes the record of each whole round.
+      on_notice: function that takes a sentence that a person should see at once, for example which site refuses.
     """
 
     home: CoordinatorHome
@@ -69,6 +70,7 @@ class JobContext:
     now: Callable[[], datetime]
     on_step: Callable[[str], None]
     on_round: Callable[[RoundRecord], None]
+    on_notice: Callable[[str], None] = lambda text: None
 
     @property
     def rules(self) -> CoordinatorConfig:
@@ -263,6 +265,7 @@ def _readiness_poller(
         keep=context.home.add_signature,
         unopened=offers.unopened,
         current=context.home.federation,
+        on_refusal=context.on_notice,
     )
 
 

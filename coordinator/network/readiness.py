@@ -83,6 +83,8 @@ class ReadinessPoller:
       keep: called with (site, signature) for each new signature.
       unopened: reason by site why an answer could not be opened; read and emptied here.
       current: returns the epoch that holds now; the owners may sign another epoch while a job waits.
+      on_refusal: called with a sentence once for each site that refuses the job, and again if it refuses after it was
+        ready.
       clock: returns seconds that only go up.
       sleep: waits for a number of seconds.
     """
@@ -99,12 +101,14 @@ class ReadinessPoller:
         keep: Callable[[str, bytes], None],
         unopened: dict[str, str],
         current: Callable[[], FederationManifest],
+        on_refusal: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange, self._federation, self._offer_for = exchange, federation, offer_for
         self._signatures, self._ledgers, self._status, self._keep = signatures, ledgers, status, keep
-        self._unopened, self._current = unopened, current
+        self._unopened, self._current, self._on_refusal = unopened, current, on_refusal
+        self._refused: set[str] = set()  # a site that changes its reasons for ever gets one line
         self._clock, self._sleep = clock, sleep
 
     def wait(self, policy: ReadinessPolicy) -> tuple[str, ...]:
@@ -146,7 +150,16 @@ class ReadinessPoller:
         }
         for site, site_state in states.items():
             self._status.site(site, site_state.state, site_state.detail, site_state.fetched)
+            self._tell(site, site_state)
         return states
+
+    def _tell(self, site: str, site_state: _SiteState) -> None:
+        """Tells at once that a site refuses; the wait for other sites goes on, since an owner may mend the cause."""
+        if site_state.state == READY:
+            self._refused.discard(site)
+        elif site_state.state == REFUSED and site not in self._refused:
+            self._refused.add(site)
+            self._on_refusal(f"site {site} refused: {site_state.detail or 'without a reason'}")
 
     def _check_epoch(self) -> None:
         """Ends the wait when the federation has a newer epoch, since its owners will not sign this job's epoch now."""

@@ -46,6 +46,7 @@ class Waiting:
         self.says, self.asked, self.time = says, 0, 1000.0
         self.kept: list[str] = []
         self.unopened: dict[str, str] = {}
+        self.told: list[str] = []
         self.path = folder / "status.json"
         self.status = Status(self.path, lambda: NOW)
         self.status.set("waiting for sites")
@@ -59,6 +60,7 @@ class Waiting:
             keep=lambda site, signature: self.kept.append(site),
             unopened=self.unopened,
             current=lambda: self.current,
+            on_refusal=self.told.append,
             clock=lambda: self.time,
             sleep=self.sleep,
         )
@@ -167,6 +169,29 @@ def test_each_step_of_a_site_is_progress_once_in_each_wait(tmp_path: Path) -> No
     assert waiting.wait() == NAMES
     assert waiting.wait() == NAMES
     assert waiting.time - 1000.0 > 4 * PATIENCE
+
+
+def test_a_refusal_is_told_at_once_and_once(tmp_path: Path) -> None:
+    """The coordinator's terminal shows which site refuses while the wait goes on; changing reasons make no flood."""
+
+    def says() -> Iterator[Said]:
+        yield reply("fetching")
+        yield from (reply("refused", detail=f"UnsupportedModel: reason {number}") for number in range(20))
+        yield from [reply("ready"), reply("refused", detail="DataError: gone")]
+        yield from cycle([reply("ready")])
+
+    waiting = Waiting(tmp_path, {**sites(says()), "birch": iter([*[reply("fetching")] * 22, *[reply("ready")] * 5])})
+    seen: list[tuple[int, int]] = []
+    waiting.poller._sleep = lambda seconds: seen.append((waiting.asked, len(waiting.told)))
+    assert waiting.wait() == NAMES
+    assert waiting.told == ["site ash refused: UnsupportedModel: reason 0", "site ash refused: DataError: gone"]
+    assert seen[:2] == [(1, 0), (2, 1)]
+    waiting = Waiting(tmp_path, sites(cycle([codec.Refusal("PolicyRefusal", "not permitted")])))
+    waiting.waits(PATIENCE, PATIENCE + 5)
+    assert waiting.told == ["site ash refused: PolicyRefusal: not permitted"]
+    waiting = Waiting(tmp_path, sites(cycle([None])))
+    waiting.waits(PATIENCE, PATIENCE + 5)
+    assert waiting.told == []
 
 
 def test_enough_sites_go_on_without_one_that_flaps(tmp_path: Path) -> None:
