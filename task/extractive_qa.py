@@ -6,17 +6,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from offsite.task.answer_text import exact_match, overlap_f1
 from offsite.task.encode import padded
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED
+from offsite.task.passages import NO_ANSWER, Passage, Span, Window
 from offsite.task.record_fields import FIELDS
-from offsite.task.records import check_split, fault
+from offsite.task.records import check_split, fault, is_empty
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
-from offsite.task.tokenizer import Encoding
 
 LONGEST_ANSWER = 30  # tokens; a longer answer is never predicted, as is usual for SQuAD
 CONTEXT = "context"
+NONE_AT = 0  # place of both targets where there is no answer: the first token, as [CLS] for BERT
 
 
 class ExtractiveQA(Labelled):
@@ -29,7 +31,10 @@ class ExtractiveQA(Labelled):
     def encode(
         self, processor: Any, records: Sequence[Record], *, length: int, split: str, model_config: Any
     ) -> RowBatch:
-        """Returns questions with their contexts as examples; an example whose answer was cut off has no target.
+        """Returns questions with their contexts as examples: one window of each context, so one row of each record.
+
+        The window is the one that holds the answer, so that a context may be longer than `length`. An example has no
+        target where no window holds the answer. Where a context has no answer, both targets are the first token.
 
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
@@ -37,36 +42,39 @@ class ExtractiveQA(Labelled):
         """
         check_split(split, self.name)
         spans = [_span(records, index) for index in range(len(records))]
-        encodings = processor.pairs([(record["question"], record["context"]) for record in records], length)
-        inputs = token_inputs(encodings, length, model_config)
-        labels = [_tokens_of(encoding, span) for encoding, span in zip(encodings, spans, strict=True)]
-        context = padded([[int(which == 1) for which in encoding.sequences] for encoding in encodings], length)
-        return RowBatch(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context})
+        may_be_none = NO_ANSWER in spans  # as in SQuAD 2.0; decides on predictions alone, never on a target
+        whole = processor.whole_pairs([(record["question"], record["context"]) for record in records])
+        passages = [
+            Passage.of(record["context"], span, encoding, length, may_be_none=may_be_none)
+            for record, span, encoding in zip(records, spans, whole, strict=True)
+        ]
+        inputs = token_inputs([passage.encoding_of(passage.shown) for passage in passages], length, model_config)
+        labels = [_places(passage) for passage in passages]
+        context = padded([passage.context_of(passage.shown) for passage in passages], length)
+        sources = [passage if passage.span else None for passage in passages]
+        return RowBatch(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context}, sources)
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of first and last token, nats, (B,); padding cannot be predicted."""
-        return cross_entropy(torch.stack(_scores(model, batch), dim=1), batch.labels).sum(dim=1)
+        return cross_entropy(torch.stack(_scores(model, batch.inputs), dim=1), batch.labels).sum(dim=1)
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
-        """Returns the loss, and exact match and F1 of the best answer in the context against the right answer.
+        """Returns the loss, and exact match and F1 of the best answer's text, as SQuAD defines them.
 
-        Exact match and F1 are those of SQuAD (Rajpurkar et al. 2016), with token positions in the place of normalised
-        words.
+        The best answer is sought in all windows of a context, also in those without the right answer. Every question
+        that could be read counts, also a question without a target.
         """
         with torch.no_grad():
-            scores = _scores(model, batch)
-        loss = cross_entropy(torch.stack(scores, dim=1), batch.labels)
-        scored = batch.labels[:, 0] != IGNORED
-        guess = _best(*scores, batch.aside[CONTEXT])[scored]
-        truth = batch.labels[scored]
-        overlap = torch.minimum(guess[:, 1], truth[:, 1]) - torch.maximum(guess[:, 0], truth[:, 0]) + 1
-        sizes = (guess[:, 1] - guess[:, 0] + 1) + (truth[:, 1] - truth[:, 0] + 1)
-        count = len(truth)
+            scores = _scores(model, batch.inputs)
+            loss = float(cross_entropy(torch.stack(scores, dim=1), batch.labels).double().sum())
+            guesses = _answers(model, batch, scores)
+        truths = [passage.answer for passage in batch.sources if passage is not None]
+        pairs = [(guess, truth) for guess, truth in zip(guesses, truths, strict=True) if guess is not None]
         metrics = {
-            "exact_match": (float((guess == truth).all(dim=1).sum()), count),
-            "f1": (float((2 * overlap.clamp(min=0) / sizes).double().sum()), count),
+            name: (sum(measure(guess, truth) for guess, truth in pairs), len(truths))
+            for name, measure in (("exact_match", exact_match), ("f1", overlap_f1))
         }
-        return Tally(float(loss.double().sum()), int(batch.targets.sum()), metrics)
+        return Tally(loss, int(batch.targets.sum()), metrics)
 
     def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two random records; the second half of each is its context."""
@@ -78,34 +86,111 @@ class ExtractiveQA(Labelled):
         return RowBatch(inputs, torch.stack([first, widths - 1], dim=1), {CONTEXT: context})
 
 
-def _span(records: Sequence[Record], index: int) -> tuple[int, int]:
-    """Returns the first character of an answer in its context and the end; 0, 0 if it is wrong in `LenientRecords`."""
+def _span(records: Sequence[Record], index: int) -> Span | None:
+    """Returns the first character of an answer in its context and the end, without spaces around the answer.
+
+    `NO_ANSWER` stands for an empty answer at -1; None for an empty record, and for a wrong one in `LenientRecords`.
+    """
     record = records[index]
-    answer, start = record["answer"], record["answer_start"]
-    if not answer or start < 0 or record["context"][start : start + len(answer)] != answer:
-        fault(records, index, "answer", "must stand in the context at answer_start, counted in characters; correct it")
-        return 0, 0
-    return start, start + len(answer)
+    answer, start, context = record["answer"], record["answer_start"], record["context"]
+    if is_empty(record):
+        return None
+    if not answer and start == -1:
+        return NO_ANSWER
+    text = answer.strip()
+    led = start + len(answer) - len(answer.lstrip())
+    # An answer with a space in front may be placed at its space, as in some files of SQuAD, or at its first word.
+    for spelling, place, begin in ((answer, start, led), (text, start, start)):
+        if text and place >= 0 and context[place : place + len(spelling)] == spelling:
+            return begin, begin + len(text)
+    fault(
+        records,
+        index,
+        "answer",
+        "must stand in the context at answer_start, counted in characters, or be empty at -1 where the context has no "
+        "answer; correct it",
+    )
+    return None
 
 
-def _tokens_of(encoding: Encoding, span: tuple[int, int]) -> list[int]:
-    """Returns the first and the last token of a span of the context; `IGNORED` twice where a part was cut off."""
-    inside = [
-        number
-        for number, (which, start, end) in enumerate(
-            zip(encoding.sequences, encoding.starts, encoding.ends, strict=True)
-        )
-        if which == 1 and start < span[1] and end > span[0]
-    ]
-    if not inside or encoding.starts[inside[0]] > span[0] or encoding.ends[inside[-1]] < span[1]:
+def _places(passage: Passage) -> list[int]:
+    """Returns the first and the last token of the answer in the shown window; `IGNORED` twice without a target."""
+    if passage.span is None or passage.shown is None:
         return [IGNORED, IGNORED]
-    return [inside[0], inside[-1]]
+    if passage.span == NO_ANSWER:
+        return [NONE_AT, NONE_AT]
+    first, last = passage.tokens or (-1, -1)
+    if first < passage.shown[0] or last >= passage.shown[1]:
+        return [IGNORED, IGNORED]
+    before = passage.first - passage.shown[0]
+    return [first + before, last + before]
 
 
-def _scores(model: nn.Module, batch: RowBatch) -> tuple[Tensor, Tensor]:
+def _answers(model: nn.Module, batch: RowBatch, scores: tuple[Tensor, Tensor]) -> list[str | None]:
+    """Returns the text of the best answer to each question of a batch; None where no window fits.
+
+    Args:
+      model: the model.
+      batch: questions with their shown windows.
+      scores: scores of each place in the shown windows.
+    """
+    best = {row: _Best() for row, passage in enumerate(batch.sources) if passage is not None}
+    shown = [(row, batch.sources[row].shown) for row in best]
+    kept = [(row, window) for row, window in shown if window in batch.sources[row].windows()]
+    rows = [row for row, _ in kept]
+    _note(best, batch, kept, scores[0][rows], scores[1][rows])
+    others = [(row, window) for row in best for window in batch.sources[row].windows() if (row, window) not in kept]
+    length, config, device = batch.inputs["input_ids"].shape[1], model.config, batch.labels.device
+    for at in range(0, len(others), len(batch)):
+        part = others[at : at + len(batch)]
+        inputs = token_inputs([batch.sources[row].encoding_of(window) for row, window in part], length, config)
+        first, last = _scores(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+        _note(best, batch, part, first, last)
+    return [one.answer for one in best.values()]
+
+
+class _Best:
+    """The best answer to one question so far."""
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+        self._score, self._none = -float("inf"), float("inf")
+        self._may_be_none = False
+
+    def note(self, text: str, score: float, none: float, *, may_be_none: bool) -> None:
+        """Notes the best answer of a window, and the window's score of no answer."""
+        if self.text is None or score > self._score:
+            self.text, self._score = text, score
+        self._none, self._may_be_none = min(self._none, none), may_be_none
+
+    @property
+    def answer(self) -> str | None:
+        """The answer; empty where no answer has a higher score in every window, as for SQuAD 2.0."""
+        return "" if self._may_be_none and self._none > self._score else self.text
+
+
+def _note(
+    best: Mapping[int, _Best], batch: RowBatch, windows: Sequence[tuple[int, Window]], first: Tensor, last: Tensor
+) -> None:
+    """Notes the best answer of each window, from the scores of its places, (windows, T) each."""
+    if not windows:
+        return
+    passages = [batch.sources[row] for row, _ in windows]
+    marks = [passage.context_of(window) for passage, (_, window) in zip(passages, windows, strict=True)]
+    context = padded(marks, first.shape[1]).to(first.device)
+    places, totals = _best(first, last, context)
+    nones = (first[:, NONE_AT] + last[:, NONE_AT]).float()
+    for at, (passage, (row, window)) in enumerate(zip(passages, windows, strict=True)):
+        shift = window[0] - passage.first
+        begin, end = (int(place) + shift for place in places[at])
+        text = passage.words(begin, end)
+        best[row].note(text, float(totals[at]), float(nones[at]), may_be_none=passage.may_be_none)
+
+
+def _scores(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the scores of each place as first and as last token, (B, T) each; padding has the lowest number."""
-    output = model(**batch.inputs)
-    padding = batch.inputs["attention_mask"] == 0
+    output = model(**inputs)
+    padding = inputs["attention_mask"] == 0
     first, last = (
         scores.masked_fill(padding, torch.finfo(scores.dtype).min)
         for scores in (output.start_logits, output.end_logits)
@@ -113,12 +198,15 @@ def _scores(model: nn.Module, batch: RowBatch) -> tuple[Tensor, Tensor]:
     return first, last
 
 
-def _best(first: Tensor, last: Tensor, context: Tensor) -> Tensor:
-    """Returns the best first and last token in the context, in this order and near enough, int64 (B, 2)."""
+def _best(first: Tensor, last: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the best first and last token in the context, in this order and near enough, and the sum of their scores.
+
+    The tokens are int64 (B, 2), the sums float32 (B,).
+    """
     length = first.shape[1]
     steps = torch.arange(length, device=first.device)
     apart = steps[None, :] - steps[:, None]
     allowed = (apart >= 0) & (apart < LONGEST_ANSWER) & context[:, :, None].bool() & context[:, None, :].bool()
     total = (first[:, :, None] + last[:, None, :]).float().masked_fill(~allowed, -torch.inf)
-    place = total.reshape(len(first), -1).argmax(dim=1)
-    return torch.stack([place // length, place % length], dim=1)
+    sums, place = total.reshape(len(first), -1).max(dim=1)
+    return torch.stack([place // length, place % length], dim=1), sums

@@ -20,19 +20,21 @@ class RowBatch:
       inputs: name of a model's argument -> tensor (n, ...).
       labels: numbers of labels, int64 (n, ...), `IGNORED` where nothing is scored.
       aside: name -> tensor (n, ...) that the scores need and the model does not get.
+      sources: what the scores need of each row beside tensors, one object for each row; None for an emptied row, and
+        nothing at all for a task whose scores need tensors only.
     """
 
     inputs: Mapping[str, torch.Tensor]
     labels: torch.Tensor
     aside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sources: Sequence[Any] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuses tensors with different numbers of rows."""
-        for name, tensor in {**self.inputs, **self.aside}.items():
-            if len(tensor) != len(self.labels):
-                raise DataError(
-                    f"{name} rows={len(tensor)}, labels rows={len(self.labels)}: must be equal; encode again"
-                )
+        counts = {name: len(tensor) for name, tensor in {**self.inputs, **self.aside}.items()}
+        for name, count in (counts | ({"sources": len(self.sources)} if self.sources else {})).items():
+            if count != len(self.labels):
+                raise DataError(f"{name} rows={count}, labels rows={len(self.labels)}: must be equal; encode again")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,11 +47,12 @@ class RowBatch:
     def select(self, indices: Any) -> "RowBatch":
         """Returns the rows at integer indices, in that order; a sequence, an array or a tensor, which may be empty."""
         rows = torch.as_tensor(indices, dtype=torch.long, device=self.labels.device).reshape(-1)
-        return self._each(lambda tensor: tensor[rows])
+        sources = tuple(self.sources[row] for row in rows.tolist()) if self.sources else ()
+        return self._each(lambda tensor: tensor[rows], sources)
 
     def to(self, device: torch.device | str) -> "RowBatch":
         """Returns the examples on a device."""
-        return self._each(lambda tensor: tensor.to(device))
+        return self._each(lambda tensor: tensor.to(device), self.sources)
 
     def within(self, model: nn.Module) -> "RowBatch":
         """Returns the examples; an example with an id that the model does not know is emptied."""
@@ -80,11 +83,13 @@ class RowBatch:
         if "attention_mask" in inputs:
             inputs["attention_mask"] = attended(inputs["attention_mask"])
         aside = {name: kept(tensor, 0) for name, tensor in self.aside.items()}
-        return RowBatch(inputs, kept(self.labels, IGNORED), aside)
+        sources = tuple(source if fit else None for source, fit in zip(self.sources, fits.tolist(), strict=False))
+        return RowBatch(inputs, kept(self.labels, IGNORED), aside, sources)
 
-    def _each(self, change: Any) -> "RowBatch":
+    def _each(self, change: Any, sources: Sequence[Any]) -> "RowBatch":
         inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
-        return RowBatch(inputs, change(self.labels), {name: change(tensor) for name, tensor in self.aside.items()})
+        aside = {name: change(tensor) for name, tensor in self.aside.items()}
+        return RowBatch(inputs, change(self.labels), aside, sources)
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.task.encode import padded
+from offsite.task.entities import Tagging
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED, Labels, names_of
 from offsite.task.record_fields import FIELDS
@@ -14,8 +15,6 @@ from offsite.task.records import check_split, fault
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
 from offsite.task.tokenizer import Encoding
-
-OUTSIDE = "O"  # usual label of a word outside all entities
 
 
 class TokenClassification(Labelled):
@@ -48,22 +47,24 @@ class TokenClassification(Labelled):
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
-        """Returns loss, accuracy over all words, and F1 over words with a true or predicted label other than "O".
+        """Returns loss, accuracy over all words, and the F1 of entities where the model's labels make entities.
 
-        F1 counts words and not whole entities, 2 TP / (2 TP + FP + FN), so its sums add up over batches.
+        An entity is right where type, first word and last word are right, as seqeval counts; see `task.entities`.
+        2 TP / (true + predicted) adds up over batches, since no entity goes beyond its record.
         """
         with torch.no_grad():
             logits = model(**batch.inputs).logits
         scored = batch.labels != IGNORED
-        truth, guess = batch.labels[scored], logits[scored].argmax(dim=1)
-        names = names_of(model.config)
-        outside = names.index(OUTSIDE) if OUTSIDE in names else len(names)
-        right, inside = truth == guess, truth != outside
-        metrics = {
-            "accuracy": (float(right.sum()), len(truth)),
-            "f1": (2.0 * float((right & inside).sum()), int(inside.sum()) + int((guess != outside).sum())),
-        }
-        return Tally(float(cross_entropy(logits, batch.labels).double().sum()), len(truth), metrics)
+        guesses = logits.argmax(dim=2)
+        count = int(scored.sum())
+        metrics = {"accuracy": (float((guesses == batch.labels)[scored].sum()), count)}
+        if tagging := Tagging.of(names_of(model.config)):
+            rows = list(zip(batch.labels, guesses, scored, strict=True))
+            truths = [tagging.spans(truth[at].tolist()) for truth, _, at in rows]
+            found = [tagging.spans(guess[at].tolist()) for _, guess, at in rows]
+            hits = sum(len(right & given) for right, given in zip(truths, found, strict=True))
+            metrics["entity_f1"] = (2.0 * hits, sum(map(len, truths)) + sum(map(len, found)))
+        return Tally(float(cross_entropy(logits, batch.labels).double().sum()), count, metrics)
 
     def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> RowBatch:
         """Returns two random records with a random label for every token."""

@@ -153,6 +153,13 @@ class Tokenizer:
         """Returns each pair with special tokens, the second text cut so that both fit; empty if the tokenizer fails."""
         return self._encodings("pair", [list(pair) for pair in pairs], length)
 
+    def whole_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoding]:
+        """Returns each pair with special tokens, uncut; an empty encoding where the tokenizer fails."""
+        most = [_most(first) + _most(second) for first, second in pairs]
+        asked = [{"kind": "pair", "of": list(pair), "length": room} for pair, room in zip(pairs, most, strict=True)]
+        answers = self._answers(asked, [6 * room for room in most])
+        return [Encoding(*_columns(words, 6, room)) for words, room in zip(answers, most, strict=True)]
+
     def worded(self, lists: Sequence[Sequence[str]], length: int) -> list[Encoding]:
         """Returns each list of words with special tokens, cut to a length; empty where the tokenizer fails."""
         return self._encodings("words", [list(words) for words in lists], length)

@@ -21,7 +21,9 @@ class Measure:
 
 MEASURES = {
     "perplexity": Measure(
-        1, "Perplexity is the loss as a factor: a perplexity of 20 is like guessing among 20 equal choices."
+        1,
+        "Perplexity is the loss as a factor: a perplexity of 20 is like guessing among 20 equal choices. It is taken "
+        "on the right texts, token by token; no text is generated.",
     ),
     "accuracy": Measure(meaning="Accuracy is the share of answers that are right."),
     "balanced_accuracy": Measure(
@@ -33,13 +35,21 @@ MEASURES = {
         "class that is found) and precision (the share of the answers with this class that are right)."
     ),
     "f1": Measure(
-        meaning="F1 is the harmonic mean of recall (the share of the right answers that are found) and precision (the "
-        "share of the found answers that are right)."
+        meaning="F1 is the share of words that the given and the right answer have in common, as SQuAD counts: the "
+        "harmonic mean of recall (the share of the right words that are given) and precision (the share of the given "
+        "words that are right), without case, punctuation and articles."
+    ),
+    "entity_f1": Measure(
+        meaning="Entity F1 is the F1 of whole entities, as seqeval counts: an entity is right where type, first word "
+        'and last word are right. Words of the outside label ("O", or the only label without B- or I-) are no entities.'
     ),
     "explained": Measure(
         meaning="Explained is the share of the noise's variance that the model predicts; 0 is as good as no model."
     ),
-    "exact_match": Measure(meaning="Exact match is the share of answers that are right from first to last token."),
+    "exact_match": Measure(
+        meaning="Exact match is the share of answers that are right as a whole; for answers in a text as SQuAD "
+        "compares, without case, punctuation and articles."
+    ),
 }
 
 
