@@ -17,6 +17,7 @@ from torch.nn import functional
 from offsite.adapter.targets import is_linear
 from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.structure.geometry import slot_paths
+from offsite.emulator.vetting.block_checks import block_checks, changes_of, quiet
 from offsite.emulator.vetting.limits import Check, VettingThresholds
 from offsite.emulator.vetting.random_inputs import EXAMPLES, Inputs, no_lasting_hooks, random_inputs
 from offsite.emulator.vetting.weight_checks import SMALLEST, few, participation
@@ -58,9 +59,10 @@ def activation_checks(
     inputs = random_inputs(model, generator)
     slots, tower = slot_paths(model, manifest.geometry)
     output, seen = _run(model, inputs, blocks)
-    yield from _block_checks(seen, limits)
+    changes = changes_of(seen)
+    yield from block_checks(seen, changes, limits)
     yield from _output_checks(output, limits)
-    yield from _context_checks(model, inputs, tower, limits)
+    yield from _context_checks(model, inputs, tower, limits, quiet(seen, changes))
     yield from gradient_checks(
         _passes(model, inputs, slots, generator, logits=manifest.auto not in WITHOUT_LOGITS),
         limits,
@@ -78,9 +80,10 @@ def forward_checks(
     """Yields the checks that need no gradient; they also hold for a model with an adapter at its start."""
     inputs = random_inputs(model, generator)
     output, seen = _run(model, inputs, blocks)
-    yield from _block_checks(seen, limits)
+    changes = changes_of(seen)
+    yield from block_checks(seen, changes, limits)
     yield from _output_checks(output, limits)
-    yield from _context_checks(model, inputs, tower, limits)
+    yield from _context_checks(model, inputs, tower, limits, quiet(seen, changes))
 
 
 def gradient_checks(passes: list[Pass], limits: VettingThresholds, *, everywhere: bool) -> Iterator[Check]:
@@ -107,12 +110,16 @@ def _layer_checks(layer: Pass, limits: VettingThresholds, *, everywhere: bool) -
     # honest model a loud token drowns all rows now and then; a trap keeps many tokens, each in rows of its own.
     rows = inputs[:, :, None] * layer.gradients.abs()
     of_all = _sole(rows.flatten(0, 1)[None])
-    alone = {"single_rows": len(of_all.tokens.unique()) / max(int(of_all.alive.sum()), 1)}
+    alive = max(int(of_all.alive.sum()), 1)
+    # A head that reads one token of each example leaves the gradient to as many tokens as there are examples.
+    bound = max(limits.single_rows, (EXAMPLES + 0.5) / alive)
+    alone = {"single_rows": (len(of_all.tokens.unique()) / alive, bound)}
     if everywhere:
         in_each = _sole(rows)
-        alone["single_in_example"] = float((in_each.alone.sum(1) / in_each.alive.sum(1).clamp_min(1)).median())
-    for name, value in alone.items():
-        yield Check(name, layer.name, value, limits.single_rows, "rows of the gradient hold one token each")
+        share = float((in_each.alone.sum(1) / in_each.alive.sum(1).clamp_min(1)).median())
+        alone["single_in_example"] = (share, limits.single_rows)
+    for name, (value, limit) in alone.items():
+        yield Check(name, layer.name, value, limit, "rows of the gradient hold one token each")
     for what, side in (("inputs", layer.inputs), ("gradients", layer.gradients)):
         flat = side.flatten(0, 1)
         flat = flat[flat.square().sum(1) > 0]
@@ -145,16 +152,6 @@ def _sole(shares: Tensor) -> _Sole:
     return _Sole(alive, alone, which[alone])
 
 
-def _block_checks(seen: dict[str, tuple[Tensor, Tensor]], limits: VettingThresholds) -> Iterator[Check]:
-    for path, (before, after) in seen.items():
-        change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).median())
-        growth = float(after.norm() / before.norm().clamp_min(1e-30))
-        yield Check(
-            "least_change", path, change, limits.least_change, "the block is the identity, undeclared", least=True
-        )
-        yield Check("growth", path, growth, limits.growth, "the block is saturated")
-
-
 def _output_checks(output: Tensor, limits: VettingThresholds) -> Iterator[Check]:
     flat = output.float().flatten(1)
     finite = float(torch.isfinite(flat).all())
@@ -169,10 +166,11 @@ def _output_checks(output: Tensor, limits: VettingThresholds) -> Iterator[Check]
 
 
 def _context_checks(
-    model: nn.Module, inputs: Inputs, tower: tuple[str, ...], limits: VettingThresholds
+    model: nn.Module, inputs: Inputs, tower: tuple[str, ...], limits: VettingThresholds, scale: float
 ) -> Iterator[Check]:
     """Changes the first half of the tokens: the hidden states of the unchanged half must move.
 
+    What they move is measured against the model's own changes, from `quiet`, since attention is a part of a change.
     Images are not checked. If images come beside tokens, the tower's inputs show whether tokens reach the tower.
     """
     tokens = {name: ids for name, ids in inputs.items() if name.endswith("input_ids")}
@@ -187,7 +185,7 @@ def _context_checks(
     left, right = before[ends[1]][1], after[ends[1]][1]
     kept = left.shape[1] // 2
     moved = (right - left)[:, kept:].norm(dim=-1) / left[:, kept:].norm(dim=-1).clamp_min(1e-30)
-    value = float(moved.amax(1).median())
+    value = float(moved.amax(1).median()) / max(scale, 1e-30)
     yield Check(
         "least_context", ends[1], value, limits.least_context, "tokens do not mix: each stands alone", least=True
     )
@@ -220,7 +218,7 @@ def _run(model: Any, inputs: Inputs, blocks: tuple[str, ...]) -> tuple[Tensor, d
 def _passes(
     model: nn.Module, inputs: Inputs, slots: tuple[str, ...], generator: torch.Generator, *, logits: bool
 ) -> list[Pass]:
-    """Returns the layers of the slots with the gradients of a cross-entropy against random labels."""
+    """Returns the layers of the slots with the gradients of a cross-entropy against random wrong labels."""
     caught: dict[str, tuple[Tensor, Tensor]] = {}
     inside = tuple(f"{slot}." for slot in slots)
     layers = {path: m for path, m in model.named_modules() if path.startswith(inside) and is_linear(m)}
@@ -238,7 +236,9 @@ def _passes(
 
 def _loss(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:
     if logits and output.shape[1] > 1:
-        labels = torch.randint(output.shape[1], (len(output),), generator=generator)
+        # Never the label that the model would give, for which a sure model has no gradient.
+        others = torch.randint(1, output.shape[1], (len(output),), generator=generator)
+        labels = (output.detach().argmax(1).cpu() + others) % output.shape[1]
         return functional.cross_entropy(output, labels, reduction="sum")
     return (output * torch.randn(output.shape, generator=generator)).sum()
 

@@ -30,6 +30,7 @@ class VettingThresholds:
     single_rows: float = 0.25
     least_mixed: float = 0.02
     least_change: float = 1e-3
+    least_loudest: float = 1e-5
     growth: float = 1e3
     least_apart: float = 1e-4
     sureness: float = 0.99
@@ -111,12 +112,17 @@ def passed(checks: Iterable[Check]) -> Iterator[Check]:
     """
     for check in checks:
         if not check.passed:
-            word = "at least" if check.least else "at most"
-            raise UnsupportedModel(
-                f"vetting {check.name}={check.value:.4g} at {check.where}: must be {word} {check.limit:g}, or "
-                f"{check.why}; do not train on this emulator, ask the coordinator for another"
-            )
+            raise refusal(check)
         yield check
+
+
+def refusal(check: Check) -> UnsupportedModel:
+    """Returns the error for a check that does not pass."""
+    word = "at least" if check.least else "at most"
+    return UnsupportedModel(
+        f"vetting {check.name}={check.value:.4g} at {check.where}: must be {word} {check.limit:g}, or {check.why}; do "
+        "not train on this emulator, ask the coordinator for another"
+    )
 
 
 def report(checks: Iterable[Check]) -> Vetting:

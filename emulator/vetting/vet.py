@@ -5,6 +5,7 @@ The checks find known traps, not every possible trap: only clip and noise bound 
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from offsite.emulator.package.manifest import GIVEN, Manifest
 from offsite.emulator.runtime.refresh_state import Frame
 from offsite.emulator.structure.geometry import slot_paths
 from offsite.emulator.vetting.activation_checks import activation_checks, forward_checks
+from offsite.emulator.vetting.draws import decided
 from offsite.emulator.vetting.limits import Check, Vetting, VettingThresholds, passed, report
 from offsite.emulator.vetting.structure_checks import check_structure
 from offsite.emulator.vetting.weight_checks import bias_checks, weight_checks
@@ -39,8 +41,9 @@ def vet(folder: Path, model: nn.Module, manifest: Manifest, limits: VettingThres
     """
     blocks = check_structure(folder, model, manifest)
     auxiliary = read_auxiliary(folder, model, manifest)
-    checks = chain(auxiliary_checks(auxiliary, limits), measure(model, manifest, blocks, limits, seed=seed))
-    return report(passed(checks))
+    generator = torch.Generator().manual_seed(seed)
+    stored = passed(chain(auxiliary_checks(auxiliary, limits), weight_checks(model, limits, generator)))
+    return report([*stored, *decided(partial(activation_checks, model, manifest, blocks, limits, generator))])
 
 
 def read_auxiliary(folder: Path, model: nn.Module, manifest: Manifest) -> AuxiliaryTensors:
@@ -65,15 +68,6 @@ def auxiliary_checks(auxiliary: AuxiliaryTensors, limits: VettingThresholds) -> 
         if tensor.is_floating_point():
             peak = float(tensor.abs().max()) if tensor.numel() else 0.0
             yield Check("given_peak", f"{GIVEN} {name}", peak, limits.adapter_peak, "one value drowns all others")
-
-
-def measure(
-    model: nn.Module, manifest: Manifest, blocks: tuple[str, ...], limits: VettingThresholds, *, seed: int
-) -> Iterator[Check]:
-    """Yields every check of weights and activations, passed or not; `blocks` is the result of `check_structure`."""
-    generator = torch.Generator().manual_seed(seed)
-    yield from weight_checks(model, limits, generator)
-    yield from activation_checks(model, manifest, blocks, limits, generator)
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ def vet_auxiliary(model: nn.Module, frame: Frame, limits: VettingThresholds, *, 
     Raises:
       UnsupportedModel: a check does not pass, as for `vet`.
     """
-    return report(passed(_running_checks(model, frame, limits, seed)))
+    return report(_running_checks(model, frame, limits, seed))
 
 
 def vet_refresh(
@@ -149,17 +143,14 @@ def vet_refresh(
     Raises:
       UnsupportedModel: a check does not pass, as for `vet`.
     """
-
-    def checks() -> Iterator[Check]:
-        yield from bias_checks(biases, limits)
-        yield from _running_checks(model, frame, limits, seed)
-
-    return report(passed(checks()))
+    stored = passed(bias_checks(biases, limits))
+    return report([*stored, *_running_checks(model, frame, limits, seed)])
 
 
-def _running_checks(model: nn.Module, frame: Frame, limits: VettingThresholds, seed: int) -> Iterator[Check]:
+def _running_checks(model: nn.Module, frame: Frame, limits: VettingThresholds, seed: int) -> tuple[Check, ...]:
     running = tuple(path for path in frame.tower if path not in frame.gone)
-    yield from forward_checks(model, running, frame.tower, limits, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return decided(partial(forward_checks, model, running, frame.tower, limits, generator))
 
 
 def _adapter_checks(
