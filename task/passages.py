@@ -63,8 +63,10 @@ class Passage:
         """
         inside = [number for number, which in enumerate(encoding.sequences) if which == _CONTEXT]
         first, end = (inside[0], inside[-1] + 1) if inside else (len(encoding.ids), len(encoding.ids))
-        columns = (encoding.ids, encoding.types, encoding.starts, encoding.ends)
-        return cls(text, span, may_be_none, length, *(np.array(column, np.int32) for column in columns), first, end)
+        ids, types, starts, ends = (
+            np.array(column, np.int32) for column in (encoding.ids, encoding.types, encoding.starts, encoding.ends)
+        )
+        return cls(text, span, may_be_none, length, ids, types, starts, ends, first, end)
 
     @property
     def answer(self) -> str:
