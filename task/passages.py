@@ -4,6 +4,7 @@ A context that does not fit is cut into windows that overlap, each after the who
 """
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,8 @@ from offsite.task.tokenizer import Encoding
 OVERLAP = 128  # tokens of context that two neighbouring windows share; half of a window where that is less
 NO_ANSWER = (-1, -1)  # in the place of a span where the context has no answer
 _CONTEXT = 1  # index of the context in a pair
-Span, Window = tuple[int, int], tuple[int, int]  # ranges of characters, and of tokens; the end is not in the range
+Span: TypeAlias = tuple[int, int]  # range of characters; the end is not in the range
+Window: TypeAlias = tuple[int, int]  # range of tokens, likewise
 Tokens = NDArray[np.int32]
 
 
