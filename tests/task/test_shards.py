@@ -228,11 +228,12 @@ def test_a_pointer_or_a_cut_shard_is_named(tmp_path, kind):
     ("content", "rule"),
     [
         ("text\na\n".encode("utf-16"), "UTF-16"),
-        (gzip.compress(b"text\n"), "gzip; give its name the suffix .gz"),
+        (gzip.compress(b"text\n", mtime=0), "gzip; give its name the suffix .gz"),
         (PACK[".zst"](b"text\n"), "suffix .zst"),
         (b"PK\x03\x04 and more", "zip archive or a spreadsheet"),
         (b"PAR1 and more", "name the reader parquet"),
     ],
+    ids=["utf-16", "gzip", "zstandard", "zip", "parquet"],
 )
 def test_content_of_another_kind_is_named(tmp_path, content, rule):
     for name in ("d.csv", "d.jsonl", "d.txt"):
