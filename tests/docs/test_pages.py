@@ -69,7 +69,8 @@ def test_every_key_stands_on_the_page() -> None:
 def test_the_tasks_with_their_fields() -> None:
     page = (ROOT / "docs" / "data.md").read_text()
     rows = re.findall(r"(?m)^\| `(\w+)`[^|]*\| (.+) \|$", page)
-    shown = {task: set(re.findall(r"`(\w+)`", cell)) for task, cell in rows if task in FIELDS}
+    first = reversed(rows)  # a later table says what is measured for each task
+    shown = {task: set(re.findall(r"`(\w+)`", cell)) for task, cell in first if task in FIELDS}
     assert {task: set(fields) for task, fields in FIELDS.items()} == shown
 
 
