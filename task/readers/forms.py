@@ -70,8 +70,8 @@ class Layout:
                 names[ANSWER] = names[START] = held
         return cls(columns, names, squad)
 
-    def fields(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns the value of each field; None for a question without an answer, from which nothing can be learnt.
+    def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the value of each field; of a question without an answer an empty text at -1.
 
         Args:
           row: column -> value.
@@ -81,11 +81,8 @@ class Layout:
           Broken: a value is not of its form.
         """
         values = {field: row[name] if name in row else _inside(row, name) for field, name in self.names.items()}
-        if ANSWER in values and START in values:
-            if self.squad:
-                values[ANSWER], values[START] = _first_answer(values[ANSWER])
-            if values[ANSWER] == "" and values[START] == NOWHERE:
-                return None
+        if self.squad:
+            values[ANSWER], values[START] = _first_answer(values[ANSWER])
         if MESSAGES in values:
             values[MESSAGES] = _messages(values[MESSAGES])
         return values
