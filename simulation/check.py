@@ -11,6 +11,7 @@ from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING
 from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
 from offsite.task.findings import Findings
+from offsite.task.label_agreement import disagreement, only_numbers
 from offsite.task.learning_check import PUBLIC
 
 
@@ -31,9 +32,13 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
     check_room(config, out, 1 + len(config.emulator.variants), findings)
     parts = [(f"site={site.name}", TRAINING, site.train) for site in config.sites]
     parts += [(f"site={site.name}", HELD_OUT, site.heldout) for site in config.sites]
-    read, _, tried = check_records(config, [("", PUBLIC, config.data.public), *parts], findings, scope)
+    read, encoder, tried = check_records(config, [("", PUBLIC, config.data.public), *parts], findings, scope)
     if scope.public:
         check_enough_public(config, tried, findings)
+    if encoder is not None:
+        labels = {file.where or PUBLIC: only_numbers(file.records) for file in read if file.part != HELD_OUT}
+        for warning in disagreement(labels, encoder.model_config):
+            findings.warn(warning)
     counts = {file.where: len(file.records) for file in read if file.part == TRAINING}
     if config.data.split != "truncate":
         counts = {own.file.where: own.examples for own in tried if own.file.part == TRAINING}

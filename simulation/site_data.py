@@ -1,6 +1,6 @@
 """The records of the simulated sites as examples, with the privacy plan of each site."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offsite.client.training.emulator_session import EmulatorSession
@@ -10,8 +10,7 @@ from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING, DataFacts
 from offsite.errors import DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run
-from offsite.task.label_agreement import numbers_beside_names, only_numbers
-from offsite.task.labels import names_of
+from offsite.task.label_agreement import disagreement, only_numbers
 from offsite.task.nothing_to_learn import Encoder, learnt
 from offsite.task.selection import spread
 from offsite.task.spec import Batch, Record
@@ -61,15 +60,7 @@ def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> Site
             raise type(error)(f"site={site.name}: {error}") from error
         heldout.append(spread(examples, share))
         facts.append(own)
-    return SiteData(plans, tuple(heldout), tuple(facts), tuple(_warnings(session, numbers)))
-
-
-def _warnings(session: EmulatorSession, numbers: Mapping[str, bool | None]) -> Iterator[str]:
-    """Yields a warning where some files hold names of labels and others hold numbers."""
-    config = session.model.config
-    names = names_of(config) if getattr(config, "id2label", None) and False in numbers.values() else []
-    if names and (warning := numbers_beside_names(numbers, names)):
-        yield warning
+    return SiteData(plans, tuple(heldout), tuple(facts), tuple(disagreement(numbers, session.model.config)))
 
 
 def _read(

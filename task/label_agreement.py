@@ -5,9 +5,11 @@ numbers may have been made by a program with an order of its own.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from offsite.task.label_names import LabelName
 from offsite.task.label_numbers import whole
+from offsite.task.labels import names_of
 from offsite.task.record_fields import LABELS
 from offsite.task.records import is_empty
 from offsite.task.spec import Record
@@ -17,6 +19,18 @@ def only_numbers(records: Sequence[Record]) -> bool | None:
     """Says whether all labels of a file are numbers without names in the file; None for records without labels."""
     kinds = {_is_number(value) for record in records if not is_empty(record) for value in _labels(record)}
     return kinds == {True} if kinds else None
+
+
+def disagreement(files: Mapping[str, bool | None], model_config: Any) -> list[str]:
+    """Returns a warning where some files hold names of labels and others nothing but numbers.
+
+    Args:
+      files: name of a file's owner -> result of `only_numbers`.
+      model_config: configuration of the model, with its labels.
+    """
+    names = names_of(model_config) if getattr(model_config, "id2label", None) and False in files.values() else []
+    warning = numbers_beside_names(files, names) if names else None
+    return [warning] if warning else []
 
 
 def numbers_beside_names(files: Mapping[str, bool | None], names: Sequence[str]) -> str | None:
