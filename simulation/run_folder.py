@@ -32,11 +32,10 @@ from offsite.trust.files import alone
 from offsite.trust.identity import Identity
 
 CONFIG = "config.json"
-
-
 # All that a run writes, but for `CONFIG`; a folder of another run is cleared of these names only.
 FILES = (
-    *("job.json", "job_facts.json", "rounds.jsonl", "state.safetensors", "aggregations.txt", "settings.json"),
+    *("job.json", "job_facts.json", "rounds.jsonl", "state.safetensors", "aggregations.txt", "attempts.json"),
+    "settings.json",
     *("report.json", "report.md", "report.html", "privacy.json"),
 )
 FOLDERS = ("sites", "package", "packages", "adapter", "attempt")

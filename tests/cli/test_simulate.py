@@ -29,7 +29,7 @@ from offsite.emulator.runtime.plug_in import plug
 from offsite.privacy.randomness import Randomness
 from offsite.secagg import ring
 from offsite.simulation.memory_engine import memory_engine
-from offsite.simulation.run_folder import Run, simulated_sessions, with_options
+from offsite.simulation.run_folder import CONFIG, FILES, FOLDERS, Run, simulated_sessions, with_options
 from offsite.simulation.simulate import Options, simulate
 from offsite.task.tasks import TASKS
 
@@ -82,6 +82,8 @@ def test_the_run_folder_holds_what_the_readme_says(finished: tuple[Run, Report])
         assert site["epsilon"] <= 8.0
         assert site["steps"] == report.finished_rounds == 2
     assert written["finished_rounds"] == len(written["rounds"])
+    # A folder that is taken over is cleared of these names.
+    assert {path.name for path in run.store.folder.iterdir()} <= {CONFIG, *FILES, *FOLDERS}
 
 
 def test_epsilon_is_of_all_rounds_together(finished: tuple[Run, Report]) -> None:
