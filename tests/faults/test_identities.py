@@ -115,7 +115,7 @@ def test_a_copy_of_a_site_takes_no_part_beside_it_nor_after_it(stopped: Federati
     with HostileCoordinator(stopped, stopped.job("copied", rounds=1)) as coordinator:  # honest, in our hands
         assert coordinator.ready() == stopped.sites
         stopped.start("copy", "client", "run", str(copy))
-        wait_for(lambda: "another copy of it is connected" in stopped.log("copy"))
+        wait_for(lambda: "another copy of this site is connected" in stopped.log("copy"))
         plan = coordinator.plan()
         letters = coordinator.correspondence()
         result = run_round(coordinator.manifest, plan, coordinator.start(), letters, coordinator.ledgers.learn)
