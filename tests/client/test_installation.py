@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
+from offsite.client.home.consent import Consent
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.policy import Policy
 from offsite.client.home.settings import SiteSettings
@@ -128,6 +129,20 @@ def test_no_private_key_ever_leaves_its_file(home, sites):
     assert len(keys) == 3 + 2 * 4 * len(sites)
     for path, key in keys.items():
         assert [other for other, data in files.items() if holds(data, key)] == [path]
+
+
+def test_a_weaker_federation_is_joined_by_its_own_sentence_only(tmp_path, sites):
+    terms = {"name": "demo", "host": "127.0.0.1", "link_port": 8443, "depot_port": 8444, "n_min": 3, "max_epsilon": 8.0}
+    home = CoordinatorHome.create(tmp_path / "weaker", **terms, now=NOW, suite=1, accomplices=0)
+    home.approve([request(site) for site in sites.values()], NOW)
+    data, sentence = home.welcome("north").read_bytes(), home.federation().weaker
+    assert sentence
+    for consent in (Consent(), Consent(weaker=f"{sentence} "), Consent(members=tuple(SITES))):
+        with pytest.raises(Untrusted, match="withstands fewer helpers than usual"):
+            sites["north"].join(data, now=NOW, expected=None, consent=consent)
+        assert not sites["north"].joined
+    sites["north"].join(data, now=NOW, expected=None, consent=Consent(weaker=sentence))
+    assert sites["north"].joined
 
 
 def test_a_wrong_fingerprint_pins_nothing(home, sites):
