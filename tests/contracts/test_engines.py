@@ -130,6 +130,14 @@ def fitting(engines: Any, cases: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_slot_engine_takes_all_examples_of_a_module_at_once(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its way out, one example at a time, gives the same gradients, so that only its log line tells of it."""
+    with caplog.at_level("INFO"):
+        by_engine(adapted(case), TASK.losses, ragged(), "slot")
+    assert "goes through a loop" not in caplog.text
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_example_has_its_own_gradient(engine: str, case: str) -> None:
     """In float64, so that only a different computation can differ; with short and long records in one batch."""
