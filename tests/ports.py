@@ -37,3 +37,13 @@ def free_ports(count: int) -> list[int]:
                 continue
         found.append(port)
     return found
+
+
+def has_ipv6() -> bool:
+    """Says whether this machine has a loopback address of IPv6; some containers have none."""
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

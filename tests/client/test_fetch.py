@@ -28,6 +28,7 @@ from offsite.protos import depot_pb2 as wire
 from offsite.protos import depot_pb2_grpc as stubs
 from offsite.trust.addresses import with_port
 from offsite.trust.certificates import create_authority, issue_client, issue_server, make_request, new_key
+from tests.ports import has_ipv6
 
 NOW = datetime.now(UTC)
 SIZE = 8 * CHUNK + 777
@@ -154,6 +155,7 @@ def partial(target: Path) -> Path:
 # --- the package arrives
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no loopback address of IPv6")
 @pytest.mark.parametrize("host", ["::1", "0:0:0:0:0:0:0:1"])
 def test_a_file_arrives_over_ipv6(world: World, tmp_path: Path, host: str) -> None:
     ca, key = create_authority("authority", now=NOW), new_key()

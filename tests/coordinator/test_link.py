@@ -27,7 +27,7 @@ from offsite.trust.addresses import with_port
 from offsite.trust.certificates import create_authority, issue_server, new_key
 from offsite.trust.keys import SiteKeys
 from tests.faults.conftest import wait_for
-from tests.ports import free_ports
+from tests.ports import free_ports, has_ipv6
 
 HANGS = 60.0  # seconds; a bound against hanging
 
@@ -89,6 +89,7 @@ def test_it_starts_with_one_run_and_the_federations_nodes(place: SuperLinkPlace,
     assert not link.process.running
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no loopback address of IPv6")
 @pytest.mark.parametrize("bind", ["::1", "::"])
 def test_a_site_connects_over_ipv6(place: SuperLinkPlace, tmp_path: Path, bind: str) -> None:
     now, key = datetime.now(UTC), new_key()
