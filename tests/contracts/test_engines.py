@@ -290,6 +290,28 @@ def test_a_wide_layer_is_taken_from_its_factors() -> None:
     assert error(by_engine(model, squares, rows, "bookkeeping"), by_function(model, squares, rows)) < 1e-9
 
 
+def test_a_module_may_have_several_outputs_of_several_kinds() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return x * self.scale, (x + self.scale).square(), x.argmax(-1, keepdim=True), None, 3
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Several()
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second, place, _, times = self.inner(x)
+            return first + times * second + place
+
+    model, rows = Around().double(), Rows(torch.randn(4, 6, dtype=torch.float64))
+    assert error(by_engine(model, squares, rows, "slot"), by_function(model, squares, rows)) < 1e-9
+
+
 def test_a_weight_that_is_read_beside_its_module_is_refused() -> None:
     class Beside(nn.Module):
         def __init__(self) -> None:
