@@ -40,7 +40,7 @@ $(VENV)/extra/.ready: $(BIN)/.ready requirements-extra.lock
 	touch $@
 
 # tests/schedule.py says which worker takes which tests. Three on two cores: a federation waits for half of its time.
-test: setup $(VENV)/extra/.ready ## runs all tests: about forty minutes on two cores
+test: setup $(VENV)/extra/.ready ## runs all tests: about fifty minutes on two cores
 	$(PYTEST) -n $(WORKERS)
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
 
