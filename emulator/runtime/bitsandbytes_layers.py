@@ -9,6 +9,7 @@ plain product with the widened weight, the same in every mode, and no row affect
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,9 +131,11 @@ def _nf4(weight: Tensor) -> StoredWeight:
 def _from_nf4(pieces: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
     codes, scales = pieces
     form = importlib.import_module("bitsandbytes").functional
-    state = form.QuantState(absmax=scales, shape=shape, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+    # As one row: on processors with AVX-512, 0.50.2 takes wrong scales for blocks that lie in two rows of a matrix.
+    row = (1, math.prod(shape))
+    state = form.QuantState(absmax=scales, shape=row, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
     widened: Tensor = form.dequantize_4bit(codes, state)
-    return widened
+    return widened.reshape(shape)
 
 
 ROUNDINGS = {"int8": Rounding(8, _int8), "nf4": Rounding(4, _nf4)}
