@@ -7,12 +7,11 @@ from offsite.coordinator.check.federation import EVERYTHING, Scope, check_enough
 from offsite.coordinator.check.machine import check_room
 from offsite.coordinator.check.names import check_names
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING
 from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
 from offsite.task.findings import Findings
 from offsite.task.label_agreement import disagreement, only_numbers
-from offsite.task.learning_check import PUBLIC
+from offsite.task.nothing_to_learn import HELD_OUT, PUBLIC, TRAINING
 
 
 def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Scope = EVERYTHING) -> None:

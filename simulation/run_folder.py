@@ -265,7 +265,8 @@ def _clear(folder: Path) -> None:
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def _new_identity(folder: Path) -> None:

@@ -14,7 +14,7 @@ from offsite.coordinator.job.evaluate import gain_error, record_losses, score
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Progress
-from offsite.coordinator.report.data_facts import PUBLIC, DataFacts
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.quality_facts import FourScores, Quality
 from offsite.coordinator.report.write import write_report
@@ -28,6 +28,7 @@ from offsite.simulation.outcome import SimulationOutcome, simulation_report
 from offsite.simulation.resource_meter import Meter
 from offsite.simulation.run_folder import Run, simulated_sessions
 from offsite.simulation.site_data import site_data
+from offsite.task.nothing_to_learn import PUBLIC
 from offsite.task.spec import Batch
 from offsite.trust.files import alone
 
@@ -75,7 +76,7 @@ def _simulate(run: Run, options: Options) -> Report:
         building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
     facts = (DataFacts.of(PUBLIC, "", job.public.learnt), *data.facts)
-    for warning in (*(own.warning for own in facts if own.left_out), *data.warnings):
+    for warning in (own.warning for own in facts if own.left_out):
         display.step(f"WARNING {warning}")
     if not job.manifest.aggregation.secure_aggregation:
         display.step(NO_SECAGG_WARNING)

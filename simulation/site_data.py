@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.client.training.privacy_plan import SitePlan, plan_for
 from offsite.coordinator.config.data_tables import SiteConfig
-from offsite.coordinator.report.data_facts import HELD_OUT, TRAINING, DataFacts
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.errors import DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run
-from offsite.task.label_agreement import disagreement, only_numbers
-from offsite.task.nothing_to_learn import Encoder, learnt
+from offsite.task.nothing_to_learn import HELD_OUT, TRAINING, Encoder, learnt
 from offsite.task.selection import spread
-from offsite.task.spec import Batch, Record
+from offsite.task.spec import Batch
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,11 @@ class SiteData:
       plans: privacy plan of each site, by site.
       heldout: held-out examples of each site that are scored, as many of each site where it has enough.
       facts: numbers of records and targets of each file.
-      warnings: sentences about files that do not agree with each other.
     """
 
     plans: Mapping[str, SitePlan]
     heldout: tuple[Batch, ...]
     facts: tuple[DataFacts, ...]
-    warnings: tuple[str, ...]
 
 
 def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> SiteData:
@@ -47,31 +44,30 @@ def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> Site
     """
     share = max(1, run.config.evaluation.examples // len(run.config.sites))
     plans, heldout, facts = dict[str, SitePlan](), list[Batch](), list[DataFacts]()
-    numbers = {"public": only_numbers(run.records(run.config.data.public))}
     for site in run.config.sites:
         try:
-            records = run.records(site.train)
-            examples, own = _read(run, site, TRAINING, manifest, session, records)
+            examples, own = _read(run, site, TRAINING, manifest, session)
             plans[site.name] = plan_for(manifest, len(examples))
-            numbers[site.name] = only_numbers(records)
             facts.append(own)
-            examples, own = _read(run, site, HELD_OUT, manifest, session, run.records(site.heldout))
+            examples, own = _read(run, site, HELD_OUT, manifest, session)
         except OffsiteError as error:
             raise type(error)(f"site={site.name}: {error}") from error
         heldout.append(spread(examples, share))
         facts.append(own)
-    return SiteData(plans, tuple(heldout), tuple(facts), tuple(disagreement(numbers, session.model.config)))
+    return SiteData(plans, tuple(heldout), tuple(facts))
 
 
 def _read(
-    run: Run, site: SiteConfig, part: str, manifest: JobManifest, session: EmulatorSession, records: list[Record]
+    run: Run, site: SiteConfig, part: str, manifest: JobManifest, session: EmulatorSession
 ) -> tuple[Batch, DataFacts]:
     """Returns the examples of one file of a site.
 
     Raises:
       DataError: no record has anything to learn from.
     """
-    examples = run.encoded(site.train if part == TRAINING else site.heldout, records, manifest, session)
+    path = site.train if part == TRAINING else site.heldout
+    records = run.records(path)
+    examples = run.encoded(path, records, manifest, session)
     encoder = Encoder(session.task, session.processor, manifest.length, manifest.split, session.model.config)
     outcome = learnt(encoder, records, examples)
     if outcome.nothing:

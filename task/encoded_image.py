@@ -73,10 +73,10 @@ def _broken_rule(image: Image.Image, content: bytes) -> str:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Says whether a file holds more than 8 bits of a channel, of which PIL would silently keep the upper or lower 8.
+    """Says whether a file holds more than 8 bits of a channel; PIL would keep 8 of these bits without a word.
 
-    PIL's mode does not say so: it makes 8 bits of the 16 of a colour or of a grey with alpha. Its names for the values
-    in the file do, and in a TIFF file the tags.
+    PIL's mode does not tell, since PIL makes 8 bits of the 16 of a colour, or of a grey with alpha. PIL's names for the
+    values in the file tell, and in a TIFF file the tags.
     """
     tags: Any = getattr(image, "tag_v2", {})
     samples = tags.get(_BITS_OF_SAMPLES, (1,))

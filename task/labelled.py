@@ -80,7 +80,7 @@ def token_inputs(encodings: Sequence[Encoding], length: int, model_config: Any) 
       UnsupportedModel: the model has no padding token.
     """
     if length < SHORTEST:
-        raise ConfigError(f"length={length}: must be at least {SHORTEST} tokens, of which two are special")
+        raise ConfigError(f"length={length}: must be at least {SHORTEST} tokens, since two tokens are special")
     if not encodings:
         raise DataError("examples=0 must be at least 1; give a file with records")
     rows = [encoding.ids for encoding in encodings]

@@ -7,7 +7,7 @@ import numpy as np
 
 from offsite.task.file_check import add_faults
 from offsite.task.findings import Findings
-from offsite.task.nothing_to_learn import Encoder, Learnt, learnt
+from offsite.task.nothing_to_learn import PUBLIC, Encoder, Learnt, learnt
 from offsite.task.records import LenientRecords
 from offsite.task.selection import spread_rows
 from offsite.task.spec import Batch
@@ -16,7 +16,6 @@ from offsite.task.tokenizer import Tokenizer
 # Records that go through the tokenizer, which takes milliseconds for each: of all files, and of one file at least. The
 # public file has a fewest number of usable records, and is small in more cases.
 TRIED, FEWEST, OF_PUBLIC = 128, 8, 64
-PUBLIC = "public"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class DataFile:
 
     Attributes:
       where: words in front of each finding, for example `site=north`.
-      part: "training", "held out" or "public".
+      part: PUBLIC, TRAINING or HELD_OUT of `task.nothing_to_learn`.
       records: records; a broken row is an empty record.
       path: file or folder of the records.
     """
@@ -71,7 +70,7 @@ def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings)
       What is known of each file whose records could be encoded, in order.
     """
     outcomes = list[Tried]()
-    # The tokenizer starts once for all files; but the blocks of different files could not be told apart.
+    # The tokenizer starts once for all files, unless texts are cut into blocks: a block does not tell its file.
     groups = [list(files)] if encoder.split == "truncate" else [[file] for file in files]
     for group in filter(None, groups):
         with findings.gathering():

@@ -170,7 +170,7 @@ def _positions_in(path: str, module: nn.Module) -> int | None:
 
 
 def _for_positions(name: str) -> bool:
-    """Whether a name is that of a table of positions; tables of distances and of places in a page are others."""
+    """Whether a table of positions has this name; tables of distances, or of places in a page, have other names."""
     return name == "wpe" or ("pos" in name and not name.startswith(("rel", "x_", "y_", "h_", "w_", "box_")))
 
 

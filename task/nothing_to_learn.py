@@ -12,6 +12,7 @@ from offsite.errors import ConfigError, OffsiteError
 from offsite.task.records import LenientRecords, is_empty, place_of, without_empty
 from offsite.task.spec import Batch, Record, Task
 
+PUBLIC, TRAINING, HELD_OUT = "public", "training", "held out"  # parts that a file of records has in a job
 LONGER = (4, 64)  # times the length, in the search for a length that holds something to learn
 
 

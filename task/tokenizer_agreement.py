@@ -5,14 +5,12 @@ settings name. The coordinator's own folder is no secret to the coordinator, so 
 job begins. It can come from a class of transformers that makes its rules anew and ignores tokenizer.json.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import DataError
 from offsite.task.tokenizer import Tokenizer
 
-log = logging.getLogger("offsite.task")
 LENGTH = 128  # tokens, more than each of the texts has
 TEXTS = (
     "The patient came in at 10:45, with 38.5 °C and a cough.",
@@ -30,26 +28,31 @@ TEXTS = (
 )
 
 
-def check_agreement(folder: Path | str, processor: Any) -> None:
+def check_agreement(folder: Path | str, processor: Any) -> list[str]:
     """Refuses a tokenizer whose ids differ from those of transformers' class for the model.
 
     Args:
       folder: the model's own folder, never a package of another.
       processor: processor of a task; one without a tokenizer has nothing to compare.
 
+    Returns:
+      A warning where transformers cannot read the tokenizer, so that nothing was compared; else no warning.
+
     Raises:
       DataError: the ids of a text differ.
     """
     tokenizer = getattr(processor, "words", processor)
     if not isinstance(tokenizer, Tokenizer):
-        return
+        return []
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer.json alone is enough here, while a class may need further files or packages
-        log.warning("tokenizer: not compared with transformers, which cannot read it (%s)", type(error).__name__)
-        return
+        return [
+            f"tokenizer={Path(folder).name!r}: not compared with transformers, which cannot read it "
+            f"({type(error).__name__}); make sure that tokenizer.json encodes as the model was trained"
+        ]
     own = [encoding.ids for encoding in tokenizer.singles(TEXTS, LENGTH)]
     same = [_ids(theirs, text) for text in TEXTS] == own
     if not same or theirs.eos_token_id not in (None, tokenizer.eos_token_id):
@@ -59,6 +62,7 @@ def check_agreement(folder: Path | str, processor: Any) -> None:
             "with tokenizer_config.json; save the tokenizer again: AutoTokenizer.from_pretrained(folder)"
             ".save_pretrained(folder)"
         )
+    return []
 
 
 def _ids(theirs: Any, text: str) -> list[int]:

@@ -73,7 +73,7 @@ def chat(rules: Any, request: Any, render: Any, chat_template: Any) -> Columns:
 
 
 def sibling(name: str) -> Any:
-    """Returns a module of this folder, of which no other file is importable here."""
+    """Returns a module of this folder, loaded by its path, since the package is not importable here."""
     spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -15,8 +15,8 @@ from offsite.errors import ConfigError, lookup
 from offsite.task.encode import SHORTEST, SPLITS
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
-from offsite.task.learning_check import PUBLIC, DataFile, Tried, try_records
-from offsite.task.nothing_to_learn import Encoder
+from offsite.task.learning_check import DataFile, Tried, try_records
+from offsite.task.nothing_to_learn import PUBLIC, Encoder
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.record_fields import FIELDS
 

@@ -43,7 +43,8 @@ def check_model(config: FedConfig, length: int, findings: Findings) -> Encoder |
         for note in check_fit(task, folder, length, processor):
             findings.warn(note)
     with findings.gathering():
-        check_agreement(folder, processor)
+        for note in check_agreement(folder, processor):
+            findings.warn(note)
     if len(findings.errors) > before:
         return None
     return Encoder(task, processor, length, config.data.split, model_config)

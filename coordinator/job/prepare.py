@@ -1,7 +1,6 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,9 +38,7 @@ from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
-from offsite.task.tokenizer_agreement import check_agreement
 
-log = logging.getLogger("offsite.coordinator")
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
 # These factors leave ample room; the site cuts and counts an entry beyond the bound.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
@@ -152,9 +149,7 @@ def prepare(
     check_names(config, kinds, federation)
     task = lookup(TASKS, config.model.task, "model.task")
     processor = task.load_processor(config.model.path)
-    for warning in check_fit(task, config.model.path, config.data.length, processor):
-        log.warning("%s", warning)
-    check_agreement(config.model.path, processor)
+    check_fit(task, config.model.path, config.data.length, processor)  # its warnings are the check's before any work
     on_step("load the full model")
     full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
     public = public_records(config, task, processor, records, full.config)

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 from offsite.task.nothing_to_learn import Learnt
 
-PUBLIC, TRAINING, HELD_OUT = "public", "training", "held out"
-
 
 @dataclass(frozen=True)
 class DataFacts:
     """The records of one file.
 
     Attributes:
-      part: PUBLIC, TRAINING or HELD_OUT.
+      part: PUBLIC, TRAINING or HELD_OUT of `task.nothing_to_learn`.
       site: name of the site that holds the file; empty for the coordinator.
       records: number of records.
       left_out: number of records that have nothing to learn from.

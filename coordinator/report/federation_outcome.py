@@ -11,7 +11,7 @@ from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.report import facts
-from offsite.coordinator.report.data_facts import PUBLIC, DataFacts
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.model import FEDERATION, Report
 from offsite.coordinator.report.privacy_facts import PrivacyFacts, SitePrivacy
 from offsite.coordinator.report.quality_facts import FourScores, Quality
@@ -19,6 +19,7 @@ from offsite.coordinator.report.write import write_report
 from offsite.coordinator.rounds.emulator_refresh import DeployedEmulator
 from offsite.emulator.runtime.plug_in import plug
 from offsite.protos.job_manifest import JobManifest
+from offsite.task.nothing_to_learn import PUBLIC
 
 NOISE = (
     "each site's own randomness from its operating system, unless the site's owner permits noise from a seed in "

@@ -55,7 +55,7 @@ class Quality:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the gain is too small to be told from the luck of which records were held out; see `NOISE_ERRORS`."""
+        """Whether other held-out records might as well have shown no gain; see `NOISE_ERRORS`."""
         gain, error = self.gain_nats, self.gain_error
         return gain is not None and error is not None and abs(gain) < NOISE_ERRORS * error
 

@@ -65,9 +65,8 @@ def build_from_folder(
     """
     task = lookup(TASKS, data.task, "task")
     processor = task.load_processor(model)
-    for warning in check_fit(task, model, data.length, processor):
+    for warning in (*check_fit(task, model, data.length, processor), *check_agreement(model, processor)):
         on_step(f"warning: {warning}")
-    check_agreement(model, processor)
     source = open_source(task, model, on_step)
     on_step(f"read {data.path}")
     examples = _examples(task, source, processor, data)

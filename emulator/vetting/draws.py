@@ -3,7 +3,7 @@
 A check on random inputs is a random number. Where all checks of one draw pass, the emulator passes. Else every number
 is measured on `AVERAGED` fresh draws, and the means decide, so the deviation that a verdict hangs on is four times
 smaller. A trap breaks its limit on average, so the means refuse it as well. An honest emulator is refused by luck only
-if a draw fails and then a mean does: a mean that lies z of its own standard deviations within the limit fails with the
+if a draw fails and then a mean does: a mean that lies z of its standard deviations inside its limit fails with the
 probability 1 - Phi(z), below 1e-8 for z = 6. `tests/emulator/test_vet_luck.py` measures z over honest emulators.
 """
 

@@ -143,6 +143,17 @@ def test_a_federation_in_which_nothing_is_wrong(made: Path) -> None:
     assert tree(made) == before
 
 
+def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) -> None:
+    """Whether the numbers follow the model's order cannot be seen in a file of numbers."""
+    rows = [json.loads(line) for line in (world / "cedar.jsonl").read_text().splitlines()]
+    write(world / "cedar.jsonl", [row | {"label": LABELS.index(row["label"])} for row in rows])
+    code, _, output = lines_of("check", str(world / "fed.toml"))
+    assert code == 0
+    assert (
+        "warning: labels are numbers without names at site=cedar, and names at public, site=ash, site=birch" in output
+    )
+
+
 def test_no_record_is_quoted(world: Path) -> None:
     edit(world / "ash.jsonl", 3, json.dumps({"text": "secret w1", "label": "secretlabel"}))
     edit(world / "ash.jsonl", 4, '{"text": "secret')
