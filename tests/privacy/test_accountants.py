@@ -6,12 +6,13 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from offsite.errors import PrivacyRefusal
-from offsite.privacy.accountants import ACCOUNTANTS, taken, tighter_bound
+from offsite.privacy.accountants import ACCOUNTANTS, WHOLE_ORDERS, bound_by_rdp, taken, tighter_bound
 from offsite.privacy.events import Event
 
 # sample_rate, noise_multiplier, steps, delta
@@ -102,6 +103,19 @@ def test_mixed_mechanisms_compose_as_in_dp_accounting():
         accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
     found = ACCOUNTANTS["prv"]([Event(1.0, 0.05, 50), Event(0.7, 0.02, 20)], 1e-5)
     assert found == pytest.approx(accountant.get_epsilon(1e-5), abs=0.02)
+
+
+@pytest.mark.parametrize("library", [PLDAccountant, RdpAccountant], ids=["pld", "rdp"])
+def test_a_step_that_is_kept_composes_to_what_the_library_gives(library):
+    """A step's distribution is computed once for all numbers of steps; equal to the last bit, in any order."""
+    for steps, more in ((36, 0), (6, 0), (12, 5), (6, 0)):
+        settings = {"value_discretization_interval": 1e-3} if library is PLDAccountant else {"orders": WHOLE_ORDERS}
+        accountant, events = library(**settings), [Event(1.0, 0.16, steps), *([Event(2.0, 0.1, more)] if more else [])]
+        for event in events:
+            noise = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(event.sample_rate, noise), event.steps)
+        found = tighter_bound(events, 1e-6).epsilon if library is PLDAccountant else bound_by_rdp(events, 1e-6)
+        assert found == accountant.get_epsilon(1e-6)
 
 
 # Rate, noise, steps; epsilon at 1e-6 by PLD on the grid of 1e-3, and the epsilon and the accounting that are now taken.
