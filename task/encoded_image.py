@@ -21,7 +21,9 @@ NO_IMAGE = (
     "is a text and no image, because no path is followed; give encoded images (reader 'image_parquet'), or a folder of "
     "images for each class (reader 'images')"
 )
-DAMAGED = "is not a readable image; copy it again, or remove it"
+DAMAGED = (
+    f"is not a readable image ({', '.join(FORMATS)}); convert another format, copy a damaged file again, or remove it"
+)
 MAX_PIXELS = 1 << 26  # of one image; a file of few bytes can need more memory than the machine has
 DEEP = ("I", "F")  # PIL's modes of 16 and 32 bits; a conversion would turn every value over 255 white
 # PIL's names for values of more bits in a file, as in "RGB;16B"; "BGR;16" has 16 bits for all three channels together.
