@@ -3,6 +3,7 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -25,3 +26,17 @@ def overlap_f1(guess: str, truth: str) -> float:
         return float(given == right)
     common = (Counter(given) & Counter(right)).total()
     return 2 * common / (len(given) + len(right))
+
+
+def highest(measure: Callable[[str, str], float], guess: str, truths: Sequence[str]) -> float:
+    """Returns the highest value of a measure over all right answers, as the official script of SQuAD 2.0 does.
+
+    Right answers without a normalised word do not count; a question without right answers has the empty answer.
+
+    Args:
+      measure: `exact_match` or `overlap_f1`.
+      guess: answer of a model; empty for no answer.
+      truths: texts of all right answers.
+    """
+    counted = [truth for truth in truths if normalized(truth)] or [""]
+    return max(measure(guess, truth) for truth in counted)

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from offsite.task.answer_text import exact_match, overlap_f1
+from offsite.task.answer_text import exact_match, highest, overlap_f1
 from offsite.task.encode import padded
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED
 from offsite.task.passages import NO_ANSWER, Passage, Span, Window
-from offsite.task.record_fields import FIELDS
+from offsite.task.record_fields import ANSWERS, FIELDS
 from offsite.task.records import check_split, fault, is_empty
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
@@ -34,24 +34,25 @@ class ExtractiveQA(Labelled):
         """Returns questions with their contexts as examples: one window of each context, so one row of each record.
 
         The window is the one that holds the answer, so that a context may be longer than `length`. An example has no
-        target where no window holds the answer. Where a context has no answer, both targets are the first token.
+        target where no window holds the answer. Where a context has no answer, both targets are the first token. Of
+        several right answers the first is learnt that stands at its place in the context and fits a window.
 
         Raises:
           ConfigError: the length does not fit the model, or the split is not "truncate".
-          DataError: there is no record, or an answer is not at `answer_start` of its context.
+          DataError: there is no record, or no answer is at its `answer_start` of the context.
         """
         check_split(split, self.name)
-        spans = [_span(records, index) for index in range(len(records))]
-        may_be_none = NO_ANSWER in spans  # as in SQuAD 2.0; decides on predictions alone, never on a target
+        spans = [_spans(records, index) for index in range(len(records))]
+        may_be_none = [NO_ANSWER] in spans  # as in SQuAD 2.0; decides on predictions alone, never on a target
         whole = processor.whole_pairs([(record["question"], record["context"]) for record in records])
         passages = [
-            Passage.of(record["context"], span, encoding, length, may_be_none=may_be_none)
-            for record, span, encoding in zip(records, spans, whole, strict=True)
+            Passage.of(record["context"], own, encoding, length, may_be_none=may_be_none, truths=_truths(record))
+            for record, own, encoding in zip(records, spans, whole, strict=True)
         ]
         inputs = token_inputs([passage.encoding_of(passage.shown) for passage in passages], length, model_config)
         labels = [_places(passage) for passage in passages]
         context = padded([passage.context_of(passage.shown) for passage in passages], length)
-        sources = [passage if passage.span else None for passage in passages]
+        sources = [passage if passage.spans else None for passage in passages]
         return RowBatch(inputs, torch.tensor(labels, dtype=torch.long), {CONTEXT: context}, sources)
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
@@ -61,17 +62,17 @@ class ExtractiveQA(Labelled):
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns the loss, and exact match and F1 of the best answer's text, as SQuAD defines them.
 
-        The best answer is sought in all windows of a context, also in those without the right answer. Every question
-        that could be read counts, also a question without a target.
+        The best answer is sought in all windows of a context, also in those without the right answer, and compared with
+        all right answers. Every question that could be read counts, also a question without a target.
         """
         with torch.no_grad():
             scores = _scores(model, batch.inputs)
             loss = float(cross_entropy(torch.stack(scores, dim=1), batch.labels).double().sum())
-            guesses = _answers(model, batch, scores)
-        truths = [passage.answer for passage in batch.sources if passage is not None]
-        pairs = [(guess, truth) for guess, truth in zip(guesses, truths, strict=True) if guess is not None]
+            guesses = _guesses(model, batch, scores)
+        truths = [passage.truths for passage in batch.sources if passage is not None]
+        pairs = [(guess, right) for guess, right in zip(guesses, truths, strict=True) if guess is not None]
         metrics = {
-            name: (sum(measure(guess, truth) for guess, truth in pairs), len(truths))
+            name: (sum(highest(measure, guess, right) for guess, right in pairs), len(truths))
             for name, measure in (("exact_match", exact_match), ("f1", overlap_f1))
         }
         return Tally(loss, int(batch.targets.sum()), metrics)
@@ -86,30 +87,48 @@ class ExtractiveQA(Labelled):
         return RowBatch(inputs, torch.stack([first, widths - 1], dim=1), {CONTEXT: context})
 
 
-def _span(records: Sequence[Record], index: int) -> Span | None:
-    """Returns the first character of an answer in its context and the end, without spaces around the answer.
+def _answers_of(record: Record) -> list[tuple[str, int]]:
+    """Returns the text and the place of each right answer of a record."""
+    several = record.get(ANSWERS) or [{"text": record["answer"], "answer_start": record["answer_start"]}]
+    return [(one["text"], one["answer_start"]) for one in several]
 
-    `NO_ANSWER` stands for an empty answer at -1; None for an empty record, and for a wrong one in `LenientRecords`.
+
+def _truths(record: Record) -> list[str]:
+    return [text.strip() for text, _ in _answers_of(record)]
+
+
+def _spans(records: Sequence[Record], index: int) -> list[Span]:
+    """Returns the first character and the end of each right answer in its context, without spaces around the answer.
+
+    `NO_ANSWER` alone stands for an empty answer at -1. Nothing is returned for an empty record, and for one of whose
+    answers none stands at its place, in `LenientRecords`.
     """
     record = records[index]
-    answer, start, context = record["answer"], record["answer_start"], record["context"]
     if is_empty(record):
-        return None
-    if not answer and start == -1:
-        return NO_ANSWER
+        return []
+    answers = _answers_of(record)
+    if set(answers) == {("", -1)}:
+        return [NO_ANSWER]
+    spans = [_span(answer, start, record["context"]) for answer, start in answers]
+    if not any(spans):
+        fault(
+            records,
+            index,
+            "answer",
+            "must stand in the context at answer_start, counted in characters, or be empty at -1 where the context has "
+            "no answer; correct it",
+        )
+    return [span for span in spans if span is not None]
+
+
+def _span(answer: str, start: int, context: str) -> Span | None:
+    """Returns the characters of an answer in its context; None where the answer does not stand at its place."""
     text = answer.strip()
     led = start + len(answer) - len(answer.lstrip())
     # An answer with a space in front may be placed at its space, as in some files of SQuAD, or at its first word.
     for spelling, place, begin in ((answer, start, led), (text, start, start)):
         if text and place >= 0 and context[place : place + len(spelling)] == spelling:
             return begin, begin + len(text)
-    fault(
-        records,
-        index,
-        "answer",
-        "must stand in the context at answer_start, counted in characters, or be empty at -1 where the context has no "
-        "answer; correct it",
-    )
     return None
 
 
@@ -126,7 +145,7 @@ def _places(passage: Passage) -> list[int]:
     return [first + before, last + before]
 
 
-def _answers(model: nn.Module, batch: RowBatch, scores: tuple[Tensor, Tensor]) -> list[str | None]:
+def _guesses(model: nn.Module, batch: RowBatch, scores: tuple[Tensor, Tensor]) -> list[str | None]:
     """Returns the text of the best answer to each question of a batch; None where no window fits.
 
     Args:

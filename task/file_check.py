@@ -11,7 +11,7 @@ from offsite.task.readers.tables import read_for_job
 from offsite.task.records import LenientRecords, is_empty
 
 SHOWN = 20  # faults of one kind in one file that are shown one by one
-_PLACE = re.compile(r"\b(line|row|text|image|record)=\d+")
+_PLACE = re.compile(r"\b(line|row|text|image|record|article|paragraph|question)=\d+")
 
 
 def check_file(
@@ -50,7 +50,7 @@ def add_faults(faults: Sequence[str], records: int, where: str, findings: Findin
     """
     kinds = dict[str, list[str]]()
     for fault in faults:
-        kinds.setdefault(_PLACE.sub(r"\1=", fault, count=1), []).append(fault)
+        kinds.setdefault(_PLACE.sub(r"\1=", fault), []).append(fault)
     for alike in kinds.values():
         every = len(alike) == records and records > 1
         for fault in alike[: 1 if every else SHOWN]:

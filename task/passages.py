@@ -3,6 +3,7 @@
 A context that does not fit is cut into windows that overlap, each after the whole question, as readers of SQuAD do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,19 +24,25 @@ Tokens = NDArray[np.int32]
 class Passage:
     """One record for a reader: the tokens of question and context, uncut, and the answer among them.
 
+    Of several right answers the first that a window holds whole is learnt, or the first of all where no window does.
+
     Attributes:
-      text: text in which the answer stands.
-      span: characters of the answer in the text; `NO_ANSWER`, or None for a record that could not be read.
+      text: text in which the answers stand.
+      spans: characters of each right answer in the text; `NO_ANSWER` alone, or nothing for a record that could not be
+        read.
+      truths: texts of all right answers, with those that stand elsewhere; see `task.answer_text.highest`.
       may_be_none: whether a prediction may be that there is no answer.
       length: tokens of a window, with question and special tokens.
       ids, types, starts, ends: see `task.tokenizer.Encoding`, int32 (n,); no element where the tokenizer failed.
       first, end: index of the context's first token, and of the token after its last.
+      span: characters of the answer to learn; `NO_ANSWER`, or None for a record that could not be read.
       tokens: first and last token of the answer; None where no token stands for the answer.
       shown: range of the context's tokens in the window to learn from; None where no window fits.
     """
 
     text: str = field(repr=False)
-    span: Span | None = field(repr=False)
+    spans: tuple[Span, ...] = field(repr=False)
+    truths: tuple[str, ...] = field(repr=False)
     may_be_none: bool
     length: int
     ids: Tokens = field(repr=False)
@@ -44,36 +51,46 @@ class Passage:
     ends: Tokens = field(repr=False)
     first: int
     end: int
+    span: Span | None = field(init=False, repr=False)
     tokens: tuple[int, int] | None = field(init=False, repr=False)
     shown: Window | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Finds the answer's tokens, and the window with them."""
-        object.__setattr__(self, "tokens", self._tokens())
-        object.__setattr__(self, "shown", self._shown())
+        """Chooses the answer to learn, and finds its tokens and the window with them."""
+        tried: list[tuple[Span | None, tuple[int, int] | None]] = [(span, self._tokens(span)) for span in self.spans]
+        found = [(span, tokens, self._shown(tokens)) for span, tokens in tried or [(None, None)]]
+        chosen = next((one for one in found if _holds(one[2], one[1])), found[0])
+        for name, value in zip(("span", "tokens", "shown"), chosen, strict=True):
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, text: str, span: Span | None, encoding: Encoding, length: int, *, may_be_none: bool) -> "Passage":
+    def of(
+        cls,
+        text: str,
+        spans: Sequence[Span],
+        encoding: Encoding,
+        length: int,
+        *,
+        may_be_none: bool,
+        truths: Sequence[str] = (),
+    ) -> "Passage":
         """Returns the passage of an encoded pair.
 
         Args:
-          text: text in which the answer stands.
-          span: characters of the answer, or `NO_ANSWER`, or None.
+          text: text in which the answers stand.
+          spans: characters of each right answer, or `NO_ANSWER` alone, or nothing.
           encoding: question and context with special tokens, uncut.
           length: tokens of a window.
           may_be_none: whether a prediction may be that there is no answer.
+          truths: texts of all right answers.
         """
         inside = [number for number, which in enumerate(encoding.sequences) if which == _CONTEXT]
         first, end = (inside[0], inside[-1] + 1) if inside else (len(encoding.ids), len(encoding.ids))
         ids, types, starts, ends = (
             np.array(column, np.int32) for column in (encoding.ids, encoding.types, encoding.starts, encoding.ends)
         )
-        return cls(text, span, may_be_none, length, ids, types, starts, ends, first, end)
-
-    @property
-    def answer(self) -> str:
-        """The right answer; empty where the context has no answer."""
-        return self.text[self.span[0] : self.span[1]] if self.span and self.span != NO_ANSWER else ""
+        places = length, ids, types, starts, ends, first, end
+        return cls(text, tuple(spans), tuple(truths), may_be_none, *places)
 
     @property
     def room(self) -> int:
@@ -106,23 +123,28 @@ class Passage:
         """Returns the text from one token of the uncut pair to another."""
         return self.text[self.starts[first] : self.ends[last]]
 
-    def _tokens(self) -> tuple[int, int] | None:
-        if self.span is None or self.span == NO_ANSWER:
+    def _tokens(self, span: Span) -> tuple[int, int] | None:
+        if span == NO_ANSWER:
             return None
         starts, ends = self.starts[self.first : self.end], self.ends[self.first : self.end]
-        inside = np.flatnonzero((starts < self.span[1]) & (ends > self.span[0])) + self.first
+        inside = np.flatnonzero((starts < span[1]) & (ends > span[0])) + self.first
         return (int(inside[0]), int(inside[-1])) if len(inside) else None
 
-    def _shown(self) -> Window | None:
+    def _shown(self, tokens: tuple[int, int] | None) -> Window | None:
         """Returns the window in which the answer has the most context on its shorter side, the first of equals.
 
         An answer that is too long for the overlap of two windows gets a window that begins with the answer.
         """
         windows = self.windows()
-        if self.tokens is None or not windows:
+        if tokens is None or not windows:
             return windows[0] if windows else None
-        first, last = self.tokens
-        holding = [window for window in windows if window[0] <= first and last < window[1]]
+        first, last = tokens
+        holding = [window for window in windows if _holds(window, tokens)]
         if not holding and last - first < self.room:
             return first, min(first + self.room, self.end)
         return max(holding or windows[:1], key=lambda window: min(first - window[0], window[1] - 1 - last))
+
+
+def _holds(window: Window | None, tokens: tuple[int, int] | None) -> bool:
+    """Says whether a window holds an answer whole."""
+    return window is not None and tokens is not None and window[0] <= tokens[0] and tokens[1] < window[1]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 LATENTS, LABEL, PROMPT, IMAGES = "latents", "label", "prompt_embeds", "image_embeds"
 IMAGE = "image"
 LABELS = (LABEL, "labels")  # fields that hold labels, one or a list
+# A further field of `extractive_qa`, of a record with several right answers: all of them with their places, in order.
+ANSWERS = "answers"
 
 # Task -> fields of its records with their types, the main field first; `object` is a name, a number or an array.
 FIELDS: Mapping[str, Mapping[str, type]] = {

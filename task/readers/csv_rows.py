@@ -43,7 +43,7 @@ def _sources(file: DataFile, columns: Columns, on_fault: OnFault, separators: di
         separator, header = _header(file, columns, lines, separators)
         layout = layout_of(file, columns, header)
         held = {name: at for at, name in enumerate(header) if name in layout.names.values()}
-        decoded = {name for field, name in layout.names.items() if columns[field].kind in (int, list) or layout.squad}
+        decoded = {layout.names[field] for field, column in columns.items() if column.kind in (int, list)}
         for line, cells in _rows(lines, separator, len(header)):
             place = file.place(f"line={line}")
             yield place, partial(_fields, file, place, layout, held, decoded, cells)

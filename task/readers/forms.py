@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from offsite.task.readers.columns import Columns
+from offsite.task.readers.rows import Broken
+from offsite.task.readers.squad_answers import ANSWER, IMPOSSIBLE, START, answer_fields
+from offsite.task.record_fields import ANSWERS
 
 MESSAGES, CONVERSATIONS = "messages", "conversations"  # a field, and ShareGPT's column for it
-ANSWER, START = "answer", "answer_start"  # fields that SQuAD has in one column
-ANSWERS = "answers"  # SQuAD's column
-TEXT = "text"  # SQuAD's name for an answer inside of its column
-NOWHERE = -1  # place of the empty answer of a question that has no answer
 
 # Sender of a message in ShareGPT's form -> role in a chat template.
 SENDERS = {
@@ -34,10 +33,6 @@ class Missing(Exception):
     """A row has no column of this name."""
 
 
-class Broken(Exception):
-    """A row breaks a rule of a form; the text is the rule, and holds nothing of the row."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """The columns that a record's fields are read from, in a file or in one row.
@@ -45,6 +40,7 @@ class Layout:
     Attributes:
       columns: field -> column as the user names it.
       names: field -> name of the column in the file; `a.b` stands for `b` inside of `a`, if no column has that name.
+        Beside the fields, SQuAD's `is_impossible` where the file has that column.
       squad: whether answer and place of the answer stand together in SQuAD's form.
     """
 
@@ -68,10 +64,12 @@ class Layout:
             held = ANSWERS if names[ANSWER] == ANSWER else names[ANSWER]
             if squad := present(held):
                 names[ANSWER] = names[START] = held
+        if ANSWER in names and START in names and present(IMPOSSIBLE):
+            names[IMPOSSIBLE] = IMPOSSIBLE
         return cls(columns, names, squad)
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the value of each field; of a question without an answer an empty text at -1.
+        """Returns the value of each field, and of SQuAD's form also `ANSWERS`; see `squad_answers.answer_fields`.
 
         Args:
           row: column -> value.
@@ -81,8 +79,9 @@ class Layout:
           Broken: a value is not of its form.
         """
         values = {field: row[name] if name in row else _inside(row, name) for field, name in self.names.items()}
-        if self.squad:
-            values[ANSWER], values[START] = _first_answer(values[ANSWER])
+        if ANSWER in values and START in values:
+            none = values.pop(IMPOSSIBLE, None)
+            values |= answer_fields(values[ANSWER], values[START], none, together=self.squad)
         if MESSAGES in values:
             values[MESSAGES] = _messages(values[MESSAGES])
         return values
@@ -118,23 +117,6 @@ def _inside(row: Mapping[str, Any], name: str) -> Any:
             raise Missing(name)
         value = value[part]
     return value
-
-
-def _first_answer(value: Any) -> tuple[Any, Any]:
-    """Returns the first answer of SQuAD's form, with its place; an empty text at `NOWHERE` where there is none.
-
-    The form is an object of two lists, or a list of objects.
-    """
-    if isinstance(value, Mapping):
-        texts, starts = value.get(TEXT), value.get(START)
-        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
-            return (texts[0], starts[0]) if texts else ("", NOWHERE)
-    elif isinstance(value, list) and all(isinstance(answer, Mapping) for answer in value):
-        return (value[0].get(TEXT), value[0].get(START)) if value else ("", NOWHERE)
-    raise Broken(
-        f"must have SQuAD's answers, {{{TEXT}: [...], {START}: [...]}} with as many texts as places; correct the row, "
-        f"or give columns {ANSWER} and {START}"
-    )
 
 
 def _messages(value: Any) -> Any:

@@ -28,6 +28,10 @@ _WORDS = {str: "text", int: "a whole number", list: "a list", object: "a name or
 Values = Mapping[str, Any]
 
 
+class Broken(Exception):
+    """A row breaks a rule of its form; the text is the rule, and holds nothing of the row."""
+
+
 class UnreadableValue:
     """Stands for a value that its file's library cannot decode; no column takes this type."""
 
@@ -89,8 +93,11 @@ def text_of(line: str, path: Path, where: str) -> str:
 
 
 def _checked(path: Path, columns: Columns, where: str, values: Values) -> Row:
-    """Returns a record from the values of a row by field, after a check of their types."""
-    record = {field: _value(values[field], column) for field, column in columns.items()}
+    """Returns a record from the values of a row by field, after a check of their types.
+
+    A form may give further fields than those that are read, which it has checked itself.
+    """
+    record = dict(values) | {field: _value(values[field], column) for field, column in columns.items()}
     for field, column in columns.items():
         value = record[field]
         fits = isinstance(value, _OBJECTS if column.kind is object else column.kind)

@@ -10,8 +10,8 @@ from typing import Any
 
 from offsite.task.readers.columns import Columns, check_columns
 from offsite.task.readers.data_file import DataFile
-from offsite.task.readers.forms import Broken, Layout, Missing, has, names_in
-from offsite.task.readers.rows import Values
+from offsite.task.readers.forms import Layout, Missing, has, names_in
+from offsite.task.readers.rows import Broken, Values
 from offsite.task.records import OnFault
 
 # A row: its place, and a function that returns its values by field, or None for a row without content, or raises.

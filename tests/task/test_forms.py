@@ -1,4 +1,4 @@
-"""task.readers.forms and csv_rows: columns inside of columns, forms of SQuAD and ShareGPT, separators, double names."""
+"""task.readers.forms and csv_rows: columns inside of columns, ShareGPT's form, separators, double names."""
 
 import csv
 import json
@@ -12,50 +12,10 @@ from offsite.errors import DataError
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read, read_for_job
 from offsite.task.record_fields import FIELDS
-from offsite.task.records import is_empty
+from tests.task.written import ALL, NESTED, as_arrow, as_jsonl, as_parquet, found
 
 TEXT = {"text": str}
-QA = FIELDS["extractive_qa"]
 CHAT = FIELDS["chat"]
-
-
-def as_jsonl(path, rows):
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path.with_suffix(".jsonl")
-
-
-def as_json(path, rows):
-    path.with_suffix(".json").write_text(json.dumps(rows))
-    return path.with_suffix(".json")
-
-
-def as_parquet(path, rows):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
-def as_arrow(path, rows):
-    table = pyarrow.Table.from_pylist(rows)
-    with pyarrow.ipc.new_stream(path.with_suffix(".arrow"), table.schema) as file:
-        file.write_table(table)
-    return path.with_suffix(".arrow")
-
-
-def as_csv(path, rows):
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})
-    return path.with_suffix(".csv")
-
-
-NESTED = [as_jsonl, as_json, as_parquet, as_arrow]
-ALL = [*NESTED, as_csv]
-
-
-def found(path, fields, names=None):
-    return [dict(record) for record in read(path, reader=None, columns=columns_of(fields, names=names or {}))]
 
 
 @pytest.mark.parametrize("write", NESTED)
@@ -99,59 +59,7 @@ def test_columns_by_dictionary_are_read_as_their_values(tmp_path):
         assert [row["text"] for row in found(tmp_path / name, TEXT)] == ["a", "b", "a", "a"]
 
 
-CONTEXT = "The river runs."
-SQUAD = [
-    {"question": "what", "context": CONTEXT, "answers": {"text": ["river", "The river"], "answer_start": [4, 0]}},
-    {"question": "who", "context": CONTEXT, "answers": {"text": [], "answer_start": []}},
-    {"question": "does", "context": CONTEXT, "answers": {"text": ["runs"], "answer_start": [10]}},
-]
-ANSWERED = [
-    {"question": "what", "context": CONTEXT, "answer": "river", "answer_start": 4},
-    {"question": "who", "context": CONTEXT, "answer": "", "answer_start": -1},
-    {"question": "does", "context": CONTEXT, "answer": "runs", "answer_start": 10},
-]
-
-
-@pytest.mark.parametrize("write", ALL)
-@pytest.mark.parametrize("named", [{}, {"answer": "answers"}, {"answer": "answers", "answer_start": "answers"}])
-def test_answers_of_squad_are_the_first_answer_and_its_place(tmp_path, write, named):
-    path = write(tmp_path / "d", SQUAD)
-    records = read(path, reader=None, columns=columns_of(QA, names=named))
-    assert [dict(record) for record in records] == ANSWERED
-    assert not any(is_empty(record) for record in records)
-
-
-@pytest.mark.parametrize("write", [as_jsonl, as_json, as_parquet])
-def test_answers_may_be_a_list_of_objects(tmp_path, write):
-    listed = [
-        {**row, "answers": [{"text": text, "answer_start": start} for text, start in
-                            zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)]}
-        for row in SQUAD
-    ]  # fmt: skip
-    assert found(write(tmp_path / "d", listed), QA) == ANSWERED
-
-
-def test_a_plain_answer_at_minus_one_is_a_question_without_an_answer(tmp_path):
-    plain = [ANSWERED[0], {**ANSWERED[0], "answer": "", "answer_start": -1}]
-    for write in ALL:
-        records = read(write(tmp_path / "d", plain), reader=None, columns=columns_of(QA, names={}))
-        assert [dict(record) for record in records] == plain
-
-
-@pytest.mark.parametrize(
-    "answers",
-    ["river", {"text": "river", "answer_start": 4}, {"text": ["river"]}, {"text": ["a"], "answer_start": []}, [4]],
-)
-def test_answers_of_another_form_are_named_by_line_and_never_shown(tmp_path, answers):
-    path = as_jsonl(tmp_path / "d", [SQUAD[0], {**SQUAD[0], "answers": answers}])
-    with pytest.raises(DataError, match=r"line=2 must have SQuAD's answers, {text: ") as caught:
-        found(path, QA)
-    assert "river" not in str(caught.value)
-
-
 def test_columns_that_stand_there_come_before_a_form(tmp_path):
-    rows = [{**ANSWERED[0], "answers": {"text": ["other"], "answer_start": [1]}}]
-    assert found(as_jsonl(tmp_path / "d", rows), QA) == ANSWERED[:1]
     rows = [{"messages": [{"role": "user", "content": "a"}], "conversations": []}]
     assert found(as_jsonl(tmp_path / "d", rows), CHAT) == [{"messages": rows[0]["messages"]}]
 
@@ -304,7 +212,7 @@ def test_a_broken_element_of_a_list_is_one_broken_row(tmp_path):
 def test_what_is_no_list_is_refused_as_a_whole(tmp_path, content):
     (tmp_path / "d.json").write_text(content)
     for how in (read, read_for_job):
-        with pytest.raises(DataError, match=r"is not one JSON list|has no row"):
+        with pytest.raises(DataError, match=r"is neither one JSON list|has no row"):
             how(tmp_path / "d.json", reader=None, columns=columns_of(TEXT, names={}))
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from offsite.errors import DataError
-from offsite.task.answer_text import exact_match, overlap_f1
+from offsite.task.answer_text import exact_match, highest, overlap_f1
 from offsite.task.extractive_qa import LONGEST_ANSWER, ExtractiveQA
 from offsite.task.labels import IGNORED
 from offsite.task.passages import NO_ANSWER, OVERLAP, Passage
@@ -129,13 +129,13 @@ def test_the_shown_window_has_the_most_context_around_the_answer() -> None:
     assert _letters(100, (10, 12), length=4).shown is None  # the question alone fills the window
 
 
-def _letters(size: int, span: tuple[int, int], *, length: int) -> Passage:
+def _letters(size: int, *spans: tuple[int, int], length: int) -> Passage:
     """One token for each character; three tokens before the context and one behind."""
     places = [0, 0, 0, *range(size), 0]
     sequences = [-1, 0, -1, *[1] * size, -1]
     ends = [place + int(which == 1) for place, which in zip(places, sequences, strict=True)]
     ids = list(range(size + 4))
-    return Passage.of("x" * size, span, Encoding(ids, ids, sequences, ids, places, ends), length, may_be_none=False)
+    return Passage.of("x" * size, spans, Encoding(ids, ids, sequences, ids, places, ends), length, may_be_none=False)
 
 
 # what an answer may be
@@ -149,7 +149,7 @@ def test_spaces_around_an_answer_are_no_part_of_it(reader: Any, answer: str, sta
     record = {"question": "w9", "context": "w1 w2 w3 w4", "answer": answer, "answer_start": start}
     batch = encoded(reader, [record])
     assert batch.labels.tolist() == [[4, 5]]
-    assert batch.sources[0].answer == "w2 w3"
+    assert batch.sources[0].truths == ("w2 w3",)
 
 
 @pytest.mark.parametrize(("answer", "start"), [("", 0), ("", 3), ("  ", 2), ("w3", -1), ("w2", 4), ("w2 w3 w9", 3)])
@@ -171,6 +171,43 @@ def test_a_question_without_an_answer_is_learnt_at_the_first_token(reader: Any) 
     assert batch.labels.tolist() == [[0, 0], [IGNORED, IGNORED]]
     assert batch.sources[0].span == NO_ANSWER
     assert batch.sources[1] is None
+
+
+# several right answers
+
+
+def answered(context: str, *answers: tuple[str, int]) -> dict[str, Any]:
+    """A question with its right answers in order, as the readers give them."""
+    listed = [{"text": text, "answer_start": start} for text, start in answers]
+    first = listed[0] if listed else {"text": "", "answer_start": -1}
+    record = {"question": "w9", "context": context, "answer": first["text"], "answer_start": first["answer_start"]}
+    return record | ({"answers": listed} if len(listed) > 1 else {})
+
+
+def test_the_first_right_answer_that_stands_there_and_fits_a_window_is_learnt(reader: Any) -> None:
+    context = "w1 w2 w3 w4"
+    for answers, labels in (
+        ([("w2", 3), ("w2 w3", 3)], [4, 4]),
+        ([("w2 w3", 3), ("w2", 3)], [4, 5]),
+        ([("w9", 3), ("w3", 6)], [5, 5]),  # an alias, which stands nowhere
+        ([("", -1), ("w3", 6)], [5, 5]),
+    ):
+        assert encoded(reader, [answered(context, *answers)]).labels.tolist() == [labels], answers
+    long = " ".join(WORDS)  # no window of 20 tokens holds the whole context
+    record = answered(long, (long, 0), ("w1 w2", long.index("w1 w2")))
+    batch = encoded(reader, [record])
+    assert batch.targets.tolist() == [2]
+    (passage,) = batch.sources
+    assert long[passage.span[0] : passage.span[1]] == "w1 w2"
+    assert passage.truths == (long, "w1 w2")
+    with pytest.raises(DataError, match="must stand in the context at answer_start"):
+        encoded(reader, [answered(context, ("w2", 4), ("w3", 5))])
+
+
+def test_of_several_answers_that_fit_the_first_is_shown() -> None:
+    assert _letters(30, (10, 28), (3, 5), length=20).span == (3, 5)  # 16 letters of context fit a window
+    assert _letters(30, (10, 12), (3, 5), length=20).span == (10, 12)
+    assert _letters(30, (0, 28), (1, 30), length=20).span == (0, 28)
 
 
 # exact match and F1
@@ -214,6 +251,28 @@ def test_texts_are_compared_as_squad_compares_them() -> None:
         assert (exact_match(guess, truth), overlap_f1(guess, truth)) == pytest.approx(squad(guess, truth))
 
 
+def official(guess: str, answers: list[str]) -> tuple[float, float]:
+    """The official script of SQuAD 2.0: the best over the answers that keep a word, and "" where none does."""
+    gold = [answer for answer in answers if squad(answer, "") == (0.0, 0.0)] or [""]
+    return max(squad(guess, one)[0] for one in gold), max(squad(guess, one)[1] for one in gold)
+
+
+def test_of_several_right_answers_the_best_counts_as_in_squads_script() -> None:
+    assert [highest(exact_match, "cat", truths) for truths in (["dog", "The cat."], ["dog"], [])] == [1.0, 0.0, 0.0]
+    assert [highest(exact_match, "", truths) for truths in (["the", "cat"], ["the"], [], [""])] == [0.0, 1.0, 1.0, 1.0]
+    assert highest(overlap_f1, "a big cat", ["dog", "cat", "big black cat"]) == pytest.approx(0.8)
+    dice = random.Random(9)
+    pieces = ["the", "A", "cat", "Cat,", "dog", "-", "", "42"]
+
+    def text() -> str:
+        return " ".join(dice.choice(pieces) for _ in range(dice.randrange(4)))
+
+    for _ in range(600):
+        guess, truths = text(), [text() for _ in range(dice.randrange(6))]
+        found = highest(exact_match, guess, truths), highest(overlap_f1, guess, truths)
+        assert found == pytest.approx(official(guess, truths)), (guess, truths)
+
+
 def by_search(reader: Any, record: dict[str, Any], passage: Passage) -> tuple[float, str, float]:
     """Returns the best score, its text, and the lowest score of no answer, one window and one place at a time."""
     _, model, *_ = reader
@@ -236,16 +295,21 @@ def by_search(reader: Any, record: dict[str, Any], passage: Passage) -> tuple[fl
 
 @pytest.mark.parametrize("unanswerable", [False, True])
 def test_the_measures_are_those_of_a_search_over_all_windows(reader: Any, unanswerable: bool) -> None:
-    """Long contexts beside short ones, and in parts; the window with the right answer has no advantage."""
+    """Long contexts beside short ones, several right answers, and in parts; no window has an advantage."""
     task, model, *_ = reader
     dice = random.Random(6)
     records = [question(dice, dice.choice([3, 9, 30, 50])) for _ in range(10)]
+    for record in records[::2]:
+        words = [word for word in record["context"].split() if record["context"].count(word) == 1]
+        others = [(word, record["context"].index(word)) for word in words]
+        record.update(answered(record["context"], (record["answer"], record["answer_start"]), *others))
     if unanswerable:
-        records += [record | {"answer": "", "answer_start": -1} for record in records[:4]]
+        records += [answered(record["context"]) | {"question": record["question"]} for record in records[:4]]
     batch = encoded(reader, records)
     searched = [by_search(reader, record, passage) for record, passage in zip(records, batch.sources, strict=True)]
     guesses = ["" if unanswerable and none > score else text for score, text, none in searched]
-    pairs = [squad(guess, record["answer"]) for guess, record in zip(guesses, records, strict=True)]
+    right = [[one["text"] for one in record.get("answers", [])] or [record["answer"]] for record in records]
+    pairs = [official(guess, truths) for guess, truths in zip(guesses, right, strict=True)]
     parts = [task.tally(model, batch.select(range(at, min(at + 3, len(batch))))) for at in range(0, len(batch), 3)]
     means = sum(parts[1:], parts[0]).means()
     assert means["exact_match"] == pytest.approx(sum(exact for exact, _ in pairs) / len(pairs))
@@ -278,7 +342,7 @@ def test_a_word_of_several_tokens_and_dropped_letters_keep_their_target() -> Non
     pair = made.encode("ab", ".ab cd.")
     encoding = Encoding(pair.ids, pair.type_ids, [0, 1, 1], [0, 0, 1], *map(list, zip(*pair.offsets, strict=True)))
     for span, tokens in (((0, 3), (1, 1)), ((2, 3), (1, 1)), ((1, 7), (1, 2)), ((6, 7), None)):
-        assert Passage.of(".ab cd.", span, encoding, 8, may_be_none=False).tokens == tokens
+        assert Passage.of(".ab cd.", [span], encoding, 8, may_be_none=False).tokens == tokens
 
 
 def test_the_scores_of_a_batch_without_texts_are_its_loss(reader: Any) -> None:
