@@ -12,10 +12,10 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.evaluation.rehearse import Lesson, Text
 from offsite.emulator.structure.geometry import Geometry
-from offsite.task.encode import JOINED
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
 from offsite.task.selection import spread
+from offsite.task.splits import JOINED
 from offsite.task.tasks import TASKS
 
 DOMAINS = ("abraham-lincoln", "andrew-jackson", "ronald-reagan")

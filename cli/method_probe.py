@@ -21,8 +21,8 @@ from transformers import (
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, dummy_tensors
-from offsite.adapter.methods.refused import REFUSED
 from offsite.adapter.methods.task_head import HEAD
+from offsite.adapter.refused_methods import REFUSED
 from offsite.adapter.spec import AdapterSpec
 from offsite.adapter.targets import is_linear, lengths
 from offsite.cli.method_table import MethodFacts, MethodFinding, MethodTable

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from offsite.client.training.privacy_plan import check_batch
-from offsite.coordinator.check.federation import EVERYTHING, Scope, check_enough_public, check_records
+from offsite.coordinator.check.federation import EVERYTHING, Parties, Scope, check_records
 from offsite.coordinator.check.machine import check_room
-from offsite.coordinator.check.names import check_names
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
@@ -27,20 +26,17 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
         findings.add("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
         return
     names = [site.name for site in config.sites]
-    check_names(config, names, config.secagg.fewest(len(names)), findings)
     check_room(config, out, 1 + len(config.emulator.variants), findings)
     parts = [(f"site={site.name}", TRAINING, site.train) for site in config.sites]
     parts += [(f"site={site.name}", HELD_OUT, site.heldout) for site in config.sites]
-    read, encoder, tried = check_records(config, [("", PUBLIC, config.data.public), *parts], findings, scope)
-    if scope.public:
-        check_enough_public(config, tried, findings)
-    if encoder is not None:
-        labels = {file.where or PUBLIC: only_numbers(file.records) for file in read if file.part != HELD_OUT}
-        for warning in disagreement(labels, encoder.model_config):
-            findings.warn(warning)
-    counts = {file.where: len(file.records) for file in read if file.part == TRAINING}
+    parties = Parties(names, config.secagg.fewest(len(names)))
+    checked = check_records(config, parties, (("", PUBLIC, config.data.public), *parts), findings, scope)
+    labels = {file.where or PUBLIC: only_numbers(file.records) for file in checked.read if file.part != HELD_OUT}
+    for warning in disagreement(labels, checked.model_config):
+        findings.warn(warning)
+    counts = {file.where: len(file.records) for file in checked.read if file.part == TRAINING}
     if config.data.split != "truncate":
-        counts = {own.file.where: own.examples for own in tried if own.file.part == TRAINING}
+        counts = {own.file.where: own.examples for own in checked.tried if own.file.part == TRAINING}
     if scope.plans:
         _check_plans(config, counts, findings)
 

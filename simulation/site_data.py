@@ -10,7 +10,7 @@ from offsite.coordinator.report.data_facts import DataFacts
 from offsite.errors import DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.run_folder import Run
-from offsite.task.nothing_to_learn import HELD_OUT, TRAINING, Encoder, learnt
+from offsite.task.nothing_to_learn import HELD_OUT, TRAINING, Encoder, counted, learnt
 from offsite.task.selection import spread
 from offsite.task.spec import Batch
 
@@ -69,7 +69,7 @@ def _read(
     records = run.records(path)
     examples = run.encoded(path, records, manifest, session)
     encoder = Encoder(session.task, session.processor, manifest.length, manifest.split, session.model.config)
-    outcome = learnt(encoder, records, examples)
+    outcome = learnt(encoder, records, counted(examples))
     if outcome.nothing:
         raise DataError(f"{part} data: {outcome}")
     return examples, DataFacts.of(part, site.name, outcome)

@@ -7,10 +7,9 @@ import numpy as np
 
 from offsite.task.file_check import add_faults
 from offsite.task.findings import Findings
-from offsite.task.nothing_to_learn import PUBLIC, Encoder, Learnt, learnt
+from offsite.task.nothing_to_learn import PUBLIC, Counter, Learnt, learnt
 from offsite.task.records import LenientRecords
 from offsite.task.selection import spread_rows
-from offsite.task.spec import Batch
 from offsite.task.tokenizer import Tokenizer
 
 # Records that go through the tokenizer, which takes milliseconds for each: of all files, and of one file at least. The
@@ -54,15 +53,15 @@ class Tried:
     faulty: bool
 
 
-def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings) -> list[Tried]:
-    """Encodes records of each file, and adds every fault and every file with nothing to learn to the findings.
+def try_records(counter: Counter, files: Sequence[DataFile], findings: Findings) -> list[Tried]:
+    """Counts the targets of each file's records; adds every fault, and every file without a target, to the findings.
 
     All records are held against the task's rules, for example the labels. About `TRIED`, evenly spaced over each file,
     go through the tokenizer too; where none of a file's has a target, all records of the file do. Images are all
     decoded.
 
     Args:
-      encoder: encoder of the job.
+      counter: counter of the job.
       files: the files.
       findings: findings so far.
 
@@ -71,39 +70,39 @@ def try_records(encoder: Encoder, files: Sequence[DataFile], findings: Findings)
     """
     outcomes = list[Tried]()
     # The tokenizer starts once for all files, unless texts are cut into blocks: a block does not tell its file.
-    groups = [list(files)] if encoder.split == "truncate" else [[file] for file in files]
+    groups = [list(files)] if counter.split == "truncate" else [[file] for file in files]
     for group in filter(None, groups):
         with findings.gathering():
-            chosen = [_chosen(encoder, file, max(FEWEST, TRIED // len(group))) for file in group]
-            outcomes += _tried(encoder, group, chosen, findings)
+            chosen = [_chosen(counter, file, max(FEWEST, TRIED // len(group))) for file in group]
+            outcomes += _tried(counter, group, chosen, findings)
     return outcomes
 
 
 def _tried(
-    encoder: Encoder, files: Sequence[DataFile], chosen: Sequence[LenientRecords], findings: Findings
+    counter: Counter, files: Sequence[DataFile], chosen: Sequence[LenientRecords], findings: Findings
 ) -> list[Tried]:
     together = LenientRecords([record for records in chosen for record in records])
-    examples, begin, first, outcomes = encoder.encode(together), 0, 0, list[Tried]()
+    targets, begin, first, outcomes = counter.targets(together), 0, 0, list[Tried]()
     for file, records in zip(files, chosen, strict=True):
-        size = len(records) if encoder.split == "truncate" else len(examples)
-        own, begin = examples.select(list(range(begin, begin + size))), begin + size
+        size = len(records) if counter.split == "truncate" else len(targets)
+        own, begin = targets[begin : begin + size], begin + size
         rows, first = range(first, first + len(records)), first + len(records)
         records.faults += _faults_of(file, together, rows)
-        outcomes.append(_outcome(encoder, file, records, own, findings))
+        outcomes.append(_outcome(counter, file, records, own, findings))
     return outcomes
 
 
-def _outcome(encoder: Encoder, file: DataFile, chosen: LenientRecords, examples: Batch, findings: Findings) -> Tried:
-    records, outcome = chosen, learnt(encoder, chosen, examples)
+def _outcome(counter: Counter, file: DataFile, chosen: LenientRecords, targets: list[int], findings: Findings) -> Tried:
+    records, outcome = chosen, learnt(counter, chosen, targets)
     if len(chosen) < len(file.records):
-        chosen.faults += [fault for fault in _check_rules(encoder, file) if fault not in chosen.faults]
+        chosen.faults = [*file.records.faults, *_check_rules(counter, file)]
         if outcome.nothing:
             records = LenientRecords(file.records, chosen.faults)
-            examples = encoder.encode(LenientRecords(records))
-            outcome = learnt(encoder, records, examples)
+            targets = counter.targets(LenientRecords(records))
+            outcome = learnt(counter, records, targets)
     _add(file, records, outcome, findings)
-    count = len(file.records) if encoder.split == "truncate" else len(examples)
-    return Tried(file, count, outcome, int((examples.targets > 0).sum()), bool(records.faults))
+    count = len(file.records) if counter.split == "truncate" else len(targets)
+    return Tried(file, count, outcome, sum(count > 0 for count in targets), bool(records.faults))
 
 
 def _add(file: DataFile, records: LenientRecords, outcome: Learnt, findings: Findings) -> None:
@@ -122,19 +121,19 @@ def _faults_of(file: DataFile, records: LenientRecords, rows: range) -> list[str
     return [fault if "data=" in fault else f"data={file.path!r} {fault}" for fault in faults]
 
 
-def _chosen(encoder: Encoder, file: DataFile, count: int) -> LenientRecords:
+def _chosen(counter: Counter, file: DataFile, count: int) -> LenientRecords:
     """Returns about `count` records, which go through the tokenizer, with the faults of the file."""
     records = file.records
-    if encoder.split != "truncate" or not isinstance(encoder.processor, Tokenizer):
+    if counter.split != "truncate" or not isinstance(counter.processor, Tokenizer):
         return LenientRecords(records, records.faults)
     rows = spread_rows(np.arange(len(records)), max(count, OF_PUBLIC if file.part == PUBLIC else 0))
     return LenientRecords([records[int(row)] for row in rows], records.faults)
 
 
-def _check_rules(encoder: Encoder, file: DataFile) -> list[str]:
+def _check_rules(counter: Counter, file: DataFile) -> list[str]:
     """Returns the faults of all records of a file under the task's rules, found without the tokenizer."""
     records = LenientRecords(file.records)
-    replace(encoder, processor=_Silent(encoder.processor)).encode(records)
+    replace(counter, processor=_Silent(counter.processor)).targets(records)
     return _faults_of(file, records, range(len(records)))
 
 

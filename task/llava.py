@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task import checkpoint, chunked_head
-from offsite.task.encode import SHORTEST, mask_of, padded
+from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.image_classification import dtype_of
 from offsite.task.image_text_processor import MARKERS, ImageTextProcessor, holds_marker, without_marker
@@ -19,6 +19,7 @@ from offsite.task.images import Pixels, check_records, plain_pixels, size_of
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import fault
 from offsite.task.spec import Record, Tally
+from offsite.task.splits import SHORTEST
 
 # Vision towers, with the number of places before the places of their patches.
 BEFORE_PATCHES = {"clip_vision_model": 1, "siglip_vision_model": 0}

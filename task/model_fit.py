@@ -10,6 +10,7 @@ from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task.kinds import KINDS
 from offsite.task.model_folder import beside, check_weights, read_config
 from offsite.task.spec import Task
+from offsite.task.stated_config import check_rows
 
 USUAL = 128
 # Kinds whose examples are padded with the token that the configuration names.
@@ -71,12 +72,7 @@ def check_token_ids(model_config: Any, largest: int | None, kind: str = "causal_
         return
     text = model_config.get_text_config()
     rows = int(text.vocab_size)
-    if largest >= rows:
-        raise UnsupportedModel(
-            f"token id={largest}: the model has rows for the token ids 0 to {rows - 1} only (vocab_size={rows}); give "
-            "the model's own tokenizer, remove added tokens that the model never learnt from tokenizer.json, or resize "
-            "the model (resize_token_embeddings) and save it"
-        )
+    check_rows(largest, rows)
     needed = {"pad_token_id": kind in PADDED, "decoder_start_token_id": kind == "seq2seq"}
     for key, used in needed.items():
         number = getattr(text, key, None)

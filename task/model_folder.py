@@ -8,10 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from offsite.errors import DataError, UnsupportedModel
-from offsite.task.kinds import WORDS, class_names
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -30,6 +28,24 @@ def check_folder(folder: Path) -> None:
         raise DataError(f"model={str(folder)!r} is not a directory; give the path of a Hugging Face model directory")
 
 
+def document(folder: Path) -> dict[str, Any]:
+    """Returns the values that config.json of a model's folder states.
+
+    Raises:
+      DataError: the folder or config.json is missing or damaged, or the folder holds an adapter and no model.
+    """
+    check_folder(folder)
+    if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER).is_file():
+            raise DataError(f"model={str(folder)!r} {_only_adapter(folder)}")
+        raise DataError(f"model={str(folder)!r} has no config.json; give the directory that save_pretrained wrote")
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
+    return values if isinstance(values, dict) else {}
+
+
 def read_config(folder: Path, kind: str) -> Any:
     """Returns the configuration of a model's folder, as transformers reads it, without code from the folder.
 
@@ -41,11 +57,29 @@ def read_config(folder: Path, kind: str) -> Any:
       DataError: the folder or config.json is missing or damaged, or the folder holds an adapter and no model.
       UnsupportedModel: transformers knows no such model of this kind.
     """
-    _check_type(folder, _document(folder), kind)
+    from transformers import AutoConfig  # seconds; the other checks of a folder need no model library
+
+    _check_type(folder, document(folder), kind)
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each model has its own checks, and each raises what it likes
         raise DataError(f"model={str(folder)!r} has a wrong config.json ({line(error)}); correct that value") from error
+
+
+def check_plain(folder: Path, values: dict[str, Any]) -> None:
+    """Refuses a model with quantised weights.
+
+    Args:
+      folder: the model's folder.
+      values: content of its config.json.
+
+    Raises:
+      UnsupportedModel: config.json has a quantization_config.
+    """
+    if values.get("quantization_config"):
+        raise UnsupportedModel(
+            f"model={str(folder)!r} has a quantization_config, must have plain weights; save a dequantised copy"
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -95,7 +129,7 @@ def beside(folder: Path) -> list[str]:
             "without the adapter; merge the adapter into the model (merge_and_unload) if it belongs there"
         )
     code = sorted(path.name for path in folder.glob("*.py"))
-    if code or "auto_map" in _document(folder):
+    if code or "auto_map" in document(folder):
         notes.append(
             f"model={str(folder)!r} holds or names code of its own ({', '.join(code) or 'auto_map'}); the code is not "
             "run, and the class of transformers is used"
@@ -138,20 +172,9 @@ def line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _document(folder: Path) -> dict[str, Any]:
-    check_folder(folder)
-    if not (folder / CONFIG).is_file():
-        if (folder / ADAPTER).is_file():
-            raise DataError(f"model={str(folder)!r} {_only_adapter(folder)}")
-        raise DataError(f"model={str(folder)!r} has no config.json; give the directory that save_pretrained wrote")
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"model={str(folder)!r} has a damaged config.json; save the model again") from error
-    return values if isinstance(values, dict) else {}
-
-
 def _check_type(folder: Path, values: dict[str, Any], kind: str) -> None:
+    from offsite.task.kinds import WORDS, class_names
+
     known, name = class_names(kind), values.get("model_type")
     if name not in known:
         own = values.get("auto_map")
@@ -160,10 +183,7 @@ def _check_type(folder: Path, values: dict[str, Any], kind: str) -> None:
             f"model_type={name!r} must be a {WORDS[kind]} of transformers, and code{code} in the model's directory is "
             "never run; choose another model"
         )
-    if values.get("quantization_config"):
-        raise UnsupportedModel(
-            f"model={str(folder)!r} has a quantization_config, must have plain weights; save a dequantised copy"
-        )
+    check_plain(folder, values)
     names = values.get("architectures") or known[name]
     if not set(names) & {class_name for class_names_of_type in known.values() for class_name in class_names_of_type}:
         raise UnsupportedModel(f"architectures={names} must be a {WORDS[kind]}; choose another model")
@@ -203,7 +223,7 @@ def _names_in(path: Path, folder: Path) -> list[str]:
         if file.read(len(POINTER)) == POINTER:
             raise DataError(f"{where} is a pointer of Git LFS and not the weights; fetch them with git lfs pull")
     try:
-        with safe_open(path, framework="pt") as stored:
+        with safe_open(path, framework="np") as stored:
             return list(stored.keys())
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where} cannot be read, it is cut or damaged ({line(error)}); fetch it again") from error

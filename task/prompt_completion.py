@@ -7,11 +7,13 @@ import torch
 
 from offsite.errors import DataError
 from offsite.task.causal_lm import CausalLM
-from offsite.task.encode import Frame, check_length, mask_of, padded
+from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.spec import Record
+from offsite.task.splits import check_length
+from offsite.task.token_rows import prompted_rows
 
 
 class PromptCompletion(CausalLM):
@@ -33,16 +35,7 @@ class PromptCompletion(CausalLM):
           DataError: there is no record.
         """
         check_split(split, self.name)
-        prompts = processor.tokens([record["prompt"] for record in records], length)
-        completions = processor.tokens([record["completion"] for record in records], length)
-        frame = Frame.of(processor)
-        pairs = [
-            (frame.begun(prompt), frame.ended(frame.bare(done)) if done else [])
-            for prompt, done in zip(prompts, completions, strict=True)
-        ]
-        rows = [(prompt + done)[:length] for prompt, done in pairs]
-        answers = [([0] * len(prompt) + [1] * len(done))[:length] for prompt, done in pairs]
-        return answered(rows, answers, length)
+        return answered(*prompted_rows(processor, records, length), length)
 
 
 def answered(rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], length: int) -> Examples:

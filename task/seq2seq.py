@@ -15,6 +15,7 @@ from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
+from offsite.task.token_rows import translated_rows
 
 WRAPPED = ("mbart", "plbart")  # families whose decoder starts with the last token of the target
 
@@ -37,12 +38,8 @@ class Seq2Seq(Labelled):
           UnsupportedModel: the model names no start token of its decoder.
         """
         check_split(split, self.name)
-        sources = processor.singles([record["source"] for record in records], length)
-        targets = [encoding.ids for encoding in processor.targets([record["target"] for record in records], length)]
-        inputs = token_inputs(sources, length, model_config)
-        labels = padded(
-            [ids if source.ids else [] for ids, source in zip(targets, sources, strict=True)], length, IGNORED
-        )
+        sources, targets = translated_rows(processor, records, length)
+        inputs, labels = token_inputs(sources, length, model_config), padded(targets, length, IGNORED)
         return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:

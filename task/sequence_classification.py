@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from offsite.errors import UnsupportedModel
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
-from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.labels import IGNORED, names_of
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
+from offsite.task.token_rows import labelled_texts
 
 
 class SequenceClassification(Labelled):
@@ -38,10 +39,8 @@ class SequenceClassification(Labelled):
                 "is_encoder_decoder=true must be false, because such a model finds its label by the end-of-text tokens "
                 "of the whole batch, so examples would depend on each other; choose an encoder"
             )
-        labels = Labels(model_config).of(records, "label")
-        texts = processor.singles([record["text"] for record in records], length)
-        scored = [label if text.ids else IGNORED for label, text in zip(labels, texts, strict=True)]
-        return RowBatch(token_inputs(texts, length, model_config), torch.tensor(scored, dtype=torch.long))
+        texts, labels = labelled_texts(processor, records, length, model_config)
+        return RowBatch(token_inputs(texts, length, model_config), torch.tensor(labels, dtype=torch.long))
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the loss of each example's label, nats, (B,)."""

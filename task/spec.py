@@ -102,7 +102,7 @@ class Task(Protocol):
           processor: tokenizer or image processor from `load_processor`.
           records: records with the fields of `columns`.
           length: maximum number of tokens of an example, >= 1.
-          split: name in `task.encode.SPLITS`; a task whose records are its examples takes "truncate" only.
+          split: name in `task.splits.SPLITS`; a task whose records are its examples takes "truncate" only.
           model_config: configuration of the model, with its labels and special tokens.
         """
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from offsite.task.encode import padded
 from offsite.task.entities import Tagging
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
-from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.labels import IGNORED, names_of
 from offsite.task.record_fields import FIELDS
-from offsite.task.records import check_split, fault
+from offsite.task.records import check_split
 from offsite.task.rows import RowBatch
 from offsite.task.spec import Record, Tally
-from offsite.task.tokenizer import Encoding
+from offsite.task.token_rows import labelled_words
 
 
 class TokenClassification(Labelled):
@@ -35,12 +35,8 @@ class TokenClassification(Labelled):
           UnsupportedModel: the model has no usable labels; see `task.labels.names_of`.
         """
         check_split(split, self.name)
-        words = [_words(records, index) for index in range(len(records))]
-        labels = Labels(model_config).lists_of(records, "labels")
-        encodings = processor.worded(words, length)
-        inputs = token_inputs(encodings, length, model_config)
-        rows = [_at_first_tokens(encoding, own) for encoding, own in zip(encodings, labels, strict=True)]
-        return RowBatch(inputs, padded(rows, length, IGNORED))
+        encodings, labels = labelled_words(processor, records, length, model_config)
+        return RowBatch(token_inputs(encodings, length, model_config), padded(labels, length, IGNORED))
 
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of each example's labels, nats, (B,)."""
@@ -72,25 +68,3 @@ class TokenClassification(Labelled):
         inputs = dummy_inputs(model, length, generator)
         labels = torch.randint(len(names_of(model.config)), (2, length), generator=generator)
         return RowBatch(inputs, torch.where(inputs["attention_mask"].bool(), labels, IGNORED))
-
-
-def _words(records: Sequence[Record], index: int) -> list[str]:
-    """Returns a record's words; an empty list for a faulty record in `LenientRecords`."""
-    words, labels = records[index]["words"], records[index]["labels"]
-    if not all(isinstance(word, str) for word in words):
-        fault(records, index, "words", "must be a list of texts; correct the field")
-        return []
-    if len(words) != len(labels):
-        fault(records, index, "labels", "must be as many as the words; correct the field")
-        return []
-    return list(words)
-
-
-def _at_first_tokens(encoding: Encoding, labels: Sequence[int]) -> list[int]:
-    """Returns the label of each token: the word's label at its first token, else `IGNORED`."""
-    row, seen = [], set[int]()
-    for word in encoding.words:
-        first = 0 <= word < len(labels) and word not in seen
-        row.append(labels[word] if first else IGNORED)
-        seen.add(word)
-    return row

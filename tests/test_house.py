@@ -105,8 +105,8 @@ def test_methods_and_compressors_do_not_know_each_other() -> None:
     """All files of a table are in the contract, but for those on which several entries stand."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (independent,) = (one for one in settings["contracts"] if one["type"] == "independence")
-    shared = {"bottleneck", "frozen_bottleneck", "peft_tuners", "peft_tuner_table", "refused"}
-    shared |= {"arguments", "pairs", "refit"}
+    shared = {"bottleneck", "frozen_bottleneck", "peft_tuners", "peft_tuner_table"}
+    shared |= {"pairs", "refit"}
     found = {
         f"offsite.{p.parent.relative_to(ROOT)}.{p.stem}".replace("/", ".")
         for folder in TABLES

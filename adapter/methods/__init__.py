@@ -14,6 +14,7 @@ from offsite.adapter.auxiliary import (
     dummy_tensors_for,
 )
 from offsite.adapter.inject import refuse_second
+from offsite.adapter.method_names import check_name
 from offsite.adapter.methods import blocks, clip_adapter, fed_sb, fusion, masked, soft_prompt, stacked, task_head
 from offsite.adapter.methods.bottleneck import attach_bottleneck, attach_houlsby, attach_parallel
 from offsite.adapter.methods.concept_tokens import attach_concept_tokens
@@ -22,12 +23,11 @@ from offsite.adapter.methods.lora import attach_ffa_lora, attach_lora
 from offsite.adapter.methods.miss import attach_miss
 from offsite.adapter.methods.peft_tuner_table import TUNERS
 from offsite.adapter.methods.peft_tuners import MOVED, SAME
-from offsite.adapter.methods.refused import REFUSED
 from offsite.adapter.methods.scaling import attach_ia3
 from offsite.adapter.methods.selective import attach_bitfit, attach_norm
 from offsite.adapter.options import Option, resolve
 from offsite.adapter.spec import AdapterSpec
-from offsite.errors import ConfigError, UnsupportedModel, lookup
+from offsite.errors import ConfigError
 
 Attach = Callable[[nn.Module, AdapterSpec], nn.Module]
 
@@ -112,9 +112,8 @@ def known(spec: AdapterSpec) -> Method:
       UnsupportedModel: the method is known but not offered; the message says why.
       ConfigError: the method has no such option, or the value of an option has the wrong type or is out of range.
     """
-    if spec.method in REFUSED:
-        raise UnsupportedModel(f"method={spec.method!r} is not offered: {REFUSED[spec.method]}")
-    method = lookup(METHODS, spec.method, "method")
+    check_name(spec.method)
+    method = METHODS[spec.method]
     resolve(spec.options, (*method.options, task_head.HEAD), spec.method)
     return method
 

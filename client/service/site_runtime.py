@@ -33,7 +33,7 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.protos.proxies import check_way
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
-from offsite.task.nothing_to_learn import Encoder, learnt
+from offsite.task.nothing_to_learn import Encoder, counted, learnt
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
 from offsite.trust.addresses import with_port
@@ -228,7 +228,7 @@ class SiteRuntime:
         session, records = self.open_session(manifest, package), self.records(manifest.task)
         release_log, job = CountingReleaseLog(manifest.releases), self._site_job(manifest, session, records)
         encoder = Encoder(session.task, session.processor, manifest.length, manifest.split, session.model.config)
-        if (outcome := learnt(encoder, records, job.examples)).nothing:
+        if (outcome := learnt(encoder, records, counted(job.examples))).nothing:
             raise DataError(str(outcome))
         if outcome.left_out:
             log.warning("%s", printable(str(outcome)))

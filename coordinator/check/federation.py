@@ -1,25 +1,33 @@
 """The check of a job's common parts at the coordinator: names, model, public records, disk and ports."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from offsite.coordinator.check.machine import check_port, check_room
-from offsite.coordinator.check.model import check_model
-from offsite.coordinator.check.names import check_names
+from offsite.coordinator.check.model import ModelFiles, check_files, check_model, check_structure, is_in_doubt
+from offsite.coordinator.check.names import check_method, check_names
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.home.job_settings import run_folder
 from offsite.coordinator.home.provision import CoordinatorHome
-from offsite.coordinator.job.public_records import check_public
+from offsite.coordinator.job.public_counts import check_public
 from offsite.errors import ConfigError, lookup
-from offsite.task.encode import SHORTEST, SPLITS
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
 from offsite.task.learning_check import DataFile, Tried, try_records
 from offsite.task.nothing_to_learn import PUBLIC, Encoder
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import LenientRecords
+from offsite.task.splits import SHORTEST, SPLITS
+from offsite.task.target_counts import COUNTS
 
+NOT_LOADED = (
+    "the model's class was not loaded, because faults are known already; its blocks and positions, and its tokenizer "
+    "as transformers has it, are checked once those faults are corrected"
+)
 OWN, COORDINATOR = 1, 2  # copies of each package: at a coordinator also the encrypted one in its depot
 
 
@@ -49,6 +57,11 @@ class Scope:
         return self.examples and not self._any("evaluation.")
 
     @property
+    def structure(self) -> bool:
+        """Whether blocks and adapter can be looked for in the model."""
+        return not self._any("model.", "emulator.", "adapter.", "aggregation.")
+
+    @property
     def plans(self) -> bool:
         """Whether the sites' privacy plans can be made."""
         return not self._any("training.", "privacy.", "(training.")
@@ -68,32 +81,101 @@ def columns_for(config: FedConfig, findings: Findings) -> Columns | None:
     return None
 
 
+@dataclass(frozen=True)
+class Parties:
+    """The sites of a job.
+
+    Attributes:
+      sites: names of the sites; None where they are not known.
+      n_min: smallest number of sites whose sum may be opened.
+    """
+
+    sites: list[str] | None
+    n_min: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check of files and model found.
+
+    Attributes:
+      read: files that could be read.
+      tried: outcome of each file whose records could be tried.
+      model_config: what is known of the model's labels; None where nothing is known.
+    """
+
+    read: list[DataFile] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)
+    model_config: Any = None
+
+
 def check_records(
-    config: FedConfig, files: list[tuple[str, str, str]], findings: Findings, scope: Scope
-) -> tuple[list[DataFile], Encoder | None, list[Tried]]:
-    """Reads files to their end, and tries their records on the model.
+    config: FedConfig, parties: Parties, files: Sequence[tuple[str, str, str]], findings: Findings, scope: Scope
+) -> Checked:
+    """Reads files to their end, tries their records, and checks names and model.
+
+    The model's class takes seconds to load. Where a file or a name is at fault, and the model's own files leave nothing
+    open, the class is not loaded, and a warning says so.
 
     Args:
       config: the federation file.
+      parties: sites of the job.
       files: words in front of findings, part, and path of each file.
       findings: findings so far.
       scope: what can be checked.
-
-    Returns:
-      The files that could be read, the encoder of the job, and the outcome of each file that could be encoded.
     """
+    check_names(config, parties.sites, findings)
+    check_method(config, parties.sites, parties.n_min, findings)
+    columns, model = columns_for(config, findings), check_files(config, findings)
+    read = [] if columns is None or not scope.files else _read(config, columns, files, findings)
+    may_try = scope.examples and config.data.split in SPLITS
+    counter = model.counter(config) if model is not None and may_try else None
+    tried = try_records(counter, read, findings) if counter is not None else []
+    if scope.public and counter is not None:
+        check_enough_public(config, tried, findings)
+    labels = None if counter is None else counter.model_config
+    if findings.errors and _is_settled(config, model, tried=counter is not None or not may_try):
+        findings.warn(NOT_LOADED)
+        return Checked(read, tried, labels)
     length = config.data.length if scope.examples else SHORTEST  # a wrong key would mislead the check of positions
-    encoder, columns = check_model(config, length, findings), columns_for(config, findings)
-    if columns is None or not scope.files:
-        return [], encoder, []
+    encoder = check_model(config, length, model, findings)
+    if encoder is not None and scope.structure:
+        check_structure(config, encoder, findings)
+    if encoder is None or not may_try:
+        return Checked(read, tried, labels)
+    if counter is None:
+        tried = try_records(encoder, read, findings)
+        if scope.public:
+            check_enough_public(config, tried, findings)
+    else:
+        _encode_one(encoder, read, findings)
+    return Checked(read, tried, encoder.model_config)
+
+
+def _read(
+    config: FedConfig, columns: Columns, files: Sequence[tuple[str, str, str]], findings: Findings
+) -> list[DataFile]:
+    """Returns the files that can be read, after all of them were read to their end."""
     read = list[DataFile]()
     for where, part, path in files:
         records = check_file(path, reader=config.data.reader or None, columns=columns, where=where, findings=findings)
         if records is not None:
             read.append(DataFile(where, part, records, path))
-    if encoder is None or not scope.examples or config.data.split not in SPLITS:
-        return read, encoder, []
-    return read, encoder, try_records(encoder, read, findings)
+    return read
+
+
+def _is_settled(config: FedConfig, model: ModelFiles | None, *, tried: bool) -> bool:
+    """Whether the model's class would most likely find nothing, or cannot be loaded because its files are at fault."""
+    if model is None:
+        return config.model.task in COUNTS
+    return tried and not is_in_doubt(config, model)
+
+
+def _encode_one(encoder: Encoder, files: list[DataFile], findings: Findings) -> None:
+    """Encodes the first record of all, since a task may refuse the model itself."""
+    with findings.gathering():
+        for file in files[:1]:
+            encoder.encode(LenientRecords(file.records[:1]))
 
 
 def check_enough_public(config: FedConfig, tried: list[Tried], findings: Findings) -> None:
@@ -126,6 +208,7 @@ def check_coordinator(
     """
     if config.coordinator is None:
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
+    parties = Parties(None, config.secagg.n_min)
     with findings.gathering():
         home = CoordinatorHome.open(Path(config.coordinator.home))
         with findings.gathering():
@@ -133,15 +216,13 @@ def check_coordinator(
         with findings.gathering():
             epoch = home.federation()
             sites = [member.site for member in epoch.members]
-            check_names(config, sites, max(epoch.n_min, config.secagg.n_min), findings)
+            parties = Parties(sites, max(epoch.n_min, config.secagg.n_min))
         check_room(config, run_folder(home, config, out), COORDINATOR * _kinds(config), findings)
         if not running:
             bind = home.settings.bind or home.settings.host
             check_port("link_port", bind, home.settings.link_port, findings)
             check_port("depot_port", bind, home.settings.depot_port, findings)
-    _, _, tried = check_records(config, [("", PUBLIC, config.data.public)], findings, scope)
-    if scope.public:
-        check_enough_public(config, tried, findings)
+    check_records(config, parties, (("", PUBLIC, config.data.public),), findings, scope)
 
 
 def _kinds(config: FedConfig) -> int:

@@ -12,7 +12,7 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.public_records import PublicRecords
 from offsite.emulator.evaluation.fisher import fisher_places
-from offsite.emulator.structure.geometry import PARALLEL
+from offsite.emulator.structure.ends import PARALLEL
 from offsite.errors import ConfigError, DataError, MalformedMessage, RangeError
 from offsite.task.spec import Task
 

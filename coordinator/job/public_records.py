@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.errors import DataError, lookup
-from offsite.task.nothing_to_learn import Encoder, Learnt, learnt
+from offsite.coordinator.job.public_counts import CLIP_EXAMPLES, check_public
+from offsite.errors import lookup
+from offsite.task.nothing_to_learn import Encoder, Learnt, counted, learnt
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.readers.tables import read
 from offsite.task.selection import spread, spread_rows
@@ -19,7 +20,6 @@ from offsite.task.tasks import TASKS
 
 CALIBRATION_EXAMPLES = 64
 GATE_EXAMPLES = 8
-CLIP_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def public_records(
     """
     encoder = Encoder(task, processor, config.data.length, config.data.split, model_config)
     examples = encoder.encode(records)
-    outcome = learnt(encoder, records, examples)
+    outcome = learnt(encoder, records, counted(examples))
     examples = examples.select(torch.nonzero(examples.targets))  # examples without targets have no gradient
     check_public(config, len(examples), outcome)
     tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
@@ -91,22 +91,3 @@ def public_records(
         test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
         learnt=outcome,
     )
-
-
-def check_public(config: FedConfig, usable: int, outcome: Learnt) -> None:
-    """Checks that there are enough public examples with a target.
-
-    Args:
-      config: the federation file.
-      usable: number of public examples with a target.
-      outcome: what can be learnt from the public records.
-
-    Raises:
-      DataError: there are too few; where records have no target, the message says why the first has none.
-    """
-    needed = 2 * max(CLIP_EXAMPLES, config.evaluation.public_examples)
-    if usable >= needed:
-        return
-    if outcome.left_out:
-        raise DataError(f"public records={usable} with something to learn: at least {needed} are needed; {outcome}")
-    raise DataError(f"public records={usable}: at least {needed} are needed; give more public data")

@@ -12,13 +12,13 @@ from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
-from offsite.task.encode import JOINED
 from offsite.task.model_fit import check_fit
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
 from offsite.task.records import without_empty
 from offsite.task.selection import spread
 from offsite.task.spec import Batch, Task
+from offsite.task.splits import JOINED
 from offsite.task.tasks import TASKS
 from offsite.task.tokenizer_agreement import check_agreement
 

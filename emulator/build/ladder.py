@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from offsite.emulator.structure.geometry import PARALLEL, SANDWICH
+from offsite.emulator.structure.ends import PARALLEL, SANDWICH
 
 SKIP = "skip"
 State = tuple[int, int]  # (number of the width, number of the storage)

@@ -14,11 +14,11 @@ from offsite.emulator.calibration.draft import DraftSegment
 from offsite.emulator.calibration.middle import Calibration, Middle
 from offsite.emulator.calibration.source import MemorySource, Source
 from offsite.emulator.compressors import apply, make_plan
-from offsite.emulator.compressors.arguments import scheme
 from offsite.emulator.package import auxiliary_file, package_folder, storage
 from offsite.emulator.package.manifest import CONFIG, FORMAT, MANIFEST, WEIGHTS, Manifest
 from offsite.emulator.package.plan import Plan
 from offsite.emulator.package.quantize import Quantised
+from offsite.emulator.package.recipe_arguments import scheme
 from offsite.emulator.package.storage import MODEL_DTYPES, is_verbatim
 from offsite.emulator.package.tensor_file import TensorFile
 from offsite.emulator.structure.from_config import config_text, find_auto, tied_names

@@ -21,7 +21,8 @@ from offsite.emulator.evaluation.leak import similarity
 from offsite.emulator.evaluation.rehearse import Lesson, Reference, Rehearsal, Text, reference, rehearse
 from offsite.emulator.package import package_reader
 from offsite.emulator.package.manifest import Manifest
-from offsite.emulator.structure.geometry import PARALLEL, SANDWICH, Geometry
+from offsite.emulator.structure.ends import PARALLEL, SANDWICH
+from offsite.emulator.structure.geometry import Geometry
 from offsite.errors import ConfigError
 
 AUTO = "auto"

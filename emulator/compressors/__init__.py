@@ -19,7 +19,8 @@ from offsite.emulator.compressors.share import share
 from offsite.emulator.compressors.skips import skip, skip_gradient, skip_importance, skip_uniform
 from offsite.emulator.package.plan import Plan
 from offsite.emulator.package.recipe import Step
-from offsite.errors import ConfigError, lookup
+from offsite.emulator.package.recipe_arguments import check_places
+from offsite.errors import lookup
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def make_plan(middle: Middle, recipe: tuple[str, ...]) -> Plan:
       ConfigError: an argument is out of range, or a place is not in the middle.
     """
     plan = Plan.whole(middle.blocks, apart=middle.apart)
+    known = {middle.place(path) for path in middle.blocks}
     for step, compressor in steps_of(recipe):
-        _check_places(middle, step)
+        check_places(step, known)
         if compressor.select is not None:
             plan = compressor.select(plan, middle, step)
     return plan
@@ -103,11 +105,3 @@ def apply(middle: Middle, recipe: tuple[str, ...], plan: Plan) -> Iterator[Draft
             if compressor.rewrite is not None and (step.places is None or step.places & places):
                 compressor.rewrite(context, step.argument)
         yield context.draft
-
-
-def _check_places(middle: Middle, step: Step) -> None:
-    known = {middle.place(path) for path in middle.blocks}
-    if step.places is not None and (wrong := sorted(step.places - known)):
-        raise ConfigError(
-            f"step={str(step)!r}: place {wrong[0]} is not in the middle, which is {min(known)}-{max(known)}; correct it"
-        )

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import centred, rows, weighted_error
-from offsite.emulator.compressors.arguments import no_argument
 from offsite.emulator.compressors.pairs import pairs_of
+from offsite.emulator.package.recipe_arguments import no_argument
 
 
 def center(context: SegmentContext, argument: str) -> None:

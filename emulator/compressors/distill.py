@@ -5,12 +5,10 @@ from torch import Tensor, nn
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, rows
-from offsite.emulator.compressors.arguments import whole
-from offsite.emulator.structure.geometry import PARALLEL
-from offsite.errors import ConfigError
+from offsite.emulator.package.recipe_arguments import refuse_parallel, steps_of
+from offsite.emulator.structure.ends import PARALLEL
 
 RATE = 2e-4
-MAX_STEPS = 100_000
 
 
 def distill(context: SegmentContext, argument: str) -> None:
@@ -19,11 +17,9 @@ def distill(context: SegmentContext, argument: str) -> None:
     The target is the full model's hidden states behind the segment, and each position counts alike (FedBiOT, Wu et al.
     2024, aligns by hidden states too). No gradient passes from one segment to the next, so memory is that of one block.
     """
-    steps = whole("distill", argument, "the number of steps", 1, MAX_STEPS)
+    steps = steps_of("distill", argument)
     if context.middle.geometry.shape == PARALLEL:
-        raise ConfigError(
-            f"distill={argument!r}: in a parallel emulator a block may only be stored in fewer bits; use gptq4"
-        )
+        refuse_parallel("distill", argument)
     trained = context.draft.trainable()
     if not trained:
         return

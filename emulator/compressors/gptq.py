@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights
-from offsite.emulator.compressors.arguments import scheme
 from offsite.emulator.package.quantization_scheme import Scheme
 from offsite.emulator.package.quantize import FINEST, HALF, Fine, Grid, Quantised, covering, grouped, nearest, quantize
+from offsite.emulator.package.recipe_arguments import scheme
 from offsite.emulator.structure.replacements import LowRank, weight_of
 from offsite.errors import RangeError
 

@@ -1,8 +1,8 @@
 """Rounding to nearest: every matrix of the middle becomes small integers in groups, without public examples."""
 
 from offsite.emulator.calibration.draft import SegmentContext
-from offsite.emulator.compressors.arguments import scheme
 from offsite.emulator.package.quantize import quantize
+from offsite.emulator.package.recipe_arguments import scheme
 from offsite.errors import RangeError, UnsupportedModel
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights
-from offsite.emulator.compressors.arguments import fraction
+from offsite.emulator.package.recipe_arguments import fraction
 from offsite.emulator.structure.replacements import LowRank, weight_of
 
 DAMPING = 1e-4
@@ -17,7 +17,7 @@ def lowrank(context: SegmentContext, argument: str) -> None:
     This is truncation-aware whitening of Wang et al. 2025 (SVD-LLM), section 3.1: with S S^T the second moments of the
     layer's inputs, cutting W S after the largest singular values loses least of the output.
     """
-    share = fraction("lowrank", argument, "the fraction of weights kept")
+    share = fraction("lowrank", argument)
     layers = context.draft.layers()
     seen = context.observe(layers)
     for path, inputs in seen.items():

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
-from offsite.emulator.compressors.arguments import fraction
 from offsite.emulator.compressors.pairs import dense_pairs
 from offsite.emulator.compressors.refit import refit_layer
-from offsite.emulator.structure.geometry import PARALLEL
+from offsite.emulator.package.recipe_arguments import fraction, refuse_parallel
+from offsite.emulator.structure.ends import PARALLEL
 from offsite.emulator.structure.replacements import dense_like, weight_of
-from offsite.errors import ConfigError
 
 STRENGTH = 1e-3
 
@@ -22,12 +21,9 @@ def narrow(context: SegmentContext, argument: str) -> None:
 
     The last layer is fitted in closed form, so that the kept channels take over the others' part as far as they can.
     """
-    share = fraction("narrow", argument, "the fraction of channels kept")
+    share = fraction("narrow", argument)
     if context.middle.geometry.shape == PARALLEL:
-        raise ConfigError(
-            f"narrow={argument!r}: in a parallel emulator the adapter's shapes would change; use lowrank, which "
-            "keeps the shapes, or shape sandwich"
-        )
+        refuse_parallel("narrow", argument)
     for pair in dense_pairs("narrow", context):
         down = context.draft.module(pair.down)
         inputs = context.observe({pair.down: down})[pair.down]

@@ -4,7 +4,7 @@ from torch import nn
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
-from offsite.emulator.compressors.arguments import no_argument
+from offsite.emulator.package.recipe_arguments import no_argument
 from offsite.emulator.structure.replacements import PATCH, Patch
 
 STRENGTH = 1e-4

@@ -1,13 +1,12 @@
 """Sets the weights to zero that matter least for a layer's inputs: two of each four, or a fraction of a row."""
 
 from collections.abc import Callable
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from offsite.emulator.calibration.draft import SegmentContext
-from offsite.emulator.compressors.arguments import fraction, no_argument
+from offsite.emulator.package.recipe_arguments import fraction, no_argument
 from offsite.emulator.package.storage import SPARSE
 from offsite.emulator.structure.replacements import weight_of
 
@@ -22,7 +21,7 @@ def prune(context: SegmentContext, argument: str) -> None:
     The measure is Sun et al. 2024 (Wanda), equation 1. Unlike there, a quarter of each input's weights is kept, the
     largest ones relative to their row; such a weight goes only if a row's fraction cannot be met without it.
     """
-    share = fraction("prune", argument, "the fraction of zeros", Fraction(1, 2))
+    share = fraction("prune", argument)
     _prune(context, lambda score: _smallest(score, int(share * score.shape[1])))
 
 

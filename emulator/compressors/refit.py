@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
-from offsite.emulator.compressors.arguments import no_argument
 from offsite.emulator.compressors.pairs import dense_pairs
+from offsite.emulator.package.recipe_arguments import no_argument
 from offsite.emulator.structure.replacements import PATCH, dense_like, weight_of
 from offsite.errors import ConfigError
 

@@ -3,11 +3,11 @@
 from itertools import pairwise
 
 from offsite.emulator.calibration.middle import Middle
-from offsite.emulator.compressors.arguments import fraction
 from offsite.emulator.package.plan import Plan
 from offsite.emulator.package.recipe import Step
-from offsite.emulator.structure.geometry import PARALLEL
-from offsite.errors import ConfigError, UnsupportedModel
+from offsite.emulator.package.recipe_arguments import fraction, refuse_parallel
+from offsite.emulator.structure.ends import PARALLEL
+from offsite.errors import UnsupportedModel
 
 
 def share(plan: Plan, middle: Middle, step: Step) -> Plan:
@@ -16,11 +16,9 @@ def share(plan: Plan, middle: Middle, step: Step) -> Plan:
     As in Zhang et al. 2023 (CRaSh), section 3, neighbours are clustered by the likeness of their results, and one block
     of each cluster stands for all. Unlike there, the clusters come from public text and not from the task's text.
     """
-    part = fraction("share", step.argument, "the fraction that shares")
+    part = fraction("share", step.argument)
     if middle.geometry.shape == PARALLEL:
-        raise ConfigError(
-            f"share={step.argument!r}: blocks of a parallel emulator keep their own weights; use gptq4 or lowrank"
-        )
+        refuse_parallel(step.name, step.argument)
     if middle.apart:
         raise UnsupportedModel(
             f"share={step.argument!r}: this model's blocks differ in width, so they cannot share weights; use gptq4 "

@@ -4,19 +4,18 @@ import heapq
 
 from offsite.emulator.calibration.gradients import SlotGradients
 from offsite.emulator.calibration.middle import Middle
-from offsite.emulator.compressors.arguments import fraction
 from offsite.emulator.package.plan import Plan
 from offsite.emulator.package.recipe import Step
-from offsite.emulator.structure.geometry import PARALLEL
-from offsite.errors import ConfigError, UnsupportedModel
+from offsite.emulator.package.recipe_arguments import fraction, listed, refuse_parallel
+from offsite.emulator.structure.ends import PARALLEL
+from offsite.errors import UnsupportedModel
 
 
 def skip(plan: Plan, middle: Middle, step: Step) -> Plan:
     """Leaves out the blocks at the step's places."""
-    if step.places is None or step.argument:
-        raise ConfigError(f"skip={str(step)!r}: skip needs places and no argument; write skip@5,7-9")
+    places = listed(step)
     _check_shape(middle, step)
-    chosen = [path for path in middle.blocks if middle.place(path) in step.places]
+    chosen = [path for path in middle.blocks if middle.place(path) in places]
     middle.check_skippable("skip", chosen)
     return plan.skip(chosen)
 
@@ -57,7 +56,7 @@ def skip_gradient(plan: Plan, middle: Middle, step: Step) -> Plan:
 def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]:
     """Returns the blocks that may still be left out, and the number of blocks that the step's fraction leaves out."""
     _check_shape(middle, step)
-    share = fraction(step.name, step.argument, "the fraction skipped")
+    share = fraction(step.name, step.argument)
     kept = [path for path in plan.kept if step.places is None or middle.place(path) in step.places]
     candidates = [path for path in kept if path in middle.skippable]
     count = min(len(candidates), max(1, round(share * len(kept))))
@@ -70,7 +69,4 @@ def _candidates(plan: Plan, middle: Middle, step: Step) -> tuple[list[str], int]
 
 def _check_shape(middle: Middle, step: Step) -> None:
     if middle.geometry.shape == PARALLEL:
-        raise ConfigError(
-            f"{step.name}={step.argument!r}: in a parallel emulator every block carries an adapter and stays; "
-            "use gptq4, lowrank or int8, or shape sandwich"
-        )
+        refuse_parallel(step.name, step.argument)

@@ -1,11 +1,9 @@
 """Codes of a few bits side by side in bytes, the earlier codes in the lower bits."""
 
-from math import ceil
-
 import torch
 from torch import Tensor
 
-LANES = {3: (8, 3), 4: (2, 1), 6: (4, 3), 8: (1, 1)}  # bits -> (codes that lie together, bytes that hold them)
+from offsite.emulator.package.quantization_scheme import LANES
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -34,9 +32,3 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     word = sum((full[:, i] << (8 * i) for i in range(size)), torch.zeros_like(full[:, 0]))
     codes = [(word >> (bits * i) & (2**bits - 1)).to(torch.uint8) for i in range(together)]
     return torch.stack(codes, dim=1).reshape(-1)[:count]
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Returns the number of bytes that `pack` makes of `count` codes."""
-    together, size = LANES[bits]
-    return ceil(count / together) * size

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from math import ceil, prod
 
-from offsite.emulator.package.bit_packing import packed_bytes
 from offsite.errors import ConfigError
 
 BITS = (3, 4, 8)
 FINE_BITS = 6
 FINE = f"/{FINE_BITS}"
 MAX_GROUP = 2**20
+LANES = {3: (8, 3), 4: (2, 1), 6: (4, 3), 8: (1, 1)}  # bits -> (codes that lie together, bytes that hold them)
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,9 @@ class Scheme:
     def worth(self, shape: tuple[int, ...]) -> bool:
         """Returns whether the codes take fewer bytes than the tensor at 16 bits; for very short rows they do not."""
         return self.stored_bytes(shape) < 2 * prod(shape)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Returns the number of bytes that `bit_packing.pack` makes of `count` codes."""
+    together, size = LANES[bits]
+    return ceil(count / together) * size

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offsite.emulator.package.bit_packing import pack, packed_bytes, unpack
-from offsite.emulator.package.quantization_scheme import FINE_BITS, Scheme
+from offsite.emulator.package.bit_packing import pack, unpack
+from offsite.emulator.package.quantization_scheme import FINE_BITS, Scheme, packed_bytes
 from offsite.errors import RangeError
 
 HALF = torch.float16

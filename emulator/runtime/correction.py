@@ -9,7 +9,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from offsite.adapter.layout import Layout
-from offsite.emulator.structure.geometry import PARALLEL, Geometry
+from offsite.emulator.structure.ends import PARALLEL
+from offsite.emulator.structure.geometry import Geometry
 from offsite.emulator.structure.replacements import weight_of
 
 LIMIT = 1.0

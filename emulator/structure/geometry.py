@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from offsite.emulator.structure.ends import PARALLEL, SANDWICH, check_ends
 from offsite.emulator.structure.towers import Tower, blocks_at, find_towers, main_tower
 from offsite.errors import ConfigError, lookup
-
-SANDWICH, PARALLEL = "sandwich", "parallel"
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,7 @@ class Geometry:
     shape: str = SANDWICH
 
     def __post_init__(self) -> None:
-        if self.shape not in (SANDWICH, PARALLEL):
-            raise ConfigError(f"shape={self.shape!r} is neither {SANDWICH} nor {PARALLEL}; choose one")
-        min_ends = 1 if self.shape == SANDWICH else 0
-        if self.first < 0 or self.last < 0 or self.first + self.last < min_ends:
-            raise ConfigError(
-                f"first={self.first} last={self.last}: neither may be negative and one must be at least 1, "
-                "or no block carries an adapter; set first=2 last=2"
-            )
+        check_ends(self.first, self.last, self.shape)
 
     @classmethod
     def of(cls, model: nn.Module, first: int = 2, last: int = 2, shape: str = SANDWICH) -> "Geometry":

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from offsite.adapter.methods import METHODS
-from offsite.adapter.methods.refused import REFUSED
 from offsite.adapter.methods.task_head import HEAD
+from offsite.adapter.refused_methods import REFUSED
 from offsite.cli import main as command
 from offsite.cli.method_probe import FAMILIES, SIZES, probe
 from offsite.cli.method_table import DIGITS, families, read_table, write_tables

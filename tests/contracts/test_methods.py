@@ -17,7 +17,7 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, check_task, dummy_tensors, places
 from offsite.adapter.methods.bottleneck import Bottleneck
 from offsite.adapter.methods.peft_tuners import MOVED, ROUNDED, SAME
-from offsite.adapter.methods.refused import REFUSED
+from offsite.adapter.refused_methods import REFUSED
 from offsite.adapter.side_modules import SIDE_MODULE
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import ConfigError, UnknownName, UnsupportedModel

@@ -23,7 +23,8 @@ from offsite.emulator.package.plan import Plan
 from offsite.emulator.runtime.plug_in import plug
 from offsite.emulator.runtime.refresh import plain_of, refreshed
 from offsite.emulator.runtime.refresh_state import Frame, Refreshable, size_of
-from offsite.emulator.structure.geometry import PARALLEL, Geometry
+from offsite.emulator.structure.ends import PARALLEL
+from offsite.emulator.structure.geometry import Geometry
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.emulator.vetting.vet import vet_auxiliary, vet_refresh
 from offsite.errors import ConfigError, MalformedMessage, RangeError, UnsupportedModel

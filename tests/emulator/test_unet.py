@@ -16,8 +16,9 @@ from offsite.emulator.evaluation.leak import similarity
 from offsite.emulator.package import package_reader
 from offsite.emulator.runtime.quantized_linear import replace_linears
 from offsite.emulator.runtime.refresh_state import Frame, Refreshable
+from offsite.emulator.structure.ends import PARALLEL
 from offsite.emulator.structure.from_config import empty_model
-from offsite.emulator.structure.geometry import PARALLEL, Geometry, slot_paths
+from offsite.emulator.structure.geometry import Geometry, slot_paths
 from offsite.emulator.structure.towers import SCATTERED, find_towers, main_tower
 from offsite.emulator.structure.unet_config import check_unet
 from offsite.emulator.vetting.limits import VettingThresholds

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from offsite.errors import DataError
-from offsite.task.encode import JOINED, SPLITS, encode
+from offsite.task.encode import encode
 from offsite.task.examples import Examples
+from offsite.task.splits import JOINED, SPLITS
 
 
 class Letters:

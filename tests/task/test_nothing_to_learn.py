@@ -31,7 +31,7 @@ def outcome_of(encoder: Encoder, folder: Path, lines: list[Any], *, lenient: boo
     columns = columns_of(encoder.task.columns, names={})
     reader = read_for_job if lenient else read
     records = reader(path, reader=None, columns=columns)
-    return learnt(encoder, records, encoder.encode(records))
+    return learnt(encoder, records, encoder.targets(records))
 
 
 def test_a_prompt_that_fills_the_example(fed: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_half_a_character_costs_no_record(fed: Path, tmp_path: Path) -> None:
     path.write_text('{"text": "w1 \\ud83d w2"}\n{"text": "w1 \\ud83d\\ude00 w2"}\n')
     records = read(path, reader=None, columns=columns_of(made.task.columns, names={}))
     assert [record["text"] for record in records] == ["w1 \ufffd w2", "w1 \U0001f600 w2"]
-    assert learnt(made, records, made.encode(records)).left_out == 0
+    assert learnt(made, records, made.targets(records)).left_out == 0
     nested = tmp_path / "nested.jsonl"
     nested.write_text('{"messages": [{"role": "user", "content": "\\udc00x"}]}\n')
     (record,) = read(nested, reader=None, columns=columns_of(TASKS["chat"].columns, names={}))
