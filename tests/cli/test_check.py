@@ -76,9 +76,12 @@ def edit(path: Path, line: int, text: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def tree(folder: Path) -> dict[str, int]:
-    """The files below a folder with the time of their last change."""
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+def tree(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Everything below a folder: kind and mode, time of the last change, and content."""
+    return {
+        str(path): (path.stat().st_mode, path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def lines_of(*arguments: str) -> tuple[int, list[str], str]:
@@ -220,6 +223,22 @@ def _settings(old: str, new: str) -> Broken:
         (_settings("[emulator]", "[privacy]\nepsilon = 0.0\n[emulator]\ngate = 2.0"), [["privacy.epsilon"], ["gate"]]),
         (_settings('"public.jsonl"', '"birch-held.jsonl.gz"'), [["birch-held.jsonl.gz"]]),
         (_settings('"model"', '"models"'), [["models' is not a directory"]]),
+        (_settings("first = 1", "first = 9"), [["first=9 last=1: the tower ", "blocks, so no middle is left"]]),
+        (_settings("first = 1", "first = -1"), [["first=-1 last=1: neither may be negative"]]),
+        (_settings("first = 1", 'first = 1\nshape = "sandwhich"'), [["shape='sandwhich' is neither"]]),
+        (_settings("first = 1", 'first = 1\ncompress = ["int5:64"]'), [["compressor='int5' is not known"]]),
+        (_settings("first = 1", 'first = 1\ncompress = ["int4:1"]'), [["int4='1': the group must be"]]),
+        (_settings("first = 1", 'first = 1\ncompress = ["lowrank:2"]'), [["lowrank='2': the fraction of weights"]]),
+        (_settings("first = 1", 'first = 1\ncompress = ["int8:64@7"]'), [["step='int8:64@7': place 7 is not in"]]),
+        (
+            _settings("first = 1", 'first = 1\nshape = "parallel"\ncompress = ["narrow:0.5"]'),
+            [["narrow='0.5': in a parallel emulator"]],
+        ),
+        (_settings("[emulator]", '[adapter]\nmethod = "lorra"\n[emulator]'), [["method='lorra'", "lora"]]),
+        (_settings("[emulator]", '[adapter]\nmethod = "xlora"\n[emulator]'), [["method='xlora' is not offered"]]),
+        (_settings("[emulator]", '[adapter]\ntargets = ["quarry"]\n[emulator]'), [["quarry"]]),
+        (_settings("[emulator]", '[adapter]\nmethod = "clip_adapter"\n[emulator]'), [["needs CLIP"]]),
+        (_settings("[emulator]", '[aggregation]\nrule = "fedadm"\n[emulator]'), [["aggregation.rule='fedadm'"]]),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )

@@ -19,7 +19,9 @@ from offsite.coordinator.home.status import Status
 from offsite.protos.signed_job import sign_job
 from offsite.trust.chain import Chain
 from offsite.trust.welcome import Welcome
+from tests.cli.test_check import FED, FILES, plant, write
 from tests.protos.test_manifest import JOB
+from tests.task_samples import first_of
 
 MODELS = ("torch", "transformers", "peft", "opacus", "diffusers", "bitsandbytes")
 HEAVY = (*MODELS, "dp_accounting", "scipy", "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")
@@ -55,6 +57,7 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "client withdraw {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
     "client audit verify {site}": (0, HEAVY),
     "client doctor {site}": (1, HEAVY),  # no coordinator runs here
+    "check {folder}/planted/fed.toml": (2, HEAVY),  # ten faults, none of them in the model
 }
 PERMITTED = {"models": '["any"]', "methods": '["any"]', "splits": '["any"]', "epsilon_cap": "100.0"}
 PROBE = """
@@ -100,10 +103,23 @@ def offsite(*arguments: object) -> str:
     return result.output
 
 
+def _planted(world: Path) -> None:
+    """Makes a federation with ten faults in its files, and none in its model."""
+    sample = first_of("sequence_classification")
+    sample.save(world / "model")
+    for seed, name in enumerate(FILES):
+        write(world / f"{name}.jsonl", sample.records(34, seed))
+    rows = sample.records(34, 40)
+    (world / "birch.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    (world / "fed.toml").write_text(FED)
+    plant(world)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("light")
     (folder / "text.csv").write_text("text\n" + "some words\n" * 120)
+    _planted(folder / "planted")
     home, now = folder / "home", datetime.now(UTC)
     offsite("coordinator", "init", home)
     for name in (*SITES, "fresh"):
