@@ -5,8 +5,6 @@ beforehand, because both encoders stay frozen and nothing has to be learnt in th
 """
 
 import hashlib
-import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,17 +22,12 @@ from offsite.task.examples import all_but
 from offsite.task.image_classification import dtype_of
 from offsite.task.images import check_records
 from offsite.task.label_numbers import whole
+from offsite.task.latent_scale import tell_scale
 from offsite.task.noise import NoiseSchedule
 from offsite.task.record_fields import FIELDS, LABEL, LATENTS, PROMPT
 from offsite.task.records import fault
 from offsite.task.spec import Record, Tally
 
-log = logging.getLogger("offsite.task")
-SCALE = 2.0  # most times by which the size of latents may differ from the noise's
-_SCALED = (
-    "latents: records=%d have a root mean square of %.3g, and a model's latents have about 1; multiply them by the "
-    "scaling_factor in the autoencoder's config.json (here about %.3g), or the model learns nothing of use"
-)
 DRAWS = 4  # draws of noise for each record; see `Denoising`
 
 
@@ -150,7 +143,7 @@ class Denoising(ABC):
             latents = torch.zeros(shape) if latents is None else latents
             content = record if valid[index] else {}  # an object that is no array has no bytes of its own
             rows.append(_noised(latents, processor, self._draws, _generator(content, self.columns)))
-        _tell_scale(records, valid)
+        tell_scale(records, valid, shape[0])
         noisy, wanted = (torch.stack([row[at] for row in rows]) for at in (0, 2))
         steps = torch.tensor([row[1] for row in rows], dtype=torch.long)
         return Noised(noisy, steps, wanted, conditions, torch.tensor(valid, dtype=torch.long))
@@ -267,19 +260,6 @@ def _generator(record: Record, fields: Iterable[str]) -> torch.Generator:
     """Returns a generator that depends only on the content of a record's fields."""
     content = b"".join(np.asarray(record[field]).tobytes() for field in fields if field in record)
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:7], "big"))
-
-
-def _tell_scale(records: Sequence[Record], valid: Sequence[bool]) -> None:
-    """Warns where latents have another scale than a model's noise, whose variance is 1 at every step of its schedule.
-
-    An autoencoder's own outputs are larger or smaller; the scaling factor in its settings makes their variance about 1.
-    The warning is for the terminal or the log of the records' owner, because its numbers follow from the records.
-    """
-    shown = (record for record, good in zip(records, valid, strict=True) if good)
-    squares = [float(np.mean(np.square(record[LATENTS], dtype=np.float64))) for record in shown]
-    size = math.sqrt(sum(squares) / len(squares)) if squares else 1.0
-    if not 1 / SCALE <= size <= SCALE:
-        log.warning(_SCALED, len(squares), size, 1 / size if size else math.inf)
 
 
 def _noised(latents: Tensor, schedule: NoiseSchedule, draws: int, generator: torch.Generator) -> tuple[Any, ...]:

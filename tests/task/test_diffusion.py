@@ -208,28 +208,62 @@ def test_at_an_approved_job_a_wrong_record_is_one_without_a_loss(name, opened):
     assert torch.allclose(losses[[0, 3]], honest[[0, 3]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["class_to_image", "text_to_image"])
-def test_latents_of_another_scale_than_the_noise_are_warned_about(name, opened, caplog):
-    """The factors are those of published autoencoders, by which unscaled latents are too large or too small."""
-    task, model, schedule, _ = opened(name)
+# Autoencoder -> its channels, scaling_factor and shift_factor, as published in its config.json.
+AUTOENCODERS = {
+    "Stable Diffusion 1 and 2": (4, 0.18215, 0.0),
+    "Stable Diffusion XL": (4, 0.13025, 0.0),
+    "Stable Diffusion 3": (16, 1.5305, 0.0609),
+    "Flux": (16, 0.3611, 0.1159),
+}
+
+
+def sized(opened, channels, size, mean=0.0):
+    """Encodes records of so many channels, of a root mean square and a mean."""
+    task, model, schedule, _ = opened("class_to_image")
     generator = np.random.default_rng(5)
-    records = [{**record, "latents": generator.normal(size=record["latents"].shape)} for record in latents(9, 0)]
-    for factor, warned in (
-        (1, False),
-        (0.7, False),
-        (1.5, False),
-        (1 / 0.18215, True),
-        (1 / 0.41407, True),
-        (0.18215, True),
+    noise = generator.normal(size=(9, channels, SIDE, SIDE))
+    noise = (noise - noise.mean()) / noise.std() * (size**2 - mean**2) ** 0.5
+    records = [{**one, "latents": (noise[n] + mean).astype(np.float32)} for n, one in enumerate(latents(9, 0))]
+    config = {**model.config, "in_channels": channels, "out_channels": channels}
+    task.encode(schedule, records, length=LENGTH, split="truncate", model_config=config)
+
+
+@pytest.mark.parametrize("family", AUTOENCODERS)
+@pytest.mark.parametrize("spread", [0.85, 1.0, 1.2])
+def test_the_latents_of_every_autoencoder_are_known_unscaled_and_scaled(family, spread, opened, caplog):
+    """A data set's images may be flatter or richer than those by which the factors were chosen: by `spread`."""
+    channels, factor, shift = AUTOENCODERS[family]
+    mean = shift * spread
+    for size, off, warned in (
+        (spread * np.hypot(1 / factor, shift), mean, True),
+        (spread, 0.0, False),
+        (spread * np.hypot(1, factor * shift), mean * factor, False),  # without the shift alone: cannot be told
     ):
-        scaled = [{**record, "latents": (factor * record["latents"]).astype(np.float32)} for record in records]
         caplog.clear()
-        encoded(task, model, schedule, scaled)
-        assert len(caplog.messages) == warned, factor
+        sized(opened, channels, size, off)
+        assert len(caplog.messages) == warned, (family, size)
         if warned:
-            size = float(np.sqrt(np.mean([np.square(record["latents"]).mean() for record in scaled])))
-            assert caplog.messages[0].startswith(f"latents: records=9 have a root mean square of {size:.3g}, ")
+            start = f"latents: records=9 of {channels} channels have a root mean square of {size:.3g}, "
+            assert caplog.messages[0].startswith(start)
             assert f"(here about {1 / size:.3g})" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "warned"),
+    [
+        (4, 0.18215, True),  # scaled twice
+        (4, 110.0, True),
+        (4, 0.66, False),  # of 4 channels no autoencoder is known that makes such latents
+        (16, 0.66, True),
+        (16, 1.5305, False),  # scaled twice, or rich images: cannot be told
+        (8, 0.66, False),
+        (8, 1 / 0.41407, True),
+        (3, 1.5, False),
+    ],
+)
+def test_latents_of_another_scale_than_the_noise_are_warned_about(channels, size, warned, opened, caplog):
+    sized(opened, channels, size)
+    assert len(caplog.messages) == warned
 
 
 def test_a_class_is_one_number_in_every_form_of_it(opened):
