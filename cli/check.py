@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offsite.cli.heartbeat import Heartbeat
 from offsite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ def check(
     from offsite.coordinator.config.federation_file import read_with_faults
     from offsite.task.findings import Findings
 
-    findings = Findings()
-    settings, faults = read_with_faults(config)
-    for fault in faults:
-        findings.add(str(fault))
-    if settings is not None:
-        _check(settings, out, findings, tuple(fault.key for fault in faults))
+    with Heartbeat("check the federation file") as heartbeat:
+        findings = Findings(on_step=heartbeat.now)
+        settings, faults = read_with_faults(config)
+        for fault in faults:
+            findings.add(str(fault))
+        if settings is not None:
+            _check(settings, out, findings, tuple(fault.key for fault in faults))
     if as_json:
         typer.echo(json.dumps({"errors": findings.errors, "warnings": findings.warnings}))
     else:

@@ -6,15 +6,18 @@ from typing import Annotated
 
 import typer
 
+from offsite.cli.carried_file import read_carried
 from offsite.cli.confirm import confirm, warn_of_expiry
+from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.client.home.consent import Consent
+from offsite.client.home.declared_records import check_count, declare, records_by_task
 from offsite.client.home.installation import SiteHome
 from offsite.errors import CheckFailed, DataError
 from offsite.trust.certificates import digits_of
 from offsite.trust.federation_manifest import FederationManifest, changes
 from offsite.trust.sealing import HYBRID
-from offsite.trust.welcome import MAX_BYTES, Welcome
+from offsite.trust.welcome import MAX_BYTES
 
 app = command_group("client", about="A data owner's side of a federation.")
 Folder = Annotated[Path, typer.Argument(help="folder of the site")]
@@ -33,11 +36,12 @@ def init(
     """Check the data, and make a site's folder with its keys, its policy and its request."""
     from offsite.client.home.data_check import check_own_data
 
-    found = check_own_data(data.expanduser().absolute(), reader="", column="", names={}, labels={})
+    with Heartbeat("read the records"):
+        found = check_own_data(data.expanduser().absolute(), reader="", column="", names={}, labels={})
     if found.faults:
         raise CheckFailed("\n".join(found.faults))
     site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC), contact=contact)
-    typer.echo(f"site {name!r} made in {folder}; {site.policy} says what the site permits")
+    typer.echo(f"site {name!r} made in {folder}; {site.policy} permits no model and no method yet")
     if found.unnamed:
         typer.echo(
             f"warning: {found.unnamed}; name reader, column and columns in {folder / 'site.toml'}, then: "
@@ -72,10 +76,8 @@ def sign(
 ) -> None:
     """Accept a welcome: show its changes, compare its fingerprint, pin it and sign it."""
     site, now = SiteHome.open(folder), datetime.now(UTC)
-    if not welcome.is_file() or welcome.stat().st_size > MAX_BYTES:
-        raise DataError(f"welcome={str(welcome)!r}: no such file, or too large; ask the coordinator for it")
-    data = welcome.read_bytes()
-    offered = Welcome.from_bytes(data)
+    data = read_carried(welcome, key="welcome", most=MAX_BYTES, sender="the coordinator")
+    offered = site.checked_welcome(data, now=now, expected=fingerprint)
     manifest, pinned = offered.manifest, site.federation() if site.joined else None
     typer.echo(f"epoch {manifest.epoch} of {manifest.name!r}, coordinator at {offered.host}")
     for line in changes(pinned, manifest) or ("nothing changes but this site's own certificate or the addresses",):
@@ -89,9 +91,14 @@ def sign(
         )
         fingerprint = offered.fingerprint
     consent = _consent(site, manifest, confirmed=member or [], weaker=weaker)
-    _declare(site)
+    counted = _counted(site)
     site.join(data, now=now, expected=fingerprint, consent=consent)
     site.sign()
+    if counted is not None:
+        typer.echo(
+            f"records: {declare(site, counted=counted)}, public from now on: noise and sample rate follow from this "
+            "number; records = N in site.toml declares another"
+        )
     typer.echo(f"signed; next, to send the signature and wait for jobs: offsite client run {folder}")
     warn_of_expiry(site.check(now))
 
@@ -137,20 +144,20 @@ def leave(
     typer.echo(f"keys destroyed; tell the coordinator: offsite coordinator revoke DIR {site.settings.name}")
 
 
-def _declare(site: SiteHome) -> None:
-    """Counts the records once, unless their number is declared, and says what follows from it."""
-    from offsite.client.home.declared_records import check_count, declare, records_by_task
+def _counted(site: SiteHome) -> int | None:
+    """Counts the records, and says so where no task can read them yet, since the site may join all the same.
 
+    Raises:
+      DataError: the data hold another number of records than is declared.
+    """
     try:
-        counts = [len(records) for records in records_by_task(site).values()]
+        with Heartbeat("read the records"):
+            counts = [len(records) for records in records_by_task(site).values()]
     except DataError as error:
-        typer.echo(f"warning: the records are not counted yet, but at the first approval: {error}")
-        return
+        typer.echo(f"warning: the records are not counted yet, but at the first approval: {error}", err=True)
+        return None
     check_count(site, *counts)
-    typer.echo(
-        f"records: {declare(site)}, public from now on: noise and sample rate follow from this number; "
-        "records = N in site.toml declares another"
-    )
+    return max(counts)
 
 
 def _show_request(site: SiteHome, path: Path) -> None:

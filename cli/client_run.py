@@ -16,6 +16,7 @@ import typer
 
 from offsite.cli.client import app
 from offsite.cli.confirm import warn_of_expiry
+from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.client.home.approvals import DAYS
 from offsite.client.home.installation import SiteHome
@@ -29,6 +30,10 @@ log = logging.getLogger("offsite.client")
 _NO_JOBS = (
     "no job was offered yet; an offer arrives while the coordinator runs a job and this site runs: "
     "offsite client run {folder}"
+)
+_REFUSED_JOB = (
+    "the job that was offered last is not kept, since this site refused it: {kind}: {reason}; after a change of "
+    "policy.toml or site.toml, start offsite client run {folder} again"
 )
 __all__ = ["app"]
 
@@ -108,7 +113,7 @@ def inspect(
     jobs = Jobs(installation.state / "jobs")
     approved = jobs.approved(now())
     if job is None:
-        typer.echo(_listed(jobs.names(), approved) or _NO_JOBS.format(folder=folder))
+        typer.echo(_listed(jobs.names(), approved) or _why_no_job(installation, folder))
         return
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     manifest, site = offered.manifest, installation.settings.name
@@ -120,8 +125,25 @@ def inspect(
     records = places_of(installation, manifest.split)
     delta = min(installation.read_policy().delta_cap, public_delta(records) if records else LARGEST_DELTA)
     typer.echo(
-        "\n".join(job_lines(manifest, site=site, approved=offered.digest in approved, records=records, delta=delta))
+        "\n".join(
+            job_lines(
+                manifest,
+                site=site,
+                folder=str(folder),
+                approved=offered.digest in approved,
+                records=records,
+                delta=delta,
+            )
+        )
     )
+
+
+def _why_no_job(installation: SiteHome, folder: Path) -> str:
+    """Returns why no job can be shown: the newest offer was refused, or nobody has offered a job."""
+    answers = [link.fields for link in installation.audit.entries() if link.kind == "answered"]
+    if not answers or "error" not in answers[-1]:
+        return _NO_JOBS.format(folder=folder)
+    return _REFUSED_JOB.format(kind=answers[-1]["error"], reason=answers[-1]["reason"], folder=folder)
 
 
 def _listed(names: Sequence[str], approved: Collection[str]) -> str:
@@ -147,7 +169,8 @@ def approve(
     offered = jobs.inspect(digest, bytes.fromhex(installation.federation().coordinator))
     if offered.manifest.aggregation.individuals:
         typer.echo(f"WARNING {NO_SECAGG_WARNING}")
-    approval, plan = approve_job(installation, digest, by=_user(), now=now(), days=days)
+    with Heartbeat("read the records and plan the noise"):
+        approval, plan = approve_job(installation, digest, by=_user(), now=now(), days=days)
     typer.echo(
         f"set aside in the ledger: {plan.statement(offered.manifest.privacy.accountant)}, for {plan.records} declared "
         f"records, sample rate {plan.sample_rate:.4g}, noise multiplier {plan.noise_multiplier:.4g}"
@@ -184,7 +207,8 @@ def doctor(
     """Check versions, keys, certificates, clock, ports, disk, data, policy, ledger and audit log."""
     from offsite.client.service.doctor import FAILED, examine
 
-    findings = examine(open_folder(folder), now)
+    with Heartbeat("check the data and the other parts of this site"):
+        findings = examine(open_folder(folder), now)
     if as_json:
         typer.echo(json.dumps([{"check": f.check, "state": f.state, "detail": f.detail} for f in findings]))
     else:
@@ -210,7 +234,7 @@ def dry_run(
     package = installation.packages / offered.manifest.emulator_of(installation.settings.name)
     if not package.is_dir():
         raise DataError(f"job={offered.digest[:12]}: its package is not here yet; `offsite client run` fetches it")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, Heartbeat("vet the emulator and train one round"):
         site = runtime.open_dry_run(offered.manifest, package, Path(scratch) / "rounds")
         line = site.rehearse()
     plan = site.plan

@@ -19,6 +19,7 @@ def confirm(question: str, *, yes: bool) -> None:
     try:
         agreed = typer.confirm(question, err=True)
     except typer.Abort:
+        typer.echo("", err=True)  # the cursor stands behind the question
         agreed = False
     if not agreed:
         raise Untrusted(f"answer=no to {question!r}; nothing was changed; a script gives the answer as an option")

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from offsite.cli.carried_file import read_carried
 from offsite.cli.confirm import confirm, same_fingerprint, warn_of_expiry
 from offsite.cli.typer_app import command_group
 from offsite.coordinator.home.provision import CoordinatorHome
-from offsite.errors import DataError
 from offsite.trust.addresses import with_port
 from offsite.trust.federation_manifest import FederationManifest
 from offsite.trust.request import SiteRequest
@@ -96,7 +96,10 @@ def approve(
         confirm("renew every certificate and make a new epoch?", yes=yes)
         _show(home, home.renew(now), now)
         return
-    read = [SiteRequest.from_bytes(_read(path)) for path in requests]
+    read = [
+        SiteRequest.from_bytes(read_carried(path, key="request", most=MAX_REQUEST_BYTES, sender="the site"))
+        for path in requests
+    ]
     for request in read:
         kind = "new keys for" if request.replaces else "request of"
         typer.echo(f"{kind} {request.name}: {request.fingerprint}")
@@ -132,9 +135,3 @@ def _show(home: CoordinatorHome, federation: FederationManifest, now: datetime) 
         typer.echo(f"fingerprint for every site to compare: {first.fingerprint}")
         typer.echo("next: each site runs offsite client sign with its welcome")
     warn_of_expiry(home.check(now))
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file() or path.stat().st_size > MAX_REQUEST_BYTES:
-        raise DataError(f"request={str(path)!r}: no such file, or too large for a request; ask the site for it")
-    return path.read_bytes()

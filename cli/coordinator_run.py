@@ -16,6 +16,7 @@ from rich.console import Console
 
 from offsite.cli.confirm import warn_of_expiry
 from offsite.cli.coordinator import app
+from offsite.cli.heartbeat import Heartbeat
 from offsite.errors import ConfigError, OffsiteError
 from offsite.trust.files import alone
 
@@ -49,10 +50,14 @@ def run(
     ] = False,
 ) -> None:
     """Run a job with the sites of the federation. After a stop, the same command continues the job."""
+    from offsite.coordinator.config.federation_file import read_config
+
+    settings, sha256 = read_config(config)  # before libraries that take seconds to load
+    if settings.coordinator is None:
+        raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     from transformers.utils.logging import disable_progress_bar
 
     from offsite.cli.display import LiveDisplay, PlainDisplay
-    from offsite.coordinator.config.federation_file import read_config
     from offsite.coordinator.home.provision import CoordinatorHome
     from offsite.coordinator.home.status import Status
     from offsite.coordinator.job.store import Store
@@ -63,9 +68,6 @@ def run(
 
     forget_proxies()
     disable_progress_bar()
-    settings, sha256 = read_config(config)
-    if settings.coordinator is None:
-        raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     home = CoordinatorHome.open(Path(settings.coordinator.home))
     warn_of_expiry(home.check(now()))
     console = Console(stderr=True)
@@ -103,8 +105,10 @@ def _checked_place(home: "CoordinatorHome", settings: "FedConfig", out: Path | N
     from offsite.coordinator.home.job_settings import keep_place, run_folder
     from offsite.task.findings import Findings
 
-    place, findings = run_folder(home, settings, out), Findings()
-    check_coordinator(settings, place, now(), findings)
+    place = run_folder(home, settings, out)
+    with Heartbeat("check the federation file") as heartbeat:
+        findings = Findings(on_step=heartbeat.now)
+        check_coordinator(settings, place, now(), findings)
     for warning in findings.warnings:
         typer.echo(f"warning: {warning}", err=True)
     findings.check()

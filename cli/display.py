@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from offsite.cli.heartbeat import Heartbeat
 from offsite.coordinator.job.round_record import RoundRecord
 
 logger = logging.getLogger("offsite")
@@ -25,13 +26,20 @@ def round_text(record: RoundRecord, planned: int) -> str:
 
 
 class PlainDisplay(AbstractContextManager["PlainDisplay"]):
-    """One log line per event, for files, pipes and CI."""
+    """One log line per event, for files, pipes and CI, and a line now and then while nothing happens."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
+        self._heartbeat = Heartbeat("start", self._log)
+
+    def __enter__(self) -> "PlainDisplay":
+        """Begins to watch for long silences."""
+        self._heartbeat.__enter__()
+        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leaves nothing behind."""
+        self._heartbeat.__exit__(kind, error, trace)
 
     def step(self, text: str) -> None:
         """Logs the current step."""
@@ -51,6 +59,10 @@ class PlainDisplay(AbstractContextManager["PlainDisplay"]):
         self._say(text)
 
     def _say(self, text: str) -> None:
+        self._log(text)
+        self._heartbeat.now(text)
+
+    def _log(self, text: str) -> None:
         logger.info("%6.0f s  %s", time.monotonic() - self._began, text)
 
 

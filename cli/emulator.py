@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError
 
@@ -84,7 +85,13 @@ def build(
     )
     data = PublicData(calibration, task, _columns(columns), sequences, length)
     disable_progress_bar()
-    built = build_from_folder(model, out, order, data, _step)
+    with Heartbeat("read the model") as heartbeat:
+
+        def step(text: str) -> None:
+            _step(text)
+            heartbeat.now(text)
+
+        built = build_from_folder(model, out, order, data, step)
     report = out.with_name(f"{out.name}.report.json")
     report.write_text(json.dumps(built.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     typer.echo(json.dumps(built.to_dict(), allow_nan=False) if as_json else _summary(built, out, report))
@@ -160,7 +167,8 @@ def vet(
     manifest = read_manifest(package)
     model = load(package, dtype=torch.float32, expected_digest=manifest.digest())
     drawn = secrets.randbits(62) if seed is None else seed
-    report = vetted(package, model, manifest, VettingThresholds(), seed=drawn)
+    with Heartbeat("look for traps"):
+        report = vetted(package, model, manifest, VettingThresholds(), seed=drawn)
     for check in report.checks:
         typer.echo(f"{check.name:16} {check.value:10.4g}  limit {check.limit:<8g} {check.where}")
     typer.echo(f"no known trap in {package}: {report.measured} numbers measured")

@@ -1,5 +1,7 @@
 """The words in which an offered job is shown to the owner of a site."""
 
+import shlex
+
 from offsite.protos.aggregation import NO_SECAGG_WARNING, AggregationTerms
 from offsite.protos.job_manifest import JobManifest
 from offsite.trust.collusion import weaker_sentence
@@ -10,12 +12,15 @@ SPLITS = {
 }
 
 
-def job_lines(manifest: JobManifest, *, site: str, approved: bool, records: int | None, delta: float) -> list[str]:
+def job_lines(
+    manifest: JobManifest, *, site: str, folder: str, approved: bool, records: int | None, delta: float
+) -> list[str]:
     """Returns what a job asks of a site, one fact in each line.
 
     Args:
       manifest: manifest of the job.
       site: name of the site; the manifest maps this name to an emulator.
+      folder: path of the site's folder, as the owner typed the path.
       approved: whether the site's owner approved the job.
       records: declared number of the site's records, or of its blocks; None where there is none yet.
       delta: delta of the job at this site.
@@ -38,7 +43,7 @@ def job_lines(manifest: JobManifest, *, site: str, approved: bool, records: int 
             f"helpers    up to {manifest.accomplices} of these sites may help the coordinator, which then sees no "
             "single update of the others"
         )
-    lines.append(f"next       offsite client approve DIR {digest}")
+    lines.append(f"next       {shlex.join(['offsite', 'client', 'approve', folder, digest])}")
     if rule.individuals:
         lines.insert(1, f"WARNING    {NO_SECAGG_WARNING}")
     if weaker := weaker_sentence(manifest.accomplices, len(manifest.roster)):

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from offsite.cli import check, client_run, coordinator_run, emulator, methods
+from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
 from offsite.protos.flower_process import QUIET, forbid_core_dumps
@@ -61,8 +62,15 @@ def _setup(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft asks transformers under the old name; the person at the terminal can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_for_people)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("offsite").setLevel(logging.INFO)
+
+
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Says whether a record is shown; a library that sets its own logger's level would show its steps here."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "offsite"
 
 
 @app.command()
@@ -88,21 +96,23 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a whole federation on this machine and write a report."""
+    if (config is None) == (resume is None):
+        raise ConfigError("simulate: give either a federation file or --resume DIR")
     from offsite.simulation.begin import begin
     from offsite.simulation.begin import resume as resume_run
     from offsite.simulation.engine_table import ENGINES
     from offsite.simulation.run_folder import Origin
 
     lookup(ENGINES, engine, "engine")
-    if (config is None) == (resume is None):
-        raise ConfigError("simulate: give either a federation file or --resume DIR")
     if resume is not None:
         if (seed, rounds, sites) != (None, None, None) or no_privacy:
             raise ConfigError("resume: the run folder fixes seed, rounds, sites and privacy; leave these options out")
-        run = resume_run(resume, _warn)
+        with Heartbeat("open the run") as heartbeat:
+            run = resume_run(resume, _warn, heartbeat.now)
     else:
         origin = Origin(seed=seed, rounds=rounds, sites=sites, private=not no_privacy)
-        run = begin(config or Path(), out, origin, _warn)
+        with Heartbeat("check the federation file") as heartbeat:
+            run = begin(config or Path(), out, origin, _warn, heartbeat.now)
     _run(run, engine, as_json)
 
 

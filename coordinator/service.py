@@ -266,6 +266,7 @@ def _readiness_poller(
         unopened=offers.unopened,
         current=context.home.federation,
         on_refusal=context.on_notice,
+        on_change=context.on_step,
     )
 
 

@@ -27,6 +27,7 @@ OPEN_FILES = 1 << 16
 LAST_BYTES = 1 << 14
 # How Flower 1.41 writes starts and errors into its log.
 _COLOUR, _STARTED = re.compile(r"\x1b\[[0-9;]*m"), "Started server process"
+_WEB_SERVER = re.compile(r"INFO: {5}")  # uvicorn's own lines, which say at each end alike that it shuts down
 _CODE, _ERROR = re.compile(r"\[code: \d+\]"), re.compile(r"\b(?:ERROR|CRITICAL|\w*Error:)")
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PARENT = 1, 4, "OFFSITE_PARENT"
 
@@ -88,7 +89,7 @@ class FlowerProcess:
             self._process.wait()
 
     def reason(self) -> str:
-        """Returns why the process ended, from the end of its log: its last error, or else its last line."""
+        """Returns why the process ended, from the end of its log: its last error, or else Flower's last line."""
         try:
             with self._log.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
@@ -97,7 +98,8 @@ class FlowerProcess:
             return ""
         lines = lines[max((i for i, line in enumerate(lines) if _STARTED in line), default=0) :]
         errors = [line.strip() for line in lines if _CODE.match(line) or _ERROR.search(line)]
-        return errors[-1] if errors else (lines[-1].strip() if lines else "")
+        own = [line.strip() for line in lines if line.strip() and not _WEB_SERVER.match(line)]
+        return (errors or own or [""])[-1]
 
 
 def die_with_parent() -> None:

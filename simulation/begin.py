@@ -13,7 +13,13 @@ from offsite.task.findings import Findings
 from offsite.trust.files import sha256_file
 
 
-def begin(file: Path, out: Path, origin: Origin, on_warning: Callable[[str], None]) -> Run:
+def begin(
+    file: Path,
+    out: Path,
+    origin: Origin,
+    on_warning: Callable[[str], None],
+    on_step: Callable[[str], None] = lambda text: None,
+) -> Run:
     """Checks everything that a run reads, and makes its run folder.
 
     Args:
@@ -21,12 +27,13 @@ def begin(file: Path, out: Path, origin: Origin, on_warning: Callable[[str], Non
       out: run folder; the folder of a run without a whole round is taken over.
       origin: options of the command; its path of the file is set here.
       on_warning: function that takes each warning of the check.
+      on_step: function that takes what is being checked.
 
     Raises:
       CheckFailed: something is wrong; nothing was written.
       OffsiteError: the federation file cannot be read, or the folder is in use.
     """
-    origin, findings = dataclasses.replace(origin, file=str(file.resolve())), Findings()
+    origin, findings = dataclasses.replace(origin, file=str(file.resolve())), Findings(on_step=on_step)
     config, faults = read_with_faults(file)
     for fault in faults:
         findings.add(str(fault))
@@ -38,7 +45,7 @@ def begin(file: Path, out: Path, origin: Origin, on_warning: Callable[[str], Non
     return Run.create(config, sha256_file(file), out, origin)
 
 
-def resume(folder: Path, on_warning: Callable[[str], None]) -> Run:
+def resume(folder: Path, on_warning: Callable[[str], None], on_step: Callable[[str], None] = lambda text: None) -> Run:
     """Opens the run of a folder; a run without a whole round begins anew where its federation file was changed.
 
     Whatever stopped a run before its first whole round may stand in the federation file, and would stop the run again
@@ -53,8 +60,8 @@ def resume(folder: Path, on_warning: Callable[[str], None]) -> Run:
         return run
     file = Path(run.origin.file)
     if run.origin.file and file.is_file() and sha256_file(file) != run.config_sha256:
-        return begin(file, folder, run.origin, on_warning)
-    _check(run.config, folder, Findings(), on_warning)
+        return begin(file, folder, run.origin, on_warning, on_step)
+    _check(run.config, folder, Findings(on_step=on_step), on_warning)
     return run
 
 

@@ -72,7 +72,7 @@ def _simulate(run: Run, options: Options) -> Report:
         job = run.open_job(display.step)
         sessions = simulated_sessions(run, job.manifest)
         session = sessions[job.emulator.sites[0]]
-        data = site_data(run, job.manifest, session)
+        data = site_data(run, job.manifest, session, display.step)
         building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
     facts = (DataFacts.of(PUBLIC, "", job.public.learnt), *data.facts)

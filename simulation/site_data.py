@@ -1,6 +1,6 @@
 """The records of the simulated sites as examples, with the privacy plan of each site."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from offsite.client.training.emulator_session import EmulatorSession
@@ -30,13 +30,16 @@ class SiteData:
     facts: tuple[DataFacts, ...]
 
 
-def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> SiteData:
+def site_data(
+    run: Run, manifest: JobManifest, session: EmulatorSession, on_step: Callable[[str], None] = lambda text: None
+) -> SiteData:
     """Reads the records of every site, before any site trains.
 
     Args:
       run: run folder.
       manifest: manifest of the job.
       session: emulator session of any site, since all sites encode alike.
+      on_step: function that takes a text about what is being done.
 
     Raises:
       OffsiteError: a site's records cannot be read, are too few, or have nothing to learn from; the message begins with
@@ -45,6 +48,7 @@ def site_data(run: Run, manifest: JobManifest, session: EmulatorSession) -> Site
     share = max(1, run.config.evaluation.examples // len(run.config.sites))
     plans, heldout, facts = dict[str, SitePlan](), list[Batch](), list[DataFacts]()
     for site in run.config.sites:
+        on_step(f"read the records of {site.name}, and plan the noise there")
         try:
             examples, own = _read(run, site, TRAINING, manifest, session)
             plans[site.name] = plan_for(manifest, len(examples))

@@ -29,6 +29,7 @@ def check_file(
     Returns:
       The records; a broken row is an empty record. None where the file as a whole cannot be read.
     """
+    findings.on_step(f"read {str(path)!r}{f', {where}' if where else ''}")
     with findings.gathering(where):
         records = read_for_job(path, reader=reader, columns=columns)
         add_faults(records.faults, len(records), where, findings)

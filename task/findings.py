@@ -1,6 +1,6 @@
 """Findings of a check: everything that is wrong, and everything that a person should know, gathered in order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,10 +14,12 @@ class Findings:
     Attributes:
       errors: lines on faults, after which no work may begin.
       warnings: lines that a person should know.
+      on_step: function that takes what is being checked, since a large file takes its time.
     """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    on_step: Callable[[str], None] = lambda text: None
 
     @contextmanager
     def gathering(self, where: str = "") -> Iterator[None]:

@@ -72,6 +72,7 @@ def try_records(counter: Counter, files: Sequence[DataFile], findings: Findings)
     # The tokenizer starts once for all files, unless texts are cut into blocks: a block does not tell its file.
     groups = [list(files)] if counter.split == "truncate" else [[file] for file in files]
     for group in filter(None, groups):
+        findings.on_step("encode some records of each file")
         with findings.gathering():
             chosen = [_chosen(counter, file, max(FEWEST, TRIED // len(group))) for file in group]
             outcomes += _tried(counter, group, chosen, findings)

@@ -68,7 +68,7 @@ def check_own_data(
         return OwnData(found)
     readable = [task for task, line in refusals.items() if not _needs_a_name(path, line)]
     if not readable:
-        return OwnData(unnamed=next(iter(refusals.values())))
+        return OwnData(unnamed=_of_the_meant_task(refusals, names, column))
     attempts = list[list[str]]()
     for task in readable:
         findings, columns = Findings(), columns_for(task, column=column, names=names, labels=labels)
@@ -79,6 +79,13 @@ def check_own_data(
         attempts.append(findings.errors)
     fewest = min(attempts, key=len)
     return OwnData(faults=tuple(fewest))
+
+
+def _of_the_meant_task(refusals: Mapping[str, str], names: Mapping[str, str], column: str) -> str:
+    """Returns the refusal of the task whose fields `site.toml` names, and there of a column that stands in it."""
+    meant = [line for task, line in refusals.items() if set(names) <= FIELDS[task].keys()] or list(refusals.values())
+    given = tuple(f"column={name!r} " for name in (*names.values(), column) if name)
+    return next((line for line in meant if given and line.startswith(given)), meant[0])
 
 
 def _needs_a_name(path: Path, line: str) -> bool:

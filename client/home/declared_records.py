@@ -84,19 +84,22 @@ def declared(home: SiteHome) -> int | None:
     return int(number)
 
 
-def declare(home: SiteHome, task: str | None = None) -> int:
+def declare(home: SiteHome, task: str | None = None, *, counted: int | None = None) -> int:
     """Returns the declared number of records; where there is none, counts the records and keeps their number.
 
     Args:
       home: folder of the site.
       task: name of the task that reads the records; None takes the largest number of any task.
+      counted: number of the records, where the caller has read them just now.
 
     Raises:
       DataError: the records cannot be read, or the number cannot be kept.
     """
     number = declared(home)
     if number is None:
-        if task is not None:  # no row's content decides the number, so a job's offer may ask for the count
+        if counted is not None:
+            number = counted
+        elif task is not None:  # no row's content decides the number, so a job's offer may ask for the count
             number = len(read_records_for_job(home, task))
         else:
             number = max(map(len, records_by_task(home).values()))

@@ -170,21 +170,18 @@ class SiteHome:
         write_atomically(self.folder / REQUEST, made.to_bytes())
         return self.folder / REQUEST
 
-    def join(
-        self, data: bytes, *, now: datetime, expected: str | None, consent: Consent = NOTHING_MORE
-    ) -> FederationManifest:
-        """Accepts a welcome for its owner, who has compared its fingerprint, and pins its epoch.
+    def checked_welcome(self, data: bytes, *, now: datetime, expected: str | None) -> Welcome:
+        """Returns a welcome that this site may join, before its owner consents to anything; writes nothing.
 
         Args:
           data: bytes of the welcome file.
           now: current time, for the checks of dates.
-          expected: fingerprint that the coordinator read to the owner; None where the owner confirmed the shown one.
-          consent: consent of the owner to members that `site.toml` does not name, and to a weaker federation.
+          expected: fingerprint that the coordinator read to the owner; None where the owner compares the shown one.
 
         Raises:
           MalformedMessage: the data are not a welcome.
-          Untrusted: the welcome has another fingerprint, holds other keys than this site's, has expired, does not
-            follow from the pinned epoch, or needs a consent that is missing.
+          Untrusted: the welcome has another fingerprint, holds other keys than this site's, has expired, or does not
+            follow from the pinned epoch.
         """
         welcome = Welcome.from_bytes(data)
         if expected is not None and digits_of(expected) != digits_of(welcome.fingerprint):
@@ -200,6 +197,24 @@ class SiteHome:
         federation.check_valid(now)
         if self.joined:
             welcome.check_history(self.federation())
+        return welcome
+
+    def join(
+        self, data: bytes, *, now: datetime, expected: str | None, consent: Consent = NOTHING_MORE
+    ) -> FederationManifest:
+        """Accepts a welcome for its owner, who has compared its fingerprint, and pins its epoch.
+
+        Args:
+          data: bytes of the welcome file.
+          now: current time, for the checks of dates.
+          expected: fingerprint that the coordinator read to the owner; None where the owner confirmed the shown one.
+          consent: consent of the owner to members that `site.toml` does not name, and to a weaker federation.
+
+        Raises:
+          MalformedMessage: the data are not a welcome.
+          Untrusted: see `checked_welcome`; or the welcome needs a consent that is missing.
+        """
+        federation = self.checked_welcome(data, now=now, expected=expected).manifest
         check_consent(federation, self.strangers(federation), consent)
         self._record(federation, consent, now)
         write_atomically(self.folder / "trust" / "federation" / f"epoch-{federation.epoch}.json", federation.to_bytes())

@@ -195,7 +195,8 @@ def permit_now(policy: Policy, now: datetime) -> None:
 def _listed(key: str, permitted: tuple[str, ...], *names: str) -> None:
     if ANY not in permitted and not set(names) & set(permitted):
         raise PolicyRefusal(
-            f"{key[:-1]}={names[0]!r}: policy.toml {key} permits {', '.join(permitted) or 'none'}; the owner may add it"
+            f"{key[:-1]}={names[0]!r}: policy.toml {key} permits {', '.join(permitted) or 'none'}; the owner "
+            f"may add {names[0]!r} to {key} there"
         )
 
 

@@ -82,7 +82,10 @@ class SiteSettings:
             raise ConfigError(f"runtime_port={self.runtime_port}: must be from 0 to {MAX_PORT}; 0 takes a free one")
         check_proxy(self.proxy)
         if len(self.contact) > MAX_CONTACT or not (self.contact.isascii() and self.contact.isprintable()):
-            raise ConfigError(f"contact={self.contact!r}: must be at most {MAX_CONTACT} printable ASCII characters")
+            raise ConfigError(
+                f"contact={self.contact!r}: must be at most {MAX_CONTACT} printable ASCII characters; write letters "
+                "with accents without them"
+            )
         for known in self.known:
             if not _FINGERPRINT.fullmatch(digits_of(known)):
                 raise ConfigError(f"known={known!r}: must be the 16 groups of a member's fingerprint, as sign shows it")

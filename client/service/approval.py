@@ -22,7 +22,7 @@ def site_plan(policy: Policy, manifest: JobManifest, records: int) -> SitePlan:
     """
     if records < policy.min_records:
         raise PolicyRefusal(
-            f"records={records}: policy.toml has min_records={policy.min_records}; add records or lower it"
+            f"records={records}: policy.toml has min_records={policy.min_records}; add records or lower min_records"
         )
     return plan_for(manifest, records, delta_cap=policy.delta_cap)
 

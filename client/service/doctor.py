@@ -124,7 +124,7 @@ def _policy(site: SiteHome) -> str:
     if most and most < policy.min_records:
         raise PolicyRefusal(
             f"records={most}: policy.toml has min_records={policy.min_records}, so every job is refused; add records "
-            "or lower it"
+            "or lower min_records"
         )
     return f"{policy.approval} approval"
 

@@ -33,6 +33,7 @@ from offsite.trust.federation_manifest import FederationManifest, check_signatur
 
 log = logging.getLogger("offsite.client")
 WAITING = "waiting"
+_LOOK = "beside this run, look with offsite client inspect, and agree with offsite client approve"
 SHARE_BYTES = 512  # of a sealed share with its recipient's name
 _RESENT = ("keys", "shares", "masked", "survivors", "unmask", "update")  # the same question gets the same bytes again
 
@@ -53,6 +54,7 @@ class StageHandler:
         self._runner = LatestJobRunner()
         self._sent: dict[str, tuple[bytes, bytes]] = {}
         self._noted: dict[str, tuple[str, str]] = {}  # last job and reason in the audit log, by kind of entry
+        self._offered: Mapping[str, object] = {}  # last answer to an offer
         self._shown: dict[str, str] = {}  # last line of each stage for the people at this machine
 
     def endpoint(self) -> SignedEndpoint:
@@ -91,15 +93,17 @@ class StageHandler:
         fields = {"stage": stage, "answer": type(message).__name__, "bytes": len(reply)}
         if isinstance(message, codec.Refusal):
             fields |= {"error": message.kind, "reason": message.reason}
-        if stage != "offer" or isinstance(message, codec.Refusal):
+        if stage != "offer" or (isinstance(message, codec.Refusal) and fields != self._offered):
             self._note("answered", fields)
+        if stage == "offer":
+            self._offered = fields  # the coordinator asks again and again
         self._show(stage, status_line(stage, message))
         return reply
 
     def _show(self, stage: str, line: str) -> None:
         """Shows a line to the people at this machine, unless the last line of this stage in this round was the same."""
         if stage == "train":
-            self._shown = {name: last for name, last in self._shown.items() if name in ("offer", "train")}
+            self._shown = {name: last for name, last in self._shown.items() if name in ("offer", "signatures", "train")}
         if line and line != self._shown.get(stage):
             log.info("%s", line)
             self._shown[stage] = line
@@ -138,7 +142,7 @@ class StageHandler:
         federation.check_valid(runtime.clock())  # a site may run for longer than its owners signed
         manifest = check_job(runtime.coordinator, offer.manifest, offer.manifest_signature)
         if missing := sorted({member.site for member in federation.members} - dict(offer.owners).keys()):
-            log.info("job waits for the signatures of %s", ", ".join(missing))
+            self._show("signatures", f"job waits for the signatures of {', '.join(missing)}")
             return self._reply(WAITING, NOT_SIGNED)
         check_signatures(federation, dict(offer.owners))
         _check_terms(manifest, federation)
@@ -228,10 +232,8 @@ def status_line(stage: str, reply: codec.Message) -> str:
             line = f"job refused: {kind}: {reason}; after a change here, start offsite client run again"
         case codec.Refusal(kind=kind, reason=reason):
             line = f"refused in stage {stage}: {kind}: {reason}"
-        case codec.OfferReply(state="fetching", detail=detail):
-            line = f"job {detail or 'offered: its package is fetched and vetted'}"
-        case codec.OfferReply(state=state, detail=detail):
-            line = f"job {state}: {detail}" if detail else f"job {state}"
+        case codec.OfferReply():
+            line = _offer_line(reply)
         case codec.MaskedReply():
             line = "a masked update has left; the audit log has its size and the privacy that it cost"
         case codec.UpdateReply():
@@ -243,6 +245,13 @@ def status_line(stage: str, reply: codec.Message) -> str:
         case codec.Notice(reason=reason):
             line = f"job ended: {reason!r}"
     return line
+
+
+def _offer_line(reply: codec.OfferReply) -> str:
+    if reply.state == FETCHING:
+        return f"job {reply.detail or 'offered: its package is fetched and vetted'}"
+    line = f"job {reply.state}: {reply.detail}" if reply.detail else f"job {reply.state}"
+    return f"{line}; {_LOOK}" if reply.detail == NOT_APPROVED else line
 
 
 def _is_stale(loader: JobLoader, offer: codec.Offer) -> bool:

@@ -85,5 +85,8 @@ def _refusal(name: str, host: str, port: int, error: OSError) -> str:
             "address to listen on, for example 0.0.0.0"
         )
     if error.errno == errno.EADDRINUSE:
-        return f"{name}={port} at {host}: another program listens there; stop it, or choose another port"
-    return f"{name}={port} at {host}: cannot be listened on ({error.strerror}); choose another port"
+        return (
+            f"{name}={port} at {host}: another program listens there; stop that program, or set another {name} in "
+            "coordinator.toml and send the sites the welcomes of a new offsite coordinator approve"
+        )
+    return f"{name}={port} at {host}: cannot be listened on ({error.strerror}); set another {name} in coordinator.toml"

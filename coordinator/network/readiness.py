@@ -17,6 +17,7 @@ REPORTED_STATES = (FETCHING, WAITING, READY, REFUSED)  # states that a site may 
 # Fetched bytes of the package count as progress by whole pieces: a site could report single bytes for ever.
 PIECE, PIECES = 1 << 20, 64
 SILENT = "did not answer"
+TOLD = 8  # changes of one site of which a person is told, since a site could change for ever
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class ReadinessPoller:
       current: returns the epoch that holds now; the owners may sign another epoch while a job waits.
       on_refusal: called with a sentence once for each site that refuses the job, and again if it refuses after it was
         ready.
+      on_change: called with the states of all sites in one line, when a site comes into a state for the first time.
       clock: returns seconds that only go up.
       sleep: waits for a number of seconds.
     """
@@ -102,13 +104,16 @@ class ReadinessPoller:
         unopened: dict[str, str],
         current: Callable[[], FederationManifest],
         on_refusal: Callable[[str], None] = lambda text: None,
+        on_change: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange, self._federation, self._offer_for = exchange, federation, offer_for
         self._signatures, self._ledgers, self._status, self._keep = signatures, ledgers, status, keep
         self._unopened, self._current, self._on_refusal = unopened, current, on_refusal
+        self._on_change = on_change
         self._refused: set[str] = set()  # a site that changes its reasons for ever gets one line
+        self._told: dict[str, set[tuple[str, str]]] = {}  # states and reasons that a person knows of, by site
         self._clock, self._sleep = clock, sleep
 
     def wait(self, policy: ReadinessPolicy) -> tuple[str, ...]:
@@ -151,7 +156,19 @@ class ReadinessPoller:
         for site, site_state in states.items():
             self._status.site(site, site_state.state, site_state.detail, site_state.fetched)
             self._tell(site, site_state)
+        news = [site for site, site_state in states.items() if self._is_news(site, site_state)]
+        if news:
+            self._on_change(_in_one_line(states))
         return states
+
+    def _is_news(self, site: str, site_state: _SiteState) -> bool:
+        """Returns whether a site is in a state, with this reason, for the first time; never after `TOLD` changes."""
+        known = self._told.setdefault(site, set())
+        change = (site_state.state, "" if site_state.state == REFUSED else site_state.detail)
+        if change in known or len(known) == TOLD:
+            return False
+        known.add(change)
+        return True
 
     def _tell(self, site: str, site_state: _SiteState) -> None:
         """Tells at once that a site refuses; the wait for other sites goes on, since an owner may mend the cause."""
@@ -196,3 +213,12 @@ class ReadinessPoller:
             self._keep(site, reply.owner_signature)
         self._ledgers.learn(site, reply.ledger)
         return ""
+
+
+def _in_one_line(states: Mapping[str, _SiteState]) -> str:
+    """Returns the sites by state and reason; a refusal has a line of its own, with its reason."""
+    groups = dict[str, list[str]]()
+    for site, own in sorted(states.items()):
+        reason = "" if own.state in (REFUSED, ABSENT) else own.detail
+        groups.setdefault(f"{own.state} ({reason})" if reason else own.state, []).append(site)
+    return "sites: " + "; ".join(f"{state}: {', '.join(sites)}" for state, sites in sorted(groups.items()))

@@ -92,7 +92,7 @@ def check_columns(path: Path, columns: Columns, present: Sequence[str], where: s
         without a header they are a first record.
     """
     data = f"data={str(path)!r} {where}".rstrip()
-    for name in (column.name for column in columns.values()):
+    for key, name in ((key, column.name) for key, column in columns.items()):
         if present.count(name) > 1:
             raise DataError(
                 f"column={name!r} stands {present.count(name)} times in {data}; rename or remove all but one"
@@ -103,5 +103,5 @@ def check_columns(path: Path, columns: Columns, present: Sequence[str], where: s
         hint = nearest(name, known)
         raise DataError(
             f"column={name!r} is not in {data}, columns={', '.join(known) or 'none'}; "
-            + (hint if hint.startswith("did") else "name one of these columns")
+            + (hint if hint.startswith("did") else f'write columns = {{ {key} = "NAME" }} with one of these names')
         )

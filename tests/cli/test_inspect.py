@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -82,7 +84,10 @@ def test_the_command_that_inspect_prints_approves_what_it_showed(
     inspected, _ = show(AggregationTerms())
     digest = inspected[0].split()[1]
     assert len(digest) == 64
-    assert f"next       offsite client approve DIR {digest}" in inspected
+    (command,) = [line.split(maxsplit=1)[1] for line in inspected if line.startswith("next")]
+    *words, place, approved = shlex.split(command)
+    assert (words, approved) == (["offsite", "client", "approve"], digest)
+    assert (Path(place) / "site.toml").is_file()
     assert (
         "helpers    up to 1 of these sites may help the coordinator, which then sees no single update of the others"
         in inspected

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from offsite.client.network.node import Node, SuperNodeConfig
+from offsite.protos.flower_process import FlowerProcess
 
 
 class Told:
@@ -40,3 +41,36 @@ def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Excep
     node._executor = cast(Any, Told(httpx.ConnectError("refused")))
     assert not node._step()  # a SuperNode that starts is no news
     assert len(notes) == 1
+
+
+ENDED = """\x1b[92mINFO \x1b[0m:      Starting Flower SuperNode
+INFO:     Started server process [5954]
+INFO:     Waiting for application startup.
+\x1b[92mINFO \x1b[0m:      SuperNode terminated gracefully.
+INFO:     Shutting down
+INFO:     Waiting for application shutdown.
+INFO:     Finished server process [5954]
+"""
+
+
+def test_the_reason_of_an_end_is_flowers_and_not_its_web_servers(tmp_path: Path) -> None:
+    """The log of Flower 1.41 where a site's clock is 20 s ahead, at each line at which a look may come."""
+    lines, notes = ENDED.splitlines(keepends=True), list[tuple[str, str]]()
+    for end in range(4, len(lines) + 1):
+        log = tmp_path / "supernode.log"
+        log.write_text("".join(lines[:end]))
+        process = FlowerProcess("none", [], log=log, home=tmp_path, environment={})
+        assert "SuperNode terminated gracefully." in process.reason()
+    node = Node(
+        SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
+        lambda stage, body: b"",
+        largest=lambda: 0,
+        note=lambda kind, reason: notes.append((kind, reason)),
+        stopping=lambda: True,
+    )
+    for _ in range(2):
+        node._note_end(process.reason())
+    ((kind, reason),) = notes
+    assert kind == "supernode ended"
+    assert "is the clock off" in reason
+    assert "offsite client doctor" in reason

@@ -85,7 +85,8 @@ def test_its_owner_is_told_how_a_job_stands(world: World, tmp_path: Path, caplog
     site.ask("abort", codec.Notice("abort", "\x1b[2J"))
     passing = ("job offered: its package is fetched and vetted", "job approved, its data are read")  # if it takes long
     assert [line for line in caplog.messages if line not in passing] == [
-        "job waiting: the data owner has not approved this job yet",
+        "job waiting: the data owner has not approved this job yet; beside this run, look with offsite client inspect, "
+        "and agree with offsite client approve",
         "job ready",
         "round 1: trained",
         "the coordinator gave the round up: ' [2J'",
@@ -100,6 +101,24 @@ def test_its_owner_is_told_of_a_refusal(world: World, tmp_path: Path, caplog: py
     (line,) = caplog.messages
     assert line.startswith("job refused: PolicyRefusal: ")
     assert line.endswith("; after a change here, start offsite client run again")
+
+
+def test_an_owner_hears_once_what_a_job_waits_for(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The coordinator asks twice a second, for hours where an owner is away; log and audit log hold each news once."""
+    caplog.set_level("INFO", "offsite.client")
+    site, offer = RunningSite(world, "ash", tmp_path / "ash"), world.offer("ash")
+    for owners in (offer.owners[:1], offer.owners[:1], offer.owners[:2], offer.owners[:2]):
+        site.ask("offer", dataclasses.replace(offer, owners=owners))
+    assert [line for line in caplog.messages if line.startswith("job waits")] == [
+        "job waits for the signatures of birch, cedar, elm",
+        "job waits for the signatures of cedar, elm",
+    ]
+    site = RunningSite(world, "ash", tmp_path / "other", policy={"max_rank": 1})
+    for _ in range(3):
+        site.ask("offer", offer)
+    assert notes(site).count("answered") == 1
 
 
 def test_an_epoch_that_has_ended_takes_no_job(world: World, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def test_a_port_in_use_is_named_and_a_free_one_is_not(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         check_port("link_port", "127.0.0.1", port, findings, patience=0.3)
     assert findings.errors == [
-        f"link_port={port} at 127.0.0.1: another program listens there; stop it, or choose another port"
+        f"link_port={port} at 127.0.0.1: another program listens there; stop that program, or set another link_port "
+        "in coordinator.toml and send the sites the welcomes of a new offsite coordinator approve"
     ]
     check_port("link_port", "127.0.0.1", port, findings)
     assert len(findings.errors) == 1

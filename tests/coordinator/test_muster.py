@@ -11,7 +11,7 @@ import pytest
 
 from offsite.coordinator.home.ledger_heads import Ledgers
 from offsite.coordinator.home.status import Status, read_status
-from offsite.coordinator.network.readiness import PIECE, ReadinessPolicy, ReadinessPoller
+from offsite.coordinator.network.readiness import PIECE, TOLD, ReadinessPolicy, ReadinessPoller
 from offsite.coordinator.rounds.exchange import MAX_REASON_LENGTH, cut
 from offsite.errors import TooFewSurvivors, Untrusted
 from offsite.protos import codec
@@ -47,6 +47,7 @@ class Waiting:
         self.kept: list[str] = []
         self.unopened: dict[str, str] = {}
         self.told: list[str] = []
+        self.changes: list[str] = []
         self.path = folder / "status.json"
         self.status = Status(self.path, lambda: NOW)
         self.status.set("waiting for sites")
@@ -61,6 +62,7 @@ class Waiting:
             unopened=self.unopened,
             current=lambda: self.current,
             on_refusal=self.told.append,
+            on_change=self.changes.append,
             clock=lambda: self.time,
             sleep=self.sleep,
         )
@@ -192,6 +194,34 @@ def test_a_refusal_is_told_at_once_and_once(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path, sites(cycle([None])))
     waiting.waits(PATIENCE, PATIENCE + 5)
     assert waiting.told == []
+
+
+def test_a_person_hears_how_the_sites_stand_at_each_change_and_only_then(tmp_path: Path) -> None:
+    def coming() -> Iterator[Said]:
+        yield from [None] * 20
+        yield from [reply("waiting", detail="not approved")] * 20
+        yield from [reply("fetching", piece * PIECE) for piece in range(20)]
+        yield from cycle([reply("ready")])
+
+    waiting = Waiting(tmp_path, sites(coming()))
+    assert waiting.wait() == NAMES
+    assert waiting.changes == [
+        "sites: absent: ash; ready: birch, cedar",
+        "sites: ready: birch, cedar; waiting (not approved): ash",
+        "sites: fetching: ash; ready: birch, cedar",
+        "sites: ready: ash, birch, cedar",
+    ]
+
+
+def test_a_site_that_changes_for_ever_makes_no_flood_of_changes(tmp_path: Path) -> None:
+    changing = (reply("waiting", detail=str(number)) for number in count())
+    waiting = Waiting(tmp_path, sites(changing))
+    waiting.waits(PATIENCE, PATIENCE + 5)
+    assert len(waiting.changes) == TOLD
+    refusing = (reply("refused", detail=f"DataError: {number}") for number in count())
+    waiting = Waiting(tmp_path, sites(refusing))
+    waiting.waits(PATIENCE, PATIENCE + 5)
+    assert waiting.changes == ["sites: ready: birch, cedar; refused: ash"]
 
 
 def test_enough_sites_go_on_without_one_that_flaps(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_without_switches_the_job_waits_for_each_owner(fed: Path, tmp_path: Path
             job = offsite("client", "inspect", folder, plain=True).split()[0]
             shown = offsite("client", "inspect", folder, job, plain=True)
             assert "epsilon 8.0 at delta 1e-06" in shown
-            assert f"offsite client approve DIR {job}\n" in shown
+            assert f"offsite client approve {folder} {job}\n" in shown
             if site == SITES[0]:  # by the printed command, and taken back; then as the page says
                 offsite("client", "approve", folder, job, plain=True)
                 assert f"withdrawn: {job}" in offsite("client", "withdraw", folder, job[:12], plain=True)
