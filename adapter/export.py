@@ -16,7 +16,7 @@ from offsite.adapter.inject import ADAPTER, quiet, refuse_second
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import METHODS, attach, required_tensors
 from offsite.adapter.methods.task_head import wants_head
-from offsite.adapter.model_card import model_card
+from offsite.adapter.model_card import class_of, model_card
 from offsite.adapter.spec import AdapterSpec
 from offsite.errors import (
     ConfigError,
@@ -69,7 +69,7 @@ def export(
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sorted(tensors.items())}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card = model_card(base, method=spec.method, peft=in_peft_format(spec), here=folder.name)
+    card = model_card(base, method=spec.method, peft=in_peft_format(spec), here=folder.name, loader=class_of(model))
     (folder / CARD).write_text(card, encoding="utf-8")
 
 

@@ -134,19 +134,5 @@ def _chosen(counter: Counter, file: DataFile, count: int) -> LenientRecords:
 def _check_rules(counter: Counter, file: DataFile) -> list[str]:
     """Returns the faults of all records of a file under the task's rules, found without the tokenizer."""
     records = LenientRecords(file.records)
-    replace(counter, processor=_Silent(counter.processor)).targets(records)
+    replace(counter, processor=counter.processor.silenced()).targets(records)
     return _faults_of(file, records, range(len(records)))
-
-
-class _Silent(Tokenizer):
-    """A tokenizer that makes no tokens, so that a task only checks its records.
-
-    Args:
-      tokenizer: tokenizer of the model.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.__dict__.update(tokenizer.__dict__)
-
-    def _answers(self, requests: Sequence[object], most: Sequence[int]) -> list[list[int]]:
-        return [[] for _ in requests]

@@ -6,6 +6,7 @@ settings name. So only tokenizer.json, a few values of the settings and the chat
 (`task.tokenizer_settings`), and a text influences nothing but its own ids; see `task.tokenizer_worker`.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ class Tokenizer:
     """
 
     def __init__(self, content: bytes, settings: TokenizerSettings) -> None:
-        self._frames = (content, settings.to_bytes())
+        self._frames, self._silent = (content, settings.to_bytes()), False
         self._settings = settings
         self.template = settings.template
         self.has_template = bool(settings.template)
@@ -107,6 +108,12 @@ class Tokenizer:
                 f"tokenizer={folder.name!r}: tokenizer.json must have at most {MAX_BYTES} bytes; copy it again"
             )
         return cls(path.read_bytes(), TokenizerSettings.of(folder, with_images=with_images))
+
+    def silenced(self) -> "Tokenizer":
+        """Returns a copy that makes no token of any text and starts no process, for a task that only checks records."""
+        silent = copy.copy(self)
+        silent._silent = True
+        return silent
 
     def tokens(self, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
         """Returns each text's ids without special tokens; an empty list where the tokenizer fails or takes too long.
@@ -222,6 +229,8 @@ class Tokenizer:
           DataError: the tokenizer's process cannot be started; no request has a part in that.
         """
         outcomes, answers = Outcomes(), list[list[int]]()
+        if self._silent:
+            return [[] for _ in requests]
         try:
             with TokenizerWorker(self._frames) as worker:
                 for request, room in zip(requests, most, strict=True):

@@ -1,6 +1,7 @@
 """adapter.export: the content of the files, and the refusals of `load`."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from offsite.adapter.export import CONFIG, WEIGHTS, export, load
 from offsite.adapter.layout import Layout
@@ -77,9 +78,33 @@ def test_the_base_is_found_where_its_folder_is_and_no_hub_is_asked_for_it(tmp_pa
     with pytest.raises(OSError, match=r"Repo id must use .* '\./model'"):
         AutoPeftModelForCausalLM.from_pretrained("../adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "AutoModel.from_pretrained('./model')" in card
+    assert "LlamaForCausalLM.from_pretrained('./model')" in card
     assert "set `base` in the table [model]" in card
     assert str(tmp_path) not in card + (tmp_path / "adapter" / CONFIG).read_text()
+
+
+def classifier():
+    torch.manual_seed(3)
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 97}
+    config = LlamaConfig(hidden_size=32, num_key_value_heads=2, pad_token_id=0, num_labels=3, **sizes)
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("method", ["ffa_lora", "bottleneck"])
+@pytest.mark.parametrize("make", [llama, classifier], ids=lambda make: make.__name__)
+def test_the_lines_of_python_in_the_readme_load_what_was_trained(tmp_path, monkeypatch, make, method):
+    """With `AutoModel` in them they loaded a model without a head, under other names, and nothing of the adapter."""
+    make().save_pretrained(tmp_path / "model")
+    spec = AdapterSpec(method, slots=ENDS)
+    trained = moved(attach(make(), spec))
+    export(trained, spec, tmp_path / "adapter", base=base_name("model", ""))
+    code = (tmp_path / "adapter" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(IDS).logits, trained(IDS).logits)
+        assert not torch.equal(make()(IDS).logits, trained(IDS).logits)
 
 
 def test_a_base_that_others_know_is_recorded_and_found(tmp_path, monkeypatch):

@@ -48,6 +48,19 @@ def test_its_ids_are_those_of_transformers(tmp_path: Path) -> None:
     assert own.largest_id == 6
 
 
+def test_a_silenced_tokenizer_makes_no_token_and_keeps_its_facts() -> None:
+    """The check of a file's rules needs no tokens, and a million records would be a million questions."""
+    loud = of(library())
+    silent = loud.silenced()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offsite.task.tokenizer.TokenizerWorker", None)  # a process would fail to start
+        assert silent.tokens(["the cat sat", ""]) == [[], []]
+        assert silent.singles(["the cat sat"], 4)[0].ids == []
+        assert silent.worded([["the", "cat"]], 4)[0].words == []
+    assert (silent.eos_token_id, silent.largest_id, silent.start) == (loud.eos_token_id, loud.largest_id, loud.start)
+    assert loud.tokens(["the cat sat"]) == [[2, 3, 4]]
+
+
 def test_padding_and_truncation_of_the_file_do_not_count() -> None:
     made = library()
     made.enable_truncation(1)
