@@ -58,6 +58,7 @@ class Federation:
       ports: ports (link, depot) of the coordinator.
       sites: names of the sites.
       told: ports (link, depot) in the welcomes, where a proxy stands between.
+      host: address on which the coordinator listens, and which its sites reach.
       plain: whether every process is a new interpreter, instead of a fork of a process that has imported everything.
     """
 
@@ -70,6 +71,7 @@ class Federation:
         told: tuple[int, int] | None = None,
         ports: list[int] | None = None,
         suite: int = 2,
+        host: str = "127.0.0.1",
         plain: bool = False,
     ) -> None:
         self.folder, self.world, self.home, self.sites = folder, fed.parent, folder / "home", sites
@@ -78,7 +80,7 @@ class Federation:
         self.processes: dict[str, Process] = {}
         link, depot = told or self.ports
         ports = ("--link-port", str(link), "--depot-port", str(depot), "--suite", str(suite))
-        self.command("coordinator", "init", str(self.home), "--name", "faults", *ports)
+        self.command("coordinator", "init", str(self.home), "--name", "faults", "--host", host, *ports)
         for site in sites:
             data = self.world / "data" / "sites" / site / "train"
             place = str(self.site(site))

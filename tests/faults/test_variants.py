@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from offsite.cli.display import PlainDisplay
+from offsite.client.home.installation import SiteHome
 from offsite.coordinator.config.federation_file import read_config
 from offsite.coordinator.report.json_report import read_report
 from offsite.coordinator.report.model import FEDERATION
@@ -14,13 +15,20 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run, with_options
 from offsite.simulation.simulate import Options, simulate
-from tests.faults.conftest import Federation
+from tests.faults.conftest import Federation, wait_for
+from tests.ports import has_ipv6
+
+IPV6 = "::1"
 
 
 @pytest.fixture(scope="module")
 def varied_federation(varied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """New interpreters, as users start them: here no import made before a fork hides a missing import."""
-    made = Federation(tmp_path_factory.mktemp("federation"), varied, plain=True)
+    """New interpreters, as users start them: here no import made before a fork hides a missing import.
+
+    Over IPv6 where this machine has it; the other federations of the tests have IPv4.
+    """
+    host = IPV6 if has_ipv6() else "127.0.0.1"
+    made = Federation(tmp_path_factory.mktemp("federation"), varied, host=host, plain=True)
     made.start_sites()
     try:
         yield made
@@ -74,3 +82,12 @@ def test_two_emulators_in_one_federation(varied_federation: Federation, varied: 
     told = json.loads(federation.command("client", "inspect", str(federation.site("birch")), digest, "--json"))
     assert told["emulator"] == manifest.emulator_of("birch") != manifest.emulator
     federation.command("client", "dry-run", str(federation.site("birch")), digest)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no loopback address of IPv6, so that job ran over IPv4")
+def test_that_federation_went_over_ipv6(varied_federation: Federation) -> None:
+    """A site that joined this coordinator knows no other address, and listens on none itself."""
+    for site in varied_federation.sites:
+        wait_for(lambda log=varied_federation.log, site=site: "connecting to" in log(site))
+        assert f"connecting to [{IPV6}]:{varied_federation.ports[0]}; " in varied_federation.log(site)
+        assert SiteHome.open(varied_federation.site(site)).welcome.host == IPV6
