@@ -32,8 +32,8 @@ _NO_JOBS = (
     "offsite client run {folder}"
 )
 _REFUSED_JOB = (
-    "the job that was offered last is not kept, since this site refused it: {kind}: {reason}; after a change of "
-    "policy.toml or site.toml, start offsite client run {folder} again"
+    "this site refused the job that was offered last: {kind}: {reason}; after a change of policy.toml or site.toml, "
+    "start offsite client run {folder} again"
 )
 __all__ = ["app"]
 

@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from offsite.protos.proxies import without_proxies
@@ -88,8 +88,13 @@ class FlowerProcess:
             self._process.kill()
             self._process.wait()
 
-    def reason(self) -> str:
-        """Returns why the process ended, from the end of its log: its last error, or else Flower's last line."""
+    def reason(self, signs: Collection[str] = ()) -> str:
+        """Returns why the process ended, from the end of its log: its last error, or else its last line with a sign.
+
+        Args:
+          signs: words that say why. Behind the line with the reason come others, as that the process shuts down, and
+            how many of them are written already depends on the moment; without a sign the last of them is returned.
+        """
         try:
             with self._log.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
@@ -98,8 +103,9 @@ class FlowerProcess:
             return ""
         lines = lines[max((i for i, line in enumerate(lines) if _STARTED in line), default=0) :]
         errors = [line.strip() for line in lines if _CODE.match(line) or _ERROR.search(line)]
+        told = [line.strip() for line in lines if any(sign in line for sign in signs)]
         own = [line.strip() for line in lines if line.strip() and not _WEB_SERVER.match(line)]
-        return (errors or own or [""])[-1]
+        return (errors or told or own or [""])[-1]
 
 
 def die_with_parent() -> None:

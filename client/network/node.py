@@ -135,7 +135,7 @@ class Node:
                 self._wait = BACKOFF_SECONDS[0]
             return
         if self._started:
-            self._note_end(self._process.reason())
+            self._note_end(self._process.reason(MEANINGS))
             pause = self._wait * (1 + secrets.randbelow(1000) / 2000)  # all sites lost it at the same moment
             self._wait = min(2 * self._wait, BACKOFF_SECONDS[1])
             self._sleep(pause)

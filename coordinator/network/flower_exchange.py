@@ -14,6 +14,7 @@ from offsite.protos.flower import NAME_STAGE, pack, unpack
 log = logging.getLogger("offsite.coordinator")
 POLL_SECONDS = 0.05
 # A stage takes milliseconds or hours, and each look asks the SuperLink, so looks get rarer in proportion to the wait.
+UNAVAILABLE = "Node Unavailable"  # in Flower's error about a site whose heartbeat stopped
 WAIT_FRACTION, LONGEST_POLL_SECONDS = 0.1, 1.0
 Nodes = Callable[[], Mapping[str, int]]
 
@@ -61,11 +62,18 @@ def call(grid: Grid, messages: Mapping[str, Message], deadline: float) -> dict[s
             if reply.has_content():
                 _take(answers, name, reply.content)
             else:
-                log.warning("site %s: Flower says: %s", name, cut(reply.error.reason))
+                log.warning("site %s: %s", name, _meaning(cut(reply.error.reason)))
         if not late:
             now = time.monotonic()
             time.sleep(min(pause(now - began), max(until - now, 0.0)))
     return answers
+
+
+def _meaning(reason: str) -> str:
+    """Returns Flower's error about a message in words for a person at the coordinator."""
+    if UNAVAILABLE in reason:
+        return "is not connected any more; the job goes on with the site once its client runs again"
+    return f"Flower says: {reason}"
 
 
 def pause(waited: float) -> float:

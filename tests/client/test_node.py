@@ -7,7 +7,7 @@ import httpx
 import pytest
 from google.protobuf.message import DecodeError
 
-from offsite.client.network.node import Node, SuperNodeConfig
+from offsite.client.network.node import MEANINGS, Node, SuperNodeConfig
 from offsite.protos.flower_process import FlowerProcess
 
 
@@ -48,6 +48,7 @@ INFO:     Started server process [5954]
 INFO:     Waiting for application startup.
 \x1b[92mINFO \x1b[0m:      SuperNode terminated gracefully.
 INFO:     Shutting down
+\x1b[92mINFO \x1b[0m:      FastAPI lifespan: shutdown
 INFO:     Waiting for application shutdown.
 INFO:     Finished server process [5954]
 """
@@ -60,7 +61,7 @@ def test_the_reason_of_an_end_is_flowers_and_not_its_web_servers(tmp_path: Path)
         log = tmp_path / "supernode.log"
         log.write_text("".join(lines[:end]))
         process = FlowerProcess("none", [], log=log, home=tmp_path, environment={})
-        assert "SuperNode terminated gracefully." in process.reason()
+        assert "SuperNode terminated gracefully." in process.reason(MEANINGS)
     node = Node(
         SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
         lambda stage, body: b"",
@@ -69,7 +70,7 @@ def test_the_reason_of_an_end_is_flowers_and_not_its_web_servers(tmp_path: Path)
         stopping=lambda: True,
     )
     for _ in range(2):
-        node._note_end(process.reason())
+        node._note_end(process.reason(MEANINGS))
     ((kind, reason),) = notes
     assert kind == "supernode ended"
     assert "is the clock off" in reason
