@@ -42,6 +42,8 @@ def init(
         raise CheckFailed("\n".join(found.faults))
     site = SiteHome.create(folder, name=name, data=data, suite=suite, now=datetime.now(UTC), contact=contact)
     typer.echo(f"site {name!r} made in {folder}; {site.policy} permits no model and no method yet")
+    for note in found.notes:
+        typer.echo(f"warning: {note}", err=True)
     if found.unnamed:
         typer.echo(
             f"warning: {found.unnamed}; name reader, column and columns in {folder / 'site.toml'}, then: "

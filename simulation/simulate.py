@@ -12,6 +12,7 @@ from offsite.adapter.model_card import base_name
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.coordinator.job.evaluate import gain_error, record_losses, score
 from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Progress
 from offsite.coordinator.report.data_facts import DataFacts
@@ -75,8 +76,9 @@ def _simulate(run: Run, options: Options) -> Report:
         data = site_data(run, job.manifest, session, display.step)
         building.bytes_down = sum(emulator.facts.package_bytes * len(emulator.sites) for emulator in job.emulators)
     loop = _loop(run, job)
-    facts = (DataFacts.of(PUBLIC, "", job.public.learnt), *data.facts)
-    for warning in (own.warning for own in facts if own.left_out):
+    public = DataFacts.of(PUBLIC, "", job.public.learnt, passed_over(run.config, run.config.data.public))
+    facts = (public, *data.facts)
+    for warning in (line for own in facts for line in own.warnings):
         display.step(f"WARNING {warning}")
     if not job.manifest.aggregation.secure_aggregation:
         display.step(NO_SECAGG_WARNING)

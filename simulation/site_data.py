@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.client.training.privacy_plan import SitePlan, plan_for
 from offsite.coordinator.config.data_tables import SiteConfig
+from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.report.data_facts import DataFacts
 from offsite.errors import DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
@@ -76,4 +77,4 @@ def _read(
     outcome = learnt(encoder, records, counted(examples))
     if outcome.nothing:
         raise DataError(f"{part} data: {outcome}")
-    return examples, DataFacts.of(part, site.name, outcome)
+    return examples, DataFacts.of(part, site.name, outcome, passed_over(run.config, path))

@@ -17,7 +17,7 @@ _PLACE = re.compile(r"\b(line|row|text|image|record|article|paragraph|question)=
 def check_file(
     path: Path | str, *, reader: str | None, columns: Columns, where: str, findings: Findings
 ) -> LenientRecords | None:
-    """Reads a file to its end, and adds each fault with its place to the findings.
+    """Reads a file to its end, and adds each fault with its place, and what was passed over, to the findings.
 
     Args:
       path: file or folder, as for `task.readers.tables.read`.
@@ -31,7 +31,7 @@ def check_file(
     """
     findings.on_step(f"read {str(path)!r}{f', {where}' if where else ''}")
     with findings.gathering(where):
-        records = read_for_job(path, reader=reader, columns=columns)
+        records = read_for_job(path, reader=reader, columns=columns, on_note=lambda note: findings.warn(note, where))
         add_faults(records.faults, len(records), where, findings)
         if not records.faults and all(is_empty(record) for record in records):
             main = next(iter(columns))

@@ -25,11 +25,13 @@ class OwnData:
       records: records by each task that can read all of them.
       faults: faults of the data, for the task that reads most of them; () where a task reads all.
       unnamed: why no task finds its columns; empty where a task does.
+      notes: lines about files of a folder that are no records.
     """
 
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     unnamed: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def check_own_data(
@@ -54,18 +56,17 @@ def check_own_data(
         check_readable(path, reader=reader or None)
     except DataError as error:
         return OwnData(unnamed=str(error)) if _needs_a_name(path, str(error)) else OwnData(faults=(str(error),))
-    found, refusals = dict[str, Sequence[Record]](), dict[str, str]()
+    found, refusals, notes = dict[str, Sequence[Record]](), dict[str, str](), list[str]()
     for task in FIELDS:
+        columns = columns_for(task, column=column, names=names, labels=labels)
         try:
-            records = read(
-                path, reader=reader or None, columns=columns_for(task, column=column, names=names, labels=labels)
-            )
+            records = read(path, reader=reader or None, columns=columns, on_note=notes.append)
             check_images(path, records)
             found[task] = records
         except DataError as error:
             refusals[task] = str(error)
     if found:
-        return OwnData(found)
+        return OwnData(found, notes=tuple(dict.fromkeys(notes)))
     readable = [task for task, line in refusals.items() if not _needs_a_name(path, line)]
     if not readable:
         return OwnData(unnamed=_of_the_meant_task(refusals, names, column))

@@ -114,7 +114,8 @@ def _data(site: SiteHome) -> str:
         cut = f", and {blocks} blocks of their texts" if blocks else ""
         text = f"{number} records as declared{cut}, for the tasks {tasks}"
     blank = max(sum(map(is_empty, records)) for records in found.values())
-    return f"warning: {text}; {blank} are blank, and stay as records from which nothing is learnt" if blank else text
+    more = [f"{blank} are blank, and stay as records from which nothing is learnt"] if blank else []
+    return "; ".join([f"{'warning: ' if more or data.notes else ''}{text}", *more, *data.notes])
 
 
 def _policy(site: SiteHome) -> str:

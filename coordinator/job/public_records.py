@@ -13,7 +13,7 @@ from offsite.coordinator.job.public_counts import CLIP_EXAMPLES, check_public
 from offsite.errors import lookup
 from offsite.task.nothing_to_learn import Encoder, Learnt, counted, learnt
 from offsite.task.readers.columns import Columns, columns_of
-from offsite.task.readers.tables import read
+from offsite.task.readers.tables import note_on, read
 from offsite.task.selection import spread, spread_rows
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
@@ -52,14 +52,19 @@ def columns_in(config: FedConfig) -> Columns:
 
 
 def read_records(config: FedConfig, path: str) -> list[Record]:
-    """Returns the records of a file or folder, read as a federation file says.
+    """Returns the records of a file or folder, read as a federation file says; the check has told what is passed over.
 
     Raises:
       UnknownName: the task or the reader does not exist.
       ConfigError: the task has no such field.
       DataError: the records cannot be read.
     """
-    return read(Path(path), reader=config.data.reader or None, columns=columns_in(config))
+    return read(Path(path), reader=config.data.reader or None, columns=columns_in(config), on_note=lambda note: None)
+
+
+def passed_over(config: FedConfig, path: str) -> str:
+    """Returns one line about the files of a folder that are no records; empty where there is none."""
+    return note_on(path, config.data.reader)
 
 
 def public_records(

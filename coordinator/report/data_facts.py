@@ -16,6 +16,7 @@ class DataFacts:
       left_out: number of records that have nothing to learn from.
       targets: number of targets of all records.
       first: place of the first record that is left out, and the reason; empty where no record is left out.
+      passed_over: line about files of a folder that are no records; empty where there is none.
     """
 
     part: str
@@ -24,17 +25,16 @@ class DataFacts:
     left_out: int
     targets: int
     first: str = ""
+    passed_over: str = ""
 
     @classmethod
-    def of(cls, part: str, site: str, learnt: Learnt) -> "DataFacts":
+    def of(cls, part: str, site: str, learnt: Learnt, passed_over: str) -> "DataFacts":
         """Returns the facts of one file."""
-        return cls(part, site, learnt.records, learnt.left_out, learnt.targets, learnt.first)
+        return cls(part, site, learnt.records, learnt.left_out, learnt.targets, learnt.first, passed_over)
 
     @property
-    def warning(self) -> str:
-        """The sentence on the records that are left out; empty where no record is left out."""
-        if not self.left_out:
-            return ""
+    def warnings(self) -> tuple[str, ...]:
+        """The sentences on the records that are left out, and on files that are no records."""
         whose = f"site={self.site} {self.part} data" if self.site else f"{self.part} data"
-        outcome = Learnt(self.records, self.left_out, self.targets, self.first)
-        return f"{whose}: {outcome}"
+        outcome = str(Learnt(self.records, self.left_out, self.targets, self.first)) if self.left_out else ""
+        return tuple(f"{whose}: {line}" for line in (outcome, self.passed_over) if line)

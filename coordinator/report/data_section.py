@@ -15,7 +15,7 @@ def data(facts: tuple[DataFacts, ...]) -> Section:
         "as a record, and nothing is learnt from it."
     )
     return Section(
-        "Records", (meaning, *(f"{own.warning}." for own in facts if own.left_out)), HEAD, rows, numbers=True
+        "Records", (meaning, *(f"{line}." for own in facts for line in own.warnings)), HEAD, rows, numbers=True
     )
 
 

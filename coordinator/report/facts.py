@@ -109,7 +109,7 @@ def warnings_of(
         warnings.append(weaker)
     if not job.manifest.privacy.private:
         warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
-    warnings += [own.warning for own in data if own.left_out]
+    warnings += [line for own in data for line in own.warnings]
     if not method.exact_mean:
         warnings.append(f"method {method.name}: the mean of the uploads is not the mean of their effects; {method.why}")
     if refused := [record.round for record in records if not record.accepted]:

@@ -8,6 +8,7 @@ from offsite.adapter.model_card import base_name
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
+from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.report import facts
@@ -83,7 +84,7 @@ def federation_report(
       quality: scores on public records.
       started: facts of the start of the run.
     """
-    data = (DataFacts.of(PUBLIC, "", job.public.learnt),)
+    data = (DataFacts.of(PUBLIC, "", job.public.learnt, passed_over(config, config.data.public)),)
     return Report(
         mode=FEDERATION,
         engine="superlink",

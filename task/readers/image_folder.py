@@ -1,8 +1,6 @@
 """Finds the images in a folder with a folder for each class, and counts the files that are passed over."""
 
-import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +9,11 @@ from PIL import Image
 
 from offsite.errors import DataError
 from offsite.task.label_names import LabelName
+from offsite.task.readers.beside_data import counted, is_hidden, kind_of
 
-log = logging.getLogger("offsite.task")
 # Suffixes of the formats in `task.encoded_image`; a file's content and not its suffix decides how it is read.
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
-# Folders and files that systems and editors write, beside all names that begin with a dot.
-HIDDEN: tuple[str, ...] = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
-HIDDEN += ("lost+found", "Thumbs.db", "desktop.ini")
-_NAMED = (".txt", ".json", ".csv", ".xml", ".dcm", ".heic", ".heif", ".svg", ".npy", ".nii", ".pdf", ".zip", ".avif")
+NO_CLASS = "in no class's folder"
 
 
 @dataclass(frozen=True)
@@ -37,21 +32,36 @@ class ClassImage:
 def class_images(root: Path) -> list[ClassImage]:
     """Returns the images below a folder's own folders, in order of their paths; the first folder names the class.
 
-    Folders in a class's folder are read with it. Hidden folders and files are passed over; one warning names how many
-    other files are passed over, by suffix, because the names of files may be private.
+    Folders in a class's folder are read with it. Hidden folders and files are passed over; `passed_over` counts others.
 
     Raises:
       DataError: no folder holds an image.
     """
     files = sorted(_files(root, (root.resolve(),)))
-    images = [file for file in files if file.parent != root and _is_image(file)]
+    images = _images(root, files)
     if not images:
         raise DataError(
             f"data={str(root)!r} has no images in folders ({', '.join(SUFFIXES)}); put the images of each class into a "
             "folder with the name of the class"
         )
-    _tell_others(root, files, images)
     return [ClassImage(file, _label(file.relative_to(root))) for file in images]
+
+
+def passed_over(root: Path) -> str:
+    """Returns one line about the files that are no record, by suffix, and the classes' folders in which none is.
+
+    The line is empty where every file is a record, and does not name a file, because its name may be private.
+    """
+    files = sorted(_files(root, (root.resolve(),)))
+    images = _images(root, files)
+    read = set(images)
+    full = {file.relative_to(root).parts[0] for file in images}
+    empty = sorted(path.name for path, is_folder in _shown(root) if is_folder and path.name not in full)
+    if len(files) == len(images) and not empty:
+        return ""
+    others = counted(_kind(root, file) for file in files if file not in read) or "none"
+    folders = f"; folders without an image: {', '.join(map(repr, empty))}" if empty else ""
+    return f"data={str(root)!r}: images={len(images)} are read, files passed over: {others}{folders}"
 
 
 def holds_images(folder: Path) -> bool:
@@ -71,7 +81,7 @@ def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 def _shown(folder: Path) -> list[tuple[Path, bool]]:
     """Returns what a folder holds but for hidden entries, and whether each is a folder."""
     with os.scandir(folder) as entries:
-        shown = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in HIDDEN)
+        shown = (entry for entry in entries if not is_hidden(entry.name))
         return [(folder / entry.name, entry.is_dir()) for entry in shown]
 
 
@@ -83,23 +93,13 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
-def _tell_others(root: Path, files: list[Path], images: list[Path]) -> None:
-    """Logs one line about the files that are no record, and about the class folders of which none is."""
-    read = set(images)
-    others = [file for file in files if file not in read]
-    full = {file.relative_to(root).parts[0] for file in images}
-    empty = sorted(path.name for path, is_folder in _shown(root) if is_folder and path.name not in full)
-    if others or empty:
-        counts = Counter(_kind(root, file) for file in others)
-        shown = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())) or "none"
-        folders = f"; folders without an image: {', '.join(map(repr, empty))}" if empty else ""
-        log.warning("data=%r: images=%d are read, files passed over: %s%s", str(root), len(images), shown, folders)
+def _images(root: Path, files: list[Path]) -> list[Path]:
+    return [file for file in files if file.parent != root and _is_image(file)]
 
 
 def _kind(root: Path, file: Path) -> str:
-    """Returns a known suffix, since an unknown one may be a part of a person's name; or the reason of another kind."""
     suffix = file.suffix.lower()
     if suffix in SUFFIXES:
-        return f"{suffix} in no class's folder"
+        return f"{suffix} {NO_CLASS}"
     Image.init()
-    return suffix if suffix in _NAMED or suffix in Image.registered_extensions() else "with other suffixes"
+    return kind_of(suffix, Image.registered_extensions())

@@ -10,17 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from offsite.errors import DataError
+from offsite.task.readers.beside_data import counted, is_about, is_hidden, kind_of
 from offsite.task.readers.data_file import PACKED, DataFile
 from offsite.task.readers.table import TableFormat
 
 ARROW = ".arrow"  # suffix of the shards that `save_to_disk` of `datasets` writes
 STATE, INFO = "state.json", "dataset_info.json"  # files that `save_to_disk` writes beside its shards
-HIDDEN = (".", "_")  # first letters of the names of files that tools put beside data
-BESIDE = {STATE, INFO, "dataset_infos.json", "readme", "license", "licence", "notice", "thumbs.db", "desktop.ini"}
-BESIDE_SUFFIX = ".md"
-# Suffixes that messages name; another one may be a part of a person's name.
-KNOWN = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".arrow", ".npz", ".xlsx", ".xls", ".zip", ".tar"}
-KNOWN |= {".pdf", ".xml", ".png", ".jpg", ".log", ".bak", ".tmp", ".lock", ".idx", ".py"}
+BESIDE = {STATE, INFO, "dataset_infos.json"}
+CACHE = "cache-"  # first letters of the Arrow files that `datasets` keeps beside a saved data set
+UNDERSCORE = "_"  # first letter of names that some tools hide, and others do not
 _SET = re.compile(r"(.+)-(\d{5})-of-(\d{5})\b")  # a shard whose name says how many there are
 _SPLIT = re.compile(r"(?:^|[-._ ])(train|test|valid|val|dev|eval|heldout)(?:ing|ation|idation|uation)?(?=[-._ \d]|$)")
 _SAME_SPLIT = {"val": "valid", "dev": "valid"}
@@ -71,12 +69,14 @@ def files_of(path: Path, form: TableFormat) -> list[DataFile]:
         if ARROW not in form.suffixes:
             raise DataError(f"data={str(path)!r} is a folder of Arrow files, as datasets saves them; name reader arrow")
         files = _saved(path)
+        _check_others(path, form, files, [file for file in _shown(path) if not file.name.startswith(CACHE)])
     else:
         shown = _shown(path)
-        files = [file for file in shown if suffix_of(file) in form.suffixes] or [
-            file for file in shown if not file.suffix
+        named = [file for file in shown if not file.name.startswith(UNDERSCORE)]
+        files = [file for file in named if suffix_of(file) in form.suffixes] or [
+            file for file in named if not file.suffix
         ]
-        _check_others(path, form, files, [file for file in shown if file not in files])
+        _check_others(path, form, files, shown)
         _check_sets(path, files)
         if not form.counted:
             _check_splits(path, files)
@@ -118,16 +118,16 @@ def _saved(path: Path) -> list[Path]:
 
 
 def _shown(path: Path) -> list[Path]:
-    """Returns what lies in a folder in order of names, but for hidden files and files that lie beside data.
+    """Returns what lies in a folder in order of names, but for hidden files and files that are known to hold no record.
 
     Raises:
       DataError: the folder cannot be read, or has folders inside.
     """
     try:
-        inside = sorted(file for file in path.iterdir() if not file.name.startswith(HIDDEN))
+        inside = sorted(file for file in path.iterdir() if not is_hidden(file.name))
     except OSError as error:
         raise DataError(f"data={str(path)!r} cannot be read ({error.strerror}); give a readable folder") from None
-    shown = [file for file in inside if file.name.lower() not in BESIDE and file.suffix.lower() != BESIDE_SUFFIX]
+    shown = [file for file in inside if file.name.lower() not in BESIDE and not is_about(file.name)]
     if folders := [file.name for file in shown if file.is_dir()]:
         named = [name for name in folders if _SPLIT.search(name.lower()) or name == "data"]
         raise DataError(
@@ -145,22 +145,22 @@ def _check_packed(path: Path, form: TableFormat, files: Sequence[Path]) -> None:
         )
 
 
-def _check_others(path: Path, form: TableFormat, files: Sequence[Path], others: Sequence[Path]) -> None:
-    """Refuses a folder without a shard, or with files that are none; their names may be private."""
-    wanted = " or ".join(form.suffixes)
+def _check_others(path: Path, form: TableFormat, files: Sequence[Path], shown: Sequence[Path]) -> None:
+    """Refuses a folder without a shard, or that shows files that are none; their names may be private."""
+    wanted, shards = " or ".join(form.suffixes), set(files)
+    others = [file for file in shown if file not in shards]
     if not files:
-        raise DataError(f"data={str(path)!r} has no {wanted} file; write the records to such files")
+        held = f" but {len(others)} others ({counted(map(_kind, others))})" if others else ""
+        raise DataError(f"data={str(path)!r} has no {wanted} file{held}; write the records to such files")
     if others:
-        kinds = sorted({_kind(file) for file in others})
         raise DataError(
-            f"data={str(path)!r} has {len(files)} {wanted} files and {len(others)} more ({', '.join(kinds)}); move "
-            "these out of the folder"
+            f"data={str(path)!r} has {len(files)} {wanted} files and {len(others)} more "
+            f"({counted(map(_kind, others))}); move these out of the folder"
         )
 
 
 def _kind(file: Path) -> str:
-    suffix = suffix_of(file)
-    return suffix if suffix in KNOWN else "other suffixes" if suffix else "no suffix"
+    return "with _ in front" if file.name.startswith(UNDERSCORE) else kind_of(suffix_of(file))
 
 
 def _check_sets(path: Path, files: Sequence[Path]) -> None:

@@ -1,6 +1,8 @@
 """task.readers.image_files: pictures come back as they were written, and errors name a place and nothing else."""
 
 import io
+import re
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,18 +11,27 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from offsite.client.home.data_check import check_own_data
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.settings import SETTINGS
+from offsite.client.service.doctor import WARNED, examine
+from offsite.coordinator.report.data_facts import DataFacts
 from offsite.errors import DataError
 from offsite.task import encoded_image
 from offsite.task.encoded_image import DAMAGED, EncodedImage
+from offsite.task.file_check import check_file
+from offsite.task.findings import Findings
 from offsite.task.labels import Labels
+from offsite.task.nothing_to_learn import Learnt
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.image_files import check_images
-from offsite.task.readers.tables import READERS, read, read_for_job
+from offsite.task.readers.tables import READERS, note_on, read, read_for_job
 from offsite.task.records import is_empty
 
 GENERATOR = np.random.default_rng(0)
 COLOUR = GENERATOR.integers(0, 256, (9, 7, 3), dtype=np.uint8)
 GREY = GENERATOR.integers(0, 256, (5, 6), dtype=np.uint8)
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 PICTURES = {"image": object, "label": object}
 
 
@@ -81,16 +92,46 @@ def test_every_suffix_of_a_readable_format_is_read(tmp_path):
 
 
 def test_files_that_are_passed_over_are_counted_in_one_line_without_their_names(tmp_path, caplog):
-    others = ("cat/1.jp2", "cat/2.JP2", "cat/notes.txt", "loose.png", "dog/1.dcm", "dog/x.smith", "dog/smith")
+    others = (
+        "cat/1.jp2",
+        "cat/2.JP2",
+        "cat/notes.txt",
+        "loose.png",
+        "dog/1.dcm",
+        "dog/x.smith",
+        "dog/smith",
+        "README.md",
+    )
     path = folder(tmp_path / "d", dict.fromkeys((*others, "cat/a.png", "cat/.hidden.jp2"), png(GREY)))
     assert len(read(path, reader="images", columns=columns())) == 1
     (line,) = caplog.messages
     assert line == (
-        f"data={str(path)!r}: images=1 are read, files passed over: .dcm 1, .jp2 2, .png in no class's folder 1, "
-        ".txt 1, with other suffixes 2; folders without an image: 'dog'"
+        f"data={str(path)!r}: images=1 are read, files passed over: .dcm 1, .jp2 2, .md 1, "
+        ".png in no class's folder 1, .txt 1, with other suffixes 1, without suffix 1; folders without an image: 'dog'"
     )
     caplog.clear()
-    read(folder(tmp_path / "e", {"cat/a.png": png(GREY)}), reader="images", columns=columns())
+    junk = (".ipynb_checkpoints/a.png", "__MACOSX/cat/a.png", "cat/Thumbs.db", "cat/.a.png", "cat/desktop.ini")
+    path = folder(tmp_path / "e", dict.fromkeys((*junk, "cat/a.png"), png(GREY)))
+    assert len(read(path, reader="images", columns=columns())) == 1
+    assert caplog.messages == []
+
+
+def test_what_is_passed_over_is_told_where_the_owner_looks(tmp_path, caplog):
+    """In the findings of `offsite check`, and in what `client init` and `doctor` say; told once, and not logged."""
+    path = folder(tmp_path / "d", dict.fromkeys(("cat/a.png", "cat/b.dcm"), png(GREY)))
+    line = f"data={str(path)!r}: images=1 are read, files passed over: .dcm 1"
+    findings = Findings()
+    assert check_file(path, reader="images", columns=columns(), where="site=ash", findings=findings)
+    assert (findings.errors, findings.warnings) == ([], [f"site=ash: {line}"])
+    found = check_own_data(path, reader="images", column="", names={}, labels={})
+    assert found.notes == (line,)
+    site = SiteHome.create(tmp_path / "site", name="ash", data=path, suite=1, now=NOW)
+    settings = site.folder / SETTINGS
+    settings.write_text(re.sub(r'(?m)^reader = ""', 'reader = "images"', settings.read_text()))
+    (data,) = [one for one in examine(SiteHome.open(site.folder), lambda: NOW) if one.check == "data"]
+    assert (data.state, data.detail.endswith(f"; {line}")) == (WARNED, True), data
+    facts = DataFacts.of("training", "ash", Learnt(1, 0, 1), note_on(path, "images"))
+    assert facts.warnings == (f"site=ash training data: {line}",)
     assert caplog.messages == []
 
 

@@ -67,7 +67,7 @@ def texts_of(path, reader=None):
 def test_shards_are_read_in_order_of_their_names(tmp_path, suffix):
     for name, texts in {"b": TEXTS[3:5], "a": TEXTS[:3], "c": TEXTS[5:]}.items():
         write(tmp_path / f"{name}{suffix}", texts)
-    for other in (".DS_Store", "_SUCCESS", "README.md", "LICENSE", "dataset_info.json"):
+    for other in (".DS_Store", "_SUCCESS", "README.md", "LICENSE", "dataset_info.json", "Thumbs.db", "_committed_12"):
         (tmp_path / other).write_text("{}")
     assert texts_of(tmp_path) == TEXTS
     records = read_for_job(tmp_path, reader=None, columns=COLUMNS)
@@ -152,9 +152,11 @@ def test_a_folder_with_other_things_is_refused_and_not_read_in_part(tmp_path):
     write(tmp_path / "a.jsonl", TEXTS)
     for name, match in {
         "b.csv": "files for the readers csv, jsonl",
-        "b.xlsx": r"1 .jsonl or .ndjson files and 1 more \(.xlsx\); move these out",
-        "b.smith": r"1 more \(other suffixes\)",
-        "b": r"1 more \(no suffix\)",
+        "b.xlsx": r"1 .jsonl or .ndjson files and 1 more \(.xlsx 1\); move these out",
+        "b.smith": r"1 more \(with other suffixes 1\)",
+        "b": r"1 more \(without suffix 1\)",
+        "notes.md": r"1 more \(.md 1\)",
+        "_a.jsonl": r"1 more \(with _ in front 1\)",
         "a.jsonl.gz": "'a.jsonl' plain and compressed",
     }.items():
         (tmp_path / name).write_bytes(b"text")
@@ -166,6 +168,29 @@ def test_a_folder_with_other_things_is_refused_and_not_read_in_part(tmp_path):
     refused(tmp_path, "has 1 folders inside: train; give")
     (tmp_path / "train").rmdir()
     assert texts_of(tmp_path) == TEXTS
+
+
+def test_a_folder_of_texts_with_documents_is_refused_and_counts_them(tmp_path):
+    for name in (
+        "1.txt",
+        "2.txt",
+        "Smith.docx",
+        "3.DOCX",
+        "4.pdf",
+        "5.smith",
+        "~$mith.docx",
+        ".hidden.pdf",
+        "README.md",
+    ):
+        (tmp_path / name).write_bytes(b"text")
+    (tmp_path / "__MACOSX").mkdir()
+    refused(tmp_path, r"has 2 .txt files and 5 more \(.docx 3, .pdf 1, with other suffixes 1\); move these out")
+    (tmp_path / "1.csv").write_text("text")
+    refused(tmp_path, r"2 .txt files and 6 more \(.csv 1, .docx 3,", "text")
+    refused(tmp_path, "files for the readers csv, text; put them into folders apart")
+    for name in ("1.txt", "2.txt", "1.csv"):
+        (tmp_path / name).unlink()
+    refused(tmp_path, r"has no .txt file but 5 others \(.docx 3, .pdf 1, with other suffixes 1\); write", "text")
 
 
 def test_an_empty_folder_names_the_readers(tmp_path):
@@ -291,6 +316,10 @@ def test_a_folder_that_datasets_saved_is_read_as_its_state_says(tmp_path):
     with pyarrow.ipc.new_stream(path / "cache-0123.arrow", table(["of a filter"]).schema) as file:
         file.write_table(table(["of a filter"]))
     assert texts_of(path) == TEXTS
+    for name, kind in (("data-00002-of-00003.arrow", ".arrow"), ("more.csv", ".csv")):
+        (path / name).write_bytes(b"")
+        refused(path, rf"has 2 .arrow or .feather files and 1 more \({kind} 1\); move these out")
+        (path / name).unlink()
     refused(path, "name reader arrow", "jsonl")
     (path / "data-00001-of-00002.arrow").unlink()
     refused(path, "lacks file='data-00001-of-00002.arrow', which state.json names")
