@@ -10,6 +10,7 @@ from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
 from offsite.task.findings import Findings
 from offsite.task.label_agreement import disagreement, only_numbers
+from offsite.task.learning_check import DataFile
 from offsite.task.nothing_to_learn import HELD_OUT, PUBLIC, TRAINING
 
 
@@ -31,7 +32,7 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
     parts += [(f"site={site.name}", HELD_OUT, site.heldout) for site in config.sites]
     parties = Parties(names, config.secagg.fewest(len(names)))
     checked = check_records(config, parties, (("", PUBLIC, config.data.public), *parts), findings, scope)
-    labels = {file.where or PUBLIC: only_numbers(file.records) for file in checked.read if file.part != HELD_OUT}
+    labels = {_owner(file): only_numbers(file.records) for file in checked.read}
     for warning in disagreement(labels, checked.model_config):
         findings.warn(warning)
     counts = {file.where: len(file.records) for file in checked.read if file.part == TRAINING}
@@ -39,6 +40,10 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
         counts = {own.file.where: own.examples for own in checked.tried if own.file.part == TRAINING}
     if scope.plans:
         _check_plans(config, counts, findings)
+
+
+def _owner(file: DataFile) -> str:
+    return f"{file.where} ({HELD_OUT})" if file.part == HELD_OUT else file.where or PUBLIC
 
 
 def _check_plans(config: FedConfig, counts: dict[str, int], findings: Findings) -> None:

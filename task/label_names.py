@@ -57,3 +57,10 @@ def _key(value: object) -> str:
     if number is not None:
         return str(number)
     return composed(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def plain(name: str) -> str:
+    """Returns a name without what a person may not see: case, spaces around and doubled, invisible and wide signs."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    seen = "".join(sign for sign in folded if unicodedata.category(sign) not in ("Cf", "Cc") or sign.isspace())
+    return " ".join(seen.split())

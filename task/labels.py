@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offsite.errors import UnsupportedModel, nearest
-from offsite.task.label_names import LabelName, composed
+from offsite.task.label_names import LabelName, composed, plain
 from offsite.task.label_numbers import LabelNumbers, whole
 from offsite.task.records import LenientRecords, fault
 from offsite.task.spec import Record
@@ -136,13 +136,19 @@ class Labels:
         )
 
     def _hint(self, value: object) -> str:
-        if isinstance(value, bool):
+        if isinstance(value, LabelName) and (inner := self._inner_labels(value)):
+            return f"the folder {inner[0][:_SHOWN]!r} in it is one, so give this folder as the data; "
+        if isinstance(value, str) and (alike := self._alike(plain(value))):
+            return f"did you mean {' or '.join(alike)}; case, spaces and invisible signs count; "
+        if plain(str(value)) in ("true", "false"):
             return "a boolean is read by name, and no label is named true or false; "
         if not isinstance(value, str):
             return ""
-        if isinstance(value, LabelName) and (inner := self._inner_labels(value)):
-            return f"the folder {inner[0][:_SHOWN]!r} in it is one, so give this folder as the data; "
-        word = value.strip().casefold()
-        alike = [name for name in self.names if name.casefold() == word]
-        hint = f"did you mean {' or '.join(alike)}" if alike else nearest(value, self.names)
+        hint = nearest(value, self.names)
         return f"{hint}; " if hint.startswith("did you mean") else ""
+
+    def _alike(self, word: str) -> list[str]:
+        """Returns the labels whose names look like a word, or the one that the word means as a number."""
+        named = [name for name in self.names if plain(name) == word]
+        place = None if named or whole(word) is None else self._place(word)
+        return [self.names[place]] if isinstance(place, int) else named

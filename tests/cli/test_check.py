@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import offsite
 from offsite.cli import main as command
@@ -156,6 +158,111 @@ def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) ->
     assert (
         "warning: labels are numbers without names at site=cedar, and names at public, site=ash, site=birch" in output
     )
+
+
+@pytest.mark.parametrize(("name", "where"), [("ash-held", "site=ash (held out)"), ("public", "public")])
+def test_numbers_beside_names_are_told_of_held_out_and_public_files_too(world: Path, name: str, where: str) -> None:
+    numbers = {name: number for number, name in LABELS.items()}
+    path = world / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write(path, [row | {"label": numbers.get(row["label"], row["label"])} for row in rows])
+    code, _, output = lines_of("check", str(world / "fed.toml"))
+    assert code == 0, output
+    assert f"warning: labels are numbers without names at {where}, and names at " in output
+
+
+# Value of one label -> part of the finding.
+LABELS_UNSEEN = {
+    "eggs": "must be one of the model's 3 labels",
+    "Ham": "did you mean ham; case, spaces and invisible signs count",
+    "ham\u00a0": "did you mean ham; case, spaces and invisible signs count",
+    "\ufeffham": "did you mean ham; case, spaces and invisible signs count",
+    " 1": "did you mean spam; case, spaces and invisible signs count",
+    "True": "a boolean is read by name",
+    "": "must be one of the model's 3 labels",
+    7: "must be one of the model's 3 labels",
+    1.5: "column='label' holds float",
+    None: "column='label' holds NoneType",
+}
+
+
+def test_labels_of_held_out_and_public_files_are_found_with_all_other_findings(world: Path) -> None:
+    """Each with its site, file and line, in one run; a column that a whole file lacks is one finding."""
+    for name, line in (("ash-held", 3), ("birch-held", 7), ("public", 11)):
+        for at, value in enumerate(LABELS_UNSEEN):
+            edit(world / f"{name}.jsonl", line + at, json.dumps({"text": "w1 w2", "label": value}))
+    path = world / "cedar-held.jsonl"
+    path.write_text(path.read_text().replace('"label"', '"kind"'))
+    code, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert code == 2
+    assert len(lines) == 3 * len(LABELS_UNSEEN) + 1, output
+    for name, site, line in (("ash-held", "site=ash: ", 3), ("birch-held", "site=birch: ", 7), ("public", "", 11)):
+        for at, rule in enumerate(LABELS_UNSEEN.values()):
+            start, place = f"offsite: {site}data=", f"{name}.jsonl' line={line + at} "
+            assert [own for own in lines if own.startswith(start) and place in own and rule in own], (place, rule)
+    (own,) = [own for own in lines if own.startswith("offsite: site=cedar: column='label' is not in data=")]
+    assert own.endswith("(the same in all 34 records)")
+
+
+def test_an_ambiguous_label_of_a_held_out_file_is_refused_with_both_readings(world: Path) -> None:
+    config = json.loads((world / "model" / "config.json").read_text())
+    stars = {"ham": "1 star", "spam": "2 stars", "news": "3 stars"}
+    config |= {"id2label": dict(enumerate(stars.values())), "label2id": {n: at for at, n in enumerate(stars.values())}}
+    (world / "model" / "config.json").write_text(json.dumps(config))
+    for path in [*world.glob("*.jsonl"), world / "birch.csv"]:
+        rows = [{"text": "w1 w2", "label": list(stars.values())[at % 3]} for at in range(34)]
+        if path.suffix == ".csv":
+            path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+        else:
+            write(path, rows)
+    edit(world / "ash-held.jsonl", 5, json.dumps({"text": "w1 w2", "label": 1}))
+    edit(world / "public.jsonl", 6, json.dumps({"text": "w1 w2", "label": "2"}))
+    code, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert (code, len(lines)) == (2, 2), output
+    for start, place in (
+        ("offsite: site=ash: data=", "ash-held.jsonl' line=5 "),
+        ("offsite: data=", "public.jsonl' line=6 "),
+    ):
+        (line,) = [line for line in lines if line.startswith(start) and place in line]
+        assert (
+            "field='label': must not be a number: here 1 could mean '1 star' in place 0 or '2 stars' in place 1" in line
+        )
+
+
+def images(folder: Path, labels: list[str]) -> None:
+    """Writes 34 pictures into a folder for each label."""
+    for at in range(34):
+        place = folder / labels[at % len(labels)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (at, 0, 0)).save(place / f"{at}.png")
+
+
+def test_what_folders_of_images_hold_beside_images_is_told(tmp_path: Path) -> None:
+    """Documents are counted in one line for each folder, hidden files are not; a class of another name is a finding."""
+    first_of("image_classification").save(tmp_path / "model")
+    labels = list(json.loads((tmp_path / "model" / "config.json").read_text())["id2label"].values())
+    text = re.sub(r'"([a-z-]+)\.(jsonl|csv)"', r'"\1"', FED).replace("[data]", '[data]\nreader = "images"')
+    (tmp_path / "fed.toml").write_text(text.replace("sequence_classification", "image_classification"))
+    for name in (*FILES, "birch"):
+        images(tmp_path / name, labels)
+    held = tmp_path / "cedar-held"
+    (held / labels[0] / "Smith.docx").write_text("text")
+    (held / "README.md").write_text("text")
+    (tmp_path / "ash" / labels[0] / "Thumbs.db").write_text("text")
+    (tmp_path / "ash" / "__MACOSX").mkdir()
+    (tmp_path / "public" / "loose.png").write_bytes(b"")
+    code, _, output = lines_of("check", str(tmp_path / "fed.toml"), "--json")
+    found = json.loads(output[output.index("{") :])
+    assert (code, found["errors"]) == (0, [])
+    assert [line for line in found["warnings"] if "passed over" in line] == [
+        f"data='{tmp_path}/public': images=34 are read, files passed over: .png in no class's folder 1",
+        f"site=cedar: data='{held}': images=34 are read, files passed over: .docx 1, .md 1",
+    ]
+    (held / labels[0]).rename(held / f"{labels[0]} ".title())
+    code, lines, output = lines_of("check", str(tmp_path / "fed.toml"))
+    assert code == 2
+    assert all(line.startswith(f"offsite: site=cedar: data='{held}' image=") for line in lines), output
+    assert f"did you mean {labels[0]}; case, spaces and invisible signs count" in lines[0]
 
 
 def test_no_record_is_quoted(world: Path) -> None:

@@ -105,7 +105,19 @@ def test_a_model_whose_two_tables_contradict_each_other_is_refused():
         assert names_of(SimpleNamespace(id2label={0: "a", 1: "b"}, label2id=numbers)) == ["a", "b"]
 
 
-@pytest.mark.parametrize(("value", "hint"), [("Neg", "neg"), ("POS", "pos"), ("pos ", "pos"), ("nag", "neg")])
+UNSEEN = ["pos ", " pos", "pos\u00a0", "\ufeffpos", "p\u200bos", "pos\r", "\tpos", "\uff50os", "pos\x00"]
+NEAR = [
+    ("Neg", "neg"),
+    ("POS", "pos"),
+    ("nag", "neg"),
+    (" 1", "pos"),
+    ("1.0 ", "pos"),
+    ("\ufeff0", "neg"),
+    ("\uff11", "pos"),
+]
+
+
+@pytest.mark.parametrize(("value", "hint"), [*NEAR, *((value, "pos") for value in UNSEEN)])
 def test_an_unknown_text_names_the_nearest_label_and_not_itself(value, hint):
     with pytest.raises(
         DataError, match=rf"must be one of the model's 2 labels \(neg, pos\); did you mean {hint}; "
@@ -115,6 +127,21 @@ def test_an_unknown_text_names_the_nearest_label_and_not_itself(value, hint):
     records = LenientRecords([*[Row({"label": value}, "line=2")] * 150, {"label": "pos"}])
     assert labels("neg", "pos").of(records, "label") == [IGNORED] * 150 + [1]
     assert ["did you mean" in fault for fault in records.faults] == [True] * 100 + [False] * 50
+
+
+def test_what_only_looks_like_a_label_is_refused_with_the_reason():
+    """A label has one spelling, so that no two labels that differ in this way alone are taken for one."""
+    for value in ("Pos", *UNSEEN):
+        with pytest.raises(DataError, match="did you mean pos; case, spaces and invisible signs count; "):
+            labels("neg", "pos").of([{"label": value}], "label")
+    both = labels("pos", "Pos", "neg ")
+    assert [both.number(value) for value in ("pos", "Pos", "neg ", "neg", "POS")] == [0, 1, 2, None, None]
+    with pytest.raises(DataError, match="did you mean pos or Pos; "):
+        both.of([{"label": "POS"}], "label")
+    with pytest.raises(DataError, match="a boolean is read by name, and no label is named true or false"):
+        labels("neg", "pos").of([{"label": "True "}], "label")
+    with pytest.raises(DataError, match="did you mean true; case, spaces"):
+        labels("false", "true").of([{"label": "True "}], "label")
 
 
 def test_a_folder_is_named_with_the_nearest_label():
