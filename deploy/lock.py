@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTED_PYTHON = "3.11.7"
 # File, whether the requirements of the program itself belong to it, and extras of pyproject.toml.
 LOCKS = (
-    ("requirements-dev.lock", True, ("dev", "simulation", "diffusion", "demo", "docs")),
+    ("requirements-dev.lock", True, ("dev", "simulation", "diffusion", "measures", "demo", "docs")),
     ("requirements.lock", True, ("demo",)),
     ("requirements-extra.lock", False, ("bitsandbytes", "bench")),
 )

@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from offsite.task.causal_lm import CausalLM
+from offsite.task.conversations import ASSISTANT, messages_of
 from offsite.task.examples import Examples
+from offsite.task.generation import Prompt, end_of_answer
 from offsite.task.prompt_completion import answered
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.spec import Record
 from offsite.task.token_rows import chat_rows
+
+ANSWER = "b"
+PLAIN = ({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": ANSWER})  # a trial of a template
 
 
 class Chat(CausalLM):
@@ -36,3 +41,36 @@ class Chat(CausalLM):
         """
         check_split(split, self.name)
         return answered(*chat_rows(processor, records, length), length)
+
+    def prompts(
+        self, processor: Any, records: Sequence[Record], *, length: int, model_config: Any
+    ) -> list[Prompt | None]:
+        """Returns the messages before an answer, with the template's prompt; see `task.generation.GeneratingTask`.
+
+        Of a conversation's learnt answers that have a text, the last counts whose prompt has room. A text ends where
+        the template ends an answer, too.
+        """
+        talks = [messages_of(records, index, processor.template) for index in range(len(records))]
+        left = {index: _answers(talk) for index, talk in enumerate(talks)}
+        ends, prompts = end_of_answer(processor, PLAIN, ANSWER), list[Prompt | None]([None] * len(talks))
+        while left := {index: places for index, places in left.items() if places and prompts[index] is None}:
+            asked = {index: places.pop() for index, places in left.items()}
+            encoded = processor.prompts([talks[index][:place] for index, place in asked.items()], length + 1)
+            for (index, place), ids in zip(asked.items(), encoded, strict=True):
+                if 0 < len(ids) <= length:
+                    prompts[index] = Prompt.of(ids, text_of(talks[index][place]), ends)
+        return prompts
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Returns the text of a message, whose content may be a list of parts; empty where the message has none."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+
+
+def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the places of the learnt answers that have a text."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+    return [place for place in answers if messages[place].get("weight") != 0 and text_of(messages[place]).strip()]

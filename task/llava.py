@@ -13,6 +13,7 @@ from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task import checkpoint, chunked_head
 from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
+from offsite.task.generation import Prompt, end_of_answer
 from offsite.task.image_classification import dtype_of
 from offsite.task.image_text_processor import MARKERS, ImageTextProcessor, holds_marker, without_marker
 from offsite.task.images import Pixels, check_records, plain_pixels, size_of
@@ -132,9 +133,29 @@ class ImageText:
         for (ids, flags), good, asked in zip(encoded, valid.tolist(), questions, strict=True):
             whole = good and asked is not None and ids.count(place) == 1 and max(ids) < vocabulary
             at = ids.index(place) if whole else 0
-            rows.append(ids[:at] + [place] * count + ids[at + 1 :] if whole else _empty(place, count, count))
+            rows.append(_with_places(ids, place, count) if whole else _empty(place, count, count))
             answers.append([*flags[:at], *[0] * count, *flags[at + 1 :]] if whole else [])
         return AskedImages(pixels, Examples(padded(rows, length), mask_of(rows, length), padded(answers, length)))
+
+    def prompts(
+        self, processor: ImageTextProcessor, records: Sequence[Record], *, length: int, model_config: Any
+    ) -> list[Prompt | None]:
+        """Returns each question with its image, and the template's prompt; see `task.generation.GeneratingTask`."""
+        count, place = image_places(model_config), int(model_config.image_token_id)
+        pixels, valid = processor.images.pixels(records, "image", model_config.vision_config)
+        questions = [_question(records, index, processor.marker) for index in range(len(records))]
+        talks = [_conversation(asked or "", record)[:1] for asked, record in zip(questions, records, strict=True)]
+        encoded = processor.words.prompts(talks, length - count + 2, special=True)
+        ends = end_of_answer(processor.words, _conversation("a", {"answer": "b"}), "b", special=True)
+        prompts = list[Prompt | None]()
+        for row, (ids, good) in enumerate(zip(encoded, valid.tolist(), strict=True)):
+            text, whole = records[row]["answer"], good and questions[row] is not None and ids.count(place) == 1
+            if not whole or len(ids) + count - 1 > length or not text.strip():
+                prompts.append(None)
+                continue
+            pixel_values = pixels.select([row]).scaled(torch.float32)
+            prompts.append(Prompt.of(_with_places(ids, place, count), text, ends, pixel_values=pixel_values))
+        return prompts
 
     def losses(self, model: nn.Module, batch: AskedImages) -> torch.Tensor:
         """Returns each answer's mean negative log-likelihood per token, nats, float32 (B,), 0 without an answer."""
@@ -252,6 +273,12 @@ def _conversation(question: str, record: Record) -> list[dict[str, Any]]:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": record["answer"]}]},
     ]
+
+
+def _with_places(ids: Sequence[int], place: int, count: int) -> list[int]:
+    """Returns tokens with one place for each token of their one image."""
+    at = ids.index(place)
+    return [*ids[:at], *[place] * count, *ids[at + 1 :]]
 
 
 def _empty(place: int, count: int, width: int) -> list[int]:

@@ -13,6 +13,7 @@ from offsite.task.spec import Task
 from offsite.task.stated_config import check_rows
 
 USUAL = 128
+BEFORE_TARGET = 2  # tokens that a decoder may begin with: its start token, and a language code
 # Kinds whose examples are padded with the token that the configuration names.
 PADDED = ("sequence_classification", "token_classification", "question_answering", "seq2seq")
 # Kinds whose examples have a length in tokens; images and the class prompts of CLIP have none.
@@ -55,6 +56,42 @@ def check_fit(task: Task, folder: Path | str, length: int, processor: Any) -> li
     most = most_positions(_empty(config, task.kind))
     check_positions(most, length)
     return notes + [note for note in [position_warning(config, length)] if note and most is None]
+
+
+def check_generation(task: Task, folder: Path | str, length: int, new_tokens: int) -> list[str]:
+    """Checks that a model generates text, and has positions for a prompt and the text behind it.
+
+    Args:
+      task: task of the model, whose models generate text.
+      folder: the model's folder.
+      length: largest number of tokens of a prompt.
+      new_tokens: largest number of tokens of a generated text.
+
+    Returns:
+      A warning about more tokens than the model was made for, or nothing.
+
+    Raises:
+      ConfigError: there are more tokens than positions.
+      UnsupportedModel: the model has no method that generates text.
+    """
+    config = read_config(Path(folder), task.kind)
+    kinds = KINDS[task.kind]._model_mapping[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds
+    if not (hasattr(kind, "generate") and kind.can_generate()):
+        raise UnsupportedModel(
+            f"evaluation.measures: a {kind.__name__} generates no text in transformers; leave the key out"
+        )
+    most, encoded = most_positions(_empty(config, task.kind)), task.kind == "seq2seq"
+    needed = max(length, new_tokens + BEFORE_TARGET) if encoded else length + new_tokens
+    if most is not None and needed > most:
+        behind = f"and {BEFORE_TARGET} tokens before the text" if encoded else f"behind prompts of data.length={length}"
+        raise ConfigError(
+            f"evaluation.new_tokens={new_tokens} {behind}: must be at most {most} together, the number of the model's "
+            "positions; lower evaluation.new_tokens",
+            key="evaluation.new_tokens",
+        )
+    note = position_warning(config, needed)
+    return [note] if note else []
 
 
 def check_token_ids(model_config: Any, largest: int | None, kind: str = "causal_lm") -> None:

@@ -9,6 +9,7 @@ from offsite.errors import DataError
 from offsite.task.causal_lm import CausalLM
 from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples
+from offsite.task.generation import Prompt
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.spec import Record
@@ -36,6 +37,15 @@ class PromptCompletion(CausalLM):
         """
         check_split(split, self.name)
         return answered(*prompted_rows(processor, records, length), length)
+
+    def prompts(
+        self, processor: Any, records: Sequence[Record], *, length: int, model_config: Any
+    ) -> list[Prompt | None]:
+        """Returns each record's prompt with the tokens in front of a text; see `task.generation.GeneratingTask`."""
+        frame = Frame.of(processor)
+        rows = map(frame.begun, processor.tokens([record["prompt"] for record in records], length))
+        pairs = zip(rows, (record["completion"] for record in records), strict=True)
+        return [Prompt.of(ids, text) if 0 < len(ids) < length and text.strip() else None for ids, text in pairs]
 
 
 def answered(rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], length: int) -> Examples:

@@ -24,3 +24,18 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "text_to_image": {LATENTS: object, PROMPT: object},
     "image_prompt_to_image": {LATENTS: object, PROMPT: object, IMAGES: object},
 }
+
+_NAMES = "its model chooses among labels; leave the key out"
+_NOISE = "its model predicts noise; leave the key out"
+# Tasks whose models generate no text that a record could hold the right text for -> the reason, and the next step.
+WITHOUT_TEXT: Mapping[str, str] = {
+    "causal_lm": "its records have no prompt; leave the key out, or take the task prompt_completion",
+    "sequence_classification": _NAMES,
+    "token_classification": _NAMES,
+    "extractive_qa": "its model marks a place in the context, and the report has exact match and F1; leave it out",
+    "image_classification": _NAMES,
+    "clip_classification": _NAMES,
+    "class_to_image": _NOISE,
+    "text_to_image": _NOISE,
+    "image_prompt_to_image": _NOISE,
+}

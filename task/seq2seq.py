@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from offsite.errors import UnsupportedModel
 from offsite.task.encode import padded
 from offsite.task.examples import vocabulary_of
+from offsite.task.generation import Prompt
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, padding_of, token_inputs
 from offsite.task.labels import IGNORED
 from offsite.task.record_fields import FIELDS
@@ -42,6 +43,21 @@ class Seq2Seq(Labelled):
         inputs, labels = token_inputs(sources, length, model_config), padded(targets, length, IGNORED)
         return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model_config)}, labels)
 
+    def prompts(
+        self, processor: Any, records: Sequence[Record], *, length: int, model_config: Any
+    ) -> list[Prompt | None]:
+        """Returns each source, and what a decoder begins with; see `task.generation.GeneratingTask`.
+
+        The decoder begins as it does where the task learns: with its start token, and with all tokens that the
+        tokenizer puts in front of a target, for example the code of the target's language.
+        """
+        batch = self.encode(processor, records, length=length, split="truncate", model_config=model_config)
+        targets = processor.targets([record["target"] for record in records], length)
+        return [
+            _prompt(batch.select([row]), record["target"], target.sequences)
+            for row, (record, target) in enumerate(zip(records, targets, strict=True))
+        ]
+
     def sums(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns the sum of the losses of each example's target tokens, nats, (B,)."""
         return cross_entropy(model(**batch.inputs).logits, batch.labels).sum(dim=1)
@@ -60,6 +76,23 @@ class Seq2Seq(Labelled):
         ids = torch.randint(vocabulary_of(model), (2, length), generator=generator)
         labels = torch.where(inputs["attention_mask"].bool(), ids, IGNORED)
         return RowBatch(inputs | {"decoder_input_ids": _shifted(labels, model.config)}, labels)
+
+
+def _prompt(batch: RowBatch, text: str, sequences: Sequence[int]) -> Prompt | None:
+    """Returns the prompt of one record.
+
+    Args:
+      batch: the record as an example.
+      text: the right text.
+      sequences: -1 for each special token of the encoded target.
+    """
+    first = next((place for place, sequence in enumerate(sequences) if sequence >= 0), None)
+    if first is None or not bool(batch.targets.any()):
+        return None
+    size = int(batch.inputs["attention_mask"].sum())
+    inputs = {name: tensor[:, :size] for name, tensor in batch.inputs.items() if name != "decoder_input_ids"}
+    begun = batch.inputs["decoder_input_ids"][:, : 1 + first]
+    return Prompt(inputs | {"decoder_input_ids": begun}, 1 + first, text=text)
 
 
 def _shifted(labels: Tensor, model_config: Any) -> Tensor:

@@ -9,6 +9,7 @@ settings name. So only tokenizer.json, a few values of the settings and the chat
 import copy
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from offsite.task.tokenizer_worker import CPU_SECONDS, Outcomes, TokenizerWorker
 log = logging.getLogger("offsite.task")
 MAX_BYTES = 1 << 28
 IDS_PER_BYTE, SPARE_IDS = 32, 1024  # no honest tokenizer makes more ids from a text; a longer result is dropped
+_CHARACTERS_PER_ID = 256  # no token of a known tokenizer is longer
 _NONE = 0xFFFFFFFF
 HIDES_ANSWERS = 0  # the answer of `tokenizer_process` about such a template
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: JSON can hold it, no other encoding can
@@ -187,12 +189,23 @@ class Tokenizer:
             not show where an answer begins.
         """
         self._check_template()
-        asked: list[dict[str, Any]] = [
-            {"kind": "chat", "of": [dict(message) for message in talk], "length": length, "special": special}
-            for talk in conversations
-        ]
+        asked = [_asked("chat", talk, length, special=special) for talk in conversations]
         columns = [_columns(words, 2, length) for words in self._answers(asked, [2 * length] * len(asked))]
         return [(ids, [int(flag == 1) for flag in flags]) for ids, flags in columns]
+
+    def prompts(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], length: int, *, special: bool = False
+    ) -> list[list[int]]:
+        """Returns each conversation's ids with the template's prompt for an answer; arguments and errors as `chats`."""
+        self._check_template()
+        asked = [_asked("prompt", talk, length, special=special) for talk in conversations]
+        return self._answers(asked, [length] * len(asked))
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of each list of ids, without special tokens; an empty text where the tokenizer fails."""
+        asked: list[dict[str, Any]] = [{"kind": "ids", "of": list(ids)} for ids in rows]
+        codes = self._answers(asked, [_CHARACTERS_PER_ID * len(ids) + SPARE_IDS for ids in rows])
+        return ["".join(chr(code) if code <= sys.maxunicode else "\ufffd" for code in own) for own in codes]
 
     def _check_template(self) -> None:
         """Refuses a folder through whose template no conversation can be learnt; no record has a part in that."""
@@ -243,6 +256,10 @@ class Tokenizer:
         if outcomes.failed or outcomes.stopped:
             log.warning(_TOLD, outcomes.stopped, outcomes.failed, len(requests))
         return answers
+
+
+def _asked(kind: str, talk: Sequence[Mapping[str, Any]], length: int, *, special: bool) -> dict[str, Any]:
+    return {"kind": kind, "of": [dict(message) for message in talk], "length": length, "special": special}
 
 
 def _most(text: str) -> int:

@@ -148,9 +148,14 @@ def touch_no_more_than_needed() -> None:
 def answerer(rules: Any, settings: dict[str, Any], chat_template: Any) -> Answer:
     """Returns the function from a request to its answer."""
     template, tokens = settings["template"], settings["tokens"]
-    render = chat_template.renderer(template, tokens, settings["date"]) if template else None
+    render: Any = chat_template.renderer(template, tokens, settings["date"]) if template else None
 
     def answer(request: Any) -> Columns:
+        if request["kind"] == "ids":
+            return (map(ord, rules.text(request["of"])),)
+        if request["kind"] == "prompt":
+            asked = rules.rendered(render(request["of"], prompt=True), special=request["special"])
+            return (asked.ids[: request["length"]],)
         if request["kind"] == "chat":
             return chat(rules, request, render, chat_template)
         if request["kind"] == "template":

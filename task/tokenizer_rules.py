@@ -74,6 +74,11 @@ class Rules:
             return self._words(of)
         return _columns(self._tokenizer.encode(*of) if kind == "pair" else self._tokenizer.encode(of))
 
+    def text(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids without special tokens; a token that the settings name is one, as in transformers."""
+        named = {self._tokenizer.token_to_id(token) for token in self._settings["tokens"].values()}
+        return str(self._tokenizer.decode([number for number in ids if number not in named], skip_special_tokens=True))
+
     def rendered(self, text: str, *, special: bool) -> Any:
         """Returns the encoding of a rendered conversation.
 

@@ -26,7 +26,7 @@ ASKED = {
     "requirements.lock": [*PROJECT["dependencies"], *EXTRAS["demo"]],
     "requirements-dev.lock": [
         *PROJECT["dependencies"],
-        *(line for name in ("dev", "simulation", "diffusion", "demo", "docs") for line in EXTRAS[name]),
+        *(line for name in ("dev", "simulation", "diffusion", "measures", "demo", "docs") for line in EXTRAS[name]),
     ],
     "requirements-extra.lock": [*EXTRAS["bitsandbytes"], *EXTRAS["bench"]],
 }
