@@ -1,7 +1,7 @@
 """`offsite simulate`: a whole federation on one machine, with every real part in its place."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from offsite.adapter.export import export
 from offsite.adapter.model_card import base_name
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.coordinator.job.evaluate import gain_error, record_losses, score
+from offsite.coordinator.job.generated import generated_scores
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.job.score import Score
@@ -29,7 +30,7 @@ from offsite.simulation.outcome import SimulationOutcome, simulation_report
 from offsite.simulation.resource_meter import Meter
 from offsite.simulation.run_folder import Run, simulated_sessions
 from offsite.simulation.site_data import site_data
-from offsite.task.nothing_to_learn import PUBLIC
+from offsite.task.nothing_to_learn import HELD_OUT, PUBLIC
 from offsite.task.spec import Batch
 from offsite.trust.files import alone
 
@@ -96,11 +97,19 @@ def _simulate(run: Run, options: Options) -> Report:
     display.step("score on held-out records")
     with meter.phase("evaluate"):
         quality = _quality(job, session, progress, list(data.heldout))
+        adapters = (job.start, progress.plugged)
+        texts = generated_scores(run.config, job.full, job.layout, adapters, HELD_OUT, data.asked)
     plug(job.full, job.layout, progress.plugged)
     base = base_name(Path(run.config.model.path).name, run.config.model.base)
     export(job.full, job.manifest.adapter, run.store.adapter, base=base, auxiliary=job.given)
     outcome = SimulationOutcome(
-        options.engine_name, options.now, progress.round, data.plans, quality, meter.costs(), facts
+        options.engine_name,
+        options.now,
+        progress.round,
+        data.plans,
+        replace(quality, generated=texts),
+        meter.costs(),
+        facts,
     )
     report = simulation_report(run, job, outcome)
     write_report(run.store.folder, report)

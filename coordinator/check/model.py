@@ -105,6 +105,7 @@ def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
         and config.emulator.shape == SANDWICH
         and is_plain(config)
         and not config.adapter.targets
+        and not config.evaluation.measures
     )
 
 
@@ -128,7 +129,8 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     Returns:
       The encoder of the job's records, or None where the model does not give one.
     """
-    from offsite.task.model_fit import check_fit
+    from offsite.task.generation import GeneratingTask
+    from offsite.task.model_fit import check_fit, check_generation
     from offsite.task.tasks import TASKS
     from offsite.task.tokenizer_agreement import check_agreement
 
@@ -152,6 +154,10 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
             findings.warn(note)
     if len(findings.errors) > before:
         return None
+    if config.evaluation.measures and isinstance(task, GeneratingTask):
+        with findings.gathering():
+            for note in check_generation(task, folder, length, config.evaluation.new_tokens):
+                findings.warn(note)
     return Encoder(task, processor, length, config.data.split, model_config)
 
 

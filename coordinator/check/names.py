@@ -11,6 +11,7 @@ from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.task.findings import Findings
 from offsite.task.readers.tables import READERS
 from offsite.task.splits import SPLITS
+from offsite.task.text_measures import check_measures
 
 PLAIN_RULES = ("mean", "fedavgm", "fedadam", "fedyogi")  # rules that fit every method and need no key of their own
 
@@ -30,6 +31,8 @@ def check_names(config: FedConfig, sites: list[str] | None, findings: Findings) 
     with findings.gathering():
         if config.data.reader:
             lookup(READERS, config.data.reader, "data.reader")
+    with findings.gathering():
+        check_measures(config.evaluation.measures, config.model.task)
     with findings.gathering():
         if sites is not None:
             config.emulator.kinds(sites)

@@ -73,6 +73,8 @@ class FedConfig:
         _within("data.length", self.data.length, 2, MAX_TOKENS)
         _at_least("evaluation.examples", self.evaluation.examples, 1)
         _at_least("evaluation.public_examples", self.evaluation.public_examples, 2)
+        _at_least("evaluation.generated_records", self.evaluation.generated_records, 1)
+        _within("evaluation.new_tokens", self.evaluation.new_tokens, 1, MAX_TOKENS)
         if self.secagg.n_min:
             _at_least("secagg.n_min", self.secagg.n_min, MIN_SITES)
         _at_least("seed", self.seed, 0)

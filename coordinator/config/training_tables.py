@@ -90,8 +90,17 @@ class EvaluationConfig:
       examples: number of held-out records over all sites; at least 1.
       public_examples: number of public records of the acceptance test; at least 2.
       tolerance: largest rise of the public loss above the best so far that a round may cause, in nats; at least 0.
+      measures: measures of texts that the full model generates before and after training, as `["rouge", "chrf"]`; names
+        in `task.text_measures.MEASURES`: rouge, chrf (needs the extra `measures`) or exact_match. Empty generates no
+        text, which costs far more than a loss. For the tasks prompt_completion, chat, seq2seq and image_text.
+      generated_records: largest number of scored records for which text is generated: held-out records in a simulation,
+        public records between organisations; at least 1.
+      new_tokens: largest number of tokens of a generated text; at least 1.
     """
 
     examples: int = 48
     public_examples: int = 16
     tolerance: float = 0.05
+    measures: tuple[str, ...] = ()
+    generated_records: int = 32
+    new_tokens: int = 64

@@ -61,6 +61,8 @@ def settings_sha256(config: FedConfig) -> str:
         home = config.coordinator.home
         content["coordinator"] = {"deadline": config.coordinator.deadline}
         del content["model"]["base"]
+        for key in ("measures", "generated_records", "new_tokens"):  # of the report alone
+            del content["evaluation"][key]
         content["model"]["path"] = os.path.relpath(config.model.path, home)
         content["data"]["public"] = os.path.relpath(config.data.public, home)
         content["adapter"]["frozen"] = [os.path.relpath(folder, home) for folder in config.adapter.frozen]

@@ -23,6 +23,7 @@ from offsite.coordinator.config.training_tables import TrainingConfig
 from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
 from offsite.coordinator.job.emulators import Emulator, EmulatorFactory, reopened
 from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.generated import try_generation
 from offsite.coordinator.job.job_facts import JobFacts
 from offsite.coordinator.job.public_records import PublicRecords, public_records
 from offsite.coordinator.job.score import Score
@@ -38,6 +39,7 @@ from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
+from offsite.task.text_measures import check_measures
 
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
 # These factors leave ample room; the site cuts and counts an entry beyond the bound.
@@ -110,7 +112,8 @@ def check_names(config: FedConfig, kinds: tuple[EmulatorVariant, ...], federatio
       UnsupportedModel: the adapter's method is not offered.
       DataError: an earlier adapter cannot be read.
       ConfigError: the method has no such option, or does not take an earlier adapter; a step of a recipe cannot be
-        read; or the server rule does not fit the rest, see `check_rule`.
+        read; measures of texts cannot be had, see `check_measures`; or the server rule does not fit the rest, see
+        `check_rule`.
     """
     for kind in kinds:
         steps_of(kind.compress)
@@ -119,6 +122,7 @@ def check_names(config: FedConfig, kinds: tuple[EmulatorVariant, ...], federatio
     check_task(config.adapter.method, config.model.task)
     check_frozen(config)
     check_mask(config)
+    check_measures(config.evaluation.measures, config.model.task)
     check_rule(config, [site for site, _ in federation.roster], federation.n_min)
     lookup(ACCOUNTANTS, config.privacy.accountant, "privacy.accountant")
 
@@ -164,6 +168,7 @@ def prepare(
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
     emulators, clip = factory.measure(full, packages)
     full = attach(full, spec, given)
+    try_generation(config, full, public.tested)
     layout = Layout.of(full)
     for folder in config.aggregation.earlier:
         read_earlier(folder, layout)

@@ -14,7 +14,7 @@ from offsite.errors import lookup
 from offsite.task.nothing_to_learn import Encoder, Learnt, counted, learnt
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.readers.tables import note_on, read
-from offsite.task.selection import spread, spread_rows
+from offsite.task.selection import spread_rows
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.tasks import TASKS
 
@@ -31,12 +31,14 @@ class PublicRecords:
       tune: examples for the gate and the clip.
       test: examples for every score.
       learnt: number of records and of targets, and the reason of the first record without a target.
+      tested: records of `test`; () where texts are cut into blocks, which are no records.
     """
 
     calibration: Batch
     tune: Batch
     test: Batch
     learnt: Learnt
+    tested: tuple[Record, ...] = ()
 
 
 def columns_in(config: FedConfig) -> Columns:
@@ -85,14 +87,17 @@ def public_records(
     encoder = Encoder(task, processor, config.data.length, config.data.split, model_config)
     examples = encoder.encode(records)
     outcome = learnt(encoder, records, counted(examples))
-    examples = examples.select(torch.nonzero(examples.targets))  # examples without targets have no gradient
+    kept = torch.nonzero(examples.targets).reshape(-1)
+    examples = examples.select(kept)  # examples without targets have no gradient
     check_public(config, len(examples), outcome)
     tune = spread_rows(np.arange(0, len(examples), 2), max(CLIP_EXAMPLES, GATE_EXAMPLES))
     others = np.setdiff1d(np.arange(0, len(examples), 2), tune)
+    test = spread_rows(np.arange(1, len(examples), 2), config.evaluation.public_examples)
     return PublicRecords(
         # With no more records than the tests need, compressors are fitted to the same examples that the gate uses.
         calibration=examples.select(spread_rows(others if len(others) else tune, CALIBRATION_EXAMPLES)),
         tune=examples.select(tune),
-        test=spread(examples, config.evaluation.public_examples, offset=1, stride=2),
+        test=examples.select(test),
         learnt=outcome,
+        tested=tuple(records[int(kept[row])] for row in test) if config.data.split == "truncate" else (),
     )

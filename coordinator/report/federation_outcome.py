@@ -7,6 +7,7 @@ from offsite.adapter.export import export
 from offsite.adapter.model_card import base_name
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.generated import generated_scores
 from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.job.round_record import RoundRecord
@@ -58,7 +59,9 @@ class Started:
 
 def conclude(config: FedConfig, store: Store, job: Job, progress: Progress, started: Started) -> Report:
     """Writes the adapter and the report of a job whose rounds are all whole, and returns the report."""
-    quality = Quality(_public_scores(store, job, progress))
+    scores, adapters = _public_scores(store, job, progress), (job.start, progress.plugged)
+    texts = generated_scores(config, job.full, job.layout, adapters, PUBLIC, [job.public.tested])
+    quality = Quality(scores, generated=texts)
     base = base_name(Path(config.model.path).name, config.model.base)
     export(job.full, job.manifest.adapter, store.adapter, base=base, auxiliary=job.given)
     report = federation_report(config, job, progress, store.rounds(), quality, started)

@@ -68,7 +68,8 @@ def _quality(quality: Quality) -> dict[str, object]:
         "within_noise": quality.within_noise,
         "forgetting_nats": quality.forgetting_nats,
     }
-    return {"private": private, "public": encode(quality.public), **(private or {}), **numbers}
+    texts = {} if quality.generated is None else {"generated": encode(quality.generated)}
+    return {"private": private, "public": encode(quality.public), **(private or {}), **numbers, **texts}
 
 
 def _emulator(emulators: EmulatorFacts) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The measures of a task in a run report: their names, digits and meanings."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from offsite.coordinator.job.score import Score
@@ -13,17 +14,19 @@ class Measure:
     Attributes:
       digits: number of digits after the point.
       meaning: sentence on the measure; empty where the name says it all.
+      title: words for the measure; empty where its name has the words.
     """
 
     digits: int = 3
     meaning: str = ""
+    title: str = ""
 
 
 MEASURES = {
     "perplexity": Measure(
         1,
         "Perplexity is the loss as a factor: a perplexity of 20 is like guessing among 20 equal choices. It is taken "
-        "on the right texts, token by token; no text is generated.",
+        "on the right texts, token by token, and no text is generated for it.",
     ),
     "accuracy": Measure(meaning="Accuracy is the share of answers that are right."),
     "balanced_accuracy": Measure(
@@ -46,9 +49,25 @@ MEASURES = {
     "explained": Measure(
         meaning="Explained is the share of the noise's variance that the model predicts; 0 is as good as no model."
     ),
+    "rouge1": Measure(
+        meaning="ROUGE is the F1 of what a generated text and the right text share: words (ROUGE-1), pairs of "
+        "adjoining words (ROUGE-2), or the longest series of words in the same order (ROUGE-L). The mean over the "
+        "records is shown, from 0 to 1. A word is a series of letters and digits of any script, without case and "
+        "without stemming; in scripts without spaces each letter is a word. For English the values are those of the "
+        "package rouge-score, which drops all letters of other scripts.",
+        title="ROUGE-1",
+    ),
+    "rouge2": Measure(title="ROUGE-2"),
+    "rougeL": Measure(title="ROUGE-L"),
+    "chrf": Measure(
+        1,
+        "chrF is the F-score of the series of 1 to 6 characters that the generated and the right texts share, over "
+        "all records together, from 0 to 100, as the package sacrebleu counts (chrF2).",
+        title="chrF",
+    ),
     "exact_match": Measure(
-        meaning="Exact match is the share of answers that are right as a whole; for answers in a text as SQuAD "
-        "compares, without case, punctuation and articles."
+        meaning="Exact match is the share of answers that are right as a whole; for answers in a text and generated "
+        "texts as SQuAD compares, without case, punctuation and articles."
     ),
 }
 
@@ -100,7 +119,7 @@ def against(after: Score, before: Score) -> str:
 
 def title(name: str) -> str:
     """Returns the words for a measure."""
-    return name.replace("_", " ")
+    return MEASURES.get(name, Measure()).title or name.replace("_", " ")
 
 
 def names(score: Score) -> tuple[str, ...]:
@@ -110,9 +129,14 @@ def names(score: Score) -> tuple[str, ...]:
 
 def value(score: Score, name: str) -> str:
     """Returns a measure as people read it."""
-    return number(score.metrics.get(name), MEASURES.get(name, Measure()).digits)
+    return number(score.metrics.get(name), digits(name))
 
 
-def meanings(score: Score) -> tuple[str, ...]:
+def digits(name: str) -> int:
+    """Returns the number of digits after the point of a measure's values."""
+    return MEASURES.get(name, Measure()).digits
+
+
+def meanings(shown: Iterable[str]) -> tuple[str, ...]:
     """Returns a sentence on each measure whose name does not say it all."""
-    return tuple(MEASURES[name].meaning for name in names(score) if name in MEASURES)
+    return tuple(MEASURES[name].meaning for name in shown if name in MEASURES and MEASURES[name].meaning)

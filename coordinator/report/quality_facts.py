@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from offsite.coordinator.job.score import Score
+from offsite.coordinator.job.score import GeneratedScores, Score
 from offsite.coordinator.report.formatting import number
 
 NOISE_ERRORS = 2  # a difference of at least so many standard errors is luck about once in 20 runs
@@ -36,11 +36,13 @@ class Quality:
       private: scores on held-out records of the sites; None where the coordinator cannot know them.
       gain_error: standard error of `gain_nats` over the held-out records, see `job.evaluate.gain_error`; None where it
         is not known: between organisations, of fewer than 2 records, and in a report of an earlier release.
+      generated: measures of texts that the full model generated; None where the federation file asks for none.
     """
 
     public: FourScores
     private: FourScores | None = None
     gain_error: float | None = None
+    generated: GeneratedScores | None = None
 
     @property
     def shown(self) -> FourScores:

@@ -48,7 +48,7 @@ def _scored(score: Score, shown: tuple[str, ...]) -> tuple[str, ...]:
 def _meaning(scores: Quality) -> tuple[str, ...]:
     loss, change = metrics.loss_of(scores.shown.plug_in), signed(scores.forgetting_nats)
     words = (
-        *(loss.meaning, *metrics.meanings(scores.shown.plug_in)),
+        *(loss.meaning, *metrics.meanings(metrics.names(scores.shown.plug_in))),
         "An adapter is the small set of trained numbers. An emulator is a smaller stand-in for the full model; the "
         "sites train the adapter on the emulator.",
     )

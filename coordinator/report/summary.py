@@ -8,6 +8,7 @@ from offsite.coordinator.report.data_section import data
 from offsite.coordinator.report.emulator_facts import EmulatorFacts
 from offsite.coordinator.report.emulator_section import emulator, emulators_of_sites
 from offsite.coordinator.report.formatting import number, percent, signed, size
+from offsite.coordinator.report.generated_section import generated, generated_line
 from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.privacy_section import privacy, privacy_line
 from offsite.coordinator.report.quality_facts import Quality
@@ -38,6 +39,7 @@ def summarise(report: Report) -> Summary:
         warnings=tuple(warning for warning in report.warnings if warning != NO_SECAGG_WARNING),
         sections=(
             quality(report),
+            *([generated(report.quality.generated)] if report.quality.generated is not None else []),
             *([data(report.data)] if report.data else []),
             rounds(report),
             privacy(report),
@@ -53,6 +55,8 @@ def summarise(report: Report) -> Summary:
 
 def _answer(report: Report) -> tuple[str, ...]:
     better = (_private_line(report.quality),) if report.simulated else _public_lines(report)
+    if report.quality.generated is not None:
+        better = (*better, generated_line(report.quality.generated))
     lines = [*better, privacy_line(report), _shipped_line(report.emulators)]
     if not report.privacy.private:
         lines.insert(0, lines.pop(len(better)))

@@ -1,5 +1,6 @@
 """A whole federation learns every task privately, under secure aggregation, on an emulator."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from offsite.adapter.export import load
 from offsite.cli.display import PlainDisplay
 from offsite.coordinator.config.federation_file import parse_config
+from offsite.coordinator.report.json_report import read_report
 from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run
 from offsite.simulation.simulate import Options, simulate
+from offsite.task.generation import GeneratingTask
 from offsite.task.tasks import TASKS
 from tests.task import latents
 from tests.task_samples import SAMPLES, first_of, write_records
@@ -71,8 +74,16 @@ def config_for(sample, folder, steps=STEPS):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_private_federation_learns_it_on_the_emulator_and_for_the_full_model(name, tmp_path):
-    content = config_for(first_of(name), tmp_path)
+    content, generates = config_for(first_of(name), tmp_path), isinstance(TASKS[name], GeneratingTask)
+    if generates:
+        content["evaluation"] |= {
+            "measures": ["rouge", "chrf", "exact_match"],
+            "generated_records": 12,
+            "new_tokens": 8,
+        }
     check_learnt(content, tmp_path)
+    if generates:
+        check_texts(tmp_path / "run", nearer=name != "image_text")  # the answers are single words, learnt in part
 
 
 @pytest.mark.slow
@@ -112,6 +123,24 @@ def private_scores(content, tmp_path):
     assert all(0 < (site.epsilon or 0) <= 8.0 for site in report.privacy.sites)
     assert report.quality.private is not None
     return report.quality.private.all()
+
+
+def check_texts(folder, nearer):
+    """The texts of the tuned model are nearer to the right texts, and the report says so in each of its forms."""
+    texts = json.loads((folder / "report.json").read_text())["quality"]["generated"]
+    assert (texts["part"], texts["records"], texts["left_out"], texts["new_tokens"]) == ("held out", 12, 0, 8)
+    values = texts["measures"]
+    assert list(values) == ["rouge1", "rouge2", "rougeL", "chrf", "exact_match"]
+    assert not nearer or values["chrf"]["after"] > values["chrf"]["before"]
+    assert values["chrf"]["error"] > 0
+    sentence = f"ROUGE-1 {values['rouge1']['after']:.3f} against {values['rouge1']['before']:.3f} before"
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "In the texts that the full model generated for 12 held-out private records: " in text
+        assert sentence in text
+        assert f"chrF {values['chrf']['after']:.1f} against {values['chrf']['before']:.1f} before" in text
+        assert "Texts that the model generates" in text
+    assert read_report(folder).quality.generated.measures["chrf"].after == values["chrf"]["after"]
 
 
 def check_learnt(content, tmp_path):
