@@ -13,7 +13,7 @@ from offsite.task.generation import Prompt
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import check_split
 from offsite.task.spec import Record
-from offsite.task.splits import check_length
+from offsite.task.splits import Frame, check_length
 from offsite.task.token_rows import prompted_rows
 
 
