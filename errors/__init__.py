@@ -59,6 +59,10 @@ class PrivacyRefusal(OffsiteError):
     """Going on would release something without the privacy that was promised."""
 
 
+class TrainingFault(OffsiteError):
+    """The machine or the model fails whatever the records are; going on would train on noise alone."""
+
+
 class PolicyRefusal(OffsiteError):
     """The data owner's own policy does not permit what was asked."""
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.captured import Captured
+from offsite.privacy.faults import is_memory
 from offsite.privacy.per_example import Rows, Weigh, checked_losses, finite_losses, line_of
 
 _MODULE = ("activations", "max_batch_len", "autograd_grad_sample_hooks", "ft_compute_sample_grad")
@@ -39,6 +40,8 @@ class HooksEngine:
             for handle in model.__dict__.get("autograd_grad_sample_hooks", ()):
                 handle.remove()
             _forget(model)
+            if is_memory(error):
+                raise MemoryError(line_of(error)) from error
             raise PrivacyRefusal(f"engine='hooks' cannot attach: {line_of(error)}; use engine='loop'") from error
         owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
         self._modes = [(module, module.training) for module in owners]

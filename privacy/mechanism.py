@@ -1,5 +1,6 @@
 """Record-level DP-SGD: one training at one site, and the event that the training spends."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from offsite.privacy.accountants import check_noise
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.events import Event, check_sample_rate, check_steps
+from offsite.privacy.faults import failure, refuse_broken
 from offsite.privacy.per_example import Engine, Weigh
 from offsite.privacy.randomness import Randomness
 from offsite.privacy.ranges import MAX_PHYSICAL_BATCH, check_range
@@ -22,6 +24,8 @@ from offsite.privacy.sampler import poisson
 
 if TYPE_CHECKING:
     from offsite.privacy.optimizer import NoisyMeanOptimizer
+
+log = logging.getLogger("offsite.privacy")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class DpTraining:
       records: private records of this site; their number decides nothing but who can be drawn.
       terms: public constants of the plan.
       randomness: source of the sampling and of the noise; `Randomness.from_os()` on private data.
+      invented: invented examples of the records' shape, which tell a fault of the machine from a fault of a record, see
+        `privacy.faults`; without them, every fault counts as a record's.
     """
 
     model: nn.Module = field(repr=False)
@@ -120,6 +126,7 @@ class DpTraining:
     records: Batch = field(repr=False)
     terms: DpSgdConfig
     randomness: Randomness = field(repr=False)
+    invented: Batch | None = field(default=None, repr=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that train.
@@ -150,6 +157,8 @@ def train(training: DpTraining, after_step: Callable[[], None] = _nothing) -> Ou
 
     Raises:
       PrivacyRefusal: nothing trains, or the engine cannot tell the examples apart.
+      MemoryError: memory is too short for a single example.
+      TrainingFault: the model fails on invented records as well, so that a step would be noise alone.
     """
     terms, parameters = training.terms, training.parameters()
     means: list[float] = []
@@ -157,9 +166,10 @@ def train(training: DpTraining, after_step: Callable[[], None] = _nothing) -> Ou
     dropped = 0
     with lookup(ENGINES, terms.engine, "engine")(training.model) as engine:
         optimizer = _optimizer(parameters, terms, training.randomness)
+        sums = _Accumulation(training, engine, optimizer)
         for _ in range(terms.steps):
             drawn = training.draw()
-            losses = _accumulate(training, drawn, engine, optimizer)
+            losses = sums.add(drawn)
             optimizer.step()  # noise and update, the same whether or not there were examples
             optimizer.zero_grad(set_to_none=True)
             after_step()
@@ -191,34 +201,77 @@ def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: R
     )
 
 
-def _accumulate(
-    training: DpTraining, drawn: np.ndarray, engine: Engine, optimizer: "NoisyMeanOptimizer"
-) -> list[float]:
-    """Adds the clipped gradients of one logical batch to the optimizer's sum, and returns the finite losses."""
-    losses: list[float] = []
+class _Accumulation:
+    """Adds the clipped gradients of logical batches to the optimizer's sum, one physical batch after another.
 
-    def add(batch: Any, counted: Callable[[int], bool] = lambda _: True) -> None:
-        rows = engine.add(training.losses, batch, _only(counted, optimizer.weigh))
-        seen = [place for place, position in enumerate(rows.kept) if counted(position)]
-        optimizer.seen(tuple(rows.norms[place] for place in seen))
-        losses.extend(rows.losses[place] for place in seen)
+    Where memory is too short for a physical batch, all later ones have half as many examples, down to one. The size
+    decides memory and speed, and never the result.
+    """
 
-    def runs(batch: Any) -> bool:
-        return not fails(lambda alone: add(alone, lambda _: False), batch)
+    def __init__(self, training: DpTraining, engine: Engine, optimizer: "NoisyMeanOptimizer") -> None:
+        self._training, self._engine, self._optimizer = training, engine, optimizer
+        self._size = training.terms.physical_batch
+        self._losses: list[float] = []
 
-    size = training.terms.physical_batch
-    for start in range(0, len(drawn), size):
-        batch = training.records.select(drawn[start : start + size])
-        if not fails(add, batch):
-            continue
-        # A fault may not tell on which records the model fails: such records are left out. Another record stands in the
-        # place of each, so that the batch keeps its shape and all others every bit of their gradients.
-        good = {row for row in range(len(batch)) if runs(batch.select([row]))}
+    def add(self, drawn: np.ndarray) -> list[float]:
+        """Adds one logical batch, and returns the finite losses.
+
+        Args:
+          drawn: records of the step, indices int64 (size,).
+
+        Raises:
+          PrivacyRefusal: the engine cannot tell the examples apart.
+          MemoryError: memory is too short for a single example.
+          TrainingFault: the model fails on invented records as well.
+        """
+        self._losses, start = [], 0
+        while start < len(drawn):
+            part = drawn[start : start + self._size]
+            if self._adds(self._training.records.select(part)):
+                start += len(part)
+            else:
+                self._size = max(1, len(part) // 2)
+                log.warning("memory is too short: physical_batch=%d from now on", self._size)
+                if torch.accelerator.is_available():
+                    torch.accelerator.empty_cache()
+        return self._losses
+
+    def _adds(self, batch: Any) -> bool:
+        """Adds a physical batch, and says whether memory was enough; if not, nothing of the batch is in the sum."""
+        before = len(self._losses)
+        try:
+            self._add_good(batch)
+        except MemoryError:
+            if len(batch) == 1 or len(self._losses) > before:
+                raise
+            return False
+        return True
+
+    def _add_good(self, batch: Any) -> None:
+        """Adds a physical batch without the records on which the model fails.
+
+        A fault may not tell on which records the model fails: such records are left out. Another record stands in the
+        place of each, so that the batch keeps its shape and all others every bit of their gradients.
+        """
+        if failure(self._add, batch) is None:
+            return
+        if self._training.invented is not None:
+            refuse_broken(self._try, self._training.invented)
+        good = {row for row in range(len(batch)) if failure(self._try, batch.select([row])) is None}
         rows = [row if row in good else min(good) for row in range(len(batch)) if good]
-        if fails(partial(add, counted=good.__contains__), batch.select(rows)):
+        if failure(partial(self._add, counted=good.__contains__), batch.select(rows)) is not None:
             for row in sorted(good):  # they fail together only
-                fails(add, batch.select([row]))
-    return losses
+                failure(self._add, batch.select([row]))
+
+    def _add(self, batch: Any, counted: Callable[[int], bool] = lambda _: True) -> None:
+        rows = self._engine.add(self._training.losses, batch, _only(counted, self._optimizer.weigh))
+        seen = [place for place, position in enumerate(rows.kept) if counted(position)]
+        self._optimizer.seen(tuple(rows.norms[place] for place in seen))
+        self._losses.extend(rows.losses[place] for place in seen)
+
+    def _try(self, batch: Any) -> None:
+        """Adds nothing of a batch, or fails as adding would."""
+        self._add(batch, lambda _: False)
 
 
 def _only(counted: Callable[[int], bool], weigh: Weigh) -> Weigh:
@@ -228,21 +281,3 @@ def _only(counted: Callable[[int], bool], weigh: Weigh) -> Weigh:
         return weigh(norms, positions) * torch.tensor([counted(position) for position in positions])
 
     return factors
-
-
-def fails(add: Callable[[Any], None], batch: Any) -> bool:
-    """Adds a batch to the sum, and says whether the model failed on the batch; a failed batch leaves the sum unchanged.
-
-    Raises:
-      PrivacyRefusal: the engine cannot tell the examples apart.
-      MemoryError: there is too little memory, which no record decides.
-    """
-    try:
-        add(batch)
-    except (PrivacyRefusal, MemoryError):
-        raise
-    except Exception as error:
-        if "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        return True
-    return False

@@ -11,6 +11,7 @@ from offsite.errors import ConfigError, OffsiteError, PrivacyRefusal, lookup
 from offsite.privacy.batches import Batch, Losses, trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.example_gradient import Gradients, gradient_alone, norm_of
+from offsite.privacy.faults import is_memory
 from offsite.privacy.independence import (
     refuse_batch_statistics,
     refuse_capacity,
@@ -131,9 +132,11 @@ def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequen
     try:
         with ENGINES[engine](model) as opened:
             gradients = [single_gradient(model, losses_fn, batch, opened, row) for row in range(len(batch))]
-    except (OffsiteError, MemoryError):
+    except OffsiteError:
         raise
     except Exception as error:  # an engine may meet any fault in a model that it was not made for
+        if is_memory(error):
+            raise MemoryError(line_of(error)) from error
         raise PrivacyRefusal(f"engine={engine!r} fails: {line_of(error)}; use engine='loop'") from error
     _refuse_inexact(gradients, references, _tolerance(model), engine)
 

@@ -7,6 +7,7 @@ The mechanism sees a model only through its losses, so it is private for any ada
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import nn
 
 from offsite.adapter.layout import Layout
 from offsite.errors import ConfigError
-from offsite.privacy.batches import Losses
-from offsite.privacy.mechanism import DpSgdConfig, DpTraining, Outcome, fails
+from offsite.privacy.batches import Batch, Losses
+from offsite.privacy.faults import failure, refuse_broken
+from offsite.privacy.mechanism import DpSgdConfig, DpTraining, Outcome
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.per_example import checked_losses
 from offsite.privacy.ranges import LOWEST_SPACING, check_range
@@ -104,10 +106,12 @@ def train(training: DpTraining, directions: Directions) -> tuple[Outcome, NDArra
 
     Raises:
       PrivacyRefusal: nothing trains, or losses are not one number per example.
+      MemoryError: memory is too short for a single example.
+      TrainingFault: the model fails on invented records as well, so that a step would be noise alone.
     """
     training.parameters()
     terms, records = training.terms, training.records
-    walk = _DirectionalState(training.model, directions)
+    walk = _DirectionalState(training.model, directions, training.invented)
     norms: list[float] = []
     sizes: list[int] = []
     losses: list[float] = []
@@ -162,8 +166,9 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
 class _DirectionalState:
     """A model's adapter on its way along directions; the distance from the start is kept in float64."""
 
-    def __init__(self, model: nn.Module, directions: Directions) -> None:
+    def __init__(self, model: nn.Module, directions: Directions, invented: Batch | None = None) -> None:
         self._model, self._directions, self._layout = model, directions, Layout.of(model)
+        self._invented = invented
         self._start, self._sum = self._layout.read(model), np.zeros(self._layout.size)
         self.moved: list[np.float32] = []
 
@@ -196,13 +201,19 @@ class _DirectionalState:
     def _losses(self, losses_fn: Losses, examples: list[Any], adapter: NDArray[np.float64]) -> NDArray[np.float64]:
         self._write(adapter)
         losses = np.full(len(examples), np.nan)
+
+        def take(batch: Any, row: int) -> None:
+            with torch.no_grad():
+                losses[row] = float(checked_losses(losses_fn, self._model, batch)[0])
+
+        def try_out(batch: Any) -> None:
+            with torch.no_grad():
+                checked_losses(losses_fn, self._model, batch)
+
         for row, example in enumerate(examples):
-
-            def take(batch: Any, row: int = row) -> None:
-                with torch.no_grad():
-                    losses[row] = float(checked_losses(losses_fn, self._model, batch)[0])
-
-            fails(take, example)  # the loss stays NaN where the model fails, and the example is left out
+            # The loss stays NaN where the model fails, and the example is left out.
+            if failure(partial(take, row=row), example) is not None and self._invented is not None:
+                refuse_broken(try_out, self._invented)
         return losses
 
     def _write(self, adapter: NDArray[np.float64]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from offsite.privacy.faults import is_memory
 from offsite.protos import codec
 
 NO_MEMORY = "not enough memory for this job; raise max_memory_gb in policy.toml, or ask for a smaller physical_batch"
@@ -25,6 +26,7 @@ REFUSALS: Mapping[str, str] = MappingProxyType(
         "DigestMismatch": f"bytes have another SHA-256 than was announced; {_OWNER}",
         "RangeError": f"a number is outside the range that this site accepts; {_OWNER}",
         "PrivacyRefusal": f"this site's privacy terms or its ledger do not allow this; {_OWNER}",
+        "TrainingFault": f"training cannot run on this site's machine; {_OWNER}",
         "PolicyRefusal": f"this site's owner does not permit this; {_OWNER}",
         "Untrusted": f"a key, a signature or signed terms differ from what the owners agreed on; {_OWNER}",
         "ProtocolViolation": f"the message breaks a rule of the protocol, or is not due now; {_OWNER}",
@@ -63,7 +65,7 @@ def local_message(error: BaseException) -> str:
 
     The line never holds the error's message, which could quote a record.
     """
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+    if is_memory(error):
         return NO_MEMORY
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"

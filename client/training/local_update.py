@@ -75,6 +75,8 @@ def local_update(job: SiteJob, start: np.ndarray, *, randomness: Randomness, num
 
     Raises:
       PrivacyRefusal: no engine gives right per-example gradients for this model.
+      MemoryError: memory is too short for a single example.
+      TrainingFault: the model fails on invented records as well.
       RangeError: the adapter is too large or not finite, so that training cannot start from it.
     """
     session, manifest = job.session, job.manifest
@@ -105,7 +107,9 @@ def _along_directions(job: SiteJob, randomness: Randomness, number: int) -> Trai
 def _training(job: SiteJob, randomness: Randomness, engine: str) -> DpTraining:
     """Returns one round's training on all records of the site."""
     terms = round_terms(job.manifest, job.plan, engine)
-    return DpTraining(job.session.model, job.session.task.losses, job.examples, terms, randomness)
+    session = job.session
+    invented = session.task.dummy_batch(session.model, job.manifest.length, seed=session.seed).select([0])
+    return DpTraining(session.model, session.task.losses, job.examples, terms, randomness, invented)
 
 
 @contextmanager
