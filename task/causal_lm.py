@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from offsite.task import checkpoint, chunked_head
+from offsite.task.device import device_of
 from offsite.task.encode import encode
 from offsite.task.examples import Examples, vocabulary_of
 from offsite.task.record_fields import FIELDS
@@ -77,6 +78,7 @@ class CausalLM:
 
     def run(self, model: nn.Module, batch: Examples) -> None:
         """Calls a model once with examples, so that hooks see the activations; see `task.chunked_head.run`."""
+        batch = batch.to(device_of(model))
         chunked_head.run(model, batch.input_ids)
 
     def dummy_batch(self, model: nn.Module, length: int, *, seed: int) -> Examples:
@@ -107,6 +109,7 @@ class CausalLM:
         The model gets no attention mask. Padding is on the right, where causal attention of a valid token never looks,
         and a mask would make transformers branch on the mask's values, which `torch.func` cannot follow.
         """
+        examples = examples.to(device_of(model))
         obstacle = self.obstacle(model, examples.input_ids.device)
         if self._logged.get(model, "") != obstacle:
             self._logged[model] = obstacle

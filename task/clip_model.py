@@ -16,6 +16,7 @@ from torch import nn
 
 from offsite.errors import UnsupportedModel
 from offsite.task import checkpoint
+from offsite.task.device import device_of
 from offsite.task.image_classification import (
     LabelledImages,
     dtype_of,
@@ -123,15 +124,18 @@ class ClipClassification:
 
     def losses(self, model: nn.Module, batch: PromptedImages) -> torch.Tensor:
         """Returns the negative log-likelihood of each image's label among the prompts, nats, float32 (B,)."""
+        batch = batch.to(device_of(model))
         return label_losses(self._logits(model, batch), batch.images.labels)
 
     def tally(self, model: nn.Module, batch: PromptedImages) -> Tally:
         """Returns the sums of a batch; see `task.image_classification.label_tally`."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             return label_tally(self._logits(model, batch), batch.images.labels)
 
     def run(self, model: nn.Module, batch: PromptedImages) -> None:
         """Calls a model once with images and prompts, without gradients."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             self._logits(model, batch)
 

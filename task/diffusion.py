@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offsite.errors import UnsupportedModel
 from offsite.task.arrays import floats
+from offsite.task.device import device_of
 from offsite.task.diffusion_models import UNET, load_diffusion
 from offsite.task.examples import all_but
 from offsite.task.image_classification import dtype_of
@@ -156,12 +157,14 @@ class Denoising(ABC):
 
     def losses(self, model: nn.Module, batch: Noised) -> Tensor:
         """Returns the mean squared error of each record's latents and draws, float32 (B,), 0 for an unscored record."""
+        batch = batch.to(device_of(model))
         draws = range(batch.noisy.shape[1])
         errors = torch.stack([self._errors(model, batch, draw) for draw in draws])
         return errors.mean(dim=0) * batch.scored
 
     def tally(self, model: nn.Module, batch: Noised) -> Tally:
         """Returns the sum of the losses, and the explained share of the wanted output: 1 - error / mean square."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             losses = self.losses(model, batch).double()
         powers = batch.wanted.double().square().flatten(1).mean(dim=1)
@@ -171,6 +174,7 @@ class Denoising(ABC):
 
     def run(self, model: nn.Module, batch: Noised) -> None:
         """Calls a model once with the first draw of each record, without gradients."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             self._errors(model, batch, 0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.task.answer_text import exact_match, highest, overlap_f1
+from offsite.task.device import device_of
 from offsite.task.encode import padded
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED
@@ -65,6 +66,7 @@ class ExtractiveQA(Labelled):
         The best answer is sought in all windows of a context, also in those without the right answer, and compared with
         all right answers. Every question that could be read counts, also a question without a target.
         """
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             scores = _scores(model, batch.inputs)
             loss = float(cross_entropy(torch.stack(scores, dim=1), batch.labels).double().sum())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from offsite.task import checkpoint
+from offsite.task.device import device_of
 from offsite.task.examples import all_but
 from offsite.task.images import ImageProcessor, Pixels, check_records, plain_pixels
 from offsite.task.labels import IGNORED, Labels, names_of
@@ -91,15 +92,18 @@ class ImageClassification:
 
     def losses(self, model: nn.Module, batch: LabelledImages) -> torch.Tensor:
         """Returns the negative log-likelihood of each image's label, nats, float32 (B,), 0 without a label."""
+        batch = batch.to(device_of(model))
         return label_losses(self._logits(model, batch), batch.labels)
 
     def tally(self, model: nn.Module, batch: LabelledImages) -> Tally:
         """Returns the sums of a batch; see `label_tally`."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             return label_tally(self._logits(model, batch), batch.labels)
 
     def run(self, model: nn.Module, batch: LabelledImages) -> None:
         """Calls a model once with examples, without gradients."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             self._logits(model, batch)
 

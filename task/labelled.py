@@ -12,6 +12,7 @@ from torch.nn import functional
 from offsite.errors import ConfigError, DataError, UnsupportedModel
 from offsite.task import checkpoint
 from offsite.task.chunked_head import wide
+from offsite.task.device import device_of
 from offsite.task.encode import mask_of, padded
 from offsite.task.examples import vocabulary_of
 from offsite.task.labels import IGNORED
@@ -38,10 +39,12 @@ class Labelled(ABC):
 
     def losses(self, model: nn.Module, batch: RowBatch) -> Tensor:
         """Returns each example's mean cross-entropy over its own targets, nats, float32 (B,), differentiable."""
+        batch = batch.to(device_of(model))
         return (self.sums(model, batch) / batch.targets.clamp(min=1)).float()
 
     def run(self, model: nn.Module, batch: RowBatch) -> None:
         """Calls a model once with examples, without gradients, so that hooks see the activations."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             model(**batch.inputs)
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task import checkpoint, chunked_head
-from offsite.task.encode import mask_of, padded
+from offsite.task.device import device_of
+from offsite.task.encode import SHORTEST, mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.generation import Prompt, end_of_answer
 from offsite.task.image_classification import dtype_of
@@ -159,6 +160,7 @@ class ImageText:
 
     def losses(self, model: nn.Module, batch: AskedImages) -> torch.Tensor:
         """Returns each answer's mean negative log-likelihood per token, nats, float32 (B,), 0 without an answer."""
+        batch = batch.to(device_of(model))
         sums, _ = self._scores(model, batch)
         return (sums / batch.targets.clamp(min=1)).float()
 
@@ -168,6 +170,7 @@ class ImageText:
         If each token of an answer is the likeliest after the tokens before it, greedy decoding gives exactly this
         answer.
         """
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             sums, exact = self._scores(model, batch)
         loss, targets = float(sums.double().sum()), int(batch.targets.sum())
@@ -177,6 +180,7 @@ class ImageText:
 
     def run(self, model: nn.Module, batch: AskedImages) -> None:
         """Calls a model once with examples, without gradients; the head gets one position of each example."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             model(**self._inputs(model, batch), logits_to_keep=1)
 

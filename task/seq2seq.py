@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.errors import UnsupportedModel
+from offsite.task.device import device_of
 from offsite.task.encode import padded
 from offsite.task.examples import vocabulary_of
 from offsite.task.generation import Prompt
@@ -64,6 +65,7 @@ class Seq2Seq(Labelled):
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns the sum of the negative log-likelihoods of all target tokens, nats, without gradients."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             loss = float(self.sums(model, batch).double().sum())
         count = int(batch.targets.sum())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.errors import UnsupportedModel
+from offsite.task.device import device_of
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
 from offsite.task.labels import IGNORED, names_of
 from offsite.task.record_fields import FIELDS
@@ -48,6 +49,7 @@ class SequenceClassification(Labelled):
 
     def tally(self, model: nn.Module, batch: RowBatch) -> Tally:
         """Returns loss, accuracy, balanced accuracy and macro F1; see `class_tally`."""
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             return class_tally(model(**batch.inputs).logits, batch.labels)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from offsite.task.device import device_of
 from offsite.task.encode import padded
 from offsite.task.entities import Tagging
 from offsite.task.labelled import Labelled, cross_entropy, dummy_inputs, token_inputs
@@ -48,6 +49,7 @@ class TokenClassification(Labelled):
         An entity is right where type, first word and last word are right, as seqeval counts; see `task.entities`.
         2 TP / (true + predicted) adds up over batches, since no entity goes beyond its record.
         """
+        batch = batch.to(device_of(model))
         with torch.no_grad():
             logits = model(**batch.inputs).logits
         scored = batch.labels != IGNORED

@@ -1,4 +1,4 @@
-"""A second device without one: tensors that say they lie on `fakegpu:0`, compute on the CPU, and never mix with the CPU's.
+"""A second device without one: tensors that say they lie on `fakegpu:0`, compute on the CPU, and mix with none there.
 
 As on a real accelerator, an operation that meets tensors of both devices is refused. Exceptions are PyTorch's own:
 tensors without dimensions, and copies from one device to the other.
@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -69,9 +70,7 @@ def compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if any(fake) and func not in COPIES:
         strangers = [tuple(one.shape) for one, is_fake in zip(tensors, fake, strict=True) if not is_fake and one.ndim]
         if strangers:
-            raise Mixed(
-                f"{func}: expected all tensors to be on the same device, but found {DEVICE} and cpu {strangers}"
-            )
+            raise Mixed(f"{func}: expected all tensors to be on the same device, found {DEVICE} and cpu {strangers}")
     named = dict(kwargs)
     wrap = any(fake)
     if isinstance(device := named.get("device"), torch.device | str):
@@ -130,10 +129,30 @@ def _empty(size: Any, *, dtype: Any = None, **_: Any) -> FakeTensor:
 def fake_device() -> Iterator[torch.device]:
     """Gives the name of a device on which everything runs that runs on an accelerator."""
     register()
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    before = nn.Module._apply
+    nn.Module._apply = _apply  # type: ignore[method-assign, assignment]
     try:
         with FakeDevice():
             yield torch.device(DEVICE)
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(before)
+        nn.Module._apply = before  # type: ignore[method-assign]
+
+
+def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Changes parameters and buffers as `Module.to` does, with new parameters, and the same one where one was shared.
+
+    A parameter on a real device keeps its Python object, whose content a wrapper cannot exchange.
+    """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for child in module.modules() if recurse else [module]:
+        for name, parameter in child._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                new = nn.Parameter(change(parameter.detach()), requires_grad=parameter.requires_grad)
+                new.__dict__.update(parameter.__dict__)
+                made[id(parameter)] = parameter, new
+            child._parameters[name] = made[id(parameter)][1]
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else change(buffer)
+    return module

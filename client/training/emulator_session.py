@@ -21,6 +21,8 @@ from offsite.emulator.vetting.limits import Vetting, VettingThresholds
 from offsite.emulator.vetting.vet import Slots, read_auxiliary, vet, vet_adapter, vet_auxiliary, vet_refresh
 from offsite.errors import ConfigError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from offsite.protos.job_manifest import JobManifest
+from offsite.task.device import CPU
+from offsite.task.encode import SPLITS
 from offsite.task.model_fit import WITH_LENGTH, check_positions, check_token_ids, most_positions
 from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task
@@ -105,6 +107,7 @@ def open_session(
     limits: VettingThresholds,
     seed: int,
     weights: str = "widened",
+    device: torch.device | str = CPU,
 ) -> EmulatorSession:
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
@@ -115,6 +118,7 @@ def open_session(
       limits: thresholds of the vetting.
       seed: seed of the examples that the vetting draws; a secret of the site, except in a simulation.
       weights: form in which frozen weights lie in memory, see `SiteSettings.weights`.
+      device: device on which the emulator is vetted and trained.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
@@ -124,7 +128,7 @@ def open_session(
     task = lookup(TASKS, manifest.task, "task")
     lookup(SPLITS, manifest.split, "split")
     lookup(WEIGHT_FORMS, weights, "weights")
-    model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator)
+    model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator).to(device)
     facts = package_reader.read_manifest(folder, expected_digest=emulator)
     if (tokenizer := tokenizer_sha256(facts.files)) != manifest.tokenizer:
         raise DigestMismatch(

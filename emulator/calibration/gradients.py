@@ -47,14 +47,14 @@ class SlotGradients:
         model = self._middle.source.model
         blocks = [model.get_submodule(path) for path in self._ends]
         trained = [p for block in blocks for p in block.parameters() if p.dim() >= 2]
-        total = [torch.zeros(0)] * len(trained)
+        total: list[Tensor | None] = [None] * len(trained)
         with _requiring(trained), self._middle.source.passing(), torch.enable_grad():
             chunks = self._middle.losses(model)
             for loss in (chunks,) if isinstance(chunks, Tensor) else chunks:
                 pieces = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
                 sampled = [piece.reshape(-1)[:: max(1, piece.numel() // SAMPLE)].float() for piece in pieces]
-                total = [new if not len(old) else old + new for old, new in zip(total, sampled, strict=True)]
-        flat = torch.cat(total)
+                total = [new if old is None else old + new for old, new in zip(total, sampled, strict=True)]
+        flat = torch.cat([part for part in total if part is not None])
         norm = float(flat.norm())
         if not 0 < norm < float("inf"):
             raise RangeError(

@@ -157,7 +157,7 @@ def _output_checks(output: Tensor, limits: VettingThresholds) -> Iterator[Check]
     finite = float(torch.isfinite(flat).all())
     yield Check("least_finite", "output", finite, 1.0, "an activation is not finite", least=True)
     scale = flat.norm(dim=1).mean().clamp_min(1e-30)
-    distances = torch.cdist(flat, flat) + torch.eye(len(flat)) * scale
+    distances = torch.cdist(flat, flat) + torch.eye(len(flat), device=flat.device) * scale
     apart = float(distances.min() / scale)
     yield Check("least_apart", "output", apart, limits.least_apart, "different inputs give one output", least=True)
     if output.shape[-1] >= SMALLEST:
@@ -238,9 +238,9 @@ def _loss(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor
     if logits and output.shape[1] > 1:
         # Never the label that the model would give, for which a sure model has no gradient.
         others = torch.randint(1, output.shape[1], (len(output),), generator=generator)
-        labels = (output.detach().argmax(1).cpu() + others) % output.shape[1]
+        labels = (output.detach().argmax(1) + others.to(output.device)) % output.shape[1]
         return functional.cross_entropy(output, labels, reduction="sum")
-    return (output * torch.randn(output.shape, generator=generator)).sum()
+    return (output * torch.randn(output.shape, generator=generator).to(output.device)).sum()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offsite.emulator.structure import denoisers
 from offsite.errors import UnsupportedModel
+from offsite.task.device import device_of
 from offsite.task.model_fit import most_positions
 
 EXAMPLES, LENGTH = 8, 32
@@ -21,6 +22,11 @@ def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
     Raises:
       UnsupportedModel: the model takes another kind of input.
     """
+    device = device_of(model)  # the numbers are drawn on the CPU, so that every device gets the same
+    return {name: value.to(device) for name, value in _inputs(model, generator).items()}
+
+
+def _inputs(model: Any, generator: torch.Generator) -> Inputs:
     if denoisers.is_diffusion(model):
         return denoisers.random_inputs(model, generator, EXAMPLES)
     kind = getattr(model, "main_input_name", "")
@@ -87,7 +93,7 @@ def _beside_images(model: Any, ids: Tensor, pixels: Tensor) -> Tensor:
         return ids
     try:
         with torch.no_grad(), no_lasting_hooks(model):
-            output = model.get_image_features(pixel_values=pixels[:1])
+            output = model.get_image_features(pixel_values=pixels[:1].to(device_of(model)))
         features: Tensor = getattr(output, "pooler_output", output)[0]
         count = features.shape[-2]
     except Exception as error:  # families whose images come in tiles or grids, and hostile configurations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from offsite.adapter.targets import is_linear, is_norm
 from offsite.emulator.structure.towers import token_embeddings
 from offsite.emulator.vetting.limits import Check, VettingThresholds
+from offsite.task.device import device_of
 
 # Statistics of shape need some rows and columns; of a smaller matrix only magnitudes are checked.
 SMALLEST = 16
@@ -88,7 +89,7 @@ def crowd(rows: Tensor, generator: torch.Generator) -> float:
     """
     rows = balanced(rows[rows.square().sum(1) > 0])
     if rows.shape[1] > SKETCH:
-        rows = rows @ torch.randn(rows.shape[1], SKETCH, generator=generator)
+        rows = rows @ torch.randn(rows.shape[1], SKETCH, generator=generator).to(rows.device)
     rows = torch.nn.functional.normalize(rows, dim=1)
     alike = (rows @ rows.T).abs().fill_diagonal_(0) > TWIN_COSINE
     return float(alike.sum(1).max() / len(rows)) if len(rows) else 0.0
@@ -145,7 +146,7 @@ def _gain_checks(
     """Runs a norm instead of reading its weight, because some families use 1 + weight."""
     width = next(module.parameters(recurse=False)).numel()
     with torch.no_grad():
-        gains = module(torch.randn(64, width, generator=generator)).std(0)
+        gains = module(torch.randn(64, width, generator=generator).to(device_of(module))).std(0)
     largest = float(gains.max())
     closed = float((gains < 1e-3 * largest).float().mean()) if largest > 0 else 1.0
     yield Check("gain", name, largest, limits.gain, "the norm amplifies chosen features")
@@ -185,5 +186,5 @@ def _sample(view: Tensor, generator: torch.Generator) -> Tensor:
     for dimension, count in ((0, ROWS), (1, COLUMNS)):
         if view.shape[dimension] > count:
             chosen = torch.randperm(view.shape[dimension], generator=generator)[:count]
-            view = view.index_select(dimension, chosen)
+            view = view.index_select(dimension, chosen.to(view.device))
     return view.float()

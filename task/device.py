@@ -1,0 +1,59 @@
+"""The device on which a model computes: named by its owner, or the accelerator that is there."""
+
+from typing import TYPE_CHECKING
+
+from offsite.errors import ConfigError
+
+if TYPE_CHECKING:  # the name of a device is checked by commands that need no model
+    import torch
+    from torch import nn
+
+AUTO, CPU = "auto", "cpu"
+KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def device_of(model: "nn.Module") -> "torch.device":
+    """Returns the device of a model's first parameter, which is where its inputs go."""
+    return next(model.parameters()).device
+
+
+def check_device(name: str) -> None:
+    """Checks the name of a device, wherever the device is.
+
+    Raises:
+      ConfigError: the name is none of a device.
+    """
+    kind, _, number = name.partition(":")
+    known = name == AUTO or (kind in KINDS and (not number or (number.isascii() and number.isdecimal())))
+    if not known or (kind == CPU and number) or name.endswith(":"):
+        raise ConfigError(f"device={name!r} must be auto, cpu, cuda, cuda:N, mps or xpu, where N counts from 0")
+
+
+def choose_device(name: str) -> "torch.device":
+    """Returns the device of a name.
+
+    Args:
+      name: `auto` for the accelerator that PyTorch finds, or the CPU where there is none; else the name of a device,
+        for example `cuda:1`.
+
+    Raises:
+      ConfigError: the name is none of a device, or PyTorch finds no such device on this machine.
+    """
+    import torch
+
+    check_device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found is not None else 0
+    if name == AUTO:
+        here = torch.accelerator.current_device_index() if found is not None else None
+        return torch.device(CPU) if found is None else torch.device(found.type, here)
+    device = torch.device(name)
+    if device.type == CPU:
+        return device
+    if found is None or found.type != device.type or (device.index or 0) >= count:
+        there = "" if found is None else f", {found.type}:0 to {found.type}:{count - 1}"
+        raise ConfigError(
+            f"device={name!r}: PyTorch {torch.__version__} finds no such device here, but {CPU}{there}; name a device "
+            "that is here, or install the build of PyTorch for yours"
+        )
+    return torch.device(device.type, device.index or 0)
