@@ -26,6 +26,7 @@ from offsite.errors import ConfigError, DataError, OffsiteError
 from offsite.protos.job_manifest import JobManifest
 from offsite.secagg.journal import MemoryJournal
 from offsite.simulation.site_log import SiteRound, read_site_log
+from offsite.task.device import choose_device
 from offsite.task.spec import Batch, Record
 from offsite.trust.collusion import usual_accomplices
 from offsite.trust.files import alone
@@ -202,9 +203,10 @@ def simulated_sessions(run: Run, manifest: JobManifest) -> dict[str, EmulatorSes
     Sites with the same emulator share a session, since each site writes its adapter into the model before it trains.
     """
     # A simulation asks no owner: the limits permit the job, as each owner would have to.
+    device = choose_device(run.config.compute.device)
     limits, opened = VettingThresholds.for_owner(2 * manifest.adapter.rank, share=1e6), dict[str, EmulatorSession]()
     for digest, folder in folders(run.store, manifest).items():
-        session = open_session(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed)
+        session = open_session(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed, device=device)
         opened |= dict.fromkeys(manifest.shipped()[digest], session)
     return opened
 

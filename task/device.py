@@ -1,5 +1,6 @@
 """The device on which a model computes: named by its owner, or the accelerator that is there."""
 
+import re
 from typing import TYPE_CHECKING
 
 from offsite.errors import ConfigError
@@ -9,7 +10,7 @@ if TYPE_CHECKING:  # the name of a device is checked by commands that need no mo
     from torch import nn
 
 AUTO, CPU = "auto", "cpu"
-KINDS = ("cpu", "cuda", "mps", "xpu")
+_NAME = re.compile(r"[a-z]+(:[0-9]{1,3})?")  # also of devices for which PyTorch has an extension
 
 
 def device_of(model: "nn.Module") -> "torch.device":
@@ -17,16 +18,14 @@ def device_of(model: "nn.Module") -> "torch.device":
     return next(model.parameters()).device
 
 
-def check_device(name: str) -> None:
-    """Checks the name of a device, wherever the device is.
+def check_device(name: str, key: str = "device") -> None:
+    """Checks the form of a device's name, wherever the device is.
 
     Raises:
-      ConfigError: the name is none of a device.
+      ConfigError: no device has such a name.
     """
-    kind, _, number = name.partition(":")
-    known = name == AUTO or (kind in KINDS and (not number or (number.isascii() and number.isdecimal())))
-    if not known or (kind == CPU and number) or name.endswith(":"):
-        raise ConfigError(f"device={name!r} must be auto, cpu, cuda, cuda:N, mps or xpu, where N counts from 0")
+    if not _NAME.fullmatch(name) or name.startswith(f"{CPU}:"):
+        raise ConfigError(f"{key}={name!r}: must be auto, cpu, cuda, cuda:N, mps or xpu, with N from 0", key=key)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -47,13 +46,13 @@ def choose_device(name: str) -> "torch.device":
     if name == AUTO:
         here = torch.accelerator.current_device_index() if found is not None else None
         return torch.device(CPU) if found is None else torch.device(found.type, here)
-    device = torch.device(name)
-    if device.type == CPU:
-        return device
-    if found is None or found.type != device.type or (device.index or 0) >= count:
+    kind, _, number = name.partition(":")
+    if kind == CPU:
+        return torch.device(CPU)
+    if found is None or found.type != kind or int(number or 0) >= count:
         there = "" if found is None else f", {found.type}:0 to {found.type}:{count - 1}"
         raise ConfigError(
             f"device={name!r}: PyTorch {torch.__version__} finds no such device here, but {CPU}{there}; name a device "
             "that is here, or install the build of PyTorch for yours"
         )
-    return torch.device(device.type, device.index or 0)
+    return torch.device(kind, int(number or 0))

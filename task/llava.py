@@ -12,7 +12,7 @@ from torch.nn import functional
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task import checkpoint, chunked_head
 from offsite.task.device import device_of
-from offsite.task.encode import SHORTEST, mask_of, padded
+from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.generation import Prompt, end_of_answer
 from offsite.task.image_classification import dtype_of

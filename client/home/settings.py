@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
 from offsite.protos.proxies import check_proxy
+from offsite.task.device import AUTO, check_device
 from offsite.trust import canonical
 from offsite.trust.certificates import digits_of
 from offsite.trust.request import MAX_CONTACT
@@ -47,6 +48,8 @@ class SiteSettings:
         they run; a fraction of the memory, some percent more time, the same results. `int8` and `nf4`: in the numbers
         of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
         `emulator.runtime.bitsandbytes_layers`.
+      device: device on which the emulator trains: `auto` takes the accelerator that PyTorch finds, or the CPU where
+        there is none; else `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.
       contact: person or office, and telephone number, that the other owners see when they sign; at most 100 printable
         ASCII characters.
       known: fingerprints of the requests of those members whom this owner knows; where any stands here,
@@ -66,6 +69,7 @@ class SiteSettings:
     runtime_port: int = 0
     simulation_seed: int | None = None
     weights: str = "widened"
+    device: str = AUTO
     contact: str = ""
     known: tuple[str, ...] = ()
 
@@ -90,6 +94,7 @@ class SiteSettings:
             if not _FINGERPRINT.fullmatch(digits_of(known)):
                 raise ConfigError(f"known={known!r}: must be the 16 groups of a member's fingerprint, as sign shows it")
         lookup(WEIGHT_FORMS, self.weights, "weights")
+        check_device(self.device)
         if self.simulation_seed is not None and self.simulation_seed < 0:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
 

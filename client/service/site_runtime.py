@@ -33,6 +33,7 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.protos.proxies import check_way
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
+from offsite.task.device import choose_device
 from offsite.task.nothing_to_learn import Encoder, counted, learnt
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
@@ -192,7 +193,11 @@ class SiteRuntime:
         limits = VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share)
         emulator, weights = manifest.emulator_of(self.name), self.home.settings.weights
         seed = secrets.randbits(62)
-        session = open_session(package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights)
+        device = choose_device(self.home.settings.device)
+        log.info("job %s: vetted and trained on device=%s", manifest.digest().hex()[:12], device)
+        session = open_session(
+            package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights, device=device
+        )
         self.audit.record(
             "vetted",
             now=self.clock(),

@@ -22,7 +22,6 @@ from offsite.emulator.vetting.vet import Slots, read_auxiliary, vet, vet_adapter
 from offsite.errors import ConfigError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.device import CPU
-from offsite.task.encode import SPLITS
 from offsite.task.model_fit import WITH_LENGTH, check_positions, check_token_ids, most_positions
 from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task

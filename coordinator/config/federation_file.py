@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.coordinator.config.aggregation_table import AggregationConfig, SecaggConfig, check_aggregation
+from offsite.coordinator.config.compute_table import ComputeConfig
 from offsite.coordinator.config.coordinator_table import CoordinatorConfig
 from offsite.coordinator.config.data_tables import DataConfig, ModelConfig, SiteConfig
 from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
@@ -38,6 +39,7 @@ class FedConfig:
       privacy: table of differential privacy.
       secagg: table of secure aggregation.
       evaluation: table of scores and acceptance.
+      compute: table of the device.
     """
 
     model: ModelConfig
@@ -52,6 +54,7 @@ class FedConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secagg: SecaggConfig = field(default_factory=SecaggConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         """Checks every range that no later room would explain better."""
@@ -86,6 +89,7 @@ class FedConfig:
                 key="evaluation.tolerance",
             )
         check_emulator(self.emulator)
+        self.compute.check()
         if not LOWEST <= privacy.epsilon <= HIGHEST:
             raise ConfigError(
                 f"privacy.epsilon={privacy.epsilon}: must be from {LOWEST:g} to {HIGHEST:g}, smaller is more private; "

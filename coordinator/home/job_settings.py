@@ -57,6 +57,7 @@ def settings_sha256(config: FedConfig) -> str:
     A path counts as seen from the coordinator's folder, so that this folder, models and data may be moved together.
     """
     content = config.to_dict() | {"sites": []}  # only a simulation reads the sites of the file
+    del content["compute"]
     if config.coordinator is not None:
         home = config.coordinator.home
         content["coordinator"] = {"deadline": config.coordinator.deadline}

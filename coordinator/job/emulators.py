@@ -33,6 +33,7 @@ from offsite.privacy.clipping_bound import median_norm
 from offsite.privacy.probe import choose_engine
 from offsite.privacy.zero_order import SEED_BYTES, Directions, median_slope
 from offsite.protos.job_manifest import JobManifest
+from offsite.task.device import device_of
 from offsite.task.spec import Batch, Task
 
 
@@ -134,6 +135,7 @@ class EmulatorFactory:
         folder, batch = self._folder(kind), self.config.training.physical_batch
         with self._named(kind, "gate: compare gradients through emulator and full model"):
             emulator = package_reader.load(folder, dtype=torch.float32, expected_digest=facts.digest())
+            emulator = emulator.to(device_of(full))
             if every := self.config.emulator.refresh:
                 Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)
             gate = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)

@@ -36,6 +36,7 @@ from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
+from offsite.task.device import choose_device
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
@@ -154,8 +155,9 @@ def prepare(
     task = lookup(TASKS, config.model.task, "model.task")
     processor = task.load_processor(config.model.path)
     check_fit(task, config.model.path, config.data.length, processor)  # its warnings are the check's before any work
-    on_step("load the full model")
-    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
+    device = choose_device(config.compute.device)
+    on_step(f"load the full model, device={device}")
+    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path))).to(device)
     public = public_records(config, task, processor, records, full.config)
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
     spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
@@ -185,7 +187,7 @@ def reopen(
       DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
-    plain = task.load(config.model.path, dtype=torch.float32)
+    plain = task.load(config.model.path, dtype=torch.float32).to(choose_device(config.compute.device))
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)

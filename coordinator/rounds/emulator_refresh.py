@@ -21,6 +21,7 @@ from offsite.emulator.runtime.refresh_state import Frame, Refresh, Refreshable
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.emulator.vetting.vet import vet_refresh
 from offsite.errors import UnsupportedModel
+from offsite.task.device import device_of
 
 log = logging.getLogger("offsite.coordinator")
 
@@ -62,6 +63,7 @@ class DeployedEmulator:
           DigestMismatch, MalformedMessage, RangeError: as for `package_reader.load`.
         """
         plain = package_reader.load(folder, dtype=torch.float32, expected_digest=job.emulator.facts.digest())
+        plain = plain.to(device_of(job.full))
         frame = Frame.of(folder, job.emulator.facts)
         biases = Refreshable.of(plain, job.emulator.facts, frame)
         return cls(job, attach(plain, job.manifest.adapter, job.given), frame, biases)

@@ -246,11 +246,12 @@ class _PackageWriter:
     def _write(
         self, name: str, tensor: Tensor, how: str | None, chosen: Quantised | None = None, *, same: bool = True
     ) -> None:
+        tensor = tensor.cpu()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UnsupportedModel(f"tensor={name}: a weight is NaN or infinite; repair the model's file")
         self.table[name] = how = how or storage.verbatim(tensor)
         for piece, stored in storage.encode(name, tensor, how, chosen).items():
-            self.file.add(piece, stored)
+            self.file.add(piece, stored.cpu())
         if same and is_verbatim(how):
             self._verbatim.add(name)
 

@@ -149,7 +149,7 @@ def model_sha256(folder: Path) -> str:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Returns the SHA-256 of a contiguous tensor's bytes, 64 hexadecimal digits."""
-    content = tensor.reshape(-1).view(torch.uint8).numpy()
+    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(memoryview(content)).hexdigest()
 
 

@@ -44,7 +44,7 @@ def repaired(full: nn.Module, emulator: nn.Module, strength: float) -> Tensor:
         if isinstance(layer, LoraLayer):
             changes |= _change(path, layer, emulated[_plain(path)], strength)
     parts = [named[name].detach() + changes.get(name, 0.0) for name in layout.names]
-    return torch.cat([part.reshape(-1) for part in parts]) if changes else vector
+    return torch.cat([part.reshape(-1) for part in parts]).cpu() if changes else vector
 
 
 def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -> dict[str, Tensor]:
