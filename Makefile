@@ -42,6 +42,7 @@ $(VENV)/extra/.ready: $(BIN)/.ready requirements-extra.lock
 # tests/schedule.py says which worker takes which tests. Three on two cores: a federation waits for half of its time.
 test: setup $(VENV)/extra/.ready ## runs all tests: about fifty minutes on two cores
 	$(PYTEST) -n $(WORKERS)
+	OFFSITE_FAKE_DEVICE=1 $(PYTEST) -n $(WORKERS) tests/devices
 	PYTHONPATH=$(VENV)/extra $(PYTEST) $(ROUNDED)
 
 # Every test runs but for these three kinds, and of the large tables two rows each.

@@ -26,6 +26,9 @@ from offsite.trust.files import alone
 
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 Place = Annotated[Path, typer.Argument(help="folder of the site, or its file site.toml")]
+Device = Annotated[
+    str | None, typer.Option(help="device in place of the one in site.toml: auto, cpu, cuda, cuda:N, mps or xpu")
+]
 log = logging.getLogger("offsite.client")
 _NO_JOBS = (
     "no job was offered yet; an offer arrives while the coordinator runs a job and this site runs: "
@@ -49,9 +52,9 @@ def now() -> datetime:
 
 
 @app.command()
-def run(folder: Place) -> None:
+def run(folder: Place, device: Device = None) -> None:
     """Run this site until it is stopped: connect, read offers, and train what the policy permits."""
-    installation = open_folder(folder)
+    installation = open_folder(folder).on(device)
     warn_of_expiry(installation.check(now()))
     # The model libraries take six seconds to load, and a wrong folder should not cost them.
     from offsite.client.network.node import Node
@@ -220,14 +223,16 @@ def doctor(
 
 @app.command("dry-run")
 def dry_run(
-    folder: Place, job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")]
+    folder: Place,
+    job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")],
+    device: Device = None,
 ) -> None:
     """Train one round of an offered job without a network. Nothing leaves, and no privacy is spent."""
     from offsite.client.home.jobs import Jobs
     from offsite.client.service.process_limits import limit_resources
     from offsite.client.service.site_runtime import SiteRuntime
 
-    installation = open_folder(folder)
+    installation = open_folder(folder).on(device)
     runtime = SiteRuntime.of(installation, now)
     limit_resources(runtime.policy)
     offered = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))

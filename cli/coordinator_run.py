@@ -45,6 +45,9 @@ def run(
             help="run folder for the results; by default one in the coordinator's folder for each set of settings"
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N, mps or xpu")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
     ] = False,
@@ -53,6 +56,7 @@ def run(
     from offsite.coordinator.config.federation_file import read_config
 
     settings, sha256 = read_config(config)  # before libraries that take seconds to load
+    settings = settings.on(device)
     if settings.coordinator is None:
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     from transformers.utils.logging import disable_progress_bar
@@ -88,6 +92,7 @@ def run(
         )
         folder, started = context.store.folder, Started(sha256, now().isoformat(timespec="seconds"))
         again = ["offsite", "coordinator", "run", str(config), *(["--out", str(out)] if out else [])]
+        again += ["--device", device] if device else []
         with _ended(context.status, shlex.join([*again, *(["--json"] if as_json else [])])), display:
             job, progress = run_job(context)
             report = conclude(settings, context.store, job, progress, started)

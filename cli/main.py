@@ -1,6 +1,7 @@
 """The command `offsite`: the only place that prints, and that turns errors into a line and an exit code."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -91,6 +92,9 @@ def simulate(
     no_privacy: Annotated[
         bool, typer.Option("--no-privacy", help="training without clipping and noise, for comparison only")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N, mps or xpu")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
     ] = False,
@@ -113,7 +117,7 @@ def simulate(
         origin = Origin(seed=seed, rounds=rounds, sites=sites, private=not no_privacy)
         with Heartbeat("check the federation file") as heartbeat:
             run = begin(config or Path(), out, origin, _warn, heartbeat.now)
-    _run(run, engine, as_json)
+    _run(dataclasses.replace(run, config=run.config.on(device)), engine, as_json)
 
 
 def _warn(line: str) -> None:

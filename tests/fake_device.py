@@ -48,6 +48,16 @@ class FakeTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"FakeTensor({self.inner})"
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The values without a graph; what is assigned takes the place of values and type."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner if isinstance(value, FakeTensor) else value
+
     def tolist(self) -> Any:
         """Returns the values, as on every device."""
         return self.inner.tolist()
@@ -150,7 +160,7 @@ def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], re
                 continue
             if id(parameter) not in made:
                 new = nn.Parameter(change(parameter.detach()), requires_grad=parameter.requires_grad)
-                new.__dict__.update(parameter.__dict__)
+                new.__dict__.update({key: value for key, value in vars(parameter).items() if key != "inner"})
                 made[id(parameter)] = parameter, new
             child._parameters[name] = made[id(parameter)][1]
         for name, buffer in child._buffers.items():

@@ -1,5 +1,6 @@
 """A site's folder: its keys, its settings, and the federation that its owner accepted."""
 
+import dataclasses
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +36,14 @@ class SiteHome:
         self.policy, self.state, self.packages = folder / POLICY, folder / "state", folder / "packages"
         self.ca, self.certificate = folder / "trust" / "ca.pem", folder / "trust" / "client.pem"
         self._pin, self._left = folder / "trust" / "welcome.json", folder / _LEFT
+
+    def on(self, device: str | None) -> "SiteHome":
+        """Returns the site with another device than its settings name, or the site itself for None.
+
+        Raises:
+          ConfigError: no device has such a name.
+        """
+        return self if device is None else SiteHome(self.folder, dataclasses.replace(self.settings, device=device))
 
     @classmethod
     def create(cls, folder: Path, *, name: str, data: Path, suite: int, now: datetime, contact: str = "") -> "SiteHome":

@@ -111,6 +111,14 @@ class FedConfig:
         if self.coordinator is None:  # the members of a real federation are known when its job is prepared
             self.emulator.kinds([site.name for site in self.sites])
 
+    def on(self, device: str | None) -> "FedConfig":
+        """Returns the settings with another device, or the same ones for None.
+
+        Raises:
+          ConfigError: no device has such a name.
+        """
+        return self if device is None else dataclasses.replace(self, compute=ComputeConfig(device))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as the plain values of a federation file."""
         return dataclasses.asdict(self)

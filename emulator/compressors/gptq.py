@@ -109,7 +109,7 @@ def quantize_rows(weight: Tensor, moments: InputMoments, scheme: Scheme, *, turn
     low, step = (side.repeat_interleave(scheme.group, dim=1)[:, :columns] for side in sides)
     order = moments.order
     rest, bottom, steps = ((matrix if turned else matrix.T)[order] for matrix in (stored, low, step))
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     codes[order] = _rounded(rest, bottom, steps, moments.passed, scheme.bits)
     flat = (codes if turned else codes.T).contiguous().reshape(-1)
     return Quantised.of(flat, grid, scheme.bits)
@@ -117,7 +117,7 @@ def quantize_rows(weight: Tensor, moments: InputMoments, scheme: Scheme, *, turn
 
 def _rounded(rest: Tensor, low: Tensor, step: Tensor, passed: Tensor, bits: int) -> Tensor:
     """Returns the code of each weight of (in, out), rounded from the first input to the last; overwrites `rest`."""
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     steps_in = torch.where(step == 0, 0.0, 1 / step)
     for start in range(0, len(rest), BLOCK):
         block = rest[start : start + BLOCK]
@@ -153,7 +153,7 @@ class _BestGrid:
     def __init__(self, groups: Tensor, weights: Tensor, bits: int) -> None:
         """Takes the weights to round and the factor of each square error, both (rows, groups, group)."""
         self.groups, self.weights, self.bits = groups, weights, bits
-        self.error = torch.full(groups.shape[:2], torch.inf)
+        self.error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
         self.best = Grid(torch.zeros_like(self.error), torch.zeros_like(self.error))
 
     def offer(self, grid: Grid) -> None:

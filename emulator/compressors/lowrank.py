@@ -6,7 +6,7 @@ from torch import Tensor
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights
 from offsite.emulator.package.recipe_arguments import fraction
-from offsite.emulator.structure.replacements import LowRank, weight_of
+from offsite.emulator.structure.replacements import LowRank, frozen, weight_of
 
 DAMPING = 1e-4
 
@@ -30,9 +30,9 @@ def lowrank(context: SegmentContext, argument: str) -> None:
         up, down = _factors(weight, inputs, rank)
         bias = getattr(layer, "bias", None)
         part = LowRank(width, outputs, rank, bias=bias is not None).requires_grad_(False).eval()
-        part.up.data, part.down.data = up, down
+        part.up, part.down = frozen(up), frozen(down)
         if bias is not None and part.bias is not None:
-            part.bias.data = bias.detach().clone()
+            part.bias = frozen(bias.detach().clone())
         context.draft.replace(path, part)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from offsite.emulator.calibration.draft import SegmentContext
 from offsite.emulator.calibration.least_squares import position_weights, ridge, rows
 from offsite.emulator.package.recipe_arguments import no_argument
-from offsite.emulator.structure.replacements import PATCH, Patch
+from offsite.emulator.structure.replacements import PATCH, Patch, frozen
 
 STRENGTH = 1e-4
 
@@ -24,7 +24,7 @@ def patch(context: SegmentContext, argument: str) -> None:
     matrix, bias = ridge(inputs, target - inputs, position_weights(target), STRENGTH)
     width = inputs.shape[1]
     part = nn.utils.skip_init(Patch, width, width).requires_grad_(False).eval()
-    part.weight.data, part.bias.data = matrix, bias
+    part.weight, part.bias = frozen(matrix), frozen(bias)
     block = context.draft.blocks[carrier]
     block.add_module(PATCH, part)
     context.draft.forget(f"{carrier}.{PATCH}")

@@ -55,7 +55,7 @@ def scores(weight: Tensor, norms: Tensor) -> Tensor:
     count = -(-len(weight) // STAYS)
     first = relative.topk(count, dim=0).indices
     # Ranked by place in the column and not by size: else quiet inputs would lose all weights in a row that is too full.
-    places = torch.linspace(2, 1, count + 1, dtype=score.dtype)[:-1].unsqueeze(1).expand_as(first)
+    places = torch.linspace(2, 1, count + 1, dtype=score.dtype, device=score.device)[:-1].unsqueeze(1).expand_as(first)
     return score.scatter(0, first, places)
 
 

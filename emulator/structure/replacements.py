@@ -135,6 +135,11 @@ def input_columns(layer: Any) -> Tensor:
     return layer.down.data if isinstance(layer, LowRank) else weight_of(layer).data
 
 
+def frozen(values: Tensor) -> nn.Parameter:
+    """Returns a parameter that does not train, on the device of its values."""
+    return nn.Parameter(values, requires_grad=False)
+
+
 def dense_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Returns a dense layer with other values, of the same kind as `layer`: GPT-2's transposed kind or the usual one.
 
@@ -147,13 +152,13 @@ def dense_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modu
     new: nn.Module
     if isinstance(layer, Conv1D):
         new = Conv1D(outputs, inputs)
-        new.weight.data = weight.T.clone()
-        new.bias.data = torch.zeros(outputs) if bias is None else bias.clone()
+        new.weight = frozen(weight.T.clone())
+        new.bias = frozen(weight.new_zeros(outputs) if bias is None else bias.clone())
     else:
         new = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None)
-        new.weight.data = weight.clone()
+        new.weight = frozen(weight.clone())
         if bias is not None:
-            new.bias.data = bias.clone()
+            new.bias = frozen(bias.clone())
     return new.requires_grad_(False).eval()
 
 
