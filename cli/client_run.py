@@ -27,7 +27,7 @@ from offsite.trust.files import alone
 EXIT_WARNED, EXIT_STOPPED = 1, 143
 Place = Annotated[Path, typer.Argument(help="folder of the site, or its file site.toml")]
 Device = Annotated[
-    str | None, typer.Option(help="device in place of the one in site.toml: auto, cpu, cuda, cuda:N, mps or xpu")
+    str | None, typer.Option(help="device in place of the one in site.toml: auto, cpu, cuda, cuda:N or xpu")
 ]
 log = logging.getLogger("offsite.client")
 _NO_JOBS = (

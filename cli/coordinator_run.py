@@ -46,7 +46,7 @@ def run(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N, mps or xpu")
+        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N or xpu")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")

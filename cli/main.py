@@ -93,7 +93,7 @@ def simulate(
         bool, typer.Option("--no-privacy", help="training without clipping and noise, for comparison only")
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N, mps or xpu")
+        str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N or xpu")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")

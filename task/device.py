@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the name of a device is checked by commands that need no mo
     from torch import nn
 
 AUTO, CPU = "auto", "cpu"
+WITHOUT_FLOAT64 = ("mps",)  # no place for clipped sums, which are added in float64
 _NAME = re.compile(r"[a-z]+(:[0-9]{1,3})?")  # also of devices for which PyTorch has an extension
 
 
@@ -25,24 +26,27 @@ def check_device(name: str, key: str = "device") -> None:
       ConfigError: no device has such a name.
     """
     if not _NAME.fullmatch(name) or name.startswith(f"{CPU}:"):
-        raise ConfigError(f"{key}={name!r}: must be auto, cpu, cuda, cuda:N, mps or xpu, with N from 0", key=key)
+        raise ConfigError(f"{key}={name!r}: must be auto, cpu, cuda, cuda:N or xpu, with N from 0", key=key)
 
 
 def choose_device(name: str) -> "torch.device":
     """Returns the device of a name.
 
     Args:
-      name: `auto` for the accelerator that PyTorch finds, or the CPU where there is none; else the name of a device,
-        for example `cuda:1`.
+      name: `auto` for the accelerator that PyTorch finds, or the CPU where there is none that has float64; else the
+        name of a device, for example `cuda:1`.
 
     Raises:
-      ConfigError: the name is none of a device, or PyTorch finds no such device on this machine.
+      ConfigError: the name is none of a device, PyTorch finds no such device on this machine, or the device has no
+        float64.
     """
     import torch
 
     check_device(name)
     found = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if found is not None else 0
+    if name == AUTO and found is not None and found.type in WITHOUT_FLOAT64:
+        return torch.device(CPU)
     if name == AUTO:
         here = torch.accelerator.current_device_index() if found is not None else None
         return torch.device(CPU) if found is None else torch.device(found.type, here)
@@ -55,4 +59,6 @@ def choose_device(name: str) -> "torch.device":
             f"device={name!r}: PyTorch {torch.__version__} finds no such device here, but {CPU}{there}; name a device "
             "that is here, or install the build of PyTorch for yours"
         )
+    if kind in WITHOUT_FLOAT64:
+        raise ConfigError(f"device={name!r} has no float64, in which clipped sums are added; set device = {CPU!r}")
     return torch.device(kind, int(number or 0))

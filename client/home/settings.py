@@ -49,7 +49,7 @@ class SiteSettings:
         of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
         `emulator.runtime.bitsandbytes_layers`.
       device: device on which the emulator trains: `auto` takes the accelerator that PyTorch finds, or the CPU where
-        there is none; else `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.
+        there is none; else `cpu`, `cuda`, `cuda:N` or `xpu`.
       contact: person or office, and telephone number, that the other owners see when they sign; at most 100 printable
         ASCII characters.
       known: fingerprints of the requests of those members whom this owner knows; where any stands here,

@@ -11,7 +11,7 @@ class ComputeConfig:
 
     Attributes:
       device: device of the models: `auto` takes the accelerator that PyTorch finds, or the CPU where there is none;
-        else `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`. May change while a job runs.
+        else `cpu`, `cuda`, `cuda:N` or `xpu`. May change while a job runs.
     """
 
     device: str = AUTO
