@@ -15,8 +15,10 @@ _NAME = re.compile(r"[a-z]+(:[0-9]{1,3})?")  # also of devices for which PyTorch
 
 
 def device_of(model: "nn.Module") -> "torch.device":
-    """Returns the device of a model's first parameter, which is where its inputs go."""
-    return next(model.parameters()).device
+    """Returns the device of a model's first parameter, which is where its inputs go; the CPU without a parameter."""
+    import torch
+
+    return next((parameter.device for parameter in model.parameters()), torch.device(CPU))
 
 
 def check_device(name: str, key: str = "device") -> None:

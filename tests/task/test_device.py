@@ -31,4 +31,5 @@ def test_without_an_accelerator_auto_is_the_cpu_and_others_are_refused() -> None
 
 def test_the_device_of_a_model_is_that_of_its_first_parameter() -> None:
     assert device_of(torch.nn.Linear(2, 2)) == torch.device("cpu")
+    assert device_of(torch.nn.Identity()) == torch.device("cpu")
     assert device_of(torch.nn.Linear(2, 2, device="meta")) == torch.device("meta")
