@@ -129,6 +129,7 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     Returns:
       The encoder of the job's records, or None where the model does not give one.
     """
+    from offsite.task.device import choose_device
     from offsite.task.generation import GeneratingTask
     from offsite.task.model_fit import check_fit, check_generation
     from offsite.task.tasks import TASKS
@@ -136,6 +137,8 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
 
     before, folder = len(findings.errors), Path(config.model.path)
     model_config = processor = task = None
+    with findings.gathering():
+        choose_device(config.compute.device)
     with findings.gathering():
         task = lookup(TASKS, config.model.task, "model.task")
     if task is None:

@@ -148,6 +148,17 @@ def test_a_federation_in_which_nothing_is_wrong(made: Path) -> None:
     assert tree(made) == before
 
 
+@pytest.mark.parametrize(
+    ("device", "finding"),
+    [("gpu1", "compute.device='gpu1': must be auto, cpu, cuda"), ("cuda:7", "device='cuda:7': PyTorch ")],
+)
+def test_a_device_that_is_not_here(world: Path, device: str, finding: str) -> None:
+    (world / "fed.toml").write_text((world / "fed.toml").read_text() + f'[compute]\ndevice = "{device}"\n')
+    code, lines, output = lines_of("check", str(world / "fed.toml"))
+    assert (code, len(lines)) == (2, 1), output
+    assert finding in output
+
+
 def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) -> None:
     """Whether the numbers follow the model's order cannot be seen in a file of numbers."""
     rows = [json.loads(line) for line in (world / "cedar.jsonl").read_text().splitlines()]
