@@ -75,7 +75,7 @@ def privacy_line(report: Report) -> str:
     return (
         "Every record that a site trained on is protected by differential privacy with epsilon "
         f"{number(facts.largest_epsilon, 2)} at most at delta {short(facts.largest_delta)} over all "
-        f"{report.finished_rounds} rounds. The records held out for the scores above are not: their losses have no "
+        f"{report.finished_rounds} rounds. The records held out for the scores above are not: their scores have no "
         f"noise. {BOUND}"
     )
 
