@@ -3,17 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from offsite.errors import DataError
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
-from offsite.task.readers.columns import columns_for
+from offsite.task.readers.columns import Columns, columns_for
 from offsite.task.readers.image_files import check_images
-from offsite.task.readers.tables import check_readable, read
+from offsite.task.readers.tables import check_readable, stream
 from offsite.task.record_fields import FIELDS
+from offsite.task.records import is_empty
 from offsite.task.spec import Record
 
+PROBED = 100  # rows that show which tasks' columns a file has
 _PLACE = re.compile(r"\b(line|row|text|image)=(\d+)")
 
 
@@ -37,7 +40,7 @@ class OwnData:
 def check_own_data(
     path: Path, *, reader: str, column: str, names: Mapping[str, str], labels: Mapping[str, str]
 ) -> OwnData:
-    """Reads a site's data to their end with the fields of each task.
+    """Reads a site's data to their end with the fields of each task that the first rows fit.
 
     Args:
       path: file or folder of the records.
@@ -56,30 +59,66 @@ def check_own_data(
         check_readable(path, reader=reader or None)
     except DataError as error:
         return OwnData(unnamed=str(error)) if _needs_a_name(path, str(error)) else OwnData(faults=(str(error),))
-    found, refusals, notes = dict[str, Sequence[Record]](), dict[str, str](), list[str]()
-    for task in FIELDS:
-        columns = columns_for(task, column=column, names=names, labels=labels)
-        try:
-            records = read(path, reader=reader or None, columns=columns, on_note=notes.append)
-            check_images(path, records)
-            found[task] = records
-        except DataError as error:
-            refusals[task] = str(error)
-    if found:
-        return OwnData(found, notes=tuple(dict.fromkeys(notes)))
-    readable = [task for task, line in refusals.items() if not _needs_a_name(path, line)]
+    columns = {task: columns_for(task, column=column, names=names, labels=labels) for task in FIELDS}
+    refusals = {task: _refusal(path, reader, own) for task, own in columns.items()}
+    fitting = [task for task, line in refusals.items() if not line]
+    readable = fitting or [task for task, line in refusals.items() if not _needs_a_name(path, line)]
     if not readable:
         return OwnData(unnamed=_of_the_meant_task(refusals, names, column))
-    attempts = list[list[str]]()
-    for task in readable:
-        findings, columns = Findings(), columns_for(task, column=column, names=names, labels=labels)
-        rows = check_file(path, reader=reader or None, columns=columns, where="", findings=findings)
+    found, attempts, notes = _read_all(path, reader, {task: columns[task] for task in readable})
+    return OwnData(found, notes=notes) if found else OwnData(faults=min(attempts, key=len))
+
+
+def _refusal(path: Path, reader: str, columns: Columns) -> str:
+    """Returns the first fault of the first rows where none of them is a record with these columns, else ""."""
+    faults = list[str]()
+    try:
+        rows = stream(
+            path,
+            reader=reader or None,
+            columns=columns,
+            on_fault=lambda error: faults.append(str(error)),
+            on_note=lambda _: None,
+        )
+        for record in islice(rows, PROBED):
+            if not is_empty(record):
+                return ""
+    except DataError as error:
+        faults.append(str(error))
+    return faults[0] if faults else ""
+
+
+def _read_all(
+    path: Path, reader: str, columns: Mapping[str, Columns]
+) -> tuple[dict[str, Sequence[Record]], list[tuple[str, ...]], tuple[str, ...]]:
+    """Reads a file to its end, once for all tasks with a part of the same columns where no row is broken.
+
+    Returns:
+      The records by each task that can read all of them, in the order of `columns`; the faults for each other task; and
+      lines about files that are no records.
+    """
+    found, attempts, notes = dict[str, Sequence[Record]](), list[tuple[str, ...]](), dict[str, None]()
+    for task in sorted(columns, key=lambda task: -len(columns[task])):
+        wider = next((other for other in found if _is_part(columns[task], columns[other])), None)
+        if wider is not None:
+            found[task] = found[wider]
+            continue
+        findings = Findings()
+        rows = check_file(path, reader=reader or None, columns=columns[task], where="", findings=findings)
+        notes |= dict.fromkeys(findings.warnings)
         if rows is not None and not findings.errors:
             with findings.gathering():
                 check_images(path, rows)
-        attempts.append(findings.errors)
-    fewest = min(attempts, key=len)
-    return OwnData(faults=tuple(fewest))
+        if rows is not None and not findings.errors:
+            found[task] = rows
+        else:
+            attempts.append(tuple(findings.errors))
+    return {task: found[task] for task in columns if task in found}, attempts, tuple(notes)
+
+
+def _is_part(columns: Columns, wider: Columns) -> bool:
+    """Whether all columns are among others, with the same main column, which says whether a row is blank."""
+    return next(iter(columns)) == next(iter(wider)) and all(wider.get(field) == own for field, own in columns.items())
 
 
 def _of_the_meant_task(refusals: Mapping[str, str], names: Mapping[str, str], column: str) -> str:
