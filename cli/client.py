@@ -11,7 +11,6 @@ from offsite.cli.confirm import confirm, warn_of_expiry
 from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.client.home.consent import Consent
-from offsite.client.home.declared_records import check_count, declare, records_by_task
 from offsite.client.home.installation import SiteHome
 from offsite.errors import CheckFailed, DataError
 from offsite.trust.certificates import digits_of
@@ -93,6 +92,8 @@ def sign(
         )
         fingerprint = offered.fingerprint
     consent = _consent(site, manifest, confirmed=member or [], weaker=weaker)
+    from offsite.client.home.declared_records import declare  # loads the readers
+
     counted = _counted(site)
     site.join(data, now=now, expected=fingerprint, consent=consent)
     site.sign()
@@ -152,6 +153,8 @@ def _counted(site: SiteHome) -> int | None:
     Raises:
       DataError: the data hold another number of records than is declared.
     """
+    from offsite.client.home.declared_records import check_count, records_by_task
+
     try:
         with Heartbeat("read the records"):
             counts = [len(records) for records in records_by_task(site).values()]

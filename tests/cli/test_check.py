@@ -167,7 +167,8 @@ def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) ->
     code, _, output = lines_of("check", str(world / "fed.toml"))
     assert code == 0
     assert (
-        "warning: labels are numbers without names at site=cedar, and names at public, site=ash, site=birch" in output
+        "warning: labels are numbers without names at site=cedar, and names at public, site=ash, site=ash (held out), site=birch"
+        in output
     )
 
 

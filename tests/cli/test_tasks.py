@@ -89,7 +89,10 @@ def test_a_classifiers_run_reports_its_own_measures(fed: Path, run: Run) -> None
     write_csv(numbered, fed.parent / "cedar-train.csv")
     code, _, err = run("simulate", str(fed), "--out", str(out))
     assert code == 0, err
-    assert "labels are numbers without names at site=cedar, and names at public, site=ash, site=birch; numbers" in err
+    assert (
+        "labels are numbers without names at site=cedar, and names at public, site=ash, site=ash (held out), site=birch"
+        in err
+    )
     quality = json.loads((out / "report.json").read_text())["quality"]
     for kind, targets in (("private", 12), ("public", 8)):
         for score in quality[kind].values():

@@ -89,10 +89,13 @@ def test_parquet_nulls_are_named_by_row(tmp_path):
         read(tmp_path / "d.parquet", reader=None, columns=TEXT)
 
 
-def test_a_folder_is_read_by_name_and_other_files_are_left(tmp_path):
-    for name in ("b.txt", "a.txt", "notes.md"):
+def test_a_folder_is_read_by_name_and_other_files_are_refused(tmp_path):
+    for name in ("b.txt", "a.txt", "README.md"):
         write(tmp_path, name, name)
     assert read(tmp_path, reader=None, columns=TEXT) == [{"text": "a.txt"}, {"text": "b.txt"}]
+    write(tmp_path, "notes.md", "notes")
+    with pytest.raises(DataError, match=r"has 2 \.txt files and 1 more \(\.md 1\); move these out of the folder"):
+        read(tmp_path, reader=None, columns=TEXT)
 
 
 @pytest.mark.parametrize("reader", ["jsonl", "csv", "parquet"])

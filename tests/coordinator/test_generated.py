@@ -42,8 +42,8 @@ def content_for(task: Sample, folder: Path, **asked: Any) -> dict[str, Any]:
 
 def checked(config: FedConfig) -> Findings:
     findings = Findings()
-    check_names(config, list(OWNERS), 3, findings)
-    check_model(config, config.data.length, findings)
+    check_names(config, list(OWNERS), findings)
+    check_model(config, config.data.length, None, findings)
     return findings
 
 

@@ -13,7 +13,7 @@ from tests.task_samples import first_of
 
 
 @pytest.mark.parametrize("task", COUNTS)
-@pytest.mark.parametrize("length", [8, 16])
+@pytest.mark.parametrize("length", [12, 16])
 def test_counts_are_the_targets_of_the_examples(task: str, length: int, tmp_path: Path) -> None:
     sample = first_of(task)
     sample.save(tmp_path)
