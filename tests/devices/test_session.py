@@ -19,7 +19,9 @@ from tests.memory_federation import World, make_world
 
 @pytest.fixture(scope="module")
 def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(fed, tmp_path_factory.mktemp("devices"))
+    on_cpu = fed.with_name("on_cpu.toml")  # here `auto` finds the fake device
+    on_cpu.write_text(f'{fed.read_text()}\n[compute]\ndevice = "cpu"\n')
+    return make_world(on_cpu, tmp_path_factory.mktemp("devices"))
 
 
 def session_on(world: World, device: torch.device | str, weights: str = "widened") -> EmulatorSession:
