@@ -2,9 +2,12 @@
 
 A check on random inputs is a random number. Where all checks of one draw pass, the emulator passes. Else every number
 is measured on `AVERAGED` fresh draws, and the means decide, so the deviation that a verdict hangs on is four times
-smaller. A trap breaks its limit on average, so the means refuse it as well. An honest emulator is refused by luck only
-if a draw fails and then a mean does: a mean that lies z of its standard deviations inside its limit fails with the
-probability 1 - Phi(z), below 1e-8 for z = 6. `tests/emulator/test_vet_luck.py` measures z over honest emulators.
+smaller. A trap breaks its limit on average, so the means refuse it as well.
+
+Numbers that all pass have a mean that passes. So an honest emulator of which a draw fails with probability p is refused
+with a probability below 16 p^2, whatever the numbers' distribution: a first draw has to fail, and one of the 16.
+`bench/vetting.py` measures p over a corpus of honest packages: docs/results/vetting.md. The means of some hard models
+lie at least six of their standard deviations within their limits, in `tests/emulator/test_vet_luck.py`.
 """
 
 import math

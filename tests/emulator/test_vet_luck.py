@@ -1,10 +1,12 @@
 """No honest emulator is refused by bad luck, and no trap passes by good luck: the false-alarm rate, measured.
 
-The rate is stated in `emulator.vetting.draws`: an emulator is refused only where a draw fails and then a mean of 16
-fresh draws does. How far a mean lies within its limit is measured here in its own standard deviations.
+The rate is stated in `emulator.vetting.draws` and measured by `bench/vetting.py`: an emulator is refused only where a
+draw fails and then a mean of 16 fresh draws does. How far a mean of some hard models lies within its limit is measured
+here in its own standard deviations.
 """
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import transformers as hf
 from offsite.emulator.package.package_reader import load, read_manifest
 from offsite.emulator.structure.geometry import Geometry
 from offsite.emulator.structure.towers import find_towers, main_tower
+from offsite.emulator.vetting import activation_checks as running
 from offsite.emulator.vetting import weight_checks
 from offsite.emulator.vetting.activation_checks import activation_checks
 from offsite.emulator.vetting.draws import AVERAGED, decided
@@ -110,6 +113,24 @@ def test_a_number_that_fails_once_is_averaged_over_fresh_draws() -> None:
     assert next(values, None) is None
 
 
+def test_seven_lone_rows_of_24_refuse_nobody() -> None:
+    """0.2917 is 7 of 24: in a layer of 24 outputs, 7 rows of the gradient have one token each, of 8 examples in all.
+
+    `single_rows` counts so, and its limit grows to 8.5 of 24 in so narrow a layer: a head that reads one token of each
+    example leaves the gradient to 8 tokens. One token more is still refused.
+    """
+    draw = torch.Generator().manual_seed(2)
+    inputs = torch.randn(8, 32, 16, generator=draw)
+    for lone, refused in ((7, False), (8, False), (9, True)):
+        gradients = torch.randn(8, 32, 24, generator=draw)
+        for row in range(lone):
+            gradients[row % 8, row, row] = 1e6
+        layer = running.Pass("layer", inputs, gradients)
+        checks = {check.name: check for check in running.gradient_checks([layer], LIMITS, everywhere=False)}
+        assert checks["single_rows"].value == pytest.approx(lone / 24)
+        assert {name for name, check in checks.items() if not check.passed} == ({"single_rows"} if refused else set())
+
+
 def test_what_fails_on_average_is_refused_and_what_is_not_finite_always() -> None:
     for values in (
         [0.3] * 99,
@@ -120,6 +141,25 @@ def test_what_fails_on_average_is_refused_and_what_is_not_finite_always() -> Non
         left = iter(values)
         with pytest.raises(UnsupportedModel, match=r"vetting single_rows=.*do not train on this emulator"):
             decided(lambda left=left: [Check("single_rows", "layer", next(left), 0.25, "")])  # type: ignore[misc]
+
+
+def test_an_emulator_is_refused_by_luck_less_often_than_16_p_squared() -> None:
+    """One failing draw of 16 may break a mean, and draws that pass never do: the bound on which the rate rests."""
+    chance = random.Random(4)
+    for p in (0.02, 0.05):
+        refused = 0
+        for _ in range(4000):
+
+            def draw(p: float = p) -> list[Check]:
+                value = 1e9 if chance.random() < p else chance.random()
+                return [Check("growth", "block", value, 1.0, ""), Check("least", "b", 1 - min(value, 1), 0.0, "", True)]
+
+            try:
+                decided(draw)
+            except UnsupportedModel:
+                refused += 1
+        assert refused / 4000 == pytest.approx(p * (1 - (1 - p) ** AVERAGED), rel=0.4)
+        assert refused / 4000 < AVERAGED * p**2
 
 
 def test_one_draw_is_enough_for_what_passes() -> None:
@@ -193,3 +233,24 @@ def test_a_loud_word_of_a_large_table_is_always_seen() -> None:
         if check.name == "zeros"
     }
     assert zeros == {0.5}
+
+
+def apart(output: torch.Tensor) -> bool:
+    """Whether outputs (8, numbers) count as different ones."""
+    (check,) = (check for check in running._output_checks(output, LIMITS) if check.name == "least_apart")
+    return check.passed
+
+
+def test_two_alike_numbers_among_eight_are_chance_and_few_codes_are_a_trap() -> None:
+    """A regression or a classifier of two labels has so few numbers that two examples get the same by chance."""
+    draw = torch.Generator().manual_seed(1)
+    assert all(apart(torch.randn(8, 1, generator=draw)) for _ in range(5000))
+    opposite = torch.tensor([[1.0, -1.0]])  # the logits of a trained classifier of two labels
+    assert all(apart(torch.randn(8, 1, generator=draw) @ opposite) for _ in range(1000))
+    codes = torch.randn(3, 1, generator=draw)
+    for same in (torch.full((8, 1), 5.0), codes[[0, 0, 0, 0, 1, 1, 1, 1]], codes[[0, 1, 2, 0, 1, 2, 0, 1]]):
+        assert not apart(same)
+        assert not apart(same @ opposite)
+    wide = torch.randn(8, 100, generator=draw)
+    assert apart(wide)
+    assert not apart(wide[[0, 1, 2, 3, 4, 5, 6, 6]])  # two equal outputs of many numbers are no chance
