@@ -31,6 +31,9 @@ _SLOW = (
     "tokenizer: a record was stopped at its limit of time; %d records may take %d s of CPU each, and long ones more; "
     "stop the job by hand if that is too long"
 )
+_NOT_STARTED = (
+    "tokenizer: its process cannot be started now ({}); free memory or processes, and let this user run Python"
+)
 _TOLD = "tokenizer: stopped at the limit of time on %d and failed on %d of %d records; each of them is empty"
 
 
@@ -85,12 +88,14 @@ class Tokenizer:
             self.largest_id = int(facts["largest"])
             self.start, self.end = _ids(facts["start"]), _ids(facts["end"])
             self._unnamed = [str(token) for token in facts["unnamed"]]
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (EOFError, TimeoutError, ConnectionError, ValueError, KeyError, TypeError) as error:
             files = "tokenizer.json or its chat template" if self.has_template else "tokenizer.json"
             raise DataError(
                 f"{files} cannot be read, or tokenizer_config.json names a language that tokenizer.json lacks; save the"
                 " model's tokenizer again with a fast tokenizer"
             ) from error
+        except OSError as error:
+            raise DataError(_NOT_STARTED.format(error.strerror)) from error
 
     @classmethod
     def of(cls, folder: Path, *, with_images: bool = False) -> "Tokenizer":
@@ -252,7 +257,8 @@ class Tokenizer:
                         log.warning(_SLOW, len(requests), CPU_SECONDS)
                     answers.append(numbers)
         except (OSError, EOFError, ValueError) as error:
-            raise DataError("tokenizer: its process cannot be started now; free memory or processes") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "no answer"
+            raise DataError(_NOT_STARTED.format(reason)) from error
         if outcomes.failed or outcomes.stopped:
             log.warning(_TOLD, outcomes.stopped, outcomes.failed, len(requests))
         return answers

@@ -13,8 +13,8 @@ from offsite.protos.flower import NAME_STAGE, pack, unpack
 
 log = logging.getLogger("offsite.coordinator")
 POLL_SECONDS = 0.05
-# A stage takes milliseconds or hours, and each look asks the SuperLink, so looks get rarer in proportion to the wait.
 UNAVAILABLE = "Node Unavailable"  # in Flower's error about a site whose heartbeat stopped
+# A stage takes milliseconds or hours, and each look asks the SuperLink, so looks get rarer in proportion to the wait.
 WAIT_FRACTION, LONGEST_POLL_SECONDS = 0.1, 1.0
 Nodes = Callable[[], Mapping[str, int]]
 

@@ -120,10 +120,7 @@ def test_an_owner_who_looks_for_a_job_reads_why_it_was_refused(folder: Path) -> 
     reason = "model='smol': policy.toml models permits none"
     site.audit.record("answered", now=NOW, stage="offer", answer="Refusal", error="PolicyRefusal", reason=reason)
     said, _ = run("client", "inspect", folder / "west")
-    assert (
-        f"this site refused the job that was offered last: PolicyRefusal: {reason}; after a change of policy.toml"
-        in said
-    )
+    assert f"this site refused the job that was offered last: PolicyRefusal: {reason}; after a change of" in said
     assert f"start offsite client run {folder / 'west'} again" in said
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.server.superlink.linkstate.utils import NODE_UNAVAILABLE_ERROR_REASON
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -72,6 +73,19 @@ def test_what_flower_says_of_a_site_is_cut(monkeypatch: pytest.MonkeyPatch, capl
     (said,) = (record.getMessage() for record in caplog.records)
     assert len(said) < 2 * MAX_REASON_LENGTH
     assert said.isprintable()
+
+
+def test_a_site_that_went_away_is_named_in_plain_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reason is Flower's own, so that a new release with other words is noticed."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    grid = Answering({1: Error(code=0, reason=NODE_UNAVAILABLE_ERROR_REASON)})
+    assert call(cast(Grid, cast(Any, grid)), {"elm": _message(1, "offer", b"")}, 5.0) == {}
+    assert caplog.messages == [
+        "site elm: is not connected any more; the job goes on with the site once its client runs again"
+    ]
 
 
 @pytest.mark.parametrize(("wait", "looks"), [(0.52, 11), (10.0, 45), (3600.0, 3640)])

@@ -61,6 +61,17 @@ def test_a_silenced_tokenizer_makes_no_token_and_keeps_its_facts() -> None:
     assert loud.tokens(["the cat sat"]) == [[2, 3, 4]]
 
 
+def test_a_process_that_cannot_start_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a user may not run the interpreter; the message once said that tokenizer.json cannot be read."""
+    content, made = library().to_str().encode(), of(library())
+    program = tmp_path / "python"
+    program.touch(mode=0o600)
+    monkeypatch.setattr(sys, "executable", str(program))
+    for start in (lambda: Tokenizer(content, TokenizerSettings()), lambda: made.tokens(["the"])):
+        with pytest.raises(DataError, match=r"its process cannot be started now \(Permission denied\)"):
+            start()
+
+
 def test_padding_and_truncation_of_the_file_do_not_count() -> None:
     made = library()
     made.enable_truncation(1)
