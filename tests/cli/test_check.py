@@ -166,10 +166,8 @@ def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) ->
     write(world / "cedar.jsonl", [row | {"label": numbers.get(row["label"], row["label"])} for row in rows])
     code, _, output = lines_of("check", str(world / "fed.toml"))
     assert code == 0
-    assert (
-        "warning: labels are numbers without names at site=cedar, and names at public, site=ash, site=ash (held out), site=birch"
-        in output
-    )
+    others = "public, site=ash, site=ash (held out), site=birch"
+    assert f"warning: labels are numbers without names at site=cedar, and names at {others}" in output
 
 
 @pytest.mark.parametrize(("name", "where"), [("ash-held", "site=ash (held out)"), ("public", "public")])
