@@ -15,7 +15,7 @@ BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def stated(document: Mapping[str, Any], *keys: str) -> int | None:
-    """Returns the whole number that a configuration states under one of some keys, also for its text part; else None.
+    """Returns the smallest whole number that a configuration, or its text part, states under some keys; else None.
 
     Args:
       document: content of config.json.
@@ -23,9 +23,8 @@ def stated(document: Mapping[str, Any], *keys: str) -> int | None:
     """
     part = document.get("text_config")
     for place in (part if isinstance(part, Mapping) else document, document):
-        for key in keys:
-            if type(place.get(key)) is int:
-                return int(place[key])
+        if numbers := [place[key] for key in keys if type(place.get(key)) is int]:
+            return int(min(numbers))
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.coordinator.check.machine import check_port, check_room
-from offsite.coordinator.check.model import ModelFiles, check_files, check_model, check_structure, is_in_doubt
+from offsite.coordinator.check.model import check_model, check_structure, counter_of, is_in_doubt
 from offsite.coordinator.check.names import check_method, check_names
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.home.job_settings import run_folder
@@ -17,6 +17,7 @@ from offsite.errors import ConfigError, lookup
 from offsite.task.file_check import check_file
 from offsite.task.findings import Findings
 from offsite.task.learning_check import DataFile, Tried, try_records
+from offsite.task.model_check import ModelFiles, check_files
 from offsite.task.nothing_to_learn import PUBLIC, Encoder
 from offsite.task.readers.columns import Columns, columns_of
 from offsite.task.record_fields import FIELDS
@@ -126,10 +127,10 @@ def check_records(
     """
     check_names(config, parties.sites, findings)
     check_method(config, parties.sites, parties.n_min, findings)
-    columns, model = columns_for(config, findings), check_files(config, findings)
+    columns, model = columns_for(config, findings), check_files(config.model.task, Path(config.model.path), findings)
     read = [] if columns is None or not scope.files else _read(config, columns, files, findings)
     may_try = scope.examples and config.data.split in SPLITS
-    counter = model.counter(config) if model is not None and may_try else None
+    counter = counter_of(config, model) if model is not None and may_try else None
     tried = try_records(counter, read, findings) if counter is not None else []
     if scope.public and counter is not None:
         check_enough_public(config, tried, findings)

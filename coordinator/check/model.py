@@ -1,27 +1,21 @@
-"""The check of the full model, first by its files alone, then by its class; no weight is loaded.
+"""The check of the full model against a federation file; no weight is loaded.
 
-The files alone need no model library, so that a fault in a data file is told in a second. The model's class is loaded
-where no fault is known yet, or where its files leave something open; see `is_in_doubt`.
+The model's class takes seconds to load. So the class is loaded where no fault is known yet, or where the model's files
+leave something open; see `is_in_doubt`.
 """
 
-import json
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from offsite.coordinator.check.names import is_plain
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.emulator.structure.ends import SANDWICH
-from offsite.errors import DataError, lookup
-from offsite.task import model_folder
 from offsite.task.findings import Findings
+from offsite.task.model_check import ModelFiles, check_class
 from offsite.task.nothing_to_learn import Encoder
 from offsite.task.record_fields import FIELDS, LABELS
-from offsite.task.spec import Task
-from offsite.task.stated_config import BLOCKS, POSITIONS, check_rows, stated, stated_labels
-from offsite.task.target_counts import COUNTS, TargetCounter
-from offsite.task.tokenizer import Tokenizer
+from offsite.task.stated_config import BLOCKS, POSITIONS, stated, stated_labels
+from offsite.task.target_counts import TargetCounter
 
 SPARE = 16  # positions; no family has so many rows of its table that are no positions
 FEWEST = 8  # tokens; some tasks need a few more than the federation file asks for
@@ -36,55 +30,12 @@ _CLASSES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """What the files of a model's folder say.
-
-    Attributes:
-      document: content of config.json.
-      tokenizer: the tokenizer.
-    """
-
-    document: dict[str, Any]
-    tokenizer: Tokenizer
-
-    def counter(self, config: FedConfig) -> TargetCounter | None:
-        """Returns the counter of a job's targets, or None where only the model's class knows the labels' names."""
-        task, labels = config.model.task, stated_labels(self.document)
-        if labels is None and set(LABELS) & set(FIELDS[task]):
-            return None
-        return TargetCounter(task, self.tokenizer, config.data.length, config.data.split, labels)
-
-
-def check_files(config: FedConfig, findings: Findings) -> ModelFiles | None:
-    """Checks the files of a text task's model: configuration, weights and tokenizer.
-
-    Args:
-      config: the federation file.
-      findings: findings so far.
-
-    Returns:
-      What the files say, or None where a file is at fault, or the task is not of texts alone.
-    """
-    before, folder = len(findings.errors), Path(config.model.path)
-    document, tokenizer = dict[str, Any](), None
-    with findings.gathering():
-        lookup(FIELDS, config.model.task, "model.task")
-    if config.model.task not in COUNTS:
+def counter_of(config: FedConfig, files: ModelFiles) -> TargetCounter | None:
+    """Returns the counter of a job's targets, or None where only the model's class knows the labels' names."""
+    task, labels = config.model.task, stated_labels(files.document)
+    if labels is None and set(LABELS) & set(FIELDS[task]):
         return None
-    with findings.gathering():
-        document = model_folder.document(folder)
-        with findings.gathering():
-            model_folder.check_plain(folder, document)
-        with findings.gathering():
-            model_folder.check_weights(folder)
-        tokenizer = Tokenizer.of(folder)
-    if tokenizer is None or len(findings.errors) > before:
-        return None
-    with findings.gathering():
-        rows = stated(document, "vocab_size")
-        check_rows(tokenizer.largest_id, tokenizer.largest_id + 1 if rows is None else rows)
-    return ModelFiles(document, tokenizer) if len(findings.errors) == before else None
+    return TargetCounter(task, files.tokenizer, config.data.length, config.data.split, labels)
 
 
 def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
@@ -94,7 +45,8 @@ def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
     """
     document, ends = files.document, config.emulator.first + config.emulator.last
     positions, blocks, name = stated(document, *POSITIONS), stated(document, *BLOCKS), document.get("model_type")
-    classes = document.get("architectures")
+    classes, rows = document.get("architectures"), stated(document, "vocab_size") or 0
+    ids = [stated(document, key) for key in ("pad_token_id", "decoder_start_token_id")]
     known = isinstance(classes, list) and len(classes) == 1 and str(classes[0]).endswith(_CLASSES[config.model.task])
     return not (
         known
@@ -102,6 +54,7 @@ def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
         and _is_family(name)
         and FEWEST <= config.data.length <= (positions or 0) - SPARE
         and ends < (blocks or 0)
+        and all(number is None or 0 <= number < rows for number in ids)
         and config.emulator.shape == SANDWICH
         and is_plain(config)
         and not config.adapter.targets
@@ -118,7 +71,7 @@ def _is_family(name: str) -> bool:
 
 
 def check_model(config: FedConfig, length: int, files: ModelFiles | None, findings: Findings) -> Encoder | None:
-    """Checks the model's folder, its configuration and its processor as the model's class sees them.
+    """Checks the model as transformers sees it; see `task.model_check.check_class`.
 
     Args:
       config: the federation file.
@@ -131,37 +84,19 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     """
     from offsite.task.device import choose_device
     from offsite.task.generation import GeneratingTask
-    from offsite.task.model_fit import check_fit, check_generation
-    from offsite.task.tasks import TASKS
-    from offsite.task.tokenizer_agreement import check_agreement
+    from offsite.task.model_fit import check_generation
 
-    before, folder = len(findings.errors), Path(config.model.path)
-    model_config = processor = task = None
+    folder = Path(config.model.path)
     with findings.gathering():
         choose_device(config.compute.device)
-    with findings.gathering():
-        task = lookup(TASKS, config.model.task, "model.task")
-    if task is None:
+    model = check_class(config.model.task, folder, length, files, findings)
+    if model is None:
         return None
-    with findings.gathering():
-        model_config = read_model_config(task, folder)
-    with findings.gathering():
-        processor = task.load_processor(folder) if files is None else files.tokenizer
-    if len(findings.errors) > before:
-        return None
-    with findings.gathering():
-        for note in check_fit(task, folder, length, processor):
-            findings.warn(note)
-    with findings.gathering():
-        for note in check_agreement(folder, processor):
-            findings.warn(note)
-    if len(findings.errors) > before:
-        return None
-    if config.evaluation.measures and isinstance(task, GeneratingTask):
+    if config.evaluation.measures and isinstance(model.task, GeneratingTask):
         with findings.gathering():
-            for note in check_generation(task, folder, length, config.evaluation.new_tokens):
+            for note in check_generation(model.task, folder, length, config.evaluation.new_tokens):
                 findings.warn(note)
-    return Encoder(task, processor, length, config.data.split, model_config)
+    return Encoder(model.task, model.processor, length, config.data.split, model.config)
 
 
 def check_structure(config: FedConfig, encoder: Encoder, findings: Findings) -> None:
@@ -177,20 +112,3 @@ def check_structure(config: FedConfig, encoder: Encoder, findings: Findings) -> 
 
     if encoder.task.kind in KINDS:
         structure.check_structure(config, encoder.task.kind, encoder.model_config, findings)
-
-
-def read_model_config(task: Task, folder: Path) -> Any:
-    """Returns the configuration of a model's folder, without its weights.
-
-    Raises:
-      DataError: there is no readable configuration.
-      UnsupportedModel: transformers knows no such model of the task's kind.
-    """
-    from offsite.task.kinds import KINDS
-
-    if task.kind in KINDS:
-        return model_folder.read_config(folder, task.kind)
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"model={str(folder)!r} has no readable config.json; save the model again") from error

@@ -12,7 +12,8 @@ from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
-from offsite.task.model_fit import check_fit
+from offsite.task.findings import Findings
+from offsite.task.model_check import ModelClass, check_class, check_files
 from offsite.task.readers.columns import columns_of
 from offsite.task.readers.tables import read
 from offsite.task.records import without_empty
@@ -20,7 +21,6 @@ from offsite.task.selection import spread
 from offsite.task.spec import Batch, Task
 from offsite.task.splits import JOINED
 from offsite.task.tasks import TASKS
-from offsite.task.tokenizer_agreement import check_agreement
 
 GATE, TRAIN, TEST, ATTACK = 16, 128, 32, 1024  # examples at most, beside those for calibration
 TEST_EXAMPLES = 32  # at least, for gate, training, test and attack together
@@ -58,19 +58,34 @@ def build_from_folder(
       on_step: receives a sentence about each step.
 
     Raises:
-      ConfigError: the limits cannot be met, the emulator's gradients point elsewhere, or the length is more than the
-        model's positions.
+      CheckFailed: the model's files, its tokenizer or the length do not fit each other.
+      ConfigError: the limits cannot be met, or the emulator's gradients point elsewhere.
       DataError: a file is missing, or there are too few records.
-      UnsupportedModel: the model has no tower of alike blocks, or no row for a token of its tokenizer.
+      UnsupportedModel: the model has no tower of alike blocks.
     """
-    task = lookup(TASKS, data.task, "task")
-    processor = task.load_processor(model)
-    for warning in (*check_fit(task, model, data.length, processor), *check_agreement(model, processor)):
-        on_step(f"warning: {warning}")
-    source = open_source(task, model, on_step)
+    lookup(TASKS, data.task, "task")
+    checked = _checked(model, data, on_step)
+    task, source = checked.task, open_source(checked.task, model, on_step)
     on_step(f"read {data.path}")
-    examples = _examples(task, source, processor, data)
+    examples = _examples(task, source, checked.processor, data)
     return BuildPipeline(source, order, _public(task, examples, data), model, on_step).build(out)
+
+
+def _checked(model: Path, data: PublicData, on_step: Callable[[str], None]) -> ModelClass:
+    """Returns the model as transformers sees it, after the same check as before a run.
+
+    Raises:
+      CheckFailed: files of the model, or its positions, do not fit; each fault is a line.
+    """
+    findings = Findings()
+    files = check_files(data.task, model, findings)
+    checked = None if findings.errors else check_class(data.task, model, data.length, files, findings)
+    for warning in findings.warnings:
+        on_step(f"warning: {warning}")
+    findings.check()
+    if checked is None:
+        raise DataError(f"model={str(model)!r} cannot be used; give another folder")
+    return checked
 
 
 def open_source(task: Task, model: Path, on_step: Callable[[str], None]) -> Source:

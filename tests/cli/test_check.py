@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -86,6 +88,28 @@ def tree(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
+class Writes:
+    """Every attempt of this process to write below a folder, as Python's audit events tell it."""
+
+    def __init__(self) -> None:
+        self.folders: tuple[str, ...] = ()
+        self.seen: list[str] = []
+        sys.addaudithook(self._event)
+
+    def _event(self, event: str, arguments: tuple[object, ...]) -> None:
+        if not self.folders:
+            return
+        writing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod")
+        if event == "open":
+            flags = arguments[2]
+            writing = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writing and str(arguments[0]).startswith(self.folders) and "__pycache__" not in str(arguments[0]):
+            self.seen.append(f"{event} {arguments[0]}")
+
+
+WRITES = Writes()  # a hook stays as long as the process
+
+
 def lines_of(*arguments: str) -> tuple[int, list[str], str]:
     """Runs the command; returns its exit code, the lines of its errors, and all that it printed."""
     out, err = io.StringIO(), io.StringIO()
@@ -157,6 +181,28 @@ def test_a_device_that_is_not_here(world: Path, device: str, finding: str) -> No
     code, lines, output = lines_of("check", str(world / "fed.toml"))
     assert (code, len(lines)) == (2, 1), output
     assert finding in output
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_nothing_is_written_anywhere_near(world: Path, tmp_path: Path, planted: bool) -> None:
+    """In folders that may only be read, no write is even tried, neither beside the file nor in the current folder."""
+    if planted:
+        plant(world)
+    place = tmp_path / "place"
+    place.mkdir()
+    for path in (world, *world.rglob("*"), place):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before, seen = tree(tmp_path), len(WRITES.seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        WRITES.folders = (str(tmp_path), str(place), str(Path.home()))
+        try:
+            code, _, output = lines_of("check", str(world / "fed.toml"), "--out", str(tmp_path / "run"))
+        finally:
+            WRITES.folders = ()
+    assert code == (2 if planted else 0), output
+    assert WRITES.seen[seen:] == []
+    assert tree(tmp_path) == before
 
 
 def test_numbers_at_one_site_beside_names_at_the_others_are_told(world: Path) -> None:

@@ -1,9 +1,11 @@
-"""What a model's folder holds, length and tokenizer: `simulate` and `emulator build` say the same line at once."""
+"""What a model's folder holds, length and tokenizer: three commands say the same lines at once."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offsite.cli import main as command
+from offsite.coordinator.check.federation import check_coordinator
+from offsite.coordinator.config.coordinator_table import CoordinatorConfig
+from offsite.coordinator.config.federation_file import read_with_faults
+from offsite.task.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,95 @@ def test_an_adapter_beside_the_model_and_blocks_that_nobody_counts(world: Path, 
         assert "holds an adapter beside the model (adapter_config.json, adapter_model.safetensors)" in ended.said
         assert ended.said.count("18 stored tensors are not used, the first is 'model.layers.4.input_layernorm.wei") == 1
         assert "LOAD REPORT" not in ended.said
+
+
+Broken = Callable[[Path], None]
+
+
+def _config(**changes: object) -> Broken:
+    def change(model: Path) -> None:
+        values = json.loads((model / "config.json").read_text()) | changes
+        (model / "config.json").write_text(json.dumps(values))
+
+    return change
+
+
+def _without(*names: str) -> Broken:
+    def change(model: Path) -> None:
+        for name in names:
+            (model / name).unlink()
+
+    return change
+
+
+def _written(name: str, content: bytes) -> Broken:
+    def change(model: Path) -> None:
+        (model / name).write_bytes(content)
+
+    return change
+
+
+def _cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickle(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def _shard_missing(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}}))
+
+
+def _only_adapter(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "other"}')
+
+
+# Name -> what is done to a model's folder, and what each command says.
+FOLDERS: dict[str, tuple[Broken, str]] = {
+    "no folder": (shutil.rmtree, "is not a directory"),
+    "no configuration": (_without("config.json"), "has no config.json"),
+    "damaged configuration": (_written("config.json", b"{"), "has a damaged config.json"),
+    "quantised": (_config(quantization_config={"bits": 4}), "has a quantization_config"),
+    "pointer": (_written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
+    "cut": (_cut, "is cut or damaged"),
+    "pickle": (_pickle, "has its weights only in a pickle"),
+    "no weights": (_without("model.safetensors"), "has no *.safetensors"),
+    "shard missing": (_shard_missing, "is not there, and model.safetensors.index.json names it"),
+    "adapter alone": (_only_adapter, "for the model 'other', and no model"),
+    "no tokenizer": (_without("tokenizer.json"), "has no tokenizer.json"),
+    "damaged tokenizer": (_written("tokenizer.json", b"{}"), "cannot be read, or tokenizer_config.json names"),
+    "damaged settings": (_written("tokenizer_config.json", b"{"), "has a damaged tokenizer_config.json"),
+    "small table": (_config(vocab_size=40), "the model has rows for the token ids 0 to 39 only"),
+    "unknown type": (_config(model_type="nobody"), "model_type='nobody' must be a causal language model"),
+    "own code": (_config(model_type="own", auto_map={"AutoModel": "own.Model"}), "is never run"),
+    "other task": (_config(architectures=["BertForTokenClassification"]), "must be a causal language model"),
+    "wrong value": (_config(num_hidden_layers="many"), "has a wrong config.json"),
+    "special id": (_config(pad_token_id=99), "pad_token_id=99: must be a token id of the model"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_three_commands_say_the_same_of_a_folder(kind: str, world: Path, run: Run) -> None:
+    """`simulate`, `emulator build`, and the first step of `coordinator run`; none of them reads a weight before."""
+    change, expected = FOLDERS[kind]
+    change(world / "model")
+    ended = both(run, world, 16)
+    said_of_model = [
+        {line for line in one.said.splitlines() if line.startswith("offsite: ") and "data=" not in line}
+        for one in ended
+    ]
+    config, _ = read_with_faults(world / "fed.toml")
+    assert config is not None
+    findings, now = Findings(), datetime.now(UTC)
+    federation = dataclasses.replace(config, sites=(), coordinator=CoordinatorConfig(home=str(world / "none")))
+    check_coordinator(federation, None, now, findings)
+    coordinators = {f"offsite: {line}" for line in findings.errors if "is not a coordinator's folder" not in line}
+    assert [one.code for one in ended] == [2, 2]
+    assert [line for line in coordinators if expected in line], coordinators
+    assert said_of_model == [coordinators, coordinators]
+    assert not (world.parent / "out").exists()
+    assert not any("load the full model" in one.said for one in ended)
