@@ -61,6 +61,7 @@ def build(
     relearn: Annotated[
         str, typer.Option(help="number of tokens on which an attacker relearns in a rehearsal")
     ] = "10000",
+    device: Annotated[str, typer.Option(help="device that computes: auto, cpu, cuda, cuda:N or xpu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="report as JSON, in place of the text")] = False,
 ) -> None:
     """Build an emulator of a model within limits, and refuse an emulator that would not serve."""
@@ -91,7 +92,7 @@ def build(
             _step(text)
             heartbeat.now(text)
 
-        built = build_from_folder(model, out, order, data, step)
+        built = build_from_folder(model, out, order, data, step, device=device)
     report = out.with_name(f"{out.name}.report.json")
     report.write_text(json.dumps(built.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     typer.echo(json.dumps(built.to_dict(), allow_nan=False) if as_json else _summary(built, out, report))

@@ -114,6 +114,7 @@ def register() -> None:
     module: Any = getattr(torch, NAME)
     module.get_rng_state = lambda device=0: torch.zeros(1, dtype=torch.uint8)
     module.set_rng_state = lambda state, device=0: None
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # recomputation asks for it, and uses none
     library = torch.library.Library("aten", "IMPL")  # what torch.tensor(..., device=...) needs below the modes
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("empty.memory_format", _empty, "PrivateUse1")

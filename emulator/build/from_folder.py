@@ -12,6 +12,7 @@ from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
+from offsite.task.device import AUTO, choose_device
 from offsite.task.findings import Findings
 from offsite.task.model_check import ModelClass, check_class, check_files
 from offsite.task.readers.columns import columns_of
@@ -46,7 +47,13 @@ class PublicData:
 
 
 def build_from_folder(
-    model: Path, out: Path, order: Order, data: PublicData, on_step: Callable[[str], None] = lambda text: None
+    model: Path,
+    out: Path,
+    order: Order,
+    data: PublicData,
+    on_step: Callable[[str], None] = lambda text: None,
+    *,
+    device: str = AUTO,
 ) -> Built:
     """Builds an emulator within an order's limits, and leaves nothing behind where the order cannot be met.
 
@@ -56,16 +63,18 @@ def build_from_folder(
       order: geometry, recipe or limits, and the adapter that will be trained.
       data: public records.
       on_step: receives a sentence about each step.
+      device: device that computes, see `task.device.choose_device`.
 
     Raises:
       CheckFailed: the model's files, its tokenizer or the length do not fit each other.
-      ConfigError: the limits cannot be met, or the emulator's gradients point elsewhere.
+      ConfigError: the limits cannot be met, the emulator's gradients point elsewhere, or there is no such device.
       DataError: a file is missing, or there are too few records.
       UnsupportedModel: the model has no tower of alike blocks.
     """
     lookup(TASKS, data.task, "task")
     checked = _checked(model, data, on_step)
-    task, source = checked.task, open_source(checked.task, model, on_step)
+    where = choose_device(device)
+    task, source = checked.task, open_source(checked.task, model, on_step, where)
     on_step(f"read {data.path}")
     examples = _examples(task, source, checked.processor, data)
     return BuildPipeline(source, order, _public(task, examples, data), model, on_step).build(out)
@@ -88,13 +97,14 @@ def _checked(model: Path, data: PublicData, on_step: Callable[[str], None]) -> M
     return checked
 
 
-def open_source(task: Task, model: Path, on_step: Callable[[str], None]) -> Source:
-    """Returns the full model, read block by block where its checkpoint allows this, else loaded whole."""
+def open_source(task: Task, model: Path, on_step: Callable[[str], None], device: torch.device) -> Source:
+    """Returns the full model on a device, read block by block where its checkpoint allows this, else loaded whole."""
+    on_step(f"open the model, device={device}")
     try:
-        return ShardSource(model, torch.float32)
+        return ShardSource(model, torch.float32, device)
     except UnsupportedModel as error:
         on_step(f"the whole model is loaded: {error}")
-        return MemorySource(task.load(model, dtype=torch.float32))
+        return MemorySource(task.load(model, dtype=torch.float32).to(device))
 
 
 def _examples(task: Task, source: Source, processor: Any, data: PublicData) -> Batch:

@@ -24,6 +24,7 @@ from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.structure.ends import PARALLEL, SANDWICH
 from offsite.emulator.structure.geometry import Geometry
 from offsite.errors import ConfigError
+from offsite.task.device import device_of
 
 AUTO = "auto"
 RELEARN = (10_000,)
@@ -218,6 +219,7 @@ class BuildPipeline:
         order, model = self.order, self.source.model
         _check_limits(manifest, order.limits)
         emulator = package_reader.load(directory, dtype=torch.float32, expected_digest=manifest.digest())
+        emulator = emulator.to(device_of(model))
         spec = replace(order.adapter, slots=geometry.slots(model))
         self.source.keep(spec.slots)
         self.on_step("gate: compare gradients through emulator and full model")

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from offsite.emulator.structure.from_config import empty_model, kind_of, own_config_text
 from offsite.emulator.structure.towers import main_tower
 from offsite.errors import UnsupportedModel
+from offsite.task.device import CPU
 from offsite.task.model_folder import check_weights, unused, weight_files
 
 log = logging.getLogger("offsite.emulator")
@@ -70,19 +71,20 @@ class ShardSource:
     Args:
       folder: the model's folder, with config.json.
       dtype: floating dtype of the weights in memory.
+      device: device to which weights are read.
 
     Raises:
       DataError: a file is missing or cannot be read.
       UnsupportedModel: the checkpoint's names are not the model's.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str = CPU) -> None:
         text = own_config_text(folder)
         check_weights(folder)
         self._files = weight_files(folder)
         self.model: Any = empty_model(text, kind_of(text), dtype)
         self._blocks = main_tower(self.model).blocks
-        self._dtype = dtype
+        self._dtype, self._device = dtype, torch.device(device)
         names = self.model.state_dict(keep_vars=True)
         self._stored = _stored_names(self.model, names, self._files)
         if note := unused(folder, self._without_place(), self.model.config):
@@ -91,6 +93,7 @@ class ShardSource:
         for path in self._blocks:
             self.model.get_submodule(path).to("meta")
         self._fill({name: tensor for name, tensor in names.items() if not name.startswith(inside)})
+        _move(self.model, self._device)
         self._originals: dict[str, nn.Module] = {path: self.model.get_submodule(path) for path in self._blocks}
         self._kept: set[str] = set()
 
@@ -156,18 +159,18 @@ class ShardSource:
     def _load(self, path: str, block: nn.Module) -> None:
         names = {f"{path}.{name}" for name in block.state_dict()}
         with torch.no_grad():
-            read = self._read(names)
+            read = self._read(names, self._device)
             for name in names:
                 owner, leaf = _owner(self.model, name)
                 owner[leaf] = _like(owner[leaf], read[name])
 
     def _fill(self, targets: dict[str, Tensor]) -> None:
-        read = self._read(set(targets))
+        read = self._read(set(targets), torch.device(CPU))
         with torch.no_grad():
             for name, tensor in read.items():
                 targets[name].copy_(tensor)
 
-    def _read(self, names: set[str]) -> dict[str, Tensor]:
+    def _read(self, names: set[str], device: torch.device) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = {}
         for name in sorted(names & self._stored.keys()):
             by_file.setdefault(self._files[self._stored[name]], []).append(name)
@@ -177,7 +180,8 @@ class ShardSource:
                 for name in wanted:
                     tensor = stored.get_tensor(self._stored[name])
                     # A copy: the file's pages are gone once it is closed.
-                    read[name] = (tensor.to(self._dtype) if tensor.is_floating_point() else tensor).clone()
+                    kept = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+                    read[name] = kept.to(device, copy=True)
         return read
 
 
@@ -207,6 +211,18 @@ def _own_tensors(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor
     for name, tensor in block.state_dict(keep_vars=True).items():
         owner, leaf = _owner(block, name)
         yield owner, leaf, tensor
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Moves all weights that are in memory to a device; a weight that two modules share is still one weight."""
+    if device.type == CPU:
+        return
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, whose id then belongs to no other
+    for owner in (tensors for module in model.modules() for tensors in (module._parameters, module._buffers)):
+        for leaf, tensor in owner.items():
+            if tensor is not None and not tensor.is_meta:
+                moved.setdefault(id(tensor), (tensor, _like(tensor, tensor.to(device))))
+                owner[leaf] = moved[id(tensor)][1]
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
