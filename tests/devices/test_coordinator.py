@@ -26,7 +26,7 @@ def simulated(config: FedConfig, folder: Path, device: str) -> tuple[Any, dict[s
 
 @pytest.mark.parametrize("refresh", [0, 1])
 def test_a_simulation_gives_the_same_report_and_adapter(fed: Path, tmp_path: Path, refresh: int) -> None:
-    config = with_options(read_config(fed)[0], seed=None, rounds=2, sites=3)
+    config = with_options(read_config(fed)[0], seed=None, rounds=1 + refresh, sites=3)
     compress = (*config.emulator.compress, *(["center"] if refresh else []))
     config = replace(config, emulator=replace(config.emulator, refresh=refresh, compress=compress))
     expected, adapter = simulated(config, tmp_path / "cpu", "cpu")

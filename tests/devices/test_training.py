@@ -26,14 +26,14 @@ each = pytest.mark.parametrize("sample", TASK_SAMPLES, ids=str)
 
 
 class Opened:
-    """A task with a model of which some layers train, and four examples."""
+    """A task with a model of which some layers train, and three examples."""
 
     def __init__(self, sample: Sample, folder: Path) -> None:
         self.task: Any = TASKS[sample.task]
         self.model: Any = self.task.load(sample.save(folder), dtype=torch.float32)
         processor = self.task.load_processor(folder)
         terms = {"length": sample.length, "split": "truncate", "model_config": self.model.config}
-        self.batch = self.task.encode(processor, sample.records(4, 1), **terms)
+        self.batch = self.task.encode(processor, sample.records(3, 1), **terms)
         for name, module in self.model.named_modules():
             if name.endswith(sample.targets) and hasattr(module, "weight"):
                 module.weight.requires_grad_(True)
@@ -61,7 +61,7 @@ def trained(model: nn.Module) -> torch.Tensor:
 
 def training(one: Opened, device: torch.device | str, engine: str) -> tuple[nn.Module, DpTraining]:
     model, batch = one.on(device)
-    terms = DpSgdConfig(1.0, 0.1, 0.8, 4, 2, 0.5, physical_batch=2, engine=engine)
+    terms = DpSgdConfig(1.0, 0.1, 1.0, 3, 1, 0.5, physical_batch=2, engine=engine)
     randomness = Randomness.for_simulation(1, "devices")
     return model, DpTraining(model, one.task.losses, batch, terms, randomness, batch.select([0]))
 
@@ -106,7 +106,7 @@ def test_a_private_training(sample: Sample, engine: str, opened: Any) -> None:
 
 @each
 def test_probe_clip_and_forward_passes_alone(sample: Sample, opened: Any) -> None:
-    one, along = opened(sample), Directions(bytes(32), 2, 1e-3)
+    one, along = opened(sample), Directions(bytes(32), 1, 1e-3)
 
     def measured(device: torch.device | str) -> tuple[str, float, torch.Tensor]:
         model, batch = one.on(device)
