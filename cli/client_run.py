@@ -62,7 +62,9 @@ def run(folder: Place, device: Device = None) -> None:
     from offsite.client.service.site_runtime import SiteRuntime
     from offsite.client.service.stage_handler import StageHandler
     from offsite.protos.proxies import forget_proxies
+    from offsite.task.device import choose_device
 
+    choose_device(installation.settings.device)  # a device that is not here is refused now, and not at the first job
     with alone(installation.state, "a client"):
         runtime = SiteRuntime.of(installation, now)
         if ignored := forget_proxies():

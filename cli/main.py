@@ -1,7 +1,6 @@
 """The command `offsite`: the only place that prints, and that turns errors into a line and an exit code."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import shlex
@@ -112,12 +111,12 @@ def simulate(
         if (seed, rounds, sites) != (None, None, None) or no_privacy:
             raise ConfigError("resume: the run folder fixes seed, rounds, sites and privacy; leave these options out")
         with Heartbeat("open the run") as heartbeat:
-            run = resume_run(resume, _warn, heartbeat.now)
+            run = resume_run(resume, _warn, heartbeat.now, device=device)
     else:
         origin = Origin(seed=seed, rounds=rounds, sites=sites, private=not no_privacy)
         with Heartbeat("check the federation file") as heartbeat:
-            run = begin(config or Path(), out, origin, _warn, heartbeat.now)
-    _run(dataclasses.replace(run, config=run.config.on(device)), engine, as_json)
+            run = begin(config or Path(), out, origin, _warn, heartbeat.now, device=device)
+    _run(run, engine, as_json)
 
 
 def _warn(line: str) -> None:

@@ -205,7 +205,7 @@ class _Accumulation:
     """Adds the clipped gradients of logical batches to the optimizer's sum, one physical batch after another.
 
     Where memory is too short for a physical batch, all later ones have half as many examples, down to one. The size
-    decides memory and speed, and never the result.
+    decides memory and speed, and of the result no more than its rounding.
     """
 
     def __init__(self, training: DpTraining, engine: Engine, optimizer: "NoisyMeanOptimizer") -> None:

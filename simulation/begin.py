@@ -19,6 +19,8 @@ def begin(
     origin: Origin,
     on_warning: Callable[[str], None],
     on_step: Callable[[str], None] = lambda text: None,
+    *,
+    device: str | None = None,
 ) -> Run:
     """Checks everything that a run reads, and makes its run folder.
 
@@ -28,6 +30,7 @@ def begin(
       origin: options of the command; its path of the file is set here.
       on_warning: function that takes each warning of the check.
       on_step: function that takes what is being checked.
+      device: device in place of the file's; None for the file's.
 
     Raises:
       CheckFailed: something is wrong; nothing was written.
@@ -39,13 +42,19 @@ def begin(
         findings.add(str(fault))
     if config is None:
         raise CheckFailed("\n".join(findings.errors))
-    config = configured(config, origin)
+    config = configured(config, origin).on(device)
     check_free(out)
     _check(config, out, findings, on_warning, Scope(tuple(fault.key for fault in faults)))
     return Run.create(config, sha256_file(file), out, origin)
 
 
-def resume(folder: Path, on_warning: Callable[[str], None], on_step: Callable[[str], None] = lambda text: None) -> Run:
+def resume(
+    folder: Path,
+    on_warning: Callable[[str], None],
+    on_step: Callable[[str], None] = lambda text: None,
+    *,
+    device: str | None = None,
+) -> Run:
     """Opens the run of a folder; a run without a whole round begins anew where its federation file was changed.
 
     Whatever stopped a run before its first whole round may stand in the federation file, and would stop the run again
@@ -56,11 +65,12 @@ def resume(folder: Path, on_warning: Callable[[str], None], on_step: Callable[[s
       OffsiteError: the folder holds no run, or its run cannot be opened.
     """
     run = Run.open(folder)
+    run = dataclasses.replace(run, config=run.config.on(device))
     if run.whole_rounds:
         return run
     file = Path(run.origin.file)
     if run.origin.file and file.is_file() and sha256_file(file) != run.config_sha256:
-        return begin(file, folder, run.origin, on_warning, on_step)
+        return begin(file, folder, run.origin, on_warning, on_step, device=device)
     _check(run.config, folder, Findings(on_step=on_step), on_warning)
     return run
 

@@ -66,5 +66,5 @@ def _shared(given: Sequence[object], right: Sequence[object]) -> int:
 
 
 def _f1(common: int, sizes: int) -> float:
-    """Returns the harmonic mean of common / given and common / right, of which `sizes` is given + right."""
+    """Returns the harmonic mean of common / given and common / right; `sizes` is the sum given + right."""
     return 2 * common / sizes if common else 0.0

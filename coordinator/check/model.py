@@ -10,6 +10,7 @@ from pathlib import Path
 from offsite.coordinator.check.names import is_plain
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.emulator.structure.ends import SANDWICH
+from offsite.task.device import AUTO, CPU
 from offsite.task.findings import Findings
 from offsite.task.model_check import ModelFiles, check_class
 from offsite.task.nothing_to_learn import Encoder
@@ -59,6 +60,7 @@ def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
         and is_plain(config)
         and not config.adapter.targets
         and not config.evaluation.measures
+        and config.compute.device in (AUTO, CPU)
     )
 
 

@@ -17,7 +17,7 @@ REPORTED_STATES = (FETCHING, WAITING, READY, REFUSED)  # states that a site may 
 # Fetched bytes of the package count as progress by whole pieces: a site could report single bytes for ever.
 PIECE, PIECES = 1 << 20, 64
 SILENT = "did not answer"
-TOLD = 8  # changes of one site of which a person is told, since a site could change for ever
+TOLD = 8  # most changes of one site that a person reads about; a site could change for ever
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ def test_a_device_that_is_not_here(world: Path, device: str, finding: str) -> No
     code, lines, output = lines_of("check", str(world / "fed.toml"))
     assert (code, len(lines)) == (2, 1), output
     assert finding in output
+    code, _, output = lines_of("check", str(world / "fed.toml"), "--device", "cpu")
+    assert code == (0 if device == "cuda:7" else 2), output
 
 
 @pytest.mark.parametrize("planted", [False, True])

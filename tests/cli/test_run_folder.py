@@ -98,6 +98,12 @@ def test_a_mistake_leaves_no_folder_and_the_mended_file_runs_in_it(mine: Path, t
         begin(mine, out, Origin(rounds=1), silent)
     assert not out.exists()
     mine.write_text(good)
+    with pytest.raises(CheckFailed, match=r"device='cuda:7': PyTorch .* finds no such device here"):
+        begin(mine, out, Origin(rounds=1), silent, device="cuda:7")
+    assert not out.exists()
+    mine.write_text(f'{good}\n[compute]\ndevice = "cuda:7"\n')
+    assert begin(mine, out, Origin(rounds=1), silent, device="cpu").config.compute.device == "cpu"
+    mine.write_text(good)
     run = begin(mine, out, Origin(rounds=1), silent)
     assert run.config.training.rounds == 1
     kept = json.loads((out / CONFIG).read_text())

@@ -33,7 +33,7 @@ def refusal(*arguments: object, answer: str | None = None) -> tuple[OffsiteError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A coordinator that has admitted three sites, of which nobody has signed."""
+    """A coordinator that has admitted three sites; no site has signed yet."""
     place = tmp_path_factory.mktemp("walk")
     rows = "".join(f"how {number};so\r\n" for number in range(120))
     (place / "records.csv").write_text(f"\ufeffBefund;Maßnahme\r\n{rows}", encoding="utf-8")
@@ -68,6 +68,12 @@ def test_another_sites_welcome_is_refused_before_the_owner_is_asked(folder: Path
     assert isinstance(error, Untrusted)
     assert "welcome is for site='south', this is 'north'" in str(error)
     assert (said, asked) == ("", "")
+
+
+def test_a_device_that_is_not_here_is_refused_before_the_site_connects(folder: Path) -> None:
+    run("client", "sign", folder / "west", folder / "home" / "welcomes" / "west.welcome", answer="y\n")
+    error, _, _ = refusal("client", "run", folder / "west", "--device", "cuda:7")
+    assert "device='cuda:7': PyTorch " in str(error)
 
 
 def test_a_refused_signature_declares_no_records(folder: Path) -> None:

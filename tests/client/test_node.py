@@ -21,17 +21,22 @@ class Told:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [DecodeError("Mr Smith has flu"), IndexError("Mr Smith"), AttributeError("Smith")])
-def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Exception) -> None:
-    """The log names the message once, without a word of its content."""
-    notes: list[tuple[str, str]] = []
-    node = Node(
-        SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
+def stopping_node(folder: Path, notes: list[tuple[str, str]]) -> Node:
+    """Returns a node that stops at once, and gathers its notes."""
+    return Node(
+        SuperNodeConfig(folder, "127.0.0.1:1", folder / "ca.pem", folder / "node.key", 1),
         lambda stage, body: b"",
         largest=lambda: 0,
         note=lambda kind, reason: notes.append((kind, reason)),
         stopping=lambda: True,
     )
+
+
+@pytest.mark.parametrize("error", [DecodeError("Mr Smith has flu"), IndexError("Mr Smith"), AttributeError("Smith")])
+def test_a_message_that_is_none_does_not_end_a_site(tmp_path: Path, error: Exception) -> None:
+    """The log names the message once, without a word of its content."""
+    notes: list[tuple[str, str]] = []
+    node = stopping_node(tmp_path, notes)
     node._executor = cast(Any, Told(error))
     assert not any(node._step() for _ in range(3))
     ((kind, reason),) = notes
@@ -62,13 +67,7 @@ def test_the_reason_of_an_end_is_flowers_and_not_its_web_servers(tmp_path: Path)
         log.write_text("".join(lines[:end]))
         process = FlowerProcess("none", [], log=log, home=tmp_path, environment={})
         assert "SuperNode terminated gracefully." in process.reason(MEANINGS)
-    node = Node(
-        SuperNodeConfig(tmp_path, "127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "node.key", 1),
-        lambda stage, body: b"",
-        largest=lambda: 0,
-        note=lambda kind, reason: notes.append((kind, reason)),
-        stopping=lambda: True,
-    )
+    node = stopping_node(tmp_path, notes)
     for _ in range(2):
         node._note_end(process.reason(MEANINGS))
     ((kind, reason),) = notes

@@ -83,7 +83,7 @@ def test_errors_that_do_not(error: Exception) -> None:
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_batches_get_smaller_until_they_fit(engine: str, place: int, backward: bool) -> None:
-    """The sum is that of a training whose batches were as small from the start."""
+    """The sum equals the sum of a training with such small batches from the start."""
     model = short_of_memory(place, 2, SHORT[1], backward=backward)
     outcome = train(DpTraining(model, losses, data(12), terms(engine=engine, **WHOLE), silent(), data(1)))
     moved = torch.cat([p.detach().flatten() for p in model[2].parameters()])
