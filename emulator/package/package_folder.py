@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 MANIFEST_LIMIT = 1 << 26
+# A character of a name in JSON takes up to 12 bytes; dtype, shape and offsets of a tensor take less than 512.
+HEADER_CHARACTER, HEADER_ENTRY, HEADER_ROOM = 12, 512, 4096
 
 
 def prepare(directory: Path) -> Path:
@@ -121,6 +123,28 @@ def check(folder: Path, announced: Mapping[str, FileEntry]) -> None:
             raise DigestMismatch(f"file={name!r} is not a plain file; fetch the package again")
         if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
             raise DigestMismatch(f"file={name!r} is not the one its manifest announces; fetch the package again")
+
+
+def check_header(path: Path, names: Collection[str]) -> None:
+    """Refuses a safetensors file whose header is longer than its tensors need, before the header is parsed.
+
+    The format takes headers of 100 MB, whose parsing holds all threads of a process for seconds.
+
+    Args:
+      path: the file.
+      names: names of its tensors.
+
+    Raises:
+      DigestMismatch: the header is longer than these names allow, so a tensor was added.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    limit = HEADER_ROOM + sum(HEADER_ENTRY + HEADER_CHARACTER * len(name) for name in names)
+    if limit < length <= path.stat().st_size:  # a longer one than its file is refused unread
+        raise DigestMismatch(
+            f"{path.name}: a header of {length} bytes, but its {len(names)} tensors need at most {limit}: a tensor is "
+            "missing or was added; fetch the package again"
+        )
 
 
 def read_checked(path: Path, entry: FileEntry) -> bytes:

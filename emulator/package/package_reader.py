@@ -59,6 +59,7 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_di
     targets = model.state_dict(keep_vars=True)
     if manifest.storage.keys() | manifest.tied.keys() != targets.keys() or manifest.storage.keys() & manifest.tied:
         raise MalformedMessage("storage: its names are not the model's; build the package again")
+    package_folder.check_header(folder / WEIGHTS, manifest.tensors)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as stored, torch.no_grad():
             _check_names(set(stored.keys()), manifest)

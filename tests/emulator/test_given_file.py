@@ -98,6 +98,13 @@ def test_only_safetensors_are_read(folder, content):
         read(folder, replaced(folder, content))
 
 
+def test_a_long_header_is_never_parsed(folder):
+    header = json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)})
+    content = len(header).to_bytes(8, "little") + header.encode()
+    with pytest.raises(MalformedMessage, match=f"a header of over {HEADER_ROOM} bytes"):
+        read(folder, replaced(folder, content))
+
+
 def test_more_bytes_than_the_slots_have_are_never_read(folder):
     model = load(folder, dtype=torch.float32)
     room = 4 * Slots.of(model, read_manifest(folder)).parameters
