@@ -43,6 +43,7 @@ def simulate(
     seed: int | None = None,
     rounds: int | None = None,
     sites: int | None = None,
+    device: str | None = None,
     on_step: _Callable[[str], None] = lambda text: None,
 ) -> "Report":
     """Runs a whole federation on this machine, writes its run folder and returns its report.
@@ -54,6 +55,7 @@ def simulate(
       seed: seed in place of the file's.
       rounds: number of rounds in place of the file's.
       sites: number of sites, the first in the file; None for all.
+      device: device in place of the file's: "auto", "cpu", "cuda", "cuda:N" or "xpu".
       on_step: function that receives a sentence about each step.
 
     Raises:
@@ -72,7 +74,7 @@ def simulate(
 
     carry = lookup(ENGINES, engine, "engine")
     origin = Origin(seed=seed, rounds=rounds, sites=sites)
-    run = begin(Path(federation), Path(out), origin, lambda line: on_step(f"WARNING {line}"))
+    run = begin(Path(federation), Path(out), origin, lambda line: on_step(f"WARNING {line}"), device=device)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return run_simulation(run, Options(carry, engine, StepDisplay(on_step), now))
 
@@ -95,6 +97,7 @@ def build_emulator(
     gate: float = 0.3,
     sequences: int = 64,
     length: int = 128,
+    device: str = "auto",
     on_step: _Callable[[str], None] = lambda text: None,
 ) -> "Built":
     """Builds an emulator of a model as a package, by a recipe or within limits; what fails its checks is not kept.
@@ -116,6 +119,7 @@ def build_emulator(
       gate: cosine of the adapter's gradients through emulator and full model, at least; in [-1, 1].
       sequences: number of public examples that compressors look at.
       length: number of tokens of an example, at most.
+      device: device that computes: "auto", "cpu", "cuda", "cuda:N" or "xpu".
       on_step: function that receives a sentence about each step.
 
     Returns:
@@ -140,7 +144,7 @@ def build_emulator(
         gate=gate,
     )
     data = PublicData(Path(public), task, dict(columns or {}), sequences, length)
-    return build_from_folder(Path(model), Path(out), order, data, on_step)
+    return build_from_folder(Path(model), Path(out), order, data, on_step, device=device)
 
 
 def load_adapter(model: "_nn.Module", folder: _Path) -> "_nn.Module":

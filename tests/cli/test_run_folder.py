@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import offsite
 from offsite.cli import main as command
 from offsite.coordinator.aggregation.rules import ServerState
 from offsite.coordinator.config.federation_file import read_config
@@ -100,6 +101,8 @@ def test_a_mistake_leaves_no_folder_and_the_mended_file_runs_in_it(mine: Path, t
     mine.write_text(good)
     with pytest.raises(CheckFailed, match=r"device='cuda:7': PyTorch .* finds no such device here"):
         begin(mine, out, Origin(rounds=1), silent, device="cuda:7")
+    with pytest.raises(CheckFailed, match=r"device='cuda:7': PyTorch .* finds no such device here"):
+        offsite.simulate(mine, out, device="cuda:7")
     assert not out.exists()
     mine.write_text(f'{good}\n[compute]\ndevice = "cuda:7"\n')
     assert begin(mine, out, Origin(rounds=1), silent, device="cpu").config.compute.device == "cpu"
