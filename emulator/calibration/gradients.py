@@ -69,11 +69,19 @@ def _standing(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
     originals = {path: model.get_submodule(path) for path in stand_ins}
     try:
         for path, module in stand_ins.items():
+            _hand_on_hooks(originals[path], module)
             model.set_submodule(path, module)
         yield
     finally:
         for path, module in originals.items():
             model.set_submodule(path, module)
+
+
+def _hand_on_hooks(block: nn.Module, stand_in: nn.Module) -> None:
+    """Gives a stand-in the forward hooks of its block, by which transformers collects hidden states for other parts."""
+    if not stand_in._forward_hooks:
+        for hook in block._forward_hooks.values():
+            stand_in.register_forward_hook(hook)
 
 
 @contextmanager

@@ -72,8 +72,9 @@ def dense_pairs(name: str, context: SegmentContext) -> list[LayerPair]:
 def _pair(context: SegmentContext, layers: dict[str, nn.Module], down: str) -> LayerPair | None:
     """Returns the pair of a layer, if other layers' rows move single columns of its input, in any order.
 
-    Values of attention are such rows, too, but they belong to a head. Only in a feed-forward network can the channels
-    of all layers be reversed together without a change of the block's output.
+    Values of attention are such rows, too, but they reach other positions and belong to a head. Only in a feed-forward
+    network does each position keep to itself, and can the channels of all layers be reversed together without a change
+    of the block's output. Reversal alone is no proof: heads that all attend evenly can be exchanged as well.
     """
     width = weight_of(layers[down]).shape[1]
     sizes = {path: len(weight_of(layer)) for path, layer in layers.items() if path != down}
@@ -86,7 +87,7 @@ def _pair(context: SegmentContext, layers: dict[str, nn.Module], down: str) -> L
     ups = []
     for path, times in candidates.items():
         reached = {_reached(context, layers[path], layers[down], before, part * width) for part in range(times)}
-        if reached == {True}:
+        if reached == {True} and _one_position(context, layers[path], layers[down], before):
             ups.append((path, times))
     if not ups:
         return None
@@ -101,6 +102,22 @@ def _reached(context: SegmentContext, up: nn.Module, down: nn.Module, before: Te
     with _moved(up, row):
         moved = (_entering(context, down)[0] - before).abs().amax(0)
     return bool(moved[0] > 0) and not moved[1:].any()
+
+
+def _one_position(context: SegmentContext, up: nn.Module, down: nn.Module, before: Tensor) -> bool:
+    """Returns whether the first position of the outputs of `up` moves one position of the inputs of `down`."""
+
+    def moved(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        flat = output.reshape(-1, output.shape[-1]).clone()
+        flat[0] = flat[0] * 2 + 0.5
+        return flat.reshape(output.shape)
+
+    handle = up.register_forward_hook(moved)
+    try:
+        after = _entering(context, down)[0]
+    finally:
+        handle.remove()
+    return int((after != before).any(-1).sum()) == 1
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def read(folder: Path, manifest: Manifest, *, max_bytes: int | None = None) -> d
         )
     content = read_checked(folder / GIVEN, entry)
     if HEADER_ROOM < int.from_bytes(content[:8], "little") <= entry.bytes:
-        raise MalformedMessage(f"{GIVEN}: a header of over {HEADER_ROOM} bytes; ask the coordinator for another package")
+        raise MalformedMessage(
+            f"{GIVEN}: a header of over {HEADER_ROOM} bytes; ask the coordinator for another package"
+        )
     try:
         return load(content)
     except SafetensorError as error:

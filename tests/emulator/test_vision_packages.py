@@ -32,6 +32,7 @@ TEXT_TOWER = ("text_model.encoder.layers", 1, 1)  # of CLIP, the smaller one
 IMAGE_TOWER = ("model.vision_tower.encoder.layers", 1, 1)  # of LLaVA
 SECOND = {"clip_classification": TEXT_TOWER, "image_text": IMAGE_TOWER}
 LENGTH = pictures.LENGTH
+RECIPES = [("skip_importance:0.5", "int4:16"), ("prune:0.25",), ("int8:16",), ("narrow:0.75",)]
 
 
 class Opened:
@@ -82,7 +83,7 @@ def test_a_package_without_compression_is_the_model_and_its_processor(opened: Op
         assert torch.equal(opened.task.losses(emulator, batch), opened.task.losses(opened.model, opened.batch))
 
 
-@pytest.mark.parametrize("recipe", [("skip_importance:0.5", "int4:16"), ("prune:0.25",), ("int8:16",)], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_compressed_package_has_losses_near_the_models(
     opened: Opened, recipe: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -96,11 +97,12 @@ def test_a_compressed_package_has_losses_near_the_models(
     assert (found - exact).abs().max() < 0.5 * exact.max()
 
 
+@pytest.mark.parametrize("step", ["skip_importance:1.0", "skip_gradient:0.5"])
 @pytest.mark.parametrize("name", sorted(SECOND))
-def test_the_other_tower_can_be_the_one_that_is_compressed(name: str, tmp_path: Path) -> None:
+def test_the_other_tower_can_be_the_one_that_is_compressed(name: str, step: str, tmp_path: Path) -> None:
     opened = Opened(name, tmp_path / "model")
     opened.tower = SECOND[name][0]
-    opened.build(tmp_path / "p", ("skip_importance:1.0",), opened.geometry())
+    opened.build(tmp_path / "p", (step,), opened.geometry())
     emulator = package_reader.load(tmp_path / "p")
     with torch.no_grad():
         found = opened.task.losses(emulator, opened.batch)
