@@ -92,6 +92,7 @@ def ours(engine: str) -> Callable[..., Step]:
         import torch
 
         from offsite.privacy.batches import trainable
+        from offsite.privacy.clipped_sum import clipping
         from offsite.privacy.engines import ENGINES
         from offsite.privacy.optimizer import NoisyMeanOptimizer
         from offsite.privacy.randomness import Randomness
@@ -104,10 +105,10 @@ def ours(engine: str) -> Callable[..., Step]:
             max_grad_norm=CLIP,
             expected_batch_size=BATCH,
         )
-        opened = stack.enter_context(ENGINES[engine](model))
+        opened, weigh = stack.enter_context(ENGINES[engine](model)), clipping(CLIP, private=True)
 
         def step() -> None:
-            opened.add(task.losses, examples, optimizer.weigh)
+            opened.add(task.losses, examples, weigh)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

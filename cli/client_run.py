@@ -62,15 +62,18 @@ def run(folder: Place, device: Device = None) -> None:
     from offsite.client.service.site_runtime import SiteRuntime
     from offsite.client.service.stage_handler import StageHandler
     from offsite.protos.proxies import forget_proxies
-    from offsite.task.device import choose_device
+    from offsite.task.device import choose_devices, too_many
 
-    choose_device(installation.settings.device)  # a device that is not here is refused now, and not at the first job
+    settings = installation.settings  # a device that is not here is refused now, and not at the first job
+    devices = choose_devices(settings.device, settings.processes)
     with alone(installation.state, "a client"):
         runtime = SiteRuntime.of(installation, now)
         if ignored := forget_proxies():
             log.info("environment: %s: not used; site.toml alone names a proxy", ", ".join(ignored))
         limit_resources(runtime.policy)
-        if installation.settings.simulation_seed is not None:
+        if warning := too_many(devices):
+            log.warning("%s", warning)
+        if settings.simulation_seed is not None:
             log.warning("noise follows from a seed: this run protects nobody, and is for tests on invented data only")
         runtime.tidy()
         stopping = _stop_on_signals()

@@ -1,11 +1,11 @@
 """Record-level DP-SGD: one training at one site, and the event that the training spends."""
 
-import logging
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,18 +14,28 @@ from torch import nn
 from offsite.errors import ConfigError, PrivacyRefusal, lookup
 from offsite.privacy.accountants import check_noise
 from offsite.privacy.batches import Batch, Losses, trainable
+from offsite.privacy.clipped_sum import ClippedSum, Counted, clipping
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.events import Event, check_sample_rate, check_steps
-from offsite.privacy.faults import failure, refuse_broken
-from offsite.privacy.per_example import Engine, Weigh
+from offsite.privacy.norms import CLIP_MARGIN
+from offsite.privacy.per_example import Engine
 from offsite.privacy.randomness import Randomness
 from offsite.privacy.ranges import MAX_PHYSICAL_BATCH, check_range
 from offsite.privacy.sampler import poisson
+from offsite.privacy.shares import (
+    Compute,
+    Share,
+    State,
+    Worker,
+    add_share,
+    divided,
+    parameter_state,
+    put_state,
+    taken_sums,
+)
 
 if TYPE_CHECKING:
     from offsite.privacy.optimizer import NoisyMeanOptimizer
-
-log = logging.getLogger("offsite.privacy")
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class DpTraining:
       randomness: source of the sampling and of the noise; `Randomness.from_os()` on private data.
       invented: invented examples of the records' shape, which tell a fault of the machine from a fault of a record, see
         `privacy.faults`; without them, every fault counts as a record's.
+      workers: further processes of the site that take shares of each step's records; they have begun this training.
     """
 
     model: nn.Module = field(repr=False)
@@ -127,6 +138,7 @@ class DpTraining:
     terms: DpSgdConfig
     randomness: Randomness = field(repr=False)
     invented: Batch | None = field(default=None, repr=False)
+    workers: Sequence[Worker] = field(default=(), repr=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that train.
@@ -161,29 +173,69 @@ def train(training: DpTraining, after_step: Callable[[], None] = _nothing) -> Ou
       TrainingFault: the model fails on invented records as well, so that a step would be noise alone.
     """
     terms, parameters = training.terms, training.parameters()
-    means: list[float] = []
+    steps: list[Counted] = []
     sizes: list[int] = []
-    dropped = 0
     with lookup(ENGINES, terms.engine, "engine")(training.model) as engine:
         optimizer = _optimizer(parameters, terms, training.randomness)
-        sums = _Accumulation(training, engine, optimizer)
+        sums = _sums(engine, training.losses, terms, training.invented)
         for _ in range(terms.steps):
             drawn = training.draw()
-            losses = sums.add(drawn)
+            counted = _add_up(training, sums, drawn)
             optimizer.step()  # noise and update, the same whether or not there were examples
             optimizer.zero_grad(set_to_none=True)
             after_step()
             sizes.append(len(drawn))
-            means.append(float(np.mean(losses)) if losses else math.nan)
-            dropped += len(drawn) - len(losses)
+            steps.append(counted)
+    norms = [norm for counted in steps for norm in counted.norms]
+    bound = terms.max_grad_norm * (1 - CLIP_MARGIN)
     return Outcome(
         event=terms.event() if terms.private else None,
-        losses=tuple(means),
-        norm_median=optimizer.median_norm,
+        losses=tuple(float(np.mean(counted.losses)) if counted.losses else math.nan for counted in steps),
+        norm_median=statistics.median(norms) if norms else math.nan,
         batch_sizes=tuple(sizes),
-        clipped_fraction=optimizer.clipped / max(len(optimizer.norms), 1),
-        dropped=dropped,
+        clipped_fraction=sum(norm > bound for norm in norms) / max(len(norms), 1) if terms.private else 0.0,
+        dropped=sum(sizes) - len(norms),
     )
+
+
+def _add_up(training: DpTraining, sums: ClippedSum, drawn: np.ndarray) -> Counted:
+    """Adds up one step's records, here and at the workers, and returns the examples that are in the sum."""
+    own, *others = divided(drawn, training.workers)
+    for worker, part in zip(training.workers, others, strict=True):
+        worker.send(parameter_state(training.model), training.records.select(part))
+    counted = sums.add(training.records, own)
+    for worker in training.workers:
+        share = worker.receive()
+        add_share(training.model, share)
+        counted += share.counted
+    return counted
+
+
+@contextmanager
+def gradient_shares(model: nn.Module, losses: Losses, terms: DpSgdConfig, invented: Batch | None) -> Iterator[Compute]:
+    """Yields the function from parameters and records to clipped sums, for a worker; its engine is open meanwhile.
+
+    Args:
+      model: model whose trainable parameters are those of the training.
+      losses: function from model and batch to one loss per example, (B,).
+      terms: terms of the training; the worker draws nothing and adds no noise.
+      invented: see `privacy.faults`.
+    """
+    with lookup(ENGINES, terms.engine, "engine")(model) as engine:
+        sums = _sums(engine, losses, terms, invented)
+
+        def compute(state: State, records: Batch) -> Share:
+            taken_sums(model)  # what a step that failed has left
+            put_state(model, state)
+            counted = sums.add(records, range(len(records)))
+            return Share(taken_sums(model), counted)
+
+        yield compute
+
+
+def _sums(engine: Engine, losses: Losses, terms: DpSgdConfig, invented: Batch | None) -> ClippedSum:
+    weigh = clipping(terms.max_grad_norm, private=terms.private)
+    return ClippedSum(engine, losses, weigh, terms.physical_batch, invented)
 
 
 def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: Randomness) -> "NoisyMeanOptimizer":
@@ -199,85 +251,3 @@ def _optimizer(parameters: list[nn.Parameter], terms: DpSgdConfig, randomness: R
         max_grad_norm=terms.max_grad_norm,
         expected_batch_size=terms.expected_batch_size,
     )
-
-
-class _Accumulation:
-    """Adds the clipped gradients of logical batches to the optimizer's sum, one physical batch after another.
-
-    Where memory is too short for a physical batch, all later ones have half as many examples, down to one. The size
-    decides memory and speed, and of the result no more than its rounding.
-    """
-
-    def __init__(self, training: DpTraining, engine: Engine, optimizer: "NoisyMeanOptimizer") -> None:
-        self._training, self._engine, self._optimizer = training, engine, optimizer
-        self._size = training.terms.physical_batch
-        self._losses: list[float] = []
-
-    def add(self, drawn: np.ndarray) -> list[float]:
-        """Adds one logical batch, and returns the finite losses.
-
-        Args:
-          drawn: records of the step, indices int64 (size,).
-
-        Raises:
-          PrivacyRefusal: the engine cannot tell the examples apart.
-          MemoryError: memory is too short for a single example.
-          TrainingFault: the model fails on invented records as well.
-        """
-        self._losses, start = [], 0
-        while start < len(drawn):
-            part = drawn[start : start + self._size]
-            if self._adds(self._training.records.select(part)):
-                start += len(part)
-            else:
-                self._size = max(1, len(part) // 2)
-                log.warning("memory is too short: physical_batch=%d from now on", self._size)
-                if torch.accelerator.is_available():
-                    torch.accelerator.empty_cache()
-        return self._losses
-
-    def _adds(self, batch: Any) -> bool:
-        """Adds a physical batch, and says whether memory was enough; if not, nothing of the batch is in the sum."""
-        before = len(self._losses)
-        try:
-            self._add_good(batch)
-        except MemoryError:
-            if len(batch) == 1 or len(self._losses) > before:
-                raise
-            return False
-        return True
-
-    def _add_good(self, batch: Any) -> None:
-        """Adds a physical batch without the records on which the model fails.
-
-        A fault may not tell on which records the model fails: such records are left out. Another record stands in the
-        place of each, so that the batch keeps its shape and all others every bit of their gradients.
-        """
-        if failure(self._add, batch) is None:
-            return
-        if self._training.invented is not None:
-            refuse_broken(self._try, self._training.invented)
-        good = {row for row in range(len(batch)) if failure(self._try, batch.select([row])) is None}
-        rows = [row if row in good else min(good) for row in range(len(batch)) if good]
-        if failure(partial(self._add, counted=good.__contains__), batch.select(rows)) is not None:
-            for row in sorted(good):  # they fail together only
-                failure(self._add, batch.select([row]))
-
-    def _add(self, batch: Any, counted: Callable[[int], bool] = lambda _: True) -> None:
-        rows = self._engine.add(self._training.losses, batch, _only(counted, self._optimizer.weigh))
-        seen = [place for place, position in enumerate(rows.kept) if counted(position)]
-        self._optimizer.seen(tuple(rows.norms[place] for place in seen))
-        self._losses.extend(rows.losses[place] for place in seen)
-
-    def _try(self, batch: Any) -> None:
-        """Adds nothing of a batch, or fails as adding would."""
-        self._add(batch, lambda _: False)
-
-
-def _only(counted: Callable[[int], bool], weigh: Weigh) -> Weigh:
-    """Returns the factors of `weigh` for the positions that count, and 0 for all others."""
-
-    def factors(norms: torch.Tensor, positions: tuple[int, ...]) -> torch.Tensor:
-        return weigh(norms, positions) * torch.tensor([counted(position) for position in positions])
-
-    return factors

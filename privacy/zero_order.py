@@ -6,6 +6,7 @@ The mechanism sees a model only through its losses, so it is private for any ada
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +20,13 @@ from torch import nn
 from offsite.adapter.layout import Layout
 from offsite.errors import ConfigError
 from offsite.privacy.batches import Batch, Losses
+from offsite.privacy.clipped_sum import Counted
 from offsite.privacy.faults import failure, refuse_broken
 from offsite.privacy.mechanism import DpSgdConfig, DpTraining, Outcome
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.per_example import checked_losses
 from offsite.privacy.ranges import LOWEST_SPACING, check_range
+from offsite.privacy.shares import Compute, Share, State, divided
 
 SEED_BYTES = 32
 
@@ -110,14 +113,14 @@ def train(training: DpTraining, directions: Directions) -> tuple[Outcome, NDArra
       TrainingFault: the model fails on invented records as well, so that a step would be noise alone.
     """
     training.parameters()
-    terms, records = training.terms, training.records
-    walk = _DirectionalState(training.model, directions, training.invented)
+    terms = training.terms
+    walk = DirectionalState(training.model, directions, training.invented)
     norms: list[float] = []
     sizes: list[int] = []
     losses: list[float] = []
     for step in range(terms.steps):
         drawn = training.draw()
-        slopes, means = walk.slopes(training.losses, [records.select(drawn[[row]]) for row in range(len(drawn))], step)
+        slopes, means = _slopes(training, walk, drawn, step)
         step_norms = np.linalg.norm(slopes, axis=1)
         total = (slopes * _factors(step_norms, terms)[:, None]).sum(axis=0)
         if terms.private:
@@ -141,6 +144,39 @@ def train(training: DpTraining, directions: Directions) -> tuple[Outcome, NDArra
     return outcome, np.array(walk.moved, dtype=np.float32)
 
 
+def _slopes(
+    training: DpTraining, walk: "DirectionalState", drawn: NDArray[np.int64], step: int
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Returns the slopes of one step's records, in order, taken here and at the workers; see `DirectionalState`."""
+    own, *others = divided(drawn, training.workers)
+    for worker, part in zip(training.workers, others, strict=True):
+        worker.send(walk.state(step), training.records.select(part))
+    slopes, means = walk.slopes(training.losses, training.records.select(own), step)
+    for worker in training.workers:
+        share = worker.receive()
+        slopes, means = np.concatenate([slopes, *share.arrays]), means + share.counted.losses
+    return slopes, means
+
+
+@contextmanager
+def slope_shares(model: nn.Module, losses: Losses, directions: Directions, invented: Batch | None) -> Iterator[Compute]:
+    """Yields the function from distance, step and records to slopes, for a worker whose model has the start's adapter.
+
+    Args:
+      model: model with the adapter from which the training starts.
+      losses: function from model and batch to one loss per example, (B,).
+      directions: public directions of the training.
+      invented: see `privacy.faults`.
+    """
+    walk = DirectionalState(model, directions, invented)
+
+    def compute(state: State, records: Any) -> Share:
+        rows, means = walk.slopes(losses, records, walk.place(state))
+        return Share((rows,), Counted(means))
+
+    yield compute
+
+
 def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], directions: Directions) -> float:
     """Returns the median norm of single examples' K slopes on PUBLIC examples, the default `max_grad_norm` of DP-ZO.
 
@@ -153,8 +189,8 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     Raises:
       ConfigError: no example has finite slopes, or the median is no bound that a plan can have.
     """
-    walk = _DirectionalState(model, directions)
-    slopes, _ = walk.slopes(losses_fn, list(batches), 0)
+    walk = DirectionalState(model, directions)
+    slopes, _ = walk.slopes_of(losses_fn, list(batches), 0)
     walk.settle()
     median = float(np.median(np.linalg.norm(slopes, axis=1))) if len(slopes) else math.nan
     if not median > 0:
@@ -163,8 +199,14 @@ def median_slope(model: nn.Module, losses_fn: Losses, batches: Iterator[Any], di
     return median
 
 
-class _DirectionalState:
-    """A model's adapter on its way along directions; the distance from the start is kept in float64."""
+class DirectionalState:
+    """A model's adapter on its way along directions; the distance from the start is kept in float64.
+
+    Args:
+      model: model with the adapter at the start.
+      directions: public directions.
+      invented: see `privacy.faults`.
+    """
 
     def __init__(self, model: nn.Module, directions: Directions, invented: Batch | None = None) -> None:
         self._model, self._directions, self._layout = model, directions, Layout.of(model)
@@ -172,7 +214,20 @@ class _DirectionalState:
         self._start, self._sum = self._layout.read(model), np.zeros(self._layout.size)
         self.moved: list[np.float32] = []
 
-    def slopes(self, losses_fn: Losses, examples: list[Any], step: int) -> tuple[NDArray[np.float64], list[float]]:
+    def state(self, step: int) -> State:
+        """Returns the distance from the start and the number of the step, for another process."""
+        return self._sum.copy(), np.array([step], dtype=np.float64)
+
+    def place(self, state: State) -> int:
+        """Takes over the distance from the start, and returns the number of the step."""
+        self._sum, (step,) = state[0], state[1]
+        return int(step)
+
+    def slopes(self, losses_fn: Losses, records: Batch, step: int) -> tuple[NDArray[np.float64], list[float]]:
+        """Returns as `slopes_of` does, for each record alone in its batch."""
+        return self.slopes_of(losses_fn, [records.select([row]) for row in range(len(records))], step)
+
+    def slopes_of(self, losses_fn: Losses, examples: list[Any], step: int) -> tuple[NDArray[np.float64], list[float]]:
         """Returns the slopes of the examples whose slopes are finite, (b, K), and the means of their losses."""
         spacing, count = self._directions.spacing, self._directions.per_step
         rows, means = np.zeros((len(examples), count)), np.zeros(len(examples))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the name of a device is checked by commands that need no mo
     from torch import nn
 
 AUTO, CPU = "auto", "cpu"
+MAX_PROCESSES = 64
 WITHOUT_FLOAT64 = ("mps",)  # no place for clipped sums, which are added in float64
 _NAME = re.compile(r"[a-z]+(:[0-9]{1,3})?")  # also of devices for which PyTorch has an extension
 
@@ -64,3 +65,56 @@ def choose_device(name: str) -> "torch.device":
     if kind in WITHOUT_FLOAT64:
         raise ConfigError(f"device={name!r} has no float64, in which clipped sums are added; set device = {CPU!r}")
     return torch.device(kind, int(number or 0))
+
+
+def check_processes(device: str, processes: int) -> None:
+    """Checks a number of processes that train side by side, whatever this machine has.
+
+    Raises:
+      ConfigError: the number is out of range, or the device's name is that of one of several devices.
+    """
+    if not 1 <= processes <= MAX_PROCESSES:
+        raise ConfigError(f"processes={processes}: must be from 1 to {MAX_PROCESSES}; 1 trains in one process")
+    if processes > 1 and ":" in device:
+        kind = device.partition(":")[0]
+        raise ConfigError(
+            f"processes={processes} device={device!r}: each process takes a device of its own, and this names one; set "
+            f"device = {kind!r}, and choose among several by the driver's own variable, as CUDA_VISIBLE_DEVICES=1,2"
+        )
+
+
+def choose_devices(name: str, processes: int) -> tuple["torch.device", ...]:
+    """Returns the device of each process that trains side by side: the CPU for all, or one accelerator for each.
+
+    Args:
+      name: name of the device, as for `choose_device`.
+      processes: number of processes, see `check_processes`.
+
+    Raises:
+      ConfigError: as `choose_device` and `check_processes`, or the machine has fewer accelerators than processes.
+    """
+    import torch
+
+    check_processes(name, processes)
+    first = choose_device(name)
+    if processes == 1 or first.type == CPU:
+        return (first,) * processes
+    if processes > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"processes={processes} device={name!r}: PyTorch finds {count} of {first.type} here, and each process "
+            f"takes one of its own; set processes = {count}, or device = {CPU!r}"
+        )
+    return tuple(torch.device(first.type, index) for index in range(processes))
+
+
+def too_many(devices: tuple["torch.device", ...]) -> str:
+    """Returns a warning where more processes share the CPU than it has threads for; else an empty text."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if devices[0].type != CPU or len(devices) <= threads:
+        return ""
+    return (
+        f"processes={len(devices)}: PyTorch has {threads} processor threads here, so processes wait for each other; "
+        f"set processes to at most {threads} in site.toml"
+    )

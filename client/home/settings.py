@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
 from offsite.protos.proxies import check_proxy
-from offsite.task.device import AUTO, check_device
+from offsite.task.device import AUTO, check_device, check_processes
 from offsite.trust import canonical
 from offsite.trust.certificates import digits_of
 from offsite.trust.request import MAX_CONTACT
@@ -50,6 +50,8 @@ class SiteSettings:
         `emulator.runtime.bitsandbytes_layers`.
       device: device on which the emulator trains: `auto` takes the accelerator that PyTorch finds, or the CPU where
         there is none; else `cpu`, `cuda`, `cuda:N` or `xpu`.
+      processes: number of processes that share the records of each training step, from 1 to 64; on accelerators each
+        has a device of its own, on the CPU they share the cores. Each holds the emulator.
       contact: person or office, and telephone number, that the other owners see when they sign; at most 100 printable
         ASCII characters.
       known: fingerprints of the requests of those members whom this owner knows; where any stands here,
@@ -70,6 +72,7 @@ class SiteSettings:
     simulation_seed: int | None = None
     weights: str = "widened"
     device: str = AUTO
+    processes: int = 1
     contact: str = ""
     known: tuple[str, ...] = ()
 
@@ -95,6 +98,7 @@ class SiteSettings:
                 raise ConfigError(f"known={known!r}: must be the 16 groups of a member's fingerprint, as sign shows it")
         lookup(WEIGHT_FORMS, self.weights, "weights")
         check_device(self.device)
+        check_processes(self.device, self.processes)
         if self.simulation_seed is not None and self.simulation_seed < 0:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
 

@@ -19,6 +19,7 @@ from offsite.client.home.installation import SiteHome
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import CheckFailed, DataError, OffsiteError, PolicyRefusal, Untrusted
 from offsite.protos.proxies import check_way, proxy_variables, shown_proxy
+from offsite.task.device import AUTO, CPU, choose_devices, too_many
 from offsite.task.records import is_empty
 from offsite.trust.addresses import with_port
 from offsite.trust.certificates import WARN_DAYS
@@ -46,6 +47,7 @@ def examine(site: SiteHome, clock: Callable[[], datetime]) -> list[Finding]:
     """Returns the findings of all checks; a failed check does not stop the later checks."""
     checks: dict[str, Callable[[], str]] = {
         "versions": lambda: _versions(site),
+        "device": lambda: _device(site),
         "keys": lambda: _keys(site),
         "certificates": lambda: _certificates(site, clock()),
         "data": lambda: _data(site),
@@ -88,6 +90,15 @@ def _versions(site: SiteHome) -> str:
     from offsite.emulator.runtime.bitsandbytes_layers import library  # needs torch, and few sites need the library
 
     return f"{text}, bitsandbytes {library().__version__}"
+
+
+def _device(site: SiteHome) -> str:
+    settings = site.settings
+    if settings.processes == 1 and settings.device in (AUTO, CPU):
+        return f"{settings.device}, in one process"  # nothing to look for, and few sites need torch here
+    devices = choose_devices(settings.device, settings.processes)
+    text = f"{len(devices)} process{'es' if len(devices) > 1 else ''} on {', '.join(map(str, devices))}"
+    return f"warning: {text}; {warning}" if (warning := too_many(devices)) else text
 
 
 def _keys(site: SiteHome) -> str:

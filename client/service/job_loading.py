@@ -56,8 +56,10 @@ class JobLoader:
         self._stopped, self._settled = threading.Event(), threading.Event()
 
     def stop(self) -> None:
-        """Gives the job up; `run` returns at its next step."""
+        """Gives the job up; `run` returns at its next step, and the workers of a job that is ready end."""
         self._stopped.set()
+        if self.site is not None:
+            self._close()
 
     def wait(self, seconds: float) -> None:
         """Waits until the job is ready, refused or in need of an approval, at most so many seconds."""
@@ -71,12 +73,20 @@ class JobLoader:
                 self._stopped.wait(pause)
                 pause = min(2 * pause, PAUSES[1])
         except _GivenUp:
-            self._session = self.site = None
+            self.site = None
         except OffsiteError as error:
             self._refuse(type(error).__name__, str(error))
         except BaseException as error:  # a bug must not leave the coordinator waiting for ever
             log.error("job could not be loaded: %s: %s", type(error).__name__, local_message(error))
             self._refuse(FAULT, local_message(error))
+        if self.site is None or self._stopped.is_set():
+            self._close()
+
+    def _close(self) -> None:
+        """Ends the workers, and lets go of the emulator."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def _is_ready(self) -> bool:
         """Goes on from where the job stands, and says whether the job is ready; otherwise the next try may succeed."""

@@ -26,6 +26,7 @@ from offsite.client.training.emulator_session import EmulatorSession, encode_rec
 from offsite.client.training.example_places import in_places
 from offsite.client.training.local_update import SiteJob
 from offsite.client.training.privacy_plan import SitePlan
+from offsite.client.training.workers import Workers
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.errors import DataError, OffsiteError, PolicyRefusal
 from offsite.privacy.ledger import Ledger
@@ -33,7 +34,7 @@ from offsite.protos.job_manifest import JobManifest
 from offsite.protos.messages import printable
 from offsite.protos.proxies import check_way
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
-from offsite.task.device import choose_device
+from offsite.task.device import choose_devices
 from offsite.task.nothing_to_learn import Encoder, counted, learnt
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
@@ -191,12 +192,17 @@ class SiteRuntime:
           OffsiteError: the emulator fails the vetting, or is not the one that the manifest names.
         """
         limits = VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share)
-        emulator, weights = manifest.emulator_of(self.name), self.home.settings.weights
+        settings, emulator = self.home.settings, manifest.emulator_of(self.name)
+        weights = settings.weights
         seed = secrets.randbits(62)
-        device = choose_device(self.home.settings.device)
-        log.info("job %s: vetted and trained on device=%s", manifest.digest().hex()[:12], device)
+        devices = choose_devices(settings.device, settings.processes)
+        names = ", ".join(map(str, devices))
+        log.info("job %s: vetted and trained on device=%s", manifest.digest().hex()[:12], names)
         session = open_session(
-            package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights, device=device
+            package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights, device=devices[0]
+        )
+        session.workers = Workers.beside(
+            package, manifest, emulator=emulator, limits=limits, weights=weights, devices=devices
         )
         self.audit.record(
             "vetted",

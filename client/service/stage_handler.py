@@ -161,6 +161,8 @@ class StageHandler:
         loader = self._loader
         if loader is None or loader.manifest != manifest or _is_stale(loader, offer):
             self._note("accepted", {"job": manifest.digest().hex()})
+            if loader is not None:
+                loader.stop()
             loader = self._loader = JobLoader(offer, manifest, self._runtime)
             self._runner.take(loader)
             self._sent.clear()
@@ -204,6 +206,7 @@ class StageHandler:
     def _finish(self, notice: codec.Notice) -> codec.Notice:
         self._runner.clear()
         if self._loader is not None:  # what the job did not spend returns to the data set
+            self._loader.stop()
             self._runtime.ledger.close(self._loader.manifest.digest().hex(), now=self._runtime.clock())
         self._loader = None
         self._sent.clear()

@@ -10,6 +10,7 @@ import torch
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach, places
+from offsite.client.training.workers import Workers
 from offsite.emulator.package import package_reader
 from offsite.emulator.package.package_folder import tokenizer_sha256
 from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, round_layers
@@ -45,6 +46,9 @@ class EmulatorSession:
       start: adapter as attached, float32 (d,).
       seed: seed of the examples on which the model is tried; a secret of the site, except in a simulation.
       engine: name of the per-example gradient engine that passed the probe; empty before the probe.
+      workers: further processes with this emulator, which take shares of each step's records; None where this process
+        trains alone.
+      refreshed: moved biases that are in the emulator now; () for the shipped ones.
     """
 
     model: Any
@@ -58,6 +62,8 @@ class EmulatorSession:
     start: np.ndarray
     seed: int
     engine: str = ""
+    workers: Workers | None = None
+    refreshed: Refresh = field(default=(), init=False)
     _vetted: Refresh = field(default=(), init=False)
 
     def put(self, adapter: np.ndarray) -> None:
@@ -84,6 +90,7 @@ class EmulatorSession:
           UnsupportedModel: the vetting found a known trap.
         """
         self.biases.put(())
+        self.refreshed = ()
         if not refresh:
             return
         try:
@@ -93,9 +100,15 @@ class EmulatorSession:
                 self.put(self.start)
                 vet_refresh(plain_of(self.model), self.frame, moved, self.limits, seed=self.seed)
                 self._vetted = refresh
+            self.refreshed = refresh
         except OffsiteError:
             self.biases.put(())
             raise
+
+    def close(self) -> None:
+        """Ends the workers; a second time changes nothing."""
+        if self.workers is not None:
+            self.workers.close()
 
 
 def open_session(
@@ -107,6 +120,7 @@ def open_session(
     seed: int,
     weights: str = "widened",
     device: torch.device | str = CPU,
+    vetted: bool = False,
 ) -> EmulatorSession:
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
@@ -118,6 +132,8 @@ def open_session(
       seed: seed of the examples that the vetting draws; a secret of the site, except in a simulation.
       weights: form in which frozen weights lie in memory, see `SiteSettings.weights`.
       device: device on which the emulator is vetted and trained.
+      vetted: whether another process of this site has vetted this package for this job, so that it is only loaded; the
+        bytes are compared with the digest all the same.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
@@ -137,7 +153,9 @@ def open_session(
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
     rounded = round_layers(model, facts, weights) if weights in ROUNDINGS else {}
-    vetted, slots = vet(folder, model, facts, limits, seed=seed), Slots.of(model, facts)
+    vettings, slots = list[Vetting](), Slots.of(model, facts)
+    if not vetted:
+        vettings.append(vet(folder, model, facts, limits, seed=seed))
     given = read_auxiliary(folder, model, facts)
     processor = task.load_processor(folder)
     _check_fit(task, processor, model, manifest.length)
@@ -145,8 +163,9 @@ def open_session(
         replace_linears(model, folder, facts, rounded)
     where = places(model, manifest.adapter)
     model = attach(model, manifest.adapter, given)
-    vettings = [vetted, vet_adapter(model, manifest.adapter, slots, limits, where)]
-    if given:
+    if not vetted:
+        vettings.append(vet_adapter(model, manifest.adapter, slots, limits, where))
+    if given and not vetted:
         vettings.append(vet_auxiliary(plain_of(model), frame, limits, seed=seed))
     layout = Layout.of(model)
     if layout.digest() != manifest.layout.digest():

@@ -1,5 +1,6 @@
 """One round's training at a site: from the coordinator's adapter to this site's update."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from offsite.client.training.emulator_session import EmulatorSession
 from offsite.client.training.fedprox import proximal_pull
 from offsite.client.training.privacy_plan import SitePlan, round_terms
 from offsite.client.training.trainable_subset import only_trainable
+from offsite.client.training.worker_messages import Beginning
 from offsite.errors import PrivacyRefusal
 from offsite.privacy import zero_order
 from offsite.privacy.mechanism import DpTraining, Outcome, train
@@ -82,34 +84,48 @@ def local_update(job: SiteJob, start: np.ndarray, *, randomness: Randomness, num
     session, manifest = job.session, job.manifest
     session.put(start)
     if manifest.aggregation.directions:
-        return _along_directions(job, randomness, number)
+        return _along_directions(job, start, randomness, number)
     if not session.engine:
         # The probe sees no private record: a refusal would tell of its gradient without noise. The probe sees the whole
         # adapter: other rounds, and other sites with this session, train other parts of it.
         batch = session.task.dummy_batch(session.model, manifest.length, seed=session.seed)
         session.engine = choose_engine(session.model, session.task.losses, batch)
-    with _refusals_without_reason(), only_trainable(session.model, manifest, site=job.site, number=number):
-        training, mu = _training(job, randomness, session.engine), manifest.aggregation.proximal
+    with (
+        _refusals_without_reason(),
+        only_trainable(session.model, manifest, site=job.site, number=number),
+        _training(job, start, randomness, session.engine, number) as training,
+    ):
+        mu = manifest.aggregation.proximal
         outcome = train(training, proximal_pull(training, mu)) if mu else train(training)
     moved = select_uploaded(manifest, number, session.layout.read(session.model) - start)
     update, bounded = within(moved, manifest.update_bound)
     return Trained(update, outcome, bounded, session.engine)
 
 
-def _along_directions(job: SiteJob, randomness: Randomness, number: int) -> Trained:
+def _along_directions(job: SiteJob, start: np.ndarray, randomness: Randomness, number: int) -> Trained:
     """Trains by forward passes alone; the update is the distance moved along each of the round's directions."""
-    with _refusals_without_reason():
-        outcome, moved = zero_order.train(_training(job, randomness, "loop"), directions_of(job.manifest, number))
+    with _refusals_without_reason(), _training(job, start, randomness, "loop", number) as training:
+        outcome, moved = zero_order.train(training, directions_of(job.manifest, number))
     update, bounded = within(moved, job.manifest.update_bound)
     return Trained(update, outcome, bounded, ZERO_ORDER)
 
 
-def _training(job: SiteJob, randomness: Randomness, engine: str) -> DpTraining:
-    """Returns one round's training on all records of the site."""
+@contextmanager
+def _training(
+    job: SiteJob, start: np.ndarray, randomness: Randomness, engine: str, number: int
+) -> Iterator[DpTraining]:
+    """Yields one round's training on all records of the site, begun at the session's workers."""
     terms = round_terms(job.manifest, job.plan, engine)
     session = job.session
     invented = session.task.dummy_batch(session.model, job.manifest.length, seed=session.seed).select([0])
-    return DpTraining(session.model, session.task.losses, job.examples, terms, randomness, invented)
+    training = DpTraining(session.model, session.task.losses, job.examples, terms, randomness, invented)
+    if session.workers is None:
+        yield training
+        return
+    along = directions_of(job.manifest, number) if job.manifest.aggregation.directions else None
+    beginning = Beginning(job.site, number, start, session.refreshed, terms, along)
+    with session.workers.own_threads():
+        yield dataclasses.replace(training, workers=session.workers.begin(beginning))
 
 
 @contextmanager
