@@ -201,8 +201,9 @@ def train(training: DpTraining, after_step: Callable[[], None] = _nothing) -> Ou
 def _add_up(training: DpTraining, sums: ClippedSum, drawn: np.ndarray) -> Counted:
     """Adds up one step's records, here and at the workers, and returns the examples that are in the sum."""
     own, *others = divided(drawn, training.workers)
+    state = parameter_state(training.model) if others else ()
     for worker, part in zip(training.workers, others, strict=True):
-        worker.send(parameter_state(training.model), training.records.select(part))
+        worker.send(state, training.records.select(part))
     counted = sums.add(training.records, own)
     for worker in training.workers:
         share = worker.receive()

@@ -23,6 +23,7 @@ from offsite.protos.job_manifest import JobManifest
 
 T = TypeVar("T")
 _FAULT = "TrainingFault"
+EXIT_BROKEN = 70
 
 
 def serve(connection: Connection) -> None:
@@ -35,6 +36,8 @@ def serve(connection: Connection) -> None:
             send(connection, worker.answer(receive(connection)))
     except (EOFError, OSError):
         return
+    except Exception:  # as memory that is too short for a message; its words could quote a record
+        raise SystemExit(EXIT_BROKEN) from None
 
 
 class WorkerTraining:

@@ -157,7 +157,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno())],  # -P: no module from the current folder
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=without_proxies(os.environ) | {"OMP_NUM_THREADS": str(self._opening.threads)},

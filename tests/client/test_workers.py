@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,29 +15,35 @@ import numpy as np
 import psutil
 import pytest
 
+from offsite.client.home.installation import SiteHome
+from offsite.client.home.settings import SETTINGS, SiteSettings
+from offsite.client.service.doctor import FAILED, FINE, WARNED, examine
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.training.emulator_session import EmulatorSession
 from offsite.client.training.local_update import SiteJob, Trained, local_update
 from offsite.client.training.privacy_plan import plan_for
 from offsite.client.training.worker_program import EXIT_ALONE
 from offsite.client.training.workers import WorkerProcess
-from offsite.errors import TrainingFault
+from offsite.errors import ConfigError, TrainingFault
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.randomness import Randomness
 from offsite.protos import codec
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest
 from offsite.secagg import ring
-from tests.memory_federation import RunningSite, World, make_world
+from offsite.trust.toml_tables import read_settings
+from tests.client.test_refresh import ALIGNED
+from tests.memory_federation import NOW, RunningSite, World, make_world
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def world(fed: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    steps = fed.with_name("steps.toml")
-    steps.write_text(fed.read_text().replace("batch = 8", "batch = 8\nlocal_steps = 3"))
-    return make_world(steps, tmp_path_factory.mktemp("workers"))
+    text = fed.read_text().replace("batch = 8", "batch = 8\nlocal_steps = 3")
+    path = fed.with_name("workers.toml")
+    path.write_text(text.replace('compress = ["int4:32"]\ngate = 0.1\n', ALIGNED))
+    return make_world(path, tmp_path_factory.mktemp("workers"))
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,18 @@ def test_by_forward_passes_the_update_is_the_same_bit_for_bit(two: Two) -> None:
     np.testing.assert_array_equal(found.update, expected.update)
 
 
+def test_a_worker_has_the_biases_that_moved(two: Two) -> None:
+    session, before = two.session, two.trained(two.world.manifest)
+    moved = tuple(
+        (name, (np.frombuffer(values, "<f2") + np.float16(0.125)).tobytes()) for name, values in session.biases.values()
+    )
+    session.refresh(moved)
+    found, _ = two.assert_same(two.world.manifest)
+    assert not np.array_equal(found.update, before.update)
+    session.refresh(())
+    two.assert_same(two.world.manifest)
+
+
 def test_a_worker_opens_no_connection_and_holds_no_file_for_writing(two: Two) -> None:
     two.trained(two.world.manifest)
     assert two.process.net_connections(kind="inet") == []
@@ -166,3 +185,33 @@ def test_a_worker_ends_with_the_process_that_started_it_however_that_ends() -> N
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert worker.wait(timeout=60) in (EXIT_ALONE, 0, None)  # nobody is left to read its code
+
+
+@pytest.mark.parametrize(
+    ("lines", "state", "told"),
+    [
+        ("", FINE, "auto, in one process"),
+        (
+            'device = "cpu"\nprocesses = 64',
+            WARNED,
+            "64 processes on cpu, .*; processes=64: PyTorch has .* threads here",
+        ),
+        ('device = "gpu"\nprocesses = 2', FAILED, "device='gpu': PyTorch .* finds no such device here"),
+    ],
+)
+def test_the_line_of_doctor(tmp_path: Path, lines: str, state: str, told: str) -> None:
+    (tmp_path / "records.txt").write_text("a record\n")
+    made = SiteHome.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
+    settings = made.folder / SETTINGS
+    kept = [line for line in settings.read_text().splitlines() if not lines or line.split()[0] not in lines]
+    settings.write_text("\n".join([*kept, lines]))
+    (finding,) = [one for one in examine(SiteHome.open(made.folder), lambda: NOW) if one.check == "device"]
+    assert finding.state == state
+    assert re.search(told, finding.detail)
+
+
+def test_a_number_of_processes_that_cannot_be_is_refused_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / SETTINGS
+    path.write_text('name = "ash"\ndata = "records.txt"\nprocesses = 0\n')
+    with pytest.raises(ConfigError, match=r"site\.toml.*processes=0: must be from 1 to 64"):
+        read_settings(path, SiteSettings)
