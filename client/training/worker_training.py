@@ -52,6 +52,8 @@ class WorkerTraining:
 
     def __init__(self, opening: Opening) -> None:
         torch.set_num_threads(opening.threads)
+        if (index := torch.device(opening.device).index) is not None:
+            torch.accelerator.set_device_index(index)  # so that nothing of this process lies on the first device
         self._manifest = JobManifest.from_bytes(opening.manifest)
         self._session = open_session(
             opening.folder,

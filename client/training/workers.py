@@ -204,7 +204,8 @@ class WorkerProcess:
         self._connection, self._owed = None, []
         if self.process is not None and self.process.poll() is None:
             self.process.kill()  # it holds nothing that has to be put down
-            self.process.wait(STOP_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_SECONDS)
 
     def _send(self, message: Opening | Beginning | Step) -> None:
         try:

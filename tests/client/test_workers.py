@@ -210,8 +210,8 @@ def test_the_line_of_doctor(tmp_path: Path, lines: str, state: str, told: str) -
     assert re.search(told, finding.detail)
 
 
-def test_a_number_of_processes_that_cannot_be_is_refused_with_the_file(tmp_path: Path) -> None:
+def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path: Path) -> None:
     path = tmp_path / SETTINGS
     path.write_text('name = "ash"\ndata = "records.txt"\nprocesses = 0\n')
-    with pytest.raises(ConfigError, match=r"site\.toml.*processes=0: must be from 1 to 64"):
+    with pytest.raises(ConfigError, match=r"processes=0: must be from 1 to 64"):
         read_settings(path, SiteSettings)
