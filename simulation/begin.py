@@ -71,7 +71,8 @@ def resume(
     file = Path(run.origin.file)
     if run.origin.file and file.is_file() and sha256_file(file) != run.config_sha256:
         return begin(file, folder, run.origin, on_warning, on_step, device=device)
-    _check(run.config, folder, Findings(on_step=on_step), on_warning)
+    prepared = run.store.job() is not None
+    _check(run.config, folder, Findings(on_step=on_step), on_warning, prepared=prepared)
     return run
 
 
@@ -88,9 +89,15 @@ def configured(config: FedConfig, origin: Origin) -> FedConfig:
 
 
 def _check(
-    config: FedConfig, out: Path, findings: Findings, on_warning: Callable[[str], None], scope: Scope = EVERYTHING
+    config: FedConfig,
+    out: Path,
+    findings: Findings,
+    on_warning: Callable[[str], None],
+    scope: Scope = EVERYTHING,
+    *,
+    prepared: bool = False,
 ) -> None:
-    check_simulation(config, out, findings, scope)
+    check_simulation(config, out, findings, scope, prepared=prepared)
     for warning in findings.warnings:
         on_warning(warning)
     findings.check()

@@ -5,6 +5,7 @@ from pathlib import Path
 from offsite.client.training.privacy_plan import check_batch
 from offsite.coordinator.check.federation import EVERYTHING, Parties, Scope, check_records
 from offsite.coordinator.check.machine import check_room
+from offsite.coordinator.check.packages import check_packages
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.privacy.calibrate import check_reachable, public_delta
 from offsite.protos.job_manifest import PrivacyTerms
@@ -14,7 +15,9 @@ from offsite.task.learning_check import DataFile
 from offsite.task.nothing_to_learn import HELD_OUT, PUBLIC, TRAINING
 
 
-def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Scope = EVERYTHING) -> None:
+def check_simulation(
+    config: FedConfig, out: Path, findings: Findings, scope: Scope = EVERYTHING, *, prepared: bool = False
+) -> None:
     """Checks everything that a simulation reads; writes nothing.
 
     Args:
@@ -22,6 +25,7 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
       out: run folder, which may not exist yet.
       findings: findings so far, to which all findings are added.
       scope: what can be checked.
+      prepared: whether the run folder holds the prepared job, with its copies of packages that were built before.
     """
     if not config.sites:
         findings.add("sites: a simulation needs [[sites]], or data.sites_dir with data.owners; add them")
@@ -32,6 +36,8 @@ def check_simulation(config: FedConfig, out: Path, findings: Findings, scope: Sc
     parts += [(f"site={site.name}", HELD_OUT, site.heldout) for site in config.sites]
     parties = Parties(names, config.secagg.fewest(len(names)))
     checked = check_records(config, parties, (("", PUBLIC, config.data.public), *parts), findings, scope)
+    if scope.packages and not prepared:
+        check_packages(config, out, findings)
     labels = {_owner(file): only_numbers(file.records) for file in checked.read}
     for warning in disagreement(labels, checked.model_config):
         findings.warn(warning)

@@ -1,7 +1,7 @@
 """Loads a model from its directory, with a message of one line for every fault of the directory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,18 @@ from torch import nn
 
 from offsite.errors import DataError
 from offsite.task.kinds import KINDS
-from offsite.task.model_folder import check_folder, check_weights, line, read_config, unused, without_adapter
+from offsite.task.model_folder import check_folder, check_weights, document, line, read_config, unused, without_adapter
+from offsite.task.packed_format import KEY
+from offsite.task.packed_weights import StoredTensor, dense_tensors, without_zero_biases
 from offsite.task.tokenizer import Tokenizer
 
 log = logging.getLogger("offsite.task")
+_OPTIONS: dict[str, Any] = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+    "ignore_mismatched_sizes": True,  # refused below, by name
+    "output_loading_info": True,
+}
 
 
 def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
@@ -34,27 +42,39 @@ def load(path: Path | str, *, dtype: torch.dtype, kind: str) -> Any:
       UnsupportedModel: transformers knows no such model of this kind.
     """
     folder = Path(path)
-    read_config(folder, kind)
+    config = read_config(folder, kind)
     check_weights(folder)
+    packed = dense_tensors(folder)
     try:
         with without_adapter(folder) as plain, _without_report():
-            model, report = KINDS[kind].from_pretrained(
-                str(plain),
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
+            model, report = (
+                _widened(packed, config, kind, dtype)
+                if packed
+                else KINDS[kind].from_pretrained(str(plain), dtype=dtype, use_safetensors=True, **_OPTIONS)
             )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, ImportError, AssertionError) as error:
         raise DataError(f"model={str(folder)!r} cannot be read ({line(error)}); save it again") from error
     _check_report(report, folder)
-    if note := unused(folder, sorted(report["unexpected_keys"]), model.config):
+    if note := unused(folder, without_zero_biases(packed, sorted(report["unexpected_keys"])), model.config):
         log.warning("%s", note)
     _check_finite(model, folder)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def stored_dtype(path: Path | str) -> torch.dtype:
+    """Returns the dtype that holds a folder's weights: of its config.json, and float32 where the file names no dtype.
+
+    Packed weights are widened to float16, which bfloat16 does not hold. So float32 holds a packed checkpoint whose
+    other weights are in bfloat16.
+    """
+    try:
+        values = document(Path(path))
+    except DataError:
+        return torch.float32  # the loader's error names the fault of the folder
+    name = values.get("dtype") or values.get("torch_dtype")
+    known = {"float16": torch.float16} if values.get(KEY) else {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known.get(str(name), torch.float32)
 
 
 def load_tokenizer(path: Path | str, *, with_images: bool = False) -> Tokenizer:
@@ -66,6 +86,15 @@ def load_tokenizer(path: Path | str, *, with_images: bool = False) -> Tokenizer:
     folder = Path(path)
     check_folder(folder)
     return Tokenizer.of(folder, with_images=with_images)
+
+
+def _widened(tensors: Mapping[str, StoredTensor], config: Any, kind: str, dtype: torch.dtype) -> Any:
+    """Returns the model of packed weights, with transformers' report; each tensor is widened when its turn comes."""
+    del config.quantization_config  # transformers would ask for the packages that compute with the codes
+    known = KINDS[kind]._model_mapping[type(config)]
+    classes = known if isinstance(known, tuple) else (known,)
+    named = [one for one in classes if one.__name__ in (config.architectures or ())]
+    return (named or classes)[0].from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype, **_OPTIONS)
 
 
 @contextmanager

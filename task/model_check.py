@@ -12,6 +12,7 @@ from typing import Any
 from offsite.errors import DataError, lookup
 from offsite.task import model_folder
 from offsite.task.findings import Findings
+from offsite.task.packed_format import packed_format
 from offsite.task.record_fields import FIELDS
 from offsite.task.spec import Task
 from offsite.task.stated_config import check_rows, stated
@@ -66,7 +67,7 @@ def check_files(task: str, folder: Path, findings: Findings) -> ModelFiles | Non
     with findings.gathering():
         document = model_folder.document(folder)
         with findings.gathering():
-            model_folder.check_plain(folder, document)
+            packed_format(folder, document)
         with findings.gathering():
             model_folder.check_weights(folder)
         tokenizer = Tokenizer.of(folder)

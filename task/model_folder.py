@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from offsite.errors import DataError, UnsupportedModel
+from offsite.task.packed_format import packed_format
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -64,22 +65,6 @@ def read_config(folder: Path, kind: str) -> Any:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each model has its own checks, and each raises what it likes
         raise DataError(f"model={str(folder)!r} has a wrong config.json ({line(error)}); correct that value") from error
-
-
-def check_plain(folder: Path, values: dict[str, Any]) -> None:
-    """Refuses a model with quantised weights.
-
-    Args:
-      folder: the model's folder.
-      values: content of its config.json.
-
-    Raises:
-      UnsupportedModel: config.json has a quantization_config.
-    """
-    if values.get("quantization_config"):
-        raise UnsupportedModel(
-            f"model={str(folder)!r} has a quantization_config, must have plain weights; save a dequantised copy"
-        )
 
 
 def check_weights(folder: Path) -> None:
@@ -183,7 +168,7 @@ def _check_type(folder: Path, values: dict[str, Any], kind: str) -> None:
             f"model_type={name!r} must be a {WORDS[kind]} of transformers, and code{code} in the model's directory is "
             "never run; choose another model"
         )
-    check_plain(folder, values)
+    packed_format(folder, values)
     names = values.get("architectures") or known[name]
     if not set(names) & {class_name for class_names_of_type in known.values() for class_name in class_names_of_type}:
         raise UnsupportedModel(f"architectures={names} must be a {WORDS[kind]}; choose another model")

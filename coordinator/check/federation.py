@@ -9,8 +9,9 @@ from typing import Any
 from offsite.coordinator.check.machine import check_port, check_room
 from offsite.coordinator.check.model import check_model, check_structure, counter_of, is_in_doubt
 from offsite.coordinator.check.names import check_method, check_names
+from offsite.coordinator.check.packages import check_packages
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.coordinator.home.job_settings import run_folder
+from offsite.coordinator.home.job_settings import JOB, run_folder
 from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.coordinator.job.public_counts import check_public
 from offsite.errors import ConfigError, lookup
@@ -61,6 +62,11 @@ class Scope:
     def structure(self) -> bool:
         """Whether blocks and adapter can be looked for in the model."""
         return not self._any("model.", "emulator.", "adapter.", "aggregation.")
+
+    @property
+    def packages(self) -> bool:
+        """Whether packages that were built before can be compared with the file."""
+        return not self._any("model.", "emulator.first", "emulator.last", "emulator.shape", "emulator.package")
 
     @property
     def plans(self) -> bool:
@@ -209,7 +215,7 @@ def check_coordinator(
     """
     if config.coordinator is None:
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
-    parties = Parties(None, config.secagg.n_min)
+    parties, place = Parties(None, config.secagg.n_min), out
     with findings.gathering():
         home = CoordinatorHome.open(Path(config.coordinator.home))
         with findings.gathering():
@@ -218,12 +224,15 @@ def check_coordinator(
             epoch = home.federation()
             sites = [member.site for member in epoch.members]
             parties = Parties(sites, max(epoch.n_min, config.secagg.n_min))
-        check_room(config, run_folder(home, config, out), COORDINATOR * _kinds(config), findings)
+        place = run_folder(home, config, out)
+        check_room(config, place, COORDINATOR * _kinds(config), findings)
         if not running:
             bind = home.settings.bind or home.settings.host
             check_port("link_port", bind, home.settings.link_port, findings)
             check_port("depot_port", bind, home.settings.depot_port, findings)
     check_records(config, parties, (("", PUBLIC, config.data.public),), findings, scope)
+    if scope.packages and not (place is not None and (place / JOB).is_file()):  # a prepared job has its own copies
+        check_packages(config, place, findings)
 
 
 def _kinds(config: FedConfig) -> int:

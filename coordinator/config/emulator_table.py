@@ -1,10 +1,13 @@
 """The table [emulator] of the federation file: one emulator for all sites, or other emulators for some sites."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from offsite.errors import ConfigError, nearest
+
+BUILD = ("compress", "embedding")  # keys of a build, which a package that was built before contradicts
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,15 @@ class VariantConfig:
       compress: compressors of the blocks between, as in [emulator]; absent takes the value of [emulator].
       embedding: storage of the embedding tables, as in [emulator]; absent takes the value of [emulator].
       gate: smallest gradient cosine, from -1 to 1; absent takes the value of [emulator].
+      package: folder of a package that was built before, in place of `compress` and `embedding`; absent takes the
+        value of [emulator], unless the entry has a `compress` of its own.
     """
 
     sites: tuple[str, ...]
     compress: tuple[str, ...] | None = None
     embedding: str | None = None
     gate: float | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,20 @@ class EmulatorVariant:
 
     Attributes:
       sites: names of the sites that get the emulator, sorted.
-      compress, embedding, gate: settings as in `EmulatorConfig`.
+      compress, embedding, gate: settings as in `EmulatorConfig`; no compressors and no storage with a package.
+      package: folder of a package that was built before; empty where the package is built for the job.
     """
 
     sites: tuple[str, ...]
     compress: tuple[str, ...]
     embedding: str
     gate: float
+    package: str = ""
 
     @property
-    def settings(self) -> tuple[tuple[str, ...], str]:
+    def settings(self) -> tuple[tuple[str, ...], str, str]:
         """The settings that make the package; variants with equal settings are one emulator."""
-        return self.compress, self.embedding
+        return self.compress, self.embedding, self.package
 
     def joined(self, other: "EmulatorVariant") -> "EmulatorVariant":
         """Returns the variant for the sites of both variants; it keeps to both gates."""
@@ -65,6 +73,8 @@ class EmulatorConfig:
         1.
       refresh: number of rounds after which the biases of the blocks between are aligned anew to the tuned adapter; 0
         never aligns them anew.
+      package: folder of a package that `offsite emulator build` made of this model, in place of `compress` and
+        `embedding`; the run takes a copy. Empty builds a package for the job.
       variants: entries of other emulators for some sites.
     """
 
@@ -75,6 +85,7 @@ class EmulatorConfig:
     embedding: str = "int8"
     gate: float = 0.6
     refresh: int = 0
+    package: str = ""
     variants: tuple[VariantConfig, ...] = ()
 
     def kinds(self, sites: Collection[str]) -> tuple[EmulatorVariant, ...]:
@@ -110,17 +121,73 @@ class EmulatorConfig:
         ]
         return dataclasses.replace(self, variants=tuple(variant for variant in kept if variant.sites))
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The folders of packages that were built before, each once, in the order of the file."""
+        named = (self.package, *(variant.package or "" for variant in self.variants))
+        return tuple(dict.fromkeys(folder for folder in named if folder))
+
+    def in_place(self, place: Callable[[str], str]) -> "EmulatorConfig":
+        """Returns the settings with `place` of each package's folder."""
+        variants = tuple(
+            dataclasses.replace(variant, package=place(variant.package)) if variant.package else variant
+            for variant in self.variants
+        )
+        return dataclasses.replace(self, package=self.package and place(self.package), variants=variants)
+
     def _default(self, sites: Collection[str]) -> EmulatorVariant:
         others = {site for variant in self.variants for site in variant.sites}
-        return EmulatorVariant(tuple(sorted(set(sites) - others)), self.compress, self.embedding, self.gate)
+        return self._made(set(sites) - others, self.compress, self.embedding, self.gate, self.package)
 
     def _kind(self, variant: VariantConfig) -> EmulatorVariant:
-        return EmulatorVariant(
-            tuple(sorted(variant.sites)),
+        inherited = self.package if variant.compress is None else ""
+        return self._made(
+            variant.sites,
             self.compress if variant.compress is None else variant.compress,
             self.embedding if variant.embedding is None else variant.embedding,
             self.gate if variant.gate is None else variant.gate,
+            inherited if variant.package is None else variant.package,
         )
+
+    @staticmethod
+    def _made(
+        sites: Collection[str], compress: tuple[str, ...], embedding: str, gate: float, package: str
+    ) -> EmulatorVariant:
+        built = ((), "") if package else (compress, embedding)
+        return EmulatorVariant(tuple(sorted(sites)), *built, gate, package)
+
+
+def check_stated(table: Mapping[str, Any]) -> None:
+    """Checks the keys that the table [emulator] states: a package that was built before has its recipe already.
+
+    Args:
+      table: the parsed table.
+
+    Raises:
+      ConfigError: a package stands beside a key of a build, or an entry takes from [emulator] what a package replaces.
+    """
+    _check_beside_package(table, "emulator", "emulator.{}")
+    variants = table.get("variants")
+    for place, entry in enumerate(variants if isinstance(variants, list) else ()):
+        if isinstance(entry, Mapping):
+            where = f"emulator.variants[{place}]"
+            _check_beside_package(entry, where, "emulator.variants")
+            if table.get("package") and "embedding" in entry and not ("compress" in entry or "package" in entry):
+                raise ConfigError(
+                    f"{where}.embedding={entry['embedding']!r}: [emulator] has a package and no recipe; state compress "
+                    "in this entry too, or leave embedding out",
+                    key="emulator.variants",
+                )
+
+
+def _check_beside_package(table: Mapping[str, Any], where: str, at_fault: str) -> None:
+    for key in BUILD:
+        if table.get("package") and table.get(key) is not None:
+            raise ConfigError(
+                f"{where}.{key}={table[key]!r} beside {where}.package={table['package']!r}: a package that was built "
+                f"before has its recipe already; remove {key}, or remove package and build anew",
+                key=at_fault.format(key),
+            )
 
 
 def check_emulator(emulator: EmulatorConfig) -> None:

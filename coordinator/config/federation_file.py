@@ -12,7 +12,7 @@ from offsite.coordinator.config.aggregation_table import AggregationConfig, Seca
 from offsite.coordinator.config.compute_table import ComputeConfig
 from offsite.coordinator.config.coordinator_table import CoordinatorConfig
 from offsite.coordinator.config.data_tables import DataConfig, ModelConfig, SiteConfig
-from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator
+from offsite.coordinator.config.emulator_table import EmulatorConfig, check_emulator, check_stated
 from offsite.coordinator.config.training_tables import AdapterConfig, EvaluationConfig, PrivacyConfig, TrainingConfig
 from offsite.errors import ConfigError, DataError
 from offsite.privacy.ranges import HIGHEST, LOWEST, LOWEST_SPACING, MAX_PHYSICAL_BATCH
@@ -171,7 +171,7 @@ def read_config(path: Path) -> tuple[FedConfig, str]:
       ConfigError: the file is not TOML, has an unknown key, misses a key, or has a value of a wrong type or range.
     """
     content, sha256 = _read(path)
-    return parse_config(content, path.resolve().parent), sha256
+    return _checked(content, path.resolve().parent), sha256
 
 
 def read_with_faults(path: Path) -> tuple[FedConfig | None, list[ConfigError]]:
@@ -190,7 +190,7 @@ def read_with_faults(path: Path) -> tuple[FedConfig | None, list[ConfigError]]:
     faults = list[ConfigError]()
     while True:
         try:
-            return parse_config(content, path.resolve().parent), faults
+            return _checked(content, path.resolve().parent), faults
         except ConfigError as fault:
             faults.append(fault)
             if not _leave_out(content, fault.key):
@@ -218,6 +218,16 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={str(path)!r} is not valid TOML ({error}); correct that line") from error
     return content, hashlib.sha256(raw).hexdigest()
+
+
+def _checked(content: dict[str, Any], folder: Path) -> FedConfig:
+    """Returns the configuration of a federation file, whose stated keys must not contradict each other.
+
+    The copy in a run folder states every key, with defaults, so it is read by `parse_config` alone.
+    """
+    if isinstance(table := content.get("emulator"), dict):
+        check_stated(table)
+    return parse_config(content, folder)
 
 
 def parse_config(content: dict[str, Any], folder: Path, source: str = "config") -> FedConfig:
@@ -261,4 +271,5 @@ def _absolute(config: FedConfig, folder: Path) -> FedConfig:
         coordinator=coordinator,
         aggregation=dataclasses.replace(config.aggregation, earlier=earlier),
         adapter=dataclasses.replace(config.adapter, frozen=frozen),
+        emulator=config.emulator.in_place(full),
     )

@@ -20,6 +20,7 @@ from offsite.coordinator.job.job_facts import EmulatorScores
 from offsite.coordinator.job.public_records import GATE_EXAMPLES, PublicRecords
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Store
+from offsite.emulator.build.built_before import BuiltPackage
 from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
@@ -28,7 +29,7 @@ from offsite.emulator.package import package_reader
 from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.runtime.refresh_state import Frame, Refreshable
 from offsite.emulator.structure.geometry import Geometry
-from offsite.errors import OffsiteError
+from offsite.errors import ConfigError, OffsiteError
 from offsite.privacy.clipping_bound import median_norm
 from offsite.privacy.probe import choose_engine
 from offsite.privacy.zero_order import SEED_BYTES, Directions, median_slope
@@ -98,7 +99,11 @@ class EmulatorFactory:
         compared = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)
         manifests = []
         for kind in self.kinds:
-            with self._named(kind, "build the emulator package"):
+            step = f"take the emulator package {kind.package}" if kind.package else "build the emulator package"
+            with self._named(kind, step):
+                if kind.package:
+                    manifests.append(self._taken(full, kind))
+                    continue
                 facts = write_package(
                     full,
                     EmulatorDesign(self.geometry, kind.compress, kind.embedding),
@@ -108,7 +113,30 @@ class EmulatorFactory:
                     auxiliary=self.given,
                 )
             manifests.append(facts)
+        self._check_different(manifests)
         return manifests
+
+    def _check_different(self, manifests: list[Manifest]) -> None:
+        """Refuses two entries with one emulator, which the job's manifest could not tell apart."""
+        sites = dict[str, tuple[str, ...]]()
+        for kind, facts in zip(self.kinds, manifests, strict=True):
+            if (others := sites.setdefault(facts.digest(), kind.sites)) != kind.sites:
+                raise ConfigError(
+                    f"emulator of sites={', '.join(kind.sites)}: is the emulator of sites={', '.join(others)} too; "
+                    "name all of these sites in one entry, or none of them"
+                )
+
+    def _taken(self, full: Any, kind: EmulatorVariant) -> Manifest:
+        """Copies a package that was built before into the run folder, and refuses a package of anything else.
+
+        The check before the run compared the same; files may have changed since then.
+        """
+        built = BuiltPackage.open(Path(kind.package))
+        geometry = self.geometry
+        misfits = built.misfits(geometry.first, geometry.last, geometry.shape, Path(self.config.model.path))
+        for fault in (*misfits, *built.differences(full)):
+            raise ConfigError(f"emulator.package={kind.package!r} {fault}")
+        return built.copy_to(self._folder(kind), self.given)
 
     def measure(self, full: Any, packages: list[Manifest]) -> tuple[tuple[Emulator, ...], float]:
         """Gates and scores every emulator, with one emulator in memory at a time.

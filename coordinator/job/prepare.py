@@ -1,6 +1,5 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,6 +35,7 @@ from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
+from offsite.task.checkpoint import stored_dtype
 from offsite.task.device import choose_device
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
@@ -206,16 +206,6 @@ def _check_same(store: Store, name: str, digest: str, expected: str) -> None:
             f"{name}={digest[:16]}: run {str(store.folder)!r} began with {expected[:16]}; put that {name} back, or "
             "start a new run"
         )
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the dtype that `config.json` of a model folder names, and float32 where the file names no dtype."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return torch.float32  # the loader's error names the fault of the folder
-    name = config.get("dtype") or config.get("torch_dtype")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def _most_moves(training: TrainingConfig) -> float:
