@@ -61,7 +61,7 @@ def simulation_report(run: Run, job: Job, outcome: SimulationOutcome) -> Report:
         secagg=facts.secagg_facts(manifest, records),
         rounds=tuple(_with_losses(run, manifest, record) for record in records),
         cost=outcome.cost,
-        warnings=facts.warnings_of(job, records, outcome.quality, outcome.data),
+        warnings=facts.warnings_of(run.config, job, records, outcome.quality, outcome.data),
         provenance=facts.provenance_of(run.config, run.config_sha256, manifest, outcome.started),
         data=outcome.data,
     )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.task.kinds import KINDS
-from offsite.task.model_folder import beside, check_weights, read_config
+from offsite.task.model_folder import beside, check_weights, document, read_config
+from offsite.task.packed_format import packed_format
+from offsite.task.packed_weights import dense_tensors
 from offsite.task.spec import Task
 from offsite.task.stated_config import check_rows
 
@@ -51,6 +53,9 @@ def check_fit(task: Task, folder: Path | str, length: int, processor: Any) -> li
     check_weights(path)
     check_token_ids(config, getattr(processor, "largest_id", None), task.kind)
     notes = beside(path)
+    if (packed := packed_format(path, document(path))) is not None:
+        dense_tensors(path)  # each packed layer has its pieces
+        notes.append(f"model={str(path)!r}: {packed.sentence}")
     if task.kind not in WITH_LENGTH:
         return notes
     most = most_positions(_empty(config, task.kind))

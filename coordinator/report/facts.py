@@ -19,6 +19,8 @@ from offsite.coordinator.report.quality_facts import Quality
 from offsite.errors import ConfigError, lookup
 from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.job_manifest import JobManifest
+from offsite.task.model_folder import document
+from offsite.task.packed_format import packed_format
 from offsite.trust.collusion import weaker_sentence
 from offsite.trust.files import sha256_file
 
@@ -98,7 +100,7 @@ def unit_of(manifest: JobManifest) -> str:
 
 
 def warnings_of(
-    job: Job, records: tuple[RoundRecord, ...], quality: Quality, data: tuple[DataFacts, ...]
+    config: FedConfig, job: Job, records: tuple[RoundRecord, ...], quality: Quality, data: tuple[DataFacts, ...]
 ) -> tuple[str, ...]:
     """Returns the sentences that a reader of the report must not miss."""
     warnings = []
@@ -107,6 +109,9 @@ def warnings_of(
         warnings.append(NO_SECAGG_WARNING)
     if weaker := weaker_sentence(job.manifest.accomplices, len(job.manifest.roster)):
         warnings.append(weaker)
+    model = Path(config.model.path)
+    if (packed := packed_format(model, document(model))) is not None:
+        warnings.append(packed.sentence)
     if not job.manifest.privacy.private:
         warnings.append("privacy is off: gradients were neither clipped nor noised, epsilon is unbounded")
     warnings += [line for own in data for line in own.warnings]

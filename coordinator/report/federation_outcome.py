@@ -101,7 +101,7 @@ def federation_report(
         secagg=facts.secagg_facts(job.manifest, records),
         rounds=records,
         cost=None,
-        warnings=facts.warnings_of(job, records, quality, data),
+        warnings=facts.warnings_of(config, job, records, quality, data),
         provenance=facts.provenance_of(config, started.config_sha256, job.manifest, started.at),
         data=data,
     )

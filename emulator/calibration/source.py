@@ -22,6 +22,7 @@ from offsite.emulator.structure.towers import main_tower
 from offsite.errors import UnsupportedModel
 from offsite.task.device import CPU
 from offsite.task.model_folder import check_weights, unused, weight_files
+from offsite.task.packed_weights import dense_tensors, without_zero_biases
 
 log = logging.getLogger("offsite.emulator")
 # Tables of positions that earlier releases of transformers stored; transformers passes over them, too.
@@ -81,7 +82,8 @@ class ShardSource:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str = CPU) -> None:
         text = own_config_text(folder)
         check_weights(folder)
-        self._files = weight_files(folder)
+        self._packed = dense_tensors(folder)
+        self._files = {n: tensor.file for n, tensor in self._packed.items()} or weight_files(folder)
         self.model: Any = empty_model(text, kind_of(text), dtype)
         self._blocks = main_tower(self.model).blocks
         self._dtype, self._device = dtype, torch.device(device)
@@ -140,7 +142,8 @@ class ShardSource:
         """Returns the stored names for which the model has no place; transformers knows some of them as harmless."""
         harmless = [*HARMLESS, *(self.model._keys_to_ignore_on_load_unexpected or ())]
         left = self._files.keys() - set(self._stored.values())
-        return sorted(name for name in left if not any(re.search(pattern, name) for pattern in harmless))
+        named = sorted(name for name in left if not any(re.search(pattern, name) for pattern in harmless))
+        return without_zero_biases(self._packed, named)
 
     def _visit(self, path: str, block: nn.Module) -> Callable[..., Any]:
         kind: Any = type(block)
@@ -178,7 +181,8 @@ class ShardSource:
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as stored:
                 for name in wanted:
-                    tensor = stored.get_tensor(self._stored[name])
+                    own = self._stored[name]
+                    tensor = self._packed[own].read() if own in self._packed else stored.get_tensor(own)
                     # A copy: the file's pages are gone once it is closed.
                     kept = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
                     read[name] = kept.to(device, copy=True)

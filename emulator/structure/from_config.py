@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from offsite.emulator.structure import denoisers
 from offsite.errors import DataError, MalformedMessage, UnsupportedModel, lookup
 from offsite.task.kinds import KINDS
+from offsite.task.packed_format import packed_format
 
 # A package names its kind of model by one of these keys; no name from a file is ever imported.
 AUTO: dict[str, Any] = {**KINDS, "diffusion": denoisers.AutoDiffusion}
@@ -66,8 +67,7 @@ def own_config_text(folder: Path) -> str:
         raise UnsupportedModel(
             f"path={str(path)!r}: transformers does not know its model_type; update transformers"
         ) from error
-    if "quantization_config" in document:
-        raise UnsupportedModel(f"model={str(folder)!r} is quantised; build from the plain weights")
+    packed_format(folder, document)  # refuses what is not read here; the weights are widened, so the model is plain
     config.architectures = document.get("architectures")
     return _text(json.loads(config.to_json_string(use_diff=True)))
 

@@ -157,7 +157,7 @@ FOLDERS: dict[str, tuple[Broken, str]] = {
     "no folder": (shutil.rmtree, "is not a directory"),
     "no configuration": (_without("config.json"), "has no config.json"),
     "damaged configuration": (_written("config.json", b"{"), "has a damaged config.json"),
-    "quantised": (_config(quantization_config={"bits": 4}), "has a quantization_config"),
+    "quantised": (_config(quantization_config={"bits": 4}), "quant_method='': read are gptq, awq and bitsandbytes"),
     "pointer": (_written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
     "cut": (_cut, "is cut or damaged"),
     "pickle": (_pickle, "has its weights only in a pickle"),

@@ -237,8 +237,8 @@ def test_code_in_the_directory_is_never_run(folder):
     assert "code of its own (modeling_own.py); the code is not run" in beside(folder)[0]
 
 
-def test_a_quantised_model_is_refused(folder):
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+def test_a_quantised_model_of_an_unread_format_is_refused(folder):
+    change_config(folder, quantization_config={"quant_method": "fp8"})
     refused(folder, UnsupportedModel, "dequantised")
 
 
