@@ -2,8 +2,9 @@
 
 `python -m bench.site_processes` makes an emulator in the shape of SmolLM2-135M with random weights, starts the workers,
 and trains the same steps in turn: in one process with one thread, in one process with all threads, and in several
-processes that share the threads. It prints JSON: wall-clock seconds of a step, ratios, seconds of the start, which is
-not part of a step, and how far the updates are apart in steps of the ring.
+processes that share the threads. It prints JSON: wall-clock seconds of a step, ratios, processor seconds of each
+process, which other programs disturb less, seconds of the start, which is not part of a step, and how far the updates
+are apart in steps of the ring.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def write_emulator(folder: Path) -> Path:
     words = models.WordLevel(vocab={f"w{index}": index for index in range(1000)}, unk_token="w0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", pad_token="w1").save_pretrained(model)
     source, ids = ShardSource(model, torch.bfloat16), torch.randint(1000, (2, 16))
-    design = EmulatorDesign(Geometry.of(source.model, 2, 2), ("int8:32",))
+    design = EmulatorDesign(Geometry.of(source.model, 2, 2), ("int8:32",), "int8:32")
     write_package(source, design, Calibration(lambda m: m(input_ids=ids)), package, tokenizer=model)
     return package
 
@@ -106,56 +107,79 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains in all ways in turn."""
-    import numpy as np
+def cpu_seconds() -> list[float]:
+    """Returns the processor seconds of this process and of each worker, so far."""
+    import psutil
+
+    this = psutil.Process()
+    return [sum(process.cpu_times()[:2]) for process in (this, *this.children())]
+
+
+def opened(arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any, float]:
+    """Returns a site's job on a new emulator, its workers, and the seconds that their start took."""
     import torch
 
     from offsite.client.training.emulator_session import open_session
-    from offsite.client.training.local_update import SiteJob, local_update
+    from offsite.client.training.local_update import SiteJob
     from offsite.client.training.privacy_plan import SitePlan
     from offsite.client.training.workers import Workers
     from offsite.emulator.vetting.limits import VettingThresholds
-    from offsite.privacy.randomness import Randomness
-    from offsite.secagg import ring
     from offsite.task.examples import Examples
 
     package = write_emulator(folder)
-    manifest, limits, cores = job_on(package, arguments), VettingThresholds(), torch.get_num_threads()
+    manifest = job_on(package, arguments)
     devices = (torch.device("cpu"),) * arguments.processes
-    options: dict[str, Any] = {"emulator": manifest.emulator, "limits": limits}
+    options: dict[str, Any] = {"emulator": manifest.emulator, "limits": VettingThresholds()}
     session = open_session(package, manifest, seed=1, vetted=True, **options)  # random weights are not honest ones
     began = time.perf_counter()
     workers = Workers.beside(package, manifest, weights="widened", devices=devices, **options)
     started = time.perf_counter() - began
     ids = torch.randint(1000, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
     plan = SitePlan(arguments.batch, 1.0, 1e-6, 1.0, 8.0, arguments.steps)  # every record in every step
-    job = SiteJob(SITES[0], manifest, session, Examples(ids, torch.ones_like(ids)), plan)
-    start, updates, seconds = session.start.copy(), dict[str, Any](), dict[str, list[float]]()
-    name = f"{arguments.processes} processes"
+    return SiteJob(SITES[0], manifest, session, Examples(ids, torch.ones_like(ids)), plan), workers, started
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains in all ways in turn."""
+    import numpy as np
+    import torch
+
+    from offsite.client.training.local_update import local_update
+    from offsite.privacy.randomness import Randomness
+    from offsite.secagg import ring
+
+    job, workers, started = opened(arguments, folder)
+    start, cores, name = job.session.start.copy(), torch.get_num_threads(), f"{arguments.processes} processes"
     ways = {"1 process, 1 thread": (1, None), f"1 process, {cores} threads": (cores, None), name: (cores, workers)}
+    updates, seconds = dict[str, Any](), dict[str, list[float]]()
+    busy = dict[str, list[list[float]]]()
     for repeat in range(arguments.repeats + 1):  # the first is not counted: it probes, and memory is fetched
         for way, (count, beside) in ways.items():
-            session.workers = beside
+            job.session.workers = beside
             with threads(count):
-                began = time.perf_counter()
+                began, before = time.perf_counter(), cpu_seconds()
                 trained = local_update(job, start, randomness=Randomness.for_simulation(1, "bench"))
                 took = (time.perf_counter() - began) / arguments.steps
+                spent = [(b - a) / arguments.steps for a, b in zip(before, cpu_seconds(), strict=True)]
             updates[way] = trained.update.astype(np.float64)
             if repeat:
                 seconds.setdefault(way, []).append(took)
-    if workers is not None:
-        workers.close()
+                busy.setdefault(way, []).append(spent)
+    workers.close()
     step = {way: statistics.median(of) for way, of in seconds.items()}
-    apart = {way: float(np.abs(update - updates[name]).max()) for way, update in updates.items() if way != name}
-    scale = ring.scale(manifest.update_bound, len(SITES))
+    scale = ring.scale(job.manifest.update_bound, len(SITES))
     return {
         "records": [arguments.batch, arguments.length],
         "load": [round(value, 2) for value in os.getloadavg()],
         "seconds_a_step": {way: round(value, 3) for way, value in step.items()},
         "ratio": {f"{name} over {way}": round(step[name] / value, 3) for way, value in step.items() if way != name},
+        "cpu_seconds_a_step": {
+            way: [round(statistics.median(each), 3) for each in zip(*of, strict=True)] for way, of in busy.items()
+        },
         "start_seconds": round(started, 1),
-        "ring_steps_apart": {way: round(value * scale, 3) for way, value in apart.items()},
+        "ring_steps_apart": {
+            way: round(float(np.abs(update - updates[name]).max()) * scale, 3) for way, update in updates.items()
+        },
         "runs": {way: [round(value, 3) for value in of] for way, of in seconds.items()},
     }
 
@@ -163,7 +187,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measures and prints JSON."""
     parser = argparse.ArgumentParser(description="a site's training steps in several processes over one")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, choices=range(2, 65), metavar="N", help="2 to 64")
     parser.add_argument("--batch", type=int, default=8, help="records of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a record")
     parser.add_argument("--steps", type=int, default=3, help="steps of one training")
