@@ -20,6 +20,7 @@ from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.client.home.approvals import DAYS
 from offsite.client.home.installation import SiteHome
+from offsite.client.home.package_room import PackageRoom
 from offsite.client.home.settings import SETTINGS
 from offsite.errors import DataError
 from offsite.trust.files import alone
@@ -126,12 +127,16 @@ def inspect(
     offered = jobs.inspect(job, bytes.fromhex(installation.federation().coordinator))
     manifest, site = offered.manifest, installation.settings.name
     jobs.show(offered.digest, now=now())
+    policy = installation.read_policy()
+    room = _room(installation, manifest.emulator_of(site), jobs.package(offered.digest), policy.max_disk_gb)
     if as_json:
         facts = {"job": offered.digest, "approved": offered.digest in approved, "emulator": manifest.emulator_of(site)}
+        if room is not None:
+            facts["disk"] = {"needed": room.peak, "missing": room.missing, "limit": room.limit, "free": room.free}
         typer.echo(json.dumps(facts | {"manifest": json.loads(manifest.to_bytes())}))
         return
     records = places_of(installation, manifest.split)
-    delta = min(installation.read_policy().delta_cap, public_delta(records) if records else LARGEST_DELTA)
+    delta = min(policy.delta_cap, public_delta(records) if records else LARGEST_DELTA)
     typer.echo(
         "\n".join(
             job_lines(
@@ -141,9 +146,17 @@ def inspect(
                 approved=offered.digest in approved,
                 records=records,
                 delta=delta,
+                room=room,
             )
         )
     )
+
+
+def _room(
+    installation: SiteHome, emulator: str, package: tuple[str, int] | None, permitted: float
+) -> PackageRoom | None:
+    """Returns the disk that a job's package takes, from what the newest offer said of the package."""
+    return None if package is None else PackageRoom.of(installation.packages, emulator, *package, permitted)
 
 
 def _why_no_job(installation: SiteHome, folder: Path) -> str:

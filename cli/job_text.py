@@ -2,6 +2,8 @@
 
 import shlex
 
+from offsite.client.home.package_room import PackageRoom
+from offsite.errors import PolicyRefusal
 from offsite.protos.aggregation import NO_SECAGG_WARNING, AggregationTerms
 from offsite.protos.job_manifest import JobManifest
 from offsite.trust.collusion import weaker_sentence
@@ -13,7 +15,14 @@ SPLITS = {
 
 
 def job_lines(
-    manifest: JobManifest, *, site: str, folder: str, approved: bool, records: int | None, delta: float
+    manifest: JobManifest,
+    *,
+    site: str,
+    folder: str,
+    approved: bool,
+    records: int | None,
+    delta: float,
+    room: PackageRoom | None,
 ) -> list[str]:
     """Returns what a job asks of a site, one fact in each line.
 
@@ -24,6 +33,7 @@ def job_lines(
       approved: whether the site's owner approved the job.
       records: declared number of the site's records, or of its blocks; None where there is none yet.
       delta: delta of the job at this site.
+      room: disk that the job's package takes; None where no offer has named its size.
     """
     digest, own, rule = manifest.digest().hex(), manifest.emulator_of(site), manifest.aggregation
     lines = [
@@ -32,6 +42,7 @@ def job_lines(
         f"emulator {own[:16]}…, tokenizer {manifest.tokenizer[:16]}…",
         f"refresh    {_refresh(manifest.refresh)}",
         *_training(manifest, records, delta),
+        *_disk(room),
         f"{'round' if rule.individuals else 'sum':<10} of at least {manifest.n_min} of {len(manifest.roster)} "
         f"sites: {', '.join(name for name, _ in manifest.roster)}",
         *_of_rule(rule, manifest.adapter.rank),
@@ -66,6 +77,17 @@ def _training(manifest: JobManifest, records: int | None, delta: float) -> list[
         f"privacy    epsilon {privacy.epsilon} at delta {delta:.3g} for the whole job, "
         f"clip {privacy.max_grad_norm:.4g}, accountant {privacy.accountant}",
     ]
+
+
+def _disk(room: PackageRoom | None) -> list[str]:
+    """Says what disk a job takes, and what to do where there is too little."""
+    if room is None:
+        return []
+    try:
+        room.check()
+    except PolicyRefusal as refusal:
+        return [f"disk       {room.line()}", f"WARNING    {refusal}"]
+    return [f"disk       {room.line()}"]
 
 
 def _others(others: dict[str, tuple[str, ...]]) -> str:

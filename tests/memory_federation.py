@@ -15,7 +15,7 @@ import numpy as np
 from offsite.client.home.audit import Audit
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
-from offsite.client.home.policy import Policy, permit
+from offsite.client.home.policy import Policy
 from offsite.client.home.redact import for_peer
 from offsite.client.home.settings import SiteSettings
 from offsite.client.network.message_endpoint import SignedEndpoint
@@ -194,9 +194,6 @@ class WorldRuntime(SiteRuntime):
     fetch: Callable[..., Path]
     open_session: Callable[..., EmulatorSession]
     open_site: Callable[..., Site]
-
-    def check_policy(self, manifest: JobManifest, package_bytes: int) -> None:
-        permit(self.policy, manifest, site=self.name, now=self.clock(), free_disk=2**40, package_bytes=package_bytes)
 
 
 @dataclass

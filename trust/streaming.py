@@ -14,6 +14,7 @@ from offsite.errors import ConfigError, Untrusted
 
 KEY_BYTES, PREFIX_BYTES, TAG_BYTES = 32, 7, 16
 CHUNK_BYTES = 1 << 20
+COPIES_TO_OPEN = 3  # the encrypted file, the decrypted stream and the files in it are on the disk at once
 MAX_CHUNKS = 1 << 32
 
 

@@ -1,5 +1,6 @@
 """The jobs that were offered to a site: kept for the owner to inspect, and to approve by the digest that was shown."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +14,7 @@ from offsite.protos.signed_job import check_job
 from offsite.trust.files import make_private, write_atomically
 
 MAX_UNSEEN = 100  # offers that are kept for an owner who has not looked
+_PACKAGE = "package.json"
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job to look at
 
 
@@ -58,6 +60,24 @@ class Jobs:
         unseen.sort(key=lambda name: (name == digest, (self._folder / name / "manifest.json").stat().st_mtime_ns))
         for name in unseen[:-MAX_UNSEEN]:
             shutil.rmtree(self._folder / name)
+
+    def keep_package(self, digest: str, package: bytes, size: int) -> None:
+        """Keeps the SHA-256 and the size in bytes of a job's encrypted package, as the newest offer names both.
+
+        Raises:
+          DataError: the disk is full.
+        """
+        if self.package(digest) != (package.hex(), size):
+            content = json.dumps({"sha256": package.hex(), "bytes": size})
+            write_atomically(self._folder / digest / _PACKAGE, content.encode())
+
+    def package(self, digest: str) -> tuple[str, int] | None:
+        """Returns the SHA-256, hexadecimal, and the size in bytes of a job's encrypted package, or None."""
+        try:
+            content = json.loads((self._folder / digest / _PACKAGE).read_text(encoding="ascii"))
+            return str(content["sha256"]), int(content["bytes"])
+        except (OSError, ValueError, KeyError, TypeError):  # the next offer writes it anew
+            return None
 
     def show(self, digest: str, *, now: datetime) -> None:
         """Marks a job as shown to its owner: it is kept from now on, and may be approved.

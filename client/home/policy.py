@@ -6,6 +6,7 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite.client.home.package_room import PackageRoom
 from offsite.errors import ConfigError, PolicyRefusal
 from offsite.trust.toml_tables import read_settings
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:  # a manifest needs torch, and setting a site up does not
 
 APPROVALS = ("manual", "automatic")
 ANY = "any"
-GIGABYTE = 2**30
-UNPACKING = 3  # a package is on the disk encrypted, decrypted and unpacked at once
 _REMOVED = {"metrics": "nothing leaves a site but its update, and no key permits more; remove the line"}
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _TEMPLATE = """\
@@ -33,7 +32,7 @@ max_adapter_share = 0.25   # most trained numbers over those of the blocks that 
 hours = "any"              # local time in which training may begin, for example "20:00-06:00"
 max_threads = 0            # processor threads; 0 leaves it to the system
 max_memory_gb = 0.0        # memory of each process of the site; 0 takes three quarters of the machine's
-max_disk_gb = 20.0         # room for packages; a job needs three times its own, older ones make way
+max_disk_gb = 0.0          # room for packages, older ones make way; 0 takes what the job needs, up to 3/4 of the free
 approval = "manual"        # manual: the owner approves each job by its hash; automatic: what fits this file may run
 allow_variants = false     # true lets other sites of a job train on other emulators than this site
 allow_individual_updates = false # true lets the coordinator see this site's own update, with only its noise before it
@@ -72,16 +71,16 @@ class Policy:
             ("max_length", 2),
             ("max_rank", 1),
             ("max_threads", 0),
+            ("max_memory_gb", 0),
+            ("max_disk_gb", 0),
         ):
-            if getattr(self, name) < lowest:
+            if not lowest <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be at least {lowest}")
-        for name in ("epsilon_cap", "max_disk_gb", "max_adapter_share"):
+        for name in ("epsilon_cap", "max_adapter_share"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"policy.toml {name}={getattr(self, name)}: must be finite and above 0")
         if not 0 < self.delta_cap < 1:
             raise ConfigError(f"policy.toml delta_cap={self.delta_cap}: must lie between 0 and 1")
-        if not 0 <= self.max_memory_gb < float("inf"):
-            raise ConfigError(f"policy.toml max_memory_gb={self.max_memory_gb}: must be at least 0")
         if self.approval not in APPROVALS:
             raise ConfigError(f"policy.toml approval={self.approval!r}: must be one of {', '.join(APPROVALS)}")
         if self.hours != ANY and not _HOURS.fullmatch(self.hours):
@@ -105,9 +104,7 @@ class Policy:
         return _TEMPLATE
 
 
-def permit(
-    policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, free_disk: int, package_bytes: int
-) -> None:
+def permit(policy: Policy, manifest: "JobManifest", *, site: str, now: datetime, room: PackageRoom) -> None:
     """Checks a job, its package and the time against the policy, before any part of the package is fetched.
 
     Args:
@@ -115,19 +112,13 @@ def permit(
       manifest: manifest of the job.
       site: name of this site; the manifest maps this name to an emulator.
       now: current time, local or aware, for the permitted hours.
-      free_disk: free space of the site's disk, bytes.
-      package_bytes: size of the encrypted package, bytes.
+      room: disk that the package takes.
 
     Raises:
       PolicyRefusal: the job breaks a rule; the message names the first broken rule.
     """
     permit_terms(policy, manifest, site=site)
-    _at_most("disk_gb", UNPACKING * package_bytes / GIGABYTE, "max_disk_gb", policy.max_disk_gb)
-    needed = UNPACKING * package_bytes
-    if free_disk < needed:
-        raise PolicyRefusal(
-            f"free_disk={free_disk / GIGABYTE:.2f} GiB: the package needs {needed / GIGABYTE:.2f}; make room"
-        )
+    room.check()
     permit_now(policy, now)
 
 

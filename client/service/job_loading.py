@@ -9,7 +9,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from offsite.client.home.policy import GIGABYTE, UNPACKING
+from offsite.client.home.package_room import size_of
 from offsite.client.home.redact import FAULT, REFUSED, local_message
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.site.round_handler import Site
@@ -150,8 +150,8 @@ class JobLoader:
             self.fetched = offer.package_bytes
             return folder
         packages.mkdir(parents=True, exist_ok=True)
-        digest, room = offer.package.hex(), self._runtime.policy.max_disk_gb * GIGABYTE
-        _make_way(packages, room - UNPACKING * offer.package_bytes, keep=digest)
+        digest, room = offer.package.hex(), self._runtime.room(self.manifest, offer.package, offer.package_bytes)
+        _make_way(packages, room.stays, keep=digest)
         sealed = self._runtime.fetch(digest, offer.package_bytes, packages / f"{digest}.sealed", self._on_bytes)
         key = self._runtime.home.keys.sealing.open(offer.sealed_key, package_context(self.manifest, offer.package))
         plain, partial = packages / f"{digest}.plain", packages / f"{emulator}.partial"
@@ -191,17 +191,13 @@ def _make_way(packages: Path, max_bytes: float, *, keep: str) -> None:
     """
     earlier = (path for path in packages.iterdir() if not path.name.startswith(keep))
     oldest_first = sorted(earlier, key=lambda path: path.lstat().st_mtime)
-    sizes = {path: _size(path) for path in oldest_first}
+    sizes = {path: size_of(path) for path in oldest_first}
     for path in oldest_first:
         if sum(sizes.values()) <= max_bytes:
             return
         del sizes[path]
         _remove(path)
         log.info("package %s made way for the next one", path.name[:12])
-
-
-def _size(path: Path) -> int:
-    return sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,8 @@ import os
 import resource
 from pathlib import Path
 
-from offsite.client.home.policy import GIGABYTE, Policy
+from offsite.client.home.package_room import GIGABYTE
+from offsite.client.home.policy import Policy
 from offsite.errors import DataError
 
 SHARE = 0.75  # of the machine's memory, where the owner names no number

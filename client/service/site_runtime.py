@@ -14,6 +14,7 @@ from offsite.client.home.audit import Audit
 from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records, read_records_for_job
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
+from offsite.client.home.package_room import PackageRoom
 from offsite.client.home.policy import Policy, permit
 from offsite.client.home.redact import local_message
 from offsite.client.network.fetch import DepotAddress, fetch
@@ -125,20 +126,19 @@ class SiteRuntime:
         except DataError as error:
             log.warning("%s: %s, and %s", kind, reason, error)
 
-    def check_policy(self, manifest: JobManifest, package_bytes: int) -> None:
+    def room(self, manifest: JobManifest, package: bytes, size: int) -> PackageRoom:
+        """Returns the disk that a job's package takes here, by the SHA-256 and the size of the encrypted package."""
+        emulator, permitted = manifest.emulator_of(self.name), self.policy.max_disk_gb
+        return PackageRoom.of(self.home.packages, emulator, package.hex(), size, permitted)
+
+    def check_policy(self, manifest: JobManifest, package: bytes, size: int) -> None:
         """Checks a job and the size of its package against the owner's policy.
 
         Raises:
           PolicyRefusal: the policy does not permit the job, or the disk has too little room.
         """
-        permit(
-            self.policy,
-            manifest,
-            site=self.name,
-            now=self.clock(),
-            free_disk=shutil.disk_usage(self.home.folder).free,
-            package_bytes=package_bytes,
-        )
+        room = self.room(manifest, package, size)
+        permit(self.policy, manifest, site=self.name, now=self.clock(), room=room)
 
     def is_approved(self, manifest: JobManifest) -> bool:
         """Says whether a job may train now; an approval that the owner took back does not count any more."""

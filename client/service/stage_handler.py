@@ -152,7 +152,8 @@ class StageHandler:
         if digest not in runtime.jobs.names():
             runtime.jobs.keep(offer.manifest, offer.manifest_signature, digest)
             self._note("offered", {"job": digest, "model": manifest.model, "epsilon": manifest.privacy.epsilon})
-        runtime.check_policy(manifest, offer.package_bytes)
+        runtime.jobs.keep_package(digest, offer.package, offer.package_bytes)
+        runtime.check_policy(manifest, offer.package, offer.package_bytes)
         runtime.close_others(manifest)
         return self._load(offer, manifest)
 

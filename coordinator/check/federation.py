@@ -30,7 +30,8 @@ NOT_LOADED = (
     "the model's class was not loaded, because faults are known already; its blocks and positions, and its tokenizer "
     "as transformers has it, are checked once those faults are corrected"
 )
-OWN, COORDINATOR = 1, 2  # copies of each package: at a coordinator also the encrypted one in its depot
+# Copies on the disk: a package and its encrypted file in the depot, and one decrypted stream while a file is encrypted.
+COORDINATOR, STREAM = 2, 1
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def check_coordinator(
             sites = [member.site for member in epoch.members]
             parties = Parties(sites, max(epoch.n_min, config.secagg.n_min))
         place = run_folder(home, config, out)
-        check_room(config, place, COORDINATOR * _kinds(config), findings)
+        check_room(config, place, COORDINATOR * _kinds(config) + STREAM, findings)
         if not running:
             bind = home.settings.bind or home.settings.host
             check_port("link_port", bind, home.settings.link_port, findings)

@@ -31,7 +31,7 @@ def check_room(
     Args:
       config: the federation file.
       folder: run folder, which may not exist yet.
-      copies: number of packages that will lie on the disk at the same time.
+      copies: number of packages, encrypted files and streams that will lie on the disk at the same time.
       findings: findings so far.
       free: function that returns the free bytes at a place.
     """
@@ -44,7 +44,8 @@ def check_room(
         room, needed = free(place), copies * weights
         line = (
             f"disk={str(place)!r}: {room / 1e9:.2f} GB are free, and the emulator packages take up to "
-            f"{needed / 1e9:.2f} GB; free disk space, or choose another place"
+            f"{needed / 1e9:.2f} GB ({copies} times the model's size, at most); free disk space, or choose another "
+            "place"
         )
         if room < needed / SMALLEST:
             findings.add(line)

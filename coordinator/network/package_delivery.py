@@ -18,6 +18,7 @@ from offsite.trust import streaming
 from offsite.trust.federation_manifest import FederationManifest
 from offsite.trust.files import put_in_place, write_atomically
 from offsite.trust.sealing import seal
+from offsite.trust.streaming import COPIES_TO_OPEN
 
 log = logging.getLogger("offsite.coordinator")
 KEY_BYTES = 32
@@ -105,6 +106,12 @@ def deliver(
     }
     boxes = {site: box.hex() for site, box in sealed.items()}
     delivery = Delivery(digest, path.stat().st_size, sealed)
+    log.info(
+        "package %s: %.2f GB; a site needs %.2f GB of disk while it unpacks the package",
+        digest.hex()[:12],
+        delivery.size / 1e9,
+        COPIES_TO_OPEN * delivery.size / 1e9,
+    )
     write_atomically(facts, json.dumps({"sha256": digest.hex(), "size": delivery.size, "sealed": boxes}).encode())
     return delivery
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from offsite.client.home.policy import UNPACKING, Policy
+from offsite.client.home.package_room import PackageRoom
+from offsite.client.home.policy import Policy
 from offsite.client.home.redact import REFUSALS, local_message
 from offsite.client.service.job_loading import _make_way
 from offsite.client.service.process_limits import limit_resources
 from offsite.errors import DataError
 from offsite.protos import codec
+from offsite.trust.streaming import COPIES_TO_OPEN
 from tests.faults.conftest import wait_for
 from tests.memory_federation import RunningSite, World, make_world, policy_for
 
@@ -168,4 +170,18 @@ def test_three_times_a_package_is_what_unpacking_takes(world: World, tmp_path: P
     site.ready()
     folder = next((tmp_path / "ash" / "packages").iterdir())
     unpacked = sum(path.stat().st_size for path in folder.iterdir())
-    assert unpacked <= world.delivery.size <= UNPACKING * unpacked
+    assert unpacked <= world.delivery.size <= COPIES_TO_OPEN * unpacked
+    room = PackageRoom.of(folder.parent, folder.name, world.delivery.sha256.hex(), world.delivery.size, 0.0)
+    assert (room.ready, room.missing, room.here, room.older) == (True, 0, unpacked, 0)
+    other = PackageRoom.of(folder.parent, "e" * 64, "f" * 64, world.delivery.size, 1e-9)
+    assert (other.ready, other.here, other.older) == (False, 0, unpacked)
+
+
+def test_the_owner_reads_what_disk_a_refused_job_takes(world: World, tmp_path: Path) -> None:
+    """The size is kept with the offer, also where the policy refuses the package."""
+    site = RunningSite(world, "ash", tmp_path / "ash", policy={"max_disk_gb": 1e-6})
+    reply = site.ask("offer", world.offer("ash"))
+    assert isinstance(reply, codec.Refusal)
+    assert "max_disk_gb=1e-06; set max_disk_gb = 0.1 there" in site.reason
+    (digest,) = site.jobs.names()
+    assert site.jobs.package(digest) == (world.delivery.sha256.hex(), world.delivery.size)

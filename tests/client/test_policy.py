@@ -14,7 +14,8 @@ import pytest
 
 from offsite.adapter.layout import Layout
 from offsite.adapter.spec import AdapterSpec
-from offsite.client.home.policy import GIGABYTE, Policy, permit, permit_now
+from offsite.client.home.package_room import GIGABYTE, PackageRoom
+from offsite.client.home.policy import Policy, permit, permit_now
 from offsite.errors import ConfigError, DataError, PolicyRefusal
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
@@ -43,7 +44,9 @@ JOB = JobManifest(
     physical_batch=8,
     model="smol",
 )
-ROOM: dict[str, Any] = {"site": "east", "free_disk": 100 * GIGABYTE, "package_bytes": GIGABYTE}
+
+SPACE = PackageRoom(GIGABYTE, here=0, ready=False, older=0, free=100 * GIGABYTE, permitted=3.0)
+ROOM: dict[str, Any] = {"site": "east", "room": SPACE}
 
 
 def written(folder: Path, **changed: Any) -> Path:
@@ -121,7 +124,7 @@ def test_nothing_is_permitted_by_being_forgotten(tmp_path: Path, key: str) -> No
         ("max_threads", "-1", "at least 0"),
         ("max_memory_gb", "-0.5", "at least 0"),
         ("max_memory_gb", "nan", "at least 0"),
-        ("max_disk_gb", "0", "above 0"),
+        ("max_disk_gb", "-1.0", "at least 0"),
         ("models", '"any"', "must be a list"),
         ("models", "[1]", "type str"),
         ("approval", '"none"', "manual, automatic"),
@@ -155,7 +158,7 @@ def test_a_policy_that_cannot_be_read_permits_nothing(tmp_path: Path) -> None:
 
 
 def test_a_job_at_every_limit_is_permitted(wide: Policy) -> None:
-    permit(wide, JOB, site="east", now=NOON, free_disk=3 * GIGABYTE, package_bytes=GIGABYTE)
+    permit(wide, JOB, site="east", now=NOON, room=dataclasses.replace(SPACE, free=3 * GIGABYTE))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +186,40 @@ def test_each_rule_says_no_by_itself(wide: Policy, job: JobManifest, words: str)
 
 
 def test_a_package_must_fit_the_cap_and_the_disk(wide: Policy) -> None:
-    with pytest.raises(PolicyRefusal, match=r"disk_gb=3\.00293: policy\.toml has max_disk_gb=3"):
-        permit(wide, JOB, site="east", now=NOON, free_disk=100 * GIGABYTE, package_bytes=GIGABYTE + 2**20)
-    with pytest.raises(PolicyRefusal, match=r"free_disk=3\.00 GiB: the package needs 3\.00"):
-        permit(wide, JOB, site="east", now=NOON, free_disk=3 * GIGABYTE - 1, package_bytes=GIGABYTE)
+    large = dataclasses.replace(SPACE, package=GIGABYTE + 2**20)
+    with pytest.raises(PolicyRefusal, match=r"disk=3\.00 GiB: .* max_disk_gb=3; set max_disk_gb = 3\.1 there"):
+        permit(wide, JOB, site="east", now=NOON, room=large)
+    short = dataclasses.replace(SPACE, free=3 * GIGABYTE - 1)
+    with pytest.raises(PolicyRefusal, match=r"free_disk=3\.00 GiB: the package needs 3\.00 GiB more"):
+        permit(wide, JOB, site="east", now=NOON, room=short)
+
+
+def test_a_package_that_is_here_needs_no_second_room(wide: Policy) -> None:
+    """The offer comes again and again, also while the package's own bytes lie on the disk."""
+    for here, free in ((0, 3), (1, 2), (2, 1), (3, 0)):
+        permit(
+            wide,
+            JOB,
+            site="east",
+            now=NOON,
+            room=dataclasses.replace(SPACE, here=here * GIGABYTE, free=free * GIGABYTE),
+        )
+    ready = dataclasses.replace(SPACE, here=GIGABYTE, ready=True, free=0, permitted=1.0)
+    permit(wide, JOB, site="east", now=NOON, room=ready)
+    older = dataclasses.replace(SPACE, free=GIGABYTE, older=2 * GIGABYTE)
+    permit(wide, JOB, site="east", now=NOON, room=older)  # they make way
+    assert older.stays == 0
+    assert dataclasses.replace(older, free=3 * GIGABYTE, permitted=4.0).stays == GIGABYTE  # the limit counts them too
+
+
+def test_without_a_number_a_package_takes_what_it_needs_of_three_quarters(wide: Policy) -> None:
+    for free, fits in ((4 * GIGABYTE, True), (4 * GIGABYTE - 4, False)):
+        room = dataclasses.replace(SPACE, free=free, permitted=0.0)
+        if fits:
+            permit(wide, JOB, site="east", now=NOON, room=room)
+        else:
+            with pytest.raises(PolicyRefusal, match=r"max_disk_gb=0, here 3\.00 GiB; set max_disk_gb = 3\.0"):
+                permit(wide, JOB, site="east", now=NOON, room=room)
 
 
 def test_an_emulator_is_permitted_by_its_digest_and_by_any(wide: Policy) -> None:
