@@ -133,6 +133,7 @@ def inspect(
         facts = {"job": offered.digest, "approved": offered.digest in approved, "emulator": manifest.emulator_of(site)}
         if room is not None:
             facts["disk"] = {"needed": room.peak, "missing": room.missing, "limit": room.limit, "free": room.free}
+        facts["cost"] = jobs.cost(offered.digest)
         typer.echo(json.dumps(facts | {"manifest": json.loads(manifest.to_bytes())}))
         return
     records = places_of(installation, manifest.split)
@@ -147,6 +148,7 @@ def inspect(
                 records=records,
                 delta=delta,
                 room=room,
+                cost=jobs.cost(offered.digest),
             )
         )
     )
@@ -265,6 +267,8 @@ def dry_run(
         f"records {plan.records} (declared), sample rate {plan.sample_rate:.4g}, "
         f"noise multiplier {plan.noise_multiplier:.4g}"
     )
+    if cost := Jobs(installation.state / "jobs").cost(offered.digest):
+        typer.echo(f"cost: {cost}")
     typer.echo(
         f"trained one round: batch sizes {line['batch_sizes']}, losses {line['losses']}, engine {line['engine']}"
     )

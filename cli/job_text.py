@@ -23,6 +23,7 @@ def job_lines(
     records: int | None,
     delta: float,
     room: PackageRoom | None,
+    cost: str,
 ) -> list[str]:
     """Returns what a job asks of a site, one fact in each line.
 
@@ -34,6 +35,7 @@ def job_lines(
       records: declared number of the site's records, or of its blocks; None where there is none yet.
       delta: delta of the job at this site.
       room: disk that the job's package takes; None where no offer has named its size.
+      cost: sentence about time and memory at this site; empty where they were not measured yet.
     """
     digest, own, rule = manifest.digest().hex(), manifest.emulator_of(site), manifest.aggregation
     lines = [
@@ -43,6 +45,7 @@ def job_lines(
         f"refresh    {_refresh(manifest.refresh)}",
         *_training(manifest, records, delta),
         *_disk(room),
+        f"cost       {cost or 'measured on invented records once the emulator has been fetched and vetted'}",
         f"{'round' if rule.individuals else 'sum':<10} of at least {manifest.n_min} of {len(manifest.roster)} "
         f"sites: {', '.join(name for name, _ in manifest.roster)}",
         *_of_rule(rule, manifest.adapter.rank),

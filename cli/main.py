@@ -19,6 +19,7 @@ from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
 from offsite.protos.flower_process import QUIET, forbid_core_dumps
+from offsite.task.determinism import refusal_of
 
 if TYPE_CHECKING:  # needs torch, and most commands do not
     from offsite.simulation.run_folder import Run
@@ -205,6 +206,11 @@ def main() -> None:
         with contextlib.suppress(OSError):  # this line may go to the very disk that is full
             for line in str(error).splitlines():  # a check before any work names all faults at once
                 typer.echo(f"offsite: {line}", err=True)
+        raise SystemExit(EXIT_REFUSED) from None
+    except RuntimeError as error:
+        if (refusal := refusal_of(error)) is None:
+            raise
+        typer.echo(f"offsite: {refusal}", err=True)
         raise SystemExit(EXIT_REFUSED) from None
     except OSError as error:
         with contextlib.suppress(OSError):

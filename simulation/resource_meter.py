@@ -4,14 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
+import torch
 
 from offsite.coordinator.report.model import PhaseCost
-
-CLEAR_REFS = Path("/proc/self/clear_refs")
-STATUS = Path("/proc/self/status")
+from offsite.task.device import CPU
+from offsite.task.device_memory import held_at_most, reset_peak
 
 
 @dataclass
@@ -41,13 +39,13 @@ class Meter:
     def phase(self, name: str) -> Iterator[Phase]:
         """Measures the body of a `with` statement; a phase that is entered again adds up."""
         phase = self.phases.setdefault(name, Phase())
-        _reset_peak()
+        reset_peak(torch.device(CPU))
         began = time.monotonic()
         try:
             yield phase
         finally:
             phase.seconds = round(phase.seconds + time.monotonic() - began, 3)
-            phase.peak_rss_bytes = max(phase.peak_rss_bytes, _peak())
+            phase.peak_rss_bytes = max(phase.peak_rss_bytes, held_at_most(torch.device(CPU)))
 
     def costs(self) -> dict[str, PhaseCost]:
         """Returns the costs of all phases and their total, with the largest peak memory of any phase as the total's."""
@@ -62,18 +60,3 @@ class Meter:
             name: PhaseCost(phase.bytes_up, phase.bytes_down, phase.seconds, phase.peak_rss_bytes)
             for name, phase in (*self.phases.items(), ("total", total))
         }
-
-
-def _reset_peak() -> None:
-    """Sets the kernel's high-water mark back to the memory that is resident now; only Linux has such a mark."""
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    """Returns the high-water mark since the last reset, or the resident memory where no mark exists, in bytes."""
-    if STATUS.exists():
-        for line in STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from offsite.errors import DataError
+from offsite.task.device_memory import check_fits
 from offsite.task.kinds import KINDS
 from offsite.task.model_folder import check_folder, check_weights, document, line, read_config, unused, without_adapter
 from offsite.task.packed_format import KEY
@@ -75,6 +76,14 @@ def stored_dtype(path: Path | str) -> torch.dtype:
     name = values.get("dtype") or values.get("torch_dtype")
     known = {"float16": torch.float16} if values.get(KEY) else {"bfloat16": torch.bfloat16, "float16": torch.float16}
     return known.get(str(name), torch.float32)
+def check_memory(path: Path | str, device: torch.device) -> None:
+    """Compares the size of a model's weights with the free memory of a device, before the model is loaded.
+
+    Raises:
+      ConfigError: the weights alone are larger; the message says what they need and what would make them fit.
+    """
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    check_fits("the full model", size, device, "free memory, take a larger device or a smaller model")
 
 
 def load_tokenizer(path: Path | str, *, with_images: bool = False) -> Tokenizer:

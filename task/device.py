@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from offsite.errors import ConfigError
+from offsite.task.determinism import compute_deterministically
 
 if TYPE_CHECKING:  # the name of a device is checked by commands that need no model
     import torch
@@ -33,7 +34,7 @@ def check_device(name: str, key: str = "device") -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Returns the device of a name.
+    """Returns the device of a name, on which this process computes deterministically from now on.
 
     Args:
       name: `auto` for the accelerator that PyTorch finds, or the CPU where there is none that has float64; else the
@@ -43,6 +44,12 @@ def choose_device(name: str) -> "torch.device":
       ConfigError: the name is none of a device, PyTorch finds no such device on this machine, or the device has no
         float64.
     """
+    device = _chosen(name)
+    compute_deterministically(device)
+    return device
+
+
+def _chosen(name: str) -> "torch.device":
     import torch
 
     check_device(name)

@@ -4,6 +4,7 @@ As on a real accelerator, an operation that meets tensors of both devices is ref
 tensors without dimensions, and copies from one device to the other.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "fakegpu"
-DEVICE = f"{NAME}:0"
+REAL = os.environ.get("OFFSITE_TEST_DEVICE", "")  # a device that is there: `bench/gpu.py` runs the same tests on it
+DEVICE = REAL or f"{NAME}:0"
 LIBRARIES: list[Any] = []  # registrations live as long as these objects
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 
@@ -110,6 +112,8 @@ class FakeDevice(TorchDispatchMode):
 
 @cache
 def register() -> None:
+    if REAL:
+        return
     _setup_privateuseone_for_python_backend(NAME)
     module: Any = getattr(torch, NAME)
     module.get_rng_state = lambda device=0: torch.zeros(1, dtype=torch.uint8)
@@ -139,6 +143,9 @@ def _empty(size: Any, *, dtype: Any = None, **_: Any) -> FakeTensor:
 @contextmanager
 def fake_device() -> Iterator[torch.device]:
     """Gives the name of a device on which everything runs that runs on an accelerator."""
+    if REAL:
+        yield torch.device(REAL)
+        return
     register()
     before = nn.Module._apply
     nn.Module._apply = _apply  # type: ignore[method-assign, assignment]

@@ -14,7 +14,7 @@ from offsite.protos.signed_job import check_job
 from offsite.trust.files import make_private, write_atomically
 
 MAX_UNSEEN = 100  # offers that are kept for an owner who has not looked
-_PACKAGE = "package.json"
+_PACKAGE, _COST = "package.json", "cost.txt"
 SHORTEST = 8  # hexadecimal digits with which an owner may name a job to look at
 
 
@@ -78,6 +78,22 @@ class Jobs:
             return str(content["sha256"]), int(content["bytes"])
         except (OSError, ValueError, KeyError, TypeError):  # the next offer writes it anew
             return None
+
+    def keep_cost(self, digest: str, line: str) -> None:
+        """Keeps the sentence about what a job costs at this site, where the job is kept; it never leaves the site.
+
+        Raises:
+          DataError: the disk is full.
+        """
+        if (self._folder / digest).is_dir():
+            write_atomically(self._folder / digest / _COST, line.encode())
+
+    def cost(self, digest: str) -> str:
+        """Returns what `keep_cost` kept; empty before the job's emulator was opened here."""
+        try:
+            return (self._folder / digest / _COST).read_text(encoding="utf-8")
+        except OSError:
+            return ""
 
     def show(self, digest: str, *, now: datetime) -> None:
         """Marks a job as shown to its owner: it is kept from now on, and may be approved.

@@ -14,7 +14,7 @@ from offsite.client.home.audit import Audit
 from offsite.client.home.declared_records import BLOCKS, check_count, places, read_records, read_records_for_job
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.jobs import Jobs
-from offsite.client.home.package_room import PackageRoom
+from offsite.client.home.package_room import PackageRoom, size_of
 from offsite.client.home.policy import Policy, permit
 from offsite.client.home.redact import local_message
 from offsite.client.network.fetch import DepotAddress, fetch
@@ -24,6 +24,7 @@ from offsite.client.site.release_log import CountingReleaseLog, LedgerReleaseLog
 from offsite.client.site.round_handler import Site
 from offsite.client.site.site_randomness import SiteRandomness
 from offsite.client.training.emulator_session import EmulatorSession, encode_records, open_session
+from offsite.client.training.estimate import estimate
 from offsite.client.training.example_places import in_places
 from offsite.client.training.local_update import SiteJob
 from offsite.client.training.privacy_plan import SitePlan
@@ -36,6 +37,7 @@ from offsite.protos.messages import printable
 from offsite.protos.proxies import check_way
 from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
 from offsite.task.device import choose_devices
+from offsite.task.device_memory import check_fits
 from offsite.task.nothing_to_learn import Encoder, counted, learnt
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
@@ -43,6 +45,7 @@ from offsite.trust.addresses import with_port
 from offsite.trust.federation_manifest import FederationManifest
 
 log = logging.getLogger("offsite.client")
+_SMALLER = "free memory, name another device in site.toml, or ask the coordinator for a smaller emulator"
 MAX_FAULTS = 20  # records with an error that the log names one by one
 Clock = Callable[[], datetime]
 
@@ -186,10 +189,11 @@ class SiteRuntime:
         return fetch(address, digest, size, target, on_bytes=on_bytes)
 
     def open_session(self, manifest: JobManifest, package: Path) -> EmulatorSession:
-        """Opens a job's emulator and writes the measurements of the vetting to the audit log; reads no record.
+        """Opens a job's emulator, writes the vetting to the audit log, and measures a step; reads no record.
 
         Raises:
-          OffsiteError: the emulator fails the vetting, or is not the one that the manifest names.
+          OffsiteError: the emulator fails the vetting or the probe, is not the one that the manifest names, or the
+            device cannot hold one record.
         """
         limits = VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share)
         settings, emulator = self.home.settings, manifest.emulator_of(self.name)
@@ -198,6 +202,8 @@ class SiteRuntime:
         devices = choose_devices(settings.device, settings.processes)
         names = ", ".join(map(str, devices))
         log.info("job %s: vetted and trained on device=%s", manifest.digest().hex()[:12], names)
+        for device in dict.fromkeys(devices):
+            check_fits("the emulator", size_of(package) * devices.count(device), device, _SMALLER)
         session = open_session(
             package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights, device=devices[0]
         )
@@ -211,6 +217,9 @@ class SiteRuntime:
             emulator=emulator,
             checks=[vetting.to_dict() for vetting in session.vetting],
         )
+        cost = estimate(session, manifest, self.name)
+        self.jobs.keep_cost(manifest.digest().hex(), cost.line())
+        log.info("job %s: %s", manifest.digest().hex()[:12], cost.line())
         return session
 
     def open_site(self, manifest: JobManifest, session: EmulatorSession) -> Site:

@@ -84,13 +84,14 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     Returns:
       The encoder of the job's records, or None where the model does not give one.
     """
+    from offsite.task.checkpoint import check_memory
     from offsite.task.device import choose_device
     from offsite.task.generation import GeneratingTask
     from offsite.task.model_fit import check_generation
 
     folder = Path(config.model.path)
     with findings.gathering():
-        choose_device(config.compute.device)
+        check_memory(folder, choose_device(config.compute.device))
     model = check_class(config.model.task, folder, length, files, findings)
     if model is None:
         return None

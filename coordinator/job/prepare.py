@@ -35,7 +35,7 @@ from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
-from offsite.task.checkpoint import stored_dtype
+from offsite.task.checkpoint import check_memory, stored_dtype
 from offsite.task.device import choose_device
 from offsite.task.model_fit import check_fit
 from offsite.task.spec import Record, Task
@@ -187,7 +187,9 @@ def reopen(
       DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
-    plain = task.load(config.model.path, dtype=torch.float32).to(choose_device(config.compute.device))
+    device = choose_device(config.compute.device)
+    check_memory(Path(config.model.path), device)
+    plain = task.load(config.model.path, dtype=torch.float32).to(device)
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)

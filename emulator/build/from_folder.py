@@ -12,6 +12,7 @@ from offsite.emulator.calibration.public_examples import PublicExamples
 from offsite.emulator.calibration.source import MemorySource, ShardSource, Source
 from offsite.emulator.evaluation.rehearse import Text
 from offsite.errors import DataError, UnsupportedModel, lookup
+from offsite.task.checkpoint import check_memory
 from offsite.task.device import AUTO, choose_device
 from offsite.task.findings import Findings
 from offsite.task.model_check import ModelClass, check_class, check_files
@@ -104,6 +105,7 @@ def open_source(task: Task, model: Path, on_step: Callable[[str], None], device:
         return ShardSource(model, torch.float32, device)
     except UnsupportedModel as error:
         on_step(f"the whole model is loaded: {error}")
+        check_memory(model, device)
         return MemorySource(task.load(model, dtype=torch.float32).to(device))
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from offsite.client.home.audit import Audit
+from offsite.client.home.jobs import Jobs
 from offsite.client.home.settings import SiteSettings
 from offsite.client.service.site_runtime import SiteRuntime
 from offsite.client.training.emulator_session import _check_fit, encode_records
@@ -39,7 +40,7 @@ def opened(world: World, folder: Path, data: str, declared: dict[str, Any] | Non
     rules = policy_for(folder, **policy)
     ledger = Ledger(folder / "ledger.jsonl", dataset="main", epsilon_cap=9.0, delta=1e-6, accountant="rdp")
     audit = Audit(folder / "audit.jsonl")
-    return SiteRuntime(cast(Any, home), rules, audit, ledger, cast(Any, None), lambda: NOW)
+    return SiteRuntime(cast(Any, home), rules, audit, ledger, Jobs(folder / "jobs"), lambda: NOW)
 
 
 RECORDS = "text\n" + "\n".join(["w1 w2 w3 w4 w5 w6"] * 7)

@@ -7,7 +7,8 @@ import pytest
 from tests import fake_device
 
 # Only `make test` gives these tests a process of their own; in any other, a backward pass may have come first.
-collect_ignore_glob = [] if os.environ.get("OFFSITE_FAKE_DEVICE") else ["test_*.py"]
+ASKED = os.environ.get("OFFSITE_FAKE_DEVICE") or fake_device.REAL
+collect_ignore_glob = [] if ASKED else ["test_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
