@@ -211,6 +211,7 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
     from offsite.coordinator.network.flower_exchange import call
     from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
     from offsite.protos.flower import pack
+    from offsite.protos.flower_pieces import OTHER_BYTES
     from offsite.trust.keys import SiteKeys
 
     folder = world.folder
@@ -222,7 +223,8 @@ def by_flower(world: World, *, in_memory: bool) -> dict[str, Any]:
         folder / "server.pem",
         folder / "server.key",
     )
-    link = SuperLinkSession(place, {site: SiteKeys.load(folder / site).node_public() for site in SITES})
+    nodes = {site: SiteKeys.load(folder / site).node_public() for site in SITES}
+    link = SuperLinkSession(place, nodes, largest=OTHER_BYTES)
     if in_memory:
         at = link.process._command.index("--database")
         del link.process._command[at : at + 2]

@@ -28,7 +28,16 @@ BARS = {"lora": (1.10, 1.06), "blocks": (1.20, None)}  # largest time and larges
 Step = Callable[[], None]
 
 
-def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any]:
+SIZES = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "vocab_size": 32000,
+}
+
+
+def subject(folder: str, adapter: str, *, attached: bool, shape: dict[str, Any] | None = None) -> tuple[Any, Any, Any]:
     """Returns a model, its task and its examples; the model trains LoRA on its end blocks, or these blocks whole.
 
     Args:
@@ -36,6 +45,7 @@ def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any
       adapter: "lora", or "blocks" for whole blocks.
       attached: True trains whole blocks by method `blocks`, as offsite's engines need it; False trains the blocks' own
         weights, as in plain fine-tuning and as Opacus knows their layers.
+      shape: configuration of the random Llama; None takes 23 million parameters.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,8 +64,7 @@ def subject(folder: str, adapter: str, *, attached: bool) -> tuple[Any, Any, Any
     if folder:
         model: Any = task.load(folder, dtype=torch.float32)
     else:
-        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, use_cache=False)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**(shape or SIZES), use_cache=False)).eval()
     model.requires_grad_(False)
     count = len(model.model.layers)
     slots = tuple(f"model.layers.{index}" for index in (0, 1, count - 2, count - 1))
@@ -143,6 +152,8 @@ def opacus(way: str) -> Callable[..., Step]:
                 private.zero_grad(set_to_none=True)
 
             return step
+        if way == "ew":
+            return expanded_weights(model, task, examples, DPOptimizer(inner, **facts))
         hooks = GradSampleHooks(model, force_functorch=way == "functorch")
         stack.callback(hooks.cleanup)
         private = DPOptimizer(inner, **facts)
@@ -157,11 +168,27 @@ def opacus(way: str) -> Callable[..., Step]:
     return make
 
 
+def expanded_weights(model: Any, task: Any, examples: Any, private: Any) -> Step:
+    """Returns a step by the expanded weights of PyTorch, which know few kinds of layers."""
+    from opacus.grad_sample import GradSampleModuleExpandedWeights
+    from torch.nn.functional import cross_entropy
+
+    wrapped, ids = GradSampleModuleExpandedWeights(model), examples.input_ids
+
+    def step() -> None:
+        logits = wrapped(ids).logits[:, :-1]  # only a positional batch is split by record
+        cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        private.step()
+        private.zero_grad(set_to_none=True)
+
+    return step
+
+
 def maker(way: str) -> Callable[..., Step]:
     """Returns the maker of a way's step."""
     if way == "plain":
         return plain
-    return opacus(way) if way in PEERS else ours(way)
+    return opacus(way) if way in (*PEERS, "ew") else ours(way)
 
 
 def times(folder: str, adapter: str, rounds: int) -> dict[str, list[float]]:

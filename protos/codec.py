@@ -8,6 +8,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from offsite.errors import MalformedMessage
+from offsite.protos import framing
 from offsite.protos import round_pb2 as wire
 from offsite.protos.messages import (
     LINE,
@@ -60,8 +61,7 @@ __all__ = [
 ]
 T = TypeVar("T")
 K = TypeVar("K", wire.Refusal, wire.Notice)
-VERSION = 1
-MAX_BYTES = 1 << 30
+VERSION = 2
 DIGEST_BYTES = 32
 MAX_ENTRIES = MAX_SITES  # most entries of any list, one per site
 
@@ -71,15 +71,27 @@ def encode(message: Message) -> bytes:
 
     Texts for people are written by `one_line`, so that a reason of any length is a message and not a crash.
     """
+    tail = _TAILS[type(message)](message) if type(message) in _TAILS else b""
+    head = _head_of(message, memoryview(tail).nbytes)
+    return framing.join(head, tail)
+
+
+def _head_of(message: Message, tail: int) -> bytes:
     name, write = _WRITERS[type(message)]
-    envelope = wire.Envelope(version=VERSION)
+    envelope = wire.Envelope(version=VERSION, tail=tail)
     getattr(envelope, name).CopyFrom(write(message))
     return envelope.SerializeToString(deterministic=True)
 
 
 def encode_signed_message(message: SignedMessage) -> bytes:
     """Writes a signed message; the same message always gives the same bytes."""
-    return wire.Letter(version=VERSION, **_fields(message)).SerializeToString(deterministic=True)
+    return framing.join(_letter_head(message), message.body)
+
+
+def _letter_head(message: SignedMessage) -> bytes:
+    fields = _fields(message)
+    tail = len(fields.pop("body"))
+    return wire.Letter(version=VERSION, tail=tail, **fields).SerializeToString(deterministic=True)
 
 
 def decode_signed_message(data: bytes) -> SignedMessage:
@@ -88,18 +100,19 @@ def decode_signed_message(data: bytes) -> SignedMessage:
     Raises:
       MalformedMessage: as for `decode`.
     """
-    _limit(data)
+    head, tail = framing.split(data)
     parsed = wire.Letter()
     try:
-        parsed.ParseFromString(data)
+        parsed.ParseFromString(head)
     except DecodeError as error:
         raise MalformedMessage("message does not parse as a letter; was it cut off") from error
     _check_version(parsed.version)
     names = (parsed.sender, parsed.recipient, parsed.stage)
     for name in names:  # audit logs and terminals show these names, also when nobody signed them
         canonical.text(name, "letter name", limit=NAME)
-    read = SignedMessage(_digest(parsed.federation), *names, parsed.number, parsed.body, parsed.signature)
-    if encode_signed_message(read) != data:
+    framing.check_tail(parsed.tail, tail)
+    read = SignedMessage(_digest(parsed.federation), *names, parsed.number, bytes(tail), parsed.signature)
+    if _letter_head(read) != head:
         raise MalformedMessage("letter is not in canonical form; was it altered on the way")
     return read
 
@@ -111,33 +124,38 @@ def decode(data: bytes) -> Message:
       MalformedMessage: the bytes are too long, no envelope, or have another version, unknown fields, or a field of the
         wrong length. The check is strict: bytes that `encode` would not have written are refused.
     """
-    _limit(data)
+    head, tail = framing.split(data)
     envelope = wire.Envelope()
     try:
-        envelope.ParseFromString(data)
+        envelope.ParseFromString(head)
     except DecodeError as error:
         raise MalformedMessage("message does not parse as an envelope; was it cut off") from error
     _check_version(envelope.version)
-    message = _content(envelope)
-    if encode(message) != data:
+    framing.check_tail(envelope.tail, tail)
+    message = _content(envelope, tail)
+    if _head_of(message, len(tail)) != head:
         raise MalformedMessage("message is not in canonical form; was it altered on the way")
     return message
 
 
-def _content(envelope: wire.Envelope) -> Message:
+def _content(envelope: wire.Envelope, tail: memoryview) -> Message:
     name = envelope.WhichOneof("content")
+    if name in _LONG_READERS:
+        return _LONG_READERS[name](getattr(envelope, name), tail)
+    if len(tail):
+        raise MalformedMessage(f"tail_bytes={len(tail)}: this message has none; refuse it")
     if name not in _READERS:
         raise MalformedMessage("message has no content that this version knows; install the same release on both sides")
     return _READERS[name](getattr(envelope, name))
 
 
-def _train_request(request: wire.TrainRequest) -> TrainRequest:
-    return TrainRequest(_digest(request.job), request.round, _vector(request.adapter, "<f4"), _refresh(request.refresh))
+def _train_request(request: wire.TrainRequest, tail: memoryview) -> TrainRequest:
+    return TrainRequest(_digest(request.job), request.round, _vector(tail, "<f4"), _refresh(request.refresh))
 
 
 def _write_train_request(message: TrainRequest) -> wire.TrainRequest:
     moved = [wire.Bias(name=name, values=values) for name, values in message.refresh]
-    return wire.TrainRequest(job=message.job, round=message.round, adapter=_floats(message.adapter), refresh=moved)
+    return wire.TrainRequest(job=message.job, round=message.round, refresh=moved)
 
 
 def _refresh(moved: Sequence[wire.Bias]) -> tuple[tuple[str, bytes], ...]:
@@ -164,13 +182,12 @@ def _write_keys_request(message: KeysRequest) -> wire.KeysRequest:
     return wire.KeysRequest(**_fields(message))
 
 
-def _masked_reply(reply: wire.MaskedReply) -> MaskedReply:
-    return MaskedReply(_batch([reply.commitment])[0], _vector(reply.vector, "<u4"), _optional_head(reply))
+def _masked_reply(reply: wire.MaskedReply, tail: memoryview) -> MaskedReply:
+    return MaskedReply(_batch([reply.commitment])[0], _vector(tail, "<u4"), _optional_head(reply))
 
 
 def _write_masked_reply(message: MaskedReply) -> wire.MaskedReply:
-    vector = np.ascontiguousarray(message.vector, dtype="<u4").tobytes()
-    return wire.MaskedReply(commitment=_signed(message.commitment), vector=vector, ledger=_write_head(message.ledger))
+    return wire.MaskedReply(commitment=_signed(message.commitment), ledger=_write_head(message.ledger))
 
 
 def _update_request(request: wire.UpdateRequest) -> UpdateRequest:
@@ -179,12 +196,12 @@ def _update_request(request: wire.UpdateRequest) -> UpdateRequest:
     return UpdateRequest(_keys_request(request.opening), request.sealing)
 
 
-def _update_reply(reply: wire.UpdateReply) -> UpdateReply:
-    return UpdateReply(_batch([reply.commitment])[0], reply.box, _optional_head(reply))
+def _update_reply(reply: wire.UpdateReply, tail: memoryview) -> UpdateReply:
+    return UpdateReply(_batch([reply.commitment])[0], bytes(tail), _optional_head(reply))
 
 
 def _write_update_reply(message: UpdateReply) -> wire.UpdateReply:
-    return wire.UpdateReply(commitment=_signed(message.commitment), box=message.box, ledger=_write_head(message.ledger))
+    return wire.UpdateReply(commitment=_signed(message.commitment), ledger=_write_head(message.ledger))
 
 
 def _write_offer(message: Offer) -> wire.Offer:
@@ -233,13 +250,6 @@ def _fields(message: Any) -> dict[str, Any]:
     return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
 
 
-def _limit(data: bytes) -> None:
-    if len(data) > MAX_BYTES:
-        raise MalformedMessage(
-            f"message_bytes={len(data)}: above the limit {MAX_BYTES}; send at most one round's vector"
-        )
-
-
 def _check_version(version: int) -> None:
     if version != VERSION:
         raise MalformedMessage(f"version={version}: this side speaks {VERSION}; install the same release")
@@ -276,11 +286,7 @@ def _write_shown(kind: type[K], message: Refusal | Notice) -> K:
     return kind(kind=one_line(message.kind, NAME), reason=one_line(message.reason))
 
 
-def _floats(vector: np.ndarray) -> bytes:
-    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
-
-
-def _vector(data: bytes, dtype: str) -> np.ndarray:
+def _vector(data: memoryview, dtype: str) -> np.ndarray:
     if len(data) % 4:
         raise MalformedMessage(f"vector_bytes={len(data)}: not a whole number of 32-bit entries; was it cut off")
     return np.frombuffer(data, dtype=dtype)
@@ -310,14 +316,24 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     Notice: ("notice", lambda m: _write_shown(wire.Notice, m)),
 }
 
-_READERS: dict[str | None, Callable[[Any], Message]] = {
+# What follows the head: a vector of 4-byte numbers, or a box, without a copy.
+_TAILS: dict[type, Callable[[Any], Any]] = {
+    TrainRequest: lambda m: np.ascontiguousarray(m.adapter, dtype="<f4"),
+    MaskedReply: lambda m: np.ascontiguousarray(m.vector, dtype="<u4"),
+    UpdateReply: lambda m: m.box,
+}
+
+_LONG_READERS: dict[str | None, Callable[[Any, memoryview], Message]] = {
     "train_request": _train_request,
+    "masked_reply": _masked_reply,
+    "update_reply": _update_reply,
+}
+
+_READERS: dict[str | None, Callable[[Any], Message]] = {
     "train_reply": lambda m: TrainReply(m.round),
     "keys_request": _keys_request,
     "signed_batch": lambda m: SignedBatch(_batch(m.messages)),
-    "masked_reply": _masked_reply,
     "update_request": _update_request,
-    "update_reply": _update_reply,
     "announcement": lambda m: Announcement(m.body),
     "refusal": lambda m: Refusal(*_shown(m.kind, m.reason, "refusal")),
     "offer": _offer,

@@ -51,7 +51,8 @@ def pack(stage: str, body: bytes) -> RecordDict:
     """
     if len(body) <= SHORT_BYTES:
         return RecordDict({"stage": ConfigRecord({"name": stage, "body": body})})
-    flat = Array(np.frombuffer(body, dtype=np.uint8))
+    # the bytes that numpy would write, without its further copies
+    flat = Array("uint8", (len(body),), "numpy.ndarray", b"".join((_header(len(body)), body)))
     return RecordDict({"stage": ConfigRecord({"name": stage}), "body": ArrayRecord({"flat": flat})})
 
 

@@ -20,9 +20,9 @@ from offsite.errors import ConfigError
 
 HEADER = "x-offsite-secret"
 VARIABLE = "OFFSITE_GUARD"  # names the secret's file; the secret itself would show in a process list
-# The longest request that carries no content lists the pieces of a message: 70 kB for 1 GiB. Flower writes each name
+# The longest request that carries no content lists the pieces of a message, 68 bytes for each. Flower writes each name
 # into its database under one lock, so that a list of 8 MiB would stop it for minutes.
-MAX_BODY_BYTES = 128 << 10
+MAX_BODY_BYTES, LISTED_BYTES = 128 << 10, 100
 # The largest body that an honest SuperNode sends is one piece of an array: 1 MiB by `protos.flower_process.QUIET`, and
 # 5 MiB by Flower's default.
 MAX_OBJECT_BYTES = 8 << 20

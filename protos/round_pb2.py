@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/round.proto\x12\noffsite.v1\"\xd4\x04\n\x08\x45nvelope\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x31\n\rtrain_request\x18\x02 \x01(\x0b\x32\x18.offsite.v1.TrainRequestH\x00\x12-\n\x0btrain_reply\x18\x03 \x01(\x0b\x32\x16.offsite.v1.TrainReplyH\x00\x12/\n\x0csigned_batch\x18\x04 \x01(\x0b\x32\x17.offsite.v1.SignedBatchH\x00\x12/\n\x0cmasked_reply\x18\x05 \x01(\x0b\x32\x17.offsite.v1.MaskedReplyH\x00\x12\x30\n\x0c\x61nnouncement\x18\x06 \x01(\x0b\x32\x18.offsite.v1.AnnouncementH\x00\x12&\n\x07refusal\x18\x07 \x01(\x0b\x32\x13.offsite.v1.RefusalH\x00\x12/\n\x0ckeys_request\x18\x08 \x01(\x0b\x32\x17.offsite.v1.KeysRequestH\x00\x12\"\n\x05offer\x18\t \x01(\x0b\x32\x11.offsite.v1.OfferH\x00\x12-\n\x0boffer_reply\x18\n \x01(\x0b\x32\x16.offsite.v1.OfferReplyH\x00\x12$\n\x06notice\x18\x0b \x01(\x0b\x32\x12.offsite.v1.NoticeH\x00\x12/\n\x0cupdate_reply\x18\x0c \x01(\x0b\x32\x17.offsite.v1.UpdateReplyH\x00\x12\x33\n\x0eupdate_request\x18\r \x01(\x0b\x32\x19.offsite.v1.UpdateRequestH\x00\x42\t\n\x07\x63ontent\"\x90\x01\n\x06Letter\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x11\n\trecipient\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\t\x12\x0e\n\x06number\x18\x06 \x01(\x04\x12\x0c\n\x04\x62ody\x18\x07 \x01(\x0c\x12\x11\n\tsignature\x18\x08 \x01(\x0c\"\xc9\x01\n\x05Offer\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x1a\n\x12manifest_signature\x18\x02 \x01(\x0c\x12*\n\x06owners\x18\x03 \x03(\x0b\x32\x1a.offsite.v1.OwnerSignature\x12\x0f\n\x07package\x18\x04 \x01(\x0c\x12\x15\n\rpackage_bytes\x18\x05 \x01(\x04\x12\x12\n\nsealed_key\x18\x06 \x01(\x0c\x12*\n\x07ledgers\x18\x07 \x03(\x0b\x32\x19.offsite.v1.Countersigned\"O\n\rCountersigned\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"1\n\x0eOwnerSignature\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x80\x01\n\nOfferReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65tched\x18\x03 \x01(\x04\x12\x17\n\x0fowner_signature\x18\x04 \x01(\x0c\x12)\n\x06ledger\x18\x05 \x01(\x0b\x32\x19.offsite.v1.Countersigned\"&\n\x06Notice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"^\n\x0cTrainRequest\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0c\x12!\n\x07refresh\x18\x04 \x03(\x0b\x32\x10.offsite.v1.Bias\"$\n\x04\x42ias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"\x1b\n\nTrainReply\x12\r\n\x05round\x18\x01 \x01(\r\"_\n\x0bKeysRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0c\x12\x0f\n\x07invited\x18\x05 \x03(\t\"9\n\x06Signed\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"3\n\x0bSignedBatch\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.offsite.v1.Signed\"p\n\x0bMaskedReply\x12&\n\ncommitment\x18\x01 \x01(\x0b\x32\x12.offsite.v1.Signed\x12\x0e\n\x06vector\x18\x02 \x01(\x0c\x12)\n\x06ledger\x18\x03 \x01(\x0b\x32\x19.offsite.v1.Countersigned\"J\n\rUpdateRequest\x12(\n\x07opening\x18\x01 \x01(\x0b\x32\x17.offsite.v1.KeysRequest\x12\x0f\n\x07sealing\x18\x02 \x01(\x0c\"s\n\x0bUpdateReply\x12&\n\ncommitment\x18\x01 \x01(\x0b\x32\x12.offsite.v1.Signed\x12)\n\x06ledger\x18\x03 \x01(\x0b\x32\x19.offsite.v1.Countersigned\x12\x0b\n\x03\x62ox\x18\x04 \x01(\x0cJ\x04\x08\x02\x10\x03\"\x1c\n\x0c\x41nnouncement\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"\'\n\x07Refusal\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/round.proto\x12\noffsite.v1\"\xe2\x04\n\x08\x45nvelope\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x31\n\rtrain_request\x18\x02 \x01(\x0b\x32\x18.offsite.v1.TrainRequestH\x00\x12-\n\x0btrain_reply\x18\x03 \x01(\x0b\x32\x16.offsite.v1.TrainReplyH\x00\x12/\n\x0csigned_batch\x18\x04 \x01(\x0b\x32\x17.offsite.v1.SignedBatchH\x00\x12/\n\x0cmasked_reply\x18\x05 \x01(\x0b\x32\x17.offsite.v1.MaskedReplyH\x00\x12\x30\n\x0c\x61nnouncement\x18\x06 \x01(\x0b\x32\x18.offsite.v1.AnnouncementH\x00\x12&\n\x07refusal\x18\x07 \x01(\x0b\x32\x13.offsite.v1.RefusalH\x00\x12/\n\x0ckeys_request\x18\x08 \x01(\x0b\x32\x17.offsite.v1.KeysRequestH\x00\x12\"\n\x05offer\x18\t \x01(\x0b\x32\x11.offsite.v1.OfferH\x00\x12-\n\x0boffer_reply\x18\n \x01(\x0b\x32\x16.offsite.v1.OfferReplyH\x00\x12$\n\x06notice\x18\x0b \x01(\x0b\x32\x12.offsite.v1.NoticeH\x00\x12/\n\x0cupdate_reply\x18\x0c \x01(\x0b\x32\x17.offsite.v1.UpdateReplyH\x00\x12\x33\n\x0eupdate_request\x18\r \x01(\x0b\x32\x19.offsite.v1.UpdateRequestH\x00\x12\x0c\n\x04tail\x18\x0e \x01(\x04\x42\t\n\x07\x63ontent\"\x96\x01\n\x06Letter\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06sender\x18\x03 \x01(\t\x12\x11\n\trecipient\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\t\x12\x0e\n\x06number\x18\x06 \x01(\x04\x12\x11\n\tsignature\x18\x08 \x01(\x0c\x12\x0c\n\x04tail\x18\t \x01(\x04J\x04\x08\x07\x10\x08\"\xc9\x01\n\x05Offer\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x1a\n\x12manifest_signature\x18\x02 \x01(\x0c\x12*\n\x06owners\x18\x03 \x03(\x0b\x32\x1a.offsite.v1.OwnerSignature\x12\x0f\n\x07package\x18\x04 \x01(\x0c\x12\x15\n\rpackage_bytes\x18\x05 \x01(\x04\x12\x12\n\nsealed_key\x18\x06 \x01(\x0c\x12*\n\x07ledgers\x18\x07 \x03(\x0b\x32\x19.offsite.v1.Countersigned\"O\n\rCountersigned\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"1\n\x0eOwnerSignature\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x80\x01\n\nOfferReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65tched\x18\x03 \x01(\x04\x12\x17\n\x0fowner_signature\x18\x04 \x01(\x0c\x12)\n\x06ledger\x18\x05 \x01(\x0b\x32\x19.offsite.v1.Countersigned\"&\n\x06Notice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"S\n\x0cTrainRequest\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\r\x12!\n\x07refresh\x18\x04 \x03(\x0b\x32\x10.offsite.v1.BiasJ\x04\x08\x03\x10\x04\"$\n\x04\x42ias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"\x1b\n\nTrainReply\x12\r\n\x05round\x18\x01 \x01(\r\"_\n\x0bKeysRequest\x12\r\n\x05round\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0c\x12\x0f\n\x07invited\x18\x05 \x03(\t\"9\n\x06Signed\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"3\n\x0bSignedBatch\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.offsite.v1.Signed\"f\n\x0bMaskedReply\x12&\n\ncommitment\x18\x01 \x01(\x0b\x32\x12.offsite.v1.Signed\x12)\n\x06ledger\x18\x03 \x01(\x0b\x32\x19.offsite.v1.CountersignedJ\x04\x08\x02\x10\x03\"J\n\rUpdateRequest\x12(\n\x07opening\x18\x01 \x01(\x0b\x32\x17.offsite.v1.KeysRequest\x12\x0f\n\x07sealing\x18\x02 \x01(\x0c\"l\n\x0bUpdateReply\x12&\n\ncommitment\x18\x01 \x01(\x0b\x32\x12.offsite.v1.Signed\x12)\n\x06ledger\x18\x03 \x01(\x0b\x32\x19.offsite.v1.CountersignedJ\x04\x08\x02\x10\x03J\x04\x08\x04\x10\x05\"\x1c\n\x0c\x41nnouncement\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"\'\n\x07Refusal\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,39 +32,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.round_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENVELOPE']._serialized_start=35
-  _globals['_ENVELOPE']._serialized_end=631
-  _globals['_LETTER']._serialized_start=634
-  _globals['_LETTER']._serialized_end=778
-  _globals['_OFFER']._serialized_start=781
-  _globals['_OFFER']._serialized_end=982
-  _globals['_COUNTERSIGNED']._serialized_start=984
-  _globals['_COUNTERSIGNED']._serialized_end=1063
-  _globals['_OWNERSIGNATURE']._serialized_start=1065
-  _globals['_OWNERSIGNATURE']._serialized_end=1114
-  _globals['_OFFERREPLY']._serialized_start=1117
-  _globals['_OFFERREPLY']._serialized_end=1245
-  _globals['_NOTICE']._serialized_start=1247
-  _globals['_NOTICE']._serialized_end=1285
-  _globals['_TRAINREQUEST']._serialized_start=1287
-  _globals['_TRAINREQUEST']._serialized_end=1381
-  _globals['_BIAS']._serialized_start=1383
-  _globals['_BIAS']._serialized_end=1419
-  _globals['_TRAINREPLY']._serialized_start=1421
-  _globals['_TRAINREPLY']._serialized_end=1448
-  _globals['_KEYSREQUEST']._serialized_start=1450
-  _globals['_KEYSREQUEST']._serialized_end=1545
-  _globals['_SIGNED']._serialized_start=1547
-  _globals['_SIGNED']._serialized_end=1604
-  _globals['_SIGNEDBATCH']._serialized_start=1606
-  _globals['_SIGNEDBATCH']._serialized_end=1657
-  _globals['_MASKEDREPLY']._serialized_start=1659
-  _globals['_MASKEDREPLY']._serialized_end=1771
-  _globals['_UPDATEREQUEST']._serialized_start=1773
-  _globals['_UPDATEREQUEST']._serialized_end=1847
-  _globals['_UPDATEREPLY']._serialized_start=1849
-  _globals['_UPDATEREPLY']._serialized_end=1964
-  _globals['_ANNOUNCEMENT']._serialized_start=1966
-  _globals['_ANNOUNCEMENT']._serialized_end=1994
-  _globals['_REFUSAL']._serialized_start=1996
-  _globals['_REFUSAL']._serialized_end=2035
+  _globals['_ENVELOPE']._serialized_end=645
+  _globals['_LETTER']._serialized_start=648
+  _globals['_LETTER']._serialized_end=798
+  _globals['_OFFER']._serialized_start=801
+  _globals['_OFFER']._serialized_end=1002
+  _globals['_COUNTERSIGNED']._serialized_start=1004
+  _globals['_COUNTERSIGNED']._serialized_end=1083
+  _globals['_OWNERSIGNATURE']._serialized_start=1085
+  _globals['_OWNERSIGNATURE']._serialized_end=1134
+  _globals['_OFFERREPLY']._serialized_start=1137
+  _globals['_OFFERREPLY']._serialized_end=1265
+  _globals['_NOTICE']._serialized_start=1267
+  _globals['_NOTICE']._serialized_end=1305
+  _globals['_TRAINREQUEST']._serialized_start=1307
+  _globals['_TRAINREQUEST']._serialized_end=1390
+  _globals['_BIAS']._serialized_start=1392
+  _globals['_BIAS']._serialized_end=1428
+  _globals['_TRAINREPLY']._serialized_start=1430
+  _globals['_TRAINREPLY']._serialized_end=1457
+  _globals['_KEYSREQUEST']._serialized_start=1459
+  _globals['_KEYSREQUEST']._serialized_end=1554
+  _globals['_SIGNED']._serialized_start=1556
+  _globals['_SIGNED']._serialized_end=1613
+  _globals['_SIGNEDBATCH']._serialized_start=1615
+  _globals['_SIGNEDBATCH']._serialized_end=1666
+  _globals['_MASKEDREPLY']._serialized_start=1668
+  _globals['_MASKEDREPLY']._serialized_end=1770
+  _globals['_UPDATEREQUEST']._serialized_start=1772
+  _globals['_UPDATEREQUEST']._serialized_end=1846
+  _globals['_UPDATEREPLY']._serialized_start=1848
+  _globals['_UPDATEREPLY']._serialized_end=1956
+  _globals['_ANNOUNCEMENT']._serialized_start=1958
+  _globals['_ANNOUNCEMENT']._serialized_end=1986
+  _globals['_REFUSAL']._serialized_start=1988
+  _globals['_REFUSAL']._serialized_end=2027
 # @@protoc_insertion_point(module_scope)

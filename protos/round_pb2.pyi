@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice", "update_reply", "update_request")
+    __slots__ = ("version", "train_request", "train_reply", "signed_batch", "masked_reply", "announcement", "refusal", "keys_request", "offer", "offer_reply", "notice", "update_reply", "update_request", "tail")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_REPLY_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class Envelope(_message.Message):
     NOTICE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_REPLY_FIELD_NUMBER: _ClassVar[int]
     UPDATE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
     version: int
     train_request: TrainRequest
     train_reply: TrainReply
@@ -34,27 +35,28 @@ class Envelope(_message.Message):
     notice: Notice
     update_reply: UpdateReply
     update_request: UpdateRequest
-    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., update_reply: _Optional[_Union[UpdateReply, _Mapping]] = ..., update_request: _Optional[_Union[UpdateRequest, _Mapping]] = ...) -> None: ...
+    tail: int
+    def __init__(self, version: _Optional[int] = ..., train_request: _Optional[_Union[TrainRequest, _Mapping]] = ..., train_reply: _Optional[_Union[TrainReply, _Mapping]] = ..., signed_batch: _Optional[_Union[SignedBatch, _Mapping]] = ..., masked_reply: _Optional[_Union[MaskedReply, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., keys_request: _Optional[_Union[KeysRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., offer_reply: _Optional[_Union[OfferReply, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., update_reply: _Optional[_Union[UpdateReply, _Mapping]] = ..., update_request: _Optional[_Union[UpdateRequest, _Mapping]] = ..., tail: _Optional[int] = ...) -> None: ...
 
 class Letter(_message.Message):
-    __slots__ = ("version", "federation", "sender", "recipient", "stage", "number", "body", "signature")
+    __slots__ = ("version", "federation", "sender", "recipient", "stage", "number", "signature", "tail")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECIPIENT_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    BODY_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: bytes
     sender: str
     recipient: str
     stage: str
     number: int
-    body: bytes
     signature: bytes
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., sender: _Optional[str] = ..., recipient: _Optional[str] = ..., stage: _Optional[str] = ..., number: _Optional[int] = ..., body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    tail: int
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., sender: _Optional[str] = ..., recipient: _Optional[str] = ..., stage: _Optional[str] = ..., number: _Optional[int] = ..., signature: _Optional[bytes] = ..., tail: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("manifest", "manifest_signature", "owners", "package", "package_bytes", "sealed_key", "ledgers")
@@ -117,16 +119,14 @@ class Notice(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("job", "round", "adapter", "refresh")
+    __slots__ = ("job", "round", "refresh")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     REFRESH_FIELD_NUMBER: _ClassVar[int]
     job: bytes
     round: int
-    adapter: bytes
     refresh: _containers.RepeatedCompositeFieldContainer[Bias]
-    def __init__(self, job: _Optional[bytes] = ..., round: _Optional[int] = ..., adapter: _Optional[bytes] = ..., refresh: _Optional[_Iterable[_Union[Bias, _Mapping]]] = ...) -> None: ...
+    def __init__(self, job: _Optional[bytes] = ..., round: _Optional[int] = ..., refresh: _Optional[_Iterable[_Union[Bias, _Mapping]]] = ...) -> None: ...
 
 class Bias(_message.Message):
     __slots__ = ("name", "values")
@@ -173,14 +173,12 @@ class SignedBatch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...
 
 class MaskedReply(_message.Message):
-    __slots__ = ("commitment", "vector", "ledger")
+    __slots__ = ("commitment", "ledger")
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
-    VECTOR_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     commitment: Signed
-    vector: bytes
     ledger: Countersigned
-    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., vector: _Optional[bytes] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
+    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
 
 class UpdateRequest(_message.Message):
     __slots__ = ("opening", "sealing")
@@ -191,14 +189,12 @@ class UpdateRequest(_message.Message):
     def __init__(self, opening: _Optional[_Union[KeysRequest, _Mapping]] = ..., sealing: _Optional[bytes] = ...) -> None: ...
 
 class UpdateReply(_message.Message):
-    __slots__ = ("commitment", "ledger", "box")
+    __slots__ = ("commitment", "ledger")
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
-    BOX_FIELD_NUMBER: _ClassVar[int]
     commitment: Signed
     ledger: Countersigned
-    box: bytes
-    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ..., box: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, commitment: _Optional[_Union[Signed, _Mapping]] = ..., ledger: _Optional[_Union[Countersigned, _Mapping]] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("body",)

@@ -22,7 +22,6 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from offsite.errors import MalformedMessage
-from offsite.protos.codec import MAX_BYTES
 from offsite.protos.flower_http import RuntimeClient
 from offsite.protos.flower_pieces import Incoming
 from offsite.protos.guard import Secret
@@ -45,7 +44,7 @@ class GuardedGrid(HttpGrid):
       largest: bytes of the longest answer that an honest site gives.
     """
 
-    def __init__(self, address: str, ca: bytes, *, token: str, secret: str, largest: int = MAX_BYTES) -> None:
+    def __init__(self, address: str, ca: bytes, *, token: str, secret: str, largest: int) -> None:
         super().__init__(address, root_certificates=ca, token=token)
         self._secret, self._largest = secret, largest
         self._incoming: dict[str, Incoming] = {}

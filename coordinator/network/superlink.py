@@ -1,14 +1,25 @@
 """The SuperLink process: Flower's own program behind our guard; `python -m offsite.coordinator.network.superlink`."""
 
 import asyncio
+import os
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 from offsite.coordinator.network.admission import Admission, Connection, ConnectionLimits
 from offsite.coordinator.network.front_door import BACKLOG, open_doors
+from offsite.protos.flower_pieces import PIECE, SPARE_PIECES
 from offsite.protos.flower_process import allow_open_files, die_with_parent, forbid_core_dumps
-from offsite.protos.guard import MAX_OBJECT_BYTES, Guard, Peer, RequestLimits, secret_of_environment
+from offsite.protos.guard import (
+    LISTED_BYTES,
+    MAX_BODY_BYTES,
+    MAX_HELD_BYTES,
+    MAX_OBJECT_BYTES,
+    Guard,
+    Peer,
+    RequestLimits,
+    secret_of_environment,
+)
 
 UPLOAD_IDLE_SECONDS = 60  # an upload that moved no piece for so long is dead; until then the others wait for it
 # Paths that a SuperNode needs; all others on this port start runs, hand out tasks or describe the interface.
@@ -16,7 +27,20 @@ PUBLIC = ("/v1/fleet/", "/health")
 # A stranger has so long until its first request has a head, TLS included, and until a request has shown who it is; a
 # piece of an upload, which does both in one, may take `protos.guard.READ_SECONDS`.
 HEAD_SECONDS, STRANGER_SECONDS = 15, 120
-LIMITS = RequestLimits(longer={"/v1/fleet/push-object": MAX_OBJECT_BYTES})
+LARGEST = "OFFSITE_LARGEST_MESSAGE"  # bytes of the longest answer that an honest site of the job gives
+
+
+def limits_for(largest: int) -> RequestLimits:
+    """Returns what peers may send in a job whose longest message has so many bytes.
+
+    The longest request without content lists the pieces of a message. Flower writes each name into its database under
+    one lock, so that a list is no longer than the job's own messages need.
+    """
+    listed = max(MAX_BODY_BYTES, LISTED_BYTES * (largest // PIECE + SPARE_PIECES))
+    return RequestLimits(
+        longer={"/v1/fleet/push-object": MAX_OBJECT_BYTES, "/v1/fleet/push-messages": listed},
+        held=max(MAX_HELD_BYTES, 2 * listed),
+    )
 
 
 class Crowd:
@@ -63,11 +87,12 @@ def main() -> None:
 
     command: Any = import_module("flwr.superlink.cli.flower_superlink")  # a function of this name hides it
     original, secret = program.create_app, secret_of_environment()
+    limits = limits_for(int(os.environ[LARGEST]))
     crowd = Crowd(Admission(ConnectionLimits.of_this_process(1)))
 
     def create_app(*arguments: Any, **named: Any) -> Any:
         app = original(*arguments, **named)
-        app.add_middleware(Guard, secret=secret, public=PUBLIC, limits=LIMITS, note=crowd.note)
+        app.add_middleware(Guard, secret=secret, public=PUBLIC, limits=limits, note=crowd.note)
         return app
 
     program.create_app = create_app

@@ -40,8 +40,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from offsite.coordinator.network.flower_grid import GuardedGrid, retries
+from offsite.coordinator.network.superlink import LARGEST
 from offsite.errors import ConfigError, DataError
-from offsite.protos.codec import MAX_BYTES
 from offsite.protos.flower import bundle
 from offsite.protos.flower_http import ControlClient, RuntimeClient, http_client
 from offsite.protos.flower_process import FlowerProcess
@@ -91,7 +91,7 @@ class SuperLinkSession:
       DataError: the SuperLink did not start.
     """
 
-    def __init__(self, place: SuperLinkPlace, nodes: Mapping[str, str], *, largest: int = MAX_BYTES) -> None:
+    def __init__(self, place: SuperLinkPlace, nodes: Mapping[str, str], *, largest: int) -> None:
         self._largest = largest
         self._place, self._keys = place, {site: _pem(line) for site, line in nodes.items()}
         self._ca = place.ca.read_bytes()
@@ -112,7 +112,7 @@ class SuperLinkSession:
             ],
             log=place.folder / "superlink.log",
             home=place.folder / "home",
-            environment={VARIABLE: str((place.folder / "guard").resolve())},
+            environment={VARIABLE: str((place.folder / "guard").resolve()), LARGEST: str(largest)},
         )
 
     def __enter__(self) -> "SuperLinkSession":

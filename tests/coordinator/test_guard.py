@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+from offsite.protos.flower_pieces import OTHER_BYTES
 from offsite.protos.guard import CONTENT, MAX_BODY_BYTES, MAX_OBJECT_BYTES
 from tests.coordinator import test_link
 from tests.coordinator.test_link import keys
@@ -19,7 +20,7 @@ def test_a_stranger_fills_no_memory_and_words_no_line_of_the_log(place: SuperLin
     context = ssl.create_default_context(cadata=place.ca.read_text())
     log = place.folder / "superlink.log"
     with (
-        SuperLinkSession(place, keys(tmp_path, "ash")),
+        SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES),
         httpx.Client(verify=context, base_url=f"https://{place.local}") as peer,
     ):
         before = log.read_text()

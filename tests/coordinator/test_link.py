@@ -22,6 +22,7 @@ from offsite.client.network.node import Node, SuperNodeConfig
 from offsite.coordinator.network.flower_grid import LOST, LOST_SECONDS, retries, why_lost
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
 from offsite.errors import ConfigError, DataError
+from offsite.protos.flower_pieces import OTHER_BYTES
 from offsite.protos.guard import Secret
 from offsite.trust.addresses import with_port
 from offsite.trust.certificates import create_authority, issue_server, new_key
@@ -80,7 +81,7 @@ def members(place: SuperLinkPlace) -> set[bytes]:
 
 
 def test_it_starts_with_one_run_and_the_federations_nodes(place: SuperLinkPlace, tmp_path: Path) -> None:
-    with SuperLinkSession(place, keys(tmp_path, "ash", "birch")) as link:
+    with SuperLinkSession(place, keys(tmp_path, "ash", "birch"), largest=OTHER_BYTES) as link:
         assert link.node_ids() == {}  # registered, not connected
         assert len(members(place)) == 2
         assert len(unfinished(place)) == 1
@@ -109,7 +110,7 @@ def test_a_site_connects_over_ipv6(place: SuperLinkPlace, tmp_path: Path, bind: 
     )
     node = Node(way, lambda stage, body: b"", largest=lambda: 0, note=lambda *_: None, stopping=ended.is_set)
     thread = threading.Thread(target=node.run)
-    with SuperLinkSession(place, nodes) as link:
+    with SuperLinkSession(place, nodes, largest=OTHER_BYTES) as link:
         thread.start()
         try:
             wait_for(lambda: "ash" in link.node_ids(), HANGS)
@@ -122,7 +123,7 @@ def test_a_site_connects_over_ipv6(place: SuperLinkPlace, tmp_path: Path, bind: 
 def test_peers_without_the_secret_reach_the_fleet_only(place: SuperLinkPlace, tmp_path: Path, path: str) -> None:
     context = ssl.create_default_context(cadata=place.ca.read_text())
     with (
-        SuperLinkSession(place, keys(tmp_path, "ash")),
+        SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES),
         httpx.Client(verify=context, base_url=f"https://{place.local}") as peer,
     ):
         assert peer.get("/health").status_code == httpx.codes.OK
@@ -132,13 +133,13 @@ def test_peers_without_the_secret_reach_the_fleet_only(place: SuperLinkPlace, tm
 
 
 def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: SuperLinkPlace, tmp_path: Path) -> None:
-    link = SuperLinkSession(place, keys(tmp_path, "ash", "birch"))
+    link = SuperLinkSession(place, keys(tmp_path, "ash", "birch"), largest=OTHER_BYTES)
     with link:
         before, old = members(place), unfinished(place)
         assert link.process.pid is not None
         link.process._process.kill()  # type: ignore[union-attr]
         wait_for(lambda: not link.process.running, HANGS)
-    with SuperLinkSession(place, keys(tmp_path, "birch", "cedar")):
+    with SuperLinkSession(place, keys(tmp_path, "birch", "cedar"), largest=OTHER_BYTES):
         assert len(members(place) & before) == 1
         assert len(members(place)) == 2
         assert len(unfinished(place)) == 1
@@ -146,10 +147,10 @@ def test_after_a_kill_the_old_run_is_ended_and_gone_sites_are_out(place: SuperLi
 
 
 def test_a_port_that_is_taken_is_said(place: SuperLinkPlace, tmp_path: Path) -> None:
-    with SuperLinkSession(place, keys(tmp_path, "ash")):
+    with SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES):
         second = dataclasses.replace(place, folder=tmp_path / "second")
         with pytest.raises(DataError, match=f"link=127.0.0.1:{place.port}: Flower's SuperLink did not start"):
-            SuperLinkSession(second, keys(tmp_path, "ash")).__enter__()
+            SuperLinkSession(second, keys(tmp_path, "ash"), largest=OTHER_BYTES).__enter__()
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
 ) -> None:
     """The run's token has expired with its heartbeats, as after a minute's sleep of the machine."""
     monkeypatch.setattr("offsite.coordinator.network.flower_grid.LOST_SECONDS", 10 * HANGS)
-    with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
+    with SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES) as link:
         (run,) = unfinished(place)
         asked(place, lambda control: control.StopRun(StopRunRequest(run_id=run)))
         began = time.monotonic()
@@ -178,13 +179,13 @@ def test_a_run_that_the_superlink_ended_is_a_lost_link_and_no_interrupt(
         assert link.process.running
     assert time.monotonic() - began < HANGS
     assert interrupts == []
-    with SuperLinkSession(place, keys(tmp_path, "ash")) as again:
+    with SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES) as again:
         assert again.node_ids() == {}
 
 
 def test_a_superlink_that_died_leaves_no_heartbeat_behind(place: SuperLinkPlace, tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    with SuperLinkSession(place, keys(tmp_path, "ash")) as link:
+    with SuperLinkSession(place, keys(tmp_path, "ash"), largest=OTHER_BYTES) as link:
         heartbeat = link._heartbeat
         assert heartbeat is not None
         assert heartbeat.is_running

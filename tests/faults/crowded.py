@@ -11,6 +11,7 @@ from offsite.coordinator.home.provision import CoordinatorHome
 from offsite.coordinator.network.depot import Depot, Tls
 from offsite.coordinator.network.flower_exchange import GridExchange
 from offsite.coordinator.network.superlink_session import SuperLinkPlace, SuperLinkSession
+from offsite.protos.flower_pieces import OTHER_BYTES
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     address = f"{settings.host}:{settings.depot_port}"
     depot = Depot(home.folder / "depot", address=address, tls=tls, allowed=lambda certificate: None)
     depot.start()
-    with SuperLinkSession(place, nodes) as link:
+    with SuperLinkSession(place, nodes, largest=OTHER_BYTES) as link:
         _say("open")
         exchange = GridExchange(link.grid, nodes=link.node_ids, deadline=60.0)
         for line in sys.stdin:

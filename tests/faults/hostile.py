@@ -29,6 +29,7 @@ from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round import RoundPlan
 from offsite.coordinator.service import JobContext, Offers, _depot, _readiness_poller, link_place, open_job
 from offsite.protos import codec, signed_messages
+from offsite.protos.flower_pieces import OTHER_BYTES
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.signed_job import package_context, sign_job
 from offsite.trust import streaming
@@ -78,7 +79,7 @@ class HostileCoordinator:
     def __enter__(self) -> "HostileCoordinator":
         self._open.enter_context(_depot(self.home, now))
         nodes = {member.site: member.node for member in self.epoch.members}
-        self.link = self._open.enter_context(SuperLinkSession(link_place(self.home), nodes))
+        self.link = self._open.enter_context(SuperLinkSession(link_place(self.home), nodes, largest=OTHER_BYTES))
         self.exchange = GridExchange(self.link.grid, nodes=self.link.node_ids, deadline=ANSWER_SECONDS)
         return self
 

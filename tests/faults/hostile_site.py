@@ -70,9 +70,12 @@ def signed_as(endpoint: Any, sender: str, reply: bytes, body: bytes | None = Non
 
 def weighed(endpoint: Any, reply: bytes) -> bytes:
     """Adds a field that says how many records stand behind the update; there is none in the protocol."""
+    body = codec.decode_signed_message(reply).body
+    end = 4 + int.from_bytes(body[:4], "big")
     envelope = wire.Envelope()
-    envelope.ParseFromString(codec.decode_signed_message(reply).body)
-    body = envelope.SerializeToString() + bytes([15 << 3 | 1]) + np.float64(WEIGHT).tobytes()
+    envelope.ParseFromString(body[4:end])
+    head = envelope.SerializeToString() + bytes([15 << 3 | 1]) + np.float64(WEIGHT).tobytes()
+    body = len(head).to_bytes(4, "big") + head + body[end:]
     return signed_as(endpoint, endpoint._site, reply, body)
 
 

@@ -306,7 +306,7 @@ def test_code_that_the_coordinator_itself_submits_is_not_run(ours: HostileCoordi
     try:
         TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
         TaskIdentity.node_id = pulled.context.node_id
-        grid = GuardedGrid(target.address, target.ca, token=str(answer.token), secret=guard)
+        grid = GuardedGrid(target.address, target.ca, token=str(answer.token), secret=guard, largest=1 << 20)
         grid.set_run(Run.create_empty(run_id=run_id))
         node = ours.link.node_ids()["ash"]
         message = Message(content=pack("offer", b""), dst_node_id=node, message_type="train")

@@ -111,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in proxy.environment().items():
             environment.setenv(name, value)
-        with _depot(home, now), SuperLinkSession(link_place(home), nodes) as session:
+        with _depot(home, now), SuperLinkSession(link_place(home), nodes, largest=OTHER_BYTES) as session:
             yield World(home, site, other, session, proxy, tuple(getattr(TaskIdentity, name) for name in IDENTITY))
     proxy.close()
 

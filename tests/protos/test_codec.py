@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offsite.errors import MalformedMessage
-from offsite.protos import codec
+from offsite.protos import codec, framing
 from offsite.protos.messages import LINE as LINE_CHARACTERS
 from offsite.protos.messages import MAX_BIASES, MAX_REFRESH_BYTES, one_line
 from offsite.trust.federation_manifest import MAX_SITES
@@ -252,20 +252,40 @@ def test_noise_is_refused(data: bytes) -> None:
 
 def test_another_version_says_what_to_do() -> None:
     data = bytearray(codec.encode(codec.TrainReply(1)))
-    data[1] = 2
-    with pytest.raises(MalformedMessage, match="version=2"):
+    data[5] = 1
+    with pytest.raises(MalformedMessage, match="version=1"):
         codec.decode(bytes(data))
 
 
 def test_unknown_fields_are_refused() -> None:
-    with pytest.raises(MalformedMessage):
-        codec.decode(codec.encode(codec.TrainReply(1)) + b"\xf8\x07\x01")
+    head = codec.encode(codec.TrainReply(1))[4:] + b"\xf8\x07\x01"
+    with pytest.raises(MalformedMessage, match="canonical form"):
+        codec.decode(len(head).to_bytes(4, "big") + head)
 
 
-def test_oversize_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "MAX_BYTES", 8)
-    with pytest.raises(MalformedMessage, match="above the limit"):
-        codec.decode(bytes(9))
+def test_a_head_is_bounded_and_a_vector_only_by_its_carrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a message may have in all follows from the job, and the carrier counts it: `protos.flower_pieces`."""
+    request = codec.TrainRequest(bytes(32), 1, np.arange(1000, dtype=np.float32))
+    monkeypatch.setattr(framing, "MAX_HEAD_BYTES", 100)
+    assert same(codec.decode(codec.encode(request)), request)
+    with pytest.raises(MalformedMessage, match="head_bytes=101: above the limit 100"):
+        codec.decode((101).to_bytes(4, "big") + bytes(101))
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_bytes_behind_a_message_are_refused(message: codec.Message) -> None:
+    for more in (b"\0", bytes(4), bytes(8)):
+        with pytest.raises(MalformedMessage, match="tail_bytes"):
+            codec.decode(codec.encode(message) + more)
+
+
+def test_a_vector_is_read_where_it_lies() -> None:
+    """A vector may be most of the machine's memory: reading makes no copy, and writing one."""
+    data = codec.encode(codec.TrainRequest(bytes(32), 1, np.arange(1 << 16, dtype=np.float32)))
+    read = codec.decode(data)
+    assert isinstance(read, codec.TrainRequest)
+    assert np.shares_memory(read.adapter, np.frombuffer(data, dtype=np.uint8))
+    assert len(data) < 4 * (1 << 16) + 100
 
 
 @pytest.mark.parametrize("size", [0, 32, 1215, 1217])

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from offsite.coordinator.network.superlink import LIMITS, PUBLIC
+from offsite.coordinator.network.superlink import PUBLIC, limits_for
 from offsite.errors import ConfigError
 from offsite.protos import codec
 from offsite.protos.flower import pack
@@ -44,6 +44,7 @@ from offsite.protos.guard import (
     secret_of_environment,
 )
 
+LIMITS = limits_for(1 << 20)
 SECRET = "5ec4e7" * 10
 PRIVATE = ("/v1/control/start", "/flwr.proto.Runtime/AcquireTask", "/v1/serverappio/x", "/openapi.json", "/docs", "/")
 HEALTH = (b"x-offsite-secret", SECRET.encode())
@@ -356,20 +357,26 @@ def test_what_an_honest_site_pushes_is_below_the_limit(piece: int, monkeypatch: 
     assert max(map(len, objects)) + 1000 < LIMITS.of("/v1/fleet/push-object") == MAX_OBJECT_BYTES
 
 
-def test_every_other_request_of_an_honest_site_is_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest request lists the pieces of the longest message that our codec reads."""
+@pytest.mark.parametrize("largest", [1 << 30, 60 << 30])
+def test_every_other_request_of_an_honest_site_is_below_the_limit(
+    largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest request lists the pieces of the job's longest message, here of 1 GiB and of 60 GiB."""
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)
     tree = get_object_tree(pack("masked", os.urandom(12 << 20)))
     pieces = next(one for one in nodes(tree) if len(one.children) >= 12)
-    more = codec.MAX_BYTES // (1 << 20) + 1 - len(pieces.children)
+    more = largest // (1 << 20) + 1 - len(pieces.children)
     pieces.children.extend(ObjectTree(object_id=os.urandom(32).hex()) for _ in range(more))
     node = Node(node_id=2**64 - 1)
     message = Message(metadata=Metadata(run_id=2**64 - 1, message_id="f" * 64, reply_to_message_id="f" * 64))
     longest = PushMessagesRequest(
         node=node, messages_list=[message], message_object_trees=[tree], clientapp_runtime_list=[1.5]
     ).ByteSize()
-    assert 60_000 < longest < LIMITS.of("/v1/fleet/push-messages") * 2 // 3
-    assert LIMITS.of("/v1/fleet/push-messages") == MAX_BODY_BYTES == 128 << 10
+    limits = limits_for(largest)
+    assert 60_000 < longest < limits.of("/v1/fleet/push-messages") * 3 // 4
+    assert limits.of("/v1/fleet/push-messages") < max(MAX_BODY_BYTES + 1, 2 * longest)  # no more than the job needs
+    assert limits.of("/v1/fleet/pull-messages") == MAX_BODY_BYTES == 128 << 10
+    assert 2 * longest < limits.held
     short = (
         PullMessagesRequest(node=node),
         ActivateNodeRequest(public_key=bytes(120), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offsite.errors import MalformedMessage, OffsiteError, ProtocolViolation
-from offsite.protos import codec, signed_messages
+from offsite.protos import codec, framing, signed_messages
 from offsite.trust.identity import Identity
 
 IDENTITY, STRANGER = Identity.from_bytes(bytes(32)), Identity.from_bytes(bytes([1]) * 32)
@@ -137,11 +137,11 @@ def test_a_signature_over_something_else_of_the_same_bytes_is_refused() -> None:
 
 
 def test_another_version_says_what_to_do() -> None:
-    with pytest.raises(MalformedMessage, match="version=2: this side speaks 1"):
-        read(b"\x08\x02" + MESSAGE[2:])
+    with pytest.raises(MalformedMessage, match="version=1: this side speaks 2"):
+        read(MESSAGE[:4] + b"\x08\x01" + MESSAGE[6:])
 
 
 def test_oversize_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "MAX_BYTES", len(MESSAGE) - 1)
+    monkeypatch.setattr(framing, "MAX_HEAD_BYTES", int.from_bytes(MESSAGE[:4], "big") - 1)
     with pytest.raises(MalformedMessage, match="above the limit"):
         read(MESSAGE)
