@@ -6,8 +6,10 @@ from functools import cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 
 from offsite.errors import MalformedMessage
+from offsite.protos import flower_pieces
 from offsite.protos.messages import NAME
 
 SHORT_BYTES = 1 << 16
@@ -52,7 +54,12 @@ def pack(stage: str, body: bytes) -> RecordDict:
     if len(body) <= SHORT_BYTES:
         return RecordDict({"stage": ConfigRecord({"name": stage, "body": body})})
     # the bytes that numpy would write, without its further copies
-    flat = Array("uint8", (len(body),), "numpy.ndarray", b"".join((_header(len(body)), body)))
+    data = b"".join((_header(len(body)), body))
+    flat = Array("uint8", (len(body),), "numpy.ndarray", data)
+    if (piece := flower_pieces.piece_of(len(data))) > flower_pieces.PIECE:  # else Flower cuts
+        view = memoryview(data)
+        chunks = [ArrayChunk(view[start : start + piece]) for start in range(0, len(data), piece)]
+        flat.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
     return RecordDict({"stage": ConfigRecord({"name": stage}), "body": ArrayRecord({"flat": flat})})
 
 

@@ -20,7 +20,20 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from offsite.errors import MalformedMessage
 
 PIECE, SPARE_PIECES = 1 << 20, 16  # Flower moves a message in pieces of 1 to 5 MiB, and a few small ones around them
+# Flower writes the names of all pieces in one transaction: 1000 take seconds, in which its database refuses others.
+# So a long message has longer pieces and not more of them, as far as a piece may go.
+MOST_PIECES, LONGEST_PIECE = 512, 4 << 20
 VALUE_BYTES, OTHER_BYTES = 4, 8 << 20  # of a message: an entry of an adapter or update; manifest, keys and signatures
+
+
+def piece_of(size: int) -> int:
+    """Returns the bytes of each piece but the last of a message of so many bytes."""
+    return min(max(PIECE, -(-size // MOST_PIECES)), LONGEST_PIECE)
+
+
+def pieces_of(size: int) -> int:
+    """Returns the number of pieces of a message of so many bytes."""
+    return -(-size // piece_of(size))
 
 
 class Incoming:
@@ -34,7 +47,7 @@ class Incoming:
 
     def __init__(self, name: str, tree: ObjectTree, largest: int) -> None:
         self.name, self._tree = name, tree
-        self._pieces, self._limit = largest // PIECE + SPARE_PIECES, largest + SPARE_PIECES * PIECE
+        self._pieces, self._limit = pieces_of(largest) + SPARE_PIECES, largest + SPARE_PIECES * PIECE
         self._contents: dict[str, bytes] = {}
         self._bytes = 0
 

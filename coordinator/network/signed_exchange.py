@@ -62,9 +62,10 @@ class SignedExchange:
             for site, body in payloads.items()
         }
         bodies = {}
-        for site, data in self._exchange.send(stage, outgoing).items():
+        answers = self._exchange.send(stage, outgoing)
+        for site in sorted(answers):  # each is let go once it is open, since each may be as long as the adapter
             try:
-                bodies[site] = self._open(site, stage, number, data)
+                bodies[site] = self._open(site, stage, number, answers.pop(site))
             except OffsiteError as error:
                 self._on_bad(site, cut(str(error)))
         return bodies

@@ -8,7 +8,7 @@ from typing import Any
 
 from offsite.coordinator.network.admission import Admission, Connection, ConnectionLimits
 from offsite.coordinator.network.front_door import BACKLOG, open_doors
-from offsite.protos.flower_pieces import PIECE, SPARE_PIECES
+from offsite.protos.flower_pieces import SPARE_PIECES, pieces_of
 from offsite.protos.flower_process import allow_open_files, die_with_parent, forbid_core_dumps
 from offsite.protos.guard import (
     LISTED_BYTES,
@@ -36,7 +36,7 @@ def limits_for(largest: int) -> RequestLimits:
     The longest request without content lists the pieces of a message. Flower writes each name into its database under
     one lock, so that a list is no longer than the job's own messages need.
     """
-    listed = max(MAX_BODY_BYTES, LISTED_BYTES * (largest // PIECE + SPARE_PIECES))
+    listed = max(MAX_BODY_BYTES, LISTED_BYTES * (pieces_of(largest) + SPARE_PIECES))
     return RequestLimits(
         longer={"/v1/fleet/push-object": MAX_OBJECT_BYTES, "/v1/fleet/push-messages": listed},
         held=max(MAX_HELD_BYTES, 2 * listed),

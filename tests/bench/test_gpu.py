@@ -19,8 +19,8 @@ def test_a_section_that_failed_or_ran_out_of_time_is_in_the_table(tmp_path: Path
     arguments = gpu._arguments(["--small"])
     late = gpu.run_section("site", arguments, "cpu", tmp_path, 0.0)
     assert late == {"not_finished": "within 0 s", "bar": False}
-    failed = gpu.run_section("site", arguments, "cpu", tmp_path, 60.0)  # there is no job in this folder
-    assert "is not a run folder" in failed["failed"] or "no readable" in failed["failed"]
+    failed = {"failed": "DataError: no run folder", "bar": False}
     lines = gpu.table({"job": late, "site": failed, "equal": {"equal": True, "bar": True, "wall_seconds": 3.0}})
     assert [line.split()[2] for line in lines.splitlines()[1:]] == ["MISSED", "MISSED", "met"]
     assert "not finished within 0 s" in lines
+    assert "failed: DataError: no run folder" in lines

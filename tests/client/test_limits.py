@@ -15,6 +15,7 @@ from offsite.client.service.job_loading import _make_way
 from offsite.client.service.process_limits import limit_resources
 from offsite.errors import DataError
 from offsite.protos import codec
+from offsite.protos.messages import MAX_REFRESH_BYTES
 from offsite.trust.streaming import COPIES_TO_OPEN
 from tests.faults.conftest import wait_for
 from tests.memory_federation import RunningSite, World, make_world, policy_for
@@ -185,3 +186,14 @@ def test_the_owner_reads_what_disk_a_refused_job_takes(world: World, tmp_path: P
     assert "max_disk_gb=1e-06; set max_disk_gb = 0.1 there" in site.reason
     (digest,) = site.jobs.names()
     assert site.jobs.package(digest) == (world.delivery.sha256.hex(), world.delivery.size)
+
+
+def test_the_longest_message_is_the_jobs_own_adapter(world: World, tmp_path: Path) -> None:
+    """Before a job is ready no message is long, so that a peer cannot fill memory by announcing a long one."""
+    site = RunningSite(world, "ash", tmp_path / "ash", package=world.run.store.package)
+    before = site.service.largest()
+    site.ready()
+    assert before < 9 << 20
+    assert site.service.largest() - before == 4 * world.manifest.layout.size + MAX_REFRESH_BYTES
+    request = codec.TrainRequest(world.manifest.digest(), 1, world.start)
+    assert len(codec.encode(request)) <= 4 * world.manifest.layout.size + 100
