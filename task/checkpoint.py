@@ -76,6 +76,8 @@ def stored_dtype(path: Path | str) -> torch.dtype:
     name = values.get("dtype") or values.get("torch_dtype")
     known = {"float16": torch.float16} if values.get(KEY) else {"bfloat16": torch.bfloat16, "float16": torch.float16}
     return known.get(str(name), torch.float32)
+
+
 def check_memory(path: Path | str, device: torch.device) -> None:
     """Compares the size of a model's weights with the free memory of a device, before the model is loaded.
 
