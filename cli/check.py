@@ -22,6 +22,7 @@ def check(
     config: Annotated[Path, typer.Argument(help="federation file, for example fed.toml")],
     out: Annotated[Path | None, typer.Option(help="run folder of the later run, for the free room on its disk")] = None,
     device: Annotated[str | None, typer.Option(help="device of the later run, in place of the file's")] = None,
+    dtype: Annotated[str | None, typer.Option(help="number format of the later run, in place of the file's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="findings as JSON, in place of the text")] = False,
 ) -> None:
     """Check a federation file with its model, and every record that it names; write nothing."""
@@ -34,7 +35,7 @@ def check(
         for fault in faults:
             findings.add(str(fault))
         if settings is not None:
-            _check(settings.on(device), out, findings, tuple(fault.key for fault in faults))
+            _check(settings.on(device, dtype), out, findings, tuple(fault.key for fault in faults))
     if as_json:
         typer.echo(json.dumps({"errors": findings.errors, "warnings": findings.warnings}))
     else:

@@ -30,6 +30,9 @@ Place = Annotated[Path, typer.Argument(help="folder of the site, or its file sit
 Device = Annotated[
     str | None, typer.Option(help="device in place of the one in site.toml: auto, cpu, cuda, cuda:N or xpu")
 ]
+Dtype = Annotated[
+    str | None, typer.Option(help="number format in place of the one in site.toml: auto, float32, bfloat16 or float16")
+]
 log = logging.getLogger("offsite.client")
 _NO_JOBS = (
     "no job was offered yet; an offer arrives while the coordinator runs a job and this site runs: "
@@ -53,9 +56,9 @@ def now() -> datetime:
 
 
 @app.command()
-def run(folder: Place, device: Device = None) -> None:
+def run(folder: Place, device: Device = None, dtype: Dtype = None) -> None:
     """Run this site until it is stopped: connect, read offers, and train what the policy permits."""
-    installation = open_folder(folder).on(device)
+    installation = open_folder(folder).on(device, dtype)
     warn_of_expiry(installation.check(now()))
     # The model libraries take six seconds to load, and a wrong folder should not cost them.
     from offsite.client.network.node import Node
@@ -64,9 +67,13 @@ def run(folder: Place, device: Device = None) -> None:
     from offsite.client.service.stage_handler import StageHandler
     from offsite.protos.proxies import forget_proxies
     from offsite.task.device import choose_devices, too_many
+    from offsite.task.number_format import check_dtype_on
 
-    settings = installation.settings  # a device that is not here is refused now, and not at the first job
+    # A device that is not here, or does not compute in the format, is refused now, and not at the first job.
+    settings = installation.settings
     devices = choose_devices(settings.device, settings.processes)
+    for device in devices:
+        check_dtype_on(settings.dtype, device)
     with alone(installation.state, "a client"):
         runtime = SiteRuntime.of(installation, now)
         if ignored := forget_proxies():
@@ -246,13 +253,14 @@ def dry_run(
     folder: Place,
     job: Annotated[str, typer.Argument(help="first eight or more digits of the job's hash")],
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Train one round of an offered job without a network. Nothing leaves, and no privacy is spent."""
     from offsite.client.home.jobs import Jobs
     from offsite.client.service.process_limits import limit_resources
     from offsite.client.service.site_runtime import SiteRuntime
 
-    installation = open_folder(folder).on(device)
+    installation = open_folder(folder).on(device, dtype)
     runtime = SiteRuntime.of(installation, now)
     limit_resources(runtime.policy)
     offered = Jobs(installation.state / "jobs").inspect(job, bytes.fromhex(installation.federation().coordinator))

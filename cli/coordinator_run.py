@@ -48,6 +48,9 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N or xpu")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="number format in place of the file's: auto, float32, bfloat16 or float16")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
     ] = False,
@@ -56,7 +59,7 @@ def run(
     from offsite.coordinator.config.federation_file import read_config
 
     settings, sha256 = read_config(config)  # before libraries that take seconds to load
-    settings = settings.on(device)
+    settings = settings.on(device, dtype)
     if settings.coordinator is None:
         raise ConfigError("config key coordinator is missing; add [coordinator] with home = the folder of init")
     from transformers.utils.logging import disable_progress_bar
@@ -92,7 +95,7 @@ def run(
         )
         folder, started = context.store.folder, Started(sha256, now().isoformat(timespec="seconds"))
         again = ["offsite", "coordinator", "run", str(config), *(["--out", str(out)] if out else [])]
-        again += ["--device", device] if device else []
+        again += [*(["--device", device] if device else []), *(["--dtype", dtype] if dtype else [])]
         with _ended(context.status, shlex.join([*again, *(["--json"] if as_json else [])])), display:
             job, progress = run_job(context)
             report = conclude(settings, context.store, job, progress, started)

@@ -95,6 +95,9 @@ def simulate(
     device: Annotated[
         str | None, typer.Option(help="device in place of the file's: auto, cpu, cuda, cuda:N or xpu")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="number format in place of the file's: auto, float32, bfloat16 or float16")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="report as JSON on standard output, in place of the text")
     ] = False,
@@ -112,11 +115,11 @@ def simulate(
         if (seed, rounds, sites) != (None, None, None) or no_privacy:
             raise ConfigError("resume: the run folder fixes seed, rounds, sites and privacy; leave these options out")
         with Heartbeat("open the run") as heartbeat:
-            run = resume_run(resume, _warn, heartbeat.now, device=device)
+            run = resume_run(resume, _warn, heartbeat.now, device=device, dtype=dtype)
     else:
         origin = Origin(seed=seed, rounds=rounds, sites=sites, private=not no_privacy)
         with Heartbeat("check the federation file") as heartbeat:
-            run = begin(config or Path(), out, origin, _warn, heartbeat.now, device=device)
+            run = begin(config or Path(), out, origin, _warn, heartbeat.now, device=device, dtype=dtype)
     _run(run, engine, as_json)
 
 

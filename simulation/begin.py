@@ -21,6 +21,7 @@ def begin(
     on_step: Callable[[str], None] = lambda text: None,
     *,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> Run:
     """Checks everything that a run reads, and makes its run folder.
 
@@ -31,6 +32,7 @@ def begin(
       on_warning: function that takes each warning of the check.
       on_step: function that takes what is being checked.
       device: device in place of the file's; None for the file's.
+      dtype: number format in place of the file's; None for the file's.
 
     Raises:
       CheckFailed: something is wrong; nothing was written.
@@ -42,7 +44,7 @@ def begin(
         findings.add(str(fault))
     if config is None:
         raise CheckFailed("\n".join(findings.errors))
-    config = configured(config, origin).on(device)
+    config = configured(config, origin).on(device, dtype)
     check_free(out)
     _check(config, out, findings, on_warning, Scope(tuple(fault.key for fault in faults)))
     return Run.create(config, sha256_file(file), out, origin)
@@ -54,6 +56,7 @@ def resume(
     on_step: Callable[[str], None] = lambda text: None,
     *,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> Run:
     """Opens the run of a folder; a run without a whole round begins anew where its federation file was changed.
 
@@ -65,12 +68,12 @@ def resume(
       OffsiteError: the folder holds no run, or its run cannot be opened.
     """
     run = Run.open(folder)
-    run = dataclasses.replace(run, config=run.config.on(device))
+    run = dataclasses.replace(run, config=run.config.on(device, dtype))
     if run.whole_rounds:
         return run
     file = Path(run.origin.file)
     if run.origin.file and file.is_file() and sha256_file(file) != run.config_sha256:
-        return begin(file, folder, run.origin, on_warning, on_step, device=device)
+        return begin(file, folder, run.origin, on_warning, on_step, device=device, dtype=dtype)
     prepared = run.store.job() is not None
     _check(run.config, folder, Findings(on_step=on_step), on_warning, prepared=prepared)
     return run

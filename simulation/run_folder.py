@@ -203,10 +203,12 @@ def simulated_sessions(run: Run, manifest: JobManifest) -> dict[str, EmulatorSes
     Sites with the same emulator share a session, since each site writes its adapter into the model before it trains.
     """
     # A simulation asks no owner: the limits permit the job, as each owner would have to.
-    device = choose_device(run.config.compute.device)
+    device, dtype = choose_device(run.config.compute.device), run.config.compute.dtype
     limits, opened = VettingThresholds.for_owner(2 * manifest.adapter.rank, share=1e6), dict[str, EmulatorSession]()
     for digest, folder in folders(run.store, manifest).items():
-        session = open_session(folder, manifest, emulator=digest, limits=limits, seed=run.config.seed, device=device)
+        session = open_session(
+            folder, manifest, emulator=digest, limits=limits, seed=run.config.seed, device=device, dtype=dtype
+        )
         opened |= dict.fromkeys(manifest.shipped()[digest], session)
     return opened
 

@@ -19,7 +19,6 @@ from offsite.task import checkpoint
 from offsite.task.device import device_of
 from offsite.task.image_classification import (
     LabelledImages,
-    dtype_of,
     label_losses,
     label_tally,
     labelled_images,
@@ -28,6 +27,7 @@ from offsite.task.image_classification import (
 from offsite.task.image_text_processor import ImageTextProcessor
 from offsite.task.images import check_records, plain_pixels
 from offsite.task.labels import names_of
+from offsite.task.number_format import dtype_of
 from offsite.task.record_fields import FIELDS
 from offsite.task.spec import Record, Tally
 from offsite.task.tokenizer import Tokenizer

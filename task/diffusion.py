@@ -20,11 +20,11 @@ from offsite.task.arrays import floats
 from offsite.task.device import device_of
 from offsite.task.diffusion_models import UNET, load_diffusion
 from offsite.task.examples import all_but
-from offsite.task.image_classification import dtype_of
 from offsite.task.images import check_records
 from offsite.task.label_numbers import whole
 from offsite.task.latent_scale import tell_scale
 from offsite.task.noise import NoiseSchedule
+from offsite.task.number_format import dtype_of
 from offsite.task.record_fields import FIELDS, LABEL, LATENTS, PROMPT
 from offsite.task.records import fault
 from offsite.task.spec import Record, Tally

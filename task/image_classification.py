@@ -14,6 +14,7 @@ from offsite.task.device import device_of
 from offsite.task.examples import all_but
 from offsite.task.images import ImageProcessor, Pixels, check_records, plain_pixels
 from offsite.task.labels import IGNORED, Labels, names_of
+from offsite.task.number_format import dtype_of
 from offsite.task.record_fields import FIELDS
 from offsite.task.sequence_classification import class_tally
 from offsite.task.spec import Record, Tally
@@ -157,8 +158,3 @@ def label_tally(logits: torch.Tensor, labels: torch.Tensor) -> Tally:
 def two_labels(count: int, seed: int) -> torch.Tensor:
     """Returns two different labels out of `count`, int64 (2,)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:2]
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Returns the dtype in which a model takes images: that of its first parameter, which belongs to no adapter."""
-    return next(model.parameters()).dtype

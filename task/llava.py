@@ -15,9 +15,9 @@ from offsite.task.device import device_of
 from offsite.task.encode import mask_of, padded
 from offsite.task.examples import Examples, all_but, vocabulary_of
 from offsite.task.generation import Prompt, end_of_answer
-from offsite.task.image_classification import dtype_of
 from offsite.task.image_text_processor import MARKERS, ImageTextProcessor, holds_marker, without_marker
 from offsite.task.images import Pixels, check_records, plain_pixels, size_of
+from offsite.task.number_format import dtype_of
 from offsite.task.record_fields import FIELDS
 from offsite.task.records import fault
 from offsite.task.spec import Record, Tally

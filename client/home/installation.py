@@ -37,13 +37,15 @@ class SiteHome:
         self.ca, self.certificate = folder / "trust" / "ca.pem", folder / "trust" / "client.pem"
         self._pin, self._left = folder / "trust" / "welcome.json", folder / _LEFT
 
-    def on(self, device: str | None) -> "SiteHome":
-        """Returns the site with another device than its settings name, or the site itself for None.
+    def on(self, device: str | None, dtype: str | None = None) -> "SiteHome":
+        """Returns the site with another device or number format than its settings name; None keeps theirs.
 
         Raises:
-          ConfigError: no device has such a name.
+          ConfigError: no device or no number format has such a name.
         """
-        return self if device is None else SiteHome(self.folder, dataclasses.replace(self.settings, device=device))
+        own = self.settings
+        device, dtype = own.device if device is None else device, own.dtype if dtype is None else dtype
+        return SiteHome(self.folder, dataclasses.replace(own, device=device, dtype=dtype))
 
     @classmethod
     def create(cls, folder: Path, *, name: str, data: Path, suite: int, now: datetime, contact: str = "") -> "SiteHome":

@@ -8,6 +8,7 @@ from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
 from offsite.protos.proxies import check_proxy
 from offsite.task.device import AUTO, check_device, check_processes
+from offsite.task.number_format import check_dtype
 from offsite.trust import canonical
 from offsite.trust.certificates import digits_of
 from offsite.trust.request import MAX_CONTACT
@@ -52,6 +53,8 @@ class SiteSettings:
         there is none; else `cpu`, `cuda`, `cuda:N` or `xpu`.
       processes: number of processes that share the records of each training step, from 1 to 64; on accelerators each
         has a device of its own, on the CPU they share the cores. Each holds the emulator.
+      dtype: number format of frozen weights and activations while the emulator trains: `auto` takes bfloat16 where that
+        is faster, else float32; or `float32`, `bfloat16` or `float16`.
       contact: person or office, and telephone number, that the other owners see when they sign; at most 100 printable
         ASCII characters.
       known: fingerprints of the requests of those members whom this owner knows; where any stands here,
@@ -73,6 +76,7 @@ class SiteSettings:
     weights: str = "widened"
     device: str = AUTO
     processes: int = 1
+    dtype: str = AUTO
     contact: str = ""
     known: tuple[str, ...] = ()
 
@@ -99,6 +103,7 @@ class SiteSettings:
         lookup(WEIGHT_FORMS, self.weights, "weights")
         check_device(self.device)
         check_processes(self.device, self.processes)
+        check_dtype(self.dtype)
         if self.simulation_seed is not None and self.simulation_seed < 0:
             raise ConfigError(f"simulation_seed={self.simulation_seed}: must be at least 0, or left out")
 

@@ -39,6 +39,7 @@ from offsite.secagg.journal import FileJournal, Journal, MemoryJournal
 from offsite.task.device import choose_devices
 from offsite.task.device_memory import check_fits
 from offsite.task.nothing_to_learn import Encoder, counted, learnt
+from offsite.task.number_format import dtype_of, name_of
 from offsite.task.records import LenientRecords, place_of
 from offsite.task.spec import Record
 from offsite.trust.addresses import with_port
@@ -205,11 +206,25 @@ class SiteRuntime:
         for device in dict.fromkeys(devices):
             check_fits("the emulator", size_of(package) * devices.count(device), device, _SMALLER)
         session = open_session(
-            package, manifest, emulator=emulator, limits=limits, seed=seed, weights=weights, device=devices[0]
+            package,
+            manifest,
+            emulator=emulator,
+            limits=limits,
+            seed=seed,
+            weights=weights,
+            device=devices[0],
+            dtype=settings.dtype,
         )
         session.workers = Workers.beside(
-            package, manifest, emulator=emulator, limits=limits, weights=weights, devices=devices
+            package,
+            manifest,
+            emulator=emulator,
+            limits=limits,
+            weights=weights,
+            devices=devices,
+            dtype=settings.dtype,
         )
+        log.info("job %s: trained in dtype=%s", manifest.digest().hex()[:12], name_of(dtype_of(session.model)))
         self.audit.record(
             "vetted",
             now=self.clock(),

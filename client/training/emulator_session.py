@@ -24,6 +24,7 @@ from offsite.errors import ConfigError, DigestMismatch, OffsiteError, RangeError
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.device import CPU
 from offsite.task.model_fit import WITH_LENGTH, check_positions, check_token_ids, most_positions
+from offsite.task.number_format import FLOAT32, choose_dtype, in_dtype
 from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.splits import SPLITS
@@ -121,6 +122,7 @@ def open_session(
     weights: str = "widened",
     device: torch.device | str = CPU,
     vetted: bool = False,
+    dtype: str = FLOAT32,
 ) -> EmulatorSession:
     """Loads the emulator package that the manifest names for a site, and vets it and its adapter.
 
@@ -134,6 +136,7 @@ def open_session(
       device: device on which the emulator is vetted and trained.
       vetted: whether another process of this site has vetted this package for this job, so that it is only loaded; the
         bytes are compared with the digest all the same.
+      dtype: number format in which it is trained, see `task.number_format.choose_dtype`; the vetting is in float32.
 
     Raises:
       UnsupportedModel: the vetting found a known trap.
@@ -161,6 +164,7 @@ def open_session(
     _check_fit(task, processor, model, manifest.length)
     if weights != "widened":
         replace_linears(model, folder, facts, rounded)
+    model = in_dtype(model, choose_dtype(dtype, torch.device(device), facts.full_bytes // 2))
     where = places(model, manifest.adapter)
     model = attach(model, manifest.adapter, given)
     if not vetted:

@@ -18,6 +18,7 @@ from offsite.privacy.mechanism import DpSgdConfig
 from offsite.privacy.shares import State
 from offsite.privacy.zero_order import Directions
 from offsite.task.device import CPU
+from offsite.task.number_format import FLOAT32
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Opening:
       weights: form in which frozen weights lie in memory.
       threads: number of processor threads.
       device: name of the device.
+      dtype: number format, see `task.number_format.choose_dtype`.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Opening:
     weights: str
     threads: int
     device: str = CPU
+    dtype: str = FLOAT32
 
 
 @dataclass(frozen=True)

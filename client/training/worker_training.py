@@ -63,6 +63,7 @@ class WorkerTraining:
             seed=secrets.randbits(62),
             weights=opening.weights,
             device=opening.device,
+            dtype=opening.dtype,
             vetted=True,
         )
         self._training = ExitStack()

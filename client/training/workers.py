@@ -35,6 +35,7 @@ from offsite.privacy.batches import Batch
 from offsite.privacy.shares import Share, State
 from offsite.protos.job_manifest import JobManifest
 from offsite.protos.proxies import without_proxies
+from offsite.task.number_format import FLOAT32
 
 PROGRAM = "offsite.client.training.worker_program"
 STOP_SECONDS = 2.0
@@ -83,6 +84,7 @@ class Workers:
         limits: VettingThresholds,
         weights: str,
         devices: Sequence[torch.device],
+        dtype: str = FLOAT32,
     ) -> "Workers | None":
         """Starts the workers beside a session that this process has opened and vetted; None for one device.
 
@@ -93,11 +95,13 @@ class Workers:
           limits: thresholds of the vetting.
           weights: form in which frozen weights lie in memory.
           devices: device of each process, this process first. The processes share the processor's threads.
+          dtype: number format in which the session trains.
         """
         if len(devices) == 1:
             return None
         threads = max(1, torch.get_num_threads() // len(devices))
-        return cls(Opening(folder, manifest.to_bytes(), emulator, limits, weights, threads), devices[1:])
+        opening = Opening(folder, manifest.to_bytes(), emulator, limits, weights, threads, dtype=dtype)
+        return cls(opening, devices[1:])
 
     def begin(self, beginning: Beginning) -> tuple["WorkerProcess", ...]:
         """Begins a training at all workers, and returns these; one that has ended is started again.

@@ -14,6 +14,7 @@ from offsite.task.device import AUTO, CPU
 from offsite.task.findings import Findings
 from offsite.task.model_check import ModelFiles, check_class
 from offsite.task.nothing_to_learn import Encoder
+from offsite.task.number_format import FLOAT16, check_dtype_on
 from offsite.task.record_fields import FIELDS, LABELS
 from offsite.task.stated_config import BLOCKS, POSITIONS, stated, stated_labels
 from offsite.task.target_counts import TargetCounter
@@ -61,6 +62,7 @@ def is_in_doubt(config: FedConfig, files: ModelFiles) -> bool:
         and not config.adapter.targets
         and not config.evaluation.measures
         and config.compute.device in (AUTO, CPU)
+        and config.compute.dtype != FLOAT16
     )
 
 
@@ -91,7 +93,9 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
 
     folder = Path(config.model.path)
     with findings.gathering():
-        check_memory(folder, choose_device(config.compute.device))
+        device = choose_device(config.compute.device)
+        check_memory(folder, device)
+        check_dtype_on(config.compute.dtype, device)
     model = check_class(config.model.task, folder, length, files, findings)
     if model is None:
         return None

@@ -1,25 +1,30 @@
-"""The table [compute] of the federation file: where the coordinator, or a simulation, computes."""
+"""The table [compute] of the federation file: where the coordinator, or a simulation, computes, and in which format."""
 
 from dataclasses import dataclass
 
 from offsite.task.device import AUTO, check_device
+from offsite.task.number_format import check_dtype
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """The table [compute]: the device of the coordinator, or of a simulation; each site names its own in `site.toml`.
+    """The table [compute]: device and number format of the coordinator, or of a simulation; see `site.toml` for a site.
 
     Attributes:
       device: device of the models: `auto` takes the accelerator that PyTorch finds, or the CPU where there is none;
         else `cpu`, `cuda`, `cuda:N` or `xpu`. May change while a job runs.
+      dtype: number format of frozen weights and activations: `auto` takes bfloat16 where that is faster, else float32;
+        or `float32`, `bfloat16` or `float16`. May change while a job runs.
     """
 
     device: str = AUTO
+    dtype: str = AUTO
 
     def check(self) -> None:
         """Checks the names; whether this machine has the device is known where a model is loaded.
 
         Raises:
-          ConfigError: the device has no such name.
+          ConfigError: no device or no number format has such a name.
         """
         check_device(self.device, key="compute.device")
+        check_dtype(self.dtype, key="compute.dtype")

@@ -39,7 +39,7 @@ class FedConfig:
       privacy: table of differential privacy.
       secagg: table of secure aggregation.
       evaluation: table of scores and acceptance.
-      compute: table of the device.
+      compute: table of device and number format.
     """
 
     model: ModelConfig
@@ -111,13 +111,15 @@ class FedConfig:
         if self.coordinator is None:  # the members of a real federation are known when its job is prepared
             self.emulator.kinds([site.name for site in self.sites])
 
-    def on(self, device: str | None) -> "FedConfig":
-        """Returns the settings with another device, or the same ones for None.
+    def on(self, device: str | None, dtype: str | None = None) -> "FedConfig":
+        """Returns the settings with another device or number format; None keeps the file's.
 
         Raises:
-          ConfigError: no device has such a name.
+          ConfigError: no device or no number format has such a name.
         """
-        return self if device is None else dataclasses.replace(self, compute=ComputeConfig(device))
+        own = self.compute
+        named = ComputeConfig(own.device if device is None else device, own.dtype if dtype is None else dtype)
+        return dataclasses.replace(self, compute=named)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as the plain values of a federation file."""

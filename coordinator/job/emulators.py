@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from offsite.adapter.auxiliary import AuxiliaryTensors
@@ -35,6 +34,7 @@ from offsite.privacy.probe import choose_engine
 from offsite.privacy.zero_order import SEED_BYTES, Directions, median_slope
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.device import device_of
+from offsite.task.number_format import dtype_of
 from offsite.task.spec import Batch, Task
 
 
@@ -142,7 +142,7 @@ class EmulatorFactory:
         """Gates and scores every emulator, with one emulator in memory at a time.
 
         Args:
-          full: full model in float32 without an adapter; its weights are left as they were.
+          full: full model without an adapter, in the number format of the job; its weights are left as they were.
           packages: manifests of the emulators, in the order of `kinds`.
 
         Returns:
@@ -162,7 +162,7 @@ class EmulatorFactory:
     def _measured(self, full: Any, kind: EmulatorVariant, facts: Manifest) -> tuple[Emulator, float]:
         folder, batch = self._folder(kind), self.config.training.physical_batch
         with self._named(kind, "gate: compare gradients through emulator and full model"):
-            emulator = package_reader.load(folder, dtype=torch.float32, expected_digest=facts.digest())
+            emulator = package_reader.load(folder, dtype=dtype_of(full), expected_digest=facts.digest())
             emulator = emulator.to(device_of(full))
             if every := self.config.emulator.refresh:
                 Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)

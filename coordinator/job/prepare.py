@@ -1,5 +1,6 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,10 +39,12 @@ from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.checkpoint import check_memory, stored_dtype
 from offsite.task.device import choose_device
 from offsite.task.model_fit import check_fit
+from offsite.task.number_format import choose_dtype, in_dtype, name_of
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
 from offsite.task.text_measures import check_measures
 
+log = logging.getLogger("offsite.coordinator")
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
 # These factors leave ample room; the site cuts and counts an entry beyond the bound.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
@@ -155,9 +158,7 @@ def prepare(
     task = lookup(TASKS, config.model.task, "model.task")
     processor = task.load_processor(config.model.path)
     check_fit(task, config.model.path, config.data.length, processor)  # its warnings are the check's before any work
-    device = choose_device(config.compute.device)
-    on_step(f"load the full model, device={device}")
-    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path))).to(device)
+    full, dtype = _loaded(config, task, on_step)
     public = public_records(config, task, processor, records, full.config)
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
     spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
@@ -165,7 +166,7 @@ def prepare(
     given = collected(config, full, spec, task, public, on_step)
     factory = EmulatorFactory(config, kinds, task, public, geometry, spec, store, on_step, given)
     packages = factory.build(full)
-    full = full.float()  # training is in float32; the package holds the slots' blocks in the stored dtype
+    full = in_dtype(full, dtype)  # not before: the package holds the slots' blocks in the stored dtype
     on_step("score the full model on public records")
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
     emulators, clip = factory.measure(full, packages)
@@ -187,9 +188,7 @@ def reopen(
       DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
-    device = choose_device(config.compute.device)
-    check_memory(Path(config.model.path), device)
-    plain = task.load(config.model.path, dtype=torch.float32).to(device)
+    plain = in_dtype(*_loaded(config, task, log.info))
     public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
     emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
@@ -200,6 +199,17 @@ def reopen(
     layout = Layout.of(full)
     _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
     return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), given)
+
+
+def _loaded(config: FedConfig, task: Task, on_step: Callable[[str], None]) -> tuple[Any, torch.dtype]:
+    """Returns the full model in its stored number format, on its device, and the format in which the job computes."""
+    device = choose_device(config.compute.device)
+    check_memory(Path(config.model.path), device)
+    on_step(f"load the full model, device={device}")
+    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path))).to(device)
+    dtype = choose_dtype(config.compute.dtype, device, sum(weight.numel() for weight in full.parameters()))
+    on_step(f"compute in dtype={name_of(dtype)}")
+    return full, dtype
 
 
 def _check_same(store: Store, name: str, digest: str, expected: str) -> None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offsite.adapter.methods import attach
 from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.prepare import Job
@@ -22,6 +20,7 @@ from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.emulator.vetting.vet import vet_refresh
 from offsite.errors import UnsupportedModel
 from offsite.task.device import device_of
+from offsite.task.number_format import dtype_of
 
 log = logging.getLogger("offsite.coordinator")
 
@@ -41,7 +40,7 @@ class RefreshTrial:
 
 @dataclass(frozen=True)
 class DeployedEmulator:
-    """One loaded package with the job's adapter, float32.
+    """One loaded package with the job's adapter, in the number format of the full model.
 
     Attributes:
       job: job whose full model the emulator stands for.
@@ -62,7 +61,7 @@ class DeployedEmulator:
         Raises:
           DigestMismatch, MalformedMessage, RangeError: as for `package_reader.load`.
         """
-        plain = package_reader.load(folder, dtype=torch.float32, expected_digest=job.emulator.facts.digest())
+        plain = package_reader.load(folder, dtype=dtype_of(job.full), expected_digest=job.emulator.facts.digest())
         plain = plain.to(device_of(job.full))
         frame = Frame.of(folder, job.emulator.facts)
         biases = Refreshable.of(plain, job.emulator.facts, frame)

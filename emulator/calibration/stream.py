@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from offsite.emulator.calibration.source import Source
 from offsite.emulator.structure.identity_block import Form, bind, in_form, output_form
 from offsite.errors import ConfigError, UnsupportedModel
+from offsite.task.number_format import dtype_of
 
 Hidden = list[Tensor]
 Run = Callable[[nn.Module], object]
@@ -36,11 +37,10 @@ class ForwardCall:
     kwargs: dict[str, Any]
 
     def on(self, block: nn.Module, hidden: Tensor) -> Any:
-        """Returns the block's output for hidden states, in the block's own form."""
-        if self.args:
-            return block(hidden, *_as_float(self.args[1:]), **_as_float(self.kwargs))
-        first = next(iter(self.kwargs))
-        return block(**{**_as_float(self.kwargs), first: hidden})
+        """Returns the block's output for hidden states, in the block's own form and number format."""
+        dtype = dtype_of(block)
+        args, kwargs, hidden = _in_dtype(self.args[1:], dtype), _in_dtype(self.kwargs, dtype), hidden.to(dtype)
+        return block(hidden, *args, **kwargs) if self.args else block(**{**kwargs, next(iter(kwargs)): hidden})
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Stream:
     def each(self, block: nn.Module, path: str, hidden: Hidden) -> Iterator[Tensor]:
         """Yields the outputs of `run` one call at a time, with gradients if they are enabled."""
         for call, states in zip(self.calls[path], hidden, strict=True):
-            yield bare(call.on(block, states))
+            yield bare(call.on(block, states)).float()
 
 
 def bare(output: Any) -> Tensor:
@@ -173,12 +173,12 @@ def _without_cache(value: Any) -> Any:
     return None if isinstance(value, Cache) else value
 
 
-def _as_float(value: Any) -> Any:
-    """Returns a value with its floating tensors as float32, also inside tuples, lists and dicts."""
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Returns a value with its floating tensors in a number format, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if type(value) in (tuple, list):
-        return type(value)(_as_float(member) for member in value)
+        return type(value)(_in_dtype(member, dtype) for member in value)
     if type(value) is dict:
-        return {key: _as_float(member) for key, member in value.items()}
+        return {key: _in_dtype(member, dtype) for key, member in value.items()}
     return value

@@ -11,6 +11,7 @@ from offsite.emulator.structure import denoisers
 from offsite.errors import UnsupportedModel
 from offsite.task.device import device_of
 from offsite.task.model_fit import most_positions
+from offsite.task.number_format import dtype_of
 
 EXAMPLES, LENGTH = 8, 32
 Inputs = dict[str, Tensor]
@@ -23,7 +24,8 @@ def random_inputs(model: Any, generator: torch.Generator) -> Inputs:
       UnsupportedModel: the model takes another kind of input.
     """
     device = device_of(model)  # the numbers are drawn on the CPU, so that every device gets the same
-    return {name: value.to(device) for name, value in _inputs(model, generator).items()}
+    inputs = {name: value.to(device) for name, value in _inputs(model, generator).items()}
+    return {name: value.to(dtype_of(model)) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _inputs(model: Any, generator: torch.Generator) -> Inputs:
@@ -93,7 +95,7 @@ def _beside_images(model: Any, ids: Tensor, pixels: Tensor) -> Tensor:
         return ids
     try:
         with torch.no_grad(), no_lasting_hooks(model):
-            output = model.get_image_features(pixel_values=pixels[:1].to(device_of(model)))
+            output = model.get_image_features(pixel_values=pixels[:1].to(device_of(model), dtype_of(model)))
         features: Tensor = getattr(output, "pooler_output", output)[0]
         count = features.shape[-2]
     except Exception as error:  # families whose images come in tiles or grids, and hostile configurations
