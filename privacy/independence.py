@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import Batch, Losses
 from offsite.privacy.example_gradient import Gradients, gradient_alone, gradient_of, norm_of, relative_error
 from offsite.privacy.per_example import checked_losses
+from offsite.privacy.tolerances import SMALLEST, Tolerances
 
 # Names that transformers' models give to the number of experts among which a layer chooses for each token.
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -76,42 +77,73 @@ def refuse_silence(references: Sequence[Gradients]) -> None:
 
 
 def refuse_randomness(
-    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerance: float
+    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerances: Tolerances
 ) -> None:
     """Refuses a model that gives the same example another gradient the second time."""
     again = gradient_alone(model, losses_fn, batch, 0)
-    if (error := relative_error(again, references[0])) > tolerance:
+    if (error := relative_error(again, references[0])) > tolerances.size:
         raise PrivacyRefusal(
-            f"gradient of the same example twice differs by {error:.1e}, must be below {tolerance:.0e}; "
+            f"gradient of the same example twice differs by {error:.1e}, must be below {tolerances.size:.0e}; "
             "turn dropout and other randomness of the model off"
         )
 
 
 def refuse_coupling(
-    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerance: float
-) -> None:
+    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], tolerances: Tolerances
+) -> list[Gradients]:
     """Refuses a model or loss under which any example's gradient depends on the other examples of its batch.
 
     Every example is tried in the whole batch, and behind two copies of another example.
+
+    Returns:
+      The gradients of the examples in the whole batch.
     """
     everyone = list(range(len(batch)))
     last = [([(row + 1) % len(batch)] * 2 + [row], [2]) for row in everyone]
+    together: list[Gradients] = []
     for company, places in [(everyone, everyone), *last]:
         losses = checked_losses(losses_fn, model, batch.select(company))
-        for place in places:
-            row = company[place]
-            if (error := relative_error(gradient_of(losses[place], model), references[row])) > tolerance:
-                raise _coupled("gradient", row, error, tolerance)
+        found = [gradient_of(losses[place], model) for place in places]
+        for row, gradient in zip((company[place] for place in places), found, strict=True):
+            if (error := relative_error(gradient, references[row])) > tolerances.size:
+                raise _coupled("gradient", row, error, tolerances.size)
+        together = together or found
+    return together
 
 
-def refuse_coupled_losses(model: nn.Module, losses_fn: Losses, batch: Batch, tolerance: float, seed: int) -> None:
+def refuse_company(
+    model: nn.Module, losses_fn: Losses, batch: Batch, together: Sequence[Gradients], tolerances: Tolerances
+) -> None:
+    """Refuses a model or loss under which any example's gradient depends on who the others are, not on how many.
+
+    Each example stays at its place, and copies of it take all others' places. The shapes are the same, so its own
+    numbers are rounded alike, and the tolerance need not allow for the format: it is `Tolerances.company`, or four
+    times what the same batch differs by from one run to the next, on devices whose backward sums have no fixed order.
+
+    Args:
+      model: model with its adapter attached.
+      losses_fn: function from model and batch to one loss per example, (B,).
+      batch: public examples.
+      together: gradients of the examples in the whole batch.
+      tolerances: tolerances of the model.
+    """
+    whole = checked_losses(losses_fn, model, batch.select(list(range(len(batch)))))
+    repeated = max(relative_error(gradient_of(whole[row], model), before) for row, before in enumerate(together))
+    allowed = min(tolerances.size, max(tolerances.company, 4 * repeated))
+    for row, before in enumerate(together):
+        losses = checked_losses(losses_fn, model, batch.select([row] * len(batch)))
+        if (error := relative_error(gradient_of(losses[row], model), before)) > allowed:
+            raise _coupled("gradient", row, error, allowed)
+
+
+def refuse_coupled_losses(model: nn.Module, losses_fn: Losses, batch: Batch, tolerances: Tolerances, seed: int) -> None:
     """Refuses a model or loss under which any example's loss depends on the other examples of its batch.
 
     Args:
       model: model with its adapter attached.
       losses_fn: function from model and batch to one loss per example, (B,).
       batch: public examples.
-      tolerance: largest allowed difference, as a share of the losses' size.
+      tolerances: largest allowed differences, as shares of the losses' size.
       seed: seed of the order and of the copies in the batch.
     """
     draw = random.Random(seed)  # noqa: S311  # public examples
@@ -120,8 +152,16 @@ def refuse_coupled_losses(model: nn.Module, losses_fn: Losses, batch: Batch, tol
     with torch.no_grad():
         alone = torch.stack([checked_losses(losses_fn, model, batch.select([row]))[0] for row in range(len(batch))])
         together = checked_losses(losses_fn, model, batch.select(company))
-        error = (together.double() - alone[company].double()).abs() / alone.double().abs().mean()
-    for row, own in zip(company, error.tolist(), strict=True):
+        size = alone.double().abs().mean()
+        _refuse_moved(company, together.double() - alone[company].double(), size, tolerances.size)
+        for first in (0, 1) if tolerances.narrow else ():  # every second example stays; the others become their next
+            other = [row if at % 2 == first else (row + 1) % len(batch) for at, row in enumerate(company)]
+            moved = checked_losses(losses_fn, model, batch.select(other)).double() - together.double()
+            _refuse_moved(company[first::2], moved[first::2], size, tolerances.company)
+
+
+def _refuse_moved(company: Sequence[int], moved: Tensor, size: Tensor, tolerance: float) -> None:
+    for row, own in zip(company, (moved.abs() / size).tolist(), strict=True):
         if not own <= tolerance:
             raise _coupled("loss", row, own, tolerance)
 
@@ -130,6 +170,7 @@ def _coupled(what: str, row: int, error: float, tolerance: float) -> PrivacyRefu
     return PrivacyRefusal(
         f"{what} of probe example {row} changes by {error:.1e} with the others in its batch, must be below "
         f"{tolerance:.0e}; use a mean over each example's own targets, and no batch normalisation"
+        + (", or the number format float32" if tolerance > SMALLEST else "")
     )
 
 

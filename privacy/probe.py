@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from offsite.privacy.faults import is_memory
 from offsite.privacy.independence import (
     refuse_batch_statistics,
     refuse_capacity,
+    refuse_company,
     refuse_coupled_losses,
     refuse_coupling,
     refuse_dropout,
@@ -25,15 +27,26 @@ from offsite.privacy.independence import (
     unchanged_buffers,
 )
 from offsite.privacy.per_example import Engine, line_of
+from offsite.privacy.tolerances import Tolerances
 
 log = logging.getLogger("offsite.privacy")
 
-# Half precision rounds differently in a batch of one and in a batch of two.
-TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-TOLERANCE = 1e-4
 PERTURBATION = 0.02
 SEEDS = (1, 2, 3)  # further places of the parameters, and orders of the examples, at which losses are compared
 ALONE = "loop"  # the engine under which a record meets no other
+
+
+@dataclass(frozen=True)
+class References:
+    """The gradients that an engine's gradients are compared with, by plain autograd, one for each example.
+
+    Attributes:
+      alone: gradient of each example in a batch of its own.
+      together: gradient of each example's loss in the whole batch.
+    """
+
+    alone: list[Gradients]
+    together: list[Gradients]
 
 
 def probe(model: nn.Module, losses_fn: Losses, batch: Batch, engine: str) -> None:
@@ -81,36 +94,36 @@ def _first_exact(model: nn.Module, losses_fn: Losses, batch: Batch, engines: Seq
     refuse_dropout(model)
     refuse_batch_statistics(model)
     refuse_capacity(model)
-    tolerance = _tolerance(model)
+    tolerances = Tolerances.of(model)
     with unchanged_buffers(model):
         with _perturbed(model, 0):
             gradient_alone(model, losses_fn, batch, 0)  # in its first pass a model may prepare itself
         with unchanged_attributes(model):  # without an engine, since Opacus' hooks are attributes too
-            references = _references(model, losses_fn, batch, tolerance)
+            references = _references(model, losses_fn, batch, tolerances)
         with _perturbed(model, 0):
             return _first(model, losses_fn, batch, references, engines)
 
 
-def _references(model: nn.Module, losses_fn: Losses, batch: Batch, tolerance: float) -> list[Gradients]:
-    """Returns the gradient of each example alone, at the parameters moved by seed 0.
+def _references(model: nn.Module, losses_fn: Losses, batch: Batch, tolerances: Tolerances) -> References:
+    """Returns the gradients of the examples, at the parameters moved by seed 0.
 
     Raises:
       PrivacyRefusal: the gradients prove nothing, or examples depend on each other.
     """
     with _perturbed(model, 0):
-        references = [gradient_alone(model, losses_fn, batch, row) for row in range(len(batch))]
-        refuse_silence(references)
-        refuse_randomness(model, losses_fn, batch, references, tolerance)
-        refuse_coupling(model, losses_fn, batch, references, tolerance)
+        alone = [gradient_alone(model, losses_fn, batch, row) for row in range(len(batch))]
+        refuse_silence(alone)
+        refuse_randomness(model, losses_fn, batch, alone, tolerances)
+        together = refuse_coupling(model, losses_fn, batch, alone, tolerances)
+        if tolerances.narrow:
+            refuse_company(model, losses_fn, batch, together, tolerances)
     for seed in SEEDS:
         with _perturbed(model, seed):
-            refuse_coupled_losses(model, losses_fn, batch, tolerance, seed)
-    return references
+            refuse_coupled_losses(model, losses_fn, batch, tolerances, seed)
+    return References(alone, together)
 
 
-def _first(
-    model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], engines: Sequence[str]
-) -> str:
+def _first(model: nn.Module, losses_fn: Losses, batch: Batch, references: References, engines: Sequence[str]) -> str:
     for engine in engines[:-1]:
         try:
             _check(model, losses_fn, batch, references, engine)
@@ -122,8 +135,8 @@ def _first(
     return engines[-1]
 
 
-def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequence[Gradients], engine: str) -> None:
-    """Raises PrivacyRefusal if an engine fails, or if its gradients differ from the references."""
+def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: References, engine: str) -> None:
+    """Raises PrivacyRefusal if an engine fails, or if its gradients differ from the references of their batch."""
     if engine != ALONE and (path := routed(model)) is not None:
         raise PrivacyRefusal(
             f"engine={engine!r}: module={path!r} multiplies the tokens of one expert together, of all records; "
@@ -138,7 +151,8 @@ def _check(model: nn.Module, losses_fn: Losses, batch: Batch, references: Sequen
         if is_memory(error):
             raise MemoryError(line_of(error)) from error
         raise PrivacyRefusal(f"engine={engine!r} fails: {line_of(error)}; use engine='loop'") from error
-    _refuse_inexact(gradients, references, _tolerance(model), engine)
+    right = references.alone if engine == ALONE else references.together
+    _refuse_inexact(gradients, right, Tolerances.of(model).module, engine)
 
 
 def single_gradient(model: nn.Module, losses_fn: Losses, batch: Batch, opened: Engine, row: int) -> Gradients:
@@ -178,10 +192,6 @@ def _refuse_inexact(
                     f"engine={engine!r}: gradient of {name!r} for example {row} is off by {error:.1e}, must be below "
                     f"{allowed:.1e}; use engine='loop', or another adapter method"
                 )
-
-
-def _tolerance(model: nn.Module) -> float:
-    return max(TOLERANCES.get(parameter.dtype, TOLERANCE) for parameter in model.parameters())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.ranges import HIGHEST, LOWEST
+from offsite.privacy.tolerances import Tolerances
 from tests.contracts.test_engines import CASES, adapted, fitting
 
 LENGTH = 3  # few positions beside the layers' widths, so that gradients are held as their factors
@@ -102,3 +103,33 @@ def test_a_record_without_a_finite_loss_leaves_the_others_every_bit(engine: str,
     with ENGINES[engine](model) as opened:
         sums = [clipped_sum(model, batch, opened, 1.0) for batch in (empty, broken)]
     assert torch.equal(*sums)
+
+
+NARROW = [(engine, case) for engine, case in PAIRS if case in ("lora on llama", "scales")]
+
+
+@pytest.mark.parametrize("kind", ["huge", "cancels"])
+@pytest.mark.parametrize(("engine", "case"), NARROW)
+def test_a_record_moves_the_sum_by_at_most_the_bound_in_bfloat16(engine: str, case: str, kind: str) -> None:
+    """The model is in bfloat16; a gradient's norm, its factor and the sum are in float32 and float64."""
+    model = adapted(case, torch.bfloat16)
+    with ENGINES[engine](model) as opened:
+        for size, bound in ((1, LOWEST), (3, HIGHEST)):
+            whole = clipped_sum(model, records(size, kind, bound, present=True), opened, bound)
+            rest = clipped_sum(model, records(size, kind, bound, present=False), opened, bound)
+            moved = float((whole - rest).norm())
+            assert moved <= bound * (1 + 1e-6), (size, bound)
+            if kind == "huge":
+                assert moved >= bound * (1 - 2 * CLIP_MARGIN), (size, bound)
+
+
+@pytest.mark.parametrize(("engine", "case"), NARROW)
+def test_a_record_left_out_of_a_bfloat16_batch_leaves_the_others_within_their_rounding(engine: str, case: str) -> None:
+    """The batch gets shorter, so the others may be rounded otherwise: by no more than the probe allows."""
+    model, bound = adapted(case, torch.bfloat16), 1e-3  # clips every record
+    batch = records(5, "huge", 1.0, present=True)
+    with ENGINES[engine](model) as opened:
+        whole = clipped_sum(model, batch, opened, bound)
+        rest = clipped_sum(model, batch.select([1, 2, 3, 4]), opened, bound)
+    assert float((whole - rest).norm()) <= bound * (1 + 4 * Tolerances.of(model).size)
+    assert float((whole - rest).norm()) >= bound * (1 - 2 * CLIP_MARGIN - 4 * Tolerances.of(model).size)
