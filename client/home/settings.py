@@ -45,7 +45,7 @@ class SiteSettings:
       runtime_port: port of the SuperNode's own interface on this machine; 0 takes a free port.
       simulation_seed: seed of repeatable noise, for tests on invented data only; needs `allow_seeded_noise` of the
         policy.
-      weights: storage of frozen weights in memory. `widened`: float32. `stored`: as in the package, widened where
+      weights: storage of frozen weights in memory. `widened`: in `dtype`. `stored`: as in the package, widened where
         they run; a fraction of the memory, some percent more time, the same results. `int8` and `nf4`: in the numbers
         of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
         `emulator.runtime.bitsandbytes_layers`.

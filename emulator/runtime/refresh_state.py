@@ -125,7 +125,9 @@ class Refreshable:
 
     def values(self) -> Refresh:
         """Returns the biases' present values, rounded to float16."""
-        return tuple((name, bias.detach().cpu().numpy().astype(WIRE).tobytes()) for name, bias in self.tensors.items())
+        return tuple(
+            (name, bias.detach().cpu().float().numpy().astype(WIRE).tobytes()) for name, bias in self.tensors.items()
+        )
 
     def put(self, refresh: Refresh) -> None:
         """Writes the values of a refresh into the emulator; () writes the shipped values.

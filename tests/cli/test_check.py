@@ -185,6 +185,22 @@ def test_a_device_that_is_not_here(world: Path, device: str, finding: str) -> No
     assert code == (0 if device == "cuda:7" else 2), output
 
 
+@pytest.mark.parametrize(
+    ("dtype", "finding", "mended"),
+    [
+        ("half", "compute.dtype='half': must be auto, float32, bfloat16 or float16", 2),
+        ("float16", "dtype='float16' on the CPU takes four to ten times as long as float32", 0),
+    ],
+)
+def test_a_number_format_that_is_none_here(world: Path, dtype: str, finding: str, mended: int) -> None:
+    (world / "fed.toml").write_text((world / "fed.toml").read_text() + f'[compute]\ndtype = "{dtype}"\n')
+    code, lines, output = lines_of("check", str(world / "fed.toml"), "--device", "cpu")
+    assert (code, len(lines)) == (2, 1), output
+    assert finding in output
+    code, _, output = lines_of("check", str(world / "fed.toml"), "--dtype", "float32")
+    assert code == mended, output
+
+
 @pytest.mark.parametrize("planted", [False, True])
 def test_nothing_is_written_anywhere_near(world: Path, tmp_path: Path, planted: bool) -> None:
     """In folders that may only be read, no write is even tried, neither beside the file nor in the current folder."""
