@@ -72,8 +72,7 @@ def run(folder: Place, device: Device = None, dtype: Dtype = None) -> None:
     # A device that is not here, or does not compute in the format, is refused now, and not at the first job.
     settings = installation.settings
     devices = choose_devices(settings.device, settings.processes)
-    for device in devices:
-        check_dtype_on(settings.dtype, device)
+    check_dtype_on(settings.dtype, devices[0])
     with alone(installation.state, "a client"):
         runtime = SiteRuntime.of(installation, now)
         if ignored := forget_proxies():
