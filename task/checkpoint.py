@@ -13,7 +13,17 @@ from torch import nn
 from offsite.errors import DataError
 from offsite.task.device_memory import check_fits
 from offsite.task.kinds import KINDS
-from offsite.task.model_folder import check_folder, check_weights, document, line, read_config, unused, without_adapter
+from offsite.task.mapped_weights import mapped_weights
+from offsite.task.model_folder import (
+    check_folder,
+    check_weights,
+    document,
+    line,
+    read_config,
+    unused,
+    widening,
+    without_adapter,
+)
 from offsite.task.packed_format import KEY
 from offsite.task.packed_weights import StoredTensor, dense_tensors, without_zero_biases
 from offsite.task.tokenizer import Tokenizer
@@ -78,13 +88,21 @@ def stored_dtype(path: Path | str) -> torch.dtype:
     return known.get(str(name), torch.float32)
 
 
-def check_memory(path: Path | str, device: torch.device) -> None:
+def check_memory(path: Path | str, device: torch.device, *, mapped: bool = False) -> None:
     """Compares the size of a model's weights with the free memory of a device, before the model is loaded.
+
+    Args:
+      path: the model's folder.
+      device: device on which the weights will lie.
+      mapped: whether plain weights stay in their mapped files; packed ones are widened in memory all the same.
 
     Raises:
       ConfigError: the weights alone are larger; the message says what they need and what would make them fit.
     """
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    wider = widening(Path(path))
+    if mapped and wider == 1:
+        return
+    size = wider * sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     check_fits("the full model", size, device, "free memory, take a larger device or a smaller model")
 
 
@@ -139,3 +157,4 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
                 f"model={str(folder)!r} tensor={name!r} holds NaN or Inf as {tensor.dtype}; repair the tensor or take "
                 "a wider dtype"
             )
+        mapped_weights((tensor,)).give_back()  # the check reads every page, and a use may be far off

@@ -9,8 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from offsite.errors import DataError, UnsupportedModel
+from offsite.errors import DataError, OffsiteError, UnsupportedModel
 from offsite.task.packed_format import packed_format
+
+WIDE_BITS = 16  # of a widened weight
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -212,3 +214,12 @@ def _names_in(path: Path, folder: Path) -> list[str]:
             return list(stored.keys())
     except (SafetensorError, OSError) as error:
         raise DataError(f"{where} cannot be read, it is cut or damaged ({line(error)}); fetch it again") from error
+
+
+def widening(folder: Path) -> int:
+    """Returns the factor by which packed weights of a model's folder grow when they are widened; 1 for plain weights."""
+    try:
+        packed = packed_format(folder, document(folder))
+    except OffsiteError:
+        return 1  # whoever loads the model names the fault
+    return 1 if packed is None else WIDE_BITS // packed.bits

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.errors import ConfigError, OffsiteError
+from offsite.errors import ConfigError
 from offsite.task.findings import Findings
-from offsite.task.model_folder import document
-from offsite.task.packed_format import packed_format
+from offsite.task.model_folder import widening
 
 PATIENCE = 5.0  # seconds; a SuperLink whose coordinator was killed holds its port a moment longer
-WIDE_BITS = 16  # of a widened weight
 SMALLEST = 16  # a package is no smaller than this part of the model: 2 bits for each 32
 
 
@@ -36,7 +34,7 @@ def check_room(
       free: function that returns the free bytes at a place.
     """
     model = Path(config.model.path)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) * _widening(model)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) * widening(model)
     with findings.gathering():
         place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
         if not os.access(place, os.W_OK):
@@ -51,15 +49,6 @@ def check_room(
             findings.add(line)
         elif room < needed:
             findings.warn(line)
-
-
-def _widening(model: Path) -> int:
-    """Returns the factor by which packed weights grow when they are widened, 1 for plain weights."""
-    try:
-        packed = packed_format(model, document(model))
-    except OffsiteError:
-        return 1  # a finding of the check of the model
-    return 1 if packed is None else WIDE_BITS // packed.bits
 
 
 def check_port(name: str, host: str, port: int, findings: Findings, patience: float = PATIENCE) -> None:

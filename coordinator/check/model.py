@@ -86,7 +86,7 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     Returns:
       The encoder of the job's records, or None where the model does not give one.
     """
-    from offsite.task.checkpoint import check_memory
+    from offsite.coordinator.job.full_model import check_full_model_fits
     from offsite.task.device import choose_device
     from offsite.task.generation import GeneratingTask
     from offsite.task.model_fit import check_generation
@@ -94,7 +94,7 @@ def check_model(config: FedConfig, length: int, files: ModelFiles | None, findin
     folder = Path(config.model.path)
     with findings.gathering():
         device = choose_device(config.compute.device)
-        check_memory(folder, device)
+        check_full_model_fits(config, device)
         check_dtype_on(config.compute.dtype, device)
     model = check_class(config.model.task, folder, length, files, findings)
     if model is None:

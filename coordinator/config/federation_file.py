@@ -118,8 +118,8 @@ class FedConfig:
           ConfigError: no device or no number format has such a name.
         """
         own = self.compute
-        named = ComputeConfig(own.device if device is None else device, own.dtype if dtype is None else dtype)
-        return dataclasses.replace(self, compute=named)
+        device, dtype = own.device if device is None else device, own.dtype if dtype is None else dtype
+        return dataclasses.replace(self, compute=dataclasses.replace(own, device=device, dtype=dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as the plain values of a federation file."""

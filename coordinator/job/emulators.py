@@ -23,6 +23,7 @@ from offsite.emulator.build.built_before import BuiltPackage
 from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.calibration.public_examples import PublicExamples
+from offsite.emulator.calibration.source import Source
 from offsite.emulator.evaluation.fidelity import check_gate, gradient_cosine
 from offsite.emulator.package import package_reader
 from offsite.emulator.package.manifest import Manifest
@@ -85,7 +86,7 @@ class EmulatorFactory:
     on_step: Callable[[str], None]
     given: AuxiliaryTensors = field(default_factory=dict)
 
-    def build(self, full: Any) -> list[Manifest]:
+    def build(self, full: Source) -> list[Manifest]:
         """Writes the packages into the run folder and returns their manifests, in the order of `kinds`.
 
         Args:

@@ -48,7 +48,7 @@ def open_or_prepare(
     _check_epoch(store, manifest, parties)
     on_step("open the prepared job")
     records = read_records(config, config.data.public)
-    return reopen(config, manifest, store.job_facts(), records=records, store=store)
+    return reopen(config, manifest, store.job_facts(), records=records, store=store, on_step=on_step)
 
 
 def finished(store: Store, manifest: JobManifest) -> Progress | None:

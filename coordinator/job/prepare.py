@@ -1,6 +1,5 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -8,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from offsite.adapter.auxiliary import AuxiliaryTensors
 from offsite.adapter.layout import Layout
-from offsite.adapter.methods import attach, check_task, known
+from offsite.adapter.methods import check_task, known
 from offsite.adapter.spec import AdapterSpec
 from offsite.coordinator.aggregation.compatibility import check_rule
 from offsite.coordinator.aggregation.factor_rules import read_earlier
@@ -23,6 +21,7 @@ from offsite.coordinator.config.training_tables import TrainingConfig
 from offsite.coordinator.job.auxiliary_tensors import check_frozen, check_mask, collected
 from offsite.coordinator.job.emulators import Emulator, EmulatorFactory, reopened
 from offsite.coordinator.job.evaluate import score
+from offsite.coordinator.job.full_model import compute_as_set, open_full_model
 from offsite.coordinator.job.generated import try_generation
 from offsite.coordinator.job.job_facts import JobFacts
 from offsite.coordinator.job.public_records import PublicRecords, public_records
@@ -36,15 +35,11 @@ from offsite.errors import DigestMismatch, lookup
 from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
-from offsite.task.checkpoint import check_memory, stored_dtype
-from offsite.task.device import choose_device
 from offsite.task.model_fit import check_fit
-from offsite.task.number_format import choose_dtype, in_dtype, name_of
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
 from offsite.task.text_measures import check_measures
 
-log = logging.getLogger("offsite.coordinator")
 # An entry of an update is a clipped sum over an expected batch, which stays near C, plus noise of some sigma*C/batch.
 # These factors leave ample room; the site cuts and counts an entry beyond the bound.
 PRIVATE_BOUND, PLAIN_BOUND = 4.0, 64.0
@@ -158,19 +153,20 @@ def prepare(
     task = lookup(TASKS, config.model.task, "model.task")
     processor = task.load_processor(config.model.path)
     check_fit(task, config.model.path, config.data.length, processor)  # its warnings are the check's before any work
-    full, dtype = _loaded(config, task, on_step)
+    source = open_full_model(task, config, on_step)
+    full: Any = source.model
     public = public_records(config, task, processor, records, full.config)
     geometry = Geometry.of(full, config.emulator.first, config.emulator.last, config.emulator.shape)
     spec = config.adapter.spec(slots=geometry.slots(full), seed=config.seed)
 
     given = collected(config, full, spec, task, public, on_step)
     factory = EmulatorFactory(config, kinds, task, public, geometry, spec, store, on_step, given)
-    packages = factory.build(full)
-    full = in_dtype(full, dtype)  # not before: the package holds the slots' blocks in the stored dtype
+    packages = factory.build(source)
+    compute_as_set(config, source, on_step)  # not before: the package holds the slots' blocks in the stored dtype
     on_step("score the full model on public records")
     zero_shot = score(task, full, public.test, batch=config.training.physical_batch)
     emulators, clip = factory.measure(full, packages)
-    full = attach(full, spec, given)
+    full = source.attach(spec, given)
     try_generation(config, full, public.tested)
     layout = Layout.of(full)
     for folder in config.aggregation.earlier:
@@ -180,36 +176,33 @@ def prepare(
 
 
 def reopen(
-    config: FedConfig, manifest: JobManifest, facts: JobFacts, *, records: Sequence[Record], store: Store
+    config: FedConfig,
+    manifest: JobManifest,
+    facts: JobFacts,
+    *,
+    records: Sequence[Record],
+    store: Store,
+    on_step: Callable[[str], None],
 ) -> Job:
-    """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`.
+    """Returns a job that `prepare` made earlier, from its manifest and `Job.facts`; arguments as there.
 
     Raises:
       DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
-    plain = in_dtype(*_loaded(config, task, log.info))
-    public = public_records(config, task, task.load_processor(config.model.path), records, plain.config)
+    source = open_full_model(task, config, on_step)
+    compute_as_set(config, source, on_step)
+    processor = task.load_processor(config.model.path)
+    public = public_records(config, task, processor, records, source.model.config)
     emulators = reopened(store, manifest, facts.emulators)
     _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
     for emulator in emulators:
         _check_same(store, "emulator", emulator.facts.digest(), manifest.emulator_of(emulator.sites[0]))
     given = auxiliary_file.read(store.package, emulators[0].facts)
-    full = attach(plain, manifest.adapter, given)
+    full = source.attach(manifest.adapter, given)
     layout = Layout.of(full)
     _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
     return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), given)
-
-
-def _loaded(config: FedConfig, task: Task, on_step: Callable[[str], None]) -> tuple[Any, torch.dtype]:
-    """Returns the full model in its stored number format, on its device, and the format in which the job computes."""
-    device = choose_device(config.compute.device)
-    check_memory(Path(config.model.path), device)
-    on_step(f"load the full model, device={device}")
-    full = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path))).to(device)
-    dtype = choose_dtype(config.compute.dtype, device, sum(weight.numel() for weight in full.parameters()))
-    on_step(f"compute in dtype={name_of(dtype)}")
-    return full, dtype
 
 
 def _check_same(store: Store, name: str, digest: str, expected: str) -> None:

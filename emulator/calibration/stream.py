@@ -106,8 +106,8 @@ def begin(
         with torch.no_grad():
             run(source.model)
     finally:
-        for path in blocks:
-            vars(source.model.get_submodule(path)).pop("forward", None)
+        for recorder in recorders.values():
+            recorder.leave()
     if missing := [path for path, recorder in recorders.items() if not recorder.calls]:
         raise UnsupportedModel(f"block={missing[0]}: the public examples never call it; use another tower")
     first = recorders[blocks[0]]
@@ -141,6 +141,8 @@ class _Recorder:
         self._source, self._path, self._always = source, path, always
         self._block = source.model.get_submodule(path)
         self._signature = inspect.signature(type(self._block).forward)
+        self._own = vars(self._block).get("forward")  # of a block that makes its weights ready when it is called
+        self._plain: Callable[..., Any] = self._block.forward
         self.calls: list[ForwardCall] = []
         self.inputs: Hidden = []
         self.form: Form = ()
@@ -163,10 +165,15 @@ class _Recorder:
                 return output
         return in_form(self.form, arguments, None)
 
+    def leave(self) -> None:
+        """Gives the block its own forward pass back."""
+        vars(self._block).pop("forward")
+        if self._own is not None:
+            self._block.forward = self._own
+
     def _real(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind: Any = type(self._block)
-        with self._source.open(self._path) as block:
-            return kind.forward(block, *args, **kwargs)
+        with self._source.open(self._path):
+            return self._plain(*args, **kwargs)
 
 
 def _without_cache(value: Any) -> Any:

@@ -3,15 +3,16 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offsite.adapter.auxiliary import NO_AUXILIARY, AuxiliaryTensors
 from offsite.adapter.layout import Layout
-from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.calibration.middle import Losses
+from offsite.emulator.runtime.offload import attach_to_resting
 from offsite.errors import ConfigError, DigestMismatch, RangeError
 
 PUBLIC_SEED = 20
@@ -71,7 +72,8 @@ def check_gate(cosine: float, floor: float) -> None:
 def visiting(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = NO_AUXILIARY) -> Iterator[nn.Module]:
     """Yields a model with an adapter attached, and restores the model afterwards, to the very same block objects.
 
-    Only the slots' blocks are copied, never the model; all other changes by the attachment are undone here.
+    Only the slots' blocks are copied, and the copies share their weights with the model, since no adapter writes them;
+    all other changes by the attachment are undone here.
 
     Args:
       model: the model; keeps its modules, attributes, `requires_grad` flags and training modes.
@@ -85,8 +87,8 @@ def visiting(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = 
     attributes = dict(vars(model))
     try:
         for path, block in blocks.items():
-            model.set_submodule(path, copy.deepcopy(block))
-        yield attach(model, spec, auxiliary)
+            model.set_submodule(path, _sharing(block))
+        yield attach_to_resting(model, spec, auxiliary)
     finally:
         vars(model).clear()
         vars(model).update(attributes)
@@ -96,6 +98,15 @@ def visiting(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryTensors = 
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def _sharing(block: nn.Module) -> nn.Module:
+    """Returns a copy of a block with tensors of its own that lie in the memory of the block's tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in (*block.parameters(), *block.buffers()):
+        view = tensor.detach()
+        memo[id(tensor)] = nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+    return copy.deepcopy(block, memo)
 
 
 def _gradient(

@@ -102,7 +102,8 @@ class Slowly:
             simulated_sessions(Run(config, sha256, store), self.manifest),
         )
         public = self._run.records(config.data.public)
-        opened = reopen(config, self.manifest, store.job_facts(), records=public, store=store)
+        facts = store.job_facts()
+        opened = reopen(config, self.manifest, facts, records=public, store=store, on_step=lambda text: None)
         unused = Attempts(federation.folder, lambda: bytes(32), MonotonicCounter(federation.folder / "unused.txt"))
         self.rounds, self.untrained = Rounds(opened, config, store, unused), opened.zero_shot.loss
         self.start = self._session["ash"].layout.read(self._session["ash"].model)
