@@ -51,7 +51,8 @@ def _change(path: str, layer: LoraLayer, emulated: nn.Module, strength: float) -
     changes = {}
     for name in layer.lora_B:
         up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
-        apart = _matrix(layer) - _matrix(emulated)
+        # A block of the full model may rest elsewhere than it computes.
+        apart = _matrix(layer).to(up.device) - _matrix(emulated).to(up.device)
         step = apart @ torch.linalg.pinv(down) / layer.scaling[name]
         room = LIMIT * up.norm() / step.norm().clamp_min(1e-30)
         changes[f"{path}.lora_B.{name}.weight"] = -strength * step * room.clamp(max=1.0)

@@ -131,7 +131,8 @@ def opened(call: BlockCall) -> Iterator[None]:
         for owner, leaf, tensor in resting:
             ready = made[id(tensor)]
             # An adapter that was attached within the context may have made the weight its own.
-            if owner[leaf] is ready and (tensor.requires_grad or not ready.requires_grad):
+            unchanged = tensor.requires_grad or not ready.requires_grad
+            if unchanged and owner.get(leaf) is ready:
                 owner[leaf] = tensor
         call.mapped.give_back()
 
