@@ -217,7 +217,7 @@ def _names_in(path: Path, folder: Path) -> list[str]:
 
 
 def widening(folder: Path) -> int:
-    """Returns the factor by which packed weights of a model's folder grow when they are widened; 1 for plain weights."""
+    """Returns the factor by which packed weights of a folder grow when they are widened; 1 for plain weights."""
     try:
         packed = packed_format(folder, document(folder))
     except OffsiteError:
