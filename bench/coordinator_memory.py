@@ -37,7 +37,7 @@ gate = -1.0
 [training]
 rounds = 1
 batch = 8
-physical_batch = 8
+physical_batch = 4
 [evaluation]
 public_examples = 4
 """
@@ -74,6 +74,8 @@ class Phases:
     def begin(self, name: str) -> None:
         """Begins the next phase."""
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.monotonic() - self._began
+        if self._name:
+            print(self._name, self.peaks.get(self._name), round(self.seconds[self._name]), file=sys.stderr, flush=True)
         self._name, self._began = name, time.monotonic()
 
     def _watch(self) -> None:

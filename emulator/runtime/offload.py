@@ -8,7 +8,7 @@ block's weights ready, too. accelerate's offloading hooks only serve calls witho
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,6 @@ from offsite.emulator.structure.denoisers import is_diffusion
 from offsite.emulator.structure.towers import find_towers
 from offsite.task.mapped_weights import MappedWeights, mapped_weights
 
-# The table of a module that holds a tensor, the tensor's name there, the tensor, and the dtype in which it computes.
-Unready = tuple[dict[str, Any], str, Tensor, torch.dtype]
-
 
 @dataclass
 class ComputeFormat:
@@ -34,31 +31,30 @@ class ComputeFormat:
 
     Attributes:
       device: device of the computation.
-      dtype: floating dtype of the computation; None is each weight's own.
+      wide: whether weights of 16 bits are widened to float32; else each keeps its dtype.
     """
 
     device: torch.device
-    dtype: torch.dtype | None = None
+    wide: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ComputeFormat":
         """Returns itself: a copy of a block computes as the block does."""
         return self
 
-    def kind(self, tensor: Tensor, *, computed: bool = False) -> torch.dtype:
-        """Returns the dtype in which a tensor computes.
+    def fits(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor is on the device, and wide if it has to be."""
+        return tensor.device == self.device and self.kind(tensor) == tensor.dtype
 
-        A buffer that the model computes for itself, for example of rotary positions, stays as it is where the format is
-        narrower, as when a model is loaded in that format.
-        """
-        if self.dtype is None or not tensor.is_floating_point() or (computed and self.dtype != torch.float32):
-            return tensor.dtype
-        return self.dtype
-
-    def ready(self, tensor: Tensor, kind: torch.dtype) -> Tensor:
-        """Returns a tensor on the device and in a dtype, differentiable if it is trained."""
-        made = tensor.to(self.device, kind)
+    def ready(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor on the device, wide if it has to be, and differentiable if it is trained."""
+        made = tensor.to(self.device, self.kind(tensor))
         trained = tensor.requires_grad and torch.is_grad_enabled()
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) and not trained else made
+
+    def kind(self, tensor: Tensor) -> torch.dtype:
+        """Returns the dtype in which a tensor computes."""
+        narrow = tensor.is_floating_point() and tensor.itemsize < torch.float32.itemsize
+        return torch.float32 if self.wide and narrow else tensor.dtype
 
 
 @dataclass
@@ -69,33 +65,25 @@ class BlockCall:
       block: the block; in a deep copy of the block, the copy.
       format: format of the computation.
       mapped: weights of the block in mapped files, whose pages are given back after the call.
-      modules: modules of the block without an adapter, whose tensors rest; what an adapter adds keeps its own format.
     """
 
     block: nn.Module
     format: ComputeFormat
     mapped: MappedWeights = field(default_factory=MappedWeights)
-    modules: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         """Takes over the signature of the block's own forward pass, by which callers bind arguments."""
         self.__signature__ = inspect.signature(self._own())
-        self.modules = self.modules or tuple(self.block.modules())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockCall":
         """Returns the call of the block's copy, whose weights lie in no file."""
-        block = copy.deepcopy(self.block, memo)
-        return BlockCall(block, self.format, modules=tuple(memo[id(own)] for own in self.modules if id(own) in memo))
-
-    def unready(self) -> Iterator[Unready]:
-        """Yields the block's own tensors that are not ready, as `_unready`."""
-        return _unready(self.modules, self.format)
+        return BlockCall(copy.deepcopy(self.block, memo), self.format)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the block's output; where gradients are taken of it, it is computed again in the backward pass."""
         if not torch.is_grad_enabled():
             return self._run(*args, **kwargs)
-        if next(self.unready(), None) is not None:
+        if next(_unready(self.block, self.format), None) is not None:
             return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -121,9 +109,9 @@ def opened(call: BlockCall) -> Iterator[None]:
     resting: list[tuple[dict[str, Any], str, Tensor]] = []
     made: dict[int, Tensor] = {}  # two places may share a weight
     try:
-        for owner, leaf, tensor, kind in list(call.unready()):
+        for owner, leaf, tensor in list(_unready(call.block, call.format)):
             if id(tensor) not in made:
-                made[id(tensor)] = call.format.ready(tensor, kind)
+                made[id(tensor)] = call.format.ready(tensor)
             resting.append((owner, leaf, tensor))
             owner[leaf] = made[id(tensor)]
         yield
@@ -151,7 +139,6 @@ class OffloadedModel:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
         self._format = ComputeFormat(device)
-        self._modules = tuple(model.modules())
         towers = [] if is_diffusion(model) else find_towers(model)
         for path in [path for tower in towers for path in tower.blocks]:
             block = model.get_submodule(path)
@@ -160,8 +147,15 @@ class OffloadedModel:
         self._settle()
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Sets the dtype of the computation from now on; the blocks rest as before."""
-        self._format.dtype = dtype
+        """Sets the floating dtype of the computation from now on, before an adapter is attached.
+
+        Weights in another dtype get it at once, in memory, but for weights of 16 bits that compute in float32: each
+        block of these rests as before. Tables that the model computes for itself stay as they are, unless in float32.
+        """
+        self._format.wide = dtype == torch.float32
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point() and self._format.kind(tensor) != dtype:
+                tensor.data = tensor.data.to(dtype)
         self._settle()
 
     def attach(self, spec: AdapterSpec, auxiliary: AuxiliaryTensors = NO_AUXILIARY) -> nn.Module:
@@ -201,16 +195,16 @@ class OffloadedModel:
         return sum(call.mapped.size for call in calls if call is not None)
 
     def _settle(self) -> None:
-        """Makes ready for good what lies in no block; what an adapter added stays as it is."""
-        inside = {id(own) for module in self.model.modules() if (call := call_of(module)) for own in call.modules}
+        """Makes ready for good what lies in no block, and what is trained."""
+        inside = {id(table) for block in self.model.modules() if call_of(block) for table in _tables(block)}
         made: dict[int, Tensor] = {}
-        outside = [module for module in self._modules if id(module) not in inside]
-        for owner, leaf, tensor, kind in list(_unready(outside, self._format)):
-            if id(tensor) not in made:
-                ready = self._format.ready(tensor.detach(), kind)
-                weight = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(ready, requires_grad=tensor.requires_grad) if weight else ready
-            owner[leaf] = made[id(tensor)]
+        for owner, leaf, tensor in list(_unready(self.model, self._format)):
+            if id(owner) not in inside or tensor.requires_grad:
+                if id(tensor) not in made:
+                    ready = self._format.ready(tensor.detach())
+                    kind = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(ready, requires_grad=tensor.requires_grad) if kind else ready
+                owner[leaf] = made[id(tensor)]
 
 
 def call_of(block: nn.Module) -> BlockCall | None:
@@ -233,13 +227,15 @@ def attach_to_resting(model: nn.Module, spec: AdapterSpec, auxiliary: AuxiliaryT
         return attach(model, spec, auxiliary)
 
 
-def _unready(modules: Iterable[nn.Module], how: ComputeFormat) -> Iterator[Unready]:
-    """Yields the tensors of modules that are not ready, with the table that holds them and their name there."""
-    for module in modules:
-        computed = module._non_persistent_buffers_set
-        for table in (module._parameters, module._buffers):
-            for leaf, tensor in table.items():
-                if tensor is not None:
-                    kind = how.kind(tensor, computed=leaf in computed)
-                    if kind != tensor.dtype or tensor.device != how.device:
-                        yield table, leaf, tensor, kind
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    for child in module.modules():
+        yield child._parameters
+        yield child._buffers
+
+
+def _unready(module: nn.Module, how: ComputeFormat) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yields the tensors of a module that are not ready, with the table that holds them and their name there."""
+    for table in _tables(module):
+        for leaf, tensor in table.items():
+            if tensor is not None and not how.fits(tensor):
+                yield table, leaf, tensor

@@ -175,7 +175,7 @@ def test_every_setting_but_those_of_running_it_makes_another_job(folder: Path) -
     config = read_config(folder / "fed.toml")[0]
     assert config.coordinator is not None
     free = {("coordinator", name) for name in ("home", "sites", "patience", "attempts")} | {("model", "base")}
-    free |= {("compute", "device"), ("compute", "dtype")}
+    free |= {("compute", "device"), ("compute", "dtype"), ("compute", "offload")}
     free |= {("evaluation", name) for name in ("measures", "generated_records", "new_tokens")}  # of the report alone
     for part in dataclasses.fields(config):
         if not dataclasses.is_dataclass(table := getattr(config, part.name)):

@@ -115,6 +115,21 @@ def test_weights_in_mapped_files_leave_memory_and_keep_their_values(tmp_path):
     assert torch.equal(held["weight"], wide.weight)
 
 
+@pytest.mark.parametrize(("stored", "computed"), [(WIDE, HALF), (HALF, HALF), (torch.float16, HALF)])
+def test_a_format_that_is_not_wider_is_taken_once(stored, computed, tmp_path):
+    sample = first_of("causal_lm")
+    task, folder = TASKS[sample.task], sample.save(tmp_path)
+    offloaded = OffloadedModel(task.load(folder, dtype=stored), CPU)
+    offloaded.compute_in(computed)
+    whole = task.load(folder, dtype=stored)
+    for tensor in whole.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.to(computed)
+    batch, spec = examples(sample, folder, whole), AdapterSpec(slots=Geometry.of(whole, 1, 0).slots(whole))
+    mine, other = offloaded.attach(spec), attach(whole, spec)
+    for left, right in zip(gradients(task, mine, batch), gradients(task, other, batch), strict=True):
+        assert torch.equal(left, right)
+
+
 def test_no_weight_is_left_ready_after_an_error(tmp_path):
     sample = first_of("causal_lm")
     task = TASKS[sample.task]

@@ -5,6 +5,7 @@ import torch
 
 from offsite.errors import ConfigError
 from offsite.task.device import check_device, check_processes, choose_device, choose_devices, device_of, too_many
+from offsite.task.offload_setting import check_offload
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:15", "xpu", "mps"])
@@ -19,6 +20,12 @@ def test_what_names_no_device(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^compute\.device='.*': must be auto, cpu, cuda, cuda:N or xpu") as caught:
         check_device(name, key="compute.device")
     assert caught.value.key == "compute.device"
+
+
+def test_what_names_no_setting_of_offloading() -> None:
+    with pytest.raises(ConfigError, match=r"^compute\.offload='disk': must be auto, always or never") as caught:
+        check_offload("disk", key="compute.offload")
+    assert caught.value.key == "compute.offload"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
