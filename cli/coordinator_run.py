@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # needs torch, and `status` does not
     from offsite.coordinator.config.federation_file import FedConfig
     from offsite.coordinator.home.provision import CoordinatorHome
     from offsite.coordinator.home.status import Status
+    from offsite.coordinator.report.model import Report
 
 EXIT_STOPPED = 143
 AGAIN = "run the same command again"
@@ -68,8 +69,8 @@ def run(
     from offsite.coordinator.home.provision import CoordinatorHome
     from offsite.coordinator.home.status import Status
     from offsite.coordinator.job.store import Store
+    from offsite.coordinator.report.concluded import CONCLUDED
     from offsite.coordinator.report.federation_outcome import Started, conclude
-    from offsite.coordinator.report.write import one_line
     from offsite.coordinator.service import JobContext, run_job
     from offsite.protos.proxies import forget_proxies
 
@@ -80,6 +81,10 @@ def run(
     console = Console(stderr=True)
     display = LiveDisplay(console, settings.training.rounds) if console.is_terminal else PlainDisplay()
     with alone(home.link, "a coordinator"):
+        if (done := _reported(home, settings, out, sha256)) is not None:
+            display.step(CONCLUDED)
+            _show(done[0], done[1], as_json=as_json)
+            return
         place = _checked_place(home, settings, out)
         _interrupt_on_signals()
         context = JobContext(
@@ -100,6 +105,30 @@ def run(
             job, progress = run_job(context)
             report = conclude(settings, context.store, job, progress, started)
         context.status.set("finished", detail=str(folder))
+    _show(report, folder, as_json=as_json)
+
+
+def _reported(
+    home: "CoordinatorHome", settings: "FedConfig", out: Path | None, sha256: str
+) -> "tuple[Report, Path] | None":
+    """Returns report and folder of a concluded job, before model, records and ports are looked at; else None."""
+    from offsite.coordinator.home.job_settings import JOB, run_folder
+    from offsite.coordinator.home.status import Status
+    from offsite.coordinator.job.store import Store
+    from offsite.coordinator.report.concluded import concluded
+
+    place = run_folder(home, settings, out)
+    report = concluded(Store(place), sha256) if (place / JOB).is_file() else None
+    if report is None:
+        return None
+    facts = {"job": report.provenance.job_sha256, "rounds": report.rounds_planned, "round": report.finished_rounds}
+    Status(home.folder / "status.json", now).set("finished", detail=str(place), **facts)
+    return report, place
+
+
+def _show(report: "Report", folder: Path, *, as_json: bool) -> None:
+    from offsite.coordinator.report.write import one_line
+
     if as_json:
         typer.echo(one_line(report))
         return

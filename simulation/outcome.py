@@ -62,7 +62,7 @@ def simulation_report(run: Run, job: Job, outcome: SimulationOutcome) -> Report:
         rounds=tuple(_with_losses(run, manifest, record) for record in records),
         cost=outcome.cost,
         warnings=facts.warnings_of(run.config, job, records, outcome.quality, outcome.data),
-        provenance=facts.provenance_of(run.config, run.config_sha256, manifest, outcome.started),
+        provenance=facts.provenance_of(run.config, run.config_sha256, job, outcome.started),
         data=outcome.data,
     )
 

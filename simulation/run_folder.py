@@ -36,7 +36,7 @@ CONFIG = "config.json"
 # All that a run writes, but for `CONFIG`; a folder of another run is cleared of these names only.
 FILES = (
     *("job.json", "job_facts.json", "rounds.jsonl", "state.safetensors", "aggregations.txt", "attempts.json"),
-    "settings.json",
+    *("settings.json", "model_files.json"),
     *("report.json", "report.md", "report.html", "privacy.json"),
 )
 FOLDERS = ("sites", "package", "packages", "adapter", "attempt")

@@ -16,6 +16,7 @@ from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.public_records import passed_over
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Progress
+from offsite.coordinator.report.concluded import CONCLUDED, concluded
 from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.model import Report
 from offsite.coordinator.report.quality_facts import FourScores, Quality
@@ -53,7 +54,7 @@ class Options:
 
 
 def simulate(run: Run, options: Options) -> Report:
-    """Runs a federation from the start or from the last whole round, and writes its report.
+    """Runs a federation from the start or from the last whole round, and writes its report; a written report stands.
 
     The run folder belongs to this process until the end, so that no other command takes the folder over.
 
@@ -65,6 +66,9 @@ def simulate(run: Run, options: Options) -> Report:
         round.
     """
     with alone(run.store.folder, "a simulation"):
+        if (report := concluded(run.store, run.config_sha256)) is not None:
+            options.display.step(CONCLUDED)
+            return report
         return _simulate(run, options)
 
 

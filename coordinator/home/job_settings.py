@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +68,13 @@ def settings_sha256(config: FedConfig) -> str:
         content["model"]["path"] = os.path.relpath(config.model.path, home)
         content["data"]["public"] = os.path.relpath(config.data.public, home)
         content["adapter"]["frozen"] = [os.path.relpath(folder, home) for folder in config.adapter.frozen]
-        content["emulator"] = _emulator(config, home)
+        _place_packages(content["emulator"], home)
         content["aggregation"]["earlier"] = [os.path.relpath(folder, home) for folder in config.aggregation.earlier]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _emulator(config: FedConfig, home: str) -> dict[str, Any]:
-    """Returns the table [emulator], without a key of an absent package: older releases do not have that key."""
-    table = asdict(config.emulator.in_place(lambda folder: os.path.relpath(folder, home)))
-    for own in (table, *table["variants"]):
-        if not own["package"]:
-            del own["package"]
-    return table
+def _place_packages(table: dict[str, Any], home: str) -> None:
+    """Makes the places of packages relative; an absent package has no key, as in releases that lack the key."""
+    for own in (table, *(entry for entry in table["variants"] if isinstance(entry, dict))):
+        if folder := own.pop("package"):
+            own["package"] = os.path.relpath(folder, home)

@@ -1,6 +1,6 @@
 """From a configuration to a job, with public records only: full model, emulator packages, gate, clip, manifest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from offsite.coordinator.job.evaluate import score
 from offsite.coordinator.job.full_model import compute_as_set, open_full_model
 from offsite.coordinator.job.generated import try_generation
 from offsite.coordinator.job.job_facts import JobFacts
+from offsite.coordinator.job.model_hashes import model_hashes
 from offsite.coordinator.job.public_records import PublicRecords, public_records
 from offsite.coordinator.job.score import Score
 from offsite.coordinator.job.store import Store
@@ -36,6 +37,7 @@ from offsite.privacy.accountants import ACCOUNTANTS
 from offsite.protos.aggregation import AggregationTerms
 from offsite.protos.job_manifest import JobManifest, PrivacyTerms
 from offsite.task.model_fit import check_fit
+from offsite.task.model_folder import check_folder
 from offsite.task.spec import Record, Task
 from offsite.task.tasks import TASKS
 from offsite.task.text_measures import check_measures
@@ -80,6 +82,7 @@ class Job:
       public: public examples.
       zero_shot: score of the full model on public records before any training.
       start: initial adapter, float32 (d,).
+      hashes: SHA-256 of each file of the full model by name, hexadecimal.
       given: tensors that the adapter needs and does not train.
     """
 
@@ -91,6 +94,7 @@ class Job:
     public: PublicRecords
     zero_shot: Score
     start: np.ndarray
+    hashes: Mapping[str, str]
     given: AuxiliaryTensors = field(default_factory=dict)
 
     @property
@@ -171,8 +175,9 @@ def prepare(
     layout = Layout.of(full)
     for folder in config.aggregation.earlier:
         read_earlier(folder, layout)
-    manifest = _manifest(config, federation, emulators, spec, layout, clip)
-    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), given)
+    hashes = model_hashes(Path(config.model.path), store)
+    manifest = _manifest(config, federation, emulators, spec, layout, clip, model_sha256(hashes))
+    return Job(manifest, emulators, full, layout, task, public, zero_shot, layout.read(full), hashes, given)
 
 
 def reopen(
@@ -190,19 +195,21 @@ def reopen(
       DigestMismatch: a package in the run folder, or the model, is another than the manifest's.
     """
     task = lookup(TASKS, manifest.task, "task")
+    check_folder(Path(config.model.path))
+    hashes = model_hashes(Path(config.model.path), store)
+    emulators = reopened(store, manifest, facts.emulators)
+    _check_same(store, "model", model_sha256(hashes), manifest.base)
+    for emulator in emulators:
+        _check_same(store, "emulator", emulator.facts.digest(), manifest.emulator_of(emulator.sites[0]))
+    given = auxiliary_file.read(store.package, emulators[0].facts)
     source = open_full_model(task, config, on_step)
     compute_as_set(config, source, on_step)
     processor = task.load_processor(config.model.path)
     public = public_records(config, task, processor, records, source.model.config)
-    emulators = reopened(store, manifest, facts.emulators)
-    _check_same(store, "model", model_sha256(Path(config.model.path)), manifest.base)
-    for emulator in emulators:
-        _check_same(store, "emulator", emulator.facts.digest(), manifest.emulator_of(emulator.sites[0]))
-    given = auxiliary_file.read(store.package, emulators[0].facts)
     full = source.attach(manifest.adapter, given)
     layout = Layout.of(full)
     _check_same(store, "layout", layout.digest().hex(), manifest.layout.digest().hex())
-    return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), given)
+    return Job(manifest, emulators, full, layout, task, public, facts.zero_shot, layout.read(full), hashes, given)
 
 
 def _check_same(store: Store, name: str, digest: str, expected: str) -> None:
@@ -225,6 +232,7 @@ def _manifest(
     spec: AdapterSpec,
     layout: Layout,
     clip: float,
+    base: str,
 ) -> JobManifest:
     training, privacy = config.training, config.privacy
     factor = PRIVATE_BOUND if privacy.private else PLAIN_BOUND
@@ -236,7 +244,7 @@ def _manifest(
         accomplices=federation.accomplices,
         task=config.model.task,
         emulator=emulators[0].facts.digest(),
-        base=model_sha256(Path(config.model.path)),
+        base=base,
         tokenizer=tokenizer_sha256(emulators[0].facts.files),
         adapter=spec,
         layout=layout,

@@ -23,6 +23,7 @@ from offsite.trust.files import unwritable, write_atomically
 
 BIAS = "refresh/"  # before the name of an emulator's bias
 JOB, JOB_FACTS, ROUNDS = "job.json", "job_facts.json", "rounds.jsonl"
+MODEL_FILES = "model_files.json"  # hashes of the full model's files
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,13 +17,12 @@ from offsite.coordinator.report.data_facts import DataFacts
 from offsite.coordinator.report.emulator_facts import Composition, EmulatorFacts, ShippedEmulator
 from offsite.coordinator.report.model import AdapterFacts, DroppedInRound, Provenance, RuleFacts, SecaggFacts
 from offsite.coordinator.report.quality_facts import Quality
-from offsite.errors import ConfigError, lookup
+from offsite.errors import lookup
 from offsite.protos.aggregation import NO_SECAGG_WARNING
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.model_folder import document
 from offsite.task.packed_format import packed_format
 from offsite.trust.collusion import weaker_sentence
-from offsite.trust.files import sha256_file
 
 PACKAGES = ("offsite", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "cryptography", "numpy")
 
@@ -128,13 +128,13 @@ def warnings_of(
     return tuple(warnings)
 
 
-def provenance_of(config: FedConfig, config_sha256: str, manifest: JobManifest, started: str) -> Provenance:
+def provenance_of(config: FedConfig, config_sha256: str, job: Job, started: str) -> Provenance:
     """Returns seed, hashes and versions; `started` is the wall clock at the start, ISO 8601."""
     return Provenance(
         seed=config.seed,
         config_sha256=config_sha256,
-        model_sha256=_weights_sha256(Path(config.model.path)),
-        job_sha256=manifest.digest().hex(),
+        model_sha256=_weights_sha256(job.hashes),
+        job_sha256=job.manifest.digest().hex(),
         versions={name: version(name) for name in PACKAGES},
         started=started,
         platform=platform.platform(),
@@ -154,12 +154,9 @@ def _shipped(emulator: Emulator) -> ShippedEmulator:
     )
 
 
-def _weights_sha256(folder: Path) -> str:
-    """Returns one hash over the model's weight files, by name."""
+def _weights_sha256(hashes: Mapping[str, str]) -> str:
+    """Returns one hash over the hashes of a model's weight files, by name."""
     state = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.path={str(folder)!r}: no safetensors file; give a model folder")
-    for file in files:
-        state.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    for name in sorted(name for name in hashes if name.endswith(".safetensors")):
+        state.update(f"{name}:{hashes[name]}\n".encode())
     return state.hexdigest()

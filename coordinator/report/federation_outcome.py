@@ -102,7 +102,7 @@ def federation_report(
         rounds=records,
         cost=None,
         warnings=facts.warnings_of(config, job, records, quality, data),
-        provenance=facts.provenance_of(config, started.config_sha256, job.manifest, started.at),
+        provenance=facts.provenance_of(config, started.config_sha256, job, started.at),
         data=data,
     )
 

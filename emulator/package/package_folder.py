@@ -165,10 +165,14 @@ def tokenizer_sha256(announced: Mapping[str, FileEntry]) -> str:
     return _together({name: entry.sha256 for name, entry in announced.items() if name in TOKENIZER_FILES})
 
 
-def model_sha256(folder: Path) -> str:
-    """Returns one SHA-256 over names and hashes of a model's configuration and weights, 64 hexadecimal digits."""
-    paths = [*folder.glob("*.safetensors"), folder / CONFIG]
-    return _together({path.name: _sha256(path) for path in paths if path.is_file()})
+def model_files(folder: Path) -> list[Path]:
+    """Returns the files that make a model: its configuration and its weights."""
+    return [path for path in (*sorted(folder.glob("*.safetensors")), folder / CONFIG) if path.is_file()]
+
+
+def model_sha256(hashes: Mapping[str, str]) -> str:
+    """Returns one SHA-256 over names and hashes of a model's files, of `model_files`, 64 hexadecimal digits."""
+    return _together(hashes)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

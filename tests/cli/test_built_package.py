@@ -111,6 +111,9 @@ def test_a_whole_run_on_a_package_of_the_command_outlives_the_package(world: Pat
     assert code == 0, output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["finished_rounds"] == 1
+    (tmp_path / "model").rename(tmp_path / "gone")  # a written report is shown, and nothing is computed again
+    code, again = offsite("simulate", "--resume", str(tmp_path / "run"))
+    assert (code, again.splitlines()[-2:]) == (0, output.splitlines()[-2:]), again
     assert report["emulator"]["shipped_bytes"] == made.emulator.facts.shipped_bytes
 
 

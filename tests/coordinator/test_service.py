@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from offsite.cli import main as command
 from offsite.coordinator import service
 from offsite.coordinator.aggregation.rules import ServerState
 from offsite.coordinator.config.federation_file import FedConfig, read_config
@@ -22,12 +23,14 @@ from offsite.coordinator.job.prepare import Job
 from offsite.coordinator.job.round_record import RoundRecord
 from offsite.coordinator.job.store import Progress, Store
 from offsite.coordinator.network.package_delivery import Delivery
+from offsite.coordinator.report.concluded import concluded
 from offsite.coordinator.report.federation_outcome import Started, conclude
 from offsite.coordinator.rounds.attempt import Attempts
 from offsite.coordinator.rounds.counter import MonotonicCounter
 from offsite.coordinator.rounds.round_loop import TrainingLoop
 from offsite.coordinator.service import JobContext, open_job, run_job
 from offsite.errors import ConfigError, DataError, TooFewSurvivors, Untrusted
+from offsite.trust.files import sha256_file
 from offsite.trust.keys import SiteKeys
 from offsite.trust.request import write_request
 
@@ -102,7 +105,9 @@ def all_rounds(job: Job, store: Store) -> Progress:
 # without the sites
 
 
-def test_all_rounds_on_disk_are_concluded_without_a_site(folder: Path, run: Path, job: tuple[Job, Path]) -> None:
+def test_all_rounds_on_disk_are_concluded_without_a_site(
+    folder: Path, run: Path, job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(run)
     expected = all_rounds(job[0], store)
     (run / "attempt").mkdir()  # of the last round; the kill came before it was closed
@@ -112,12 +117,31 @@ def test_all_rounds_on_disk_are_concluded_without_a_site(folder: Path, run: Path
     assert progress.round == made.manifest.rounds == expected.round
     assert np.array_equal(progress.server.adapter, expected.server.adapter)
     assert read_status(run / "status.json")["state"] == "finishing"
-    report = conclude(opened.config, store, made, progress, STARTED)
+    started = Started(sha256_file(folder / "fed.toml"), STARTED.at)
+    assert concluded(store, started.config_sha256) is None
+    report = conclude(opened.config, store, made, progress, started)
     assert report.finished_rounds == made.manifest.rounds
     assert not (run / "attempt").exists()
     assert (store.adapter / "adapter_model.safetensors").is_file()
     assert list((folder / "home" / "link").iterdir()) == []  # no SuperLink was started
     assert not (folder / "home" / "depot").exists()
+    # The same command shows what is written, and looks at no model, no record and no package; another file begins anew.
+    assert concluded(store, started.config_sha256) == report
+    assert concluded(store, STARTED.config_sha256) is None
+    (folder / "model").rename(folder / "gone")
+    shutil.rmtree(run / "package")
+    monkeypatch.setattr("sys.argv", ["offsite", "coordinator", "run", str(folder / "fed.toml"), "--out", str(run)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+    finally:
+        (folder / "gone").rename(folder / "model")
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
+    status = read_status(folder / "home" / "status.json")
+    assert (status["state"], status["round"]) == ("finished", made.manifest.rounds)
+    (run / "report.html").unlink()
+    assert concluded(store, started.config_sha256) is None
 
 
 def test_it_is_concluded_under_the_next_epoch_too(folder: Path, run: Path, job: tuple[Job, Path]) -> None:

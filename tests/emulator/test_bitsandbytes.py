@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
@@ -22,7 +23,10 @@ from offsite.privacy.engines import ENGINES
 from offsite.privacy.norms import CLIP_MARGIN
 from offsite.privacy.probe import single_gradient
 from offsite.task.causal_lm import CausalLM
+from offsite.task.checkpoint import load as read_checkpoint
 from offsite.task.examples import Examples
+from offsite.task.model_folder import document
+from offsite.task.packed_format import packed_format
 
 NEEDED = "needs the optional extra: pip install 'offsite[bitsandbytes]'"
 KINDS = ("int8", "nf4")
@@ -266,3 +270,30 @@ def test_without_the_extra_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"pip install 'offsite\[bitsandbytes\]'"):
         library()
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, True),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}, True),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}, True),
+        ({"load_in_8bit": True}, False),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_the_library_is_read_as_the_library_widens_it(bnb, tmp_path, settings, exact):
+    """The library's own dequantisation is the second route; for 8 bits it has a constant in place of 1 / 127."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50)).save_pretrained(tmp_path / "plain")
+    theirs = LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.float16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    ours = read_checkpoint(tmp_path / "packed", dtype=torch.float16, kind="causal_lm")
+    dense = theirs.dequantize(torch.float16).state_dict()
+    assert ours.state_dict().keys() == dense.keys()
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, dense[name].half(), rtol=0 if exact else 2**-10, atol=0)
+    assert "widened to float16 (bitsandbytes" in packed_format(tmp_path, document(tmp_path / "packed")).sentence
