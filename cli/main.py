@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from offsite.cli import check, client_run, coordinator_run, emulator, methods
+from offsite.cli import check, client_run, coordinator_run, emulator, methods, plan
 from offsite.cli.heartbeat import Heartbeat
 from offsite.cli.typer_app import command_group
 from offsite.errors import ConfigError, OffsiteError, lookup
@@ -194,6 +194,7 @@ def init(path: Annotated[Path, typer.Argument(help="file to write")] = Path("fed
 
 
 app.command()(check.check)
+app.command()(plan.plan)
 app.add_typer(coordinator_run.app)
 app.add_typer(client_run.app)
 app.add_typer(emulator.app)

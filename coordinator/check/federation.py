@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.coordinator.check.machine import check_port, check_room
-from offsite.coordinator.check.model import check_model, check_structure, counter_of, is_in_doubt
+from offsite.coordinator.check.model import check_memory, check_model, check_structure, counter_of, is_in_doubt
 from offsite.coordinator.check.names import check_method, check_names
 from offsite.coordinator.check.packages import check_packages
 from offsite.coordinator.config.federation_file import FedConfig
@@ -149,6 +149,7 @@ def check_records(
     encoder = check_model(config, length, model, findings)
     if encoder is not None and scope.structure:
         check_structure(config, encoder, findings)
+        check_memory(config, encoder, findings)
     if encoder is None or not may_try:
         return Checked(read, tried, labels)
     if counter is None:

@@ -119,3 +119,18 @@ def check_structure(config: FedConfig, encoder: Encoder, findings: Findings) -> 
 
     if encoder.task.kind in KINDS:
         structure.check_structure(config, encoder.task.kind, encoder.model_config, findings)
+
+
+def check_memory(config: FedConfig, encoder: Encoder, findings: Findings) -> None:
+    """Compares what full model and emulator take with the memory of this machine; see `coordinator.check.memory`.
+
+    Args:
+      config: the federation file.
+      encoder: encoder of the job.
+      findings: findings so far.
+    """
+    from offsite.coordinator.check import memory
+    from offsite.task.kinds import KINDS
+
+    if encoder.task.kind in KINDS and not findings.errors:
+        memory.check_memory(config, encoder.task, encoder.model_config, findings)

@@ -1,0 +1,135 @@
+"""The phases of the coordinator: memory over the imports, and seconds, each in one small formula.
+
+As `site_phases`: each method counts one phase as the code runs it today.
+"""
+
+from dataclasses import dataclass
+
+from offsite.coordinator.job.public_counts import CLIP_EXAMPLES
+from offsite.coordinator.job.public_records import CALIBRATION_EXAMPLES, GATE_EXAMPLES
+from offsite.coordinator.plan.device_profile import DeviceProfile
+from offsite.coordinator.plan.meta_run import Work
+from offsite.coordinator.plan.model_outline import FLOAT32
+from offsite.coordinator.plan.paper_package import PaperPackage
+from offsite.coordinator.plan.site_phases import FIVE_FLOATS, HEAP, Phase, seconds
+from offsite.coordinator.plan.trial import DECODED, Trials
+
+PAIR = 2  # examples in one pass of the gate
+ROUNDING = 24  # bytes for each weight of the tensor that is rounded: copies in groups, codes, distances
+STREAMS = 2  # hidden states of the public examples: in the full model, and in the emulator
+COPIES = 2  # float32 copies of a block while it is compressed: the full model's, and the draft
+
+
+def least_memory(package: PaperPackage) -> int:
+    """Returns the bytes without which no job runs: full model and emulator in float32, side by side at the gate."""
+    return FLOAT32 * package.outline.parameters + package.widened
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """The coordinator of a job with one emulator.
+
+    Attributes:
+      package: the emulator.
+      full: work of the full model with the adapter.
+      emulator: work of the emulator with the adapter.
+      length: number of tokens of an example.
+      physical: number of examples in one pass.
+      scored: number of public examples of the acceptance test.
+      sites: number of sites.
+    """
+
+    package: PaperPackage
+    full: Trials
+    emulator: Trials
+    length: int
+    physical: int
+    scored: int
+    sites: int
+
+    @property
+    def model(self) -> int:
+        """Bytes of the full model in float32."""
+        return FLOAT32 * self.package.outline.parameters
+
+    @property
+    def ends(self) -> int:
+        """Bytes of the slots' blocks in float32."""
+        inside = tuple(f"{path}." for path in self.package.slots)
+        return FLOAT32 * sum(
+            p.numel() for n, p in self.package.outline.model.named_parameters() if n.startswith(inside)
+        )
+
+    @property
+    def calibration(self) -> int:
+        """Bytes of the public examples' hidden states, where a compressor looks at them."""
+        states = FLOAT32 * CALIBRATION_EXAMPLES * self.length * self.package.outline.width
+        return STREAMS * states if self.package.calibrated else 0
+
+    @property
+    def rounding(self) -> int:
+        """Bytes that the rounding of the largest tensor takes."""
+        return ROUNDING * max(parameter.numel() for parameter in self.package.outline.model.parameters())
+
+    def build(self, profile: DeviceProfile | None) -> Phase:
+        """Counts the full model as its weights are stored, one block being compressed, and the largest rounding."""
+        stored = self.package.itemsize * self.package.outline.parameters
+        block = COPIES * FLOAT32 * max(self.package.outline.block_parameters())
+        memory = stored + max(block + self.calibration, self.rounding)
+        return Phase("build", memory, self._build_seconds(profile), "compress the middle, write the package")
+
+    def streamed(self) -> int:
+        """Counts `offsite emulator build`, which reads the full model block by block: peak over the imports.
+
+        While the package is written: the weights outside the blocks in float32, one block being compressed, and the
+        largest rounding. At the gate: the emulator in float32, the weights outside, the ends and one block.
+        """
+        outside = FLOAT32 * self.package.outline.outside
+        block = FLOAT32 * max(self.package.outline.block_parameters())
+        writing = outside + max((1 + COPIES) * block + self.calibration, self.rounding)
+        opened = max(self.package.bytes + DECODED * self.package.largest, round(HEAP * self.full.step.peak))
+        return max(writing, outside + self.package.widened + 2 * self.ends + block + opened)
+
+    def gate(self, profile: DeviceProfile | None) -> Phase:
+        """Counts full model and emulator in float32, and the larger of what follows.
+
+        The package's pages as the emulator is opened; the slots' copies and a pass on two examples; one private step,
+        as the clip is measured.
+        """
+        pair = self.ends + round(HEAP * self.full.step.peak * PAIR / self.physical)
+        more = max(self.package.bytes + DECODED * self.package.largest, pair, round(HEAP * self.emulator.step.peak))
+        each = self.full.step.times(GATE_EXAMPLES / self.physical)
+        own = self.emulator.step.times((GATE_EXAMPLES + CLIP_EXAMPLES) / self.physical)
+        memory = self.model + self.package.widened + more
+        return Phase("gate", memory, seconds(each + own, profile), "compare gradients, measure the clip")
+
+    def scores(self, profile: DeviceProfile | None) -> Phase:
+        """Counts the full model in float32 and one pass without gradients."""
+        memory = self.model + round(HEAP * self.full.forward.peak)
+        work = self.full.forward.times(self.scored / self.physical)
+        return Phase("scores", memory, seconds(work, profile), "score the full model on public records")
+
+    def plug_in(self, profile: DeviceProfile | None) -> Phase:
+        """Counts the full model in float32, one pass, and the sites' masked updates."""
+        upload = self.full.upload
+        memory = self.model + round(HEAP * self.full.forward.peak) + (FIVE_FLOATS + FLOAT32 * self.sites) * upload
+        time = seconds(self.full.forward.times(self.scored / self.physical), profile)
+        if profile is not None and time is not None:
+            time += upload * self.sites / profile.masking
+        return Phase("plug-in", memory, time, "add the updates, score the tuned model, each round")
+
+    def phases(self, profile: DeviceProfile | None) -> tuple[Phase, ...]:
+        """Returns all phases in order."""
+        return (self.build(profile), self.gate(profile), self.scores(profile), self.plug_in(profile))
+
+    def _build_seconds(self, profile: DeviceProfile | None) -> float | None:
+        if profile is None:
+            return None
+        weights = sum(count * sum(p.numel() for p in paper.block.parameters()) for paper, count in self.package.kept)
+        fitted = any(text.startswith("gptq") for text in self.package.design.recipe)
+        time = weights / (profile.fitting if fitted else profile.rounding)
+        passes = Work()
+        if self.package.calibrated:
+            passes = self.full.forward.times(STREAMS * CALIBRATION_EXAMPLES / self.physical)
+        reading = self.package.itemsize * self.package.outline.parameters / profile.reading
+        return time + reading + (seconds(passes, profile) or 0.0)
