@@ -61,14 +61,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="plan as JSON, in place of the text")] = False,
 ) -> None:
     """Plan a job from a model's config.json alone: emulators that fit, bytes, memory, seconds, rounds and epsilon."""
+    if model is None and not measure:
+        raise ConfigError("plan: give a model folder, or --measure to measure this machine alone")
     from offsite.adapter.spec import AdapterSpec
     from offsite.coordinator.plan.paper_package import Design
     from offsite.coordinator.plan.request import PlanRequest, read_size
     from offsite.coordinator.plan.trial import Batches
     from offsite.task.findings import Findings
 
-    if model is None and not measure:
-        raise ConfigError("plan: give a model folder, or --measure to measure this machine alone")
     findings, sizes = Findings(), dict[str, int | None]()
     for name, text in (("memory", memory), ("own-memory", own_memory)):
         sizes[name] = None

@@ -53,6 +53,11 @@ class Coordinator:
         return FLOAT32 * self.package.outline.parameters
 
     @property
+    def stored(self) -> int:
+        """Bytes of the full model's weights as its files store them."""
+        return self.package.itemsize * self.package.outline.parameters
+
+    @property
     def ends(self) -> int:
         """Bytes of the slots' blocks in float32."""
         inside = tuple(f"{path}." for path in self.package.slots)
@@ -73,9 +78,8 @@ class Coordinator:
 
     def build(self, profile: DeviceProfile | None) -> Phase:
         """Counts the full model as its weights are stored, one block being compressed, and the largest rounding."""
-        stored = self.package.itemsize * self.package.outline.parameters
         block = COPIES * FLOAT32 * max(self.package.outline.block_parameters())
-        memory = stored + max(block + self.calibration, self.rounding)
+        memory = self.stored + max(block + self.calibration, self.rounding)
         return Phase("build", memory, self._build_seconds(profile), "compress the middle, write the package")
 
     def streamed(self) -> int:
@@ -93,14 +97,15 @@ class Coordinator:
     def gate(self, profile: DeviceProfile | None) -> Phase:
         """Counts full model and emulator in float32, and the larger of what follows.
 
-        The package's pages as the emulator is opened; the slots' copies and a pass on two examples; one private step,
+        The stored weights count again: the allocator keeps their room when they are widened. What follows:
+        the package's pages as the emulator is opened; the slots' copies and a pass on two examples; one private step,
         as the clip is measured.
         """
         pair = self.ends + round(HEAP * self.full.step.peak * PAIR / self.physical)
         more = max(self.package.bytes + DECODED * self.package.largest, pair, round(HEAP * self.emulator.step.peak))
         each = self.full.step.times(GATE_EXAMPLES / self.physical)
         own = self.emulator.step.times((GATE_EXAMPLES + CLIP_EXAMPLES) / self.physical)
-        memory = self.model + self.package.widened + more
+        memory = self.model + self.package.widened + more + self.stored
         return Phase("gate", memory, seconds(each + own, profile), "compare gradients, measure the clip")
 
     def scores(self, profile: DeviceProfile | None) -> Phase:

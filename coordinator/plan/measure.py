@@ -22,7 +22,7 @@ from offsite.task.device import CPU, choose_device
 
 PATIENCE = 0.3  # seconds of one measurement
 WIDTH, ROWS = 1024, 512
-NUMBERS = 1 << 21
+NUMBERS = 1 << 24  # more than a cache holds
 CODES = Scheme(4, 64)
 
 

@@ -24,6 +24,7 @@ from offsite.emulator.vetting.random_inputs import EXAMPLES, LENGTH
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.engines import ENGINES
 from offsite.privacy.independence import routed
+from offsite.privacy.probe import ALONE
 
 WIDENING = 17  # bytes that the widening of one stored weight reads and writes; a step widens each weight twice
 DECODED = 6  # bytes for each entry of the tensor that is widened: codes, float32 numbers, a mask of finite ones
@@ -60,6 +61,11 @@ class Trials:
     vetting: Work
     upload: int
     engine: str
+
+    @classmethod
+    def none(cls) -> "Trials":
+        """Returns no work at all, where weights alone are counted."""
+        return cls(Work(), Work(), Work(), 0, "")
 
 
 def try_emulator(package: PaperPackage, spec: AdapterSpec, batches: Batches, *, stored: bool) -> Trials:
@@ -139,11 +145,12 @@ def _measure(
 def _step(model: Any, task: Any, batch: Any) -> tuple[Work, str]:
     """Returns the work of the first engine that takes the model, in the order of the table."""
     order = [name for name in ENGINES if name != "hooks"]
-    for name in order if routed(model) is None else ["loop"]:
+    for name in order if routed(model) is None else [ALONE]:
+        records = batch.select([0]) if name == ALONE else batch
         try:
             with ENGINES[name](model) as engine, MetaRun.on(model) as run:
-                engine.add(task.losses, batch, _ones)
-                return run.work, name
+                engine.add(task.losses, records, _ones)
+            return run.work.times(len(batch) / len(records)), name
         except PrivacyRefusal:
             continue
     raise PrivacyRefusal("no engine takes this model; choose another adapter method")

@@ -57,6 +57,8 @@ TABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "client withdraw {site} {job}": (0, (*MODELS, "flwr", "grpc", "ray", "matplotlib", "pyarrow", "pandas")),
     "client audit verify {site}": (0, HEAVY),
     "client doctor {site}": (1, HEAVY),  # no coordinator runs here
+    "plan --help": (0, HEAVY),
+    "plan": (2, HEAVY),  # no model
     "check {folder}/planted/fed.toml": (2, HEAVY),  # ten faults, none of them in the model
 }
 PERMITTED = {"models": '["any"]', "methods": '["any"]', "splits": '["any"]', "epsilon_cap": "100.0"}
