@@ -11,7 +11,16 @@ from offsite.coordinator.plan.paper_package import Design, PaperPackage, make_pa
 from offsite.coordinator.plan.privacy_table import PrivacyRow, Terms, privacy_rows
 from offsite.coordinator.plan.request import STORED, WIDENED, PlanRequest
 from offsite.coordinator.plan.site_phases import Phase, Site
-from offsite.coordinator.plan.trial import Batches, Trials, scaled, try_emulator, try_full, try_lines, with_widening
+from offsite.coordinator.plan.trial import (
+    Batches,
+    Lines,
+    Trials,
+    scaled,
+    try_emulator,
+    try_full,
+    try_lines,
+    with_widening,
+)
 from offsite.coordinator.report.formatting import size
 from offsite.errors import ConfigError, OffsiteError
 
@@ -97,7 +106,7 @@ class Planner:
     outline: Outline
     request: PlanRequest
     profile: DeviceProfile | None = None
-    _known: dict[object, tuple[Trials, Trials]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[object, Lines] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def imports(self) -> int:
@@ -159,9 +168,10 @@ class Planner:
         return self.imports + max(phase.memory for phase in site.phases(None))
 
     def _quick_trials(self, package: PaperPackage, batches: Batches, *, stored: bool) -> Trials:
-        key = (package.structure, batches)
+        key, ends = (package.structure, batches), (package.slots, batches)
         if key not in self._known:
-            self._known[key] = try_lines(package, self.request.adapter, batches)
+            self._known[key] = try_lines(package, self.request.adapter, batches, self._known.get(ends))
+            self._known.setdefault(ends, self._known[key])
         trials = scaled(*self._known[key], package.running)
         return with_widening(trials, package) if stored else trials
 
@@ -222,16 +232,17 @@ class Planner:
         )
         ways, sites = [], dict[str, Site]()
         if request.batches.physical > 1:
-            one = Batches(request.batches.length, 1)
-            sites["--physical-batch 1"] = self.site(smallest.design, batches=one, quick=True)
+            step = site.trials.step
+            one = replace(site.trials, step=replace(step, peak=round(step.peak / request.batches.physical)))
+            sites["--physical-batch 1"] = replace(site, trials=one)
         if request.weights == WIDENED:
-            sites["--weights stored"] = self.site(smallest.design, weights=STORED, quick=True)
+            sites["--weights stored"] = replace(site, stored=True)
         if smallest.design.first + smallest.design.last > 2:
-            ends = replace(smallest.design, first=1, last=1)
-            sites["--first 1 --last 1"] = self.site(ends, quick=True)
+            ends = make_package(self.outline, replace(smallest.design, first=1, last=1))
+            sites["--first 1 --last 1"] = replace(site, package=ends)
         for words, changed in sites.items():
             memory = self.peak(changed)
-            ways.append(f"{words} needs {size(memory)}{' and fits' if memory <= limit else ''}")
+            ways.append(f"{words} needs about {size(memory)}{' and fits' if memory <= limit else ''}")
         return f"{begin}; {'; '.join([*ways, f'or give a site {size(smallest.memory)}'])}"
 
     def _own_advice(self, phases: tuple[Phase, ...]) -> tuple[str, ...]:

@@ -84,13 +84,31 @@ def try_emulator(package: PaperPackage, spec: AdapterSpec, batches: Batches, *, 
     return scaled(few, more, package.running)
 
 
-def try_lines(package: PaperPackage, spec: AdapterSpec, batches: Batches) -> tuple[Trials, Trials]:
+Lines = tuple[Trials, Trials]  # with `FEW` and with `MORE` blocks in the middle
+
+
+def try_lines(package: PaperPackage, spec: AdapterSpec, batches: Batches, other: Lines | None = None) -> Lines:
     """Returns the work with `FEW` and with `MORE` blocks in float32; only the step is tried, for a quick comparison.
 
-    Raises as `try_emulator`.
+    Args:
+      package: the emulator.
+      spec: spec of the adapter; its slots are filled in here.
+      batches: sizes of the examples.
+      other: lines of an emulator with the same ends. They tell the share of the ends, which saves the second run.
+
+    Raises:
+      UnsupportedModel, ConfigError: the adapter does not fit the model's blocks.
     """
-    few, more = (_emulator(package, spec, batches, count, stored=False, quick=True) for count in (FEW, MORE))
-    return few, more
+    few = _emulator(package, spec, batches, FEW, stored=False, quick=True)
+    if other is None:
+        return few, _emulator(package, spec, batches, MORE, stored=False, quick=True)
+    # The ends take what the other emulator takes without its one block; what is left is one block of this emulator.
+    return few, replace(
+        few,
+        step=_line(scaled(*other, 0).step, few.step, MORE, start=0),
+        forward=_line(scaled(*other, 0).forward, few.forward, MORE, start=0),
+        vetting=_line(scaled(*other, 0).vetting, few.vetting, MORE, start=0),
+    )
 
 
 def _emulator(
@@ -192,8 +210,9 @@ def scaled(few: Trials, more: Trials, blocks: int) -> Trials:
     )
 
 
-def _line(few: Work, more: Work, blocks: int) -> Work:
-    rest = blocks - FEW
+def _line(few: Work, more: Work, blocks: int, start: int = FEW) -> Work:
+    """Returns the work at so many blocks on the line through the works at `start` and at one more."""
+    rest = blocks - start
     return Work(
         max(0, few.peak + rest * (more.peak - few.peak)),
         max(0, few.flops + rest * (more.flops - few.flops)),
