@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from offsite.coordinator.plan.meta_run import META
 from offsite.coordinator.plan.paper_block import PaperBlock, is_narrow
@@ -19,19 +20,20 @@ from offsite.emulator.runtime.quantized_linear import DequantizingLinear, Stored
 def with_codes(paper: PaperBlock, verbatim: torch.dtype) -> nn.Module:
     """Returns a copy of a block whose dense layers keep their codes and widen them at each call, on the meta device."""
     block = copy.deepcopy(paper.block)
-    for path, layer in [(path, m) for path, m in block.named_modules() if type(m) is nn.Linear]:
+    for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (nn.Linear, Conv1D)]:
         how = paper.storage.get(f"{path}.weight", "")
         if is_narrow(how, verbatim.itemsize):
             block.set_submodule(path, DequantizingLinear(layer, _codes_of(layer, how, verbatim)).eval())
     return block
 
 
-def _codes_of(layer: nn.Linear, how: str, verbatim: torch.dtype) -> StoredWeight:
-    shape = tuple(layer.weight.shape)
+def _codes_of(layer: nn.Module, how: str, verbatim: torch.dtype) -> StoredWeight:
+    shape, turned = tuple(layer.get_parameter("weight").shape), isinstance(layer, Conv1D)
     chosen = parse(how) if how else None
     if chosen is None:
         dtype = torch.float16 if how == "fp16" else verbatim
-        return StoredWeight((torch.empty(shape, dtype=dtype, device=META),), lambda pieces: pieces[0].float())
+        whole = torch.empty(shape, dtype=dtype, device=META)
+        return StoredWeight((whole,), lambda pieces: pieces[0].float().T if turned else pieces[0].float())
     rows, groups = shape[0], ceil(shape[1] / chosen.group)
     codes = _bytes(packed_bytes(shape[0] * shape[1], chosen.bits))
     if chosen.fine:
@@ -39,12 +41,13 @@ def _codes_of(layer: nn.Linear, how: str, verbatim: torch.dtype) -> StoredWeight
         pieces = (codes, _bytes(side), _bytes(side), torch.empty((rows, 2), dtype=torch.float16, device=META))
     else:
         pieces = (codes, *(torch.empty((rows, groups), dtype=torch.float16, device=META) for _ in range(2)))
-    return StoredWeight(pieces, partial(_widen, scheme=chosen, shape=shape))
+    return StoredWeight(pieces, partial(_widen, scheme=chosen, shape=shape, turned=turned))
 
 
 def _bytes(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=META)
 
 
-def _widen(pieces: Any, *, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
-    return dequantize(Quantised(*pieces), shape, scheme)
+def _widen(pieces: Any, *, scheme: Scheme, shape: tuple[int, ...], turned: bool) -> Tensor:
+    weight = dequantize(Quantised(*pieces), shape, scheme)
+    return weight.T if turned else weight

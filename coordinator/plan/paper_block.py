@@ -7,6 +7,7 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from offsite.adapter.targets import is_linear, lengths, sublayers
 from offsite.coordinator.plan.meta_run import META
@@ -48,7 +49,7 @@ class PaperBlock:
 
     def in_memory(self, verbatim: int) -> int:
         """Returns the bytes of the block at a site that keeps dense layers as codes, and all else in float32."""
-        dense = {f"{path}.weight" for path, m in self.block.named_modules() if type(m) is nn.Linear}
+        dense = {f"{path}.weight" for path, m in self.block.named_modules() if type(m) in (nn.Linear, Conv1D)}
         return sum(
             stored_bytes(tuple(p.shape), self.storage.get(name, ""), verbatim)
             if name in dense and is_narrow(self.storage.get(name, ""), verbatim)
@@ -100,9 +101,11 @@ def _narrowed(block: nn.Module, share: float, storage: dict[str, str]) -> None:
 
 
 def _replace(block: nn.Module, path: str, sizes: tuple[int, int], storage: dict[str, str]) -> None:
-    bias = getattr(block.get_submodule(path), "bias", None) is not None
+    layer = block.get_submodule(path)
+    bias = getattr(layer, "bias", None) is not None
     with torch.device(META):
-        block.set_submodule(path, nn.Linear(*sizes, bias=bias))
+        turned = isinstance(layer, Conv1D)
+        block.set_submodule(path, Conv1D(sizes[1], sizes[0]) if turned else nn.Linear(*sizes, bias=bias))
     storage |= {f"{path}.weight": "fp16"} | ({f"{path}.bias": "fp16"} if bias else {})
 
 
