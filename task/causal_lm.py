@@ -126,11 +126,11 @@ def _by_chunks(model: nn.Module, examples: Examples, chunk: int) -> torch.Tensor
     would decide how an example's own logits are rounded.
     """
     last = chunked_head.head_of(model)
+    weight = chunked_head.weight_of(last)
     hidden = chunked_head.hidden_states(model, examples.input_ids)[:, :-1]
     rows = zip(hidden, examples.input_ids[:, 1:], examples.predicted.bool(), strict=True)
     losses = [
-        chunked_head.TokenLosses.apply(states[keep], ids[keep], last.weight, last.bias, chunk)
-        for states, ids, keep in rows
+        chunked_head.TokenLosses.apply(states[keep], ids[keep], weight, last.bias, chunk) for states, ids, keep in rows
     ]
     if not losses:
         return hidden.new_zeros(0, dtype=chunked_head.wide(hidden.dtype))

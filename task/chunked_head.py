@@ -1,6 +1,6 @@
 """Losses of a frozen head, computed in chunks of tokens, so that the logits of a whole batch never exist at once."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -10,6 +10,27 @@ from offsite.errors import UnsupportedModel
 
 # Number of tokens whose logits exist at once; measured by `python -m bench.chunked_head --chunks`.
 CHUNK = 256
+
+
+@runtime_checkable
+class StoredHead(Protocol):
+    """A dense layer that makes its frozen weight anew at each use, some rows at a time, and has no parameter for it.
+
+    Attributes:
+      in_features: width of the hidden states.
+      out_features: number of logits of a token.
+      bias: frozen bias, (vocabulary,), or None.
+    """
+
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns logits (..., vocabulary) of hidden states (..., width), without a gradient."""
+
+    def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient of the hidden states, (..., width), for one of the logits, (..., vocabulary)."""
 
 
 class TokenLosses(torch.autograd.Function):
@@ -26,7 +47,7 @@ class TokenLosses(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         targets: torch.Tensor,
-        weight: torch.Tensor,
+        weight: "torch.Tensor | StoredHead",
         bias: torch.Tensor | None,
         chunk: int,
     ) -> torch.Tensor:
@@ -36,20 +57,22 @@ class TokenLosses(torch.autograd.Function):
           ctx: autograd's context of this call.
           hidden: hidden states, floating (N, width).
           targets: token ids, int64 (N,), in 0..vocabulary - 1.
-          weight: frozen weight of the head, (vocabulary, width).
+          weight: frozen weight of the head, (vocabulary, width), or the head itself if it is a `StoredHead`.
           bias: frozen bias of the head, (vocabulary,), or None.
           chunk: number of tokens whose logits exist at once, >= 1; changes only memory and speed.
         """
         losses, gradients = [], []
+        stored = isinstance(weight, StoredHead)
         # split and not range: without tokens there is one empty chunk, and so a loss tensor of the right dtype to
         # return.
         for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = functional.linear(states, weight, bias)
+            logits = weight.product(states) if stored else functional.linear(states, weight, bias)
             loss, slope = _loss_and_slope(logits, ids, slope=ctx.needs_input_grad[0])
             losses.append(loss)
             if slope is not None:
                 # In the dtype of the logits, as in the backward pass of `linear`, also under autocast.
-                gradients.append(torch.matmul(slope.to(logits.dtype), weight))
+                slope = slope.to(logits.dtype)
+                gradients.append(weight.transposed_product(slope) if stored else torch.matmul(slope, weight))
             del logits, slope  # before the next chunk's are made
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
@@ -97,6 +120,12 @@ def head_of(model: nn.Module) -> Any:
     return _named(model, "get_output_embeddings")
 
 
+def weight_of(head: Any) -> "torch.Tensor | StoredHead":
+    """Returns what `TokenLosses` takes as the weight of a head."""
+    weight: torch.Tensor | StoredHead = head if isinstance(head, StoredHead) else head.weight
+    return weight
+
+
 def _named(model: nn.Module, getter: str) -> Any:
     get = getattr(model, getter, None)
     return get() if get is not None else None
@@ -111,7 +140,7 @@ def obstacle(model: nn.Module) -> str:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     head, embedding = head_of(model), _named(model, "get_input_embeddings")
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if not (type(head) is nn.Linear or isinstance(head, StoredHead)) or "forward" in vars(head):
         return f"the head, a {type(head).__name__}, is not an nn.Linear with torch's own forward"
     if any(vars(head)[f"_{kind}_hooks"] for kind in ("forward_pre", "forward", "backward_pre", "backward")):
         return "the head has hooks"

@@ -218,7 +218,7 @@ class ImageText:
         head, inputs = chunked_head.head_of(model), self._inputs(model, batch)
         hidden = chunked_head.hidden_states(model, inputs.pop("input_ids"), **inputs)[:, :-1]
         rows = zip(hidden, keep, strict=True)
-        return [functional.linear(states[own], head.weight, head.bias).float() for states, own in rows]
+        return [head(states[own]).float() for states, own in rows]
 
     def _inputs(self, model: nn.Module, batch: AskedImages) -> dict[str, torch.Tensor]:
         """Returns the inputs of a model by name.

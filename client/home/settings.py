@@ -4,7 +4,8 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 
-from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
+from offsite.emulator.runtime.weight_forms import AUTO as RECOMPUTE_AUTO
+from offsite.emulator.runtime.weight_forms import RECOMPUTATIONS, STORED, WEIGHT_FORMS
 from offsite.errors import ConfigError, lookup
 from offsite.protos.proxies import check_proxy
 from offsite.task.device import AUTO, check_device, check_processes
@@ -49,6 +50,9 @@ class SiteSettings:
         they run; a fraction of the memory, some percent more time, the same results. `int8` and `nf4`: in the numbers
         of bitsandbytes where the package has wider ones; less memory, nearly the same results, see
         `emulator.runtime.bitsandbytes_layers`.
+      recompute: whether frozen blocks compute their activations again in the backward pass, which takes less memory
+        and about a third more time, for the same results: `always`, `never`, or `auto`, where the activations of one
+        physical batch would take more memory than the emulator's weights.
       device: device on which the emulator trains: `auto` takes the accelerator that PyTorch finds, or the CPU where
         there is none; else `cpu`, `cuda`, `cuda:N` or `xpu`.
       processes: number of processes that share the records of each training step, from 1 to 64; on accelerators each
@@ -73,7 +77,8 @@ class SiteSettings:
     proxy: str = ""
     runtime_port: int = 0
     simulation_seed: int | None = None
-    weights: str = "widened"
+    weights: str = STORED
+    recompute: str = RECOMPUTE_AUTO
     device: str = AUTO
     processes: int = 1
     dtype: str = AUTO
@@ -101,6 +106,7 @@ class SiteSettings:
             if not _FINGERPRINT.fullmatch(digits_of(known)):
                 raise ConfigError(f"known={known!r}: must be the 16 groups of a member's fingerprint, as sign shows it")
         lookup(WEIGHT_FORMS, self.weights, "weights")
+        lookup(RECOMPUTATIONS, self.recompute, "recompute")
         check_device(self.device)
         check_processes(self.device, self.processes)
         check_dtype(self.dtype)

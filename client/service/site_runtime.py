@@ -198,7 +198,6 @@ class SiteRuntime:
         """
         limits = VettingThresholds.for_owner(self.policy.max_rank, self.policy.max_adapter_share)
         settings, emulator = self.home.settings, manifest.emulator_of(self.name)
-        weights = settings.weights
         seed = secrets.randbits(62)
         devices = choose_devices(settings.device, settings.processes)
         names = ", ".join(map(str, devices))
@@ -211,7 +210,8 @@ class SiteRuntime:
             emulator=emulator,
             limits=limits,
             seed=seed,
-            weights=weights,
+            weights=settings.weights,
+            recompute=settings.recompute,
             device=devices[0],
             dtype=settings.dtype,
         )
@@ -220,7 +220,8 @@ class SiteRuntime:
             manifest,
             emulator=emulator,
             limits=limits,
-            weights=weights,
+            weights=settings.weights,
+            recompute=settings.recompute,
             devices=devices,
             dtype=settings.dtype,
         )

@@ -1,5 +1,6 @@
 """The emulator with its adapter, opened from a verified package, ready to train on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +14,25 @@ from offsite.adapter.methods import attach, places
 from offsite.client.training.workers import Workers
 from offsite.emulator.package import package_reader
 from offsite.emulator.package.package_folder import tokenizer_sha256
-from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, round_layers
-from offsite.emulator.runtime.quantized_linear import replace_linears
+from offsite.emulator.runtime.quantized_linear import bytes_of
+from offsite.emulator.runtime.recomputation import frozen_blocks, kept_bytes, recompute_blocks
 from offsite.emulator.runtime.refresh import plain_of
 from offsite.emulator.runtime.refresh_state import Frame, Refresh, Refreshable
-from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS
+from offsite.emulator.runtime.stored_model import holding, in_format
+from offsite.emulator.runtime.weight_forms import AUTO, NEVER, RECOMPUTATIONS, WIDENED
 from offsite.emulator.vetting.limits import Vetting, VettingThresholds
 from offsite.emulator.vetting.vet import Slots, read_auxiliary, vet, vet_adapter, vet_auxiliary, vet_refresh
 from offsite.errors import ConfigError, DigestMismatch, OffsiteError, RangeError, UnsupportedModel, lookup
 from offsite.protos.job_manifest import JobManifest
 from offsite.task.device import CPU
 from offsite.task.model_fit import WITH_LENGTH, check_positions, check_token_ids, most_positions
-from offsite.task.number_format import FLOAT32, choose_dtype, in_dtype
+from offsite.task.number_format import FLOAT32, choose_dtype
 from offsite.task.records import without_empty
 from offsite.task.spec import Batch, Record, Task
 from offsite.task.splits import SPLITS
 from offsite.task.tasks import TASKS
+
+log = logging.getLogger("offsite.client")
 
 
 @dataclass
@@ -119,7 +123,8 @@ def open_session(
     emulator: str,
     limits: VettingThresholds,
     seed: int,
-    weights: str = "widened",
+    weights: str = WIDENED,
+    recompute: str = NEVER,
     device: torch.device | str = CPU,
     vetted: bool = False,
     dtype: str = FLOAT32,
@@ -133,6 +138,7 @@ def open_session(
       limits: thresholds of the vetting.
       seed: seed of the examples that the vetting draws; a secret of the site, except in a simulation.
       weights: form in which frozen weights lie in memory, see `SiteSettings.weights`.
+      recompute: whether activations of frozen blocks are computed again, see `SiteSettings.recompute`.
       device: device on which the emulator is vetted and trained.
       vetted: whether another process of this site has vetted this package for this job, so that it is only loaded; the
         bytes are compared with the digest all the same.
@@ -145,8 +151,9 @@ def open_session(
     """
     task = lookup(TASKS, manifest.task, "task")
     lookup(SPLITS, manifest.split, "split")
-    lookup(WEIGHT_FORMS, weights, "weights")
-    model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator).to(device)
+    lookup(RECOMPUTATIONS, recompute, "recompute")
+    hold = holding(weights, manifest.adapter)
+    model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator, device=device, hold=hold)
     facts = package_reader.read_manifest(folder, expected_digest=emulator)
     if (tokenizer := tokenizer_sha256(facts.files)) != manifest.tokenizer:
         raise DigestMismatch(
@@ -155,16 +162,13 @@ def open_session(
         )
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
-    rounded = round_layers(model, facts, weights) if weights in ROUNDINGS else {}
     vettings, slots = list[Vetting](), Slots.of(model, facts)
     if not vetted:
         vettings.append(vet(folder, model, facts, limits, seed=seed))
     given = read_auxiliary(folder, model, facts)
     processor = task.load_processor(folder)
     _check_fit(task, processor, model, manifest.length)
-    if weights != "widened":
-        replace_linears(model, folder, facts, rounded)
-    model = in_dtype(model, choose_dtype(dtype, torch.device(device), facts.full_bytes // 2))
+    model = in_format(model, choose_dtype(dtype, torch.device(device), facts.full_bytes // 2))
     where = places(model, manifest.adapter)
     model = attach(model, manifest.adapter, given)
     if not vetted:
@@ -177,7 +181,7 @@ def open_session(
             f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
             "its recipe gives another adapter on this emulator; install the same release on both sides"
         )
-    return EmulatorSession(
+    session = EmulatorSession(
         model,
         task,
         layout,
@@ -189,6 +193,26 @@ def open_session(
         layout.read(model),
         seed,
     )
+    _keep_less(session, manifest, recompute)
+    return session
+
+
+def _keep_less(session: EmulatorSession, manifest: JobManifest, recompute: str) -> None:
+    """Lets frozen blocks compute their activations again, where the setting says so; tried on invented records."""
+    plain, frame = plain_of(session.model), session.frame
+    blocks = frozen_blocks(plain, tuple(path for path in frame.tower if path not in frame.gone))
+    if recompute == NEVER or manifest.aggregation.directions:  # which take no gradient
+        return
+    if recompute == AUTO:
+        batch = session.task.dummy_batch(session.model, manifest.length, seed=session.seed)
+        kept = kept_bytes(blocks, lambda: session.task.losses(session.model, batch))
+        kept = kept * manifest.physical_batch // len(batch)
+        held = bytes_of(plain)
+        log.info("activations=%d MB of a physical batch beside weights=%d MB", kept >> 20, held >> 20)
+        if kept <= held:
+            return
+    log.info("recompute: %d blocks compute their activations again", len(blocks))
+    recompute_blocks(blocks)
 
 
 def encode_records(session: EmulatorSession, manifest: JobManifest, records: Sequence[Record]) -> Batch:

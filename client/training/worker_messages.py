@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from offsite.emulator.runtime.refresh_state import Refresh
+from offsite.emulator.runtime.weight_forms import NEVER
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.privacy.batches import Batch
 from offsite.privacy.mechanism import DpSgdConfig
@@ -34,6 +35,7 @@ class Opening:
       threads: number of processor threads.
       device: name of the device.
       dtype: number format, see `task.number_format.choose_dtype`.
+      recompute: whether activations of frozen blocks are computed again.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Opening:
     threads: int
     device: str = CPU
     dtype: str = FLOAT32
+    recompute: str = NEVER
 
 
 @dataclass(frozen=True)

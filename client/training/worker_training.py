@@ -64,6 +64,7 @@ class WorkerTraining:
             weights=opening.weights,
             device=opening.device,
             dtype=opening.dtype,
+            recompute=opening.recompute,
             vetted=True,
         )
         self._training = ExitStack()

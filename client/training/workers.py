@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from offsite.client.training.worker_messages import Beginning, Failed, Opening, Ready, Step, receive, send
+from offsite.emulator.runtime.weight_forms import NEVER
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.errors import (
     ConfigError,
@@ -85,6 +86,7 @@ class Workers:
         weights: str,
         devices: Sequence[torch.device],
         dtype: str = FLOAT32,
+        recompute: str = NEVER,
     ) -> "Workers | None":
         """Starts the workers beside a session that this process has opened and vetted; None for one device.
 
@@ -96,11 +98,12 @@ class Workers:
           weights: form in which frozen weights lie in memory.
           devices: device of each process, this process first. The processes share the processor's threads.
           dtype: number format in which the session trains.
+          recompute: whether activations of frozen blocks are computed again, see `SiteSettings.recompute`.
         """
         if len(devices) == 1:
             return None
         threads = max(1, torch.get_num_threads() // len(devices))
-        opening = Opening(folder, manifest.to_bytes(), emulator, limits, weights, threads, dtype=dtype)
+        opening = Opening(folder, manifest.to_bytes(), emulator, limits, weights, threads, dtype=dtype, recompute=recompute)
         return cls(opening, devices[1:])
 
     def begin(self, beginning: Beginning) -> tuple["WorkerProcess", ...]:

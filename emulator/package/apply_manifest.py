@@ -10,6 +10,7 @@ from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.structure.identity_block import skipped
 from offsite.emulator.structure.replacements import PATCH, build_module, check_fits
 from offsite.errors import MalformedMessage
+from offsite.task.device import device_of
 
 
 def apply_manifest(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
@@ -18,7 +19,7 @@ def apply_manifest(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> 
     Args:
       model: the empty full model that the package's configuration gives.
       manifest: the package's manifest.
-      dtype: floating dtype of the parts.
+      dtype: floating dtype of the parts, which lie on the model's device.
 
     Raises:
       MalformedMessage: a change is outside the middle, or no compressor makes such a change.
@@ -29,14 +30,14 @@ def apply_manifest(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> 
     widths = {path: hidden_size(model.get_submodule(path)) for path in owners & manifest.skipped.keys()}
     for path, form in manifest.skipped.items():
         model.set_submodule(path, skipped(model.get_submodule(path), form))
-    modules = dict(model.named_modules())
+    modules, device = dict(model.named_modules()), device_of(model)
     for path, spec in manifest.parts.items():
         owner = path.rpartition(".")[0]
         patched = owner in manifest.skipped and path == f"{owner}.{PATCH}"
         if not patched and path not in modules:
             raise MalformedMessage(f"part={path!r} stands where the model has nothing; refuse this package")
         check_fits(path, spec, None if patched else modules[path], widths.get(owner, 0))
-        model.set_submodule(path, build_module(spec).to(dtype))
+        model.set_submodule(path, build_module(spec).to(device, dtype))
     for path, owner in manifest.shared.items():
         tie_weights(model.get_submodule(path), model.get_submodule(owner), path)
 

@@ -5,18 +5,28 @@ files lie beside them, and given.safetensors if the adapter needs auxiliary tens
 name in it is ever imported.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from offsite.emulator.package import package_folder, storage
 from offsite.emulator.package.apply_manifest import apply_manifest
 from offsite.emulator.package.manifest import CONFIG, WEIGHTS, Manifest
 from offsite.emulator.package.storage import MODEL_DTYPES
+from offsite.emulator.package.stored_weight import StoredWeight
+from offsite.emulator.package.tensor_file import TensorReader
 from offsite.emulator.structure.from_config import empty_model
 from offsite.errors import DigestMismatch, MalformedMessage, lookup
+from offsite.task.device import CPU
+
+# The places of one parameter: modules, each with the parameter's name there.
+Users = tuple[tuple[nn.Module, str], ...]
+# (model without weights, manifest, places of each stored parameter) -> by name, functions that take a tensor in its
+# stored form and put it where it runs; a tensor that no function takes becomes a parameter.
+Hold = Callable[[nn.Module, Manifest, Mapping[str, Users]], Mapping[str, Callable[[StoredWeight], None]]]
 
 
 def read_manifest(directory: Path | str, *, expected_digest: str | None = None) -> Manifest:
@@ -35,13 +45,25 @@ def read_manifest(directory: Path | str, *, expected_digest: str | None = None) 
     return Manifest.from_bytes(content)
 
 
-def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_digest: str | None = None) -> nn.Module:
+def load(
+    directory: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    expected_digest: str | None = None,
+    device: torch.device | str = CPU,
+    hold: Hold | None = None,
+) -> nn.Module:
     """Returns the emulator of a package: frozen, in evaluation mode, every module under its name in the full model.
+
+    The weights are read one tensor at a time, straight to their place, so memory peaks at the emulator's own size and
+    one tensor.
 
     Args:
       directory: the package's folder; a file that its manifest does not list is refused.
       dtype: floating dtype of the emulator; None is the full model's dtype at the build.
       expected_digest: `Manifest.digest()` as announced, 64 hexadecimal digits; None checks nothing.
+      device: device of the emulator.
+      hold: function that takes tensors in their stored form, see `Hold`; None widens them all.
 
     Raises:
       DataError: the folder or its manifest is missing.
@@ -49,28 +71,70 @@ def load(directory: Path | str, *, dtype: torch.dtype | None = None, expected_di
       MalformedMessage: the manifest or the configuration contradicts itself or asks for code.
       RangeError: a tensor's shape is not the model's, or a value is not finite.
     """
-    folder = Path(directory)
+    folder, device = Path(directory), torch.device(device)
     manifest = read_manifest(folder, expected_digest=expected_digest)
     package_folder.check(folder, manifest.files)
-    own = lookup(MODEL_DTYPES, manifest.dtype, "dtype")
-    model = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, dtype or own)
+    kind = dtype or lookup(MODEL_DTYPES, manifest.dtype, "dtype")
+    model = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, kind, allocated=False)
     _check_slots(model, manifest)
-    apply_manifest(model, manifest, dtype or own)
+    apply_manifest(model, manifest, kind)
     targets = model.state_dict(keep_vars=True)
-    if manifest.storage.keys() | manifest.tied.keys() != targets.keys() or manifest.storage.keys() & manifest.tied:
-        raise MalformedMessage("storage: its names are not the model's; build the package again")
+    _check_targets(targets, manifest)
     package_folder.check_header(folder / WEIGHTS, manifest.tensors)
+    users = _users(model, targets, manifest)
+    takers = hold(model, manifest, users) if hold is not None else {}
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stored, torch.no_grad():
-            _check_names(set(stored.keys()), manifest)
+        with TensorReader(folder / WEIGHTS) as file, torch.no_grad():
+            _check_names(file.names, manifest)
             for name, how in manifest.storage.items():
-                pieces = {piece: stored.get_tensor(piece) for piece in storage.names(name, how)}
+                pieces = {piece: file.read(piece) for piece in storage.names(name, how)}
                 package_folder.check_tensors(pieces, manifest.tensors)
-                targets[name].copy_(storage.decode(name, how, pieces, tuple(targets[name].shape)))
+                shape = tuple(targets[name].shape)
+                if name in takers:
+                    takers[name](storage.held(name, how, pieces, shape, targets[name].dtype).to(device))
+                    continue
+                pieces = {piece: tensor.to(device) for piece, tensor in pieces.items()}
+                _fill(targets[name], users[name], storage.decode(name, how, pieces, shape))
     except SafetensorError as error:
         raise MalformedMessage(f"{WEIGHTS}: not a safetensors file ({error}); fetch the package again") from error
-    _copy_tied(targets, manifest)
-    return model
+    return model.to(device)
+
+
+def _fill(target: Tensor, users: Users, values: Tensor) -> None:
+    """Gives a tensor of the model its values: a parameter gets memory now, a buffer has memory already."""
+    if not isinstance(target, nn.Parameter):
+        target.copy_(values)
+        return
+    parameter = nn.Parameter(values.to(target.dtype), requires_grad=False)
+    for module, leaf in users:
+        module._parameters[leaf] = parameter
+
+
+def _users(model: nn.Module, targets: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Users]:
+    """Returns every place of each stored parameter: its own, those of weights tied to it, and of blocks that share it.
+
+    Raises:
+      MalformedMessage: a tied tensor is not a stored tensor of its shape.
+    """
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, leaf))
+    owners = {id(targets[name]): name for name in manifest.storage}
+    users = {name: list(found.get(id(targets[name]), ())) for name in manifest.storage}
+    for alias, name in manifest.tied.items():
+        if name not in manifest.storage or targets[alias].shape != targets[name].shape:
+            raise MalformedMessage(f"tied={alias!r}: {name!r} is not a stored tensor of its shape; build again")
+        if id(targets[alias]) not in owners:
+            owners[id(targets[alias])] = name
+            users[name] += found.get(id(targets[alias]), ())
+    return {name: tuple(places) for name, places in users.items()}
+
+
+def _check_targets(targets: Mapping[str, Tensor], manifest: Manifest) -> None:
+    if manifest.storage.keys() | manifest.tied.keys() != targets.keys() or manifest.storage.keys() & manifest.tied:
+        raise MalformedMessage("storage: its names are not the model's; build the package again")
 
 
 def _check_slots(model: nn.Module, manifest: Manifest) -> None:
@@ -85,12 +149,3 @@ def _check_names(stored: set[str], manifest: Manifest) -> None:
     expected = {piece for name, how in manifest.storage.items() for piece in storage.names(name, how)}
     if different := sorted((stored ^ expected) | (manifest.tensors.keys() ^ expected)):
         raise DigestMismatch(f"tensor={different[0]!r} is missing or was added; fetch the package again")
-
-
-def _copy_tied(targets: dict[str, Tensor], manifest: Manifest) -> None:
-    for alias, name in manifest.tied.items():
-        if name not in manifest.storage or targets[alias].shape != targets[name].shape:
-            raise MalformedMessage(f"tied={alias!r}: {name!r} is not a stored tensor of its shape; build again")
-        if targets[alias] is not targets[name]:
-            with torch.no_grad():
-                targets[alias].copy_(targets[name])

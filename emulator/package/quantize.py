@@ -11,9 +11,8 @@ from math import ceil, prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from offsite.emulator.package.bit_packing import pack, unpack
+from offsite.emulator.package.bit_packing import Room, fresh, pack, packed_rows, unpack
 from offsite.emulator.package.quantization_scheme import FINE_BITS, Scheme, packed_bytes
 from offsite.errors import RangeError
 
@@ -86,6 +85,21 @@ class Quantised:
         """The stored tensors, in the order of `Scheme.pieces`."""
         return tuple(piece for piece in (self.codes, self.scales, self.minima, self.spans) if piece is not None)
 
+    def rows(self, index: slice | Tensor, shape: tuple[int, ...], scheme: Scheme) -> "Quantised":
+        """Returns the packed form of some rows of the tensor, whose shape and scheme are given.
+
+        Args:
+          index: numbers of rows, int64 (n,), or a slice that begins at a multiple of 8.
+          shape: shape of the whole tensor.
+          scheme: scheme of the tensor.
+        """
+        columns, groups = prod(shape[1:]), ceil(prod(shape[1:]) / scheme.group)
+        codes = packed_rows(self.codes, index, (shape[0], columns), scheme.bits)
+        if self.spans is None:
+            return Quantised(codes, self.scales[index], self.minima[index])
+        scales, minima = (packed_rows(side, index, (shape[0], groups), FINE_BITS) for side in (self.scales, self.minima))
+        return Quantised(codes, scales, minima, self.spans[index])
+
     def grid(self, shape: tuple[int, ...], scheme: Scheme) -> Grid:
         """Returns the grid of the tensor, whose shape and scheme are given.
 
@@ -127,19 +141,24 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantised:
     return Quantised.of(codes.reshape(rows, -1)[:, :columns].reshape(-1), grid, scheme.bits)
 
 
-def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme, room: Room = fresh) -> Tensor:
     """Returns the fp32 tensor of a shape; every step but one fp32 addition is exact, so it is equal on every machine.
+
+    Args:
+      quantised: the tensor's packed form.
+      shape: shape of the tensor.
+      scheme: scheme of the tensor.
+      room: function that gives memory, see `bit_packing.Room`.
 
     Raises:
       RangeError: a stored piece does not have the shape and dtype that the tensor's shape asks for.
     """
     grid = quantised.grid(shape, scheme)
-    rows, columns = shape[0], prod(shape[1:])
-    flat = unpack(quantised.codes, rows * columns, scheme.bits).reshape(rows, columns)
-    missing = grid.scales.shape[1] * scheme.group - columns
-    filled = functional.pad(flat, (0, missing)) if missing else flat
-    weight = filled.reshape(rows, -1, scheme.group).float()
-    weight = weight.mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1)).reshape(rows, -1)
+    rows, columns, groups = shape[0], prod(shape[1:]), grid.scales.shape[1]
+    codes = unpack(quantised.codes, rows * columns, scheme.bits, room).reshape(rows, columns)
+    weight = room(rows * groups * scheme.group, torch.float32, codes.device).view(rows, groups * scheme.group)
+    weight[:, :columns] = codes  # a row's last group may be shorter; what lies behind it is of no account
+    weight.view(rows, groups, -1).mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1))
     return weight[:, :columns].reshape(shape)
 
 

@@ -1,10 +1,13 @@
 """Storage of one tensor in a package: as it is, as codes, or without its zeros; the manifest names which."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from offsite.emulator.package.quantization_scheme import BITS, Scheme
-from offsite.emulator.package.quantize import Quantised, dequantize, quantize
+from offsite.emulator.package.quantize import Quantised, quantize
+from offsite.emulator.package.stored_weight import Codes, Pieces, StoredWeight, Verbatim
 from offsite.errors import MalformedMessage, RangeError, UnsupportedModel
 
 DTYPES: dict[str, torch.dtype] = {
@@ -100,19 +103,47 @@ def decode(name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int,
     Raises:
       RangeError: a piece does not have the shape or dtype of the storage, or a value is not finite.
     """
+    if storage not in DTYPES:
+        return held(name, storage, pieces, shape, torch.float32).widened(torch.float32)
+    tensor = pieces[name]
+    if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[storage]:
+        raise RangeError(f"tensor={name}: stored {tuple(tensor.shape)}, the model has {shape}; build again")
+    _check_finite(name, tensor)
+    return tensor
+
+
+def held(
+    name: str, storage: str, pieces: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> StoredWeight:
+    """Returns the tensor of a shape in its stored form; what `decode` returns is made of it at each use.
+
+    Args:
+      name: the tensor's name.
+      storage: name of a storage that is narrower than float32.
+      pieces: the tensor's pieces, by their stored names.
+      shape: shape of the tensor in the model.
+      dtype: floating dtype in which the tensor runs.
+
+    Raises:
+      RangeError: as for `decode`; no weight is widened to find out.
+    """
     scheme = parse(storage)
     ordered = [pieces[piece] for piece in names(name, storage)]
-    if scheme is not None:
-        tensor = dequantize(Quantised(*ordered), shape, scheme)
-    elif storage == SPARSE:
-        tensor = _with_zeros(name, ordered, shape)
-    else:
-        tensor = ordered[0]
-        if tuple(tensor.shape) != shape or tensor.dtype != DTYPES[storage]:
-            raise RangeError(f"tensor={name}: stored {tuple(tensor.shape)}, the model has {shape}; build again")
+    if storage in DTYPES:
+        return Verbatim(shape, dtype, decode(name, storage, pieces, shape))
+    if scheme is None:
+        _check_finite(name, _with_zeros(ordered[0], ordered[1], name=name, shape=shape))
+        return Pieces(shape, dtype, ordered[0], ordered[1], partial(_with_zeros, name=name, shape=shape))
+    # Every group has a weight, and codes are small, so all weights are finite exactly if the grid is.
+    grid = Quantised(*ordered).grid(shape, scheme)
+    for side in (grid.scales, grid.minima):
+        _check_finite(name, side)
+    return Codes(shape, dtype, scheme, *ordered)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise RangeError(f"tensor={name}: a value is not finite; refuse this package and ask for another")
-    return tensor
 
 
 def _without_zeros(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,17 +157,18 @@ def _without_zeros(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.int64).to(torch.uint8), values
 
 
-def _with_zeros(name: str, pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    bits, values = pieces
+def _with_zeros(bits: Tensor, values: Tensor, *, name: str, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for length in shape:
         count *= length
     fits = bits.dtype == torch.uint8 and values.dtype == torch.float16 and bits.shape == ((count + 7) // 8,)
     if not fits or values.dim() != 1:
         raise RangeError(f"tensor={name}: the stored places and values do not belong to {shape}; build again")
-    places = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)[:count].bool()
+    places = (
+        (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).reshape(-1)[:count].bool()
+    )
     if int(places.sum()) != len(values):
         raise RangeError(f"tensor={name}: {len(values)} values for {int(places.sum())} places; build again")
-    flat = torch.zeros(count)
+    flat = torch.zeros(count, device=values.device)
     flat[places] = values.float()
     return flat.reshape(shape)

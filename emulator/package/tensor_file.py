@@ -1,18 +1,20 @@
-"""A safetensors file written tensor by tensor, so that the emulator is never in memory as a whole.
+"""A safetensors file written and read tensor by tensor, so that the emulator is never in memory as a whole.
 
 The format is a length, a header in JSON and the tensors' bytes. The header comes first but is known last, so the bytes
 wait in a second file until the header is known.
 """
 
 import json
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from offsite.emulator.package.package_folder import tensor_sha256
-from offsite.errors import DataError
+from offsite.errors import DataError, MalformedMessage
 
 # The format's names of dtypes.
 NAMES = {
@@ -98,6 +100,60 @@ class TensorFile:
             f"package={str(self._path.parent)!r}: cannot be written ({error.strerror}); free disk space, then build "
             "again"
         )
+
+
+class TensorReader:
+    """A safetensors file that is read tensor by tensor, into memory of the tensors' own.
+
+    A mapped file would stay in memory as a whole once every tensor was hashed, and could change after that.
+
+    Args:
+      path: path of the file.
+
+    Raises:
+      SafetensorError: the file is not in the format.
+      MalformedMessage: a tensor has a dtype that no package has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._places: dict[str, tuple[torch.dtype, list[int], int, int]] = {}
+        dtypes = {name: dtype for dtype, name in NAMES.items()}
+        place = 0
+        with safe_open(path, framework="pt") as checked:  # refuses holes, overlaps and wrong lengths
+            for name in checked.offset_keys():
+                entry = checked.get_slice(name)
+                if (dtype := dtypes.get(entry.get_dtype())) is None:
+                    raise MalformedMessage(f"tensor={name}: no package has its dtype; fetch the package again")
+                shape = list(entry.get_shape())
+                size = prod(shape) * dtype.itemsize
+                self._places[name] = (dtype, shape, place, size)
+                place += size
+        self._file = path.open("rb")
+        self._start = 8 + int.from_bytes(self._file.read(8), "little")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._places)
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor of the file, on the CPU.
+
+        Raises:
+          MalformedMessage: the file has become shorter.
+        """
+        dtype, shape, place, size = self._places[name]
+        content = torch.empty(size, dtype=torch.uint8)
+        self._file.seek(self._start + place)
+        if self._file.readinto(memoryview(content.numpy())) != size:
+            raise MalformedMessage(f"tensor={name}: the file ends before it; fetch the package again")
+        return content.view(dtype).reshape(shape)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:

@@ -10,7 +10,7 @@ plain product with the widened weight, the same in every mode, and no row affect
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offsite.emulator.package import storage
 from offsite.emulator.package.manifest import Manifest
-from offsite.emulator.runtime.quantized_linear import StoredWeight, dense
+from offsite.emulator.package.stored_weight import Pieces, StoredWeight
 from offsite.emulator.structure.geometry import slot_paths
 from offsite.emulator.structure.towers import blocks_at
 from offsite.errors import ConfigError, RangeError, lookup
@@ -29,6 +29,8 @@ from offsite.errors import ConfigError, RangeError, lookup
 BLOCK = 64  # weights that share a scale in nf4, bitsandbytes' own default
 LARGEST_CODE = 127.0
 FETCHER = "kernels"
+Widen = Callable[[Tensor, Tensor], Tensor]
+Rounded = tuple[Tensor, Tensor, Widen]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Rounding:
 
     Attributes:
       bits: width of a code.
-      of: function that returns the stored form of a weight, (out, in), float32 and contiguous.
+      of: function that returns codes and scales of a weight, (out, in), float32 and contiguous, and the function that
+        makes the rounded weight of the two.
     """
 
     bits: int
-    of: Callable[[Tensor], StoredWeight]
+    of: Callable[[Tensor], Rounded]
 
 
 def library() -> Any:
@@ -65,71 +68,92 @@ def library() -> Any:
     return module
 
 
-def round_layers(model: nn.Module, manifest: Manifest, weights: str) -> dict[str, StoredWeight]:
-    """Rounds dense layers of blocks that carry no adapter, in place, and returns their weights in the rounded form.
+def may_round(model: nn.Module, manifest: Manifest, weights: str) -> frozenset[str]:
+    """Returns the paths of the dense layers that a site rounds: of blocks of the middle that carry no adapter.
 
-    The model keeps its modules, now with the rounded weights, so that the vetted emulator is the one that will run: a
-    model can be made to turn into another one by rounding (Egashira et al. 2024, arXiv 2405.18137). Layers that the
-    package stores in no more bits stay exactly as they are. So do blocks that carry adapters, which are all blocks of a
-    parallel emulator: four such blocks, rounded, turn the gradients nearly as much as all 26 others, and the adapter
-    would learn at the site to repair what is not broken at the coordinator.
+    Layers that the package stores in no more bits stay exactly as they are. So do blocks that carry adapters, which are
+    all blocks of a parallel emulator: four such blocks, rounded, turn the gradients nearly as much as all 26 others,
+    and the adapter would learn at the site to repair what is not broken at the coordinator.
 
     Args:
-      model: the emulator as `package_reader.load` returned it, float32, before vetting.
+      model: the emulator before its weights are read.
       manifest: the package's manifest.
       weights: "int8", with one scale for each output (Dettmers et al. 2022, arXiv 2208.07339, section 3.1), or "nf4",
         with one scale for 64 weights (Dettmers et al. 2023, arXiv 2305.14314, section 3), whose scales stay float32.
 
-    Returns:
-      The rounded weights by layer path, as `quantized_linear.replace_linears` takes them.
-
     Raises:
       UnknownName: `weights` is neither "int8" nor "nf4".
       ConfigError: bitsandbytes cannot be used; see `library`.
-      RangeError: a weight is too large for float16, through which int8 takes its scales.
     """
-    rounding = lookup(ROUNDINGS, weights, "weights")
+    bits = lookup(ROUNDINGS, weights, "weights").bits
     library()
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     inside = tuple(f"{path}." for path in (*lists, *blocks_at(model, manifest.geometry.tower)))
     slots = tuple(f"{path}." for path in slot_paths(model, manifest.geometry)[0])
-    rounded = {}
-    for path, layer, how in dense(model, manifest):
-        scheme = storage.parse(how)
-        if not path.startswith(inside) or path.startswith(slots) or (scheme and scheme.bits <= rounding.bits):
-            continue
-        weight = layer.get_parameter("weight").detach()
-        matrix = weight.T if isinstance(layer, Conv1D) else weight  # a view, through which the layer is written
-        if matrix.shape[1] % 2:
-            continue  # bitsandbytes unpacks rows of odd length by code that it compiles at the site
-        stored = rounding.of(matrix.float().contiguous())
-        matrix.copy_(stored.widen(stored.pieces))
-        if not bool(torch.isfinite(matrix).all()):
-            raise RangeError(f"weights={weights!r}: {path} is too large for it; set weights = 'stored' in site.toml")
-        rounded[path] = stored
-    return rounded
+    return frozenset(
+        path
+        for path, layer in model.named_modules()
+        if path.startswith(inside)
+        and not path.startswith(slots)
+        and type(layer) in (nn.Linear, Conv1D)
+        and _rounds(layer, manifest.storage.get(f"{path}.weight", ""), bits)
+    )
 
 
-def _int8(weight: Tensor) -> StoredWeight:
+def _rounds(layer: nn.Module, how: str, bits: int) -> bool:
+    shape = layer.get_parameter("weight").shape
+    odd = (
+        shape[0 if isinstance(layer, Conv1D) else 1] % 2
+    )  # such rows bitsandbytes unpacks by code compiled at the site
+    scheme = storage.parse(how) if how else None
+    return bool(how) and not odd and not (scheme and scheme.bits <= bits)
+
+
+def round_weight(weight: StoredWeight, weights: str, name: str, turned: bool) -> StoredWeight:
+    """Returns a dense layer's weight rounded by bitsandbytes; the layer is then vetted and run with this weight.
+
+    A model can be made to turn into another one by rounding (Egashira et al. 2024, arXiv 2405.18137), so the rounded
+    weight is the only one that the emulator ever has.
+
+    Args:
+      weight: weight as the package stores it.
+      weights: "int8" or "nf4".
+      name: name of the tensor, for the message.
+      turned: whether the weight is (in, out), as GPT-2 has it.
+
+    Raises:
+      RangeError: the weight is too large for float16, through which int8 takes its scales.
+    """
+    matrix = weight.widened(torch.float32)
+    first, second, widen = ROUNDINGS[weights].of((matrix.T if turned else matrix).contiguous())
+    form = partial(_transposed, widen) if turned else widen
+    if not bool(torch.isfinite(form(first, second)).all()):
+        raise RangeError(f"weights={weights!r}: {name} is too large for it; set weights = 'stored' in site.toml")
+    return Pieces(weight.shape, weight.dtype, first, second, form)
+
+
+def _transposed(widen: Widen, first: Tensor, second: Tensor) -> Tensor:
+    return widen(first, second).T
+
+
+def _int8(weight: Tensor) -> Rounded:
     codes, scales, _ = library().functional.int8_vectorwise_quant(weight.half())
     codes[scales == 0] = 0  # 0 / 0 as an integer differs between processors
-    return StoredWeight((codes, scales), _from_int8)
+    return codes, scales, _from_int8
 
 
-def _from_int8(pieces: Sequence[Tensor]) -> Tensor:
-    codes, scales = pieces
+def _from_int8(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float().mul_(scales.unsqueeze(1).mul(1.0 / LARGEST_CODE))
 
 
-def _nf4(weight: Tensor) -> StoredWeight:
+def _nf4(weight: Tensor) -> Rounded:
     codes, state = library().functional.quantize_4bit(
         weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
     )
-    return StoredWeight((codes, state.absmax), partial(_from_nf4, shape=tuple(weight.shape)))
+    return codes, state.absmax, partial(_from_nf4, shape=tuple(weight.shape))
 
 
-def _from_nf4(pieces: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
-    codes, scales = pieces
+def _from_nf4(codes: Tensor, scales: Tensor, *, shape: tuple[int, ...]) -> Tensor:
     form = importlib.import_module("bitsandbytes").functional
     # As one row: on processors with AVX-512, 0.50.2 takes wrong scales for blocks that lie in two rows of a matrix.
     row = (1, math.prod(shape))

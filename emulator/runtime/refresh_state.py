@@ -55,8 +55,7 @@ class Frame:
         The frame comes from the configuration, since the blocks of a loaded emulator are no longer alike.
         """
         text = (folder / CONFIG).read_text(encoding="utf-8")
-        with torch.device("meta"):
-            whole = empty_model(text, manifest.auto, torch.float32)
+        whole = empty_model(text, manifest.auto, torch.float32, allocated=False)
         middle = Middle(MemorySource(whole), manifest.geometry, None)
         plan = Plan.whole(middle.blocks, apart=middle.apart).skip(manifest.skipped).share(manifest.shared)
         width = hidden_size(whole.get_submodule(middle.tower[0]))

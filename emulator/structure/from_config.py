@@ -1,14 +1,18 @@
 """From a model to a configuration that names no code, and back to an empty model of the same structure."""
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -87,8 +91,8 @@ def kind_of(text: str) -> str:
     raise UnsupportedModel(f"architectures={config.architectures!r}: not one of {', '.join(AUTO)}; use another model")
 
 
-def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
-    """Returns a model of a configuration, its parameters allocated but not filled, weights tied, in evaluation mode.
+def empty_model(text: str, auto: str, dtype: torch.dtype, *, allocated: bool = True) -> nn.Module:
+    """Returns a model of a configuration, its parameters not filled, weights tied, in evaluation mode.
 
     Memory that is not written is not used: the empty model costs almost nothing until the weights are copied in.
 
@@ -96,6 +100,8 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
       text: configuration as JSON.
       auto: key of `AUTO`.
       dtype: floating dtype of the parameters.
+      allocated: whether the parameters have memory; False puts them on the meta device. Buffers are computed either
+        way.
 
     Raises:
       MalformedMessage: the configuration does not parse, names code, is of an unknown model type, or asks for a model
@@ -104,7 +110,7 @@ def empty_model(text: str, auto: str, dtype: torch.dtype) -> nn.Module:
     """
     kind = lookup(AUTO, auto, "auto")
     config = _parse_config(text)
-    with no_init_weights(), _module_limit(MAX_MODULES):
+    with no_init_weights(), _module_limit(MAX_MODULES), nullcontext() if allocated else _meta_parameters():
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()  # the context above turns tying off together with initialisation
@@ -203,6 +209,25 @@ def _module_limit(modules: int) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         raise MalformedMessage("config.json asks for more memory than there is; refuse this package") from error
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Puts every parameter that this thread registers on the meta device; one that is registered twice stays one."""
+    mine, made = threading.get_ident(), dict[int, tuple[nn.Parameter, nn.Parameter]]()
+
+    def empty(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != mine or parameter.is_meta:
+            return None
+        if id(parameter) not in made:  # the original is held as well, since the id of a dead one is given again
+            made[id(parameter)] = parameter, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        return made[id(parameter)][1]
+
+    handle = register_module_parameter_registration_hook(empty)
+    try:
+        yield
     finally:
         handle.remove()
 

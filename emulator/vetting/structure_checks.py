@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offsite.emulator.package import package_folder
 from offsite.emulator.package.apply_manifest import apply_manifest
 from offsite.emulator.package.manifest import CONFIG, GIVEN, WEIGHTS, Manifest
+from offsite.emulator.package.stored_weight import StoredWeight
+from offsite.emulator.runtime.quantized_linear import own_weights, plain_class
 from offsite.emulator.structure import identity_block
 from offsite.emulator.structure.from_config import empty_model
 from offsite.emulator.structure.towers import find_towers
@@ -60,7 +62,8 @@ def check_structure(folder: Path, model: nn.Module, manifest: Manifest) -> tuple
     """
     check_files(folder, manifest)
     check_numbers(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    expected = empty_model((folder / CONFIG).read_text(encoding="utf-8"), manifest.auto, _dtype(model))
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    expected = empty_model(text, manifest.auto, _dtype(model), allocated=False)
     # Towers are found before the manifest is applied: left-out or narrowed blocks are not like their neighbours.
     blocks = tuple(path for tower in find_towers(expected) for path in tower.blocks)
     apply_manifest(expected, manifest, _dtype(model))
@@ -118,7 +121,7 @@ def _check_modules(model: nn.Module, expected: nn.Module) -> None:
     if different := sorted(modules.keys() ^ wanted.keys()):
         _refuse("module", different[0], "it is missing, or the configuration does not give it")
     for path, module in modules.items():
-        kind, honest = type(module), type(wanted[path])
+        kind, honest = plain_class(module), type(wanted[path])
         # Each left-out block has a class of its own; the class must come from `identity_block` and have the same base.
         left_out = honest.__module__ == SKIP and kind.__module__ == SKIP and kind.__bases__ == honest.__bases__
         if kind is not honest and not left_out:
@@ -140,25 +143,32 @@ def _check_plain(model: nn.Module) -> None:
 
 def _check_tensors(model: nn.Module, expected: nn.Module) -> None:
     """Refuses other names, shapes or dtypes, and buffers that no file stores unless they equal the computed buffers."""
-    stored = model.state_dict().keys()
-    mine, theirs = (
-        dict([*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)])
-        for m in (model, expected)
-    )
+    stored = expected.state_dict().keys()
+    mine, theirs = _tensors(model), _tensors(expected)
     if different := sorted(mine.keys() ^ theirs.keys()):
         _refuse("tensor", different[0], "the configuration gives another set of tensors")
     for name, tensor in mine.items():
         other = theirs[name]
-        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        if tuple(tensor.shape) != tuple(other.shape) or tensor.dtype != other.dtype:
             _refuse("tensor", name, f"its shape must be {tuple(other.shape)} and its type {other.dtype}")
+        if isinstance(tensor, StoredWeight):
+            continue  # the checks of weights widen it, and pass no value that is not finite
         if name not in stored and not torch.equal(tensor.cpu(), other):
             _refuse("buffer", name, "it must be what the configuration computes")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             _refuse("tensor", name, "every value must be finite")
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor | StoredWeight]:
+    """Returns weights and buffers by name, also under the names that share a module or a weight."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    weights = {f"{path}.{leaf}".lstrip("."): one for path, m in modules for leaf, one in own_weights(m).items()}
+    return {**weights, **dict(model.named_buffers(remove_duplicate=False))}
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    weights = (one for module in model.modules() for one in own_weights(module).values())
+    dtypes = {one.dtype for one in weights if one.dtype.is_floating_point}
     if len(dtypes) != 1:
         _refuse("dtypes", sorted(map(str, dtypes)), "all parameters must share one")
     dtype: torch.dtype = dtypes.pop()

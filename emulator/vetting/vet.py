@@ -17,6 +17,7 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.package import auxiliary_file
 from offsite.emulator.package.manifest import GIVEN, Manifest
+from offsite.emulator.runtime.quantized_linear import count_weights
 from offsite.emulator.runtime.refresh_state import Frame
 from offsite.emulator.structure.geometry import slot_paths
 from offsite.emulator.vetting.activation_checks import activation_checks, forward_checks
@@ -31,7 +32,7 @@ def vet(folder: Path, model: nn.Module, manifest: Manifest, limits: VettingThres
 
     Args:
       folder: the package's folder, already verified against its manifest.
-      model: the emulator as `package_reader.load` returned it, on the CPU, before any adapter.
+      model: the emulator as `package_reader.load` returned it, before any adapter.
       manifest: the package's manifest.
       limits: the thresholds.
       seed: seed of all random draws; the site's own secret, so that no trap can hide from the sample.
@@ -88,8 +89,7 @@ class Slots:
     def of(cls, model: nn.Module, manifest: Manifest) -> "Slots":
         """Returns the slots of an emulator before an adapter is attached to it."""
         paths, tower = slot_paths(model, manifest.geometry)
-        sizes = (p.numel() for path in paths for p in model.get_submodule(path).parameters())
-        return cls(paths, tower[0], sum(sizes))
+        return cls(paths, tower[0], sum(count_weights(model.get_submodule(path)) for path in paths))
 
 
 def vet_adapter(

@@ -6,45 +6,43 @@ Decepticons; PEFTLeak 2025); amplified rows that latch one example (Feng and Tra
 """
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from offsite.adapter.targets import is_linear, is_norm
+from offsite.emulator.runtime.quantized_linear import own_weights
 from offsite.emulator.structure.towers import token_embeddings
 from offsite.emulator.vetting.limits import Check, VettingThresholds
+from offsite.emulator.vetting.weight_blocks import Weight, matrix_shape, norms, peak, root_mean_square, sample, zeros
 from offsite.task.device import device_of
 
 # Statistics of shape need some rows and columns; of a smaller matrix only magnitudes are checked.
 SMALLEST = 16
-# Sampled rows and columns, drawn at random, for shares of rows; exact for models up to this width. In a wider model the
-# sample's share passes its limit with a probability under 1e-5 where the matrix's own share is below half the limit
-# (binomial tail), and a trap of one row in a hundred still gives ten sampled rows. Magnitudes, ratios of norms, zeros
-# and finiteness are always exact.
-ROWS, COLUMNS = 1024, 8192
 SKETCH = 64
 TWIN_COSINE = 0.95
 FEW_TWINS = 2.5  # a row with two alike rows is chance in a matrix of some 40 rows, and sorts nothing
 
 
 def weight_checks(model: nn.Module, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
-    """Yields the checks of every parameter of a model, of tied parameters once.
+    """Yields the checks of every weight of a model, of tied and shared weights once; a stored weight is not widened.
 
     Args:
-      model: the loaded emulator, on the CPU.
+      model: the loaded emulator, with weights stored or not.
       limits: the thresholds.
       generator: generator of the sampled rows and of the norms' test inputs.
     """
-    tokens = _token_tables(model)
-    for name, module, parameter in _parameters(model):
+    tokens = {id(own_weights(module).get("weight")) for module in token_embeddings(model)}
+    for name, module, weight in _weights(model):
         table = _is_table(name, module)
-        yield from _magnitudes(name, parameter, limits, table=table)
-        if parameter.dim() < 2:
+        yield from _magnitudes(name, weight, limits, table=table)
+        if len(weight.shape) < 2:
             continue
-        for where, view in _matrices(name, module, parameter.detach()):
-            if min(view.shape) >= SMALLEST:
+        for where, view in _matrices(name, module, weight):
+            if min(matrix_shape(view)) >= SMALLEST:
                 if table:
-                    yield from _table_checks(where, view, limits, generator, tokens=id(parameter) in tokens)
+                    yield from _table_checks(where, view, limits, generator, tokens=id(weight) in tokens)
                 else:
                     yield from _matrix_checks(where, view, limits, generator)
     for name, module in model.named_modules():
@@ -95,13 +93,11 @@ def crowd(rows: Tensor, generator: torch.Generator) -> float:
     return float(alike.sum(1).max() / len(rows)) if len(rows) else 0.0
 
 
-def _magnitudes(name: str, parameter: Tensor, limits: VettingThresholds, *, table: bool) -> Iterator[Check]:
-    values = parameter.detach().float()
-    peak = float(values.abs().max())
-    yield Check("weight_peak", name, peak, limits.weight_peak, "one weight drowns all others")
-    if parameter.dim() < 2 or parameter.numel() < SMALLEST**2:
+def _magnitudes(name: str, weight: Weight, limits: VettingThresholds, *, table: bool) -> Iterator[Check]:
+    yield Check("weight_peak", name, peak(weight), limits.weight_peak, "one weight drowns all others")
+    if len(weight.shape) < 2 or prod(weight.shape) < SMALLEST**2:
         return
-    rms = float(values.square().mean().sqrt())
+    rms = root_mean_square(weight)
     if table:
         yield Check("table_rms", name, rms, limits.table_rms, "the embedding drowns every block: a hidden identity")
         return
@@ -110,34 +106,33 @@ def _magnitudes(name: str, parameter: Tensor, limits: VettingThresholds, *, tabl
 
 
 def _table_checks(
-    where: str, view: Tensor, limits: VettingThresholds, generator: torch.Generator, *, tokens: bool
+    where: str, view: Weight, limits: VettingThresholds, generator: torch.Generator, *, tokens: bool
 ) -> Iterator[Check]:
-    rows = _sample(view, generator)
+    rows = sample(view, generator)
     filled = rows[rows.square().sum(1) > 0]
     if len(filled) >= SMALLEST:
         share = float((participation(filled) < few(limits.one_hot, filled)).float().mean())
         yield Check("table_one_hot", where, share, limits.one_hot_rows, "its gradient spells tokens out one by one")
-        norms = view.float().norm(dim=1)
-        ratio = float(norms.max() / norms[norms > 0].median())
+        lengths = norms(view)
+        ratio = float(lengths.max() / lengths[lengths > 0].median())
         yield Check("table_outlier", where, ratio, limits.table_outlier, "one token marks its record in every layer")
     if tokens:
         # Unused tokens of a padded vocabulary are alike in honest models: only a table of mostly alike rows is refused.
         yield Check("token_crowd", where, crowd(rows, generator), limits.token_crowd, "different tokens look the same")
 
 
-def _matrix_checks(where: str, view: Tensor, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
-    for side, oriented in (("rows", view), ("columns", view.T)):
-        rows = _sample(oriented, generator)
+def _matrix_checks(where: str, view: Weight, limits: VettingThresholds, generator: torch.Generator) -> Iterator[Check]:
+    for side in ("rows", "columns"):
+        rows = sample(view, generator, columns=side == "columns")
         place = f"{where} {side}"
         share = float((participation(rows) < few(limits.one_hot, rows)).float().mean())
         yield Check("one_hot", place, share, limits.one_hot_rows, "it hands single entries on: identity or permutation")
         bound = max(limits.crowd, FEW_TWINS / len(rows))
         yield Check("crowd", place, crowd(rows, generator), bound, "alike rows sort records into bins")
-        norms = oriented.float().norm(dim=1)
-        ratio = float(norms.max() / norms.median().clamp_min(1e-30))
+        lengths = norms(view, columns=side == "columns")
+        ratio = float(lengths.max() / lengths.median().clamp_min(1e-30))
         yield Check("outlier", place, ratio, limits.outlier, "amplified rows latch a single example")
-    zeros = 1 - int(torch.count_nonzero(view)) / view.numel()
-    yield Check("zeros", where, zeros, limits.zeros, "a sparse map hands single entries on")
+    yield Check("zeros", where, zeros(view), limits.zeros, "a sparse map hands single entries on")
 
 
 def _gain_checks(
@@ -153,21 +148,21 @@ def _gain_checks(
     yield Check("closed_gains", name, closed, limits.closed_gains, "the norm lets only chosen features pass")
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Weight]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{leaf}".lstrip("."), module, parameter
+        for leaf, weight in own_weights(module).items():
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{path}.{leaf}".lstrip("."), module, weight
 
 
-def _matrices(name: str, module: nn.Module, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields a tensor as matrices: each of stacked experts, and a kernel with its window flattened."""
-    if tensor.dim() == 3 and not isinstance(module, nn.Conv1d):
-        yield from ((f"{name}[{i}]" if len(tensor) > 1 else name, matrix) for i, matrix in enumerate(tensor))
+def _matrices(name: str, module: nn.Module, weight: Weight) -> Iterator[tuple[str, Weight]]:
+    """Yields a weight as matrices: each of stacked experts, and a kernel with its window flattened."""
+    if isinstance(weight, Tensor) and weight.dim() == 3 and not isinstance(module, nn.Conv1d):
+        yield from ((f"{name}[{i}]" if len(weight) > 1 else name, matrix) for i, matrix in enumerate(weight.detach()))
     else:
-        yield name, tensor.reshape(tensor.shape[0], -1)
+        yield name, weight
 
 
 def _is_table(name: str, module: nn.Module) -> bool:
@@ -175,16 +170,3 @@ def _is_table(name: str, module: nn.Module) -> bool:
     leaf = name.rpartition(".")[2]
     added = not (is_linear(module) or isinstance(module, nn.modules.conv._ConvNd))
     return isinstance(module, nn.Embedding) or (added and any(part in leaf for part in ("position", "embed", "token")))
-
-
-def _token_tables(model: nn.Module) -> set[int]:
-    tables = (getattr(module, "weight", None) for module in token_embeddings(model))
-    return {id(table) for table in tables if isinstance(table, nn.Parameter)}
-
-
-def _sample(view: Tensor, generator: torch.Generator) -> Tensor:
-    for dimension, count in ((0, ROWS), (1, COLUMNS)):
-        if view.shape[dimension] > count:
-            chosen = torch.randperm(view.shape[dimension], generator=generator)[:count]
-            view = view.index_select(dimension, chosen.to(view.device))
-    return view.float()
