@@ -67,8 +67,9 @@ def site(package: Path, batch: int, length: int, steps: int, way: str) -> dict[s
     from offsite.adapter.methods import attach
     from offsite.adapter.spec import AdapterSpec
     from offsite.emulator.package.package_reader import load, read_manifest
-    from offsite.emulator.runtime.bitsandbytes_layers import round_layers
-    from offsite.emulator.runtime.quantized_linear import replace_linears
+    from offsite.emulator.runtime.stored_model import holding
+    from offsite.emulator.runtime.weight_forms import STORED, WIDENED
+    from offsite.emulator.structure.from_config import empty_model
     from offsite.emulator.structure.geometry import slot_paths
     from offsite.privacy.batches import trainable
     from offsite.privacy.engines import ENGINES
@@ -76,11 +77,11 @@ def site(package: Path, batch: int, length: int, steps: int, way: str) -> dict[s
     from offsite.task.tasks import TASKS
 
     task, manifest = TASKS["causal_lm"], read_manifest(package)
-    model = load(package, dtype=torch.float32)
-    slots, _ = slot_paths(model, manifest.geometry)
-    if way == "held" or way in ROUNDED:
-        replace_linears(model, package, manifest, round_layers(model, manifest, way) if way in ROUNDED else None)
-    model = attach(model, AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots))
+    text = (package / "config.json").read_text(encoding="utf-8")
+    slots, _ = slot_paths(empty_model(text, manifest.auto, torch.float32, allocated=False), manifest.geometry)
+    spec = AdapterSpec("lora", rank=8, alpha=16.0, targets=TARGETS, slots=slots)
+    weights = way if way in ROUNDED else STORED if way == "held" else WIDENED
+    model = attach(load(package, dtype=torch.float32, hold=holding(weights, spec)), spec)
     ids = _ids(model.config.vocab_size, batch, length)
     examples = Examples(ids, torch.ones_like(ids))
     parameters = list(trainable(model).values())

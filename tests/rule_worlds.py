@@ -43,7 +43,7 @@ def examples_of(run: Run, site: str, manifest: JobManifest, session: EmulatorSes
     return run.examples(setting.train, manifest, session)
 
 
-def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
+def trained(world: World, weights: str, recompute: str = "never") -> tuple[EmulatorSession, np.ndarray]:
     """Returns the session of site ash with frozen weights in a form, and the update under one fixed noise."""
     manifest = world.manifest
     session = open_session(
@@ -53,6 +53,7 @@ def trained(world: World, weights: str) -> tuple[EmulatorSession, np.ndarray]:
         limits=VettingThresholds.for_owner(64, 1.0),
         seed=3,
         weights=weights,
+        recompute=recompute,
     )
     examples, plan = examples_of(world.run, "ash", manifest, session), world.run.site("ash", manifest, session).plan
     job = SiteJob("ash", manifest, session, examples, plan)

@@ -47,8 +47,6 @@ class Method:
         `ROUNDED` (equal but for the last digits of the dtype) or `MOVED` (different).
       shared: whether all slots share the same parameters, which then have the names of the first slot.
       auxiliary: the method's needs of auxiliary tensors, or None; `attach` is then not called, but `auxiliary.attach`.
-      on_stored: whether the adapter can stand on layers that make their weight anew at each call, so that the frozen
-        layers of its slots may be held in 16 bits or as codes.
       task: the only task whose records hold what the method reads, or empty for a method that fits any task; no other
         method fits that task.
     """
@@ -63,7 +61,6 @@ class Method:
     shared: bool = False
     auxiliary: AuxiliarySpec | None = None
     task: str = ""
-    on_stored: bool = True
 
 
 _LINES = "two trained layers with a non-linear function between them are not linear"
@@ -105,6 +102,9 @@ _OWN = (
 )  # fmt: skip
 _PEFT = (Method(t.name, t.attach, t.exact_mean, True, t.why, t.options, t.start, t.shared) for t in TUNERS)
 METHODS: dict[str, Method] = {method.name: method for method in (*_OWN, *_PEFT)}
+# Methods that read or change the weights of their slots' layers in ways of their own, so that these must be parameters.
+# All others can stand on layers that make their weight anew at each call.
+ON_PARAMETERS = frozenset(("blocks", "c3a", "fed_sb", "glora", "gralora", "houlsby", "masked", "parallel"))
 
 
 def known(spec: AdapterSpec) -> Method:

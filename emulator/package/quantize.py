@@ -97,7 +97,8 @@ class Quantised:
         codes = packed_rows(self.codes, index, (shape[0], columns), scheme.bits)
         if self.spans is None:
             return Quantised(codes, self.scales[index], self.minima[index])
-        scales, minima = (packed_rows(side, index, (shape[0], groups), FINE_BITS) for side in (self.scales, self.minima))
+        grids = (shape[0], groups)
+        scales, minima = (packed_rows(side, index, grids, FINE_BITS) for side in (self.scales, self.minima))
         return Quantised(codes, scales, minima, self.spans[index])
 
     def grid(self, shape: tuple[int, ...], scheme: Scheme) -> Grid:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offsite.adapter.methods import METHODS, places
+from offsite.adapter.methods import ON_PARAMETERS, places
 from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.package import storage
 from offsite.emulator.package.manifest import Manifest
@@ -55,7 +55,7 @@ def _takers(
     weights: str, spec: AdapterSpec, model: nn.Module, manifest: Manifest, users: Mapping[str, Users]
 ) -> Mapping[str, Put]:
     """Returns, by tensor, the functions that put a stored weight into the model; see `package_reader.Hold`."""
-    wide = [path for path in places(model, spec) if path not in spec.slots or not METHODS[spec.method].on_stored]
+    wide = [path for path in places(model, spec) if path not in spec.slots or spec.method in ON_PARAMETERS]
     apart = {id(module) for path in wide for module in model.get_submodule(path).modules()}
     paths = {id(module): path for path, module in model.named_modules()}
     rounded = may_round(model, manifest, weights) if weights in ROUNDINGS else frozenset()

@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from offsite.adapter.export import export, load
 from offsite.adapter.layout import Layout
-from offsite.adapter.methods import METHODS, attach, check_task, dummy_tensors, places
+from offsite.adapter.methods import METHODS, ON_PARAMETERS, attach, check_task, dummy_tensors, places
 from offsite.adapter.methods.bottleneck import Bottleneck
 from offsite.adapter.methods.peft_tuners import MOVED, ROUNDED, SAME
 from offsite.adapter.refused_methods import REFUSED
 from offsite.adapter.side_modules import SIDE_MODULE
 from offsite.adapter.spec import AdapterSpec
+from offsite.emulator.package.stored_weight import Verbatim
+from offsite.emulator.runtime.quantized_linear import can_hold, held_layer
 from offsite.errors import ConfigError, UnknownName, UnsupportedModel
 from offsite.task.tasks import TASKS
 from tests.families import FEW, TOWERS, attach_any, inputs, logits, loss, spec_for, tiny
@@ -345,3 +347,24 @@ def test_a_method_that_is_not_offered_says_exactly_why(method):
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(UnknownName, match="ffa_lora"):
         attach(tiny("llama"), AdapterSpec("ffa_lara", slots=("model.layers.0",)))
+
+
+@pytest.mark.parametrize(("method", "family"), [(m, f) for m, f in PAIRS if f in ("llama", "gpt2")])
+def test_on_layers_with_stored_weights_an_adapter_is_the_same(method, family):
+    """Start, output and gradients to the last bit, over weights that exist only while a layer runs."""
+    if method in ON_PARAMETERS:
+        pytest.skip("its slots stay plain")
+    found = []
+    for stored in (False, True):
+        base, spec = tiny(family, torch.float32), spec_for(method, family, 11)
+        for path in spec.slots if stored else ():
+            for name, layer in list(base.get_submodule(path).named_modules(prefix=path)):
+                if can_hold(layer):
+                    weight = layer.weight.detach()
+                    base.set_submodule(name, held_layer(layer, Verbatim(tuple(weight.shape), weight.dtype, weight)))
+        model = attach_any(base, spec)
+        start = Layout.of(model).read(model)
+        output = loss(perturb(model), family)
+        gradients = torch.autograd.grad(output, list(trainable(model).values()), allow_unused=True)
+        found.append((torch.from_numpy(start), output.detach(), *gradients))
+    assert all(left is right or torch.equal(left, right) for left, right in zip(*found, strict=True))
