@@ -8,7 +8,7 @@ import torch
 
 from offsite.coordinator.config.emulator_table import EmulatorConfig
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.coordinator.job.prepare import stored_dtype
+from offsite.task.checkpoint import stored_dtype
 from offsite.coordinator.plan.coordinator_phases import least_memory
 from offsite.coordinator.plan.machine_memory import machine_memory
 from offsite.coordinator.plan.make_plan import Planner

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from offsite.adapter.targets import hidden_size
-from offsite.coordinator.job.prepare import stored_dtype
+from offsite.task.checkpoint import stored_dtype
 from offsite.coordinator.plan.meta_run import META
 from offsite.emulator.structure.from_config import empty_model, kind_of, own_config_text
 from offsite.emulator.structure.towers import main_tower

@@ -24,9 +24,11 @@ from offsite.task.device import CPU
 
 # The places of one parameter: modules, each with the parameter's name there.
 Users = tuple[tuple[nn.Module, str], ...]
-# (model without weights, manifest, places of each stored parameter) -> by name, functions that take a tensor in its
-# stored form and put it where it runs; a tensor that no function takes becomes a parameter.
-Hold = Callable[[nn.Module, Manifest, Mapping[str, Users]], Mapping[str, Callable[[StoredWeight], None]]]
+# A function that takes a tensor in its stored form, and returns the function that puts it where it runs.
+Taker = Callable[[StoredWeight], Callable[[], None]]
+# (model without weights, manifest, places of each stored parameter) -> by name, the takers of some tensors; a tensor
+# that nobody takes becomes a parameter.
+Hold = Callable[[nn.Module, Manifest, Mapping[str, Users]], Mapping[str, Taker]]
 
 
 def read_manifest(directory: Path | str, *, expected_digest: str | None = None) -> Manifest:
@@ -83,6 +85,7 @@ def load(
     package_folder.check_header(folder / WEIGHTS, manifest.tensors)
     users = _users(model, targets, manifest)
     takers = hold(model, manifest, users) if hold is not None else {}
+    puts: list[Callable[[], None]] = []
     try:
         with TensorReader(folder / WEIGHTS) as file, torch.no_grad():
             _check_names(file.names, manifest)
@@ -91,12 +94,14 @@ def load(
                 package_folder.check_tensors(pieces, manifest.tensors)
                 shape = tuple(targets[name].shape)
                 if name in takers:
-                    takers[name](storage.held(name, how, pieces, shape, targets[name].dtype).to(device))
+                    puts.append(takers[name](storage.held(name, how, pieces, shape, targets[name].dtype).to(device)))
                     continue
                 pieces = {piece: tensor.to(device) for piece, tensor in pieces.items()}
                 _fill(targets[name], users[name], storage.decode(name, how, pieces, shape))
     except SafetensorError as error:
         raise MalformedMessage(f"{WEIGHTS}: not a safetensors file ({error}); fetch the package again") from error
+    for put in puts:  # now that the other parameters of the replaced layers are read
+        put()
     return model.to(device)
 
 

@@ -159,7 +159,7 @@ def dequantize(quantised: Quantised, shape: tuple[int, ...], scheme: Scheme, roo
     codes = unpack(quantised.codes, rows * columns, scheme.bits, room).reshape(rows, columns)
     weight = room(rows * groups * scheme.group, torch.float32, codes.device).view(rows, groups * scheme.group)
     weight[:, :columns] = codes  # a row's last group may be shorter; what lies behind it is of no account
-    weight.view(rows, groups, -1).mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1))
+    weight.view(rows, groups, scheme.group).mul_(grid.scales.unsqueeze(-1)).add_(grid.minima.unsqueeze(-1))
     return weight[:, :columns].reshape(shape)
 
 

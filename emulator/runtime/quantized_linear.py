@@ -7,13 +7,12 @@ forwards and backwards: each call makes the same numbers of the same codes and d
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
-from typing_extensions import TypeIs
 
 from offsite.emulator.package.bit_packing import Scratch
 from offsite.emulator.package.stored_weight import StoredWeight
@@ -157,7 +156,7 @@ def can_hold(plain: nn.Module) -> bool:
     return type(plain) in (nn.Linear, Conv1D) or (type(plain) is nn.Embedding and plain.max_norm is None)
 
 
-def is_held(module: nn.Module) -> TypeIs["DequantizingLinear | DequantizingEmbedding"]:
+def is_held(module: nn.Module) -> TypeGuard["DequantizingLinear | DequantizingEmbedding"]:
     """Returns whether a module is a layer with a stored weight."""
     return type(module) in _KINDS
 

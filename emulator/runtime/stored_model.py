@@ -12,15 +12,13 @@ from offsite.adapter.methods import ON_PARAMETERS, places
 from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.package import storage
 from offsite.emulator.package.manifest import Manifest
-from offsite.emulator.package.package_reader import Hold, Users
+from offsite.emulator.package.package_reader import Hold, Taker, Users
 from offsite.emulator.package.stored_weight import StoredWeight
 from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, may_round, round_weight
 from offsite.emulator.runtime.quantized_linear import can_hold, held_layer, is_held
 from offsite.emulator.runtime.weight_forms import WEIGHT_FORMS, WIDENED
 from offsite.errors import lookup
 from offsite.task.number_format import in_dtype
-
-Put = Callable[[StoredWeight], None]
 
 
 def holding(weights: str, spec: AdapterSpec) -> Hold | None:
@@ -53,13 +51,13 @@ def in_format(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _takers(
     weights: str, spec: AdapterSpec, model: nn.Module, manifest: Manifest, users: Mapping[str, Users]
-) -> Mapping[str, Put]:
+) -> Mapping[str, Taker]:
     """Returns, by tensor, the functions that put a stored weight into the model; see `package_reader.Hold`."""
     wide = [path for path in places(model, spec) if path not in spec.slots or spec.method in ON_PARAMETERS]
     apart = {id(module) for path in wide for module in model.get_submodule(path).modules()}
     paths = {id(module): path for path, module in model.named_modules()}
     rounded = may_round(model, manifest, weights) if weights in ROUNDINGS else frozenset()
-    takers: dict[str, Put] = {}
+    takers: dict[str, Taker] = {}
     for name, how in manifest.storage.items():
         layers = [module for module, leaf in users[name] if leaf == "weight" and can_hold(module)]
         if not layers or len(layers) != len(users[name]) or apart & {id(layer) for layer in layers}:
@@ -67,22 +65,25 @@ def _takers(
         at = {paths[id(layer)]: layer for layer in layers}
         if rounded >= at.keys():
             turned = isinstance(layers[0], Conv1D)
-            takers[name] = partial(_put, model, at, partial(round_weight, weights=weights, name=name, turned=turned))
+            takers[name] = partial(_taken, model, at, partial(round_weight, weights=weights, name=name, turned=turned))
         elif _is_narrow(how, layers[0].get_parameter("weight").dtype):
-            takers[name] = partial(_put, model, at, None)
+            takers[name] = partial(_taken, model, at, None)
     return takers
 
 
-def _put(
+def _taken(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     rounding: Callable[[StoredWeight], StoredWeight] | None,
     stored: StoredWeight,
-) -> None:
-    """Replaces layers by layers that hold one stored weight together, in the package's form or rounded."""
-    kept = stored if rounding is None else rounding(stored)
+) -> Callable[[], None]:
+    """Returns a function that replaces layers by layers that hold one stored weight together, rounded if asked for."""
+    return partial(_put, model, layers, stored if rounding is None else rounding(stored))
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module], stored: StoredWeight) -> None:
     for path, layer in layers.items():
-        model.set_submodule(path, held_layer(layer, kept))
+        model.set_submodule(path, held_layer(layer, stored))
 
 
 def _is_narrow(how: str, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from offsite.client.home.installation import SiteHome
 from offsite.client.home.settings import SETTINGS
 from offsite.client.service.doctor import FAILED, FINE, examine
+from offsite.emulator.package.stored_weight import Pieces
 from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 from tests.memory_federation import World, make_world
 from tests.rule_worlds import trained
@@ -34,9 +35,10 @@ def test_nearly_the_same_update_in_less_memory(world: World) -> None:
     for weights, most in (("int8", 0.02), ("nf4", 0.4)):
         session, update = trained(world, weights)
         assert 0 < float(np.linalg.norm(update - exact)) < most * float(np.linalg.norm(exact))
-        held = [module for module in session.model.modules() if isinstance(module, DequantizingLinear)]
-        assert len(held) == 3 * 7  # each dense layer of the middle
-        sizes.append(sum(part.numel() * part.element_size() for module in held for part in module.buffers()))
+        held = [module.stored for module in session.model.modules() if isinstance(module, DequantizingLinear)]
+        rounded = [stored for stored in held if isinstance(stored, Pieces)]
+        assert len(rounded) == 3 * 7  # each dense layer of the middle
+        sizes.append(sum(stored.size for stored in rounded))
         assert session.engine == plain.engine
         np.testing.assert_array_equal(session.start, plain.start)  # the slots are the coordinator's to the last bit
         numbers = [[check["value"] for check in one.vetting[0].to_dict()["checks"]] for one in (plain, session)]
@@ -56,7 +58,7 @@ def test_doctor_says_that_the_extra_is_missing(tmp_path: Path, monkeypatch: pyte
 
     assert "bitsandbytes" not in versions()
     settings = made.folder / SETTINGS
-    settings.write_text(settings.read_text().replace('"widened"', '"nf4"'))
+    settings.write_text(settings.read_text().replace('"stored"', '"nf4"'))
     assert "pip install 'offsite[bitsandbytes]'" in versions()
 
 
@@ -65,6 +67,6 @@ def test_doctor_names_the_version(tmp_path: Path) -> None:
     (tmp_path / "records.txt").write_text("a record\n")
     made = SiteHome.create(tmp_path / "site", name="ash", data=tmp_path / "records.txt", suite=1, now=NOW)
     settings = made.folder / SETTINGS
-    settings.write_text(settings.read_text().replace('"widened"', '"int8"'))
+    settings.write_text(settings.read_text().replace('"stored"', '"int8"'))
     found = examine(SiteHome.open(made.folder), lambda: NOW)[0]
     assert found.detail.endswith(f"bitsandbytes {library.__version__}")

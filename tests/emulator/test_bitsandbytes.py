@@ -12,8 +12,11 @@ from offsite.adapter.spec import AdapterSpec
 from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.package.package_reader import load, read_manifest
-from offsite.emulator.runtime.bitsandbytes_layers import ROUNDINGS, library, round_layers
-from offsite.emulator.runtime.quantized_linear import DequantizingLinear, replace_linears
+from offsite.emulator.package.stored_weight import Pieces, Verbatim
+from offsite.emulator.runtime.bitsandbytes_layers import library, may_round, round_weight
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear
+from offsite.emulator.runtime.stored_model import holding
+from offsite.emulator.structure.from_config import empty_model
 from offsite.emulator.structure.geometry import Geometry, slot_paths
 from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.emulator.vetting.vet import vet
@@ -61,14 +64,23 @@ def slow_int8(weight):
 
 
 def rounded(family, folder, kind, recipe=(), **more):
-    """Returns a package's emulator with rounded weights in plain layers, the same in stored form, and their paths."""
+    """Returns a package's emulator with rounded weights in plain layers, the same in stored form, and the rounded."""
     family.build(folder, recipe, **more)
-    facts = read_manifest(folder)
-    plain, held = (load(folder, dtype=torch.float32) for _ in range(2))
-    round_layers(plain, facts, kind)
-    forms = round_layers(held, facts, kind)
-    replace_linears(held, folder, facts, forms)
+    plain, held = load(folder, dtype=torch.float32), opened(folder, kind)
+    forms = {
+        path: layer.stored
+        for path, layer in held.named_modules()
+        if isinstance(layer, DequantizingLinear) and isinstance(layer.stored, Pieces)
+    }
+    for path, form in forms.items():
+        plain.get_submodule(path).weight.data.copy_(form.widened(torch.float32))
     return plain, held, forms
+
+
+def opened(folder, kind):
+    text, facts = (folder / "config.json").read_text(), read_manifest(folder)
+    slots, _ = slot_paths(empty_model(text, facts.auto, torch.float32, allocated=False), facts.geometry)
+    return load(folder, dtype=torch.float32, hold=holding(kind, AdapterSpec("lora", rank=2, slots=slots)))
 
 
 @pytest.mark.parametrize(("kind", "slow"), [("nf4", slow_nf4), ("int8", slow_int8)])
@@ -86,6 +98,12 @@ def test_the_numbers_by_a_second_route(bnb, make, tmp_path, kind, slow):
         assert torch.equal(held.get_submodule(path).weight, after)
 
 
+def rounded_layer(layer, kind):
+    weight = layer.requires_grad_(False).weight.detach()
+    stored = Verbatim(tuple(weight.shape), weight.dtype, weight)
+    return DequantizingLinear(layer, round_weight(stored, kind, "layer.weight", turned=False))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_those_of_bitsandbytes_own_layers_while_they_train(bnb, kind):
     torch.manual_seed(1)
@@ -97,7 +115,7 @@ def test_outputs_and_gradients_are_those_of_bitsandbytes_own_layers_while_they_t
         theirs = bnb.nn.Linear8bitLt(128, 80, has_fp16_weights=False)
     theirs.load_state_dict(layer.state_dict())
     theirs = theirs.to("cpu").train()
-    ours = DequantizingLinear(layer.requires_grad_(False), ROUNDINGS[kind].of(layer.weight.detach()))
+    ours = rounded_layer(layer, kind)
     found = [one(inputs) for one in (ours, theirs)]
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(one.square().sum(), inputs)[0] for one in found))
@@ -111,7 +129,7 @@ def test_bitsandbytes_own_8_bit_layer_lets_one_record_move_another(bnb):
     theirs = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(layer.state_dict())
     theirs = theirs.to("cpu").eval()
-    ours = DequantizingLinear(layer.requires_grad_(False), ROUNDINGS["int8"].of(layer.weight.detach())).eval()
+    ours = rounded_layer(layer, "int8").eval()
 
     def moved(one):
         with torch.no_grad():
@@ -171,7 +189,7 @@ def test_every_block_of_a_parallel_emulator_stays_as_it_is(bnb, make, tmp_path):
         Calibration(family.calibrate, family.losses),
         tmp_path,
     )
-    assert round_layers(load(tmp_path, dtype=torch.float32), read_manifest(tmp_path), "nf4") == {}
+    assert may_round(load(tmp_path, dtype=torch.float32), read_manifest(tmp_path), "nf4") == frozenset()
 
 
 def test_bytes(bnb, make, tmp_path):
@@ -242,11 +260,9 @@ def test_the_rounded_model_is_vetted(bnb, make, tmp_path):
         layer.weight.copy_(torch.randn(32, 48, generator=torch.Generator().manual_seed(5)).sign() * sizes)
     family.build(tmp_path)
     facts = read_manifest(tmp_path)
-    model = load(tmp_path, dtype=torch.float32)
-    vet(tmp_path, model, facts, VettingThresholds(), seed=1)
-    round_layers(model, facts, "nf4")
+    vet(tmp_path, load(tmp_path, dtype=torch.float32), facts, VettingThresholds(), seed=1)
     with pytest.raises(UnsupportedModel, match=r"one_hot.*layers\.3\.mlp\.down_proj"):
-        vet(tmp_path, model, facts, VettingThresholds(), seed=1)
+        vet(tmp_path, opened(tmp_path, "nf4"), facts, VettingThresholds(), seed=1)
 
 
 def test_refusals(bnb, make, tmp_path, monkeypatch):
@@ -254,11 +270,10 @@ def test_refusals(bnb, make, tmp_path, monkeypatch):
     with torch.no_grad():
         family.model.model.layers[3].mlp.down_proj.weight[0, 0] = 1e5  # float16 ends at 65504
     family.build(tmp_path / "p")
-    model, facts = load(tmp_path / "p", dtype=torch.float32), read_manifest(tmp_path / "p")
     with pytest.raises(RangeError, match=r"weights='int8': .*layers\.3\.mlp\.down_proj"):
-        round_layers(model, facts, "int8")
+        opened(tmp_path / "p", "int8")
     with pytest.raises(UnknownName, match="nf4"):
-        round_layers(model, facts, "nf5")
+        opened(tmp_path / "p", "nf5")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
