@@ -103,7 +103,9 @@ class Workers:
         if len(devices) == 1:
             return None
         threads = max(1, torch.get_num_threads() // len(devices))
-        opening = Opening(folder, manifest.to_bytes(), emulator, limits, weights, threads, dtype=dtype, recompute=recompute)
+        opening = Opening(
+            folder, manifest.to_bytes(), emulator, limits, weights, threads, dtype=dtype, recompute=recompute
+        )
         return cls(opening, devices[1:])
 
     def begin(self, beginning: Beginning) -> tuple["WorkerProcess", ...]:

@@ -8,7 +8,6 @@ import torch
 
 from offsite.coordinator.config.emulator_table import EmulatorConfig
 from offsite.coordinator.config.federation_file import FedConfig
-from offsite.task.checkpoint import stored_dtype
 from offsite.coordinator.plan.coordinator_phases import least_memory
 from offsite.coordinator.plan.machine_memory import machine_memory
 from offsite.coordinator.plan.make_plan import Planner
@@ -18,6 +17,7 @@ from offsite.coordinator.plan.request import PlanRequest
 from offsite.coordinator.plan.trial import Batches
 from offsite.coordinator.report.formatting import size
 from offsite.errors import OffsiteError
+from offsite.task.checkpoint import stored_dtype
 from offsite.task.device import choose_device
 from offsite.task.findings import Findings
 from offsite.task.kinds import KINDS

@@ -1,9 +1,7 @@
 """Blocks on the meta device whose dense layers keep codes, as a site with stored weights runs them."""
 
 import copy
-from functools import partial
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from offsite.coordinator.plan.meta_run import META
 from offsite.coordinator.plan.paper_block import PaperBlock, is_narrow
-from offsite.emulator.package.quantization_scheme import FINE_BITS, Scheme, packed_bytes
-from offsite.emulator.package.quantize import Quantised, dequantize
+from offsite.emulator.package.quantization_scheme import FINE_BITS, packed_bytes
 from offsite.emulator.package.storage import parse
-from offsite.emulator.runtime.quantized_linear import DequantizingLinear, StoredWeight
+from offsite.emulator.package.stored_weight import Codes, StoredWeight, Verbatim
+from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 
 
 def with_codes(paper: PaperBlock, verbatim: torch.dtype) -> nn.Module:
@@ -28,26 +26,21 @@ def with_codes(paper: PaperBlock, verbatim: torch.dtype) -> nn.Module:
 
 
 def _codes_of(layer: nn.Module, how: str, verbatim: torch.dtype) -> StoredWeight:
-    shape, turned = tuple(layer.get_parameter("weight").shape), isinstance(layer, Conv1D)
+    weight = layer.get_parameter("weight")
+    shape, runs = tuple(weight.shape), weight.dtype
     chosen = parse(how) if how else None
     if chosen is None:
         dtype = torch.float16 if how == "fp16" else verbatim
-        whole = torch.empty(shape, dtype=dtype, device=META)
-        return StoredWeight((whole,), lambda pieces: pieces[0].float().T if turned else pieces[0].float())
+        return Verbatim(shape, runs, torch.empty(shape, dtype=dtype, device=META))
     rows, groups = shape[0], ceil(shape[1] / chosen.group)
     codes = _bytes(packed_bytes(shape[0] * shape[1], chosen.bits))
     if chosen.fine:
         side = packed_bytes(rows * groups, FINE_BITS)
-        pieces = (codes, _bytes(side), _bytes(side), torch.empty((rows, 2), dtype=torch.float16, device=META))
-    else:
-        pieces = (codes, *(torch.empty((rows, groups), dtype=torch.float16, device=META) for _ in range(2)))
-    return StoredWeight(pieces, partial(_widen, scheme=chosen, shape=shape, turned=turned))
+        spans = torch.empty((rows, 2), dtype=torch.float16, device=META)
+        return Codes(shape, runs, chosen, codes, _bytes(side), _bytes(side), spans)
+    scales, minima = (torch.empty((rows, groups), dtype=torch.float16, device=META) for _ in range(2))
+    return Codes(shape, runs, chosen, codes, scales, minima)
 
 
 def _bytes(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=META)
-
-
-def _widen(pieces: Any, *, scheme: Scheme, shape: tuple[int, ...], turned: bool) -> Tensor:
-    weight = dequantize(Quantised(*pieces), shape, scheme)
-    return weight.T if turned else weight

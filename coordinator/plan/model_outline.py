@@ -12,11 +12,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from offsite.adapter.targets import hidden_size
-from offsite.task.checkpoint import stored_dtype
 from offsite.coordinator.plan.meta_run import META
 from offsite.emulator.structure.from_config import empty_model, kind_of, own_config_text
 from offsite.emulator.structure.towers import main_tower
 from offsite.errors import ConfigError, lookup
+from offsite.task.checkpoint import stored_dtype
 from offsite.task.tasks import TASKS
 
 FLOAT32 = 4
