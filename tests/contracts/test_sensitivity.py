@@ -105,7 +105,7 @@ def test_a_record_without_a_finite_loss_leaves_the_others_every_bit(engine: str,
     assert torch.equal(*sums)
 
 
-NARROW = [(engine, case) for engine, case in PAIRS if case in ("lora on llama", "scales")]
+NARROW = [(engine, case) for engine, case in PAIRS if case == "lora on llama" or (engine, case) == ("slot", "scales")]
 
 
 @pytest.mark.parametrize("kind", ["huge", "cancels"])

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from offsite.cli.display import PlainDisplay
+from offsite.client.training.emulator_session import open_session
 from offsite.coordinator.config.compute_table import ComputeConfig
 from offsite.coordinator.config.federation_file import FedConfig, read_config
+from offsite.emulator.vetting.limits import VettingThresholds
 from offsite.privacy.batches import trainable
 from offsite.simulation.memory_engine import memory_engine
 from offsite.simulation.run_folder import Run, simulated_sessions, with_options
@@ -63,10 +65,18 @@ def test_bfloat16_gives_the_report_and_the_adapter_of_float32_but_for_rounding(
     assert found["emulator"]["gradient_cosine"] == pytest.approx(right["emulator"]["gradient_cosine"], abs=0.02)
 
 
-def test_a_simulated_site_keeps_its_frozen_weights_in_bfloat16_and_its_adapter_in_float32(narrow: Made) -> None:
-    run, _, _ = narrow
+@pytest.mark.parametrize("weights", ["widened", "stored"])
+def test_a_site_keeps_its_frozen_weights_in_bfloat16_and_its_adapter_in_float32(narrow: Made, weights: str) -> None:
+    """In both forms of frozen weights the emulator is the same to the last bit."""
+    run = narrow[0]
     manifest = run.store.job()
     assert manifest is not None
-    session = next(iter(simulated_sessions(run, manifest).values()))
-    assert dtype_of(session.model) == torch.bfloat16
-    assert {parameter.dtype for parameter in trainable(session.model).values()} == {torch.float32}
+    simulated_site = next(iter(simulated_sessions(run, manifest).values()))
+    limits = VettingThresholds.for_owner(2 * manifest.adapter.rank, share=1e6)
+    place = {"emulator": manifest.emulator, "limits": limits, "seed": 1}
+    site = open_session(run.store.package, manifest, weights=weights, dtype="bfloat16", **place)
+    assert dtype_of(site.model) == torch.bfloat16
+    assert {parameter.dtype for parameter in trainable(site.model).values()} == {torch.float32}
+    batch = site.task.dummy_batch(site.model, manifest.length, seed=1)
+    losses = [session.task.losses(session.model, batch) for session in (site, simulated_site)]
+    assert torch.equal(*losses)

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from offsite.adapter.methods import attach
+from offsite.adapter.spec import AdapterSpec
 from offsite.errors import PrivacyRefusal
 from offsite.privacy.batches import trainable
 from offsite.privacy.engines import ENGINES
@@ -114,6 +117,19 @@ def test_adapters_pass_in_bfloat16_with_the_engine_of_float32_and_stay_float32(c
     model = adapted(case, torch.bfloat16)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
     assert choose_engine(model, TASK.losses, ragged()) == CHOSEN[case]
+
+
+def test_experts_go_to_the_loop_where_no_record_has_others() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = MixtralConfig(**sizes, vocab_size=97, num_attention_heads=4, num_key_value_heads=4)
+        model = MixtralForCausalLM(config).eval().requires_grad_(False).to(torch.bfloat16)
+    spec = AdapterSpec("ffa_lora", rank=2, targets=("q_proj",), slots=("model.layers.0", "model.layers.1"))
+    model = attach(model, spec)
+    assert choose_engine(model, TASK.losses, ragged(3)) == "loop"
+    with pytest.raises(PrivacyRefusal, match="multiplies the tokens of one expert together"):
+        probe(model, TASK.losses, ragged(3), "bookkeeping")
 
 
 class Restless(torch.autograd.Function):
