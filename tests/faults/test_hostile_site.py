@@ -48,7 +48,7 @@ def round_with(coordinator: HostileCoordinator, mode: str) -> RoundResult:
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("truncated", "does not parse as a letter"),
+        ("truncated", "was it cut off"),
         ("flipped", "did not sign these bytes"),
         ("replayed", "it is an answer to an earlier letter"),
         ("as birch", "sender='birch': 'elm' was expected"),

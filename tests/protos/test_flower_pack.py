@@ -150,7 +150,8 @@ def test_a_longer_message_has_longer_pieces_and_not_more(size: int, monkeypatch:
         monkeypatch.setattr(flower_pieces, name, value)
     monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 10_000)
     monkeypatch.setattr(flower, "SHORT_BYTES", 100)
-    monkeypatch.setattr(TaskIdentity, "_run_id", 7)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 7, raising=False)
     message = Message(pack("masked", body(size)), dst_node_id=1, message_type="train")
     objects = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
     assert max(map(len, objects.values())) < 1000 + min(max(10_000, size // 8 + 20), 30_000)
