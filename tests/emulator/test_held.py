@@ -133,12 +133,13 @@ def test_sixteen_bits_are_held_as_such_and_four_take_a_seventh(make, tmp_path):
 
 def test_places_of_an_adapter_that_is_built_of_weights_stay_as_they_are(make, tmp_path):
     make("llama_tied", torch.bfloat16).build(tmp_path / "p", ("int4:16",), embedding="int8")
-    slots = Geometry.of(opened(tmp_path / "p", "widened"), 2, 1)
+    plain = opened(tmp_path / "p", "widened")
+    ends = Geometry.of(plain, 2, 1).ends(plain)
     for method, wide in (("lora", False), ("blocks", True)):
         held = opened(tmp_path / "p", "stored", method)
-        inside = [m for path in slots.ends(held) for m in held.get_submodule(path).modules()]
+        inside = [m for path in ends for m in held.get_submodule(path).modules()]
         assert any(isinstance(module, DequantizingLinear) for module in inside) != wide
-    with_head = AdapterSpec("lora", rank=2, slots=slots.ends(held), options=(("head", True),))
+    with_head = AdapterSpec("lora", rank=2, slots=ends, options=(("head", True),))
     held = load(tmp_path / "p", dtype=torch.float32, hold=holding("stored", with_head))
     assert not isinstance(held.lm_head, DequantizingLinear)
     assert not isinstance(held.model.embed_tokens, DequantizingEmbedding)
