@@ -1,6 +1,7 @@
 """Blocks on the meta device whose dense layers keep codes, as a site with stored weights runs them."""
 
 import copy
+from collections.abc import Mapping
 from math import ceil
 
 import torch
@@ -18,11 +19,25 @@ from offsite.emulator.runtime.quantized_linear import DequantizingLinear
 def with_codes(paper: PaperBlock, verbatim: torch.dtype) -> nn.Module:
     """Returns a copy of a block whose dense layers keep their codes and widen them at each call, on the meta device."""
     block = copy.deepcopy(paper.block)
-    for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (nn.Linear, Conv1D)]:
-        how = paper.storage.get(f"{path}.weight", "")
-        if is_narrow(how, verbatim.itemsize):
-            block.set_submodule(path, DequantizingLinear(layer, _codes_of(layer, how, verbatim)).eval())
+    keep_codes(block, paper.storage, verbatim)
     return block
+
+
+def keep_codes(model: nn.Module, storage: Mapping[str, str], verbatim: torch.dtype, except_in: str = "") -> None:
+    """Replaces dense layers that share their weight with no other place by layers that keep codes, in place.
+
+    Args:
+      model: a block, or a model.
+      storage: storage of each parameter that is not stored as it is, by name.
+      verbatim: dtype of what is stored as it is.
+      except_in: path inside which layers stay; empty for no such path.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    for path, layer in [(path, m) for path, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]:
+        how, name = storage.get(f"{path}.weight", ""), f"{path}.weight"
+        inside = bool(except_in) and path.startswith(f"{except_in}.")
+        if name in own and not inside and is_narrow(how, verbatim.itemsize):
+            model.set_submodule(path, DequantizingLinear(layer, _codes_of(layer, how, verbatim)).eval())
 
 
 def _codes_of(layer: nn.Module, how: str, verbatim: torch.dtype) -> StoredWeight:

@@ -113,7 +113,8 @@ class MetaRun(TorchDispatchMode):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         if operation is _ATEN.index:
             args = (args[0], [_all_true(index) for index in args[1]])
-        result = _of_experts(*args[:2]) if operation is _ATEN._grouped_mm else func(*args, **given)
+        experts = operation is _ATEN._grouped_mm and args[0].is_meta
+        result = _of_experts(*args[:2]) if experts else func(*args, **given)
         if operation is not _ATEN.detach:
             self._count(operation, args, result)
         return result
@@ -160,6 +161,6 @@ def _of_experts(rows: Tensor, experts: Tensor) -> Tensor:
 
 def _all_true(index: Any) -> Any:
     """Returns a mask as the positions where it is true, as if it were true everywhere."""
-    if not isinstance(index, Tensor) or index.dtype != torch.bool:
+    if not isinstance(index, Tensor) or index.dtype != torch.bool or not index.is_meta:
         return index
     return index.new_empty((index.numel(),), dtype=torch.long)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from offsite.coordinator.plan.model_outline import FLOAT32, Outline
-from offsite.coordinator.plan.paper_block import PaperBlock, rewritten, stored_bytes
+from offsite.coordinator.plan.paper_block import PaperBlock, is_narrow, rewritten, stored_bytes
 from offsite.emulator.build.package_writer import embedding_storage, macs
 from offsite.emulator.package.recipe import Step
 from offsite.emulator.package.recipe_arguments import check_places, check_recipe, fraction
@@ -109,6 +111,18 @@ class PaperPackage:
     def outside_widened(self) -> int:
         """Bytes of all weights outside the middle in float32."""
         return FLOAT32 * sum(torch.Size(shape).numel() for _, shape, _ in self.outside())
+
+    @property
+    def outside_in_memory(self) -> int:
+        """Bytes of all weights outside the middle at a site that keeps dense layers as codes: an untied head is one."""
+        model, tower = self.outline.model, f"{self.outline.tower}."
+        dense = {f"{path}.weight" for path, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
+        return sum(
+            stored_bytes(shape, how, self.itemsize)
+            if name in dense and not name.startswith(tower) and is_narrow(how, self.itemsize)
+            else FLOAT32 * torch.Size(shape).numel()
+            for name, shape, how in self.outside()
+        )
 
     @property
     def compute(self) -> float:

@@ -69,7 +69,7 @@ class Site:
         if not self.stored:
             return self.package.widened
         size = self.package.itemsize
-        return self.package.outside_widened + sum(count * paper.in_memory(size) for paper, count in self.package.kept)
+        return self.package.outside_in_memory + sum(count * paper.in_memory(size) for paper, count in self.package.kept)
 
     def opening(self, profile: DeviceProfile | None) -> Phase:
         """Counts all weights in float32, the package's pages as the file is read, and one tensor being widened."""

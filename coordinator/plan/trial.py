@@ -15,7 +15,7 @@ from torch.nn import functional
 from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach
 from offsite.adapter.spec import AdapterSpec
-from offsite.coordinator.plan.codes_on_meta import with_codes
+from offsite.coordinator.plan.codes_on_meta import keep_codes, with_codes
 from offsite.coordinator.plan.meta_run import META, MetaRun, Work
 from offsite.coordinator.plan.model_outline import Outline
 from offsite.coordinator.plan.paper_package import Design, PaperPackage
@@ -120,6 +120,8 @@ def _emulator(
     for place in range(design.first, design.first + count if package.kept else 0):
         paper = package.kept[-1][0]
         tower[place] = with_codes(paper, outline.stored) if stored else copy.deepcopy(paper.block)
+    if stored:
+        keep_codes(model, package.tables, outline.stored, except_in=outline.tower)
     return _measure(model, outline, spec, design, batches, quick=quick)
 
 
