@@ -56,11 +56,12 @@ def pack(stage: str, body: bytes) -> RecordDict:
     # the bytes that numpy would write, without its further copies
     data = b"".join((_header(len(body)), body))
     flat = Array("uint8", (len(body),), "numpy.ndarray", data)
+    record = RecordDict({"stage": ConfigRecord({"name": stage}), "body": ArrayRecord({"flat": flat})})
     if (piece := flower_pieces.piece_of(len(data))) > flower_pieces.PIECE:  # else Flower cuts
-        view = memoryview(data)
+        view, kept = memoryview(data), record.array_records["body"]["flat"]  # the record keeps a copy of the array
         chunks = [ArrayChunk(view[start : start + piece]) for start in range(0, len(data), piece)]
-        flat.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
-    return RecordDict({"stage": ConfigRecord({"name": stage}), "body": ArrayRecord({"flat": flat})})
+        kept.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
+    return record
 
 
 def unpack(record: RecordDict) -> tuple[str, bytes]:
