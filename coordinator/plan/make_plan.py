@@ -168,9 +168,9 @@ class Planner:
         return self.imports + max(phase.memory for phase in site.phases(None))
 
     def _quick_trials(self, package: PaperPackage, batches: Batches, *, stored: bool) -> Trials:
-        key, ends = (package.structure, batches), (package.slots, batches)
+        key, ends = (package.structure, batches, stored), (package.slots, batches, stored)
         if key not in self._known:
-            self._known[key] = try_lines(package, self.request.adapter, batches, self._known.get(ends))
+            self._known[key] = try_lines(package, self.request.adapter, batches, self._known.get(ends), head=stored)
             self._known.setdefault(ends, self._known[key])
         trials = scaled(*self._known[key], package.running)
         return with_widening(trials, package) if stored else trials

@@ -87,7 +87,9 @@ def try_emulator(package: PaperPackage, spec: AdapterSpec, batches: Batches, *, 
 Lines = tuple[Trials, Trials]  # with `FEW` and with `MORE` blocks in the middle
 
 
-def try_lines(package: PaperPackage, spec: AdapterSpec, batches: Batches, other: Lines | None = None) -> Lines:
+def try_lines(
+    package: PaperPackage, spec: AdapterSpec, batches: Batches, other: Lines | None = None, *, head: bool = False
+) -> Lines:
     """Returns the work with `FEW` and with `MORE` blocks in float32; only the step is tried, for a quick comparison.
 
     Args:
@@ -95,13 +97,14 @@ def try_lines(package: PaperPackage, spec: AdapterSpec, batches: Batches, other:
       spec: spec of the adapter; its slots are filled in here.
       batches: sizes of the examples.
       other: lines of an emulator with the same ends. They tell the share of the ends, which saves the second run.
+      head: whether an untied head keeps its codes, so that it makes the logits of a whole batch.
 
     Raises:
       UnsupportedModel, ConfigError: the adapter does not fit the model's blocks.
     """
-    few = _emulator(package, spec, batches, FEW, stored=False, quick=True)
+    few = _emulator(package, spec, batches, FEW, stored=False, quick=True, head=head)
     if other is None:
-        return few, _emulator(package, spec, batches, MORE, stored=False, quick=True)
+        return few, _emulator(package, spec, batches, MORE, stored=False, quick=True, head=head)
     # The ends take what the other emulator takes without its one block; what is left is one block of this emulator.
     return few, replace(
         few,
@@ -112,7 +115,14 @@ def try_lines(package: PaperPackage, spec: AdapterSpec, batches: Batches, other:
 
 
 def _emulator(
-    package: PaperPackage, spec: AdapterSpec, batches: Batches, count: int, *, stored: bool, quick: bool = False
+    package: PaperPackage,
+    spec: AdapterSpec,
+    batches: Batches,
+    count: int,
+    *,
+    stored: bool,
+    quick: bool = False,
+    head: bool = False,
 ) -> Trials:
     outline, design = package.outline, package.design
     model = outline.cut(design.first, design.last, count)
@@ -120,7 +130,7 @@ def _emulator(
     for place in range(design.first, design.first + count if package.kept else 0):
         paper = package.kept[-1][0]
         tower[place] = with_codes(paper, outline.stored) if stored else copy.deepcopy(paper.block)
-    if stored:
+    if stored or head:
         keep_codes(model, package.tables, outline.stored, except_in=outline.tower)
     return _measure(model, outline, spec, design, batches, quick=quick)
 

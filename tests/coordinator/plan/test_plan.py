@@ -70,7 +70,7 @@ def test_the_quick_numbers_of_the_comparison_are_near_the_exact_ones(folder: Pat
 def test_what_cannot_fit_says_what_it_needs_and_what_would_help(folder: Path) -> None:
     result = planner(folder, memory=460_000_000, own_memory=460_000_000).plan()
     site, own = result.advice
-    needed = min(option.memory for option in result.options)
+    needed = result.options[result.chosen].memory
     assert "--memory=460.0 MB is too little: the smallest emulator" in site
     assert f"needs {needed / 1e6:.1f} MB in its phase" in site
     assert "--physical-batch 1 needs about" in site
