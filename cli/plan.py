@@ -12,6 +12,7 @@ from offsite.cli.heartbeat import Heartbeat
 from offsite.errors import ConfigError, OffsiteError
 
 if TYPE_CHECKING:
+    from offsite.adapter.spec import AdapterSpec
     from offsite.coordinator.plan.device_profile import DeviceProfile
     from offsite.coordinator.plan.request import PlanRequest
     from offsite.task.findings import Findings
@@ -63,26 +64,18 @@ def plan(
     """Plan a job from a model's config.json alone: emulators that fit, bytes, memory, seconds, rounds and epsilon."""
     if model is None and not measure:
         raise ConfigError("plan: give a model folder, or --measure to measure this machine alone")
-    from offsite.adapter.spec import AdapterSpec
     from offsite.coordinator.plan.paper_package import Design
-    from offsite.coordinator.plan.request import PlanRequest, read_size
+    from offsite.coordinator.plan.request import PlanRequest
     from offsite.coordinator.plan.trial import Batches
     from offsite.task.findings import Findings
 
-    findings, sizes = Findings(), dict[str, int | None]()
-    for name, text in (("memory", memory), ("own-memory", own_memory)):
-        sizes[name] = None
-        with findings.gathering():
-            sizes[name] = read_size(text, name) if text else None
-    spec = AdapterSpec()
-    with findings.gathering():
-        spec = AdapterSpec(method, rank, 2.0 * rank, tuple(filter(None, targets.split(","))))
+    findings = Findings()
     request = PlanRequest(
         sites=sites,
-        memory=sizes["memory"],
-        own_memory=sizes["own-memory"],
+        memory=_size(memory, "memory", findings),
+        own_memory=_size(own_memory, "own-memory", findings),
         weights=weights,
-        adapter=spec,
+        adapter=_adapter(method, rank, targets, findings),
         batches=Batches(length, physical_batch),
         batch=batch,
         rounds=rounds,
@@ -102,6 +95,24 @@ def plan(
         typer.echo(f"profile: {place}")
         return
     _plan(model, task, request, speed, findings, as_json=as_json)
+
+
+def _size(text: str, option: str, findings: "Findings") -> int | None:
+    """Returns a size in bytes; None for an empty text, and for a text that becomes a finding."""
+    from offsite.coordinator.plan.request import read_size
+
+    with findings.gathering():
+        return read_size(text, option) if text else None
+    return None
+
+
+def _adapter(method: str, rank: int, targets: str, findings: "Findings") -> "AdapterSpec":
+    """Returns the adapter's spec; a finding leaves the default, which nobody then reads."""
+    from offsite.adapter.spec import AdapterSpec
+
+    with findings.gathering():
+        return AdapterSpec(method, rank, 2.0 * rank, tuple(filter(None, targets.split(","))))
+    return AdapterSpec()
 
 
 def _place(profile: Path | None, device: str, findings: "Findings") -> Path:

@@ -13,6 +13,7 @@ from offsite.adapter.layout import Layout
 from offsite.adapter.methods import attach, places
 from offsite.client.training.workers import Workers
 from offsite.emulator.package import package_reader
+from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.package.package_folder import tokenizer_sha256
 from offsite.emulator.runtime.quantized_linear import bytes_of
 from offsite.emulator.runtime.recomputation import frozen_blocks, kept_bytes, recompute_blocks
@@ -155,11 +156,7 @@ def open_session(
     hold = holding(weights, manifest.adapter)
     model = package_reader.load(folder, dtype=torch.float32, expected_digest=emulator, device=device, hold=hold)
     facts = package_reader.read_manifest(folder, expected_digest=emulator)
-    if (tokenizer := tokenizer_sha256(facts.files)) != manifest.tokenizer:
-        raise DigestMismatch(
-            f"tokenizer={tokenizer[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which "
-            "of the two holds"
-        )
+    _check_tokenizer(facts, manifest)
     frame = Frame.of(folder, facts)
     biases = Refreshable.of(model, facts, frame)
     vettings, slots = list[Vetting](), Slots.of(model, facts)
@@ -176,11 +173,7 @@ def open_session(
     if given and not vetted:
         vettings.append(vet_auxiliary(plain_of(model), frame, limits, seed=seed))
     layout = Layout.of(model)
-    if layout.digest() != manifest.layout.digest():
-        raise DigestMismatch(
-            f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
-            "its recipe gives another adapter on this emulator; install the same release on both sides"
-        )
+    _check_layout(layout, manifest)
     session = EmulatorSession(
         model,
         task,
@@ -195,6 +188,22 @@ def open_session(
     )
     _keep_less(session, manifest, recompute)
     return session
+
+
+def _check_tokenizer(facts: Manifest, manifest: JobManifest) -> None:
+    if (tokenizer := tokenizer_sha256(facts.files)) != manifest.tokenizer:
+        raise DigestMismatch(
+            f"tokenizer={tokenizer[:16]}: the job manifest names {manifest.tokenizer[:16]}; ask the coordinator which "
+            "of the two holds"
+        )
+
+
+def _check_layout(layout: Layout, manifest: JobManifest) -> None:
+    if layout.digest() != manifest.layout.digest():
+        raise DigestMismatch(
+            f"layout={layout.digest().hex()[:16]}: the job manifest names {manifest.layout.digest().hex()[:16]}, and "
+            "its recipe gives another adapter on this emulator; install the same release on both sides"
+        )
 
 
 def _keep_less(session: EmulatorSession, manifest: JobManifest, recompute: str) -> None:

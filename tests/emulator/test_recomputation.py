@@ -68,5 +68,5 @@ def test_frozen_blocks_keep_their_inputs_only(adapted):
     before = kept_bytes(frozen, run)
     recompute_blocks(frozen)
     hidden = 3 * 9 * plain_of(model).config.hidden_size * 4
-    assert before > 10 * hidden * len(frozen)
+    assert before > 8 * hidden * len(frozen)
     assert kept_bytes(frozen, run) <= 4 * hidden * len(frozen)
