@@ -27,9 +27,7 @@ def plan(
     own_memory: Annotated[
         str, typer.Option(help="memory of the coordinator's device, for example 80GB; empty for no limit")
     ] = "",
-    device: Annotated[
-        str, typer.Option(help="device that is measured, or was: auto, cpu, cuda, cuda:N or xpu")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="device of the profile: auto, cpu, cuda, cuda:N or xpu")] = "auto",
     profile: Annotated[
         Path | None, typer.Option(help="file with the device's speed; the user's cache folder has one for each device")
     ] = None,
@@ -63,7 +61,7 @@ def plan(
 ) -> None:
     """Plan a job from a model's config.json alone: emulators that fit, bytes, memory, seconds, rounds and epsilon."""
     if model is None and not measure:
-        raise ConfigError("plan: give a model folder, or --measure to measure this machine alone")
+        raise ConfigError("plan: give a model folder, or --measure alone")
     from offsite.coordinator.plan.paper_package import Design
     from offsite.coordinator.plan.request import PlanRequest
     from offsite.coordinator.plan.trial import Batches
