@@ -28,6 +28,8 @@ from offsite.emulator.evaluation.fidelity import check_gate, gradient_cosine
 from offsite.emulator.package import package_reader
 from offsite.emulator.package.manifest import Manifest
 from offsite.emulator.runtime.refresh_state import Frame, Refreshable
+from offsite.emulator.runtime.stored_model import holding
+from offsite.emulator.runtime.weight_forms import STORED
 from offsite.emulator.structure.geometry import Geometry
 from offsite.errors import ConfigError, OffsiteError
 from offsite.privacy.clipping_bound import median_norm
@@ -163,8 +165,13 @@ class EmulatorFactory:
     def _measured(self, full: Any, kind: EmulatorVariant, facts: Manifest) -> tuple[Emulator, float]:
         folder, batch = self._folder(kind), self.config.training.physical_batch
         with self._named(kind, "gate: compare gradients through emulator and full model"):
-            emulator = package_reader.load(folder, dtype=dtype_of(full), expected_digest=facts.digest())
-            emulator = emulator.to(device_of(full))
+            emulator = package_reader.load(
+                folder,
+                dtype=dtype_of(full),
+                expected_digest=facts.digest(),
+                device=device_of(full),
+                hold=holding(STORED, self.spec),  # as most sites hold it, and so that a full model fits beside it
+            )
             if every := self.config.emulator.refresh:
                 Refreshable.of(emulator, facts, Frame.of(folder, facts)).check_any(every, facts)
             gate = PublicExamples(self.task, self.public.tune, gradients=GATE_EXAMPLES)

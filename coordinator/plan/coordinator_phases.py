@@ -20,9 +20,14 @@ STREAMS = 2  # hidden states of the public examples: in the full model, and in t
 COPIES = 2  # float32 copies of a block while it is compressed: the full model's, and the draft
 
 
+def wide_part(package: PaperPackage) -> int:
+    """Returns the bytes of the full model that are in float32 at one time: one block, and all that lies in no block."""
+    return FLOAT32 * (package.outline.outside + max(package.outline.block_parameters()))
+
+
 def least_memory(package: PaperPackage) -> int:
-    """Returns the bytes without which no job runs: full model and emulator in float32, side by side at the gate."""
-    return FLOAT32 * package.outline.parameters + package.widened
+    """Returns the bytes without which no job runs on a CPU: at the gate, beside the full model in its mapped files."""
+    return wide_part(package) + package.in_memory
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,6 @@ class Coordinator:
     sites: int
 
     @property
-    def model(self) -> int:
-        """Bytes of the full model in float32."""
-        return FLOAT32 * self.package.outline.parameters
-
-    @property
-    def stored(self) -> int:
-        """Bytes of the full model's weights as its files store them."""
-        return self.package.itemsize * self.package.outline.parameters
-
-    @property
     def ends(self) -> int:
         """Bytes of the slots' blocks in float32."""
         inside = tuple(f"{path}." for path in self.package.slots)
@@ -77,9 +72,12 @@ class Coordinator:
         return ROUNDING * max(parameter.numel() for parameter in self.package.outline.model.parameters())
 
     def build(self, profile: DeviceProfile | None) -> Phase:
-        """Counts the full model as its weights are stored, one block being compressed, and the largest rounding."""
-        block = COPIES * FLOAT32 * max(self.package.outline.block_parameters())
-        memory = self.stored + max(block + self.calibration, self.rounding)
+        """Counts what lies in no block, one block being compressed, and the largest rounding.
+
+        The full model stays in its mapped files, whose pages are given back, and is not counted.
+        """
+        block = (1 + COPIES) * FLOAT32 * max(self.package.outline.block_parameters())
+        memory = FLOAT32 * self.package.outline.outside + max(block + self.calibration, self.rounding)
         return Phase("build", memory, self._build_seconds(profile), "compress the middle, write the package")
 
     def streamed(self) -> int:
@@ -95,29 +93,29 @@ class Coordinator:
         return max(writing, outside + self.package.widened + 2 * self.ends + block + opened)
 
     def gate(self, profile: DeviceProfile | None) -> Phase:
-        """Counts full model and emulator in float32, and the larger of what follows.
+        """Counts the wide part of the full model, the emulator as it is stored, and the larger of what follows.
 
-        The stored weights count again: the allocator keeps their room when they are widened. What follows:
-        the package's pages as the emulator is opened; the slots' copies and a pass on two examples; one private step,
-        as the clip is measured.
+        One tensor being widened as the emulator is opened; a pass on two examples, with the slots in float32; one
+        private step, as the clip is measured.
         """
         pair = self.ends + round(HEAP * self.full.step.peak * PAIR / self.physical)
-        more = max(self.package.bytes + DECODED * self.package.largest, pair, round(HEAP * self.emulator.step.peak))
+        more = max(DECODED * self.package.largest, pair, round(HEAP * self.emulator.step.peak))
         each = self.full.step.times(GATE_EXAMPLES / self.physical)
         own = self.emulator.step.times((GATE_EXAMPLES + CLIP_EXAMPLES) / self.physical)
-        memory = self.model + self.package.widened + more + self.stored
+        memory = wide_part(self.package) + self.package.in_memory + more
         return Phase("gate", memory, seconds(each + own, profile), "compare gradients, measure the clip")
 
     def scores(self, profile: DeviceProfile | None) -> Phase:
-        """Counts the full model in float32 and one pass without gradients."""
-        memory = self.model + round(HEAP * self.full.forward.peak)
+        """Counts the wide part of the full model and one pass without gradients."""
+        memory = wide_part(self.package) + round(HEAP * self.full.forward.peak)
         work = self.full.forward.times(self.scored / self.physical)
         return Phase("scores", memory, seconds(work, profile), "score the full model on public records")
 
     def plug_in(self, profile: DeviceProfile | None) -> Phase:
-        """Counts the full model in float32, one pass, and the sites' masked updates."""
+        """Counts the wide part of the full model, one pass, and the sites' masked updates."""
         upload = self.full.upload
-        memory = self.model + round(HEAP * self.full.forward.peak) + (FIVE_FLOATS + FLOAT32 * self.sites) * upload
+        memory = wide_part(self.package) + round(HEAP * self.full.forward.peak)
+        memory += (FIVE_FLOATS + FLOAT32 * self.sites) * upload
         time = seconds(self.full.forward.times(self.scored / self.physical), profile)
         if profile is not None and time is not None:
             time += upload * self.sites / profile.masking

@@ -48,12 +48,10 @@ class PaperBlock:
         return FLOAT32 * sum(parameter.numel() for parameter in self.block.parameters())
 
     def in_memory(self, verbatim: int) -> int:
-        """Returns the bytes of the block at a site that keeps dense layers as codes, and all else in float32."""
-        dense = {f"{path}.weight" for path, m in self.block.named_modules() if type(m) in (nn.Linear, Conv1D)}
+        """Returns the bytes of the block at a site that holds dense layers as stored, and all else in float32."""
+        held = held_names(self.block)
         return sum(
-            stored_bytes(tuple(p.shape), self.storage.get(name, ""), verbatim)
-            if name in dense and is_narrow(self.storage.get(name, ""), verbatim)
-            else FLOAT32 * p.numel()
+            memory_bytes(tuple(p.shape), self.storage.get(name, ""), verbatim, held=name in held)
             for name, p in self.block.named_parameters()
         )
 
@@ -129,6 +127,18 @@ def stored_bytes(shape: tuple[int, ...], how: str, verbatim: int) -> int:
     if chosen is not None:
         return chosen.stored_bytes(shape)
     return count * (HALF if how == "fp16" else verbatim)
+
+
+def held_names(module: nn.Module) -> set[str]:
+    """Returns the names of the weights that a site can hold as they are stored: of dense layers and tables of words."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return {f"{path}.weight" for path, layer in module.named_modules() if type(layer) in kinds}
+
+
+def memory_bytes(shape: tuple[int, ...], how: str, verbatim: int, *, held: bool) -> int:
+    """Returns the bytes of a tensor in a site's memory: as it is stored where that is narrower, else in float32."""
+    wide = FLOAT32 * torch.Size(shape).numel()
+    return stored_bytes(shape, how, verbatim) if held and (how or verbatim < FLOAT32) else wide
 
 
 def is_narrow(how: str, verbatim: int) -> bool:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from offsite.coordinator.plan.model_outline import FLOAT32, Outline
-from offsite.coordinator.plan.paper_block import PaperBlock, is_narrow, rewritten, stored_bytes
+from offsite.coordinator.plan.paper_block import PaperBlock, held_names, memory_bytes, rewritten, stored_bytes
 from offsite.emulator.build.package_writer import embedding_storage, macs
 from offsite.emulator.package.recipe import Step
 from offsite.emulator.package.recipe_arguments import check_places, check_recipe, fraction
@@ -113,16 +111,11 @@ class PaperPackage:
         return FLOAT32 * sum(torch.Size(shape).numel() for _, shape, _ in self.outside())
 
     @property
-    def outside_in_memory(self) -> int:
-        """Bytes of all weights outside the middle at a site that keeps dense layers as codes: an untied head is one."""
-        model, tower = self.outline.model, f"{self.outline.tower}."
-        dense = {f"{path}.weight" for path, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
-        return sum(
-            stored_bytes(shape, how, self.itemsize)
-            if name in dense and not name.startswith(tower) and is_narrow(how, self.itemsize)
-            else FLOAT32 * torch.Size(shape).numel()
-            for name, shape, how in self.outside()
-        )
+    def in_memory(self) -> int:
+        """Bytes of all weights at a site that holds dense layers and tables of words as they are stored."""
+        held = held_names(self.outline.model)
+        outside = sum(memory_bytes(shape, how, self.itemsize, held=name in held) for name, shape, how in self.outside())
+        return outside + sum(count * paper.in_memory(self.itemsize) for paper, count in self.kept)
 
     @property
     def compute(self) -> float:
@@ -144,8 +137,9 @@ class PaperPackage:
 
     @property
     def largest(self) -> int:
-        """Number of entries of the largest tensor in a block of the middle; 0 where every block is left out."""
-        return max((p.numel() for paper, _ in self.kept for p in paper.block.parameters()), default=0)
+        """Number of entries of the largest tensor that is widened as a whole when the package is opened."""
+        middle = max((p.numel() for paper, _ in self.kept for p in paper.block.parameters()), default=0)
+        return max(middle, *(torch.Size(shape).numel() for _, shape, how in self.outside() if not how), 0)
 
     @property
     def calibrated(self) -> bool:

@@ -48,7 +48,7 @@ class Site:
     Attributes:
       package: the emulator.
       trials: work of the emulator with its adapter.
-      stored: whether dense layers of the middle keep their codes.
+      stored: whether dense layers and tables of words are held as the package stores them.
       batch: expected number of records of a step.
       physical: number of records in one pass.
       steps: steps of one round.
@@ -65,27 +65,23 @@ class Site:
 
     @property
     def resident(self) -> int:
-        """Bytes of the opened emulator: float32, and codes for the middle's dense layers where they are stored."""
-        if not self.stored:
-            return self.package.widened
-        size = self.package.itemsize
-        return self.package.outside_in_memory + sum(count * paper.in_memory(size) for paper, count in self.package.kept)
+        """Bytes of the opened emulator: float32, or as the package stores dense layers and tables of words."""
+        return self.package.in_memory if self.stored else self.package.widened
 
     def opening(self, profile: DeviceProfile | None) -> Phase:
-        """Counts all weights in float32, the package's pages as the file is read, and one tensor being widened."""
-        memory = self.package.widened + self.package.bytes + DECODED * self.package.largest
+        """Counts the opened emulator and one tensor being widened: tensors are read one at a time."""
+        memory = self.resident + DECODED * self.package.largest
         time = None
         if profile is not None:
             time = 2 * self.package.bytes / profile.reading + 4 * self.package.widened / profile.traffic
         return Phase("opening", memory, time, "check and open the package")
 
     def vetting(self, profile: DeviceProfile | None) -> Phase:
-        """Counts all weights in float32, and a pass forwards and backwards on the vetting's random tokens.
+        """Counts the opened emulator, and a pass forwards and backwards on the vetting's random tokens.
 
-        Magnitudes of the largest table take a copy of it, at another time.
+        Weights are checked a block of rows at a time, which takes less.
         """
-        largest = max(_numel(shape) for _, shape, _ in self.package.outside())
-        memory = self.package.widened + max(round(HEAP * self.trials.vetting.peak), FLOAT32 * largest)
+        memory = self.resident + round(HEAP * self.trials.vetting.peak)
         passes = seconds(self.trials.vetting.times(2), profile)
         time = None if profile is None or passes is None else passes + 8 * self.package.widened / profile.traffic
         return Phase("vetting", memory, time, "look for traps in weights and activations")
@@ -118,10 +114,3 @@ class Site:
     def bytes_down(self) -> int:
         """Bytes of the adapter that a site gets each round."""
         return FLOAT32 * self.trials.upload
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

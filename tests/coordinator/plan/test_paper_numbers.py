@@ -19,7 +19,8 @@ from offsite.coordinator.plan.trial import Batches, Trials, try_emulator, try_fu
 from offsite.emulator.build.package_writer import EmulatorDesign, write_package
 from offsite.emulator.calibration.middle import Calibration
 from offsite.emulator.package import package_reader
-from offsite.emulator.runtime.quantized_linear import replace_linears
+from offsite.emulator.runtime.quantized_linear import bytes_of
+from offsite.emulator.runtime.stored_model import holding
 from offsite.emulator.structure.geometry import Geometry
 from offsite.privacy.engines import ENGINES
 from offsite.task.causal_lm import CausalLM
@@ -71,15 +72,15 @@ def test_bytes_on_paper_are_those_of_the_written_package(
 def test_weights_in_a_sites_memory_are_those_of_the_opened_emulator(
     model: Any, outline: Outline, tmp_path: Path
 ) -> None:
-    facts = write(model, ("int4:64",), tmp_path / "package")
-    package = make_package(outline, Design())
+    write(model, ("int4:64",), tmp_path / "package")
+    package, slots = make_package(outline, Design()), Geometry.of(model).slots(model)
+    widened, stored = (
+        Site(package, Trials.none(), stored=how, batch=1, physical=1, steps=1, sites=3) for how in (0, 1)
+    )
     opened = package_reader.load(tmp_path / "package", dtype=torch.float32)
-    widened = Site(package, Trials.none(), stored=False, batch=1, physical=1, steps=1, sites=3)
     assert sum(p.nbytes for p in opened.parameters()) == widened.resident
-    replace_linears(opened, tmp_path / "package", facts)
-    stored = Site(package, Trials.none(), stored=True, batch=1, physical=1, steps=1, sites=3)
-    buffers = {name: b for name, b in opened.named_buffers() if "piece" in name}
-    held = sum(p.nbytes for p in opened.parameters()) + sum(b.nbytes for b in buffers.values())
+    hold = holding("stored", AdapterSpec("ffa_lora", rank=4, alpha=8.0, slots=slots))
+    held = bytes_of(package_reader.load(tmp_path / "package", dtype=torch.float32, hold=hold))
     assert held == stored.resident < widened.resident
 
 

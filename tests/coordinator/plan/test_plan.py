@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 from offsite.cli.main import app
 from offsite.coordinator.check.memory import check_memory
 from offsite.coordinator.config.federation_file import read_config
+from offsite.coordinator.plan.coordinator_phases import least_memory
 from offsite.coordinator.plan.device_profile import DeviceProfile, read_profile
 from offsite.coordinator.plan.make_plan import Planner
 from offsite.coordinator.plan.model_outline import read_outline
-from offsite.coordinator.plan.paper_package import Design
+from offsite.coordinator.plan.paper_package import Design, make_package
 from offsite.coordinator.plan.privacy_table import Terms, privacy_rows
 from offsite.coordinator.plan.request import PlanRequest, read_size
 from offsite.coordinator.plan.trial import Batches
@@ -187,9 +188,10 @@ def test_the_check_of_memory_uses_the_plans_numbers(fed: Path) -> None:
         check_memory(config, task, model_config, findings, memory)
         return findings
 
-    weights = 4 * outline.parameters
-    assert "weights of full model and emulator alone" in found(weights).errors[0]
+    own = config.emulator
+    least = least_memory(make_package(outline, Design(own.first, own.last, own.shape, own.compress, own.embedding)))
+    assert least < 4 * 2 * outline.parameters  # of full model and emulator, side by side in float32
+    assert found(least).errors == []
+    assert "weights of full model and emulator alone" in found(least - 1).errors[0]
     assert found(10**12).errors == found(10**12).warnings == []
-    near = found(5 * weights)
-    assert near.errors == []
-    assert "is estimated to take" in near.warnings[0]
+    assert "is estimated to take" in found(least).warnings[0]
