@@ -73,6 +73,15 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(rooms))
 
 
+def whole_memory(device: torch.device) -> int:
+    """Returns the bytes of a device's memory; of the CPU, what this machine has or its container may take."""
+    if has_allocator(device):
+        return int(torch.accelerator.get_memory_info(device)[1])
+    most = _number(CONTAINER / "memory.max")
+    whole = int(psutil.virtual_memory().total)
+    return whole if most is None else min(whole, most)
+
+
 def check_fits(what: str, size: int, device: torch.device, remedy: str) -> None:
     """Compares what something takes with the free memory of a device, before the slow work of loading it.
 

@@ -9,7 +9,6 @@ import torch
 from offsite.coordinator.config.emulator_table import EmulatorConfig
 from offsite.coordinator.config.federation_file import FedConfig
 from offsite.coordinator.plan.coordinator_phases import least_memory
-from offsite.coordinator.plan.machine_memory import machine_memory
 from offsite.coordinator.plan.make_plan import Planner
 from offsite.coordinator.plan.model_outline import Outline, outline_of
 from offsite.coordinator.plan.paper_package import Design, PaperPackage, make_package
@@ -19,6 +18,7 @@ from offsite.coordinator.report.formatting import size
 from offsite.errors import OffsiteError
 from offsite.task.checkpoint import stored_dtype
 from offsite.task.device import choose_device
+from offsite.task.device_memory import whole_memory
 from offsite.task.findings import Findings
 from offsite.task.kinds import KINDS
 
@@ -42,7 +42,7 @@ def check_memory(
     """
     with suppress(OffsiteError):
         device = choose_device(config.compute.device)
-        limit = machine_memory(device) if memory is None else memory
+        limit = whole_memory(device) if memory is None else memory
         with torch.device("meta"):
             model = KINDS[task.kind].from_config(model_config)
         folder = Path(config.model.path)

@@ -12,6 +12,7 @@ from offsite.emulator.runtime.offload import OffloadedModel
 from offsite.emulator.structure.towers import find_towers
 from offsite.task.checkpoint import check_memory, stored_dtype
 from offsite.task.device import CPU, choose_device
+from offsite.task.device_memory import free_memory
 from offsite.task.number_format import choose_dtype, name_of
 from offsite.task.offload_setting import ALWAYS, AUTO, NEVER
 from offsite.task.spec import Task
@@ -38,8 +39,8 @@ def open_full_model(task: Task, config: FedConfig, on_step: Callable[[str], None
     model = task.load(config.model.path, dtype=stored_dtype(Path(config.model.path)))
     setting = config.compute.offload
     if device.type != CPU and setting != ALWAYS:
-        needed, free = needed_bytes(model), free_bytes(device)
-        if setting == AUTO and free is not None and needed > free:
+        needed, free = needed_bytes(model), free_memory(device)
+        if setting == AUTO and needed > free:
             on_step(f"offload=auto: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free: blocks come one at a time")
         else:
             model = model.to(device)
@@ -79,15 +80,6 @@ def needed_bytes(model: nn.Module) -> int:
     blocks = [_numbers(model.get_submodule(path)) for tower in find_towers(model) for path in tower.blocks]
     wide = _numbers(model) - sum(blocks) + max(blocks, default=0)
     return int(SPARE * (_bytes(model) + WIDEST * wide))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of an accelerator in bytes, or None where its backend does not tell."""
-    try:
-        free, _ = torch.accelerator.get_memory_info(device)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return None
-    return int(free)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from offsite.coordinator.plan.device_profile import DeviceProfile
-from offsite.coordinator.plan.machine_memory import machine_memory
 from offsite.emulator.compressors.gptq import InputMoments, quantize_rows, second_moments
 from offsite.emulator.package.quantization_scheme import Scheme
 from offsite.emulator.package.quantize import quantize
@@ -19,6 +18,7 @@ from offsite.privacy import optimizer  # noqa: F401 - a site has Opacus in memor
 from offsite.privacy.randomness import Randomness
 from offsite.secagg import mask
 from offsite.task.device import CPU, choose_device
+from offsite.task.device_memory import whole_memory
 
 PATIENCE = 0.3  # seconds of one measurement
 WIDTH, ROWS = 1024, 512
@@ -53,7 +53,7 @@ def measure_profile(name: str, on_step: Callable[[str], None] = lambda text: Non
     noise = NUMBERS / _time(lambda: random.normal(NUMBERS))
     return DeviceProfile(
         device=str(device),
-        memory=machine_memory(device),
+        memory=whole_memory(device),
         threads=torch.get_num_threads(),
         imports=imports,
         flops=flops,
