@@ -105,11 +105,16 @@ def _reached(context: SegmentContext, up: nn.Module, down: nn.Module, before: Te
 
 
 def _one_position(context: SegmentContext, up: nn.Module, down: nn.Module, before: Tensor) -> bool:
-    """Returns whether the first position of the outputs of `up` moves one position of the inputs of `down`."""
+    """Returns whether one position of the outputs of `up` moves this position of the inputs of `down`, and no other.
+
+    The position is the first of which `down` reads anything: a padding token may give zeros, which no gate lets pass.
+    Later positions of the same example would follow it through any attention.
+    """
+    place = int(before.any(-1).int().argmax())
 
     def moved(module: nn.Module, args: object, output: Tensor) -> Tensor:
         flat = output.reshape(-1, output.shape[-1]).clone()
-        flat[0] = flat[0] * 2 + 0.5
+        flat[place : place + 1] = flat[place : place + 1] * 2 + 0.5
         return flat.reshape(output.shape)
 
     handle = up.register_forward_hook(moved)
@@ -117,7 +122,7 @@ def _one_position(context: SegmentContext, up: nn.Module, down: nn.Module, befor
         after = _entering(context, down)[0]
     finally:
         handle.remove()
-    return int((after != before).any(-1).sum()) == 1
+    return (after != before).any(-1).nonzero().flatten().tolist() == [place]
 
 
 @contextmanager
