@@ -290,5 +290,7 @@ def test_too_few_updates_are_no_round(world: World, sites: dict[str, RunningSite
 
 
 def test_an_owner_reads_it_before_approving(world: World) -> None:
-    shown = job_lines(world.manifest, site="ash", folder="ash", approved=False, records=None, delta=1e-6)
+    shown = job_lines(
+        world.manifest, site="ash", folder="ash", approved=False, records=None, delta=1e-6, room=None, cost=""
+    )
     assert any(line.startswith("leaves     one signed, plain update") for line in shown)
