@@ -171,6 +171,7 @@ def test_sites_with_different_refreshes_have_no_sum(world: World) -> None:
 
 def test_an_owner_reads_that_biases_may_move(world: World) -> None:
     asked: dict[str, Any] = {"site": "ash", "folder": "ash", "approved": False, "records": 100, "delta": 1e-6}
+    asked |= {"room": None, "cost": ""}
     said = "\n".join(job_lines(world.manifest, **asked))
     assert "refresh    after every 1 rounds the biases at the ends of the emulator's middle blocks may move" in said
     still = replace(world.manifest, refresh=0)
