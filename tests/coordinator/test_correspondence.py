@@ -144,7 +144,7 @@ def test_an_answer_to_another_message(pair: Pair) -> None:
     kept: list[dict[str, bytes]] = []
 
     def keep(stage: str, replies: dict[str, bytes]) -> dict[str, bytes]:
-        kept.append(replies)
+        kept.append(dict(replies))  # letters are released as they are opened
         return replies
 
     pair.up = keep
