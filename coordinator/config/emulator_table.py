@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from offsite.errors import ConfigError, nearest
 
@@ -157,7 +156,7 @@ class EmulatorConfig:
         return EmulatorVariant(tuple(sorted(sites)), *built, gate, package)
 
 
-def check_stated(table: Mapping[str, Any]) -> None:
+def check_stated(table: Mapping[str, object]) -> None:
     """Checks the keys that the table [emulator] states: a package that was built before has its recipe already.
 
     Args:
@@ -180,7 +179,7 @@ def check_stated(table: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_beside_package(table: Mapping[str, Any], where: str, at_fault: str) -> None:
+def _check_beside_package(table: Mapping[str, object], where: str, at_fault: str) -> None:
     for key in BUILD:
         if table.get("package") and table.get(key) is not None:
             raise ConfigError(

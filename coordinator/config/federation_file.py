@@ -199,7 +199,7 @@ def read_with_faults(path: Path) -> tuple[FedConfig | None, list[ConfigError]]:
                 return None, faults
 
 
-def _leave_out(content: dict[str, Any], key: str) -> bool:
+def _leave_out(content: dict[str, object], key: str) -> bool:
     """Removes the key at the path `key` from a parsed document, and says whether the key was there."""
     *tables, last = key.split(".")
     for name in tables:
@@ -222,7 +222,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _checked(content: dict[str, Any], folder: Path) -> FedConfig:
+def _checked(content: dict[str, object], folder: Path) -> FedConfig:
     """Returns the configuration of a federation file, whose stated keys must not contradict each other.
 
     The copy in a run folder states every key, with defaults, so it is read by `parse_config` alone.

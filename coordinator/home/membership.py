@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from offsite.errors import ConfigError, DataError, MalformedMessage, OffsiteError, Untrusted, lookup
 from offsite.trust import canonical
@@ -68,7 +67,8 @@ class MemberRegistry:
             name: {"request": site.request.to_bytes().decode(), "certificate": site.certificate.decode()}
             for name, site in self.sites.items()
         }
-        content: dict[str, Any] = {"format": FORMAT, "sites": sites, "revoked": [vars(entry) for entry in self.revoked]}
+        revoked = [vars(entry) for entry in self.revoked]
+        content: dict[str, object] = {"format": FORMAT, "sites": sites, "revoked": revoked}
         content["federation"] = self.federation.to_bytes().decode() if self.federation else ""
         return canonical.dump(content)
 

