@@ -35,14 +35,14 @@ def measure_profile(name: str, on_step: Callable[[str], None] = lambda text: Non
     Raises:
       ConfigError: there is no such device.
     """
+    from offsite.privacy import optimizer  # noqa: F401 - a site has Opacus in memory, and `imports` counts it
+
     device, imports = choose_device(name), _imports()
     on_step(f"measure products and sums on {device}")
     left, right = (torch.randn(ROWS, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device))
     numbers = torch.randn(NUMBERS, device=device)
     flops = 2 * ROWS * WIDTH * WIDTH / _time(lambda: left @ right, device)
     traffic = 3 * numbers.nbytes / _time(lambda: numbers * numbers, device)
-    from offsite.privacy import optimizer  # noqa: F401 - a site has Opacus in memory, and `imports` counts it
-
     on_step("measure rounding")
     weight = right.cpu()
     moments = InputMoments.of(second_moments(torch.randn(2 * WIDTH, WIDTH)))
