@@ -105,7 +105,7 @@ def _size(text: str, option: str, findings: "Findings") -> int | None:
 
 
 def _adapter(method: str, rank: int, targets: str, findings: "Findings") -> "AdapterSpec":
-    """Returns the adapter's spec; a finding leaves the default, which nobody then reads."""
+    """Returns the spec of the adapter; after a finding the default spec, with which nothing is planned."""
     from offsite.adapter.spec import AdapterSpec
 
     with findings.gathering():

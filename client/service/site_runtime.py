@@ -233,7 +233,11 @@ class SiteRuntime:
             emulator=emulator,
             checks=[vetting.to_dict() for vetting in session.vetting],
         )
-        cost = estimate(session, manifest, self.name)
+        try:
+            cost = estimate(session, manifest, self.name)
+        except BaseException:
+            session.close()  # or its workers would hold their memory until the client ends
+            raise
         self.jobs.keep_cost(manifest.digest().hex(), cost.line())
         log.info("job %s: %s", manifest.digest().hex()[:12], cost.line())
         return session
